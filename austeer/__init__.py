@@ -1,1 +1,55 @@
-"""austeer"""
+"""austeer: low-overhead activation steering of language models by atomic units (AUSteer, ICLR 2026).
+
+pairs -> momentum -> plan -> steering::
+
+    pairs    = austeer.load_pairs("pairs.jsonl")
+    momentum = austeer.measure(model, tokenizer, pairs, sites=["attention", "ffn"])
+    plan     = momentum.select(site="attention", k=10, operation="shift")
+    with austeer.steer(model, plan, alpha=8):
+        model.generate(**inputs)
+"""
+
+from .errors import (
+    AusteerError,
+    CaptureError,
+    FileFormatError,
+    PairsError,
+    PlanError,
+    SelectionError,
+    SiteError,
+    SteeringError,
+    SteeringWarning,
+)
+from .momentum import Counters, Momentum, measure
+from .pairs import Pair, Pairs, load_pairs
+from .plan import AtomicUnit, Plan
+from .sites import Layout, Site, find_sites
+from .steering import Steering, is_steered, steer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AtomicUnit",
+    "AusteerError",
+    "CaptureError",
+    "Counters",
+    "FileFormatError",
+    "Layout",
+    "Momentum",
+    "Pair",
+    "Pairs",
+    "PairsError",
+    "Plan",
+    "PlanError",
+    "SelectionError",
+    "Site",
+    "SiteError",
+    "Steering",
+    "SteeringError",
+    "SteeringWarning",
+    "find_sites",
+    "is_steered",
+    "load_pairs",
+    "measure",
+    "steer",
+]

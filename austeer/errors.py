@@ -1,0 +1,39 @@
+"""What austeer raises: each error says what was expected, what was found, and what to do."""
+
+from __future__ import annotations
+
+
+class AusteerError(Exception):
+    """Base of every error that austeer raises on purpose. The command line turns it into exit code 2."""
+
+
+class PairsError(AusteerError):
+    """Contrastive pairs that cannot be read or used."""
+
+
+class SiteError(AusteerError):
+    """A site that the model does not have, or a model whose sites are not known."""
+
+
+class CaptureError(AusteerError):
+    """Activations that could not be read, or are not finite."""
+
+
+class SelectionError(AusteerError):
+    """A selection that the momentum cannot satisfy."""
+
+
+class FileFormatError(AusteerError):
+    """A file that is damaged, foreign, or of an unknown version."""
+
+
+class PlanError(AusteerError):
+    """A plan that is not valid, or not for this model."""
+
+
+class SteeringError(AusteerError):
+    """Steering that cannot be put on a model as asked."""
+
+
+class SteeringWarning(UserWarning):
+    """Steering that had no effect although it was asked for."""

@@ -1,0 +1,312 @@
+"""The ways in which a site can be steered: fold, fused, columns, dense.
+
+Each path puts one strength table on one module and takes it off again, leaving no trace. ``fold`` edits the weight; the
+others are accelerate hooks, so that they compose with device maps and offload.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import torch
+from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+
+from austeer_kernels import reference
+
+from .capture import first_tensor
+from .sites import Site
+from .strengths import StrengthTable
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Path:
+    """One steered site. ``attach`` and ``detach`` are exact opposites; ``refresh`` follows new strengths.
+
+    Attributes:
+        site, table: what is steered and how strongly.
+        module: the module that is changed.
+        calls: how often it ran in eager mode; None where that is not counted (fold).
+        traced: whether it became part of a compiled graph.
+    """
+
+    name: str
+
+    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
+        self.site, self.table, self.module = site, table, module
+        self.calls: int | None = 0
+        self.traced = False
+
+    def attach(self) -> None:
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def refresh(self) -> None:
+        """Called when the table was refilled."""
+
+    def detach(self) -> None:
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+
+# --- fold: the weight itself -----------------------------------------------------------------------------------------
+
+
+class Fold(Path):
+    """Scales rows (output side) or columns (input side) of the projection's weight in place; no run-time cost.
+
+    y = W x + b, steered at the output:  W[I] *= 1 + gamma;  b[I] = b[I] * (1 + gamma) + shift
+    steered at the input:                b += W[:, I] @ shift;  W[:, I] *= 1 + gamma
+    """
+
+    name = "fold"
+
+    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
+        super().__init__(site, table, module)
+        self.calls = None
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def _slice(self) -> tuple:
+        return (self.table.index,) if self.site.side == "output" else (slice(None), self.table.index)
+
+    @torch.no_grad()
+    def attach(self) -> None:
+        self._weight = self.module.weight[self._slice()].clone()
+        self._bias = None if self.module.bias is None else self.module.bias.clone()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        assert self._weight is not None
+        weight, bias, table = self.module.weight, self.module.bias, self.table
+        wide = reference.compute_dtype(weight.dtype)
+        saved, factor, shift = self._weight.to(wide), 1 + table.gamma[0].to(wide), table.shift[0].to(wide)
+        if self.site.side == "output":
+            weight[self._slice()] = (saved * factor[:, None]).to(weight.dtype)
+            if bias is not None:
+                bias[table.index] = (self._bias[table.index].to(wide) * factor + shift).to(bias.dtype)
+        else:
+            weight[self._slice()] = (saved * factor).to(weight.dtype)
+            if table.operation == "shift":
+                bias.copy_(self._bias.to(wide) + saved @ shift)
+
+    @torch.no_grad()
+    def detach(self) -> None:
+        self.module.weight[self._slice()] = self._weight
+        if self._bias is not None:
+            self.module.bias.copy_(self._bias)
+        self._weight = self._bias = None
+
+
+def why_not_fold(module: nn.Module | None, operation: str, storages: Counter) -> str | None:
+    """The reason why steering cannot be folded into ``module``'s weight, or None if it can.
+
+    Args:
+        storages: how many parameters of the model lie in each storage, from :func:`shared_storages`.
+    """
+    if module is None:
+        return "no linear layer makes this tensor"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is not a plain linear layer"
+    if operation == "push":
+        return "push is not linear"
+    if operation == "shift" and module.bias is None:
+        return "shift needs a bias and the layer has none"
+    for name, p in module.named_parameters():
+        if p.device.type == "meta":
+            return f"the {name} is offloaded"
+        if p.dtype not in FLOATING:
+            return f"the {name} is {p.dtype}"
+        if type(p) is not nn.Parameter:
+            return f"the {name} is a {type(p).__name__}"
+        if storages[p.untyped_storage().data_ptr()] > 1:
+            return f"the {name} is shared with another module"
+    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+        return "the weight is offloaded"
+    return None
+
+
+def shared_storages(model: nn.Module) -> Counter:
+    """How many parameters (tied ones counted each time) lie in each storage."""
+    return Counter(
+        p.untyped_storage().data_ptr()
+        for _, p in model.named_parameters(remove_duplicate=False)
+        if p.device.type != "meta"
+    )
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+
+class _Hook(ModelHook):
+    """Calls back into its path; accelerate calls it around the module's forward."""
+
+    def __init__(self, path: HookPath):
+        self.path = path
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        self.path.bind(module)
+        return module
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        self.path.release(module)
+        return module
+
+    def pre_forward(self, module: nn.Module, *args, **kwargs):
+        path = self.path
+        if path.reads_input:
+            if args:
+                args = (path.steer(args[0]), *args[1:])
+            else:  # every module that has an input-side site takes one tensor, whatever its name
+                name = next(iter(kwargs))
+                kwargs = {**kwargs, name: path.steer(kwargs[name])}
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output):
+        path = self.path
+        if not path.reads_output:
+            return output
+        if isinstance(output, tuple):
+            return (path.steer(first_tensor(output)), *output[1:])
+        return path.steer(output)
+
+
+class HookPath(Path):
+    """A path that is an accelerate hook on ``module``."""
+
+    reads_input = reads_output = False
+
+    def attach(self) -> None:
+        self._had_forward = "forward" in vars(self.module)
+        self._hook = _Hook(self)
+        add_hook_to_module(self.module, self._hook, append=True)
+
+    def detach(self) -> None:
+        rest = _without(self.module._hf_hook, self._hook)
+        if rest is not None:
+            # Removing accelerate's own hook would load offloaded weights back: take out ours only.
+            self.release(self.module)
+            self.module._hf_hook = rest
+            return
+        remove_hook_from_module(self.module)
+        if not self._had_forward:
+            # accelerate leaves the original bound method in the instance; without it the class's serves again
+            vars(self.module).pop("forward", None)
+
+    def bind(self, module: nn.Module) -> None:
+        """Called when the hook is put on the module."""
+
+    def release(self, module: nn.Module) -> None:
+        """Called when the hook is taken off."""
+
+    def steer(self, x: Tensor) -> Tensor:
+        """The steered tensor; may be ``x`` itself, changed in place."""
+        raise TypeError(f"{type(self).__name__} does not steer a tensor")
+
+    def ran(self, device: torch.device) -> StrengthTable:
+        """Counts a call, and gives the table on ``device``."""
+        if torch.compiler.is_compiling():
+            self.traced = True  # a count would be a guard, and so a recompilation at every call
+        else:
+            self.calls += 1  # type: ignore[operator]
+        if device != self.table.device:
+            self.table.to(device)
+        return self.table
+
+
+def _without(hook: ModelHook, ours: ModelHook) -> ModelHook | None:
+    """``hook`` with ``ours`` taken out of it, however deep accelerate has chained it; None if nothing is left."""
+    if hook is ours:
+        return None
+    if not isinstance(hook, SequentialHook):
+        return hook
+    rest = [kept for kept in (_without(inner, ours) for inner in hook.hooks) if kept is not None]
+    return SequentialHook(*rest) if len(rest) > 1 else rest[0] if rest else None
+
+
+class Columns(HookPath):
+    """The module's own computation, then the sparse in-place kernel on the selected columns."""
+
+    name = "columns"
+
+    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
+        super().__init__(site, table, module)
+        self.reads_input, self.reads_output = site.side == "input", site.side == "output"
+
+    def steer(self, x: Tensor) -> Tensor:
+        table = self.ran(x.device)
+        if x.requires_grad and torch.is_grad_enabled():
+            steered = reference.steered(
+                x.to(reference.compute_dtype(x.dtype)), table.dense_gamma[0], table.dense_shift[0], table.magnitude
+            )
+            return steered.to(x.dtype)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        rows = x.view(-1, x.shape[-1])
+        torch.ops.austeer.steer_columns_(rows, table.index, table.gamma, table.shift, table.magnitude, None)
+        return x
+
+
+class Dense(HookPath):
+    """The public code's arithmetic: multiply, add and copy back over the whole block. The baseline; never automatic."""
+
+    name = "dense"
+
+    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
+        super().__init__(site, table, module)
+        self.reads_input, self.reads_output = site.side == "input", site.side == "output"
+
+    def steer(self, x: Tensor) -> Tensor:
+        table = self.ran(x.device)
+        source = x.abs() if table.magnitude else x
+        steered = x + source * table.dense_gamma[0].to(x.dtype) + table.dense_shift[0].to(x.dtype)
+        if x.requires_grad and torch.is_grad_enabled():
+            return steered
+        return x.copy_(steered)
+
+
+class Fused(HookPath):
+    """Our projection kernel in place of the linear layer's forward, with the steering inside it."""
+
+    name = "fused"
+
+    def bind(self, module: nn.Module) -> None:
+        self._forward = module._old_forward
+        module._old_forward = partial(self.forward, module)  # type: ignore[assignment]
+
+    def release(self, module: nn.Module) -> None:
+        module._old_forward = self._forward  # type: ignore[assignment]
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        table = self.ran(x.device)
+        rows = x.reshape(-1, x.shape[-1])
+        arguments = (
+            rows,
+            module.weight,
+            module.bias,
+            table.dense_gamma,
+            table.dense_shift,
+            self.site.side == "input",
+            table.magnitude,
+            None,
+        )
+        if torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad):
+            y = reference.steered_linear(*arguments)  # the definition is differentiable, the kernel is not
+        else:
+            y = torch.ops.austeer.steered_linear(*arguments)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def why_not_fused(module: nn.Module | None) -> str | None:
+    """The reason why ``module`` cannot be replaced by the fused projection, or None if it can."""
+    if module is None:
+        return "no linear layer makes this tensor"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is not a plain linear layer"
+    if module.weight.dtype not in FLOATING:
+        return f"the weight is {module.weight.dtype}"
+    return None
+
+
+PATHS: dict[str, type[Path]] = {"fold": Fold, "fused": Fused, "columns": Columns, "dense": Dense}

@@ -1,0 +1,47 @@
+"""A progress bar with rate and time left, for work that takes long."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """A context manager; ``advance`` moves it. Shown on standard error, so that results can be piped.
+
+    Args:
+        what: what is being done. total: how many units. unit: what they are called.
+        show: True or False; by default it is shown if standard error is a terminal.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, show: bool | None = None):
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not (sys.stderr.isatty() if show is None else show),
+            transient=True,
+        )
+        self._unit = unit
+        self._task = self._bar.add_task(what, total=total, rate="")
+
+    def advance(self, by: int = 1) -> None:
+        self._bar.advance(self._task, by)
+        speed = self._bar.tasks[0].finished_speed or self._bar.tasks[0].speed
+        self._bar.update(self._task, rate=f"{speed:.1f} {self._unit}/s" if speed else "")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar.stop()
