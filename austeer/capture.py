@@ -38,7 +38,7 @@ class LastTokens:
         self.sites = sites
         self.pad_id = pad_id
         self.device = input_device(self.model)
-        self.dtype = self.model.dtype
+        self.dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
         self.buffers = {
             name: torch.empty(texts, len(found), found[0].width, dtype=self.dtype, device=self.device)
             for name, found in sites.items()

@@ -28,7 +28,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     """A causal language model and its tokenizer, in evaluation mode.
 
     Args:
-        name: a folder or Hub id that ``from_pretrained`` takes, or "demo" for SmolLM2-135M-Instruct (:func:`demo_model`).
+        name: a folder or Hub id for ``from_pretrained``, or "demo" for SmolLM2-135M-Instruct (:func:`demo_model`).
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: "cpu", "cuda:0" ..., or an accelerate ``device_map`` such as "auto"; by default CUDA if there is one.
 
@@ -96,10 +96,8 @@ def _convert(source: str, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     # save_pretrained takes a model that came from GGUF for a quantised one and refuses it; its weights are plain.
-    for attribute in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
-            setattr(model, attribute, None)
-    model.is_quantized = False
+    for attribute, value in {"hf_quantizer": None, "quantization_method": None, "is_quantized": False}.items():
+        setattr(model, attribute, value)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)

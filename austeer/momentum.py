@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-
 from austeer_kernels import NO_PAIR, momentum_update
+from torch import Tensor, nn
 
 from . import files
 from .capture import LastTokens, batches
@@ -229,8 +228,19 @@ class _Counting:
 
     def add(self, buffer: Tensor, pairs: int, offset: int) -> None:
         rows = buffer.flatten(1)  # [texts, layers * width]
-        totals = [t.view(-1) for t in self.totals.tensors().values()]
-        momentum_update(rows[:pairs], rows[pairs : 2 * pairs], *totals, self.first_nonfinite, offset)
+        totals = {
+            "positive_count": self.totals.positive.view(-1),
+            "negative_count": self.totals.negative.view(-1),
+            "delta_sum": self.totals.delta_sum.view(-1),
+            "delta_square_sum": self.totals.delta_square_sum.view(-1),
+        }
+        momentum_update(
+            rows[:pairs],
+            rows[pairs : 2 * pairs],
+            **totals,
+            first_nonfinite=self.first_nonfinite,
+            pair_offset=offset,
+        )
 
     def check(self, site: str, pairs: Pairs) -> None:
         pair, column = (int(v) for v in self.first_nonfinite.min(0))

@@ -67,7 +67,7 @@ class Pairs(Sequence[Pair]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i):  # type: ignore[override]
+    def __getitem__(self, i):
         return replace(self, items=self.items[i]) if isinstance(i, slice) else self.items[i]
 
     def __iter__(self) -> Iterator[Pair]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from typing import cast
 
 import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
-from torch import Tensor, nn
-
 from austeer_kernels import reference
+from torch import Tensor, nn
 
 from .capture import first_tensor
 from .sites import Site
@@ -67,35 +67,41 @@ class Fold(Path):
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
 
+    @property
+    def _linear(self) -> nn.Linear:
+        return cast(nn.Linear, self.module)
+
     def _slice(self) -> tuple:
         return (self.table.index,) if self.site.side == "output" else (slice(None), self.table.index)
 
     @torch.no_grad()
     def attach(self) -> None:
-        self._weight = self.module.weight[self._slice()].clone()
-        self._bias = None if self.module.bias is None else self.module.bias.clone()
+        linear = self._linear
+        self._weight = linear.weight[self._slice()].clone()
+        self._bias = None if linear.bias is None else linear.bias.clone()
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         assert self._weight is not None
-        weight, bias, table = self.module.weight, self.module.bias, self.table
+        weight, bias, table = self._linear.weight, self._linear.bias, self.table
         wide = reference.compute_dtype(weight.dtype)
         saved, factor, shift = self._weight.to(wide), 1 + table.gamma[0].to(wide), table.shift[0].to(wide)
         if self.site.side == "output":
             weight[self._slice()] = (saved * factor[:, None]).to(weight.dtype)
-            if bias is not None:
+            if self._bias is not None:
                 bias[table.index] = (self._bias[table.index].to(wide) * factor + shift).to(bias.dtype)
         else:
             weight[self._slice()] = (saved * factor).to(weight.dtype)
-            if table.operation == "shift":
+            if self._bias is not None and table.operation == "shift":
                 bias.copy_(self._bias.to(wide) + saved @ shift)
 
     @torch.no_grad()
     def detach(self) -> None:
-        self.module.weight[self._slice()] = self._weight
+        assert self._weight is not None
+        self._linear.weight[self._slice()] = self._weight
         if self._bias is not None:
-            self.module.bias.copy_(self._bias)
+            self._linear.bias.copy_(self._bias)
         self._weight = self._bias = None
 
 
@@ -209,7 +215,8 @@ class HookPath(Path):
         if torch.compiler.is_compiling():
             self.traced = True  # a count would be a guard, and so a recompilation at every call
         else:
-            self.calls += 1  # type: ignore[operator]
+            assert self.calls is not None
+            self.calls += 1
         if device != self.table.device:
             self.table.to(device)
         return self.table
@@ -276,25 +283,25 @@ class Fused(HookPath):
         module._old_forward = partial(self.forward, module)  # type: ignore[assignment]
 
     def release(self, module: nn.Module) -> None:
-        module._old_forward = self._forward  # type: ignore[assignment]
+        module._old_forward = self._forward
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         table = self.ran(x.device)
         rows = x.reshape(-1, x.shape[-1])
-        arguments = (
+        linear = cast(nn.Linear, module)
+        # The definition is differentiable, the kernel is not.
+        differentiate = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
+        operation = reference.steered_linear if differentiate else torch.ops.austeer.steered_linear
+        y = operation(
             rows,
-            module.weight,
-            module.bias,
+            linear.weight,
+            linear.bias,
             table.dense_gamma,
             table.dense_shift,
             self.site.side == "input",
             table.magnitude,
             None,
         )
-        if torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad):
-            y = reference.steered_linear(*arguments)  # the definition is differentiable, the kernel is not
-        else:
-            y = torch.ops.austeer.steered_linear(*arguments)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ FORMAT, VERSION = "austeer-plan", 1
 FILE_NAME = "austeer_plan.safetensors"
 
 
-class AtomicUnit(NamedTuple):
+@dataclass(frozen=True)
+class AtomicUnit:
     """One row of a plan."""
 
     site: str
@@ -206,7 +207,7 @@ class Plan:
             names = header.pop("sites")
             site = tuple(names[i] for i in tensors.pop("site").tolist())
             model = Fingerprint.from_json(header.pop("model"))
-            return cls(site=site, model=model, **tensors, **header)
+            return cls(site=site, model=model, **cast(dict[str, Any], tensors), **header)
         except (KeyError, IndexError, TypeError, ValueError, json.JSONDecodeError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); make the plan anew") from error
 

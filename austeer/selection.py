@@ -96,7 +96,7 @@ def select(
     else:
         assert max_fdr is not None
         chosen = order[_discoveries(counters, max_fdr, site)[order]]
-    layers, width = counters.positive.shape
+    width = counters.positive.shape[1]
     beta = signed_rate(counters, momentum.pairs).flatten()
     return Plan(
         site=(site,) * len(chosen),

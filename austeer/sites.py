@@ -129,7 +129,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def text_config(model: nn.Module):
     config = getattr(unwrap(model), "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise SiteError(f"{type(model).__name__} is not a Transformers model: found no config; expected a PreTrainedModel")
+        raise SiteError(f"{type(model).__name__}: found no config, expected a Transformers model")
     return config.get_text_config()
 
 
@@ -156,24 +156,22 @@ def find_sites(
         layout = LAYOUTS.get(config.model_type)
     if layout is None:
         raise SiteError(
-            f"model family {config.model_type!r} is not known; known are {', '.join(sorted(LAYOUTS))}. Give the attribute "
-            "paths by hand: layout=austeer.Layout(layers='layers', attention='self_attn.o_proj', ffn='mlp', "
+            f"model family {config.model_type!r} is not known; known are {', '.join(sorted(LAYOUTS))}. Give the "
+            "attribute paths by hand: layout=austeer.Layout(layers='layers', attention='self_attn.o_proj', ffn='mlp', "
             "down='mlp.down_proj') with this model's names"
         )
     decoder = decoder_of(model)
     layers = _module(decoder, layout.layers, f"{type(model).__name__} ({config.model_type})")
     root = next(path for path, module in model.named_modules() if module is layers)
     sites: dict[str, list[Site]] = {name: [] for name in names}
-    for number, layer in enumerate(layers):  # type: ignore[arg-type]
+    for number, layer in enumerate(layers.children()):
         where = f"layer {number} of {type(model).__name__} ({config.model_type})"
         for name in names:
             sites[name].append(_site(name, number, f"{root}.{number}", layer, layout, config.hidden_size, where))
     return sites
 
 
-def _site(
-    name: str, number: int, base: str, layer: nn.Module, layout: Layout, hidden_size: int, where: str
-) -> Site:
+def _site(name: str, number: int, base: str, layer: nn.Module, layout: Layout, hidden_size: int, where: str) -> Site:
     if name == "layer":
         return Site(name, number, base, "output", hidden_size, None)
     if name == "attention":

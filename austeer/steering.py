@@ -153,8 +153,8 @@ class Steering:
         """
         if self._decoder in _steered:
             raise SteeringError(
-                f"{type(self._model).__name__} is steered already; found a plan of {len(_steered[self._decoder].plan)} AUs "
-                "on it. Leave that context first, or steer with the sum of both plans (plan_a + plan_b)"
+                f"{type(self._model).__name__} is steered already, with {len(_steered[self._decoder].plan)} AUs. "
+                "Leave that context first, or steer with the sum of both plans (plan_a + plan_b)"
             )
         done: list[Path] = []
         try:
@@ -194,8 +194,8 @@ class Steering:
         if silent:
             site = silent[0].site
             warnings.warn(
-                f"{len(silent)} of {len(self._paths)} steered sites never ran, first {site.name!r} of layer {site.layer} "
-                f"({site.path}): the model was not run, or it was compiled before it was steered. "
+                f"{len(silent)} of {len(self._paths)} steered sites never ran, first {site.name!r} of layer "
+                f"{site.layer} ({site.path}): the model was not run, or it was compiled before it was steered. "
                 "Steer first, then compile",
                 SteeringWarning,
                 stacklevel=3,
@@ -277,7 +277,7 @@ def _check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site
     widths = {name: expected.widths[name] for name in plan.sites}
     if (found.model_type, found.layers, found.widths) != (expected.model_type, expected.layers, widths):
         raise PlanError(
-            f"the plan was made for {expected.name} ({expected.model_type}, {expected.layers} layers, widths {widths}), "
+            f"the plan was made for {expected.name} ({expected.model_type}, {expected.layers} layers, widths {widths}) "
             f"and the model is {found.name} ({found.model_type}, {found.layers} layers, widths {found.widths}); "
             "measure and select on this model"
         )

@@ -1,1 +1,55 @@
-def main() -> None: ...
+"""The command line: ``austeer COMMAND``. One thin file a command; the work is done by the library."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ..errors import AusteerError
+from . import demo, generate, inspect, measure, select
+from .common import fail
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Steer language models by scaling a few single activation dimensions (atomic units, AUs).
+
+Pairs of texts become counters, counters become a plan, a plan steers a model:
+
+```
+austeer measure pairs.jsonl --model MODEL --out kind.momentum
+austeer inspect kind.momentum
+austeer select kind.momentum --site attention --k 10 --operation shift --out plans/kind
+austeer generate plans/kind --model MODEL --alpha 8 --prompt "The weekend trip was"
+```
+
+`--model demo` is SmolLM2-135M-Instruct; `austeer demo` shows everything on it.
+""",
+)
+for module in (measure, select, inspect, generate, demo):
+    app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if show:
+        from .. import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 bad input (one message says what and why), 130 interrupted."""
+    try:
+        app()
+    except AusteerError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,6 @@
+"""``python -m austeer`` is the command ``austeer``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

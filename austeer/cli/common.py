@@ -1,0 +1,60 @@
+"""What the commands share: options, output, errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+console = Console(highlight=False, soft_wrap=True)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Folder or Hub id; 'demo' is SmolLM2-135M-Instruct.", show_default=False)
+]
+DType = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda:0 ..., or a device map such as auto. [default: cuda if there is one]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+
+
+def fail(message: str) -> NoReturn:
+    """One message on standard error, and exit code 2."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/] ", end="")
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def emit(data: dict[str, Any]) -> None:
+    """The result as one JSON object."""
+    print(json.dumps(data, indent=2, default=str))
+
+
+def check_writable(path: Path, force: bool) -> None:
+    """Refuses, before any work is done, to overwrite a result or to write where a folder is."""
+    from ..errors import AusteerError
+
+    if path.is_dir():
+        raise AusteerError(f"{path}: found a folder, expected a file name for the result")
+    if path.exists() and not force:
+        raise AusteerError(f"{path}: exists already; give another --out, or --force to overwrite it")
+
+
+def split_names(value: str) -> list[str]:
+    """Names of a comma-separated option."""
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
+def load(name: str, dtype: str, device: str | None):
+    """A model and tokenizer, without the libraries' own progress bars."""
+    from transformers.utils import logging
+
+    from ..models import load_model
+
+    logging.disable_progress_bar()
+    return load_model(name, dtype, device)

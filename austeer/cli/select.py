@@ -1,0 +1,43 @@
+"""``austeer select``: a momentum file -> a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Json, check_writable, console, emit
+
+
+def select(
+    momentum: Annotated[Path, typer.Argument(help="A file of austeer measure.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write the plan into.")],
+    site: Annotated[str, typer.Option(help="attention, ffn, layer or neuron.")] = "attention",
+    k: Annotated[int | None, typer.Option(help="How many AUs.")] = None,
+    max_fdr: Annotated[float | None, typer.Option(help="Instead of --k: all AUs at this false discovery rate.")] = None,
+    ties: Annotated[str, typer.Option(help="effect (size), or public (as the public code).")] = "effect",
+    operation: Annotated[str, typer.Option(help="scale (the paper), push or shift.")] = "scale",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the plan in --out.")] = False,
+    json: Json = False,
+) -> None:
+    """Take the most consistent AUs of a site as a plan.
+
+    Example: `austeer select kind.momentum --site attention --k 10 --operation shift --out plans/kind`
+    """
+    from ..momentum import Momentum
+    from ..plan import FILE_NAME
+
+    check_writable(out / FILE_NAME, force)
+    plan = Momentum.load(momentum).select(site, k, max_fdr=max_fdr, ties=ties, operation=operation)
+    path = plan.save_pretrained(out)
+    layers = sorted(set(plan.layer.tolist()))
+    if json:
+        emit({"file": path, "site": site, "operation": operation, "k": len(plan), "layers": layers})
+        return
+    first, last = plan.beta[0].item(), plan.beta[-1].item()
+    console.print(
+        f"{len(plan)} AUs of site {site} in {len(layers)} layers, beta {first:+.3f} to {last:+.3f}, {operation}\n"
+        f"wrote {path}\n"
+        f'next: austeer generate {out} --model MODEL --alpha 1 --prompt "..."'
+    )

@@ -1,0 +1,50 @@
+"""Text that a model writes after a prompt: for the command line and the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .errors import PairsError
+from .pairs import render_chat
+from .sites import input_device
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 40,
+    chat: bool = False,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """What the model writes after each prompt, without the prompt; one batch, padded on the left.
+
+    Args:
+        chat: put the prompts through the tokenizer's chat template. temperature: sample at it; greedy if None.
+
+    Raises:
+        PairsError: an empty prompt, or no chat template.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise PairsError(f"prompt {number}: found an empty text, expected something to continue")
+    texts = [render_chat(tokenizer, p) for p in prompts] if chat else list(prompts)
+    ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    length = max(map(len, ids))
+    device = input_device(model)
+    input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
+    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(  # type: ignore[operator]
+            input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
+        )
+    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)

@@ -1,0 +1,145 @@
+"""Choosing site, operation, k and alpha on pairs that were not measured, under a limit on the side effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .momentum import Momentum
+from .pairs import Pairs
+from .plan import Plan
+from .steering import steer
+from .tasks import cross_entropy, log_odds
+
+#: The weakest and the strongest alpha that is tried.
+WEAKEST, STRONGEST = 0.125, 32.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting and what it did.
+
+    Attributes:
+        effect: mean change of log-odds (positive over negative continuation) from unsteered, nats.
+        share: share of pairs whose log-odds rose.
+        side_effect: rise of the cross-entropy on neutral text, nats a token.
+    """
+
+    site: str
+    operation: str
+    k: int
+    alpha: float
+    effect: float
+    share: float
+    side_effect: float
+
+    def plan(self, momentum: Momentum) -> Plan:
+        return momentum.select(self.site, k=self.k, operation=self.operation)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+class Scorer:
+    """Scores steerings of one model against the unsteered model, whose own scores are taken once.
+
+    Args:
+        pairs: prompts with a wanted and an unwanted continuation. neutral: texts that should not change.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, pairs: Pairs, neutral: Sequence[str]):
+        self.model, self.tokenizer, self.pairs, self.neutral = model, tokenizer, pairs, neutral
+        self.base_log_odds = log_odds(model, tokenizer, pairs)
+        self.base_cross_entropy = cross_entropy(model, tokenizer, neutral)
+
+    def side_effect(self, plan: Plan, alpha: float) -> float:
+        """Rise of the cross-entropy on neutral text, nats a token."""
+        with steer(self.model, plan, alpha):
+            return cross_entropy(self.model, self.tokenizer, self.neutral) - self.base_cross_entropy
+
+    def change(self, plan: Plan, alpha: float) -> Tensor:
+        """Change of each pair's log-odds, nats: float64 [pairs]."""
+        with steer(self.model, plan, alpha):
+            return log_odds(self.model, self.tokenizer, self.pairs) - self.base_log_odds
+
+
+def search(
+    scorer: Scorer,
+    momentum: Momentum,
+    *,
+    sites: Iterable[str],
+    operations: Iterable[str],
+    ks: Iterable[int],
+    max_side_effect: float,
+    on_series: Callable[[], None] = lambda: None,
+) -> list[Trial]:
+    """Tries a grid of sites, operations and k with a series of strengths each; every setting within the limit.
+
+    A series doubles alpha from 1 until the side effect passes the limit (a stronger one would only break more), or
+    halves it until the side effect is within, and ends between the last two: at the last that passed times sqrt(2).
+    ``on_series`` is called after each.
+    """
+    trials: list[Trial] = []
+    ks = tuple(ks)
+    for site in sites:
+        for operation in operations:
+            for k in ks:
+                plan = momentum.select(site, k=k, operation=operation)
+                _series(partial(_try, scorer, plan, max_side_effect, trials))
+                on_series()
+    return trials
+
+
+def _series(within_limit: Callable[[float], bool]) -> None:
+    alpha = 1.0
+    if within_limit(alpha):
+        while alpha < STRONGEST and within_limit(2 * alpha):
+            alpha *= 2
+    else:
+        alpha /= 2
+        while alpha >= WEAKEST and not within_limit(alpha):
+            alpha /= 2
+    if WEAKEST <= alpha < STRONGEST:
+        within_limit(alpha * 2**0.5)
+
+
+def _try(scorer: Scorer, plan: Plan, max_side_effect: float, trials: list[Trial], alpha: float) -> bool:
+    """Adds a trial if the side effect is within the limit, and says whether it is (NaN is not)."""
+    side_effect = scorer.side_effect(plan, alpha)
+    if not side_effect <= max_side_effect:
+        return False
+    change = scorer.change(plan, alpha)
+    share = float((change > 0).double().mean())
+    trials.append(Trial(plan.site[0], plan.operation, len(plan), alpha, float(change.mean()), share, side_effect))
+    return True
+
+
+def best(trials: Iterable[Trial], **fixed: object) -> Trial | None:
+    """The trial of largest effect among those with the given fields, for example ``operation="scale"``."""
+    fitting = [t for t in trials if all(getattr(t, name) == value for name, value in fixed.items())]
+    return max(fitting, key=lambda t: t.effect, default=None)
+
+
+def top_overlap(first: Momentum, second: Momentum, site: str, k: int) -> float:
+    """Share of the top k AUs of ``first`` that are also in the top k of ``second``: how stable a ranking is."""
+    a, b = (set(m.select(site, k=k).keys()) for m in (first, second))
+    return len(a & b) / k
+
+
+def mean_interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """A bootstrap confidence interval of the mean (percentile, 9,999 resamples, fixed seed)."""
+    from scipy import stats
+
+    x = values.double().numpy()
+    if torch.unique(values).numel() == 1:
+        return float(x[0]), float(x[0])
+    result = stats.bootstrap((x,), _mean, confidence_level=level, method="percentile", rng=0)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _mean(x, axis):
+    return x.mean(axis=axis)
