@@ -29,14 +29,12 @@ class LastTokens:
         model: a Transformers model, with or without its head, whose parameters may be offloaded.
         sites: what to read, from :func:`austeer.sites.find_sites`.
         texts: how many texts the buffers hold.
-        pad_id: the token that fills short texts up (masked; its value does not matter).
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]], texts: int, pad_id: int = 0):
+    def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]], texts: int):
         self.model = unwrap(model)
         self.decoder = decoder_of(self.model)
         self.sites = sites
-        self.pad_id = pad_id
         self.device = input_device(self.model)
         self.dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
         self.buffers = {
@@ -77,8 +75,7 @@ class LastTokens:
             CaptureError: a site was not reached by this forward pass.
         """
         length = max(map(len, token_ids))
-        ids = torch.full((len(token_ids), length), self.pad_id)
-        mask = torch.zeros(len(token_ids), length, dtype=torch.int64)
+        ids, mask = torch.zeros(2, len(token_ids), length, dtype=torch.int64)  # padding is masked: any id will do
         for i, tokens in enumerate(token_ids):
             ids[i, length - len(tokens) :] = torch.as_tensor(tokens)
             mask[i, length - len(tokens) :] = 1

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .baselines import random_plan
+from .errors import SelectionError
 from .generation import continue_prompts
 from .momentum import Momentum, measure
 from .pairs import Pairs, load_pairs
@@ -124,7 +125,11 @@ def run(
 
     trials = _choose(model, tokenizer, momentum, data, step)
     chosen = best(trials)
-    assert chosen is not None, "no setting stayed within the side effect's limit"
+    if chosen is None:
+        raise SelectionError(
+            f"no setting stayed within a side effect of {MAX_SIDE_EFFECT} nats on {momentum.model.name}; "
+            "expected at least one. The demo's strengths suit small instruction-tuned models"
+        )
     plan = chosen.plan(momentum)
     plan.save_pretrained(out / "plan")
     say(

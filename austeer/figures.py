@@ -75,7 +75,7 @@ def draw_demo(result: DemoResult, path: Path) -> None:
     axes[1].set(
         xlabel="side effect on neutral text, nats a token", ylabel="change of log-odds, nats", title="Settings tried"
     )
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
     timings = list(result.timings.items())[:0:-1]  # the reference itself is 1 by definition
     ratios = [t.ratio for _, t in timings]

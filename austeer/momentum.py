@@ -101,12 +101,12 @@ class Momentum:
         Raises:
             SelectionError: the two are of different models, sites or prompt forms.
         """
+        if set(self.sites) != set(other.sites):
+            raise SelectionError(f"merge: found sites {sorted(other.sites)}, expected {sorted(self.sites)}")
         for what in ("model", "chat_template"):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like momentum adds up")
-        if set(self.sites) != set(other.sites):
-            raise SelectionError(f"merge: found sites {sorted(other.sites)}, expected {sorted(self.sites)}")
         return replace(
             self,
             sites={name: self.sites[name] + other.sites[name] for name in self.sites},
@@ -186,14 +186,15 @@ def measure(
         CaptureError: an activation is NaN or infinite (site, layer and pair are named), or a site was not reached.
     """
     pairs = Pairs.of(pairs)
+    if not pairs:
+        raise PairsError(f"{pairs.source}: found no pairs, expected at least one")
     if not sites:
         raise SiteError("sites: found none, expected at least one name, for example sites=['attention']")
     found = find_sites(model, sites, layout)
     limit = _max_length(model, max_length)
     tokens = tokenise(tokenizer, pairs, limit)
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     buffer_pairs = max(1, min(buffer_pairs, len(pairs)))
-    capture = LastTokens(model, found, 2 * buffer_pairs, pad_id)
+    capture = LastTokens(model, found, 2 * buffer_pairs)
     batch_tokens = batch_tokens or (1024 if capture.device.type == "cpu" else 16384)
     counting = {name: _Counting(len(s), s[0].width, capture.device) for name, s in found.items()}
 

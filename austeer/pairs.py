@@ -147,10 +147,10 @@ def load_pairs(
     path = Path(path)
     names = {"prompt": prompt, "positive": positive, "negative": negative}
     items = []
-    for line, row in _rows(path):
+    for place, row in _rows(path):
         if where and any(str(row.get(field)) != value for field, value in where.items()):
             continue
-        items.append(_pair(row, names, f"{path}, line {line}"))
+        items.append(_pair(row, names, f"{path}, {place}"))
         if limit is not None and len(items) >= limit:
             break
     if where and not items:
@@ -159,8 +159,8 @@ def load_pairs(
     return pairs if chat_template is None else pairs.with_chat_template(chat_template)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The objects of a file, with the number of the line on which each begins (of the entry, in a JSON list)."""
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of a file, and where each is: its line (in CSV its last), or its entry in a JSON list."""
     readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -171,11 +171,13 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise PairsError(f"{path}: found bytes that are not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except RecursionError as error:
+        raise PairsError(f"{path}: found JSON nested too deep; expected objects with the pair's fields") from error
     except csv.Error as error:
         raise PairsError(f"{path}: not readable as CSV ({error}); check the quoting") from error
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -186,10 +188,10 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 raise PairsError(
                     f"{path}, line {number}: not valid JSON ({error.msg}); expected one object a line"
                 ) from error
-            yield number, _object(row, f"{path}, line {number}")
+            yield f"line {number}", _object(row, f"{path}, line {number}")
 
 
-def _json(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -197,14 +199,14 @@ def _json(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if not isinstance(rows, list):
         raise PairsError(f"{path}: found {type(rows).__name__} at the top, expected a list of objects")
     for number, row in enumerate(rows, 1):
-        yield number, _object(row, f"{path}, entry {number}")
+        yield f"entry {number}", _object(row, f"{path}, entry {number}")
 
 
-def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
-            yield reader.line_num, row
+            yield f"line {reader.line_num}", row
 
 
 def _object(row: Any, where: str) -> Mapping[str, Any]:
@@ -226,6 +228,8 @@ def _pair(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Pair:
             raise PairsError(f"{where}: field {name!r} is {type(value).__name__}, expected text")
         if not value.strip():
             raise PairsError(f"{where}: field {name!r} is empty, expected text")
+        if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can hold half a character
+            raise PairsError(f"{where}: field {name!r} has half of a surrogate pair, expected text that UTF-8 can hold")
         values[field] = value
     return Pair(**values)
 

@@ -72,8 +72,9 @@ class Plan:
             ("delta", torch.float32),
         ):
             t = getattr(self, name)
-            if t.dtype != dtype or tuple(t.shape) != (len(self.site),):
-                raise PlanError(f"{name}: found {t.dtype} {list(t.shape)}, expected {dtype} [{len(self.site)}]")
+            if not isinstance(t, Tensor) or t.dtype != dtype or tuple(t.shape) != (len(self.site),):
+                found = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+                raise PlanError(f"{name}: found {found}, expected {dtype} [{len(self.site)}]")
             if not torch.isfinite(t).all():
                 raise PlanError(f"{name}: found NaN or infinity, expected finite numbers")
         if self.beta.abs().max() > 1:
@@ -148,7 +149,8 @@ class Plan:
             PlanError: the plans differ in model, operation or prompt form, or share an AU.
         """
         mine, theirs = self.model, other.model
-        if (mine.model_type, mine.layers) != (theirs.model_type, theirs.layers):
+        same_widths = all(theirs.widths.get(name, width) == width for name, width in mine.widths.items())
+        if (mine.model_type, mine.layers) != (theirs.model_type, theirs.layers) or not same_widths:
             raise PlanError(f"found a plan for {theirs}, expected one for {mine}; plans of one model add up")
         for what in ("operation", "chat_template"):
             if getattr(self, what) != getattr(other, what):

@@ -109,6 +109,8 @@ class Fingerprint:
     def from_json(cls, data: dict[str, Any]) -> Fingerprint:
         """Raises TypeError or ValueError where ``data`` is not a fingerprint."""
         fingerprint = cls(**data)
+        if not isinstance(fingerprint.widths, dict):
+            raise ValueError("widths must be an object: site -> width")
         sizes = [fingerprint.layers, *fingerprint.widths.values()]
         if not all(isinstance(n, int) and n > 0 for n in sizes) or not isinstance(fingerprint.model_type, str):
             raise ValueError("sizes must be positive integers and model_type a string")
@@ -146,7 +148,7 @@ def find_sites(
     Raises:
         SiteError: an unknown site or family, or modules that are not where the layout says.
     """
-    names = list(SITE_NAMES if names is None else names)
+    names = list(dict.fromkeys(SITE_NAMES if names is None else names))
     for name in names:
         if name not in SITE_NAMES:
             raise SiteError(f"site {name!r} is not known; expected one of {', '.join(SITE_NAMES)}")

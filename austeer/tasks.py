@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .capture import batches
 from .errors import PairsError
 from .pairs import Pairs
-from .sites import decoder_of, input_device, unwrap
+from .sites import decoder_of, input_device, text_config, unwrap
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def log_odds(model: nn.Module, tokenizer, pairs: Pairs, *, batch_tokens: int = 2
             for text in wanted[context]
             for position in range(starts[text] - 1, len(texts[text]) - 1)
         ]
-        logits = _head(model)(torch.stack([h for _, h, _ in places])).double().log_softmax(-1).cpu()
+        logits = _logits(model, torch.stack([h for _, h, _ in places])).double().log_softmax(-1).cpu()
         for row, (text, _, target) in zip(logits, places):
             score[text] += row[target]
     return score[: len(pairs)] - score[len(pairs) :]
@@ -53,11 +53,11 @@ def log_odds(model: nn.Module, tokenizer, pairs: Pairs, *, batch_tokens: int = 2
 @torch.no_grad()
 def cross_entropy(model: nn.Module, tokenizer, texts: Sequence[str], *, batch_tokens: int = 2048) -> float:
     """Mean cross-entropy of all tokens of ``texts`` but each text's first, in nats a token."""
-    ids = tokenizer(list(texts))["input_ids"]
+    ids = [row for row in tokenizer(list(texts))["input_ids"] if len(row) > 1] if texts else []
     total, count = 0.0, 0
     for batch, hidden in _hidden_states(model, ids, batch_tokens):
         for row, i in enumerate(batch):
-            logits = _head(model)(hidden[row, : len(ids[i]) - 1]).float()
+            logits = _logits(model, hidden[row, : len(ids[i]) - 1]).float()
             target = torch.as_tensor(ids[i][1:], device=logits.device)
             total += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
             count += len(target)
@@ -98,5 +98,10 @@ def _hidden_states(
         yield batch, decoder(input_ids=ids, attention_mask=mask, **cache).last_hidden_state
 
 
-def _head(model: nn.Module) -> nn.Module:
-    return unwrap(model).get_output_embeddings()  # type: ignore[operator]
+def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits as the model makes them: some families scale (Cohere, Granite) or cap (Gemma 2) what the head gives."""
+    config = text_config(model)
+    logits = unwrap(model).get_output_embeddings()(hidden)  # type: ignore[operator]
+    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,145 @@
+"""Last-token activations: equal to those of each text alone, in every family, and nothing left behind."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from austeer import CaptureError, find_sites
+from austeer.capture import LastTokens, batches
+from austeer.sites import LAYOUTS
+
+IDS = [[5, 6, 7], [1000, 2, 2, 31, 9, 4, 77, 12, 8, 300, 41], [9], [17, 3, 3, 3, 3, 3, 21]]
+
+
+def alone(model, ids, sites):
+    """Site name -> [layers, width]: the last token's activations of one unpadded text, through the full model."""
+    seen = {name: [] for name in sites}
+    handles = []
+    for name, found in sites.items():
+        for site in found:
+            module = model.get_submodule(site.path)
+            if site.side == "input":
+                handles.append(module.register_forward_pre_hook(lambda m, args, k=name: seen[k].append(args[0][0, -1])))
+            else:
+                handles.append(
+                    module.register_forward_hook(
+                        lambda m, args, out, k=name: seen[k].append((out[0] if isinstance(out, tuple) else out)[0, -1])
+                    )
+                )
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return {name: torch.stack(rows) for name, rows in seen.items()}
+
+
+def hooks_of(model):
+    return [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_padded_batch_equals_each_text_alone(tiny_of, family):
+    model = tiny_of(family)
+    sites = find_sites(model)
+    capture = LastTokens(model, sites, len(IDS))
+    with capture.attached():
+        capture.run(IDS, range(len(IDS)))
+    for row, ids in enumerate(IDS):
+        for name, expected in alone(model, ids, sites).items():
+            torch.testing.assert_close(capture.buffers[name][row], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_wrong_position_would_show(tiny):
+    # The family test has power: the same text one position later is not the same activation.
+    sites = find_sites(tiny, ["layer"])
+    a, b = (alone(tiny, ids, sites)["layer"] for ids in ([5, 6, 7], [5, 5, 6, 7]))
+    assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_values_are_kept_as_the_model_made_them(tiny, dtype):
+    tiny.to(dtype)
+    sites = find_sites(tiny)
+    capture = LastTokens(tiny, sites, 1)
+    with capture.attached():
+        capture.run([IDS[1]], [0])
+    for name, expected in alone(tiny, IDS[1], sites).items():
+        assert capture.buffers[name].dtype == dtype and torch.equal(capture.buffers[name][0], expected)
+
+
+def test_rows_say_where_texts_go_and_others_stay(tiny):
+    capture = LastTokens(tiny, find_sites(tiny, ["ffn"]), 5)
+    capture.buffers["ffn"].fill_(-7)
+    with capture.attached():
+        capture.run([IDS[0], IDS[3]], [4, 1])
+    sites = find_sites(tiny, ["ffn"])
+    for row, ids in ((4, IDS[0]), (1, IDS[3])):
+        torch.testing.assert_close(capture.buffers["ffn"][row], alone(tiny, ids, sites)["ffn"], rtol=1e-5, atol=1e-6)
+    assert (capture.buffers["ffn"][[0, 2, 3]] == -7).all()
+
+
+def test_head_does_not_run_and_no_cache_is_made(tiny):
+    ran, outputs = [], []
+    tiny.lm_head.register_forward_hook(lambda *a: ran.append("head"))
+    tiny.register_forward_hook(lambda *a: ran.append("model with head"))
+    tiny.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    capture = LastTokens(tiny, find_sites(tiny), 1)
+    with capture.attached():
+        capture.run([IDS[0]], [0])
+    assert ran == []
+    assert len(outputs) == 1 and outputs[0].past_key_values is None and outputs[0].hidden_states is None
+
+
+def test_other_forward_passes_are_not_read(tiny):
+    capture = LastTokens(tiny, find_sites(tiny), 1)
+    with capture.attached():
+        capture.run([IDS[0]], [0])
+        before = {name: t.clone() for name, t in capture.buffers.items()}
+        tiny(torch.tensor([IDS[1]]))
+    assert all(torch.equal(before[name], capture.buffers[name]) for name in before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_go_also_after_an_exception(tiny, fails):
+    own = tiny.model.layers[0].mlp.register_forward_hook(lambda *a: None)
+    before = hooks_of(tiny)
+    capture = LastTokens(tiny, find_sites(tiny), 1)
+    try:
+        with capture.attached():
+            assert len(hooks_of(tiny)) > len(before)
+            capture.run([[10**9 if fails else 5]], [0])  # an id outside of the vocabulary fails inside the model
+    except IndexError:
+        assert fails
+    assert hooks_of(tiny) == before
+    assert capture._rows is None
+    own.remove()
+
+
+def test_site_that_does_not_run_is_named(tiny):
+    layer = tiny.model.layers[1]
+    capture = LastTokens(tiny, find_sites(tiny, ["attention", "ffn"]), 1)
+    layer.forward = lambda hidden, *args, **kwargs: hidden  # a layer that is skipped
+    with capture.attached(), pytest.raises(CaptureError, match=r"site 'attention' of layer 1 .*\(2 sites missed\)"):
+        capture.run([IDS[0]], [0])
+    del layer.forward
+    with capture.attached():
+        capture.run([IDS[0]], [0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(-1, 200))
+def test_batches_hold_every_text_once_within_the_budget(lengths, tokens):
+    found = list(batches(lengths, tokens))
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    for batch in found:
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) == 1 or longest * len(batch) <= tokens
+    # Greedy: the first text of the next batch would not have fitted.
+    for batch, following in zip(found, found[1:]):
+        assert lengths[batch[0]] * (len(batch) + 1) > tokens
+        assert lengths[batch[-1]] >= lengths[following[0]]
