@@ -1,10 +1,12 @@
 """Package metadata. Build-system and tool settings are in pyproject.toml, exact pins in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "austeer" / "__init__.py").read_text(encoding="utf-8")).group(1)
 
 REQUIRES = [
     "torch>=2.11,<2.14",
@@ -38,7 +40,7 @@ EXTRAS = {
 
 setup(
     name="austeer",
-    version="0.1.0",
+    version=VERSION,
     description="Low-overhead activation steering of language models: fused Triton kernels and a "
     "Hugging Face wrapper for atomic-unit steering (AUSteer)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
@@ -46,7 +48,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["austeer", "austeer.*"]) + find_packages(where="kernels"),
     package_dir={"austeer": "austeer", "austeer_kernels": "kernels/austeer_kernels"},
-    package_data={"austeer_kernels": ["tables/*.json"], "austeer": ["data/*", "py.typed"]},
+    package_data={"austeer_kernels": ["tables/*.json", "py.typed"], "austeer": ["data/*", "py.typed"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["austeer=austeer.cli:main"]},

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .baselines import random_plan
+from .environment import environment
 from .errors import SelectionError
 from .generation import continue_prompts
 from .momentum import Momentum, measure
@@ -65,7 +66,8 @@ class DemoResult:
     held_out: list[HeldOut]
     generations: dict[str, list[str]]
     timings: dict[str, Timing]
-    seconds: float = 0.0
+    seconds: float
+    environment: dict[str, object]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -160,6 +162,7 @@ def run(
         generations,
         timings,
         seconds,
+        environment(),
     )
     return result, momentum, plan
 

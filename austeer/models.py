@@ -47,8 +47,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, device_map=device)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"model {name!r} could not be loaded: {str(error).splitlines()[0].rstrip('.')}. Expected a folder with config.json and "
-            f"safetensors, a Hub id, or {DEMO!r}"
+            f"model {name!r} could not be loaded: {str(error).splitlines()[0].rstrip('.')}. "
+            f"Expected a folder with config.json and safetensors, a Hub id, or {DEMO!r}"
         ) from error
     if name == DEMO:
         model.config._name_or_path = DEMO_ID
