@@ -200,6 +200,7 @@ def steer_columns_(
     _expect(y.stride(1) == 1 or y.shape[1] <= 1, "y", f"stride {y.stride(1)} over columns", "stride 1")
     _expect(index.dim() == 1, "index", f"{index.dim()} dimensions", "[count]")
     _expect_tensor("index", index, (index.shape[0],), (torch.int64,), y.device)
+    _expect(index.is_contiguous(), "index", f"strides {index.stride()}", "a contiguous tensor")
     _expect(index.shape[0] <= y.shape[1], "index", f"{index.shape[0]} columns", f"at most {y.shape[1]}, distinct")
     _expect_table(gamma, shift, index.shape[0], row_plan, y)
     torch.ops.austeer.steer_columns_(y, index, gamma, shift, magnitude, row_plan)

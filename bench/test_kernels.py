@@ -1,0 +1,78 @@
+"""The three operations beside the plain PyTorch that they stand in for, group by group."""
+
+import pytest
+import torch
+from torch import nn
+
+import austeer_kernels as ak
+from austeer_kernels import reference
+
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+
+def steering(width, k, device):
+    index = torch.randperm(width, device=device)[:k]
+    gamma = torch.rand(1, k, device=device) - 0.5
+    return index, gamma, torch.zeros_like(gamma)
+
+
+@pytest.mark.parametrize("k", [1, 10, 100])
+@pytest.mark.parametrize("shape", [(1, 576), (512, 576), (1, 4096), (512, 4096)], ids=str)
+@pytest.mark.parametrize("form", ["ours", "dense", "indexing"])
+def test_steer_columns(timed, device, shape, k, form):
+    y = torch.randn(shape, device=device, dtype=DTYPE[device.type])
+    index, gamma, shift = steering(shape[1], k, device)
+    factor = torch.ones(shape[1], device=device).index_copy_(0, index, 1 + gamma[0]).to(y.dtype)
+    expected = y * factor
+
+    def ours():
+        return ak.steer_columns_(y.clone(), index, gamma, shift)
+
+    def dense():
+        return y.clone().mul_(factor)
+
+    def indexing():
+        steered = y.clone()
+        steered[:, index] *= 1 + gamma[0].to(y.dtype)
+        return steered
+
+    timed({"ours": ours, "dense": dense, "indexing": indexing}[form], expected, group=f"steer {shape} k={k} {device}")
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 512])
+@pytest.mark.parametrize("form", ["fused", "linear", "linear then columns"])
+def test_steered_linear(timed, device, tokens, form):
+    dtype = DTYPE[device.type]
+    x, weight = (
+        torch.randn(tokens, 1536, device=device, dtype=dtype),
+        torch.randn(576, 1536, device=device, dtype=dtype),
+    )
+    index, gamma, shift = steering(576, 100, device)
+    dense = torch.zeros(1, 576, device=device).index_copy_(1, index, gamma)
+    none = torch.zeros_like(dense)
+    plain = reference.steered_linear(x, weight, None, none, none, False, False, None)
+    steered = reference.steered_linear(x, weight, None, dense, none, False, False, None)
+    forms = {
+        "fused": (lambda: ak.steered_linear(x, weight, None, dense, none), steered),
+        "linear": (lambda: nn.functional.linear(x, weight), plain),
+        "linear then columns": (
+            lambda: ak.steer_columns_(nn.functional.linear(x, weight), index, gamma, shift),
+            steered,
+        ),
+    }
+    timed(*forms[form], group=f"linear 1536 -> 576, {tokens} tokens, {device}")
+
+
+@pytest.mark.parametrize("shape", [(256, 17280), (1000, 4096)], ids=str)
+def test_momentum_update(timed, device, shape):
+    positive, negative = (torch.randn(shape, device=device, dtype=DTYPE[device.type]) for _ in range(2))
+    counters = [torch.zeros(shape[1], dtype=torch.int64, device=device) for _ in range(2)]
+    sums = [torch.zeros(shape[1], dtype=torch.float64, device=device) for _ in range(2)]
+    first = torch.full((shape[1],), ak.NO_PAIR, device=device)
+
+    def update():
+        counters[0].zero_()
+        ak.momentum_update(positive, negative, *counters, *sums, first)
+        return counters[0]
+
+    timed(update, (positive > negative).sum(0), group=f"momentum {shape} {device}", rtol=0.5 / shape[0])

@@ -1,0 +1,189 @@
+"""Block shapes, warps, stages and splits for every launch, from JSON tables: no autotuner at run time.
+
+A table (``tables/*.json``) names the architectures (``sm_90``, ``gfx942``) and device names it is for, as shell
+patterns, and lists entries: an operation, dtypes, the shape [M, N, K] it was chosen for, and the settings. A launch
+takes the entry nearest to its own shape: first the nearest N and K, then the nearest M, by ratio. The table that
+names the device most closely wins; ``default.json`` is for all others.
+
+===================  ==============  ================  ==========  =======================================
+operation            M (block_m)     N (block_n)       K (block_k)  splits of
+===================  ==============  ================  ==========  =======================================
+``momentum_update``  pairs           columns           not used    the pairs
+``steer_columns_``   tokens          selected columns  not used    not used
+``steered_linear``   tokens          out               in          ``in``, form "decode"; "prefill" has one
+===================  ==============  ================  ==========  =======================================
+
+``steered_linear_rows`` is ``steered_linear`` with a plan a token.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLES = Path(__file__).parent / "tables"
+
+#: A context manager that does nothing; one object for all launches.
+_SAME_DEVICE = contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of a table. Every entry is right for every shape; the shape only says where it should be fast."""
+
+    op: str
+    dtypes: tuple[str, ...]
+    m: int
+    n: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    k: int = 0
+    block_k: int = 0
+    num_stages: int = 1
+    form: str = ""
+    #: Split until the grid has this many programs a multiprocessor ...
+    programs_per_processor: float = 0.0
+    #: ... but not further than this, and never below one tile a split.
+    max_splits: int = 1
+
+    def distance(self, m: int, n: int, k: int) -> tuple[float, float]:
+        """How far a shape is from the entry's: (in N and K, in M)."""
+        return _ratio(n, self.n) + _ratio(k, self.k), _ratio(m, self.m)
+
+    def splits(self, m: int, n: int, k: int, processors: int) -> int:
+        """How many programs share the sum (over rows, or over K) of one output tile."""
+        tiles = math.ceil(n / self.block_n)
+        if self.op == "momentum_update":
+            length = math.ceil(m / self.block_m)
+        else:
+            tiles *= math.ceil(m / self.block_m)
+            length = math.ceil(k / self.block_k) if self.block_k else 1
+        wanted = round(self.programs_per_processor * processors / max(tiles, 1))
+        most = max(1, min(wanted, self.max_splits, length))
+        # Equal shares may need fewer splits than asked for: 9 tiles over 8 splits are 2 tiles for each of 5.
+        return math.ceil(length / math.ceil(length / most)) if length else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One file of ``tables/``."""
+
+    file: str
+    source: str
+    architectures: tuple[str, ...]
+    devices: tuple[str, ...]
+    entries: tuple[Entry, ...]
+
+    def fits(self, architecture: str, device: str) -> bool:
+        """Whether the table is for this device."""
+        return any(fnmatch.fnmatchcase(architecture, p) for p in self.architectures) and any(
+            fnmatch.fnmatchcase(device, p) for p in self.devices
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a launcher needs: an entry, and the number of splits for one shape on one device."""
+
+    form: str
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int
+
+
+def _ratio(a: int, b: int) -> float:
+    return abs(math.log2(max(a, 1) / max(b, 1)))
+
+
+def _entry(file: Path, row: dict[str, Any]) -> Entry:
+    try:
+        return Entry(**{**row, "dtypes": tuple(row["dtypes"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{file}: entry {row} does not fit: {error}") from error
+
+
+@functools.cache
+def tables() -> tuple[Table, ...]:
+    """All tables, those that name devices before those for any device, ``default.json`` last."""
+    found = []
+    for file in sorted(TABLES.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries = tuple(_entry(file, row) for row in content["entries"])
+        architectures, devices = tuple(content["architectures"]), tuple(content["devices"])
+        found.append(Table(file.stem, content["source"], architectures, devices, entries))
+    return tuple(sorted(found, key=lambda t: (t.file == "default", t.devices == ("*",), t.file)))
+
+
+def shipped(architecture: str) -> list[tuple[str, Entry]]:
+    """Every (table name, entry) that some device of this architecture can be given. Used by aot.py."""
+    listed: list[tuple[str, Entry]] = []
+    covered: set[tuple[str, str]] = set()
+    for table in tables():
+        if not any(fnmatch.fnmatchcase(architecture, p) for p in table.architectures):
+            continue
+        own: set[tuple[str, str]] = set()
+        for entry in table.entries:
+            left = tuple(d for d in entry.dtypes if (entry.op, d) not in covered)
+            if left:
+                listed.append((table.file, dataclasses.replace(entry, dtypes=left)))
+            own.update((entry.op, d) for d in entry.dtypes)
+        if table.devices == ("*",):  # later tables are never asked for what this one has
+            covered |= own
+    return listed
+
+
+@functools.cache
+def _device_profile(device: torch.device) -> tuple[str, str, int]:
+    """(architecture, name, multiprocessors) of a device. A CPU runs Triton's interpreter, as a small made-up GPU."""
+    if device.type != "cuda":
+        return "interpreter", device.type, 4
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        architecture = properties.gcnArchName.split(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return architecture, properties.name, properties.multi_processor_count
+
+
+@functools.cache
+def _candidates(op: str, dtype: torch.dtype, architecture: str, name: str) -> tuple[Entry, ...]:
+    short = str(dtype).removeprefix("torch.")
+    for table in tables():
+        if table.fits(architecture, name):
+            entries = tuple(e for e in table.entries if e.op == op and short in e.dtypes)
+            if entries:
+                return entries
+    raise ValueError(f"no table in {TABLES} has an entry for {op} in {dtype} on {name} ({architecture})")
+
+
+@functools.lru_cache(maxsize=65536)
+def settings(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Settings:
+    """The settings of one launch. A repeated call is one look-up in a cache."""
+    architecture, name, processors = _device_profile(device)
+    entry = min(_candidates(op, dtype, architecture, name), key=lambda e: e.distance(m, n, k))
+    return Settings(
+        form=entry.form,
+        block_m=entry.block_m,
+        block_n=entry.block_n,
+        block_k=entry.block_k,
+        num_warps=entry.num_warps,
+        num_stages=entry.num_stages,
+        splits=entry.splits(m, n, k, processors),
+    )
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes ``device`` current for a launch. Triton launches on the current device, wherever the tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _SAME_DEVICE
+    return torch.cuda.device(device)

@@ -1,0 +1,343 @@
+"""Triton: a linear layer with steering of its input (prologue) or of its output (epilogue).
+
+Two forms. *decode*, for few tokens: the weight is the tall operand of the matrix instruction and 16 tokens are the
+narrow one, and K is split over programs so that a small output still reads the weight with the whole GPU; partial sums
+are added in a fixed order by a second kernel. *prefill*, for many tokens: a plain tiled product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .columns import INTERPRETED, plan_of_rows, rounded, steered_block
+
+
+@triton.jit
+def dot_operand(b_x):
+    """b_x as tl.dot takes it: as it is on a GPU; in float32 in the interpreter, which has no bfloat16 arithmetic."""
+    if INTERPRETED:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def finished(
+    b_acc,
+    p_y,
+    p_bias,
+    p_gamma,
+    p_shift,
+    p_row_plan,
+    o_t,
+    o_n,
+    m_t,
+    m_n,
+    width,
+    y_stride,
+    EPILOGUE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+):
+    """Stores acc + bias [BLOCK_T, BLOCK_N], steered if EPILOGUE, rounded once."""
+    if p_bias is not None:
+        b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if EPILOGUE:
+        b_plan = plan_of_rows(p_row_plan, o_t, m_t)  # [BLOCK_T]
+        b_acc = steered_block(b_acc, p_gamma, p_shift, p_row_plan, b_plan, o_n, m_n, width, MAGNITUDE)
+    p_tile = p_y + o_t[:, None] * y_stride + o_n[None, :]
+    tl.store(p_tile, rounded(b_acc, p_y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
+
+
+@triton.jit
+def input_tile(
+    p_x,
+    p_gamma,
+    p_shift,
+    p_row_plan,
+    b_plan,
+    o_t,
+    o_k,
+    m_t,
+    m_k,
+    k_width,
+    x_stride,
+    PROLOGUE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+):
+    """The tile x[o_t, o_k] as a dot operand; steered in float32 and rounded to x's dtype if PROLOGUE."""
+    b_x = tl.load(p_x + o_t[:, None] * x_stride + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+    if PROLOGUE:
+        b_wide = b_x.to(tl.float32)  # [BLOCK_T, BLOCK_K]
+        b_wide = steered_block(b_wide, p_gamma, p_shift, p_row_plan, b_plan, o_k, m_k, k_width, MAGNITUDE)
+        b_x = rounded(b_wide, p_x.dtype.element_ty)  # [BLOCK_T, BLOCK_K]
+    return dot_operand(b_x)
+
+
+@triton.jit(do_not_specialize=["tokens", "k_tiles"])
+def steered_decode_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_gamma,
+    p_shift,
+    p_row_plan,
+    p_out,
+    tokens,
+    n_width,
+    k_width,
+    k_tiles,
+    x_stride,
+    weight_stride,
+    SPLIT: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """acc[n, t] = sum over one split's k of weight[n, k] * s(x)[t, k], s the steering if PROLOGUE, else nothing.
+
+    With SPLIT, out is a float32 workspace [splits, tokens, n_width]; otherwise it is the finished result.
+    """
+    split = tl.program_id(1).to(tl.int64)
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_t = tl.program_id(2).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_k = split * k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_n = o_n < n_width
+    m_t = o_t < tokens
+    b_plan = plan_of_rows(p_row_plan, o_t, m_t)  # [BLOCK_T]
+    p_weight_row = p_weight + o_n[:, None] * weight_stride
+
+    b_acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)  # [BLOCK_N, BLOCK_T]
+    for _ in tl.range(0, k_tiles, num_stages=NUM_STAGES):
+        m_k = o_k < k_width
+        b_w = tl.load(p_weight_row + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+        b_w = dot_operand(b_w)  # [BLOCK_N, BLOCK_K]
+        b_x = input_tile(
+            p_x, p_gamma, p_shift, p_row_plan, b_plan, o_t, o_k, m_t, m_k, k_width, x_stride, PROLOGUE, MAGNITUDE
+        )  # [BLOCK_T, BLOCK_K]
+        b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision="ieee")
+        o_k += BLOCK_K
+
+    b_acc = tl.trans(b_acc)  # [BLOCK_T, BLOCK_N]
+    if SPLIT:
+        o_part = (split * tokens + o_t[:, None]) * n_width + o_n[None, :]
+        tl.store(p_out + o_part, b_acc, mask=m_t[:, None] & m_n[None, :])
+    else:
+        finished(
+            b_acc,
+            p_out,
+            p_bias,
+            p_gamma,
+            p_shift,
+            p_row_plan,
+            o_t,
+            o_n,
+            m_t,
+            m_n,
+            n_width,
+            n_width,
+            not PROLOGUE,
+            MAGNITUDE,
+        )
+
+
+@triton.jit(do_not_specialize=["tokens", "splits"])
+def steered_finish_kernel(
+    p_part,
+    p_bias,
+    p_gamma,
+    p_shift,
+    p_row_plan,
+    p_y,
+    tokens,
+    n_width,
+    splits,
+    EPILOGUE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y = s(sum_s part[s] + bias), s rising, so that results repeat; the steering s only if EPILOGUE."""
+    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_t = o_t < tokens
+    m_n = o_n < n_width
+    o_part = o_t[:, None] * n_width + o_n[None, :]
+    m_tile = m_t[:, None] & m_n[None, :]
+    step = tl.cast(tokens, tl.int64) * n_width
+    b_acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)  # [BLOCK_T, BLOCK_N]
+    for _ in range(splits):
+        b_acc += tl.load(p_part + o_part, mask=m_tile, other=0.0).to(tl.float32)
+        o_part += step
+    finished(
+        b_acc, p_y, p_bias, p_gamma, p_shift, p_row_plan, o_t, o_n, m_t, m_n, n_width, n_width, EPILOGUE, MAGNITUDE
+    )
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def steered_prefill_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_gamma,
+    p_shift,
+    p_row_plan,
+    p_y,
+    tokens,
+    n_width,
+    k_width,
+    x_stride,
+    weight_stride,
+    PROLOGUE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """y[t, n] = e(sum_k p(x)[t, k] * weight[n, k] + bias[n]): the steering is p if PROLOGUE, else e.
+
+    Programs walk down GROUP_T token blocks before the next output block, so that weights stay in the L2 cache.
+    """
+    program = tl.program_id(0)
+    t_blocks = tl.cdiv(tokens, BLOCK_T)
+    group = program // (GROUP_T * tl.cdiv(n_width, BLOCK_N))
+    group_start = group * GROUP_T
+    group_size = tl.minimum(t_blocks - group_start, GROUP_T)
+    within = program % (GROUP_T * tl.cdiv(n_width, BLOCK_N))
+    o_t = (group_start + within % group_size).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_n = (within // group_size).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_t = o_t < tokens
+    m_n = o_n < n_width
+    b_plan = plan_of_rows(p_row_plan, o_t, m_t)  # [BLOCK_T]
+    p_weight_column = p_weight + o_n[None, :] * weight_stride
+    o_k = tl.arange(0, BLOCK_K).to(tl.int64)
+
+    b_acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)  # [BLOCK_T, BLOCK_N]
+    for _ in tl.range(0, tl.cdiv(k_width, BLOCK_K), num_stages=NUM_STAGES):
+        m_k = o_k < k_width
+        b_x = input_tile(
+            p_x, p_gamma, p_shift, p_row_plan, b_plan, o_t, o_k, m_t, m_k, k_width, x_stride, PROLOGUE, MAGNITUDE
+        )  # [BLOCK_T, BLOCK_K]
+        b_w = tl.load(p_weight_column + o_k[:, None], mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_w = dot_operand(b_w)  # [BLOCK_K, BLOCK_N]
+        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
+        o_k += BLOCK_K
+    finished(
+        b_acc,
+        p_y,
+        p_bias,
+        p_gamma,
+        p_shift,
+        p_row_plan,
+        o_t,
+        o_n,
+        m_t,
+        m_n,
+        n_width,
+        n_width,
+        not PROLOGUE,
+        MAGNITUDE,
+    )
+
+
+#: Token blocks that share a pass over the weights in the prefill form.
+GROUP_T = 8
+#: The finish kernel's tile: it only streams the partial sums.
+FINISH_BLOCK_N, FINISH_WARPS = 256, 4
+
+
+def steered_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    shift: Tensor,
+    prologue: bool,
+    magnitude: bool,
+    row_plan: Tensor | None,
+) -> Tensor:
+    """Launches the kernels behind :func:`austeer_kernels.steered_linear`, which checks the arguments."""
+    tokens, k_width = x.shape
+    n_width = weight.shape[0]
+    y = torch.empty((tokens, n_width), dtype=x.dtype, device=x.device)
+    if tokens == 0 or n_width == 0:
+        return y
+    # Gathered gamma and shift tiles take registers and shared memory, so these launches have entries of their own.
+    op = "steered_linear" if row_plan is None else "steered_linear_rows"
+    s = launch.settings(op, tokens, n_width, k_width, x.dtype, x.device)
+    n_blocks, t_blocks = triton.cdiv(n_width, s.block_n), triton.cdiv(tokens, s.block_m)
+    with launch.on_device(x.device):
+        if s.form == "prefill":
+            steered_prefill_kernel[(n_blocks * t_blocks,)](
+                x,
+                weight,
+                bias,
+                gamma,
+                shift,
+                row_plan,
+                y,
+                tokens,
+                n_width,
+                k_width,
+                x.stride(0),
+                weight.stride(0),
+                PROLOGUE=prologue,
+                MAGNITUDE=magnitude,
+                BLOCK_T=s.block_m,
+                BLOCK_N=s.block_n,
+                BLOCK_K=s.block_k,
+                GROUP_T=GROUP_T,
+                NUM_STAGES=s.num_stages,
+                num_warps=s.num_warps,
+            )
+            return y
+        split = s.splits > 1
+        out = y
+        if split:
+            out = torch.empty((s.splits, tokens, n_width), dtype=torch.float32, device=x.device)
+        steered_decode_kernel[(n_blocks, s.splits, t_blocks)](
+            x,
+            weight,
+            None if split else bias,
+            gamma,
+            shift,
+            row_plan if prologue or not split else None,
+            out,
+            tokens,
+            n_width,
+            k_width,
+            triton.cdiv(triton.cdiv(k_width, s.block_k), s.splits),
+            x.stride(0),
+            weight.stride(0),
+            SPLIT=split,
+            PROLOGUE=prologue,
+            MAGNITUDE=magnitude and (prologue or not split),
+            BLOCK_T=s.block_m,
+            BLOCK_N=s.block_n,
+            BLOCK_K=s.block_k,
+            NUM_STAGES=s.num_stages,
+            num_warps=s.num_warps,
+        )
+        if split:
+            steered_finish_kernel[(tokens, triton.cdiv(n_width, FINISH_BLOCK_N))](
+                out,
+                bias,
+                gamma,
+                shift,
+                None if prologue else row_plan,
+                y,
+                tokens,
+                n_width,
+                s.splits,
+                EPILOGUE=not prologue,
+                MAGNITUDE=magnitude and not prologue,
+                BLOCK_T=1,
+                BLOCK_N=FINISH_BLOCK_N,
+                num_warps=FINISH_WARPS,
+            )
+    return y

@@ -1,0 +1,123 @@
+"""Shared fixtures. Triton's interpreter is chosen here, before anything imports triton."""
+
+import os
+import zlib
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs kernels in Triton's interpreter, on the CPU, unless this run is for a GPU (``-m gpu``)."""
+    if config.option.markexpr != "gpu" or not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel test runs: each test is one for the interpreter and one for a GPU."""
+    return request.param
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds torch with a number of this test's own, and prints it (pytest shows it when the test fails)."""
+    number = zlib.crc32(request.node.nodeid.encode())
+    print(f"seed {number}")
+    torch.manual_seed(number)
+    return number
+
+
+@pytest.fixture(scope="module")
+def poisoned_empty():
+    """torch.empty full of NaN (or large integers): what a kernel leaves unwritten shows in its result."""
+    plain = torch.empty
+
+    def poisoned(*args, **kwargs):
+        t = plain(*args, **kwargs)
+        return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max // 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned)
+        yield
+
+
+@pytest.fixture(scope="session")
+def assert_errs_no_more():
+    """Checks a result against float64: its largest error is at most twice that of plain PyTorch, plus one rounding."""
+
+    def check(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+        assert found.dtype == plain.dtype and found.shape == exact.shape
+        if not exact.numel():
+            return
+        assert found.isfinite().all(), "the result has entries that were never written, or overflowed"
+        scale = exact.abs().max().item()
+        floor = torch.finfo(found.dtype).eps / 2 * scale
+        allowed = 2 * (plain.double() - exact).abs().max().item() + floor
+        error = (found.double() - exact).abs().max().item()
+        assert error <= allowed, f"errs by {error:.3g}, allowed {allowed:.3g} (values up to {scale:.3g})"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """(model, tokenizer): SmolLM2-135M-Instruct in float32, converted once into the user's cache; needs no network."""
+    from austeer.models import load_model
+
+    return load_model("demo", "float32", "cpu")
+
+
+@pytest.fixture
+def tiny(demo):
+    """A random Llama of 3 layers, new for each test (so a test may break it), that reads the demo's token ids."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(demo[1]),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=demo[1].bos_token_id,
+        eos_token_id=demo[1].eos_token_id,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_of(demo):
+    """Builds a random model of a family (a ``model_type``): 3 layers, and 2 key-value heads where it knows them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def build(family, **changes):
+        sizes = {
+            "vocab_size": len(demo[1]),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            # Not hidden_size / heads, so that the attention site is wider than the others, where a family allows it.
+            "head_dim": 8 if family == "stablelm" else 12,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | changes))).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def demo_momentum(demo):
+    """Momentum of the demo's first 64 pairs at the sites attention and ffn."""
+    import austeer
+    from austeer.demo import load_data
+
+    return austeer.measure(*demo, load_data().momentum[:64], ["attention", "ffn"])

@@ -1,0 +1,117 @@
+"""Ahead-of-time compilation of every shipped configuration, in a process of its own without the interpreter."""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from austeer_kernels import aot
+
+KERNELS = Path(aot.__file__).parent.parent
+ROW = aot.Row("sm_90", "steered_decode_kernel", "bfloat16", "s", "v", 64, 0, 1024, {"wgmma": 8}, {16: 8}, [])
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(KERNELS), *filter(None, [kept.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-m", "austeer_kernels.aot", *arguments],
+        env={**kept, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[aot.Row]:
+    """All kernels for all targets."""
+    file = tmp_path_factory.mktemp("aot") / "rows.json"
+    done = run("--json", str(file), "--processes", "2")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    found = []
+    for row in json.loads(file.read_text())["rows"]:  # JSON has no integer keys
+        found.append(aot.Row(**{**row, "loads": {int(width): count for width, count in row["loads"].items()}}))
+    assert f"{len(found)} kernels compiled" in done.stdout
+    return found
+
+
+def test_every_kernel_compiles_for_every_target_and_dtype(rows):
+    found = collections.defaultdict(set)
+    for row in rows:
+        found[row.target, row.kernel].add(row.dtype)
+    assert set(found) == {(target, kernel) for target in aot.TARGETS for kernel in aot._KERNELS}
+    for (_, kernel), dtypes in found.items():
+        # The partial sums of the momentum have one type, whatever the activations'.
+        assert dtypes == ({"float32"} if kernel == "momentum_finish_kernel" else set(aot._SHORT)), kernel
+
+
+def test_nothing_spills(rows):
+    assert not [row for row in rows if row.stack or row.problems]
+    assert all(0 < row.registers <= (512 if row.target.startswith("gfx") else 255) for row in rows)
+
+
+def test_shared_memory_fits(rows):
+    assert all(row.shared <= aot.SHARED_LIMIT[row.target] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"), [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05"), ("gfx942", "mfma")]
+)
+def test_projections_of_16_bit_values_use_matrix_instructions(rows, target, instruction):
+    products = [r for r in rows if r.kernel in ("steered_decode_kernel", "steered_prefill_kernel")]
+    products = [r for r in products if r.target == target and r.dtype != "float32"]
+    assert products and all(row.matrix.get(instruction, 0) > 0 for row in products)
+
+
+def test_the_stream_is_read_in_16_bytes(rows):
+    streams = [row for row in rows if row.kernel == "momentum_kernel" and "accumulate=0" in row.variant]
+    assert {(r.target, r.dtype) for r in streams} >= {(t, d) for t in aot.TARGETS for d in ("bfloat16", "float32")}
+    assert all(set(row.loads) == {16} for row in streams)
+
+
+def test_every_flag_is_compiled_in_both_states(rows):
+    for kernel in aot._VARIANTS:
+        flags = {flag for row in rows if row.kernel == kernel for flag in row.variant.split()}
+        names = {flag[:-2] for flag in flags} - {"row_plan", "bias"}  # these two are shown only where they are absent
+        assert all({f"{name}=0", f"{name}=1"} <= flags for name in names), (kernel, flags)
+
+
+def job(**changes) -> aot.Job:
+    given = {"target": "sm_90", "kernel": "steered_decode_kernel", "dtype": "bfloat16", "setting": "", "variant": ""}
+    return aot.Job(**{**given, "arguments": {}, "num_warps": 4, "block": (16, 64, 64), **changes})
+
+
+def problems(job: aot.Job, **changes) -> list[str]:
+    return aot._problems(job, aot.dataclasses.replace(ROW, **changes))
+
+
+def test_checks_name_what_is_wrong():
+    assert problems(job()) == []
+    assert problems(job(), stack=8) == ["8 bytes of stack or spilled registers, expected none"]
+    assert problems(job(), shared=300_000) == ["300000 bytes of shared memory, sm_90 has 232448"]
+    assert problems(job(), matrix={"mma.sync": 4}) == ["matrix instructions {'mma.sync': 4}, expected wgmma"]
+    assert problems(job(block=(16, 32, 64)), matrix={"mma.sync": 4}) == [], "32 rows are too few for wgmma"
+    assert problems(job(dtype="float32"), matrix={}) == []
+    assert problems(job(arguments={"ACCUMULATE": False}), loads={8: 2}) == ["loads of [8] bytes, expected 16"]
+
+
+def test_a_failed_check_is_exit_status_1(monkeypatch, capsys):
+    failed = aot.dataclasses.replace(ROW, problems=["8 bytes of stack"])
+    monkeypatch.setattr(aot, "report", lambda *_: [ROW, failed])
+    assert aot.main([]) == 1
+    assert "FAIL: 8 bytes of stack" in capsys.readouterr().out
+
+
+def test_an_unknown_target_is_named():
+    done = run("--target", "sm90")
+    assert done.returncode == 2 and "found 'sm90', expected sm_NN" in done.stderr
+
+
+def test_the_interpreter_is_refused():
+    done = run("--target", "sm_90", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "TRITON_INTERPRET is set, expected unset" in done.stderr

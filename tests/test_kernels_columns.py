@@ -1,0 +1,151 @@
+"""The sparse in-place kernel: in Triton's interpreter, and with ``-m gpu`` on a GPU through the registered op."""
+
+import math
+
+import pytest
+import torch
+
+import austeer_kernels
+from austeer_kernels import columns, launch, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def steer(y, index, gamma, shift, magnitude=False, row_plan=None):
+    """The registered op on a GPU; the launcher itself on a CPU, where the op is the definition."""
+    if y.device.type == "cuda":
+        austeer_kernels.steer_columns_(y, index, gamma, shift, magnitude=magnitude, row_plan=row_plan)
+    else:
+        columns.steer_columns_(y, index, gamma, shift, magnitude, row_plan)
+
+
+def case(tokens, width, count, plans, dtype, device):
+    """Random y, distinct columns, a table, and a plan a token (some without one) if there are several plans."""
+    y = torch.randn(tokens, width).to(dtype).to(device)
+    index = torch.randperm(width)[:count].to(device)
+    gamma, shift = torch.randn(plans, count, device=device), torch.randn(plans, count, device=device)
+    row_plan = torch.randint(-1, plans, (tokens,), dtype=torch.int32).to(device) if plans > 1 else None
+    return y, index, gamma, shift, row_plan
+
+
+def oracles(y, index, gamma, shift, magnitude, row_plan):
+    """(plain PyTorch in the dtype, float64), both by the definition."""
+    found = []
+    for dtype in (y.dtype, torch.float64):
+        copy = y.to(dtype, copy=True)
+        reference.steer_columns_(copy, index, gamma, shift, magnitude, row_plan)
+        found.append(copy)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plans", [1, 3])
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "width", "count"),
+    [(1, 63, 1), (1, 1, 1), (63, 65, 65), (65, 130, 7), (3, 200, 150), (0, 5, 2), (5, 9, 0)],
+)
+def test_matches_the_definition(seed, device, assert_errs_no_more, dtype, plans, magnitude, tokens, width, count):
+    y, index, gamma, shift, row_plan = case(tokens, width, count, plans, dtype, device)
+    plain, exact = oracles(y, index, gamma, shift, magnitude, row_plan)
+    before = y.clone()
+    steer(y, index, gamma, shift, magnitude, row_plan)
+    assert_errs_no_more(y, plain, exact)
+    others = torch.ones(width, dtype=torch.bool, device=device).index_fill_(0, index, False)
+    assert torch.equal(y[:, others], before[:, others]), "a column that was not selected changed"
+    if row_plan is not None:
+        assert torch.equal(y[row_plan < 0], before[row_plan < 0]), "a token without a plan changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounds_once_to_nearest_even(seed, device, dtype):
+    y, index, gamma, shift, _ = case(40, 64, 64, 1, dtype, device)
+    _, exact = oracles(y, index, gamma, shift, False, None)
+    steer(y, index, gamma, shift)
+    # float32 arithmetic may land on the other side of a tie; a second rounding would differ far more often.
+    assert (y != exact.to(dtype)).double().mean().item() <= 0.01
+    eps = torch.finfo(dtype).eps
+    ties = torch.tensor([[1.0], [1.0 + eps]], device=device).to(dtype)
+    half, zero = torch.full((1, 1), eps / 2, device=device), torch.zeros(1, 1, device=device)
+    steer(ties, torch.zeros(1, dtype=torch.int64, device=device), zero, half)
+    assert ties.tolist() == [[1.0], [1.0 + 2 * eps]]
+
+
+def test_rows_may_be_strided(seed, device, assert_errs_no_more):
+    wide = torch.randn(60, 90).to(torch.bfloat16).to(device)
+    _, index, gamma, shift, row_plan = case(30, 65, 20, 2, torch.bfloat16, device)
+    before, view = wide.clone(), wide[::2, 7:72]
+    plain, exact = oracles(view, index, gamma, shift, False, row_plan)
+    steer(view, index, gamma, shift, False, row_plan)
+    assert_errs_no_more(view, plain, exact)
+    wide[::2, 7:72] = before[::2, 7:72]
+    assert torch.equal(wide, before), "something outside the view changed"
+
+
+def test_repeated_columns_add_up_through_coalesce(seed, device, assert_errs_no_more):
+    y = torch.randn(5, 20).to(device)
+    index = torch.tensor([3, 7, 3, 0, 7, 3], device=device)
+    gamma, shift = torch.randn(2, 6, device=device), torch.randn(2, 6, device=device)
+    row_plan = torch.tensor([0, 1, -1, 1, 0], dtype=torch.int32, device=device)
+    distinct, gamma_sum, shift_sum = austeer_kernels.coalesce(index, gamma, shift)
+    exact = y.double()
+    for t, plan in enumerate(row_plan.tolist()):
+        if plan >= 0:
+            added = y[t, index].double() * gamma[plan].double() + shift[plan].double()
+            exact[t].index_add_(0, index, added)
+    plain = oracles(y, distinct, gamma_sum, shift_sum, False, row_plan)[0]
+    steer(y, distinct, gamma_sum, shift_sum, False, row_plan)
+    assert distinct.tolist() == [0, 3, 7]
+    assert_errs_no_more(y, plain, exact)
+
+
+def test_keeps_nonfinite_values_apart(device):
+    y = torch.tensor([[math.nan, 1.0, math.inf], [2.0, math.nan, 3.0]], device=device, dtype=torch.bfloat16)
+    index, one = torch.tensor([1], device=device), torch.ones(1, 1, device=device)
+    steer(y, index, one, one)
+    assert y[0, 1] == 3.0 and y[1, 1].isnan() and y[1].tolist()[::2] == [2.0, 3.0] and y[0, 2] == math.inf
+
+
+def test_zero_gamma_and_shift_change_no_bit(seed, device):
+    for dtype in DTYPES:
+        y, index, gamma, shift, _ = case(9, 33, 20, 1, dtype, device)
+        y[0] = 0.0
+        before = y.clone()
+        steer(y, index, torch.zeros_like(gamma), torch.zeros_like(shift))
+        assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("block", [(1, 16), (4, 128), (16, 32)])
+def test_any_block_shape(seed, device, monkeypatch, assert_errs_no_more, block):
+    monkeypatch.setattr(launch, "settings", lambda *_: launch.Settings("", *block, 0, 4, 1, 1))
+    y, index, gamma, shift, row_plan = case(21, 70, 45, 3, torch.float16, device)
+    plain, exact = oracles(y, index, gamma, shift, True, row_plan)
+    steer(y, index, gamma, shift, True, row_plan)
+    assert_errs_no_more(y, plain, exact)
+
+
+def test_repeats_bit_for_bit(seed, device):
+    y, index, gamma, shift, row_plan = case(65, 63, 30, 2, torch.bfloat16, device)
+    first, second = y.clone(), y.clone()
+    steer(first, index, gamma, shift, False, row_plan)
+    steer(second, index, gamma, shift, False, row_plan)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(seed, assert_errs_no_more):
+    y, index, gamma, shift, row_plan = case(33, 256, 100, 3, torch.bfloat16, "cuda")
+    steer(y.clone(), index, gamma, shift, False, row_plan)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steer(y, index, gamma, shift, False, row_plan)
+    # New values in the same tensors: no new capture.
+    y.normal_()
+    gamma.normal_()
+    shift.normal_()
+    row_plan.random_(-1, 3)
+    plain, exact = oracles(y, index, gamma, shift, False, row_plan)
+    graph.replay()
+    assert_errs_no_more(y, plain, exact)
