@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .errors import CaptureError
+from .errors import CaptureError, PairsError
 from .sites import Site, decoder_of, input_device, unwrap
 
 
@@ -22,8 +22,18 @@ def first_tensor(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def check_vocabulary(model: nn.Module, token_ids: Sequence[Sequence[int]]) -> None:
+    """Raises PairsError if a token has no embedding: the tokenizer is another model's."""
+    size = unwrap(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
+    largest = max((max(ids, default=0) for ids in token_ids), default=0)
+    if largest >= size:
+        raise PairsError(
+            f"found token {largest}, and the model's vocabulary has {size}; expected the model's own tokenizer"
+        )
+
+
 class LastTokens:
-    """Buffers of last-token activations: for each site name [texts, layers, width], in the model's own dtype.
+    """Buffers of last-token activations: for each site name [texts, layers, width], in the activations' own dtype.
 
     Args:
         model: a Transformers model, with or without its head, whose parameters may be offloaded.
@@ -36,11 +46,8 @@ class LastTokens:
         self.decoder = decoder_of(self.model)
         self.sites = sites
         self.device = input_device(self.model)
-        self.dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
-        self.buffers = {
-            name: torch.empty(texts, len(found), found[0].width, dtype=self.dtype, device=self.device)
-            for name, found in sites.items()
-        }
+        self.texts = texts
+        self.buffers: dict[str, Tensor] = {}  # made when a site first runs, in the dtype that it turns out to have
         self._rows: Tensor | None = None
         self._filled: set[tuple[str, int]] = set()
         self._accepts = inspect.signature(self.decoder.forward).parameters
@@ -56,12 +63,20 @@ class LastTokens:
             yield self
 
     def _hook(self, module: nn.Module, name: str, number: int, side: str):
-        buffer = self.buffers[name][:, number]
-
         def keep(x: Tensor) -> None:
-            if self._rows is not None:
-                buffer[self._rows] = x[:, -1].to(buffer.device, buffer.dtype)
-                self._filled.add((name, number))
+            if self._rows is None:
+                return
+            if name not in self.buffers:
+                shape = (self.texts, len(self.sites[name]), x.shape[-1])
+                self.buffers[name] = torch.empty(shape, dtype=x.dtype, device=self.device)
+            buffer = self.buffers[name]
+            if x.dtype != buffer.dtype:
+                raise CaptureError(
+                    f"site {name!r}: found {x.dtype} in layer {number} and {buffer.dtype} in an earlier one, "
+                    "expected one dtype; load the model in one"
+                )
+            buffer[self._rows, number] = x[:, -1].to(self.device)
+            self._filled.add((name, number))
 
         if side == "input":
             return module.register_forward_pre_hook(lambda module, args: keep(args[0]))
@@ -73,6 +88,7 @@ class LastTokens:
 
         Raises:
             CaptureError: a site was not reached by this forward pass.
+            PairsError: a token that the model does not have.
         """
         length = max(map(len, token_ids))
         ids, mask = torch.zeros(2, len(token_ids), length, dtype=torch.int64)  # padding is masked: any id will do
@@ -82,6 +98,7 @@ class LastTokens:
         inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device), "use_cache": False}
         if "position_ids" in self._accepts:  # padding must not move a text to other positions
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(self.device)
+        check_vocabulary(self.model, token_ids)
         self._rows = torch.as_tensor(rows, device=self.device)
         self._filled.clear()
         try:

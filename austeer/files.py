@@ -18,7 +18,14 @@ from .errors import FileFormatError
 
 
 def write(path: Path, kind: str, version: int, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes atomically: the file is there whole or not at all."""
+    """Writes atomically: the file is there whole or not at all. Raises FileFormatError where it cannot be written."""
+    try:
+        _write(path, kind, version, header, tensors)
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be written ({error.strerror or error}); give another place") from error
+
+
+def _write(path: Path, kind: str, version: int, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared memory
     text = json.dumps(header, allow_nan=False)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .capture import check_vocabulary
 from .errors import PairsError
-from .pairs import render_chat
+from .pairs import encode, render_chat
 from .sites import input_device
 
 
@@ -29,14 +30,19 @@ def continue_prompts(
         chat: put the prompts through the tokenizer's chat template. temperature: sample at it; greedy if None.
 
     Raises:
-        PairsError: an empty prompt, or no chat template.
+        PairsError: no prompt or an empty one, or no chat template.
     """
+    if not prompts:
+        raise PairsError("found no prompt, expected at least one")
     for number, prompt in enumerate(prompts):
         if not prompt.strip():
             raise PairsError(f"prompt {number}: found an empty text, expected something to continue")
     texts = [render_chat(tokenizer, p) for p in prompts] if chat else list(prompts)
-    ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids = encode(tokenizer, texts, add_special_tokens=not chat)
+    check_vocabulary(model, ids)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((i for i in ends if i is not None and i < vocabulary), 0)  # a pad token may have been added afterwards
     length = max(map(len, ids))
     device = input_device(model)
     input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=device)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .errors import AusteerError
 
@@ -45,7 +46,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, device_map=device)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model {name!r} could not be loaded: {str(error).splitlines()[0].rstrip('.')}. "
             f"Expected a folder with config.json and safetensors, a Hub id, or {DEMO!r}"

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from austeer_kernels import NO_PAIR, momentum_update
 from torch import Tensor, nn
+
+from austeer_kernels import NO_PAIR, momentum_update
 
 from . import files
 from .capture import LastTokens, batches
-from .errors import CaptureError, FileFormatError, PairsError, SelectionError, SiteError
+from .errors import CaptureError, FileFormatError, PairsError, SelectionError, SiteError, SteeringError
 from .pairs import Pair, Pairs, tokenise
 from .progress import Progress
 from .sites import Fingerprint, Layout, find_sites, fingerprint, text_config
+from .steering import is_steered
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "austeer-momentum", 1
 
 
-@dataclass
+@dataclass(eq=False)
 class Counters:
     """The counters of one site; all [layers, width].
 
@@ -52,7 +54,7 @@ class Counters:
         return Counters(*(a + b for a, b in zip(self.tensors().values(), other.tensors().values())))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Momentum:
     """Activation momentum of every AU at one or more sites (paper: r_pos and r_neg, before the division).
 
@@ -184,7 +186,10 @@ def measure(
     Raises:
         PairsError, SiteError: unusable pairs; a site or family that is not known.
         CaptureError: an activation is NaN or infinite (site, layer and pair are named), or a site was not reached.
+        SteeringError: the model is steered now.
     """
+    if is_steered(model):
+        raise SteeringError("the model is steered: its activations are not its own. Leave the steering context first")
     pairs = Pairs.of(pairs)
     if not pairs:
         raise PairsError(f"{pairs.source}: found no pairs, expected at least one")

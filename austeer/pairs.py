@@ -252,23 +252,31 @@ class Tokenised:
     cut: int
 
 
+def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of texts, without an end-of-text token that the tokenizer appends of itself."""
+    if not texts:
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    for i, (text, tokens) in enumerate(zip(texts, ids)):
+        if len(tokens) > 1 and tokens[-1] == eos and not text.endswith(tokenizer.eos_token):
+            ids[i] = tokens[:-1]
+    return ids
+
+
 def tokenise(tokenizer, pairs: Pairs, max_length: int) -> Tokenised:
     """Token ids of each pair's two texts, cut on the left to ``max_length`` so that the answer stays.
 
-    A leading beginning-of-text token survives the cut, and an end-of-text token that the tokenizer appends of itself
-    is dropped: the last token is the answer's.
+    A leading beginning-of-text token survives the cut, and the last token is the answer's (:func:`encode`).
     """
     texts = [p.prompt + p.positive for p in pairs] + [p.prompt + p.negative for p in pairs]
     # A rendered chat template holds its own special tokens.
-    ids = tokenizer(texts, add_special_tokens=not pairs.chat_template, return_attention_mask=False)["input_ids"]
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    ids = encode(tokenizer, texts, add_special_tokens=not pairs.chat_template)
+    bos = tokenizer.bos_token_id
     cut = 0
-    for i, (text, tokens) in enumerate(zip(texts, ids)):
-        if len(tokens) > 1 and tokens[-1] == eos and not text.endswith(tokenizer.eos_token):
-            tokens = tokens[:-1]
+    for i, tokens in enumerate(ids):
         if len(tokens) > max_length:
             cut += 1
             head = [bos] if bos is not None and tokens[0] == bos and max_length > 1 else []
-            tokens = head + tokens[len(tokens) - max_length + len(head) :]
-        ids[i] = tokens
+            ids[i] = head + tokens[len(tokens) - max_length + len(head) :]
     return Tokenised(ids[: len(pairs)], ids[len(pairs) :], cut)

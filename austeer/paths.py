@@ -12,8 +12,9 @@ from typing import cast
 
 import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
-from austeer_kernels import reference
 from torch import Tensor, nn
+
+from austeer_kernels import reference
 
 from .capture import first_tensor
 from .sites import Site

@@ -27,7 +27,7 @@ class Progress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(stderr=True, force_terminal=show or None),
             disable=not (sys.stderr.isatty() if show is None else show),
             transient=True,
         )

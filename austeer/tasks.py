@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .capture import batches
+from .capture import batches, check_vocabulary
 from .errors import PairsError
-from .pairs import Pairs
+from .pairs import Pairs, encode
 from .sites import decoder_of, input_device, text_config, unwrap
 
 
@@ -22,13 +22,16 @@ def log_odds(model: nn.Module, tokenizer, pairs: Pairs, *, batch_tokens: int = 2
     again: two one-token continuations of a prompt cost one pass over the prompt.
     """
     special = not pairs.chat_template
-    prompts = tokenizer([p.prompt for p in pairs], add_special_tokens=special)["input_ids"]
+    prompts = encode(tokenizer, [p.prompt for p in pairs], special)
     sides = [
-        tokenizer([p.prompt + getattr(p, side) for p in pairs], add_special_tokens=special)["input_ids"]
-        for side in ("positive", "negative")
+        encode(tokenizer, [p.prompt + getattr(p, side) for p in pairs], special) for side in ("positive", "negative")
     ]
     texts = [ids for side in sides for ids in side]
-    starts = [_common_prefix(prompt, ids) for side in sides for prompt, ids in zip(prompts, side)]
+    # Where a token joins prompt and continuation, both sides are scored from before it, so that they compare.
+    starts = [
+        min(_common_prefix(prompt, positive), _common_prefix(prompt, negative))
+        for prompt, positive, negative in zip(prompts, *sides)
+    ] * 2
     for i, (start, ids) in enumerate(zip(starts, texts)):
         if not 0 < start < len(ids):
             raise PairsError(f"{pairs.source}, pair {i % len(pairs)}: no token of its own for the continuation")
@@ -53,7 +56,7 @@ def log_odds(model: nn.Module, tokenizer, pairs: Pairs, *, batch_tokens: int = 2
 @torch.no_grad()
 def cross_entropy(model: nn.Module, tokenizer, texts: Sequence[str], *, batch_tokens: int = 2048) -> float:
     """Mean cross-entropy of all tokens of ``texts`` but each text's first, in nats a token."""
-    ids = [row for row in tokenizer(list(texts))["input_ids"] if len(row) > 1] if texts else []
+    ids = [row for row in encode(tokenizer, texts) if len(row) > 1]
     total, count = 0.0, 0
     for batch, hidden in _hidden_states(model, ids, batch_tokens):
         for row, i in enumerate(batch):
@@ -89,6 +92,7 @@ def _hidden_states(
     """Last hidden states of texts, batch by batch: which texts, and [batch, length, hidden], padded on the right."""
     decoder, device = decoder_of(model), input_device(model)
     accepts = inspect.signature(decoder.forward).parameters
+    check_vocabulary(model, token_ids)
     for batch in batches([len(ids) for ids in token_ids], batch_tokens):
         rows = [torch.as_tensor(token_ids[i]) for i in batch]
         # Causal attention: what is padded on the right cannot reach what is read.

@@ -1,11 +1,14 @@
 """Last-token activations: equal to those of each text alone, in every family, and nothing left behind."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from austeer import CaptureError, find_sites
+from austeer import CaptureError, Layout, PairsError, find_sites
 from austeer.capture import LastTokens, batches
 from austeer.sites import LAYOUTS
 
@@ -54,11 +57,20 @@ def test_padded_batch_equals_each_text_alone(tiny_of, family):
             torch.testing.assert_close(capture.buffers[name][row], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_wrong_position_would_show(tiny):
-    # The family test has power: the same text one position later is not the same activation.
-    sites = find_sites(tiny, ["layer"])
-    a, b = (alone(tiny, ids, sites)["layer"] for ids in ([5, 6, 7], [5, 5, 6, 7]))
-    assert (a - b).abs().max() > 1e-3
+def test_padding_does_not_move_absolute_positions():
+    # Rotary positions, which all known families have, are relative: a shift of all of them would not show there.
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=1100, n_positions=64, n_embd=32, n_layer=3, n_head=4)
+    model = GPT2LMHeadModel(config).eval()
+    layout = Layout(layers="h", attention="attn.c_proj", ffn="mlp", down="mlp.c_proj")
+    sites = find_sites(model, ["layer"], layout)
+    capture = LastTokens(model, sites, len(IDS))
+    with capture.attached():
+        capture.run(IDS, range(len(IDS)))
+    for row, ids in enumerate(IDS):
+        torch.testing.assert_close(
+            capture.buffers["layer"][row], alone(model, ids, sites)["layer"], rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -72,10 +84,38 @@ def test_values_are_kept_as_the_model_made_them(tiny, dtype):
         assert capture.buffers[name].dtype == dtype and torch.equal(capture.buffers[name][0], expected)
 
 
+def test_a_site_wider_than_the_model_is_not_rounded_and_a_mixed_one_is_refused(tiny):
+    """A projection in float64 inside a float32 model: its input must be kept as it is."""
+
+    def widen(layer):
+        module = layer.self_attn.o_proj.double()
+        module.register_forward_pre_hook(lambda m, args: (args[0].double(),))
+        module.register_forward_hook(lambda m, args, output: output.float())
+
+    widen(tiny.model.layers[0])
+    capture = LastTokens(tiny, find_sites(tiny, ["attention"]), 1)
+    with capture.attached(), pytest.raises(CaptureError, match=r"float32 in layer 1 and torch.float64"):
+        capture.run([IDS[0]], [0])
+    for layer in tiny.model.layers[1:]:
+        widen(layer)
+    capture = LastTokens(tiny, find_sites(tiny, ["attention"]), 1)
+    with capture.attached():
+        capture.run([IDS[0]], [0])
+    assert capture.buffers["attention"].dtype == torch.float64
+
+
+def test_tokens_of_another_model_are_refused(tiny):
+    size = tiny.config.vocab_size
+    capture = LastTokens(tiny, find_sites(tiny, ["ffn"]), 1)
+    with capture.attached(), pytest.raises(PairsError, match=f"token {size}, and the model's vocabulary has {size}"):
+        capture.run([[1, size]], [0])
+
+
 def test_rows_say_where_texts_go_and_others_stay(tiny):
     capture = LastTokens(tiny, find_sites(tiny, ["ffn"]), 5)
-    capture.buffers["ffn"].fill_(-7)
     with capture.attached():
+        capture.run([IDS[0]], [0])
+        capture.buffers["ffn"].fill_(-7)
         capture.run([IDS[0], IDS[3]], [4, 1])
     sites = find_sites(tiny, ["ffn"])
     for row, ids in ((4, IDS[0]), (1, IDS[3])):
@@ -109,26 +149,29 @@ def test_hooks_go_also_after_an_exception(tiny, fails):
     own = tiny.model.layers[0].mlp.register_forward_hook(lambda *a: None)
     before = hooks_of(tiny)
     capture = LastTokens(tiny, find_sites(tiny), 1)
+    norm = tiny.model.layers[1].post_attention_layernorm
+    if fails:
+        norm.weight = torch.nn.Parameter(torch.ones(3))  # of the wrong width, so that the model itself raises
     try:
         with capture.attached():
             assert len(hooks_of(tiny)) > len(before)
-            capture.run([[10**9 if fails else 5]], [0])  # an id outside of the vocabulary fails inside the model
-    except IndexError:
+            capture.run([[5]], [0])
+    except RuntimeError:
         assert fails
+    else:
+        assert not fails
     assert hooks_of(tiny) == before
     assert capture._rows is None
     own.remove()
 
 
 def test_site_that_does_not_run_is_named(tiny):
-    layer = tiny.model.layers[1]
     capture = LastTokens(tiny, find_sites(tiny, ["attention", "ffn"]), 1)
-    layer.forward = lambda hidden, *args, **kwargs: hidden  # a layer that is skipped
-    with capture.attached(), pytest.raises(CaptureError, match=r"site 'attention' of layer 1 .*\(2 sites missed\)"):
-        capture.run([IDS[0]], [0])
-    del layer.forward
     with capture.attached():
         capture.run([IDS[0]], [0])
+        tiny.model.layers[1].forward = lambda hidden, *args, **kwargs: hidden  # a layer that is skipped from now on
+        with pytest.raises(CaptureError, match=r"site 'attention' of layer 1 .*\(2 sites missed\)"):
+            capture.run([IDS[0]], [0])
 
 
 @settings(max_examples=200, deadline=None)
@@ -140,6 +183,6 @@ def test_batches_hold_every_text_once_within_the_budget(lengths, tokens):
         longest = max(lengths[i] for i in batch)
         assert len(batch) == 1 or longest * len(batch) <= tokens
     # Greedy: the first text of the next batch would not have fitted.
-    for batch, following in zip(found, found[1:]):
+    for batch, following in itertools.pairwise(found):
         assert lengths[batch[0]] * (len(batch) + 1) > tokens
         assert lengths[batch[-1]] >= lengths[following[0]]

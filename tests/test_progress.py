@@ -1,0 +1,53 @@
+"""The progress bar: on standard error, only where it is wanted, gone after an error."""
+
+import sys
+
+import pytest
+
+from austeer.progress import Progress
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """What a bar's width and animation depend on."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+
+
+def run(show, total=40):
+    with Progress("measuring", total, "texts", show) as bar:
+        for _ in range(4):
+            bar.advance(total // 4)
+
+
+def test_bar_is_on_standard_error(capsys):
+    run(True)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "measuring" in captured.err and "40/40" in captured.err and "texts" in captured.err
+
+
+@pytest.mark.parametrize("show", [False, None])
+def test_no_bar_where_nobody_looks(capsys, show):
+    assert not sys.stderr.isatty()
+    run(show)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_rate_is_units_a_second(capsys):
+    with Progress("measuring", 100, "texts", True) as bar:
+        bar.advance(30)
+        bar.advance(30)
+        rate = bar._bar.tasks[0].fields["rate"]
+    assert rate.endswith(" texts/s") and float(rate.split()[0]) > 0
+
+
+def test_bar_ends_with_an_error(capsys):
+    with pytest.raises(KeyError), Progress("measuring", 10, "texts", True) as bar:
+        raise KeyError
+    assert not bar._bar.live.is_started
+
+
+def test_more_than_the_total_is_no_error(capsys):
+    with Progress("measuring", 1, "texts", True) as bar:
+        bar.advance(5)
+    assert "measuring" in capsys.readouterr().err

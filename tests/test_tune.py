@@ -1,0 +1,158 @@
+"""Choosing a setting: the series of strengths, the limit on the side effect, the best, and how sure it is."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import austeer
+from austeer import Pairs
+from austeer.tasks import cross_entropy, log_odds
+from austeer.tune import STRONGEST, WEAKEST, Scorer, Trial, _series, best, mean_interval, search, top_overlap
+
+PAIRS = [
+    ("The soup was", " good", " bad"),
+    ("The bread was", " fresh", " stale"),
+    ("My room had", " a fine view", " a dull view"),
+    ("They said it is", " great", " awful"),
+]
+NEUTRAL = ["The river runs north of the old mill.", "Two boats left the harbour at noon."]
+
+
+@pytest.fixture
+def scored(tiny, demo):
+    """(scorer, momentum) of a tiny model: settings that change little and settings that change much."""
+    pairs = Pairs.of(PAIRS)
+    momentum = austeer.measure(tiny, demo[1], pairs, ["attention", "ffn"])
+    return Scorer(tiny, demo[1], pairs, NEUTRAL), momentum
+
+
+# --- series of strengths ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0.01, 200))
+def test_series_ends_right_below_the_limit(limit):
+    tried = []
+
+    def within(alpha):
+        tried.append(alpha)
+        return alpha <= limit
+
+    _series(within)
+    passed = [alpha for alpha in tried if alpha <= limit]
+    assert tried[0] == 1 and len(tried) == len(set(tried)) <= 9
+    assert all(WEAKEST <= alpha <= STRONGEST for alpha in tried)
+    if limit < WEAKEST:
+        assert passed == []
+    elif limit >= STRONGEST:
+        assert max(passed) == STRONGEST
+    else:  # the strongest that passed is within a factor of sqrt(2) of the limit
+        assert limit / 2**0.5 <= max(passed) * (1 + 1e-12)
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def test_scorer_gives_changes_from_unsteered(scored, demo):
+    scorer, momentum = scored
+    plan = momentum.select("ffn", k=10, operation="shift")
+    before = log_odds(scorer.model, demo[1], scorer.pairs), cross_entropy(scorer.model, demo[1], NEUTRAL)
+    with austeer.steer(scorer.model, plan, 300):
+        during = log_odds(scorer.model, demo[1], scorer.pairs), cross_entropy(scorer.model, demo[1], NEUTRAL)
+    torch.testing.assert_close(scorer.change(plan, 300), during[0] - before[0], rtol=0, atol=1e-9)
+    assert scorer.side_effect(plan, 300) == pytest.approx(during[1] - before[1], abs=1e-9)
+    assert scorer.change(plan, 300).abs().max() > 1e-3, "the strength is large enough to see anything"
+    assert not austeer.is_steered(scorer.model)
+
+
+def test_strength_zero_changes_nothing(scored):
+    scorer, momentum = scored
+    plan = momentum.select("attention", k=10)
+    assert scorer.change(plan, 0.0).abs().max() == 0 and scorer.side_effect(plan, 0.0) == 0
+
+
+GRID = {"sites": ["attention", "ffn"], "operations": ["scale", "shift"]}
+
+
+def test_search_tries_the_whole_grid(scored):
+    series = []
+    ks = (k for k in (3, 20))  # an iterator is read once, and used for every site and operation
+    trials = search(*scored, **GRID, ks=ks, max_side_effect=math.inf, on_series=lambda: series.append(1))
+    assert len(series) == 2 * 2 * 2
+    assert [(t.site, t.operation, t.k, t.alpha) for t in trials] == [
+        (site, operation, k, alpha)
+        for site in GRID["sites"]
+        for operation in GRID["operations"]
+        for k in (3, 20)
+        for alpha in (1, 2, 4, 8, 16, 32)
+    ]
+
+
+def test_search_keeps_to_the_limit_and_tells_the_truth(scored):
+    scorer, momentum = scored
+    limit = 1e-4
+    trials = search(scorer, momentum, **GRID, ks=[3, 20], max_side_effect=limit)
+    assert 0 < len(trials) < 8 * 6 and max(t.alpha for t in trials) <= STRONGEST, "the limit must stop some series"
+    assert all(t.side_effect <= limit and t.alpha >= WEAKEST and 0 <= t.share <= 1 for t in trials)
+    for trial in trials[::7]:
+        plan = trial.plan(momentum)
+        assert (plan.sites, plan.operation, len(plan)) == ((trial.site,), trial.operation, trial.k)
+        change = scorer.change(plan, trial.alpha)
+        assert trial.effect == pytest.approx(float(change.mean()))
+        assert trial.share == float((change > 0).double().mean())
+
+
+def test_no_setting_within_the_limit(scored):
+    scorer, momentum = scored
+    trials = search(scorer, momentum, sites=["ffn"], operations=["shift"], ks=[5], max_side_effect=-math.inf)
+    assert trials == [] and best(trials) is None
+
+
+def test_broken_model_is_never_within_the_limit(scored):
+    scorer, momentum = scored
+    scorer.base_cross_entropy = float("nan")
+    assert search(scorer, momentum, sites=["ffn"], operations=["scale"], ks=[5], max_side_effect=math.inf) == []
+
+
+# --- the best and its certainty --------------------------------------------------------------------------------------
+
+TRIAL = Trial("ffn", "scale", 10, 1.0, 0.5, 0.6, 0.01)
+
+
+def test_best_has_the_largest_effect_among_those_that_fit():
+    trials = [TRIAL, replace(TRIAL, effect=0.9, operation="push"), replace(TRIAL, effect=0.7, site="attention")]
+    assert best(trials) == trials[1]
+    assert best(trials, operation="scale") == trials[2]
+    assert best(trials, operation="scale", site="ffn") == TRIAL
+    assert best(trials, k=11) is None
+
+
+def test_overlap_of_rankings(demo_momentum, tiny, demo):
+    assert top_overlap(demo_momentum, demo_momentum, "ffn", 50) == 1
+    pairs = Pairs.of(PAIRS)
+    a, b = (austeer.measure(tiny, demo[1], part, ["ffn"]) for part in (pairs[:2], pairs[2:]))
+    first, second = (set(m.select("ffn", k=20).keys()) for m in (a, b))
+    assert top_overlap(a, b, "ffn", 20) == len(first & second) / 20 == top_overlap(b, a, "ffn", 20)
+    assert top_overlap(a, b, "ffn", 96) == 1, "all AUs of both"
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(60, 40, generator=generator) * 2 + 3
+    covered = 0
+    for sample in samples:
+        low, high = mean_interval(sample)
+        assert low < float(sample.mean()) < high
+        covered += low <= 3 <= high
+    assert covered >= 51  # 57 expected; the percentile method is a little short at 40 values
+    assert mean_interval(samples[0]) == mean_interval(samples[0]), "a fixed seed"
+    wide, narrow = (high - low for low, high in (mean_interval(samples[0], level) for level in (0.99, 0.5)))
+    assert wide > 2 * narrow
+
+
+def test_interval_of_equal_values():
+    assert mean_interval(torch.full((5,), 0.25)) == (0.25, 0.25)
