@@ -7,6 +7,7 @@ template or evaluative word with it, is looked at once, for the figures.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -40,8 +42,13 @@ PROMPTS = ("The weekend trip was", "I read the report this morning and thought i
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One steering on the held-out part: mean change of log-odds with its 95 % interval, share of pairs that rose, and
-    the rise of the cross-entropy on held-out neutral text; effects in nats."""
+    """One steering on the held-out part.
+
+    Attributes:
+        effect: mean change of log-odds, nats. share: share of pairs whose log-odds rose.
+        low, high: the effect's 95 % interval over topics; for random AUs the least and the greatest seed's.
+        side_effect: rise of the cross-entropy on held-out neutral text, nats a token.
+    """
 
     name: str
     alpha: float
@@ -78,22 +85,31 @@ class Data:
     momentum: Pairs
     tuning: Pairs
     held_out: Pairs
+    held_out_topics: list[str]
     neutral_selection: list[str]
     neutral_held_out: list[str]
 
 
 def load_data() -> Data:
     """The demo's pairs and neutral texts, as packaged."""
-    import json
-
     folder = files("austeer") / "data"
     with as_file(folder / "demo_pairs.jsonl") as path:
         selection = load_pairs(path, where={"split": "selection"})
         held_out = load_pairs(path, where={"split": "heldout"})
     for_momentum, for_tuning = (replace(p, source="demo pairs") for p in selection.split(0.75))
-    rows = [json.loads(line) for line in (folder / "neutral.jsonl").read_text(encoding="utf-8").splitlines()]
-    neutral = {split: [r["text"] for r in rows if r["split"] == split] for split in ("selection", "heldout")}
-    return Data(for_momentum, for_tuning, held_out, neutral["selection"], neutral["heldout"])
+
+    def column(name: str, field: str, split: str) -> list[str]:
+        rows = map(json.loads, (folder / name).read_text(encoding="utf-8").splitlines())
+        return [row[field] for row in rows if row["split"] == split]
+
+    return Data(
+        for_momentum,
+        for_tuning,
+        held_out,
+        column("demo_pairs.jsonl", "topic", "heldout"),
+        column("neutral.jsonl", "text", "selection"),
+        column("neutral.jsonl", "text", "heldout"),
+    )
 
 
 def run(
@@ -103,11 +119,13 @@ def run(
     *,
     say: Callable[[str], None] = lambda text: None,
     step: Callable[[str, int], AbstractContextManager[Callable[[], None]]] | None = None,
+    progress: bool | None = False,
 ) -> tuple[DemoResult, Momentum, Plan]:
     """Runs the whole demo and writes ``momentum.safetensors`` and ``plan/`` into ``out``.
 
     Args:
         say: told each result as it comes. step: opens a progress bar of so many units and gives what advances it.
+        progress: as of :func:`austeer.measure`.
     """
     start = time.perf_counter()
     step = step or _silent
@@ -115,7 +133,7 @@ def run(
 
     # Two halves are measured apart, to see how stable the ranking is, and merged: counters add up.
     measure_start = time.perf_counter()
-    halves = [measure(model, tokenizer, part, SITES) for part in data.momentum.split(0.5)]
+    halves = [measure(model, tokenizer, part, SITES, progress=progress) for part in data.momentum.split(0.5)]
     momentum = halves[0].merge(halves[1])
     measure_seconds = time.perf_counter() - measure_start
     stability = {f"{site}, k={k}": top_overlap(halves[0], halves[1], site, k) for site in SITES for k in KS}
@@ -184,12 +202,16 @@ def _choose(model, tokenizer, momentum: Momentum, data: Data, step) -> list[Tria
 def _hold_out(
     model, tokenizer, momentum: Momentum, data: Data, trials: list[Trial], chosen: Trial, step
 ) -> tuple[float, list[HeldOut]]:
-    """The chosen setting, the best of each operation, and random AUs in the chosen one's place."""
+    """The best setting of each operation, and random AUs in the place of the chosen one's.
+
+    Random AUs have smaller betas and deltas than chosen ones, so at the same alpha they are also pushed less; the
+    second row of them has alpha raised until the plan's strengths have the chosen plan's norm.
+    """
     scorer = Scorer(model, tokenizer, data.held_out, data.neutral_held_out)
     shown = [trial for trial in (best(trials, operation=name) for name in OPERATIONS) if trial]
     shown.sort(key=lambda trial: -trial.effect)
     rows = []
-    with step("held-out pairs", len(shown) + RANDOM_SEEDS) as advance:
+    with step("held-out pairs", len(shown) + 2 * RANDOM_SEEDS) as advance:
 
         def score(plan: Plan, alpha: float) -> tuple[torch.Tensor, float]:
             scored = scorer.change(plan, alpha), scorer.side_effect(plan, alpha)
@@ -199,30 +221,42 @@ def _hold_out(
         for trial in shown:
             change, side_effect = score(trial.plan(momentum), trial.alpha)
             paper = " (paper)" if trial.operation == "scale" else ""
+            name = f"{trial.operation}{paper}, {trial.site}, k={trial.k}"
+            interval = mean_interval(change, data.held_out_topics)
+            rows.append(HeldOut(name, trial.alpha, float(change.mean()), *interval, _share_up(change), side_effect))
+        norm = _strengths(chosen.plan(momentum)).norm()
+        plans = [random_plan(momentum, chosen.site, chosen.k, seed, chosen.operation) for seed in range(RANDOM_SEEDS)]
+        raised = [chosen.alpha * float(norm / _strengths(plan).norm()) for plan in plans]
+        for name, alphas in (("same alpha", [chosen.alpha] * RANDOM_SEEDS), ("same norm", raised)):
+            scores = [score(plan, alpha) for plan, alpha in zip(plans, alphas)]
+            effects = [float(change.mean()) for change, _ in scores]
             rows.append(
-                _row(f"{trial.operation}{paper}, {trial.site}, k={trial.k}", trial.alpha, change, change, side_effect)
+                HeldOut(
+                    f"random AUs x{RANDOM_SEEDS}, {name}",
+                    mean(alphas),
+                    mean(effects),
+                    min(effects),
+                    max(effects),
+                    _share_up(torch.cat([change for change, _ in scores])),
+                    mean(side_effect for _, side_effect in scores),
+                )
             )
-        changes, side_effects = [], []
-        for seed in range(RANDOM_SEEDS):
-            plan = random_plan(momentum, chosen.site, chosen.k, seed, chosen.operation)
-            change, side_effect = score(plan, chosen.alpha)
-            changes.append(change)
-            side_effects.append(side_effect)
-    # Seeds, not pairs, are the sample here: the question is what another random choice would have done.
-    per_seed = torch.stack([change.mean() for change in changes])
-    name = f"random x{RANDOM_SEEDS}, {chosen.operation}, {chosen.site}, k={chosen.k}"
-    rows.append(_row(name, chosen.alpha, torch.cat(changes), per_seed, sum(side_effects) / RANDOM_SEEDS))
     return float(scorer.base_log_odds.mean()), rows
 
 
-def _row(name: str, alpha: float, change: torch.Tensor, sample: torch.Tensor, side_effect: float) -> HeldOut:
-    low, high = mean_interval(sample)
-    share = float((change > 0).double().mean())
-    return HeldOut(name, alpha, float(change.mean()), low, high, share, side_effect)
+def _strengths(plan: Plan) -> torch.Tensor:
+    return plan.delta if plan.operation == "shift" else plan.beta
+
+
+def _share_up(change: torch.Tensor) -> float:
+    return float((change > 0).double().mean())
 
 
 def _time(model, tokenizer, momentum: Momentum, plan: Plan, chosen: Trial, step) -> dict[str, Timing]:
-    """Every path with the paper's operation (which all can take), and the chosen plan as auto runs it."""
+    """Every path with the paper's operation (which all can take), and the chosen plan as auto runs it.
+
+    On a CPU the fused path runs its definition in PyTorch, not the Triton kernel.
+    """
     paper = momentum.select("attention", k=TIMED_K)
     variants: dict[str, Callable[[], AbstractContextManager]] = {
         "unsteered": nullcontext,

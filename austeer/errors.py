@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 
 class AusteerError(Exception):
     """Base of every error that austeer raises on purpose. The command line turns it into exit code 2."""
@@ -37,3 +39,14 @@ class SteeringError(AusteerError):
 
 class SteeringWarning(UserWarning):
     """Steering that had no effect although it was asked for."""
+
+
+def check_count(name: str, value: object, largest: int, of: str, error: type[AusteerError]) -> int:
+    """``value`` as an int if it is a whole number from 1 to ``largest`` (also NumPy's); otherwise raises ``error``."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or not 1 <= number <= largest:
+        raise error(f"{name}: found {value!r}, expected an integer from 1 to {largest} ({of})")
+    return number

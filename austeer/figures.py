@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#9aa0a6"
 
 
+def require_matplotlib() -> None:
+    """Raises AusteerError if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise AusteerError("figures need matplotlib: pip install 'austeer[plots]'")
+
+
 def _figure(panels: int):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise AusteerError("figures need matplotlib: pip install 'austeer[plots]'") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.5 * panels, 4), layout="constrained", dpi=150)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis in axes:
@@ -27,10 +33,10 @@ def _figure(panels: int):
 
 
 def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise AusteerError(
             f"{path}: cannot be drawn ({error}); expected a name ending in .png, .svg or .pdf"
         ) from error
@@ -62,7 +68,7 @@ def draw_demo(result: DemoResult, path: Path) -> None:
     names = [row.name.replace(", ", "\n", 1) for row in rows]
     axes[0].set_yticks(range(len(rows)), names, fontsize=8)
     axes[0].axvline(0, color="#333333", linewidth=0.8)
-    axes[0].set(xlabel="change of log-odds on held-out pairs, nats", title="Effect, 95 % interval")
+    axes[0].set(xlabel="change of log-odds on held-out pairs, nats", title="Effect, with its interval")
 
     markers = {"attention": "o", "ffn": "s", "layer": "^", "neuron": "D"}
     for operation, color in zip(("scale", "push", "shift"), (GREY, ORANGE, BLUE)):

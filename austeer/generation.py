@@ -37,6 +37,8 @@ def continue_prompts(
     for number, prompt in enumerate(prompts):
         if not prompt.strip():
             raise PairsError(f"prompt {number}: found an empty text, expected something to continue")
+        if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise PairsError(f"prompt {number}: found bytes that are not UTF-8, expected text")
     texts = [render_chat(tokenizer, p) for p in prompts] if chat else list(prompts)
     ids = encode(tokenizer, texts, add_special_tokens=not chat)
     check_vocabulary(model, ids)

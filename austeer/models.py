@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -38,17 +39,18 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(demo_model()) if name == DEMO else name
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ModelError(f"dtype: found {dtype!r}, expected auto, float32, bfloat16 or float16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
+        source = str(demo_model()) if name == DEMO else name
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, device_map=device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:
+        reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...").rstrip(".")
         raise ModelError(
-            f"model {name!r} could not be loaded: {str(error).splitlines()[0].rstrip('.')}. "
+            f"model {name!r} could not be loaded on {device}: {reason}. "
             f"Expected a folder with config.json and safetensors, a Hub id, or {DEMO!r}"
         ) from error
     if name == DEMO:
@@ -79,6 +81,7 @@ def demo_model() -> Path:
     staging = Path(tempfile.mkdtemp(dir=root, prefix=f".{DEMO_NAME}."))
     try:
         _convert(package.submodule_search_locations[0], staging)
+        staging.chmod(0o755)  # mkdtemp's folder is its owner's only; a cache may be shared
         try:
             staging.rename(folder)
         except OSError:  # another process was faster; its folder is the same

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from austeer_kernels import NO_PAIR, momentum_update
 
 from . import files
-from .capture import LastTokens, batches
+from .capture import LastTokens, batches, evaluating
 from .errors import CaptureError, FileFormatError, PairsError, SelectionError, SiteError, SteeringError
 from .pairs import Pair, Pairs, tokenise
 from .progress import Progress
@@ -64,7 +63,7 @@ class Momentum:
         model: what it was measured on.
         chat_template: whether the prompts went through a chat template.
         cut: texts that were cut on the left to fit the model.
-        identical: pairs whose two texts were the same (they add to ``pairs`` only).
+        identical: pairs whose two texts have the same tokens (they add to ``pairs`` only).
     """
 
     sites: Mapping[str, Counters]
@@ -158,7 +157,7 @@ def measure(
     model: nn.Module,
     tokenizer,
     pairs: Pairs | Iterable[Pair | Mapping[str, str] | Sequence[str]],
-    sites: Sequence[str] = ("attention", "ffn"),
+    sites: str | Sequence[str] = ("attention", "ffn"),
     *,
     batch_tokens: int | None = None,
     buffer_pairs: int = 256,
@@ -193,26 +192,28 @@ def measure(
     pairs = Pairs.of(pairs)
     if not pairs:
         raise PairsError(f"{pairs.source}: found no pairs, expected at least one")
+    sites = [sites] if isinstance(sites, str) else list(sites)
     if not sites:
         raise SiteError("sites: found none, expected at least one name, for example sites=['attention']")
     found = find_sites(model, sites, layout)
     limit = _max_length(model, max_length)
     tokens = tokenise(tokenizer, pairs, limit)
-    buffer_pairs = max(1, min(buffer_pairs, len(pairs)))
+    count = len(tokens.number)
+    buffer_pairs = max(1, min(buffer_pairs, count))
     capture = LastTokens(model, found, 2 * buffer_pairs)
     batch_tokens = batch_tokens or (1024 if capture.device.type == "cpu" else 16384)
     counting = {name: _Counting(len(s), s[0].width, capture.device) for name, s in found.items()}
 
-    with _evaluating(model), capture.attached(), Progress("measuring", 2 * len(pairs), "texts", progress) as bar:
-        for start in range(0, len(pairs), buffer_pairs):
-            stop = min(start + buffer_pairs, len(pairs))
+    with evaluating(model), capture.attached(), Progress("measuring", 2 * count, "texts", progress) as bar:
+        for start in range(0, count, buffer_pairs):
+            stop = min(start + buffer_pairs, count)
             texts = tokens.positive[start:stop] + tokens.negative[start:stop]  # row r and row r + n are a pair
             for batch in batches([len(t) for t in texts], batch_tokens):
                 capture.run([texts[i] for i in batch], batch)
                 bar.advance(len(batch))
             for name, site in counting.items():
                 site.add(capture.buffers[name], stop - start, start)
-                site.check(name, pairs)
+                site.check(name, pairs, tokens.number)
 
     return Momentum(
         sites={name: site.counters() for name, site in counting.items()},
@@ -220,7 +221,7 @@ def measure(
         model=fingerprint(model, found),
         chat_template=pairs.chat_template,
         cut=tokens.cut,
-        identical=pairs.identical,
+        identical=tokens.identical,
         sources=(pairs.source,),
     )
 
@@ -248,9 +249,10 @@ class _Counting:
             pair_offset=offset,
         )
 
-    def check(self, site: str, pairs: Pairs) -> None:
-        pair, column = (int(v) for v in self.first_nonfinite.min(0))
-        if pair != NO_PAIR:
+    def check(self, site: str, pairs: Pairs, number: list[int]) -> None:
+        row, column = (int(v) for v in self.first_nonfinite.min(0))
+        if row != NO_PAIR:
+            pair = number[row]
             layer, au = divmod(column, self.totals.positive.shape[1])
             raise CaptureError(
                 f"site {site!r}, layer {layer}, AU {au}: found NaN or infinity on pair {pair} of {pairs.source} "
@@ -264,22 +266,9 @@ class _Counting:
 
 def _max_length(model: nn.Module, max_length: int | None) -> int:
     context = getattr(text_config(model), "max_position_embeddings", None)
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise PairsError(f"max_length: found {max_length!r}, expected an integer of at least 1")
     limit = min((n for n in (max_length, context) if n is not None), default=None)
     if limit is None:
         raise PairsError("the model's config names no context length; give max_length")
-    if limit < 1:
-        raise PairsError(f"max_length: found {max_length}, expected at least 1")
     return limit
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the context: dropout would change the counts."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

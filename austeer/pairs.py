@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from .errors import PairsError
 
 FIELDS = ("prompt", "positive", "negative")
@@ -50,6 +52,8 @@ class Pairs(Sequence[Pair]):
         """
         if isinstance(pairs, Pairs):
             return pairs
+        if not isinstance(pairs, Iterable):
+            raise PairsError(f"pairs: found {type(pairs).__name__}, expected pairs; see austeer.load_pairs")
         items = []
         for number, entry in enumerate(pairs):
             where = f"{source}, pair {number}"
@@ -75,7 +79,7 @@ class Pairs(Sequence[Pair]):
 
     @property
     def identical(self) -> int:
-        """How many pairs have the same text on both sides; they add nothing to momentum."""
+        """How many pairs have the same text on both sides."""
         return sum(p.positive == p.negative for p in self.items)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Pairs, Pairs]:
@@ -118,7 +122,10 @@ def render_chat(tokenizer, prompt: str, system: str | None = None) -> str:
         )
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise PairsError(f"the tokenizer's chat template does not take these messages: {error}") from error
 
 
 def load_pairs(
@@ -127,7 +134,7 @@ def load_pairs(
     prompt: str = "prompt",
     positive: str = "positive",
     negative: str = "negative",
-    where: Mapping[str, str] | None = None,
+    where: Mapping[str, Any] | None = None,
     limit: int | None = None,
     chat_template=None,
 ) -> Pairs:
@@ -146,9 +153,11 @@ def load_pairs(
     """
     path = Path(path)
     names = {"prompt": prompt, "positive": positive, "negative": negative}
+    if limit is not None and limit < 2:
+        raise PairsError(f"limit: found {limit}, expected at least 2 pairs")
     items = []
     for place, row in _rows(path):
-        if where and any(str(row.get(field)) != value for field, value in where.items()):
+        if where and not all(_equals(row.get(field), value) for field, value in where.items()):
             continue
         items.append(_pair(row, names, f"{path}, {place}"))
         if limit is not None and len(items) >= limit:
@@ -157,6 +166,11 @@ def load_pairs(
         raise PairsError(f"{path}: found no row with {dict(where)}; check the names and values")
     pairs = _checked(items, str(path))
     return pairs if chat_template is None else pairs.with_chat_template(chat_template)
+
+
+def _equals(found: Any, wanted: Any) -> bool:
+    """Whether a field has a value that may have been typed on a command line: true, True or 3 for what is no text."""
+    return found == wanted or (not isinstance(found, str) and wanted in (json.dumps(found), str(found)))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -174,7 +188,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except RecursionError as error:
         raise PairsError(f"{path}: found JSON nested too deep; expected objects with the pair's fields") from error
     except csv.Error as error:
-        raise PairsError(f"{path}: not readable as CSV ({error}); check the quoting") from error
+        raise PairsError(f"{path}: not readable as CSV ({error}); check the quoting, or use JSONL") from error
+    except ValueError as error:
+        raise PairsError(f"{path}: found a number that cannot be read ({error})") from error
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -205,7 +221,15 @@ def _json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise PairsError(f"{path}: found a column name twice in {', '.join(names)}; expected each once")
         for row in reader:
+            if None in row:  # where DictReader puts what has no column
+                raise PairsError(
+                    f"{path}, line {reader.line_num}: found more than {len(names)} fields; put text that holds a comma "
+                    "in quotes"
+                )
             yield f"line {reader.line_num}", row
 
 
@@ -245,11 +269,20 @@ def _checked(items: list[Pair], source: str) -> Pairs:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Token ids of the positive and negative texts of some pairs, and how many texts were cut to fit."""
+    """Token ids of the positive and negative texts of the pairs whose two texts differ.
+
+    Attributes:
+        positive, negative: one list of ids a pair.
+        number: the pair's place among all pairs.
+        cut: how many texts were cut to fit.
+        identical: how many pairs have the same tokens on both sides, and are left out.
+    """
 
     positive: list[list[int]]
     negative: list[list[int]]
+    number: list[int]
     cut: int
+    identical: int
 
 
 def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -275,8 +308,20 @@ def tokenise(tokenizer, pairs: Pairs, max_length: int) -> Tokenised:
     bos = tokenizer.bos_token_id
     cut = 0
     for i, tokens in enumerate(ids):
+        if not tokens:
+            raise PairsError(f"{pairs.source}, pair {i % len(pairs)}: found no token in {texts[i]!r:.60}")
         if len(tokens) > max_length:
             cut += 1
             head = [bos] if bos is not None and tokens[0] == bos and max_length > 1 else []
             ids[i] = head + tokens[len(tokens) - max_length + len(head) :]
-    return Tokenised(ids[: len(pairs)], ids[len(pairs) :], cut)
+    positive, negative = ids[: len(pairs)], ids[len(pairs) :]
+    # Equal texts would differ by the rounding of the batches that they happen to be in, and count as evidence.
+    number = [i for i in range(len(pairs)) if positive[i] != negative[i]]
+    if not number:
+        raise PairsError(
+            f"{pairs.source}: in all {len(pairs)} pairs both texts have the same tokens"
+            + (f" after {cut} texts were cut to {max_length}; give a larger max_length" if cut else "")
+        )
+    return Tokenised(
+        [positive[i] for i in number], [negative[i] for i in number], number, cut, len(pairs) - len(number)
+    )

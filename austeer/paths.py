@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from austeer_kernels import reference
 
 from .capture import first_tensor
+from .errors import SteeringError
 from .sites import Site
 from .strengths import StrengthTable
 
@@ -25,6 +26,8 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 class Path:
     """One steered site. ``attach`` and ``detach`` are exact opposites; ``refresh`` follows new strengths.
+
+    ``detach`` may be called at any time, also after an ``attach`` that was broken off, and again.
 
     Attributes:
         site, table: what is steered and how strongly.
@@ -72,8 +75,12 @@ class Fold(Path):
     def _linear(self) -> nn.Linear:
         return cast(nn.Linear, self.module)
 
+    def _slice_on(self, device: torch.device) -> tuple:
+        index = self.table.index.to(device)
+        return (index,) if self.site.side == "output" else (slice(None), index)
+
     def _slice(self) -> tuple:
-        return (self.table.index,) if self.site.side == "output" else (slice(None), self.table.index)
+        return self._slice_on(self.table.device)
 
     @torch.no_grad()
     def attach(self) -> None:
@@ -99,10 +106,12 @@ class Fold(Path):
 
     @torch.no_grad()
     def detach(self) -> None:
-        assert self._weight is not None
-        self._linear.weight[self._slice()] = self._weight
+        linear = self._linear
+        if self._weight is not None:
+            # The model may have been moved or cast in the meantime; so are the saved values.
+            linear.weight[self._slice_on(linear.weight.device)] = self._weight.to(linear.weight)
         if self._bias is not None:
-            self._linear.bias.copy_(self._bias)
+            linear.bias.copy_(self._bias)
         self._weight = self._bias = None
 
 
@@ -120,7 +129,12 @@ def why_not_fold(module: nn.Module | None, operation: str, storages: Counter) ->
         return "push is not linear"
     if operation == "shift" and module.bias is None:
         return "shift needs a bias and the layer has none"
-    for name, p in module.named_parameters():
+    for name in ("weight", "bias"):
+        p = module._parameters.get(name)
+        if p is None:
+            if getattr(module, name) is not None:
+                return f"the {name} is made anew at each forward pass (pruning, weight normalisation ...)"
+            continue
         if p.device.type == "meta":
             return f"the {name} is offloaded"
         if p.dtype not in FLOATING:
@@ -184,13 +198,19 @@ class HookPath(Path):
 
     reads_input = reads_output = False
 
-    def attach(self) -> None:
-        self._had_forward = "forward" in vars(self.module)
+    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
+        super().__init__(site, table, module)
+        self._had_forward = "forward" in vars(module)
         self._hook = _Hook(self)
+
+    def attach(self) -> None:
         add_hook_to_module(self.module, self._hook, append=True)
 
     def detach(self) -> None:
-        rest = _without(self.module._hf_hook, self._hook)
+        found = getattr(self.module, "_hf_hook", None)
+        if found is None or not _contains(found, self._hook):
+            return
+        rest = _without(found, self._hook)
         if rest is not None:
             # Removing accelerate's own hook would load offloaded weights back: take out ours only.
             self.release(self.module)
@@ -221,6 +241,10 @@ class HookPath(Path):
         if device != self.table.device:
             self.table.to(device)
         return self.table
+
+
+def _contains(hook: ModelHook, ours: ModelHook) -> bool:
+    return hook is ours or (isinstance(hook, SequentialHook) and any(_contains(h, ours) for h in hook.hooks))
 
 
 def _without(hook: ModelHook, ours: ModelHook) -> ModelHook | None:
@@ -291,7 +315,13 @@ class Fused(HookPath):
         rows = x.reshape(-1, x.shape[-1])
         linear = cast(nn.Linear, module)
         # The definition is differentiable, the kernel is not.
-        differentiate = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
+        if x.dtype != linear.weight.dtype:
+            raise SteeringError(
+                f"mode 'fused' at {self.site.path}: found {x.dtype} activations and a {linear.weight.dtype} weight "
+                "(autocast?), expected one dtype; use mode='columns'"
+            )
+        wanted = (x, linear.weight, linear.bias)
+        differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
         operation = reference.steered_linear if differentiate else torch.ops.austeer.steered_linear
         y = operation(
             rows,
@@ -314,6 +344,8 @@ def why_not_fused(module: nn.Module | None) -> str | None:
         return f"{type(module).__name__} is not a plain linear layer"
     if module.weight.dtype not in FLOATING:
         return f"the weight is {module.weight.dtype}"
+    if module.weight.dtype == torch.float64 and module.weight.device.type == "cuda":
+        return "the kernel has no float64 on a GPU"
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import files
-from .errors import FileFormatError, PlanError
+from .errors import FileFormatError, PlanError, check_count
 from .sites import SITE_NAMES, Fingerprint
 
 OPERATIONS = ("scale", "push", "shift")
@@ -135,8 +135,7 @@ class Plan:
         Raises:
             PlanError: k is not from 1 to the plan's length.
         """
-        check_k(k, len(self))
-        return self.take(torch.arange(k))
+        return self.take(torch.arange(check_count("k", k, len(self), "the plan's AUs", PlanError)))
 
     def with_operation(self, operation: str) -> Plan:
         """The same AUs under another operation."""
@@ -148,6 +147,8 @@ class Plan:
         Raises:
             PlanError: the plans differ in model, operation or prompt form, or share an AU.
         """
+        if not isinstance(other, Plan):
+            return NotImplemented
         mine, theirs = self.model, other.model
         same_widths = all(theirs.widths.get(name, width) == width for name, width in mine.widths.items())
         if (mine.model_type, mine.layers) != (theirs.model_type, theirs.layers) or not same_widths:
@@ -212,10 +213,3 @@ class Plan:
             return cls(site=site, model=model, **cast(dict[str, Any], tensors), **header)
         except (KeyError, IndexError, TypeError, ValueError, json.JSONDecodeError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); make the plan anew") from error
-
-
-def check_k(k: object, available: int) -> int:
-    """``k`` if it is a number of AUs that a plan of ``available`` AUs has; PlanError otherwise."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= available:
-        raise PlanError(f"k: found {k!r}, expected an integer from 1 to {available} (the plan's AUs)")
-    return k

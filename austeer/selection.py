@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
-from .errors import SelectionError
+from .errors import SelectionError, check_count
 from .momentum import Counters, Momentum
 from .plan import OPERATIONS, Plan
 
@@ -90,9 +92,7 @@ def select(
         raise SelectionError("select: expected exactly one of k and max_fdr, for example k=100")
     order = ranking(momentum, site, ties)
     if k is not None:
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= order.numel():
-            raise SelectionError(f"k: found {k!r}, expected an integer from 1 to {order.numel()} (AUs of {site!r})")
-        chosen = order[:k]
+        chosen = order[: check_count("k", k, order.numel(), f"AUs of {site!r}", SelectionError)]
     else:
         assert max_fdr is not None
         chosen = order[_discoveries(counters, max_fdr, site)[order]]
@@ -113,7 +113,7 @@ def select(
 
 
 def _discoveries(counters: Counters, max_fdr: float, site: str) -> Tensor:
-    if not 0 < max_fdr < 1:
+    if isinstance(max_fdr, bool) or not isinstance(max_fdr, Real) or not 0 < max_fdr < 1:
         raise SelectionError(f"max_fdr: found {max_fdr!r}, expected a rate between 0 and 1, for example 0.05")
     adjusted = stats.false_discovery_control(p_values(counters).flatten().numpy())
     keep = torch.from_numpy(adjusted <= max_fdr)

@@ -125,6 +125,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def decoder_of(model: nn.Module) -> nn.Module:
     """The model without its head: what has to run to fill every site."""
     model = unwrap(model)
+    if hasattr(model, "get_base_model"):  # PEFT's wrapper
+        model = model.get_base_model()  # type: ignore[operator]
     return getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
 
 
@@ -136,7 +138,7 @@ def text_config(model: nn.Module):
 
 
 def find_sites(
-    model: nn.Module, names: Iterable[str] | None = None, layout: Layout | None = None
+    model: nn.Module, names: str | Iterable[str] | None = None, layout: Layout | None = None
 ) -> dict[str, list[Site]]:
     """The sites of a model: for each name, one ``Site`` a layer, first layer first.
 
@@ -148,14 +150,17 @@ def find_sites(
     Raises:
         SiteError: an unknown site or family, or modules that are not where the layout says.
     """
-    names = list(dict.fromkeys(SITE_NAMES if names is None else names))
+    names = list(dict.fromkeys(SITE_NAMES if names is None else [names] if isinstance(names, str) else names))
     for name in names:
         if name not in SITE_NAMES:
             raise SiteError(f"site {name!r} is not known; expected one of {', '.join(SITE_NAMES)}")
     model = unwrap(model)
     config = text_config(model)
-    if layout is None:
-        layout = LAYOUTS.get(config.model_type)
+    if layout is not None and not isinstance(layout, Layout):
+        raise SiteError(
+            f"layout: found {type(layout).__name__}, expected austeer.Layout(layers=..., attention=..., ...)"
+        )
+    layout = layout or LAYOUTS.get(config.model_type)
     if layout is None:
         raise SiteError(
             f"model family {config.model_type!r} is not known; known are {', '.join(sorted(LAYOUTS))}. Give the "
@@ -211,7 +216,7 @@ def fingerprint(model: nn.Module, sites: dict[str, list[Site]]) -> Fingerprint:
     name = str(getattr(full, "_name_or_path", "") or type(unwrap(model)).__name__)
     return Fingerprint(
         model_type=config.model_type,
-        layers=config.num_hidden_layers,
+        layers=len(next(iter(sites.values()))),
         widths={name: found[0].width for name, found in sites.items()},
         name=Path(name).name if Path(name).exists() else name,  # a local folder's place says nothing elsewhere
         revision=getattr(full, "_commit_hash", None),

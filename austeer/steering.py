@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from types import TracebackType
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from .errors import PlanError, SteeringError, SteeringWarning
+from .errors import PlanError, SteeringError, SteeringWarning, check_count
 from .paths import PATHS, Fold, Path, shared_storages, why_not_fold, why_not_fused
-from .plan import Plan, check_k
+from .plan import Plan
 from .sites import Layout, Site, decoder_of, find_sites, fingerprint, input_device, unwrap
 from .strengths import StrengthTable
 
 MODES = ("auto", *PATHS)
 
-#: Decoder (not its wrapper, so that a model and its head-less part are one) -> the steering that is on it.
-_steered: WeakKeyDictionary[nn.Module, Steering] = WeakKeyDictionary()
+#: Decoder (not its wrapper, so that a model and its head-less part are one) -> how many AUs of it are steered.
+_steered: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+#: Two threads that put plans on one model at once would each save what the other has changed.
+_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,23 @@ class Steering:
             raise PlanError(f"plan: found {type(plan).__name__}, expected an austeer.Plan")
         self.plan = plan
         self._alpha = _alphas(alpha, plan)
-        self._k = len(plan) if k is None else check_k(k, len(plan))
+        self._k = self._checked_k(len(plan) if k is None else k)
         self._model = unwrap(model)
-        sites = find_sites(model, plan.sites, layout)
-        _check_plan_fits(plan, model, sites)
+        self._mode, self._layout = mode, layout
         self._decoder = decoder_of(self._model)
-        self._paths, self._reasons = self._plan_paths(sites, mode)
         self._attached = False
+        self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
 
-    def _plan_paths(self, sites: Mapping[str, list[Site]], mode: str) -> tuple[list[Path], list[str]]:
-        paths, reasons = [], []
+    def _checked_k(self, k: int) -> int:
+        return check_count("k", k, len(self.plan), "the plan's AUs", PlanError)
+
+    def _plan_paths(self) -> tuple[list[Path], list[str]]:
+        """A path for each site and layer of the plan, for the model as it is now."""
+        paths: list[Path] = []
+        reasons: list[str] = []
+        mode = self._mode
+        sites = find_sites(self._model, self.plan.sites, self._layout)
+        _check_plan_fits(self.plan, self._model, sites)
         storages = shared_storages(self._model)
         device = input_device(self._model)
         plan = self.plan
@@ -134,13 +145,17 @@ class Steering:
 
     @k.setter
     def k(self, value: int) -> None:
-        self._k = check_k(value, len(self.plan))
+        self._k = self._checked_k(value)
         self._refresh()
 
-    def _refresh(self) -> None:
+    def _refresh_tables(self) -> None:
         for path in self._paths:
             path.table.fill(self._alpha[path.site.name], self._k)
-            if self._attached:
+
+    def _refresh(self) -> None:
+        self._refresh_tables()
+        if self._attached:
+            for path in self._paths:
                 path.refresh()
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -151,33 +166,43 @@ class Steering:
         Raises:
             SteeringError: the model is steered already.
         """
-        if self._decoder in _steered:
-            raise SteeringError(
-                f"{type(self._model).__name__} is steered already, with {len(_steered[self._decoder].plan)} AUs. "
-                "Leave that context first, or steer with the sum of both plans (plan_a + plan_b)"
-            )
-        done: list[Path] = []
-        try:
-            self._refresh()
-            for path in self._paths:
-                path.attach()
-                done.append(path)
-        except BaseException:
-            for path in reversed(done):
-                path.detach()
-            raise
-        self._attached = True
-        _steered[self._decoder] = self
+        with _lock:
+            if self._decoder in _steered:
+                raise SteeringError(
+                    f"{type(self._model).__name__} is steered already, with {_steered[self._decoder]} AUs. "
+                    "Leave that context first, or steer with the sum of both plans (plan_a + plan_b)"
+                )
+            self._paths, self._reasons = self._plan_paths()  # the model may have changed since
+            _steered[self._decoder] = len(self.plan)
+            self._attached = True
+            try:
+                self._refresh_tables()
+                for path in self._paths:
+                    path.attach()
+            except BaseException:
+                self.detach()
+                raise
         return self
 
     def detach(self) -> None:
-        """Stops steering; the model is what it was, bit for bit. Does nothing if it does not steer."""
-        if not self._attached:
-            return
-        self._attached = False
-        _steered.pop(self._decoder, None)
-        for path in reversed(self._paths):
-            path.detach()
+        """Stops steering; the model is what it was, bit for bit. Does nothing if it does not steer.
+
+        Raises:
+            SteeringError: a module could not be restored (it was replaced, say); all others are.
+        """
+        with _lock:
+            if not self._attached:
+                return
+            failed = []
+            for path in reversed(self._paths):
+                try:
+                    path.detach()
+                except Exception as error:  # one module must not keep the others steered
+                    failed.append(f"{path.site.path} ({error})")
+            self._attached = False
+            _steered.pop(self._decoder, None)
+        if failed:
+            raise SteeringError(f"{len(failed)} of {len(self._paths)} modules could not be restored: {failed[0]}")
 
     def __enter__(self) -> Steering:
         return self.attach()
@@ -195,8 +220,7 @@ class Steering:
             site = silent[0].site
             warnings.warn(
                 f"{len(silent)} of {len(self._paths)} steered sites never ran, first {site.name!r} of layer "
-                f"{site.layer} ({site.path}): the model was not run, or it was compiled before it was steered. "
-                "Steer first, then compile",
+                f"{site.layer} ({site.path}): the model was not run, or not through these modules. See report()",
                 SteeringWarning,
                 stacklevel=3,
             )
@@ -238,8 +262,12 @@ def steer(
     Everything is checked before anything is touched, and on leaving the block the model is restored bit for bit, also
     after an exception. Only layers in which the plan has AUs are touched.
 
+    Inside the block the model *is* the steered one: a copy or a checkpoint made there may hold steered weights (fold),
+    and a training step on folded weights is lost for the steered rows on leaving; train with ``mode="columns"``. A
+    compiled model is compiled again in each new block (not under fold): stay in one, and set ``alpha`` to 0.
+
     Args:
-        model: a Transformers model on any devices, also offloaded or compiled (steer first, then compile).
+        model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.
         plan: from ``Momentum.select`` or ``Plan.from_pretrained``.
         alpha: the strength; a number, or one for each site of the plan by name. 0 steers nothing, and a negative
             number steers the other way (not under "scale", see Plan).
@@ -266,9 +294,10 @@ def _alphas(alpha: float | Mapping[str, float], plan: Plan) -> dict[str, float]:
     values = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(plan.sites, alpha)
     if set(values) != set(plan.sites):
         raise SteeringError(f"alpha: found sites {sorted(values)}, expected {sorted(plan.sites)}")
+    largest = torch.finfo(torch.float32).max  # strengths are float32
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise SteeringError(f"alpha: found {value!r} for site {name!r}, expected a finite number")
+        if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= largest:
+            raise SteeringError(f"alpha: found {value!r} for site {name!r}, expected a finite float32 number")
     return {name: float(value) for name, value in values.items()}
 
 

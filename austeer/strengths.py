@@ -5,6 +5,8 @@ A change of alpha or k refills them in place, so no hook, compiled graph or capt
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -37,13 +39,16 @@ class StrengthTable:
         self.magnitude = operation == "push"
         self.width = width
         self.device = device
-        self.index = index.long().to(device)
-        self.gamma, self.shift = (torch.zeros(1, len(index), device=device) for _ in range(2))
-        self.dense_gamma, self.dense_shift = (torch.zeros(1, width, device=device) for _ in range(2))
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # inference tensors could not be refilled outside of that mode
+            self.index = index.long().clone().to(device)
+            self.gamma, self.shift = zeros(1, len(index)), zeros(1, len(index))
+            self.dense_gamma, self.dense_shift = zeros(1, width), zeros(1, width)
 
+    @torch.no_grad()
     def fill(self, alpha: float, k: int) -> None:
         """Writes the strengths for ``alpha`` and the first ``k`` AUs of the plan."""
-        strength = torch.tensor(alpha, dtype=torch.float32) * (self.rank < k)
+        strength = torch.where(self.rank < k, torch.tensor(alpha, dtype=torch.float32), 0.0)
         zero = torch.zeros_like(strength)
         gamma = zero if self.operation == "shift" else strength * self._beta
         shift = strength * self._delta if self.operation == "shift" else zero

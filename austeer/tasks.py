@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .capture import batches, check_vocabulary
+from .capture import batches, check_vocabulary, evaluating
 from .errors import PairsError
 from .pairs import Pairs, encode
 from .sites import decoder_of, input_device, text_config, unwrap
@@ -99,7 +99,9 @@ def _hidden_states(
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(device)
         cache = {"use_cache": False} if "use_cache" in accepts else {}
-        yield batch, decoder(input_ids=ids, attention_mask=mask, **cache).last_hidden_state
+        with evaluating(model):
+            output = decoder(input_ids=ids, attention_mask=mask, **cache)
+        yield batch, output.last_hidden_state
 
 
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -31,9 +31,6 @@ class Timing:
     low: float
     high: float
     rounds: int
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
 
 def decode_times(

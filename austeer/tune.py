@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from .momentum import Momentum
@@ -39,9 +40,6 @@ class Trial:
 
     def plan(self, momentum: Momentum) -> Plan:
         return momentum.select(self.site, k=self.k, operation=self.operation)
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
 
 class Scorer:
@@ -130,16 +128,16 @@ def top_overlap(first: Momentum, second: Momentum, site: str, k: int) -> float:
     return len(a & b) / k
 
 
-def mean_interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """A bootstrap confidence interval of the mean (percentile, 9,999 resamples, fixed seed)."""
-    from scipy import stats
+def mean_interval(values: Tensor, groups: Sequence[str], level: float = 0.95) -> tuple[float, float]:
+    """A confidence interval of the mean when values of one group are alike (Student's t over the groups' means).
 
-    x = values.double().numpy()
-    if torch.unique(values).numel() == 1:
-        return float(x[0]), float(x[0])
-    result = stats.bootstrap((x,), _mean, confidence_level=level, method="percentile", rng=0)
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def _mean(x, axis):
-    return x.mean(axis=axis)
+    Args:
+        values: [n]. groups: the group of each value, for example a pair's topic; at least two different ones.
+    """
+    members: dict[str, list[float]] = {}
+    for value, group in zip(values.tolist(), groups, strict=True):
+        members.setdefault(group, []).append(value)
+    means = torch.tensor([sum(m) / len(m) for m in members.values()], dtype=torch.float64)
+    error = float(means.std()) / len(means) ** 0.5
+    reach = float(stats.t.ppf((1 + level) / 2, len(means) - 1)) * error
+    return float(means.mean()) - reach, float(means.mean()) + reach

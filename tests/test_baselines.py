@@ -44,8 +44,8 @@ def test_all_units_can_be_drawn(demo_momentum):
 
 
 @pytest.mark.parametrize("site, k, message", [
-    ("ffn", 0, r"k: found 0, expected 1 to 17280"),
-    ("ffn", 17281, r"k: found 17281, expected 1 to 17280 \(AUs of 'ffn'\)"),
+    ("ffn", 0, r"k: found 0, expected an integer from 1 to 17280"),
+    ("ffn", 17281, r"k: found 17281, expected an integer from 1 to 17280 \(AUs of 'ffn'\)"),
     ("layer", 5, "site 'layer' was not measured"),
 ])  # fmt: skip
 def test_complaints(demo_momentum, site, k, message):

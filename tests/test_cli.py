@@ -107,6 +107,9 @@ def test_generate_sets_steered_beside_unsteered(demo, files):
         (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--where", "split"), "expected FIELD=VALUE"),
         (("measure", "{pairs}", "--model", "demo", "--out", "{m}"), "exists already"),
         (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--sites", "heads", "--limit", "2"), "'heads'"),
+        (("measure", "{pairs}", "--model", "demo", "--out", "{broken}/x", "--limit", "2"), "no folder or not writable"),
+        (("inspect", "{m}", "--png", "{broken}/x.png"), "cannot be drawn"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "\udcff"), "not UTF-8"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(files, tmp_path, arguments, message, capsys, monkeypatch):
@@ -139,6 +142,28 @@ def test_help_teaches_with_an_example(command):
     assert result.exit_code == 0
     assert f"Example: austeer {command}" in result.output
     assert "--json" in result.output
+
+
+def test_json_is_json_also_where_a_figure_is_infinite(demo, tmp_path):
+    pairs = tmp_path / "p.jsonl"
+    row = json.dumps({"prompt": "It was", "positive": " good", "negative": " bad"})
+    pairs.write_text(f"{row}\n{row}\n")
+    run("measure", pairs, "--model", "demo", "--out", tmp_path / "m", "--sites", "ffn", "--device", "cpu")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    data = json.loads(run("inspect", tmp_path / "m", "--json"), parse_constant=refuse)
+    assert None in data["effect"]  # two equal pairs: the difference never varies
+
+
+def test_a_plan_measured_with_another_prompt_form_is_noted(files):
+    done = run(
+        *("generate", files[0] / "plan", "-m", "demo", "-p", "Hello", "--chat", "--max-new-tokens", 1, "--json"),
+        ok=False,
+    )
+    assert done.returncode == 0 and "without a chat template" in done.stderr
+    json.loads(done.stdout)
 
 
 def test_unknown_options_and_no_command(files):

@@ -246,7 +246,7 @@ def test_long_texts_are_cut_and_counted(tiny, demo):
 
 @pytest.mark.parametrize("max_length", [0, -5])
 def test_max_length_must_be_positive(tiny, demo, max_length):
-    with pytest.raises(PairsError, match=rf"max_length: found {max_length}, expected at least 1"):
+    with pytest.raises(PairsError, match=rf"max_length: found {max_length}, expected an integer of at least 1"):
         austeer.measure(tiny, demo[1], numbered_pairs(2), max_length=max_length)
 
 
@@ -450,3 +450,15 @@ def test_inconsistent_file(tiny, demo, tmp_path, change):
         return
     with pytest.raises(FileFormatError, match=r"m\.safetensors: inconsistent content"):
         Momentum.load(path)
+
+
+def test_identical_pairs_add_no_evidence(demo):
+    """Equal texts in different batches differ by rounding, which must not count as a sign."""
+    same = [
+        (f"The {thing} in the {place}", " was here", " was here") for thing in ("cat", "dog") for place in "abcdefgh"
+    ]
+    pairs = austeer.Pairs.of([*same, ("The trip was", " wonderful", " terrible"), ("It was", " good", " bad")])
+    momentum = austeer.measure(*demo, pairs, "ffn", batch_tokens=40, progress=False)
+    assert momentum.pairs == 18 and momentum.identical == 16
+    counters = momentum.sites["ffn"]
+    assert (counters.positive + counters.negative).max() <= 2

@@ -53,5 +53,4 @@ def test_every_requirement_is_pinned():
     pinned = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     pinned = {name.lower().replace("_", "-") for name in pinned}
     lines = re.findall(r"['\"]([a-z][A-Za-z0-9_-]+)>=", (ROOT / "setup.py").read_text())
-    optional = {"peft"}  # extras that neither the demo nor the tests install
-    assert {name.lower().replace("_", "-") for name in lines} - optional <= pinned
+    assert {name.lower().replace("_", "-") for name in lines} <= pinned

@@ -366,3 +366,60 @@ def test_long_texts_lose_their_beginning(demo, framing, max_length, words, with_
         assert len(after) == max_length and after[: len(bos)] == bos
         assert after[len(bos) :] == before[len(before) - max_length + len(bos) :], "the end, with the answer, must stay"
     assert cut.cut == longer and whole.cut == 0
+
+
+# --- what counts for nothing, and what must not slip through ---------------------------------------------------------
+
+
+def test_pairs_equal_in_tokens_are_left_out_and_counted(demo):
+    pairs = Pairs.of([("a", " b", " c"), ("d", " e", " e"), ("f", " g", " h")])
+    tokens = tokenise(demo[1], pairs, 100)
+    assert tokens.number == [0, 2] and tokens.identical == 1 and len(tokens.positive) == len(tokens.negative) == 2
+
+
+def test_pairs_that_a_cut_makes_equal_are_left_out(demo):
+    pairs = Pairs.of([("x", " one end", " two end"), ("x", " one", " two")])
+    tokens = tokenise(demo[1], pairs, 1)
+    assert tokens.number == [1] and tokens.identical == 1 and tokens.cut == 4
+    with pytest.raises(PairsError, match=r"all 2 pairs .* after 4 texts were cut to 1; give a larger max_length"):
+        tokenise(demo[1], Pairs.of([("x", " one end", " two end"), ("y", " three end", " two end")]), 1)
+
+
+def test_a_text_without_a_token_is_named(demo):
+    class Empty:
+        eos_token_id = bos_token_id = None
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [[1], [2], [], [3]]}
+
+    with pytest.raises(PairsError, match=r"memory, pair 0: found no token in 'a c'"):
+        tokenise(Empty(), Pairs.of([("a", " b", " c"), ("d", " e", " f")]), 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,positive,negative\nThe food was,great, really great,bad\n", "line 2: found more than 3 fields"),
+        ("prompt,positive,positive,negative\na,b,c,d\n", "found a column name twice"),
+    ],
+)
+def test_a_csv_that_would_be_misread_is_refused(tmp_path, text, message):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(PairsError, match=message):
+        load_pairs(tmp_path / "p.csv")
+
+
+def test_where_finds_what_json_writes(tmp_path):
+    rows = [{"prompt": "p", "positive": " a", "negative": f" {i}", "ok": i % 2 == 0, "n": i} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for wanted in ("true", True):
+        assert [p.negative for p in load_pairs(tmp_path / "p.jsonl", where={"ok": wanted})] == [" 0", " 2", " 4"]
+    assert len(load_pairs(tmp_path / "p.jsonl", where={"ok": "false"})) == 3
+
+
+def test_what_is_no_pairs_and_a_limit_of_none_at_all(tmp_path):
+    with pytest.raises(PairsError, match="found NoneType"):
+        Pairs.of(None)
+    (tmp_path / "p.jsonl").write_text("{}")
+    with pytest.raises(PairsError, match="limit: found 0"):
+        load_pairs(tmp_path / "p.jsonl", limit=0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from austeer import AtomicUnit, FileFormatError, Plan, PlanError, files
-from austeer.plan import FILE_NAME, OPERATIONS, check_k
+from austeer.plan import FILE_NAME, OPERATIONS
 from austeer.sites import Fingerprint
 
 MODEL = Fingerprint("llama", 4, {"attention": 6, "ffn": 9}, "user/model – ü", "abc123")
@@ -99,8 +99,6 @@ def test_top_is_a_prefix(keys, data):
 def test_k_out_of_range(k):
     with pytest.raises(PlanError, match=r"expected an integer from 1 to 3 \(the plan's AUs\)"):
         PLAN.top(k)
-    with pytest.raises(PlanError):
-        check_k(k, 3)
 
 
 def test_operation_changes_nothing_else():

@@ -1,15 +1,22 @@
 """Steering on a real and on tiny models: exact on every path, live, and gone without a trace."""
 
 import copy
+import gc
+import threading
 import warnings
+import weakref
 
+import numpy as np
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from torch.nn.utils import prune
 
 import austeer
+from austeer import paths
 from austeer.demo import load_data
 from austeer.plan import Plan
 from austeer.sites import find_sites, fingerprint
@@ -260,19 +267,131 @@ def test_an_exception_inside_restores_too(tiny, mode):
     assert not is_steered(tiny)
 
 
-def test_a_failing_attach_takes_back_what_it_did(tiny, monkeypatch):
-    before = snapshot(tiny)
-    steering = austeer.steer(tiny, random_plan(tiny, "ffn", 30), 2.0, mode="fold")
-    last = steering._paths[-1]
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("broken", [1, 3])
+def test_an_attach_that_is_broken_off_takes_back_what_it_did(tiny, monkeypatch, broken, error):
+    """Also what the path at which it broke off had already written."""
+    before, calls, refresh = snapshot(tiny), [], paths.Fold.refresh
 
-    def fails():
-        raise MemoryError("no room")
+    def fails(path):
+        refresh(path)
+        calls.append(path)
+        if len(calls) == broken:
+            raise error
 
-    monkeypatch.setattr(last, "attach", fails)
-    with pytest.raises(MemoryError):
-        steering.attach()
+    monkeypatch.setattr(paths.Fold, "refresh", fails)
+    with pytest.raises(error):
+        austeer.steer(tiny, random_plan(tiny, "ffn", 30), 2.0, mode="fold").attach()
+    assert len(calls) == broken
     assert_unchanged(tiny, before)
     assert not is_steered(tiny)
+
+
+def test_threads_cannot_both_steer_a_model(tiny):
+    plan, before = random_plan(tiny, "ffn", 40), snapshot(tiny)
+    for _ in range(20):
+        start, refused = threading.Barrier(2), []
+
+        def run(start=start, refused=refused):
+            start.wait()
+            try:
+                with austeer.steer(tiny, plan, 3.0, mode="fold"):
+                    pass
+            except austeer.SteeringError:
+                refused.append(1)
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(refused) <= 1
+        assert_unchanged(tiny, before)
+
+
+def test_a_model_cast_inside_is_restored_in_its_new_dtype(tiny):
+    expected = copy.deepcopy(tiny).to(torch.bfloat16)
+    with austeer.steer(tiny, random_plan(tiny, ("ffn", "attention"), 30), 3.0, mode="fold"):
+        tiny.to(torch.bfloat16)
+    assert_unchanged(tiny, snapshot(expected))
+
+
+def test_hooks_that_someone_else_removed_do_not_keep_the_others_on(tiny, tiny_ids):
+    plain = logits(tiny, tiny_ids)
+    plan = random_plan(tiny, "ffn", 40)
+    with austeer.steer(tiny, plan, 3.0, mode="columns"):
+        logits(tiny, tiny_ids)
+        remove_hook_from_module(tiny.model.layers[1].mlp)
+    assert torch.equal(logits(tiny, tiny_ids), plain)
+    assert not any(hasattr(module, "_hf_hook") for module in tiny.modules())
+
+
+@pytest.mark.parametrize("change", ["replaced", "offloaded"])
+def test_a_model_changed_before_the_block_is_steered_as_it_is_then(tiny, tiny_ids, change):
+    plan = random_plan(tiny, "ffn", 40)
+    steering = austeer.steer(tiny, plan, 2.0)
+    tiny.model.layers[1].mlp = copy.deepcopy(tiny.model.layers[0].mlp)
+    expected = formula_logits(tiny, tiny_ids, plan, 2.0)
+    if change == "offloaded":
+        cpu_offload(tiny, execution_device=torch.device("cpu"))
+    with steering:
+        torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+
+
+def test_a_weight_made_anew_at_each_forward_is_not_folded(tiny, tiny_ids):
+    for layer in tiny.model.layers:
+        prune.l1_unstructured(layer.mlp.down_proj, "weight", 0.3)
+    plan = random_plan(tiny, "ffn", 30)
+    expected = formula_logits(tiny, tiny_ids, plan, 3.0)
+    with austeer.steer(tiny, plan, 3.0) as steering:
+        torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+        assert {row.path for row in steering.report()} == {"columns"}
+        assert "made anew" in str(steering.report())
+
+
+def test_the_default_dtype_does_not_matter(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 30)
+    expected = formula_logits(tiny, tiny_ids, plan, 3.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for mode in PATHS:
+            with austeer.steer(tiny, plan, 3.0, mode=mode):
+                torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_made_in_inference_mode_and_used_outside(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 30)
+    with torch.inference_mode():
+        steering = austeer.steer(tiny, plan, 1.0, mode="columns")
+    expected = formula_logits(tiny, tiny_ids, plan, -2.0)
+    with steering:
+        steering.alpha = -2.0
+        torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+
+
+@pytest.mark.parametrize("mode", ["auto", "columns"])
+def test_a_peft_model_is_steered_inside_its_wrapper(tiny, tiny_ids, mode):
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["o_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(tiny), config).eval()
+    plan = random_plan(model, ("attention", "ffn"), 20)
+    expected = formula_logits(model.get_base_model(), tiny_ids, plan, 2.0)
+    with austeer.steer(model, plan, 2.0, mode=mode) as steering:
+        torch.testing.assert_close(logits(model, tiny_ids), expected)
+        taken = {row.site: row.path for row in steering.report()}
+    assert taken["attention"] == "columns"  # the adapter's layer is no plain linear layer
+    assert taken["ffn"] == ("fold" if mode == "auto" else "columns")
+
+
+def test_a_forgotten_steering_does_not_keep_the_model_alive(tiny):
+    model = copy.deepcopy(tiny)
+    austeer.steer(model, random_plan(model, "ffn", 5), 1.0, mode="columns").attach()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("mode", ["fused", "columns", "dense"])
@@ -382,6 +501,22 @@ def test_layers_without_aus_are_left_alone(tiny):
     assert hooked == [f"model.layers.{chosen}.mlp"]
 
 
+def test_numpy_numbers_are_numbers(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 9)
+    expected = formula_logits(tiny, tiny_ids, plan.top(4), 2.0)
+    for alpha in (np.int64(2), np.float32(2), np.float64(2)):
+        with austeer.steer(tiny, plan, alpha, k=np.int64(4)):
+            torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+
+
+def test_a_steering_used_again_counts_anew(tiny, tiny_ids):
+    steering = austeer.steer(tiny, random_plan(tiny, "ffn", 9), 1.0, mode="columns")
+    with steering:
+        logits(tiny, tiny_ids)
+    with pytest.warns(austeer.SteeringWarning), steering:
+        pass
+
+
 # --- report and warnings ----------------------------------------------------------------------------------------------
 
 
@@ -430,6 +565,8 @@ def test_steering_twice_is_refused_also_through_the_headless_model(tiny):
         ({"alpha": float("nan")}, austeer.SteeringError, "alpha: found nan"),
         ({"alpha": float("inf")}, austeer.SteeringError, "alpha: found inf"),
         ({"alpha": "15"}, austeer.SteeringError, "alpha: found '15'"),
+        ({"alpha": 1e39}, austeer.SteeringError, r"alpha: found 1e\+39.*finite float32"),
+        ({"alpha": 10**400}, austeer.SteeringError, "alpha: found 1000"),
         ({"alpha": {"attention": 1.0}}, austeer.SteeringError, "alpha: found sites"),
         ({"k": 0}, austeer.PlanError, "k: found 0"),
         ({"k": 6}, austeer.PlanError, "k: found 6, expected an integer from 1 to 5"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 import austeer
 from austeer import Pairs
@@ -141,18 +142,24 @@ def test_overlap_of_rankings(demo_momentum, tiny, demo):
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
+    """Also where the values of a group are alike, which an interval over single values would not survive."""
     generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(60, 40, generator=generator) * 2 + 3
-    covered = 0
-    for sample in samples:
-        low, high = mean_interval(sample)
-        assert low < float(sample.mean()) < high
+    groups = [f"topic {i // 8}" for i in range(80)]
+    covered, naive = 0, 0
+    for _ in range(200):
+        topics = torch.randn(10, generator=generator, dtype=torch.float64).repeat_interleave(8)
+        values = 3 + topics + 0.5 * torch.randn(80, generator=generator, dtype=torch.float64)
+        low, high = mean_interval(values, groups)
+        assert low < float(values.mean()) < high
         covered += low <= 3 <= high
-    assert covered >= 51  # 57 expected; the percentile method is a little short at 40 values
-    assert mean_interval(samples[0]) == mean_interval(samples[0]), "a fixed seed"
-    wide, narrow = (high - low for low, high in (mean_interval(samples[0], level) for level in (0.99, 0.5)))
-    assert wide > 2 * narrow
+        low, high = mean_interval(values, [str(i) for i in range(80)])
+        naive += low <= 3 <= high
+    assert 180 <= covered <= 198  # 190 expected
+    assert naive < 160
 
 
-def test_interval_of_equal_values():
-    assert mean_interval(torch.full((5,), 0.25)) == (0.25, 0.25)
+def test_interval_is_students_t_where_each_value_is_its_own_group():
+    values = torch.tensor([1.0, 2.0, 4.0, 7.0], dtype=torch.float64)
+    expected = stats.t.interval(0.9, 3, loc=3.5, scale=stats.sem(values.numpy()))
+    assert mean_interval(values, list("abcd"), 0.9) == pytest.approx(expected)
+    assert mean_interval(torch.full((5,), 0.25), list("aabbc")) == (0.25, 0.25)

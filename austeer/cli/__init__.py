@@ -50,6 +50,8 @@ def main() -> None:
         app()
     except AusteerError as error:
         fail(str(error))
+    except OSError as error:  # a full disk, a folder that may not be read ...
+        fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

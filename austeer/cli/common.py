@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -30,9 +32,28 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def to_json(data: dict[str, Any]) -> str:
+    """One JSON object; what JSON has no number for (NaN, infinity) becomes null."""
+    return json.dumps(_finite(data), indent=2, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def emit(data: dict[str, Any]) -> None:
-    """The result as one JSON object."""
-    print(json.dumps(data, indent=2, default=str))
+    """The result as one JSON object on standard output."""
+    print(to_json(data))
+
+
+def note(message: str) -> None:
+    """What a user should know, beside the result: on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print("[yellow]note:[/] ", end="")
+    print(message, file=sys.stderr)
 
 
 def check_writable(path: Path, force: bool) -> None:
@@ -43,6 +64,9 @@ def check_writable(path: Path, force: bool) -> None:
         raise AusteerError(f"{path}: found a folder, expected a file name for the result")
     if path.exists() and not force:
         raise AusteerError(f"{path}: exists already; give another --out, or --force to overwrite it")
+    existing = next(parent for parent in (path.absolute().parent, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise AusteerError(f"{path}: cannot be written, {existing} is no folder or not writable; give another --out")
 
 
 def split_names(value: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import DType, Json, Quiet, console, emit, load
+from .common import DType, Json, Quiet, check_writable, console, emit, load, to_json
 
 if TYPE_CHECKING:
     from ..demo import DemoResult
@@ -33,7 +32,7 @@ def demo(
     Example: `austeer demo --out runs/demo`
     """
     from .. import demo as demonstration
-    from ..figures import draw_demo
+    from ..figures import draw_demo, require_matplotlib
     from ..progress import Progress
 
     @contextmanager
@@ -41,12 +40,16 @@ def demo(
         with Progress(what, total, "steps", False if quiet or json else None) as bar:
             yield bar.advance
 
+    require_matplotlib()  # before minutes of work, not after
+    check_writable(out / "result.json", force=True)
     say = (lambda text: None) if json else (lambda text: console.print(escape(text)))
     start = time.perf_counter()
     network, tokenizer = load(model, dtype, "cpu")
     say(f"model     {network.config._name_or_path}, loaded in {time.perf_counter() - start:.1f} s")
-    result, _, _ = demonstration.run(network, tokenizer, out, say=say, step=step)
-    (out / "result.json").write_text(json_module.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+    result, _, _ = demonstration.run(
+        network, tokenizer, out, say=say, step=step, progress=False if quiet or json else None
+    )
+    (out / "result.json").write_text(to_json(result.to_json()) + "\n", encoding="utf-8")
     draw_demo(result, out / "demo.png")
     if json:
         emit({"out": out, **result.to_json()})
@@ -60,13 +63,15 @@ def demo(
 
 
 def _show(result: DemoResult) -> None:
+    from ..demo import MAX_SIDE_EFFECT, PROMPTS
+
     pairs = result.pairs
     console.print(
         f"\n[bold]Effect on {pairs['held-out']} held-out pairs[/]: mean change of log p(positive) - log p(negative), "
         f"nats\n(unsteered {result.base_log_odds:+.2f}); side effect: rise of the cross-entropy on held-out "
         "neutral text, nats a token"
     )
-    table = Table("steering", "alpha", escape("effect [95 % interval]"), "pairs up", "side effect", box=None)
+    table = Table("steering", "alpha", escape("effect [interval]"), "pairs up", "side effect", box=None)
     for row in result.held_out:
         table.add_row(
             row.name,
@@ -76,10 +81,14 @@ def _show(result: DemoResult) -> None:
             f"{row.side_effect:+.3f}",
         )
     console.print(table)
+    console.print("intervals: 95 % over topics; for random AUs the least and greatest seed")
+    if result.held_out[0].side_effect > MAX_SIDE_EFFECT:
+        console.print(
+            f"the limit of {MAX_SIDE_EFFECT} on the side effect held on the selection part, and on this text it is "
+            f"{result.held_out[0].side_effect:.3f}"
+        )
 
     console.print("\n[bold]Generations[/], greedy")
-    from ..demo import PROMPTS
-
     for i, prompt in enumerate(PROMPTS):
         console.print(f"  [bold]{prompt}[/]")
         for name, texts in result.generations.items():
@@ -91,3 +100,6 @@ def _show(result: DemoResult) -> None:
         spread = escape(f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]")
         table.add_row(name, f"{1000 * timing.seconds:.1f}", spread)
     console.print(table)
+    console.print(
+        "fused: its PyTorch definition, as this is a CPU; differences within those of unsteered again are noise"
+    )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, DType, Json, Model, console, emit, load
+from .common import Device, DType, Json, Model, console, emit, load, note
 
 
 def generate(
@@ -22,7 +22,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 40,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
     temperature: Annotated[float, typer.Option(help="With --sample.", min=0.01)] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    seed: Annotated[int, typer.Option(help="With --sample.", min=0, max=2**63 - 1)] = 0,
     report: Annotated[bool, typer.Option("--report", help="Show which path each site took.")] = False,
     dtype: DType = "auto",
     device: Device = None,
@@ -49,12 +49,15 @@ def generate(
         seed=seed,
         temperature=temperature if sample else None,
     )
+    if loaded.chat_template != chat:
+        form = "through" if loaded.chat_template else "without"
+        note(f"the plan was measured {form} a chat template, and these prompts are not; see --chat")
     steering = steer(network, loaded, strengths[0], k=k, mode=mode)
     results = {"unsteered": write()}
     with steering:
         for strength in strengths:
             steering.alpha = strength
-            results[f"alpha {strength:g}"] = write()
+            results[f"alpha {strength:.12g}"] = write()
     if json:
         emit({"prompts": prompt, "continuations": results, "report": [vars(row) for row in steering.report()]})
         return
