@@ -77,43 +77,50 @@ def search(
 ) -> list[Trial]:
     """Tries a grid of sites, operations and k with a series of strengths each; every setting within the limit.
 
-    A series doubles alpha from 1 until the side effect passes the limit (a stronger one would only break more), or
-    halves it until the side effect is within, and ends between the last two: at the last that passed times sqrt(2).
-    ``on_series`` is called after each.
+    A series doubles alpha from 1 until the side effect passes the limit (a stronger one would only break more) or the
+    effect falls, or halves it until the side effect is within. ``on_series`` is called after each. In the end the best
+    setting of each operation is also tried with alpha times sqrt(2), between two steps of its series.
     """
     trials: list[Trial] = []
-    ks = tuple(ks)
+    ks, operations = tuple(ks), tuple(operations)
     for site in sites:
         for operation in operations:
             for k in ks:
                 plan = momentum.select(site, k=k, operation=operation)
                 _series(partial(_try, scorer, plan, max_side_effect, trials))
                 on_series()
+    for operation in operations:
+        top = best(trials, operation=operation)
+        if top is not None and top.alpha < STRONGEST:
+            _try(scorer, top.plan(momentum), max_side_effect, trials, top.alpha * 2**0.5)
     return trials
 
 
-def _series(within_limit: Callable[[float], bool]) -> None:
+def _series(attempt: Callable[[float], Trial | None]) -> None:
     alpha = 1.0
-    if within_limit(alpha):
-        while alpha < STRONGEST and within_limit(2 * alpha):
-            alpha *= 2
-    else:
-        alpha /= 2
-        while alpha >= WEAKEST and not within_limit(alpha):
+    last = attempt(alpha)
+    if last is None:
+        while last is None and alpha > WEAKEST:
             alpha /= 2
-    if WEAKEST <= alpha < STRONGEST:
-        within_limit(alpha * 2**0.5)
+            last = attempt(alpha)
+        return
+    while alpha < STRONGEST:
+        alpha *= 2
+        trial = attempt(alpha)
+        if trial is None or trial.effect < last.effect:
+            return
+        last = trial
 
 
-def _try(scorer: Scorer, plan: Plan, max_side_effect: float, trials: list[Trial], alpha: float) -> bool:
-    """Adds a trial if the side effect is within the limit, and says whether it is (NaN is not)."""
+def _try(scorer: Scorer, plan: Plan, max_side_effect: float, trials: list[Trial], alpha: float) -> Trial | None:
+    """Adds a trial and gives it, if the side effect is within the limit (NaN is not)."""
     side_effect = scorer.side_effect(plan, alpha)
     if not side_effect <= max_side_effect:
-        return False
+        return None
     change = scorer.change(plan, alpha)
     share = float((change > 0).double().mean())
     trials.append(Trial(plan.site[0], plan.operation, len(plan), alpha, float(change.mean()), share, side_effect))
-    return True
+    return trials[-1]
 
 
 def best(trials: Iterable[Trial], **fixed: object) -> Trial | None:

@@ -31,6 +31,9 @@ def scored(tiny, demo):
     return Scorer(tiny, demo[1], pairs, NEUTRAL), momentum
 
 
+TRIAL = Trial("ffn", "scale", 10, 1.0, 0.5, 0.6, 0.01)
+
+
 # --- series of strengths ---------------------------------------------------------------------------------------------
 
 
@@ -39,11 +42,11 @@ def scored(tiny, demo):
 def test_series_ends_right_below_the_limit(limit):
     tried = []
 
-    def within(alpha):
+    def attempt(alpha):
         tried.append(alpha)
-        return alpha <= limit
+        return replace(TRIAL, alpha=alpha, effect=alpha) if alpha <= limit else None
 
-    _series(within)
+    _series(attempt)
     passed = [alpha for alpha in tried if alpha <= limit]
     assert tried[0] == 1 and len(tried) == len(set(tried)) <= 9
     assert all(WEAKEST <= alpha <= STRONGEST for alpha in tried)
@@ -51,8 +54,19 @@ def test_series_ends_right_below_the_limit(limit):
         assert passed == []
     elif limit >= STRONGEST:
         assert max(passed) == STRONGEST
-    else:  # the strongest that passed is within a factor of sqrt(2) of the limit
-        assert limit / 2**0.5 <= max(passed) * (1 + 1e-12)
+    else:  # the strongest that passed is within a factor of 2 of the limit
+        assert limit / 2 <= max(passed) * (1 + 1e-12)
+
+
+def test_series_ends_where_the_effect_falls():
+    tried = []
+
+    def attempt(alpha):
+        tried.append(alpha)
+        return replace(TRIAL, alpha=alpha, effect=-abs(alpha - 5))
+
+    _series(attempt)
+    assert tried == [1, 2, 4, 8]
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
@@ -84,20 +98,27 @@ def test_search_tries_the_whole_grid(scored):
     ks = (k for k in (3, 20))  # an iterator is read once, and used for every site and operation
     trials = search(*scored, **GRID, ks=ks, max_side_effect=math.inf, on_series=lambda: series.append(1))
     assert len(series) == 2 * 2 * 2
-    assert [(t.site, t.operation, t.k, t.alpha) for t in trials] == [
-        (site, operation, k, alpha)
-        for site in GRID["sites"]
-        for operation in GRID["operations"]
-        for k in (3, 20)
-        for alpha in (1, 2, 4, 8, 16, 32)
-    ]
+    grid = [t for t in trials if t.alpha in (1, 2, 4, 8, 16, 32)]
+    rows = {(t.site, t.operation, t.k): [] for t in grid}
+    assert list(rows) == [(s, o, k) for s in GRID["sites"] for o in GRID["operations"] for k in (3, 20)]
+    for trial in grid:
+        rows[trial.site, trial.operation, trial.k].append(trial)
+    for row in rows.values():
+        assert [t.alpha for t in row] == [2**i for i in range(len(row))]
+        effects = [t.effect for t in row]
+        assert effects[:-1] == sorted(effects[:-1])
+        assert row[-1].alpha == STRONGEST or effects[-1] < effects[-2]
+    # the best of each operation is tried once more, a little stronger
+    tops = [best(grid, operation=operation) for operation in GRID["operations"]]
+    refined = [(t.site, t.operation, t.k, t.alpha * 2**0.5) for t in tops if t.alpha < STRONGEST]
+    assert [(t.site, t.operation, t.k, t.alpha) for t in trials[len(grid) :]] == refined
 
 
 def test_search_keeps_to_the_limit_and_tells_the_truth(scored):
     scorer, momentum = scored
     limit = 1e-4
     trials = search(scorer, momentum, **GRID, ks=[3, 20], max_side_effect=limit)
-    assert 0 < len(trials) < 8 * 6 and max(t.alpha for t in trials) <= STRONGEST, "the limit must stop some series"
+    assert 0 < len(trials) < 8 * 6 + 2 and max(t.alpha for t in trials) <= STRONGEST, "the limit must stop some series"
     assert all(t.side_effect <= limit and t.alpha >= WEAKEST and 0 <= t.share <= 1 for t in trials)
     for trial in trials[::7]:
         plan = trial.plan(momentum)
@@ -120,8 +141,6 @@ def test_broken_model_is_never_within_the_limit(scored):
 
 
 # --- the best and its certainty --------------------------------------------------------------------------------------
-
-TRIAL = Trial("ffn", "scale", 10, 1.0, 0.5, 0.6, 0.01)
 
 
 def test_best_has_the_largest_effect_among_those_that_fit():

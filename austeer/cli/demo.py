@@ -68,10 +68,10 @@ def _show(result: DemoResult) -> None:
     pairs = result.pairs
     console.print(
         f"\n[bold]Effect on {pairs['held-out']} held-out pairs[/]: mean change of log p(positive) - log p(negative), "
-        f"nats\n(unsteered {result.base_log_odds:+.2f}); side effect: rise of the cross-entropy on held-out "
-        "neutral text, nats a token"
+        f"nats\n(unsteered {result.base_log_odds:+.2f}). up: share of pairs; side effect: rise of the cross-entropy on "
+        "held-out neutral text, nats a token"
     )
-    table = Table("steering", "alpha", escape("effect [interval]"), "pairs up", "side effect", box=None)
+    table = Table("steering", "alpha", escape("effect [interval]"), "up", "side effect", box=None, pad_edge=False)
     for row in result.held_out:
         table.add_row(
             row.name,
@@ -81,7 +81,9 @@ def _show(result: DemoResult) -> None:
             f"{row.side_effect:+.3f}",
         )
     console.print(table)
-    console.print("intervals: 95 % over topics; for random AUs the least and greatest seed")
+    console.print(
+        "intervals: 95 % over topics; random AUs, with strengths of the same norm: the least and greatest seed"
+    )
     if result.held_out[0].side_effect > MAX_SIDE_EFFECT:
         console.print(
             f"the limit of {MAX_SIDE_EFFECT} on the side effect held on the selection part, and on this text it is "
