@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from austeer_kernels import NO_PAIR, momentum_update
+from austeer_kernels import NO_PAIR, momentum_counters, momentum_update
 
 from . import files
 from .capture import LastTokens, batches, evaluating
@@ -39,12 +39,6 @@ class Counters:
     negative: Tensor
     delta_sum: Tensor
     delta_square_sum: Tensor
-
-    @classmethod
-    def zeros(cls, layers: int, width: int, device: torch.device | str = "cpu") -> Counters:
-        counts = [torch.zeros(layers, width, dtype=torch.int64, device=device) for _ in range(2)]
-        sums = [torch.zeros(layers, width, dtype=torch.float64, device=device) for _ in range(2)]
-        return cls(*counts, *sums)
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(vars(self))
@@ -230,30 +224,28 @@ class _Counting:
     """Running counters of one site on the model's device, flat over layers and width."""
 
     def __init__(self, layers: int, width: int, device: torch.device):
-        self.totals = Counters.zeros(layers, width, device)
-        self.first_nonfinite = torch.full((layers * width,), NO_PAIR, dtype=torch.int64, device=device)
+        self.shape = (layers, width)
+        *self.totals, self.first_nonfinite = momentum_counters(layers * width, device)
 
     def add(self, buffer: Tensor, pairs: int, offset: int) -> None:
         rows = buffer.flatten(1)  # [texts, layers * width]
-        totals = {
-            "positive_count": self.totals.positive.view(-1),
-            "negative_count": self.totals.negative.view(-1),
-            "delta_sum": self.totals.delta_sum.view(-1),
-            "delta_square_sum": self.totals.delta_square_sum.view(-1),
-        }
+        positive, negative, delta_sum, delta_square_sum = self.totals
         momentum_update(
             rows[:pairs],
             rows[pairs : 2 * pairs],
-            **totals,
-            first_nonfinite=self.first_nonfinite,
-            pair_offset=offset,
+            positive,
+            negative,
+            delta_sum,
+            delta_square_sum,
+            self.first_nonfinite,
+            offset,
         )
 
     def check(self, site: str, pairs: Pairs, number: list[int]) -> None:
         row, column = (int(v) for v in self.first_nonfinite.min(0))
         if row != NO_PAIR:
             pair = number[row]
-            layer, au = divmod(column, self.totals.positive.shape[1])
+            layer, au = divmod(column, self.shape[1])
             raise CaptureError(
                 f"site {site!r}, layer {layer}, AU {au}: found NaN or infinity on pair {pair} of {pairs.source} "
                 f"({pairs[pair].prompt!r:.60}); expected finite activations. Load the model in bfloat16 or float32, "
@@ -261,7 +253,7 @@ class _Counting:
             )
 
     def counters(self) -> Counters:
-        return Counters(*(t.cpu() for t in self.totals.tensors().values()))
+        return Counters(*(t.view(self.shape).cpu() for t in self.totals))
 
 
 def _max_length(model: nn.Module, max_length: int | None) -> int:

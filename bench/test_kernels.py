@@ -66,13 +66,11 @@ def test_steered_linear(timed, device, tokens, form):
 @pytest.mark.parametrize("shape", [(256, 17280), (1000, 4096)], ids=str)
 def test_momentum_update(timed, device, shape):
     positive, negative = (torch.randn(shape, device=device, dtype=DTYPE[device.type]) for _ in range(2))
-    counters = [torch.zeros(shape[1], dtype=torch.int64, device=device) for _ in range(2)]
-    sums = [torch.zeros(shape[1], dtype=torch.float64, device=device) for _ in range(2)]
-    first = torch.full((shape[1],), ak.NO_PAIR, device=device)
+    counters = ak.momentum_counters(shape[1], device)
 
     def update():
         counters[0].zero_()
-        ak.momentum_update(positive, negative, *counters, *sums, first)
+        ak.momentum_update(positive, negative, *counters)
         return counters[0]
 
     timed(update, (positive > negative).sum(0), group=f"momentum {shape} {device}", rtol=0.5 / shape[0])

@@ -9,22 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import austeer_kernels
-from austeer_kernels import NO_PAIR, launch, momentum, reference
+from austeer_kernels import NO_PAIR, launch, momentum, momentum_counters, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [(1, 1), (1, 65), (63, 65), (65, 63), (130, 64), (0, 5), (5, 0)]
-
-
-def counters(columns: int, device: str = "cpu") -> list[torch.Tensor]:
-    return [
-        torch.zeros(columns, dtype=torch.int64, device=device),
-        torch.zeros(columns, dtype=torch.int64, device=device),
-        torch.zeros(columns, dtype=torch.float64, device=device),
-        torch.zeros(columns, dtype=torch.float64, device=device),
-        torch.full((columns,), NO_PAIR, device=device),
-    ]
 
 
 def update(positive, negative, state, pair_offset=0):
@@ -66,7 +56,7 @@ def splits(request, monkeypatch):
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_matches_the_definition(seed, device, splits, dtype, rows, columns):
     positive, negative = pairs(rows, columns, dtype, device)
-    state = counters(columns, device)
+    state = momentum_counters(columns, device)
     wanted = expected(positive, negative, state)
     update(positive, negative, state)
     assert_counters(state, wanted)
@@ -75,7 +65,7 @@ def test_matches_the_definition(seed, device, splits, dtype, rows, columns):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shipped_settings(seed, device, dtype):
     positive, negative = pairs(100, 130, dtype, device)
-    state = counters(130, device)
+    state = momentum_counters(130, device)
     wanted = expected(positive, negative, state)
     update(positive, negative, state)
     assert_counters(state, wanted)
@@ -89,7 +79,7 @@ def test_nonfinite_is_reported_and_not_counted(seed, device, splits, dtype):
     negative[5, 1], negative[17, 2], negative[20, 3] = math.nan, math.inf, -math.inf
     positive[17, 2] = math.inf  # a pair of equal infinities is not a tie
     positive, negative = positive.to(device), negative.to(device)
-    state = counters(33, device)
+    state = momentum_counters(33, device)
     wanted = expected(positive, negative, state, 1000)
     update(positive, negative, state, 1000)
     assert_counters(state, wanted)
@@ -100,7 +90,7 @@ def test_nonfinite_is_reported_and_not_counted(seed, device, splits, dtype):
 
 def test_counts_past_32_bits(seed, device, splits):
     positive, negative = pairs(20, 3, torch.float32, device)
-    state = counters(3, device)
+    state = momentum_counters(3, device)
     for t in state[:4]:
         t.fill_(2**40)
     wanted = expected(positive, negative, state, 2**41)
@@ -111,7 +101,7 @@ def test_counts_past_32_bits(seed, device, splits):
 def test_difference_is_taken_in_float64(device, splits):
     positive = torch.full((9, 1), 1.0, device=device)
     negative = torch.full((9, 1), 2.0**-40, device=device)
-    state = counters(1, device)
+    state = momentum_counters(1, device)
     update(positive, negative, state)
     assert state[2].item() == 9 * (1.0 - 2.0**-40)
 
@@ -119,7 +109,7 @@ def test_difference_is_taken_in_float64(device, splits):
 def test_rows_may_be_strided(seed, device, splits):
     wide, other = pairs(66, 80, torch.bfloat16, device)
     positive, negative = wide[::2, 5:70], other[1::2, 3:68]
-    state = counters(65, device)
+    state = momentum_counters(65, device)
     wanted = expected(positive, negative, state)
     update(positive, negative, state)
     assert_counters(state, wanted)
@@ -127,7 +117,7 @@ def test_rows_may_be_strided(seed, device, splits):
 
 def test_repeats_bit_for_bit(seed, device, splits):
     positive, negative = pairs(200, 40, torch.float32, device)
-    first, second = counters(40, device), counters(40, device)
+    first, second = momentum_counters(40, device), momentum_counters(40, device)
     update(positive, negative, first)
     update(positive, negative, second)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
@@ -139,7 +129,7 @@ def test_integers_do_not_depend_on_how_the_stream_was_cut(cuts, number):
     torch.manual_seed(number)
     positive, negative = pairs(48, 5, torch.float16)
     positive[number % 48, number % 5] = math.nan
-    whole, parts = counters(5), counters(5)
+    whole, parts = momentum_counters(5), momentum_counters(5)
     momentum.momentum_update(positive, negative, *whole, 0)
     edges = [0, *sorted(cuts), 48]
     for start, stop in itertools.pairwise(edges):
@@ -150,7 +140,7 @@ def test_integers_do_not_depend_on_how_the_stream_was_cut(cuts, number):
 @pytest.mark.gpu
 def test_in_a_cuda_graph(seed, splits):
     positive, negative = pairs(100, 70, torch.bfloat16, "cuda")
-    state = counters(70, "cuda")
+    state = momentum_counters(70, "cuda")
     austeer_kernels.momentum_update(positive, negative, *state)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -5,17 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import austeer_kernels
-from austeer_kernels import NO_PAIR, KernelArgumentError, reference
-
-
-def counters(columns: int, device: str = "cpu") -> list[torch.Tensor]:
-    return [
-        torch.zeros(columns, dtype=torch.int64, device=device),
-        torch.zeros(columns, dtype=torch.int64, device=device),
-        torch.zeros(columns, dtype=torch.float64, device=device),
-        torch.zeros(columns, dtype=torch.float64, device=device),
-        torch.full((columns,), NO_PAIR, device=device),
-    ]
+from austeer_kernels import KernelArgumentError, momentum_counters, reference
 
 
 def column_arguments(dtype=torch.float32, device="cpu"):
@@ -38,7 +28,7 @@ def linear_arguments(prologue, dtype=torch.float32, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_momentum_update_passes_opcheck(seed, device, dtype):
     positive, negative = (torch.randn(9, 4, device=device).to(dtype) for _ in range(2))
-    torch.library.opcheck(torch.ops.austeer.momentum_update, (positive, negative, *counters(4, device), 3))
+    torch.library.opcheck(torch.ops.austeer.momentum_update, (positive, negative, *momentum_counters(4, device), 3))
 
 
 @pytest.mark.parametrize("magnitude", [False, True])
@@ -101,7 +91,7 @@ def test_momentum_update_compiles(seed, device, backend):
 
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(measure, fullgraph=True, backend=counter)
-    state, wanted = counters(4, device), counters(4, device)
+    state, wanted = momentum_counters(4, device), momentum_counters(4, device)
     for _ in range(3):
         hidden = torch.randn(2, 9, 4, device=device)
         compiled(hidden, state)
@@ -117,7 +107,7 @@ ROWS, COLUMNS = 3, 4
 
 def momentum_error(**changes) -> str:
     names = ("positive_count", "negative_count", "delta_sum", "delta_square_sum", "first_nonfinite")
-    arguments = dict(zip(names, counters(COLUMNS)))
+    arguments = dict(zip(names, momentum_counters(COLUMNS)))
     arguments.update(positive=torch.randn(ROWS, COLUMNS), negative=torch.randn(ROWS, COLUMNS))
     with pytest.raises(KernelArgumentError) as caught:
         austeer_kernels.momentum_update(**{**arguments, **changes})

@@ -5,19 +5,9 @@ import math
 import pytest
 import torch
 
-from austeer_kernels import NO_PAIR, reference
+from austeer_kernels import NO_PAIR, momentum_counters, reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def counters(columns: int, device: str = "cpu") -> list[torch.Tensor]:
-    return [
-        torch.zeros(columns, dtype=torch.int64, device=device),
-        torch.zeros(columns, dtype=torch.int64, device=device),
-        torch.zeros(columns, dtype=torch.float64, device=device),
-        torch.zeros(columns, dtype=torch.float64, device=device),
-        torch.full((columns,), NO_PAIR, device=device),
-    ]
 
 
 def steer_one(x: float, gamma: float, shift: float, magnitude: bool) -> float:
@@ -29,7 +19,7 @@ def test_momentum_counts_each_pair(seed, dtype):
     positive, negative = torch.randn(7, 5).to(dtype), torch.randn(7, 5).to(dtype)
     positive[2, 0], negative[4, 1], positive[5, 1], negative[6, 2] = math.nan, math.inf, -math.inf, math.nan
     negative[3, 3] = positive[3, 3]  # a tie counts on neither side
-    got = counters(5)
+    got = momentum_counters(5)
     reference.momentum_update(positive, negative, *got, 10)
     for c in range(5):
         up = down = 0
@@ -50,15 +40,15 @@ def test_momentum_counts_each_pair(seed, dtype):
 
 def test_momentum_difference_is_exact_where_float32_would_lose_it():
     positive, negative = torch.tensor([[1.0]]), torch.tensor([[2.0**-40]])
-    got = counters(1)
+    got = momentum_counters(1)
     reference.momentum_update(positive, negative, *got, 0)
     assert got[2].item() == 1.0 - 2.0**-40
 
 
 def test_momentum_of_no_pairs_changes_nothing():
-    got = counters(3)
+    got = momentum_counters(3)
     reference.momentum_update(torch.empty(0, 3), torch.empty(0, 3), *got, 0)
-    assert all(torch.equal(a, b) for a, b in zip(got, counters(3)))
+    assert all(torch.equal(a, b) for a, b in zip(got, momentum_counters(3)))
 
 
 @pytest.mark.parametrize("magnitude", [False, True])

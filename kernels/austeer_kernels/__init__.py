@@ -3,7 +3,15 @@
 Needs torch only; Triton is imported when an operation first meets a CUDA tensor.
 """
 
-from .ops import KernelArgumentError, coalesce, momentum_update, steer_columns_, steered_linear
+from .ops import KernelArgumentError, coalesce, momentum_counters, momentum_update, steer_columns_, steered_linear
 from .reference import NO_PAIR
 
-__all__ = ["NO_PAIR", "KernelArgumentError", "coalesce", "momentum_update", "steer_columns_", "steered_linear"]
+__all__ = [
+    "NO_PAIR",
+    "KernelArgumentError",
+    "coalesce",
+    "momentum_counters",
+    "momentum_update",
+    "steer_columns_",
+    "steered_linear",
+]

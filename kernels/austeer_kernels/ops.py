@@ -87,6 +87,17 @@ def _expect_tensor(
     _expect(t.device == device, name, f"a tensor on {t.device}", f"one on {device}, where the activations are")
 
 
+def momentum_counters(columns: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    """The five counters of :func:`momentum_update` before the first pair, in its order; each [columns]."""
+    return (
+        torch.zeros(columns, dtype=torch.int64, device=device),
+        torch.zeros(columns, dtype=torch.int64, device=device),
+        torch.zeros(columns, dtype=torch.float64, device=device),
+        torch.zeros(columns, dtype=torch.float64, device=device),
+        torch.full((columns,), reference.NO_PAIR, dtype=torch.int64, device=device),
+    )
+
+
 def momentum_update(
     positive: Tensor,
     negative: Tensor,
@@ -106,7 +117,7 @@ def momentum_update(
 
     Values are compared as they are (exact); the sums are float64. A row whose positive or negative value is NaN or
     infinite counts nowhere, and ``first_nonfinite[c]`` becomes the lowest ``pair_offset + j`` of such rows, so a
-    stream of calls needs no check, and no wait for the device, until it ends.
+    stream of calls needs no check, and no wait for the device, until it ends. :func:`momentum_counters` makes the five.
 
     Args:
         positive, negative: [pairs, columns], float16, bfloat16 or float32 (float64 on a CPU), same dtype. Any stride
