@@ -25,7 +25,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Path:
-    """One steered site. ``attach`` and ``detach`` are exact opposites; ``refresh`` follows new strengths.
+    """One steered site. ``attach`` and ``detach`` are exact opposites.
 
     ``detach`` may be called at any time, also after an ``attach`` that was broken off, and again.
 
@@ -45,9 +45,6 @@ class Path:
 
     def attach(self) -> None:
         raise TypeError(f"{type(self).__name__} is abstract")
-
-    def refresh(self) -> None:
-        """Called when the table was refilled."""
 
     def detach(self) -> None:
         raise TypeError(f"{type(self).__name__} is abstract")
@@ -75,32 +72,25 @@ class Fold(Path):
     def _linear(self) -> nn.Linear:
         return cast(nn.Linear, self.module)
 
-    def _slice_on(self, device: torch.device) -> tuple:
+    def _slice(self, device: torch.device) -> tuple:
         index = self.table.index.to(device)
         return (index,) if self.site.side == "output" else (slice(None), index)
 
-    def _slice(self) -> tuple:
-        return self._slice_on(self.table.device)
-
     @torch.no_grad()
     def attach(self) -> None:
-        linear = self._linear
-        self._weight = linear.weight[self._slice()].clone()
-        self._bias = None if linear.bias is None else linear.bias.clone()
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        assert self._weight is not None
         weight, bias, table = self._linear.weight, self._linear.bias, self.table
-        wide = reference.compute_dtype(weight.dtype)
+        if weight.device != table.device:
+            table.to(weight.device)
+        place, wide = self._slice(weight.device), reference.compute_dtype(weight.dtype)
+        self._weight = weight[place].clone()
+        self._bias = None if bias is None else bias.clone()
         saved, factor, shift = self._weight.to(wide), 1 + table.gamma[0].to(wide), table.shift[0].to(wide)
         if self.site.side == "output":
-            weight[self._slice()] = (saved * factor[:, None]).to(weight.dtype)
+            weight[place] = (saved * factor[:, None]).to(weight.dtype)
             if self._bias is not None:
                 bias[table.index] = (self._bias[table.index].to(wide) * factor + shift).to(bias.dtype)
         else:
-            weight[self._slice()] = (saved * factor).to(weight.dtype)
+            weight[place] = (saved * factor).to(weight.dtype)
             if self._bias is not None and table.operation == "shift":
                 bias.copy_(self._bias.to(wide) + saved @ shift)
 
@@ -109,7 +99,7 @@ class Fold(Path):
         linear = self._linear
         if self._weight is not None:
             # The model may have been moved or cast in the meantime; so are the saved values.
-            linear.weight[self._slice_on(linear.weight.device)] = self._weight.to(linear.weight)
+            linear.weight[self._slice(linear.weight.device)] = self._weight.to(linear.weight)
         if self._bias is not None:
             linear.bias.copy_(self._bias)
         self._weight = self._bias = None
@@ -291,8 +281,10 @@ class Dense(HookPath):
 
     def steer(self, x: Tensor) -> Tensor:
         table = self.ran(x.device)
-        source = x.abs() if table.magnitude else x
-        steered = x + source * table.dense_gamma[0].to(x.dtype) + table.dense_shift[0].to(x.dtype)
+        if table.operation == "shift":
+            steered = x + table.dense_shift[0].to(x.dtype)
+        else:
+            steered = x + (x.abs() if table.magnitude else x) * table.dense_gamma[0].to(x.dtype)
         if x.requires_grad and torch.is_grad_enabled():
             return steered
         return x.copy_(steered)

@@ -110,6 +110,8 @@ class Steering:
                 projection = self._model.get_submodule(site.projection) if site.projection else None
                 module = self._model.get_submodule(site.path)
                 kind, reason = _choose(mode, projection, plan.operation, storages, site)
+                if kind == "fused" and any(path.module is projection for path in paths):
+                    kind, reason = "columns", "its projection is fused with another site already"
                 target = projection if kind in ("fold", "fused") else module
                 assert target is not None
                 table = StrengthTable(
@@ -155,8 +157,12 @@ class Steering:
     def _refresh(self) -> None:
         self._refresh_tables()
         if self._attached:
-            for path in self._paths:
-                path.refresh()
+            # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
+            folds = [path for path in self._paths if isinstance(path, Fold)]
+            for path in reversed(folds):
+                path.detach()
+            for path in folds:
+                path.attach()
 
     # --- life --------------------------------------------------------------------------------------------------------
 

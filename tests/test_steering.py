@@ -224,6 +224,25 @@ def test_alpha_and_k_are_live(tiny, tiny_ids, mode):
             torch.testing.assert_close(logits(tiny, tiny_ids), formula_logits(plain, tiny_ids, plan.top(k), alpha))
 
 
+@pytest.mark.parametrize("mode", ["auto", *PATHS])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_two_sites_at_one_projection_stay_right_while_alpha_changes(tiny, tiny_ids, operation, mode):
+    """ffn and neuron are both sides of the down projection: folds meet in its weight, and only one can be fused."""
+    if mode == "fold" and operation != "scale":
+        pytest.skip("only scale folds where there is no bias")
+    a, b = (random_plan(tiny, site, 60, operation, seed=i) for i, site in enumerate(("ffn", "neuron")))
+    plain, before = copy.deepcopy(tiny), snapshot(tiny)
+    with austeer.steer(tiny, a + b, 1.0, mode=mode) as steering:
+        for alpha in ({"ffn": 0.5, "neuron": -0.7}, {"ffn": -1.5, "neuron": 0.4}, {"ffn": 0.0, "neuron": 2.0}):
+            steering.alpha = alpha
+            handles = formula(plain, a, alpha["ffn"]) + formula(plain, b, alpha["neuron"])
+            expected = logits(plain, tiny_ids)
+            for handle in handles:
+                handle.remove()
+            torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+    assert_unchanged(tiny, before)
+
+
 def test_alpha_zero_changes_nothing(tiny, tiny_ids):
     before = logits(tiny, tiny_ids)
     for mode in PATHS:
@@ -271,15 +290,15 @@ def test_an_exception_inside_restores_too(tiny, mode):
 @pytest.mark.parametrize("broken", [1, 3])
 def test_an_attach_that_is_broken_off_takes_back_what_it_did(tiny, monkeypatch, broken, error):
     """Also what the path at which it broke off had already written."""
-    before, calls, refresh = snapshot(tiny), [], paths.Fold.refresh
+    before, calls, attach = snapshot(tiny), [], paths.Fold.attach
 
     def fails(path):
-        refresh(path)
+        attach(path)
         calls.append(path)
         if len(calls) == broken:
             raise error
 
-    monkeypatch.setattr(paths.Fold, "refresh", fails)
+    monkeypatch.setattr(paths.Fold, "attach", fails)
     with pytest.raises(error):
         austeer.steer(tiny, random_plan(tiny, "ffn", 30), 2.0, mode="fold").attach()
     assert len(calls) == broken
