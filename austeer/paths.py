@@ -21,6 +21,10 @@ from .errors import SteeringError
 from .sites import Site
 from .strengths import StrengthTable
 
+# The checked functions of austeer_kernels check what is true of every call here; naming the overload saves a search.
+_steer_columns = torch.ops.austeer.steer_columns_.default
+_steered_linear = torch.ops.austeer.steered_linear.default
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -266,7 +270,7 @@ class Columns(HookPath):
         if not x.is_contiguous():
             x = x.contiguous()
         rows = x.view(-1, x.shape[-1])
-        torch.ops.austeer.steer_columns_(rows, table.index, table.gamma, table.shift, table.magnitude, None)
+        _steer_columns(rows, table.index, table.gamma, table.shift, table.magnitude, None)
         return x
 
 
@@ -314,7 +318,7 @@ class Fused(HookPath):
             )
         wanted = (x, linear.weight, linear.bias)
         differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
-        operation = reference.steered_linear if differentiate else torch.ops.austeer.steered_linear
+        operation = reference.steered_linear if differentiate else _steered_linear
         y = operation(
             rows,
             linear.weight,

@@ -47,8 +47,9 @@ def momentum_update(
 
 def steered(x: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool) -> Tensor:
     """x + gamma * (|x| if magnitude else x) + shift, in the dtype of ``x``; differentiable."""
-    source = x.abs() if magnitude else x
-    return torch.addcmul(x, gamma.to(x.dtype), source) + shift.to(x.dtype)
+    if gamma.dtype != x.dtype:  # a cast that changes nothing still costs a microsecond, and decoding counts them
+        gamma, shift = gamma.to(x.dtype), shift.to(x.dtype)
+    return torch.addcmul(x, gamma, x.abs() if magnitude else x) + shift
 
 
 def steer_columns_(
@@ -58,12 +59,15 @@ def steer_columns_(
     if index.numel() == 0:
         return
     old = y.index_select(1, index)  # [tokens, count]
-    x = old.to(compute_dtype(y.dtype))
-    if row_plan is None:
-        new = steered(x, gamma[0], shift[0], magnitude).to(y.dtype)
-    else:
+    wide = compute_dtype(y.dtype)
+    x = old if y.dtype == wide else old.to(wide)
+    if row_plan is not None:
         plan = row_plan.clamp(min=0).long()
-        new = steered(x, gamma[plan], shift[plan], magnitude).to(y.dtype)
+        gamma, shift = gamma[plan], shift[plan]  # [tokens, count]
+    new = steered(x, gamma, shift, magnitude)
+    if y.dtype != wide:
+        new = new.to(y.dtype)
+    if row_plan is not None:
         new = torch.where((row_plan >= 0)[:, None], new, old)
     y.index_copy_(1, index, new)
 
