@@ -222,7 +222,7 @@ class HookPath(Path):
         """Called when the hook is taken off."""
 
     def steer(self, x: Tensor) -> Tensor:
-        """The steered tensor; may be ``x`` itself, changed in place."""
+        """The steered tensor, may be ``x`` itself; called if ``reads_input`` or ``reads_output``."""
         raise TypeError(f"{type(self).__name__} does not steer a tensor")
 
     def ran(self, device: torch.device) -> StrengthTable:
@@ -251,14 +251,18 @@ def _without(hook: ModelHook, ours: ModelHook) -> ModelHook | None:
     return SequentialHook(*rest) if len(rest) > 1 else rest[0] if rest else None
 
 
-class Columns(HookPath):
-    """The module's own computation, then the sparse in-place kernel on the selected columns."""
-
-    name = "columns"
+class TensorPath(HookPath):
+    """A hook that steers the module's input or output and leaves its computation alone."""
 
     def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
         super().__init__(site, table, module)
         self.reads_input, self.reads_output = site.side == "input", site.side == "output"
+
+
+class Columns(TensorPath):
+    """The module's own computation, then the sparse in-place kernel on the selected columns."""
+
+    name = "columns"
 
     def steer(self, x: Tensor) -> Tensor:
         table = self.ran(x.device)
@@ -274,14 +278,10 @@ class Columns(HookPath):
         return x
 
 
-class Dense(HookPath):
+class Dense(TensorPath):
     """The public code's arithmetic: multiply, add and copy back over the whole block. The baseline; never automatic."""
 
     name = "dense"
-
-    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
-        super().__init__(site, table, module)
-        self.reads_input, self.reads_output = site.side == "input", site.side == "output"
 
     def steer(self, x: Tensor) -> Tensor:
         table = self.ran(x.device)

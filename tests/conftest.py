@@ -1,5 +1,6 @@
 """Shared fixtures. Triton's interpreter is chosen here, before anything imports triton."""
 
+import copy
 import os
 import zlib
 
@@ -121,3 +122,28 @@ def demo_momentum(demo):
     from austeer.demo import load_data
 
     return austeer.measure(*demo, load_data().momentum[:64], ["attention", "ffn"])
+
+
+@pytest.fixture(scope="session")
+def measured(demo):
+    """Momentum of a few real pairs at every site."""
+    import austeer
+    from austeer.demo import load_data
+    from austeer.sites import SITE_NAMES
+
+    return austeer.measure(*demo, load_data().tuning[:24], SITE_NAMES, progress=False)
+
+
+@pytest.fixture(scope="session")
+def ids(demo):
+    """Two prompts of unlike length, padded on the left."""
+    tokenizer = copy.deepcopy(demo[1])
+    tokenizer.padding_side = "left"
+    texts = ["The weekend trip was", "Compared with the inn across the road, this one felt"]
+    return tokenizer(texts, return_tensors="pt", padding=True)
+
+
+@pytest.fixture
+def tiny_ids(tiny):
+    """Two rows of token ids for the tiny model."""
+    return {"input_ids": torch.randint(0, tiny.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(3))}
