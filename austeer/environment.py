@@ -19,7 +19,8 @@ def environment() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        # torch's own version also tells the build (+cpu, +cu130), which its metadata may leave out
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},
     }
 
 
