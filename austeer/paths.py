@@ -259,6 +259,18 @@ class TensorPath(HookPath):
         self.reads_input, self.reads_output = site.side == "input", site.side == "output"
 
 
+def dense_is_cheaper(x: Tensor, table: StrengthTable) -> bool:
+    """Whether one dense in-place operation costs less than the sparse kernel; it gives the same float32 numbers.
+
+    On a CPU only (bench/test_kernels.py compares the forms): the sparse form there is four operations, some 10 us a
+    call, and 60 times the dense one's time an element. So dense for few elements, and for many columns.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    # A compiler fuses the dense form with what is around it, and a guard on the size would make it compile twice.
+    return torch.compiler.is_compiling() or x.numel() <= 16384 or 64 * table.index.numel() >= table.width
+
+
 class Columns(TensorPath):
     """The module's own computation, then the sparse in-place kernel on the selected columns."""
 
@@ -271,6 +283,10 @@ class Columns(TensorPath):
                 x.to(reference.compute_dtype(x.dtype)), table.dense_gamma[0], table.dense_shift[0], table.magnitude
             )
             return steered.to(x.dtype)
+        if dense_is_cheaper(x, table):
+            if table.operation == "shift":
+                return x.add_(table.dense_shift)
+            return x.addcmul_(x.abs() if table.magnitude else x, table.dense_gamma)
         if not x.is_contiguous():
             x = x.contiguous()
         rows = x.view(-1, x.shape[-1])

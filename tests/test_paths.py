@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import austeer
+from austeer import paths
+from austeer.strengths import StrengthTable
 from dense_formula import (
     OPERATIONS,
     PATHS,
@@ -56,6 +58,35 @@ def test_each_path_on_the_real_model_equals_the_formula(demo, double, measured, 
         took.append(mode)
     assert "columns" in took
     assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("site", SITES)
+def test_the_sparse_and_the_dense_form_of_columns_give_the_same(demo, measured, ids, site, operation, monkeypatch):
+    """On a CPU the path takes whichever is cheaper; both must be right, whatever is chosen where."""
+    model, took = demo[0], []
+    plan = measured.select(site, k=60, operation=operation)
+
+    def run(dense):
+        monkeypatch.setattr(paths, "dense_is_cheaper", lambda x, table: took.append(dense) or dense)
+        with austeer.steer(model, plan, 0.5, mode="columns"):
+            return logits(model, ids)
+
+    dense, sparse = run(True), run(False)
+    assert set(took) == {True, False}
+    assert not torch.equal(dense, logits(model, ids))
+    real = ids["attention_mask"].bool()
+    torch.testing.assert_close(dense[real], sparse[real], rtol=1e-5, atol=1e-4)
+
+
+def test_the_dense_form_is_for_a_cpu_with_few_elements_or_many_columns():
+    def cheaper(tokens, width, count, dtype=torch.float32):
+        table = StrengthTable(*(torch.arange(count),) * 4, width, "scale", torch.device("cpu"))
+        return paths.dense_is_cheaper(torch.empty(tokens, width, dtype=dtype, device="cpu"), table)
+
+    assert cheaper(1, 4096, 4) and cheaper(512, 4096, 100) and cheaper(512, 576, 100)
+    assert not cheaper(512, 4096, 4)
+    assert not cheaper(1, 576, 4, torch.bfloat16)  # one rounding needs the kernel's float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
