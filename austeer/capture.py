@@ -22,9 +22,14 @@ def first_tensor(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """How many tokens have an embedding."""
+    return unwrap(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
+
+
 def check_vocabulary(model: nn.Module, token_ids: Sequence[Sequence[int]]) -> None:
     """Raises PairsError if a token has no embedding: the tokenizer is another model's."""
-    size = unwrap(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
+    size = vocabulary_size(model)
     largest = max((max(ids, default=0) for ids in token_ids), default=0)
     if largest >= size:
         raise PairsError(

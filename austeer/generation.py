@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .capture import check_vocabulary
+from .capture import check_vocabulary, vocabulary_size
 from .errors import PairsError
-from .pairs import encode, render_chat
+from .pairs import encode, has_lone_surrogate, render_chat
 from .sites import input_device
 
 
@@ -37,14 +37,15 @@ def continue_prompts(
     for number, prompt in enumerate(prompts):
         if not prompt.strip():
             raise PairsError(f"prompt {number}: found an empty text, expected something to continue")
-        if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        if has_lone_surrogate(prompt):
             raise PairsError(f"prompt {number}: found bytes that are not UTF-8, expected text")
     texts = [render_chat(tokenizer, p) for p in prompts] if chat else list(prompts)
     ids = encode(tokenizer, texts, add_special_tokens=not chat)
     check_vocabulary(model, ids)
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    pad = next((i for i in ends if i is not None and i < vocabulary), 0)  # a pad token may have been added afterwards
+    pad = next(
+        (i for i in ends if i is not None and i < vocabulary_size(model)), 0
+    )  # a pad token may have been added afterwards
     length = max(map(len, ids))
     device = input_device(model)
     input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=device)

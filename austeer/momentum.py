@@ -186,10 +186,9 @@ def measure(
     pairs = Pairs.of(pairs)
     if not pairs:
         raise PairsError(f"{pairs.source}: found no pairs, expected at least one")
-    sites = [sites] if isinstance(sites, str) else list(sites)
-    if not sites:
-        raise SiteError("sites: found none, expected at least one name, for example sites=['attention']")
     found = find_sites(model, sites, layout)
+    if not found:
+        raise SiteError("sites: found none, expected at least one name, for example sites=['attention']")
     limit = _max_length(model, max_length)
     tokens = tokenise(tokenizer, pairs, limit)
     count = len(tokens.number)

@@ -12,7 +12,7 @@ from scipy import stats
 from .errors import FileFormatError, SelectionError
 from .momentum import Momentum
 from .plan import FILE_NAME, AtomicUnit, Plan
-from .selection import effect_size, p_values, signed_rate
+from .selection import adjusted_p_values, effect_size, p_values, signed_rate
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def of_momentum(momentum: Momentum, site: str | None, k: int) -> Overview:
     notes = []
     if tied > inside:
         notes.append(f"{tied} AUs share |beta| = {cut:.3f} at the cut; {inside} of them are in, by effect size")
-    adjusted = stats.false_discovery_control(p_values(counters).flatten().numpy())
-    notes.append(f"{int((adjusted <= 0.05).sum())} of {size} AUs pass a sign test at a false discovery rate of 5 %")
+    discoveries = int((adjusted_p_values(counters) <= 0.05).sum())
+    notes.append(f"{discoveries} of {size} AUs pass a sign test at a false discovery rate of 5 %")
     return Overview(
         origin=f"momentum of {momentum.pairs} pairs on {momentum.model.name}",
         site=site,

@@ -239,6 +239,11 @@ def _object(row: Any, where: str) -> Mapping[str, Any]:
     return row
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds half a character, as JSON and a command line can; no tokenizer takes it."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _pair(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Pair:
     values = {}
     for field, name in names.items():
@@ -252,7 +257,7 @@ def _pair(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Pair:
             raise PairsError(f"{where}: field {name!r} is {type(value).__name__}, expected text")
         if not value.strip():
             raise PairsError(f"{where}: field {name!r} is empty, expected text")
-        if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can hold half a character
+        if has_lone_surrogate(value):
             raise PairsError(f"{where}: field {name!r} has half of a surrogate pair, expected text that UTF-8 can hold")
         values[field] = value
     return Pair(**values)

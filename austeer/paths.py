@@ -326,12 +326,12 @@ class Fused(HookPath):
         table = self.ran(x.device)
         rows = x.reshape(-1, x.shape[-1])
         linear = cast(nn.Linear, module)
-        # The definition is differentiable, the kernel is not.
         if x.dtype != linear.weight.dtype:
             raise SteeringError(
                 f"mode 'fused' at {self.site.path}: found {x.dtype} activations and a {linear.weight.dtype} weight "
                 "(autocast?), expected one dtype; use mode='columns'"
             )
+        # The definition is differentiable, the kernel is not.
         wanted = (x, linear.weight, linear.bias)
         differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
         operation = reference.steered_linear if differentiate else _steered_linear

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,5 +210,5 @@ class Plan:
             site = tuple(names[i] for i in tensors.pop("site").tolist())
             model = Fingerprint.from_json(header.pop("model"))
             return cls(site=site, model=model, **cast(dict[str, Any], tensors), **header)
-        except (KeyError, IndexError, TypeError, ValueError, json.JSONDecodeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); make the plan anew") from error

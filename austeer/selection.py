@@ -45,6 +45,12 @@ def p_values(counters: Counters) -> Tensor:
     return torch.from_numpy(np.minimum(1.0, 2 * stats.binom.sf(most - 1, decided, 0.5)))
 
 
+def adjusted_p_values(counters: Counters) -> Tensor:
+    """:func:`p_values` after Benjamini-Hochberg's correction over the whole site, float64 [layers, width]."""
+    p = p_values(counters)
+    return torch.from_numpy(stats.false_discovery_control(p.flatten().numpy())).view_as(p)
+
+
 def ranking(momentum: Momentum, site: str, ties: str = "effect") -> Tensor:
     """All AUs of a site, best first: int64 [layers * width], layer * width + index.
 
@@ -115,8 +121,8 @@ def select(
 def _discoveries(counters: Counters, max_fdr: float, site: str) -> Tensor:
     if isinstance(max_fdr, bool) or not isinstance(max_fdr, Real) or not 0 < max_fdr < 1:
         raise SelectionError(f"max_fdr: found {max_fdr!r}, expected a rate between 0 and 1, for example 0.05")
-    adjusted = stats.false_discovery_control(p_values(counters).flatten().numpy())
-    keep = torch.from_numpy(adjusted <= max_fdr)
+    adjusted = adjusted_p_values(counters).flatten()
+    keep = adjusted <= max_fdr
     if not keep.any():
         raise SelectionError(
             f"max_fdr: no AU of site {site!r} passes {max_fdr}; the smallest adjusted p-value is {adjusted.min():.3g}. "
