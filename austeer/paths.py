@@ -1,12 +1,11 @@
-"""The ways in which a site can be steered: fold, fused, columns, dense.
+"""The ways in which a site can be steered while it runs: fused, columns, dense.
 
-Each path puts one strength table on one module and takes it off again, leaving no trace. ``fold`` edits the weight; the
-others are accelerate hooks, so that they compose with device maps and offload.
+Each puts one strength table on one module and takes it off again, leaving no trace, as an accelerate hook, so that it
+composes with device maps and offload. fold.py has the way that runs nothing.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from typing import cast
 
@@ -52,106 +51,6 @@ class Path:
 
     def detach(self) -> None:
         raise TypeError(f"{type(self).__name__} is abstract")
-
-
-# --- fold: the weight itself -----------------------------------------------------------------------------------------
-
-
-class Fold(Path):
-    """Scales rows (output side) or columns (input side) of the projection's weight in place; no run-time cost.
-
-    y = W x + b, steered at the output:  W[I] *= 1 + gamma;  b[I] = b[I] * (1 + gamma) + shift
-    steered at the input:                b += W[:, I] @ shift;  W[:, I] *= 1 + gamma
-    """
-
-    name = "fold"
-
-    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
-        super().__init__(site, table, module)
-        self.calls = None
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
-
-    @property
-    def _linear(self) -> nn.Linear:
-        return cast(nn.Linear, self.module)
-
-    def _slice(self, device: torch.device) -> tuple:
-        index = self.table.index.to(device)
-        return (index,) if self.site.side == "output" else (slice(None), index)
-
-    @torch.no_grad()
-    def attach(self) -> None:
-        weight, bias, table = self._linear.weight, self._linear.bias, self.table
-        if weight.device != table.device:
-            table.to(weight.device)
-        place, wide = self._slice(weight.device), reference.compute_dtype(weight.dtype)
-        self._weight = weight[place].clone()
-        self._bias = None if bias is None else bias.clone()
-        saved, factor, shift = self._weight.to(wide), 1 + table.gamma[0].to(wide), table.shift[0].to(wide)
-        if self.site.side == "output":
-            weight[place] = (saved * factor[:, None]).to(weight.dtype)
-            if self._bias is not None:
-                bias[table.index] = (self._bias[table.index].to(wide) * factor + shift).to(bias.dtype)
-        else:
-            weight[place] = (saved * factor).to(weight.dtype)
-            if self._bias is not None and table.operation == "shift":
-                bias.copy_(self._bias.to(wide) + saved @ shift)
-
-    @torch.no_grad()
-    def detach(self) -> None:
-        linear = self._linear
-        if self._weight is not None:
-            # The model may have been moved or cast in the meantime; so are the saved values.
-            linear.weight[self._slice(linear.weight.device)] = self._weight.to(linear.weight)
-        if self._bias is not None:
-            linear.bias.copy_(self._bias)
-        self._weight = self._bias = None
-
-
-def why_not_fold(module: nn.Module | None, operation: str, storages: Counter) -> str | None:
-    """The reason why steering cannot be folded into ``module``'s weight, or None if it can.
-
-    Args:
-        storages: how many parameters of the model lie in each storage, from :func:`shared_storages`.
-    """
-    if module is None:
-        return "no linear layer makes this tensor"
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is not a plain linear layer"
-    if operation == "push":
-        return "push is not linear"
-    if operation == "shift" and module.bias is None:
-        return "shift needs a bias and the layer has none"
-    for name in ("weight", "bias"):
-        p = module._parameters.get(name)
-        if p is None:
-            if getattr(module, name) is not None:
-                return f"the {name} is made anew at each forward pass (pruning, weight normalisation ...)"
-            continue
-        if p.device.type == "meta":
-            return f"the {name} is offloaded"
-        if p.dtype not in FLOATING:
-            return f"the {name} is {p.dtype}"
-        if type(p) is not nn.Parameter:
-            return f"the {name} is a {type(p).__name__}"
-        if storages[p.untyped_storage().data_ptr()] > 1:
-            return f"the {name} is shared with another module"
-    if getattr(getattr(module, "_hf_hook", None), "offload", False):
-        return "the weight is offloaded"
-    return None
-
-
-def shared_storages(model: nn.Module) -> Counter:
-    """How many parameters (tied ones counted each time) lie in each storage."""
-    return Counter(
-        p.untyped_storage().data_ptr()
-        for _, p in model.named_parameters(remove_duplicate=False)
-        if p.device.type != "meta"
-    )
-
-
-# --- hooks -----------------------------------------------------------------------------------------------------------
 
 
 class _Hook(ModelHook):
@@ -359,6 +258,3 @@ def why_not_fused(module: nn.Module | None) -> str | None:
     if module.weight.dtype == torch.float64 and module.weight.device.type == "cuda":
         return "the kernel has no float64 on a GPU"
     return None
-
-
-PATHS: dict[str, type[Path]] = {"fold": Fold, "fused": Fused, "columns": Columns, "dense": Dense}

@@ -13,8 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .dispatch import PATHS, choose
 from .errors import PlanError, SteeringError, SteeringWarning, check_count
-from .paths import PATHS, Fold, Path, shared_storages, why_not_fold, why_not_fused
+from .fold import Fold, shared_storages
+from .paths import Path
 from .plan import Plan
 from .sites import Layout, Site, decoder_of, find_sites, fingerprint, input_device, unwrap
 from .strengths import StrengthTable
@@ -109,7 +111,7 @@ class Steering:
                 site = sites[name][layer]
                 projection = self._model.get_submodule(site.projection) if site.projection else None
                 module = self._model.get_submodule(site.path)
-                kind, reason = _choose(mode, projection, plan.operation, storages, site)
+                kind, reason = choose(mode, projection, plan.operation, storages, site)
                 if kind == "fused" and any(path.module is projection for path in paths):
                     kind, reason = "columns", "its projection is fused with another site already"
                 target = projection if kind in ("fold", "fused") else module
@@ -316,22 +318,6 @@ def _check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site
             f"and the model is {found.name} ({found.model_type}, {found.layers} layers, widths {found.widths}); "
             "measure and select on this model"
         )
-
-
-def _choose(mode: str, projection: nn.Module | None, operation: str, storages, site: Site) -> tuple[str, str]:
-    """The path of a site, and why not a cheaper one."""
-    if mode in ("columns", "dense"):
-        return mode, "as asked"
-    refusal = why_not_fused(projection) if mode == "fused" else why_not_fold(projection, operation, storages)
-    kind = "fused" if mode == "fused" else Fold.name
-    if refusal is None:
-        return kind, "as asked" if mode != "auto" else ""
-    if mode != "auto":
-        raise SteeringError(
-            f"mode {mode!r} is not possible at site {site.name!r} of layer {site.layer} ({site.path}): {refusal}. "
-            "Use mode='auto' or 'columns'"
-        )
-    return "columns", f"no fold: {refusal}"
 
 
 def _device_of(module: nn.Module, default: torch.device) -> torch.device:

@@ -14,7 +14,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
 import austeer
-from austeer import paths
+from austeer import fold
 from austeer.steering import is_steered
 from dense_formula import PATHS, assert_unchanged, formula_logits, logits, random_plan, snapshot
 
@@ -73,7 +73,7 @@ def test_an_exception_inside_restores_too(tiny, mode):
 @pytest.mark.parametrize("broken", [1, 3])
 def test_an_attach_that_is_broken_off_takes_back_what_it_did(tiny, monkeypatch, broken, error):
     """Also what the path at which it broke off had already written."""
-    before, calls, attach = snapshot(tiny), [], paths.Fold.attach
+    before, calls, attach = snapshot(tiny), [], fold.Fold.attach
 
     def fails(path):
         attach(path)
@@ -81,7 +81,7 @@ def test_an_attach_that_is_broken_off_takes_back_what_it_did(tiny, monkeypatch, 
         if len(calls) == broken:
             raise error
 
-    monkeypatch.setattr(paths.Fold, "attach", fails)
+    monkeypatch.setattr(fold.Fold, "attach", fails)
     with pytest.raises(error):
         austeer.steer(tiny, random_plan(tiny, "ffn", 30), 2.0, mode="fold").attach()
     assert len(calls) == broken
