@@ -54,6 +54,7 @@ class LastTokens:
         self.texts = texts
         self.buffers: dict[str, Tensor] = {}  # made when a site first runs, in the dtype that it turns out to have
         self._rows: Tensor | None = None
+        self._shape = torch.Size()  # [batch, tokens] of the batch that runs
         self._filled: set[tuple[str, int]] = set()
         self._accepts = inspect.signature(self.decoder.forward).parameters
 
@@ -71,6 +72,12 @@ class LastTokens:
         def keep(x: Tensor) -> None:
             if self._rows is None:
                 return
+            if x.shape[:-1] not in (self._shape, (self._shape.numel(),)):
+                raise CaptureError(
+                    f"site {name!r} of layer {number}: found a tensor {tuple(x.shape)}, expected [batch, tokens, width]"
+                    f" = [{self._shape[0]}, {self._shape[1]}, width] or [batch * tokens, width]"
+                )
+            last = x.view(*self._shape, x.shape[-1])[:, -1] if x.dim() == 2 else x[:, -1]  # some blocks flatten
             if name not in self.buffers:
                 shape = (self.texts, len(self.sites[name]), x.shape[-1])
                 self.buffers[name] = torch.empty(shape, dtype=x.dtype, device=self.device)
@@ -80,11 +87,13 @@ class LastTokens:
                     f"site {name!r}: found {x.dtype} in layer {number} and {buffer.dtype} in an earlier one, "
                     "expected one dtype; load the model in one"
                 )
-            buffer[self._rows, number] = x[:, -1].to(self.device)
+            buffer[self._rows, number] = last.to(self.device)
             self._filled.add((name, number))
 
         if side == "input":
-            return module.register_forward_pre_hook(lambda module, args: keep(args[0]))
+            return module.register_forward_pre_hook(
+                lambda module, args, kwargs: keep(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+            )
         return module.register_forward_hook(lambda module, args, output: keep(first_tensor(output)))
 
     @torch.no_grad()
@@ -104,7 +113,7 @@ class LastTokens:
         if "position_ids" in self._accepts:  # padding must not move a text to other positions
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(self.device)
         check_vocabulary(self.model, token_ids)
-        self._rows = torch.as_tensor(rows, device=self.device)
+        self._rows, self._shape = torch.as_tensor(rows, device=self.device), ids.shape
         self._filled.clear()
         try:
             self.decoder(**inputs)

@@ -3,28 +3,112 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import nn
+
+from austeer_kernels import launch
 
 from .errors import SteeringError
 from .fold import Fold, why_not_fold
-from .paths import Columns, Dense, Fused, Path, why_not_fused
+from .paths import Columns, Dense, Fused, HookPath, Path, why_not_fused
+from .routing import Routing
 from .sites import Site
+from .strengths import Entry, StrengthTable
 
 PATHS: dict[str, type[Path]] = {"fold": Fold, "fused": Fused, "columns": Columns, "dense": Dense}
+MODES = ("auto", *PATHS)
 
 
-def choose(mode: str, projection: nn.Module | None, operation: str, storages: Counter, site: Site) -> tuple[str, str]:
-    """The path of a site, and why not a cheaper one."""
+@dataclass(frozen=True)
+class Choice:
+    """A path for one site.
+
+    Attributes:
+        path: its class. module: what it works on.
+        reason: why not a cheaper one; empty for the cheapest.
+        limit: up to how many tokens the fused kernel is used; None: always.
+        parts: the modules whose weights fold scales.
+    """
+
+    path: type[Path]
+    module: nn.Module
+    reason: str
+    limit: int | None = None
+    parts: tuple[nn.Module, ...] = ()
+
+    def dense(self, device: torch.device, plans: int) -> bool:
+        """Whether the path works with dense tables: 8 bytes a plan and dimension, for columns only where they help."""
+        return self.path is not Columns or (device.type == "cpu" and plans == 1)
+
+
+def choose(
+    mode: str,
+    model: nn.Module,
+    site: Site,
+    groups: Sequence[Sequence[Entry]],
+    storages: Counter,
+    at_run_time: str,
+    fused: set[nn.Module],
+) -> Choice:
+    """The path of a site.
+
+    ``auto`` takes fold, which runs nothing, where it is exact and possible; then fused, up to the number of tokens for
+    which it was measured to be faster on this device (the kernels' tables); then columns.
+
+    Args:
+        groups: the AUs at the site, see ``StrengthTable``; more than one where plans with and without magnitude meet.
+        storages: from ``shared_storages``.
+        at_run_time: the reason why steering depends on the token, and so cannot be in the weights; or empty.
+        fused: the projections that are fused with another site already; this one's is added.
+
+    Raises:
+        SteeringError: ``mode`` is not possible at the site.
+    """
+    module = model.get_submodule(site.path)
+    projection = model.get_submodule(site.projection) if site.projection else None
     if mode in ("columns", "dense"):
-        return mode, "as asked"
-    refusal = why_not_fused(projection) if mode == "fused" else why_not_fold(projection, operation, storages)
-    kind = "fused" if mode == "fused" else Fold.name
-    if refusal is None:
-        return kind, "as asked" if mode != "auto" else ""
+        return Choice(PATHS[mode], module, "as asked")
+    asked = "" if mode == "auto" else "as asked"
+    no_fold = at_run_time or why_not_fold(model, site, groups[0][0].operation, storages)
+    if mode != "fused" and not no_fold:
+        return Choice(Fold, module, asked, parts=tuple(model.get_submodule(path) for path in site.parts))
+    no_fused = why_not_fused(projection, groups)
+    if no_fused is None and projection in fused:
+        if mode == "fused":
+            return Choice(Columns, module, "its projection is fused with another site already")
+        no_fused = "fused already"
+    limit = None
+    if no_fused is None and mode == "auto":
+        limit = _measured_limit(projection)
+        no_fused = None if limit else "not measured to be faster"
+    if mode != "fold" and no_fused is None and projection is not None:
+        fused.add(projection)
+        return Choice(Fused, projection, asked or f"no fold: {no_fold}", limit)
     if mode != "auto":
         raise SteeringError(
-            f"mode {mode!r} is not possible at site {site.name!r} of layer {site.layer} ({site.path}): {refusal}. "
-            "Use mode='auto' or 'columns'"
+            f"mode {mode!r} is not possible at site {site.name!r} of layer {site.layer} ({site.path}): "
+            f"{no_fold if mode == 'fold' else no_fused}. Use mode='auto' or 'columns'"
         )
-    return "columns", f"no fold: {refusal}"
+    return Choice(Columns, module, f"no fold: {no_fold}")
+
+
+def _measured_limit(projection: nn.Module | None) -> int:
+    """Up to how many tokens the fused kernel is faster on this device; 0 where nobody has measured it."""
+    if not isinstance(projection, nn.Linear) or projection.weight.device.type != "cuda":
+        return 0
+    return launch.fused_up_to(*projection.weight.shape, projection.weight.dtype, projection.weight.device)
+
+
+def make_path(
+    choice: Choice, site: Site, tables: Sequence[StrengthTable], routing: Routing | None, check: bool
+) -> Path:
+    """The chosen path, not yet attached."""
+    if choice.path is Fold:
+        return Fold(site, tables[0], choice.parts)
+    assert issubclass(choice.path, HookPath)
+    if choice.path is Fused:
+        return Fused(site, tables, choice.module, routing, check, limit=choice.limit)
+    return choice.path(site, tables, choice.module, routing, check)

@@ -3,85 +3,114 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import cast
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from austeer_kernels import reference
 
+from .linear import Weights, weights_of
 from .paths import FLOATING, Path
 from .sites import Site
 from .strengths import StrengthTable
 
 
 class Fold(Path):
-    """Scales rows (output side) or columns (input side) of the projection's weight in place; no run-time cost.
+    """Scales rows (output side) or columns (input side) of the weights in place; no run-time cost.
 
     y = W x + b, steered at the output:  W[I] *= 1 + gamma;  b[I] = b[I] * (1 + gamma) + shift
     steered at the input:                b += W[:, I] @ shift;  W[:, I] *= 1 + gamma
+
+    A mixture of experts is y = sum_e r_e (W_e x_e + b_e), r_e the router's or a gate's: scaled at the output if every
+    W_e and b_e is. A shift would need the r_e to sum to 1.
+
+    Args:
+        parts: the modules of ``site.parts``.
     """
 
     name = "fold"
 
-    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
-        super().__init__(site, table, module)
+    def __init__(self, site: Site, table: StrengthTable, parts: Sequence[nn.Module]):
+        super().__init__(site, table, parts[0])
         self.calls = None
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
-
-    @property
-    def _linear(self) -> nn.Linear:
-        return cast(nn.Linear, self.module)
-
-    def _slice(self, device: torch.device) -> tuple:
-        index = self.table.index.to(device)
-        return (index,) if self.site.side == "output" else (slice(None), index)
+        self.parts = tuple(parts)
+        self._saved: list[tuple[Tensor, Tensor | None]] = []
 
     @torch.no_grad()
     def attach(self) -> None:
-        weight, bias, table = self._linear.weight, self._linear.bias, self.table
-        if weight.device != table.device:
-            table.to(weight.device)
-        place, wide = self._slice(weight.device), reference.compute_dtype(weight.dtype)
-        self._weight = weight[place].clone()
-        self._bias = None if bias is None else bias.clone()
-        saved, factor, shift = self._weight.to(wide), 1 + table.gamma[0].to(wide), table.shift[0].to(wide)
-        if self.site.side == "output":
-            weight[place] = (saved * factor[:, None]).to(weight.dtype)
-            if self._bias is not None:
-                bias[table.index] = (self._bias[table.index].to(wide) * factor + shift).to(bias.dtype)
-        else:
-            weight[place] = (saved * factor).to(weight.dtype)
-            if self._bias is not None and table.operation == "shift":
-                bias.copy_(self._bias.to(wide) + saved @ shift)
+        table = self.table
+        for weight, bias, dim in self._weights():
+            index = table.index.to(weight.device)
+            saved = weight.index_select(dim, index)
+            self._saved.append((saved, None if bias is None else bias.clone()))
+            wide = reference.compute_dtype(weight.dtype)
+            factor, shift = (t[0].to(weight.device, wide) for t in (1 + table.gamma.to(wide), table.shift))
+            slice_ = saved.to(wide).movedim(dim, -1)  # [..., AUs]
+            weight.index_copy_(dim, index, (slice_ * factor).movedim(-1, dim).to(weight.dtype))
+            if bias is None:
+                continue
+            if self.site.side == "output":
+                steered = bias.index_select(-1, index).to(wide) * factor + shift
+                bias.index_copy_(-1, index, steered.to(bias.dtype))
+            elif table.operation == "shift":
+                bias.copy_(bias.to(wide) + slice_ @ shift)
 
     @torch.no_grad()
     def detach(self) -> None:
-        linear = self._linear
-        if self._weight is not None:
+        # After an attach that was broken off there are fewer saved values than parts; the rest was not touched.
+        for (weight, bias, dim), (saved, saved_bias) in zip(self._weights(), self._saved):
             # The model may have been moved or cast in the meantime; so are the saved values.
-            linear.weight[self._slice(linear.weight.device)] = self._weight.to(linear.weight)
-        if self._bias is not None:
-            linear.bias.copy_(self._bias)
-        self._weight = self._bias = None
+            weight.index_copy_(dim, self.table.index.to(weight.device), saved.to(weight))
+            if bias is not None and saved_bias is not None:
+                bias.copy_(saved_bias)
+        self._saved = []
+
+    def _weights(self) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+        """Weight, bias and the weight's dimension that counts the AUs, of each part."""
+        for part in self.parts:
+            weights = weights_of(part)
+            assert isinstance(weights, Weights)  # why_not_fold refuses all else
+            bias = getattr(part, weights.bias) if weights.bias else None
+            yield getattr(part, weights.weight), bias, _au_dimension(weights, self.site)
 
 
-def why_not_fold(module: nn.Module | None, operation: str, storages: Counter) -> str | None:
-    """The reason why steering cannot be folded into ``module``'s weight, or None if it can.
+def _au_dimension(weights: Weights, site: Site) -> int:
+    return weights.output if site.side == "output" else weights.input
+
+
+def why_not_fold(model: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
+    """The reason why steering cannot be folded into the weights at a site, or None if it is exact and possible.
 
     Args:
         storages: how many parameters of the model lie in each storage, from :func:`shared_storages`.
     """
-    if module is None:
+    if not site.parts:
         return "no linear layer makes this tensor"
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is not a plain linear layer"
     if operation == "push":
         return "push is not linear"
-    if operation == "shift" and module.bias is None:
+    if operation == "shift" and site.projection is None:
+        return "shift in a mixture of experts would need router weights that sum to 1"
+    for path in site.parts:
+        reason = _why_not_part(model.get_submodule(path), site, operation, storages) or _why_not_between(
+            model, site, path
+        )
+        if reason is not None:
+            return reason if len(site.parts) == 1 else f"{path}: {reason}"
+    return None
+
+
+def _why_not_part(module: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
+    weights = weights_of(module)
+    if isinstance(weights, str):
+        return weights
+    if operation == "shift" and getattr(module, weights.bias or "", None) is None:
         return "shift needs a bias and the layer has none"
-    for name in ("weight", "bias"):
+    if any(getattr(hook, "offload", False) for hook in _accelerate_hooks(module)):
+        return "the weight is offloaded"
+    for name in (weights.weight, weights.bias):
+        if name is None:
+            continue
         p = module._parameters.get(name)
         if p is None:
             if getattr(module, name) is not None:
@@ -95,9 +124,32 @@ def why_not_fold(module: nn.Module | None, operation: str, storages: Counter) ->
             return f"the {name} is a {type(p).__name__}"
         if storages[p.untyped_storage().data_ptr()] > 1:
             return f"the {name} is shared with another module"
-    if getattr(getattr(module, "_hf_hook", None), "offload", False):
-        return "the weight is offloaded"
+    weight, dim = module._parameters[weights.weight], _au_dimension(weights, site)
+    if weight is None or weight.shape[dim] != site.width:  # sharded, say
+        return f"the weight is {tuple(weight.shape) if weight is not None else None}, for {site.width} AUs"
     return None
+
+
+def _why_not_between(model: nn.Module, site: Site, path: str) -> str | None:
+    """Whether anything was put on or between the weights and the tensor that need not be linear."""
+    names = path.split(".")
+    inside = len(site.path.split(".")) if path.startswith(f"{site.path}.") else len(names)
+    for end in range(inside, len(names) + 1):
+        module = model.get_submodule(".".join(names[:end]))
+        forward = vars(module).get("_old_forward", vars(module).get("forward"))  # accelerate's hooks keep the old one
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+            return f"the forward of {'.'.join(names[:end])} was replaced"
+        if end > inside and (module._forward_hooks or module._forward_pre_hooks):
+            return f"{'.'.join(names[:end])} has hooks"
+    return None
+
+
+def _accelerate_hooks(module: nn.Module) -> Iterator[object]:
+    waiting = [getattr(module, "_hf_hook", None)]
+    while waiting:
+        hook = waiting.pop()
+        waiting += getattr(hook, "hooks", ())
+        yield hook
 
 
 def shared_storages(model: nn.Module) -> Counter:

@@ -1,22 +1,26 @@
 """The ways in which a site can be steered while it runs: fused, columns, dense.
 
-Each puts one strength table on one module and takes it off again, leaving no trace, as an accelerate hook, so that it
-composes with device maps and offload. fold.py has the way that runs nothing.
+Each puts its strength tables on one module and takes them off again, leaving no trace, as an accelerate hook, so that
+it composes with device maps and offload. fold.py has the way that runs nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
 import torch
-from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 
 from austeer_kernels import reference
 
 from .capture import first_tensor
 from .errors import SteeringError
+from .hooks import Attachment
+from .routing import NOBODY, Routing, capturing
+from .selfcheck import check_linear, checked_tensor
 from .sites import Site
 from .strengths import StrengthTable
 
@@ -33,7 +37,8 @@ class Path:
     ``detach`` may be called at any time, also after an ``attach`` that was broken off, and again.
 
     Attributes:
-        site, table: what is steered and how strongly.
+        site, table: what is steered and how strongly. tables: all of them; a second one only where plans with and
+            without magnitude meet.
         module: the module that is changed.
         calls: how often it ran in eager mode; None where that is not counted (fold).
         traced: whether it became part of a compiled graph.
@@ -43,8 +48,14 @@ class Path:
 
     def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
         self.site, self.table, self.module = site, table, module
+        self.tables: tuple[StrengthTable, ...] = (table,)
         self.calls: int | None = 0
         self.traced = False
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens it steered in eager mode, padding included; None where that is not counted."""
+        return None
 
     def attach(self) -> None:
         raise TypeError(f"{type(self).__name__} is abstract")
@@ -87,32 +98,40 @@ class _Hook(ModelHook):
 
 
 class HookPath(Path):
-    """A path that is an accelerate hook on ``module``."""
+    """A path that is an accelerate hook on ``module``.
+
+    Args:
+        tables: one, or two where plans with and without magnitude meet.
+        routing: which tokens are steered; None for all of them.
+        check: whether the first call is compared with the formula.
+    """
 
     reads_input = reads_output = False
 
-    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
-        super().__init__(site, table, module)
-        self._had_forward = "forward" in vars(module)
-        self._hook = _Hook(self)
+    def __init__(
+        self,
+        site: Site,
+        tables: Sequence[StrengthTable],
+        module: nn.Module,
+        routing: Routing | None = None,
+        check: bool = False,
+    ):
+        super().__init__(site, tables[0], module)
+        self.tables = tuple(tables)
+        self.routing = routing
+        self._check = check
+        self._elements = 0
+        self._attachment = Attachment(module, _Hook(self))
+
+    @property
+    def tokens(self) -> int | None:
+        return self._elements // self.table.width if self.routing is None else self.routing.tokens
 
     def attach(self) -> None:
-        add_hook_to_module(self.module, self._hook, append=True)
+        self._attachment.attach()
 
     def detach(self) -> None:
-        found = getattr(self.module, "_hf_hook", None)
-        if found is None or not _contains(found, self._hook):
-            return
-        rest = _without(found, self._hook)
-        if rest is not None:
-            # Removing accelerate's own hook would load offloaded weights back: take out ours only.
-            self.release(self.module)
-            self.module._hf_hook = rest
-            return
-        remove_hook_from_module(self.module)
-        if not self._had_forward:
-            # accelerate leaves the original bound method in the instance; without it the class's serves again
-            vars(self.module).pop("forward", None)
+        self._attachment.detach()
 
     def bind(self, module: nn.Module) -> None:
         """Called when the hook is put on the module."""
@@ -124,38 +143,50 @@ class HookPath(Path):
         """The steered tensor, may be ``x`` itself; called if ``reads_input`` or ``reads_output``."""
         raise TypeError(f"{type(self).__name__} does not steer a tensor")
 
-    def ran(self, device: torch.device) -> StrengthTable:
-        """Counts a call, and gives the table on ``device``."""
+    def begin(self, x: Tensor):
+        """Counts a call, follows ``x`` to its device, and gives each token's row of the tables (see ``rows_for``)."""
         if torch.compiler.is_compiling():
             self.traced = True  # a count would be a guard, and so a recompilation at every call
         else:
-            assert self.calls is not None
-            self.calls += 1
-        if device != self.table.device:
-            self.table.to(device)
-        return self.table
+            self.calls += 1  # type: ignore[operator]
+            if self.routing is None:
+                self._elements += x.numel()
+        if x.device != self.table.device:
+            for table in self.tables:
+                table.to(x.device)
+        return None if self.routing is None else self.routing.rows_for(x)
 
-
-def _contains(hook: ModelHook, ours: ModelHook) -> bool:
-    return hook is ours or (isinstance(hook, SequentialHook) and any(_contains(h, ours) for h in hook.hooks))
-
-
-def _without(hook: ModelHook, ours: ModelHook) -> ModelHook | None:
-    """``hook`` with ``ours`` taken out of it, however deep accelerate has chained it; None if nothing is left."""
-    if hook is ours:
-        return None
-    if not isinstance(hook, SequentialHook):
-        return hook
-    rest = [kept for kept in (_without(inner, ours) for inner in hook.hooks) if kept is not None]
-    return SequentialHook(*rest) if len(rest) > 1 else rest[0] if rest else None
+    def checks_now(self, x: Tensor) -> bool:
+        """Whether this call is to be compared with the formula: the first outside compiled and captured graphs."""
+        if not self._check or torch.compiler.is_compiling() or capturing(x.device):
+            return False
+        self._check = False
+        return True
 
 
 class TensorPath(HookPath):
     """A hook that steers the module's input or output and leaves its computation alone."""
 
-    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
-        super().__init__(site, table, module)
+    def __init__(self, site: Site, *args, **kwargs):
+        super().__init__(site, *args, **kwargs)
         self.reads_input, self.reads_output = site.side == "input", site.side == "output"
+
+    def steer(self, x: Tensor) -> Tensor:
+        rows = self.begin(x)
+        if rows is NOBODY:
+            return x
+        if self._check and self.checks_now(x):
+            with checked_tensor(self, x, rows) as check:
+                return check(self.apply(x, rows))
+        return self.apply(x, rows)
+
+    def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Steers ``x`` [..., width], in place where nothing is differentiated.
+
+        Args:
+            rows: int32 [tokens], each token's row of the tables, -1 for none; None: the first row for all.
+        """
+        raise TypeError(f"{type(self).__name__} is abstract")
 
 
 def dense_is_cheaper(x: Tensor, table: StrengthTable) -> bool:
@@ -164,7 +195,7 @@ def dense_is_cheaper(x: Tensor, table: StrengthTable) -> bool:
     On a CPU only (bench/test_kernels.py compares the forms): the sparse form there is four operations, some 10 us a
     call, and 60 times the dense one's time an element. So dense for few elements, and for many columns.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or table.dense_gamma is None:
         return False
     # A compiler fuses the dense form with what is around it, and a guard on the size would make it compile twice.
     return torch.compiler.is_compiling() or x.numel() <= 16384 or 64 * table.index.numel() >= table.width
@@ -175,22 +206,28 @@ class Columns(TensorPath):
 
     name = "columns"
 
-    def steer(self, x: Tensor) -> Tensor:
-        table = self.ran(x.device)
-        if x.requires_grad and torch.is_grad_enabled():
-            steered = reference.steered(
-                x.to(reference.compute_dtype(x.dtype)), table.dense_gamma[0], table.dense_shift[0], table.magnitude
-            )
-            return steered.to(x.dtype)
-        if dense_is_cheaper(x, table):
-            if table.operation == "shift":
-                return x.add_(table.dense_shift)
-            return x.addcmul_(x.abs() if table.magnitude else x, table.dense_gamma)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        rows = x.view(-1, x.shape[-1])
-        _steer_columns(rows, table.index, table.gamma, table.shift, table.magnitude, None)
+    def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        for table in self.tables:
+            x = steer_columns(x, table, rows)
         return x
+
+
+def steer_columns(x: Tensor, table: StrengthTable, rows: Tensor | None) -> Tensor:
+    """``x`` [..., width] with the table's columns steered; in place unless ``x`` is differentiated."""
+    if x.requires_grad and torch.is_grad_enabled():
+        flat = x.reshape(-1, x.shape[-1])
+        new = reference.steered_columns(
+            flat.index_select(1, table.index), table.gamma, table.shift, table.magnitude, rows
+        )
+        return flat.index_copy(1, table.index, new).view(x.shape)
+    if rows is None and dense_is_cheaper(x, table):
+        if table.shifts:  # one plan, and so one operation
+            return x.add_(cast(Tensor, table.dense_shift))
+        return x.addcmul_(x.abs() if table.magnitude else x, cast(Tensor, table.dense_gamma))
+    if not x.is_contiguous():
+        x = x.contiguous()
+    _steer_columns(x.view(-1, x.shape[-1]), table.index, table.gamma, table.shift, table.magnitude, rows)
+    return x
 
 
 class Dense(TensorPath):
@@ -198,33 +235,52 @@ class Dense(TensorPath):
 
     name = "dense"
 
-    def steer(self, x: Tensor) -> Tensor:
-        table = self.ran(x.device)
-        if table.operation == "shift":
-            steered = x + table.dense_shift[0].to(x.dtype)
-        else:
-            steered = x + (x.abs() if table.magnitude else x) * table.dense_gamma[0].to(x.dtype)
+    def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        steered = x
+        for table in self.tables:
+            gamma, shift = (
+                dense[0] if rows is None else (dense[rows.clamp(min=0)] * (rows >= 0)[:, None]).view(x.shape)
+                for dense in (table.dense_gamma, table.dense_shift)
+                if dense is not None
+            )
+            if table.scales:
+                steered = steered + (steered.abs() if table.magnitude else steered) * gamma.to(x.dtype)
+            if table.shifts:
+                steered = steered + shift.to(x.dtype)
         if x.requires_grad and torch.is_grad_enabled():
             return steered
         return x.copy_(steered)
 
 
 class Fused(HookPath):
-    """Our projection kernel in place of the linear layer's forward, with the steering inside it."""
+    """Our projection kernel in place of the linear layer's forward, with the steering inside it.
+
+    Args:
+        limit: up to how many tokens the kernel is used; beyond, the model's own product and the sparse kernel.
+    """
 
     name = "fused"
 
+    def __init__(self, *args, limit: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.limit = limit
+
     def bind(self, module: nn.Module) -> None:
-        self._forward = module._old_forward
+        self._forward = cast(Callable[[Tensor], Tensor], module._old_forward)
         module._old_forward = partial(self.forward, module)  # type: ignore[assignment]
 
     def release(self, module: nn.Module) -> None:
-        module._old_forward = self._forward
+        module._old_forward = self._forward  # type: ignore[assignment]
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        table = self.ran(x.device)
-        rows = x.reshape(-1, x.shape[-1])
-        linear = cast(nn.Linear, module)
+        rows = self.begin(x)
+        if rows is NOBODY:
+            return self._forward(x)
+        linear, table, prologue = cast(nn.Linear, module), self.table, self.site.side == "input"
+        if self.limit is not None and x.numel() > self.limit * x.shape[-1]:
+            if prologue:
+                return self._forward(steer_columns(x, table, rows))
+            return steer_columns(self._forward(x), table, rows)
         if x.dtype != linear.weight.dtype:
             raise SteeringError(
                 f"mode 'fused' at {self.site.path}: found {x.dtype} activations and a {linear.weight.dtype} weight "
@@ -234,27 +290,30 @@ class Fused(HookPath):
         wanted = (x, linear.weight, linear.bias)
         differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
         operation = reference.steered_linear if differentiate else _steered_linear
-        y = operation(
-            rows,
-            linear.weight,
-            linear.bias,
-            table.dense_gamma,
-            table.dense_shift,
-            self.site.side == "input",
-            table.magnitude,
-            None,
-        )
+        gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = operation(tokens, linear.weight, linear.bias, gamma, shift, prologue, table.magnitude, rows)
+        if self._check and self.checks_now(x):
+            check_linear(self, tokens, linear, rows, y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def why_not_fused(module: nn.Module | None) -> str | None:
-    """The reason why ``module`` cannot be replaced by the fused projection, or None if it can."""
+def why_not_fused(module: nn.Module | None, groups: Sequence = ()) -> str | None:
+    """The reason why ``module`` cannot be replaced by the fused projection, or None if it can.
+
+    Args:
+        groups: the AUs at the site; see ``choose``.
+    """
     if module is None:
         return "no linear layer makes this tensor"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} is not a plain linear layer"
+    if type(module.weight) is not nn.Parameter:
+        return f"the weight is a {type(module.weight).__name__}"
     if module.weight.dtype not in FLOATING:
         return f"the weight is {module.weight.dtype}"
     if module.weight.dtype == torch.float64 and module.weight.device.type == "cuda":
         return "the kernel has no float64 on a GPU"
+    if len(groups) > 1:
+        return "plans with and without magnitude (push) meet here"
     return None

@@ -1,4 +1,4 @@
-"""Where atomic units live in each model family.
+"""Where atomic units live in a model.
 
 A site is one activation tensor of each decoder layer; its last dimension counts the atomic units (AUs). The paper's
 public code steers three of them; ``neuron`` is the strict reading of its definition for the feed-forward block:
@@ -7,10 +7,15 @@ public code steers three of them; ``neuron`` is the strict reading of its defini
 name        tensor                                   side
 =========== ======================================== ======
 attention   input of the attention output projection input
-ffn         output of the MLP module                 output
+ffn         output of the MLP module, before the     output
+            residual is added
 layer       output of the decoder layer              output
 neuron      input of the MLP's down projection       input
 =========== ======================================== ======
+
+In a mixture of experts ``ffn`` is the block's summed output, and there is no ``neuron``: each expert has its own.
+A tensor is [batch, tokens, width], or [batch * tokens, width] in the families that flatten it (OPT and Llama 4's
+mixtures at ``ffn``, OPT at ``neuron``).
 """
 
 from __future__ import annotations
@@ -23,51 +28,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import linear
+from .detect import detect
 from .errors import SiteError
+from .families import LAYOUTS, Layout, Paths, alternatives
 
 SITE_NAMES = ("attention", "ffn", "layer", "neuron")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Attribute paths of a model family.
-
-    Attributes:
-        layers: the list of decoder layers, from the model without its head.
-        attention: the attention output projection, from a layer.
-        ffn: the MLP module, from a layer.
-        down: the MLP's down projection, from a layer; its output is the output of ``ffn``.
-    """
-
-    layers: str
-    attention: str
-    ffn: str
-    down: str
-
-
-_LLAMA = Layout(layers="layers", attention="self_attn.o_proj", ffn="mlp", down="mlp.down_proj")
-
-#: Family (``config.model_type``) -> attribute paths.
-LAYOUTS: dict[str, Layout] = dict.fromkeys(
-    (
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "phi3",
-        "olmo2",
-        "granite",
-        "cohere",
-        "cohere2",
-        "glm4",
-        "smollm3",
-        "stablelm",
-    ),
-    _LLAMA,
-)
 
 
 @dataclass(frozen=True)
@@ -80,8 +46,10 @@ class Site:
         path: the module whose input or output it is, from the model's root.
         side: "input" or "output".
         width: the number of AUs.
-        projection: path of the linear layer that reads (input side) or makes (output side) the tensor, if one does:
-            its weight can be folded and its product fused. Otherwise None.
+        projection: path of the linear layer that reads (input side) or makes (output side) the tensor, if one alone
+            does: its product can be fused. Otherwise None.
+        parts: paths of all the modules whose weights can be scaled in place of the tensor: the projection, or in a
+            mixture of experts the routed experts' module and the shared experts' down projections. None at ``layer``.
     """
 
     name: str
@@ -90,6 +58,7 @@ class Site:
     side: str
     width: int
     projection: str | None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,11 +92,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The model without its head: what has to run to fill every site."""
+    """The language model without its head and without what encodes images: what has to run to fill every site.
+
+    The same module for a model with a head, without one, compiled, or in PEFT's wrapper.
+    """
     model = unwrap(model)
     if hasattr(model, "get_base_model"):  # PEFT's wrapper
-        model = model.get_base_model()  # type: ignore[operator]
-    return getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
+        model = unwrap(model.get_base_model())  # type: ignore[operator]
+    if not hasattr(model, "get_decoder"):
+        return getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    inner = getattr(decoder, "model", None)  # Llama 4's text model with a head calls itself the decoder
+    return decoder_of(inner) if hasattr(inner, "get_decoder") else decoder
 
 
 def text_config(model: nn.Module):
@@ -137,44 +113,55 @@ def text_config(model: nn.Module):
     return config.get_text_config()
 
 
+class _NotHere(SiteError):
+    """The model is understood, and has no such site."""
+
+
 def find_sites(
     model: nn.Module, names: str | Iterable[str] | None = None, layout: Layout | None = None
 ) -> dict[str, list[Site]]:
     """The sites of a model: for each name, one ``Site`` a layer, first layer first.
 
     Args:
-        model: a Transformers model, with or without its head.
-        names: any of ``SITE_NAMES``; all of them by default.
-        layout: attribute paths by hand, for a model whose family is not known.
+        model: a Transformers model, with or without its head, also one that reads images and text.
+        names: any of ``SITE_NAMES``; by default those that the model has.
+        layout: attribute paths by hand. By default those of the model's family, or, if that is not known, what
+            :func:`austeer.detect.detect` finds.
 
     Raises:
-        SiteError: an unknown site or family, or modules that are not where the layout says.
+        SiteError: an unknown site, one that this model does not have (``neuron`` in a mixture of experts, or one whose
+            width differs between layers), a family that is not known and was not understood, or modules that are not
+            where the layout says.
     """
-    names = list(dict.fromkeys(SITE_NAMES if names is None else [names] if isinstance(names, str) else names))
-    for name in names:
+    wanted = SITE_NAMES if names is None else [names] if isinstance(names, str) else names
+    for name in (wanted := list(dict.fromkeys(wanted))):
         if name not in SITE_NAMES:
             raise SiteError(f"site {name!r} is not known; expected one of {', '.join(SITE_NAMES)}")
     model = unwrap(model)
     config = text_config(model)
+    family = f"{type(model).__name__} ({config.model_type})"
     if layout is not None and not isinstance(layout, Layout):
         raise SiteError(
             f"layout: found {type(layout).__name__}, expected austeer.Layout(layers=..., attention=..., ...)"
         )
-    layout = layout or LAYOUTS.get(config.model_type)
-    if layout is None:
-        raise SiteError(
-            f"model family {config.model_type!r} is not known; known are {', '.join(sorted(LAYOUTS))}. Give the "
-            "attribute paths by hand: layout=austeer.Layout(layers='layers', attention='self_attn.o_proj', ffn='mlp', "
-            "down='mlp.down_proj') with this model's names"
-        )
     decoder = decoder_of(model)
-    layers = _module(decoder, layout.layers, f"{type(model).__name__} ({config.model_type})")
+    layout = layout or LAYOUTS.get(config.model_type) or detect(decoder, config, family)
+    layers = decoder.get_submodule(_first(decoder, layout.layers, family))
     root = next(path for path, module in model.named_modules() if module is layers)
-    sites: dict[str, list[Site]] = {name: [] for name in names}
-    for number, layer in enumerate(layers.children()):
-        where = f"layer {number} of {type(model).__name__} ({config.model_type})"
-        for name in names:
-            sites[name].append(_site(name, number, f"{root}.{number}", layer, layout, config.hidden_size, where))
+    sites: dict[str, list[Site]] = {}
+    for name in wanted:
+        try:
+            sites[name] = [
+                _site(
+                    name, number, f"{root}.{number}", layer, layout, config.hidden_size, f"layer {number} of {family}"
+                )
+                for number, layer in enumerate(layers.children())
+            ]
+            _check_widths(name, sites[name], family)
+        except _NotHere:
+            if names is not None:
+                raise
+            sites.pop(name, None)
     return sites
 
 
@@ -182,31 +169,61 @@ def _site(name: str, number: int, base: str, layer: nn.Module, layout: Layout, h
     if name == "layer":
         return Site(name, number, base, "output", hidden_size, None)
     if name == "attention":
-        width = in_features(_module(layer, layout.attention, where))
-        return Site(name, number, f"{base}.{layout.attention}", "input", width, f"{base}.{layout.attention}")
-    down = _module(layer, layout.down, where)
+        path = _first(layer, layout.attention, where)
+        width, projection = in_features(layer.get_submodule(path)), f"{base}.{path}"
+        return Site(name, number, projection, "input", width, projection, (projection,))
+    ffn = _first(layer, layout.ffn, where)
+    experts = [path for path in alternatives(layout.experts) if _has(layer, path)]
+    if not any(_has(layer, path) for path in alternatives(layout.down)) and (experts or not layout.down):
+        if name == "neuron":
+            why = "its feed-forward block is a mixture of experts" if experts else "its layout names none"
+            raise _NotHere(
+                f"site 'neuron': {where} has no one down projection ({why}), expected one in every layer; "
+                "use 'ffn', the block's summed output"
+            )
+        return Site(name, number, f"{base}.{ffn}", "output", hidden_size, None, tuple(f"{base}.{p}" for p in experts))
+    down = _first(layer, layout.down, where)
+    width, projection = in_features(layer.get_submodule(down)), f"{base}.{down}"
     if name == "neuron":
-        return Site(name, number, f"{base}.{layout.down}", "input", in_features(down), f"{base}.{layout.down}")
-    _module(layer, layout.ffn, where)
-    return Site(name, number, f"{base}.{layout.ffn}", "output", hidden_size, f"{base}.{layout.down}")
+        return Site(name, number, projection, "input", width, projection, (projection,))
+    return Site(name, number, f"{base}.{ffn}", "output", hidden_size, projection, (projection,))
+
+
+def _check_widths(name: str, sites: list[Site], family: str) -> None:
+    for site in sites:
+        if site.width != sites[0].width:
+            raise _NotHere(
+                f"site {name!r} of {family}: found a width of {sites[0].width} in layer 0 and {site.width} in layer "
+                f"{site.layer}, expected one width in all layers; use another site"
+            )
 
 
 def in_features(module: nn.Module) -> int:
     """The input width of a linear layer, also of a quantised or wrapped one."""
-    width = getattr(module, "in_features", None)
-    if not isinstance(width, int):
+    found = linear.sizes(module)
+    if found is None:
         raise SiteError(f"{type(module).__name__}: found no in_features, expected a linear layer")
-    return width
+    return found[0]
 
 
-def _module(parent: nn.Module, path: str, where: str) -> nn.Module:
+def _has(parent: nn.Module, path: str) -> bool:
     try:
-        return parent.get_submodule(path)
-    except AttributeError as error:
-        found = ", ".join(name for name, _ in parent.named_children())
-        raise SiteError(
-            f"{where} has no module {path!r}; found {found}. Give this model's paths with layout=austeer.Layout(...)"
-        ) from error
+        parent.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _first(parent: nn.Module, paths: Paths, where: str) -> str:
+    """The first of the alternatives that ``parent`` has."""
+    for path in alternatives(paths):
+        if _has(parent, path):
+            return path
+    found = ", ".join(name for name, _ in parent.named_children())
+    raise SiteError(
+        f"{where} has no module {' or '.join(map(repr, alternatives(paths)))}; found {found}. "
+        "Give this model's paths with layout=austeer.Layout(...)"
+    )
 
 
 def fingerprint(model: nn.Module, sites: dict[str, list[Site]]) -> Fingerprint:

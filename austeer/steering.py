@@ -1,27 +1,30 @@
-"""steer(): puts a plan on a model and takes it off again; live alpha and k; a report of what was done."""
+"""steer(): puts plans on a model and takes them off again; live alpha, k and rows; a report of what was done."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from .dispatch import PATHS, choose
-from .errors import PlanError, SteeringError, SteeringWarning, check_count
+from .dispatch import MODES, choose, make_path
+from .errors import PlanError, SteeringError, SteeringWarning
 from .fold import Fold, shared_storages
+from .levels import Alpha, Levels
 from .paths import Path
 from .plan import Plan
+from .report import Report, make_report
+from .routing import Routing
+from .scope import parse_scope
+from .selfcheck import FoldProbe
 from .sites import Layout, Site, decoder_of, find_sites, fingerprint, input_device, unwrap
-from .strengths import StrengthTable
-
-MODES = ("auto", *PATHS)
+from .strengths import Entry, StrengthTable
 
 #: Decoder (not its wrapper, so that a model and its head-less part are one) -> how many AUs of it are steered.
 _steered: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -30,141 +33,171 @@ _steered: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
-@dataclass(frozen=True)
-class SiteReport:
-    """What happened at one site of one layer.
+class Steering:
+    """Plans on a model. Made by :func:`steer`; steers inside ``with``, or between ``attach`` and ``detach``.
 
     Attributes:
-        site, layer, module: where.
-        path: "fold", "fused", "columns" or "dense".
-        aus: how many AUs of the plan lie here.
-        calls: how often the path ran outside compiled graphs; None for fold, which leaves nothing to run.
-        compiled: whether the path is part of a compiled graph.
-        reason: why this path and not a cheaper one; empty for the cheapest.
+        plans: name -> plan; one without a name is under "".
+        scope: which tokens are steered.
     """
-
-    site: str
-    layer: int
-    module: str
-    path: str
-    aus: int
-    calls: int | None
-    compiled: bool
-    reason: str
-
-    def __str__(self) -> str:
-        ran = "in the weights" if self.calls is None else f"ran {self.calls} times"
-        ran += ", compiled" if self.compiled else ""
-        why = f" ({self.reason})" if self.reason else ""
-        return f"{self.site:<9} layer {self.layer:>3}  {self.aus:>5} AUs  {self.path:<7} {ran}{why}"
-
-
-class Report(tuple[SiteReport, ...]):
-    """One ``SiteReport`` for each steered site and layer; prints as a table."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self))
-
-
-class Steering:
-    """A plan on a model. Made by :func:`steer`; steers inside ``with``, or between ``attach`` and ``detach``."""
 
     def __init__(
         self,
         model: nn.Module,
-        plan: Plan,
-        alpha: float | Mapping[str, float],
-        k: int | None,
+        plan: Plan | Mapping[str, Plan],
+        alpha: Alpha,
+        k: int | Mapping[str, int] | None,
+        scope: str | tuple[int, int | None],
         mode: str,
         layout: Layout | None,
+        check: bool,
     ):
         if mode not in MODES:
             raise SteeringError(f"mode: found {mode!r}, expected one of {', '.join(MODES)}")
-        if not isinstance(plan, Plan):
-            raise PlanError(f"plan: found {type(plan).__name__}, expected an austeer.Plan")
-        self.plan = plan
-        self._alpha = _alphas(alpha, plan)
-        self._k = self._checked_k(len(plan) if k is None else k)
+        self.plans = _plans(plan)
+        self.scope = parse_scope(scope)
+        self._named = isinstance(plan, Mapping)
+        self._levels = Levels(self.plans, self._named)
+        self._levels.set_alpha(alpha)
+        self._levels.set_k(k)
         self._model = unwrap(model)
-        self._mode, self._layout = mode, layout
+        self._mode, self._layout, self._check = mode, layout, check
         self._decoder = decoder_of(self._model)
         self._attached = False
+        self._routing: Routing | None = None
+        if self._named or self.scope.name != "all":
+            names = list(self.plans) if self._named else None
+            device = input_device(self._model)
+            self._routing = Routing(self.scope, names, self._decoder, _generating(self._model), device)
         self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
 
-    def _checked_k(self, k: int) -> int:
-        return check_count("k", k, len(self.plan), "the plan's AUs", PlanError)
-
     def _plan_paths(self) -> tuple[list[Path], list[str]]:
-        """A path for each site and layer of the plan, for the model as it is now."""
+        """A path for each site and layer of the plans, for the model as it is now."""
         paths: list[Path] = []
         reasons: list[str] = []
-        mode = self._mode
-        sites = find_sites(self._model, self.plan.sites, self._layout)
-        _check_plan_fits(self.plan, self._model, sites)
+        names = [name for plan in self.plans.values() for name in plan.sites]
+        sites = find_sites(self._model, names, self._layout)
+        for plan in self.plans.values():
+            _check_plan_fits(plan, self._model, sites)
         storages = shared_storages(self._model)
-        device = input_device(self._model)
-        plan = self.plan
-        for name in plan.sites:
-            positions = plan.of(name)
-            for layer in plan.layer[positions].unique().tolist():
-                rows = positions[plan.layer[positions] == layer]
-                site = sites[name][layer]
-                projection = self._model.get_submodule(site.projection) if site.projection else None
-                module = self._model.get_submodule(site.path)
-                kind, reason = choose(mode, projection, plan.operation, storages, site)
-                if kind == "fused" and any(path.module is projection for path in paths):
-                    kind, reason = "columns", "its projection is fused with another site already"
-                target = projection if kind in ("fold", "fused") else module
-                assert target is not None
-                table = StrengthTable(
-                    plan.index[rows],
-                    plan.beta[rows],
-                    plan.delta[rows],
-                    rows,
-                    site.width,
-                    plan.operation,
-                    _device_of(target, device),
-                )
-                paths.append(PATHS[kind](site, table, target))
-                reasons.append(reason)
+        default = input_device(self._model)
+        at_run_time = "plans are chosen row by row" if self._named else ""
+        if self.scope.name != "all":
+            at_run_time = f"only some tokens are steered ({self.scope})"
+        taken: set[nn.Module] = set()
+        for (name, layer), groups in _entries(list(self.plans.values()), sites).items():
+            site = sites[name][layer]
+            choice = choose(self._mode, self._model, site, groups, storages, at_run_time, taken)
+            device = _device_of(choice.module, default)
+            tables = [
+                StrengthTable(group, len(self.plans), site.width, device, choice.dense(device, len(self.plans)))
+                for group in groups
+            ]
+            unchecked = self._check and not any(type(path) is choice.path for path in paths)  # one of each is enough
+            paths.append(make_path(choice, site, tables, self._routing, unchecked))
+            reasons.append(choice.reason)
         return paths, reasons
 
     # --- strength, live ----------------------------------------------------------------------------------------------
 
     @property
-    def alpha(self) -> float | dict[str, float]:
-        """The strength: one number, or one for each site of the plan. Setting it takes effect at the next forward."""
-        values = set(self._alpha.values())
-        return next(iter(values)) if len(values) == 1 else dict(self._alpha)
+    def plan(self) -> Plan:
+        """The plan, where there is one."""
+        if len(self.plans) > 1:
+            raise SteeringError(f"found {len(self.plans)} plans, expected one; see steering.plans")
+        return next(iter(self.plans.values()))
+
+    @property
+    def alpha(self) -> float | dict[str, Any]:
+        """The strength: one number, or one for each site, or either of them for each plan by name.
+
+        Setting it takes effect at the next forward pass.
+        """
+        return self._levels.alpha()
 
     @alpha.setter
-    def alpha(self, value: float | Mapping[str, float]) -> None:
-        self._alpha = _alphas(value, self.plan)
+    def alpha(self, value: Alpha) -> None:
+        self._levels.set_alpha(value)
         self._refresh()
 
     @property
-    def k(self) -> int:
-        """How many AUs of the plan are steered, the most important first. Setting it takes effect at once."""
-        return self._k
+    def k(self) -> int | dict[str, int]:
+        """How many AUs of each plan are steered, the most important first. Setting it takes effect at once."""
+        return self._levels.k()
 
     @k.setter
-    def k(self, value: int) -> None:
-        self._k = self._checked_k(value)
+    def k(self, value: int | Mapping[str, int]) -> None:
+        self._levels.set_k(value)
         self._refresh()
 
     def _refresh_tables(self) -> None:
         for path in self._paths:
-            path.table.fill(self._alpha[path.site.name], self._k)
+            for table in path.tables:
+                table.fill(self._levels.of(path.site.name))
 
     def _refresh(self) -> None:
-        self._refresh_tables()
-        if self._attached:
-            # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
-            folds = [path for path in self._paths if isinstance(path, Fold)]
-            for path in reversed(folds):
-                path.detach()
-            for path in folds:
-                path.attach()
+        with _lock:
+            self._refresh_tables()
+            if self._attached:
+                # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
+                folds = [path for path in self._paths if isinstance(path, Fold)]
+                for path in reversed(folds):
+                    path.detach()
+                for path in folds:
+                    path.attach()
+
+    # --- rows and prompt, live ---------------------------------------------------------------------------------------
+
+    def rows(self, rows: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
+        """Chooses each row's plan for the forward passes that follow, for plans given by name.
+
+        ::
+
+            with austeer.steer(model, {"kind": a, "brief": b}) as steering, steering.rows(["kind", None, "brief"]):
+                model.generate(**batch)
+
+        Takes effect at once; used as a context manager it takes the choice back on leaving. Only buffers on the device
+        change while the number of rows stays the same: nothing is compiled or captured again.
+
+        Args:
+            rows: for each row of the batch, as it is given to ``generate`` or to the model, a plan's name, or None for
+                a row that is left as it is. Beams and return sequences follow their row. One name: for all rows of
+                any batch. None: no choice.
+
+        Raises:
+            SteeringError: an unknown name, or a plan that was given without one. A batch of another size raises when
+                it is run.
+        """
+        if self._routing is None:
+            raise SteeringError(
+                'rows: found one plan for all rows, expected plans with names; use steer(model, {"name": plan, ...})'
+            )
+        before = self._routing.rows
+        self._routing.choose(rows)
+        return self._restoring(self._routing, before)
+
+    @contextmanager
+    def _restoring(self, routing: Routing, before: Sequence[str | None] | str | None) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            routing.choose(before)
+
+    @property
+    def prompt_length(self) -> int | None:
+        """How many columns of the batch are prompt, padding included, for scopes that depend on it.
+
+        ``generate`` sets it by itself. Where the model is called directly and this is None, a call of several tokens is
+        taken as prompt and a call of one token on a filled cache as generation: set it for a prompt that is given in
+        pieces, or for several generated tokens at once.
+        """
+        return None if self._routing is None else self._routing.prompt
+
+    @prompt_length.setter
+    def prompt_length(self, length: int | None) -> None:
+        if self._routing is None:
+            raise SteeringError("prompt_length: found scope 'all', expected a scope that depends on the prompt")
+        self._routing.prompt = length
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -172,21 +205,27 @@ class Steering:
         """Starts steering.
 
         Raises:
-            SteeringError: the model is steered already.
+            SteeringError: the model is steered already, or a folded layer fails the self-check.
         """
         with _lock:
             if self._decoder in _steered:
                 raise SteeringError(
                     f"{type(self._model).__name__} is steered already, with {_steered[self._decoder]} AUs. "
-                    "Leave that context first, or steer with the sum of both plans (plan_a + plan_b)"
+                    "Leave that context first, steer with the sum of both plans (plan_a + plan_b), or give each row "
+                    'its own (steer(model, {"a": plan_a, "b": plan_b}))'
                 )
             self._paths, self._reasons = self._plan_paths()  # the model may have changed since
-            _steered[self._decoder] = len(self.plan)
+            _steered[self._decoder] = sum(map(len, self.plans.values()))
             self._attached = True
             try:
                 self._refresh_tables()
+                probe = FoldProbe.of(self._paths) if self._check else None
+                if self._routing is not None:
+                    self._routing.attach()
                 for path in self._paths:
                     path.attach()
+                if probe is not None:
+                    probe.check()
             except BaseException:
                 self.detach()
                 raise
@@ -207,6 +246,8 @@ class Steering:
                     path.detach()
                 except Exception as error:  # one module must not keep the others steered
                     failed.append(f"{path.site.path} ({error})")
+            if self._routing is not None:
+                self._routing.detach()
             self._attached = False
             _steered.pop(self._decoder, None)
         if failed:
@@ -232,32 +273,28 @@ class Steering:
                 SteeringWarning,
                 stacklevel=3,
             )
+        elif self.scope.name != "all" and not any(p.traced for p in self._paths) and self._paths[0].tokens == 0:
+            warnings.warn(
+                f"the model ran and no token was steered: none was in the scope ({self.scope})",
+                SteeringWarning,
+                stacklevel=3,
+            )
 
     def report(self) -> Report:
-        """Which path each site took, why, and how often it ran."""
-        return Report(
-            SiteReport(
-                site=path.site.name,
-                layer=path.site.layer,
-                module=path.site.path,
-                path=path.name,
-                aus=path.table.index.numel(),
-                calls=path.calls,
-                compiled=path.traced,
-                reason=reason,
-            )
-            for path, reason in zip(self._paths, self._reasons)
-        )
+        """Which path each site took and why, how often it ran, how many tokens it steered, and each AU's share."""
+        return make_report(self._paths, self._reasons, list(self.plans), self._levels)
 
 
 def steer(
     model: nn.Module,
-    plan: Plan,
-    alpha: float | Mapping[str, float] = 1.0,
+    plan: Plan | Mapping[str, Plan],
+    alpha: Alpha = 1.0,
     *,
-    k: int | None = None,
+    k: int | Mapping[str, int] | None = None,
+    scope: str | tuple[int, int | None] = "all",
     mode: str = "auto",
     layout: Layout | None = None,
+    check: bool = True,
 ) -> Steering:
     """Steers a model with a plan, inside a ``with`` block (paper: x + alpha * beta * x at every position).
 
@@ -276,21 +313,28 @@ def steer(
 
     Args:
         model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.
-        plan: from ``Momentum.select`` or ``Plan.from_pretrained``.
-        alpha: the strength; a number, or one for each site of the plan by name. 0 steers nothing, and a negative
-            number steers the other way (not under "scale", see Plan).
-        k: steer only the k most important AUs; all by default.
+        plan: from ``Momentum.select`` or ``Plan.from_pretrained``; or several by name, of which
+            :meth:`Steering.rows` then gives each row of a batch its own, or none.
+        alpha: the strength; a number, or one for each site of the plan by name, or either of them for each plan by
+            name. 0 steers nothing, and a negative number steers the other way (not under "scale", see Plan).
+        k: steer only the k most important AUs, of each plan or by name; all by default.
+        scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
+            or a half-open range such as (0, 16) or (16, None), counted from each row's first token after its padding.
+            See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
         mode: the path, see ``report()``: "fold" edits weights in place and costs nothing at run time, "fused" runs our
             projection kernel, "columns" runs the sparse kernel after the model's own computation, "dense" is the
-            public code's arithmetic. "auto" takes fold where it is exact and possible, otherwise columns.
+            public code's arithmetic. "auto" takes fold where it is exact and possible, fused where it was measured to
+            be faster on this device, otherwise columns.
         layout: attribute paths of a model whose family is not known.
+        check: compare one site of each path with the formula, once.
 
     Raises:
         PlanError: the plan is for another architecture, or k does not fit.
         SiteError: the model lacks a site.
-        SteeringError: alpha is not finite, or ``mode`` is not possible at a site (which is named with the reason).
+        SteeringError: alpha is not finite, ``scope`` is none, or ``mode`` is not possible at a site (which is named
+            with the reason).
     """
-    return Steering(model, plan, alpha, k, mode, layout)
+    return Steering(model, plan, alpha, k, scope, mode, layout, check)
 
 
 def is_steered(model: nn.Module) -> bool:
@@ -298,19 +342,40 @@ def is_steered(model: nn.Module) -> bool:
     return decoder_of(unwrap(model)) in _steered
 
 
-def _alphas(alpha: float | Mapping[str, float], plan: Plan) -> dict[str, float]:
-    values = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(plan.sites, alpha)
-    if set(values) != set(plan.sites):
-        raise SteeringError(f"alpha: found sites {sorted(values)}, expected {sorted(plan.sites)}")
-    largest = torch.finfo(torch.float32).max  # strengths are float32
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= largest:
-            raise SteeringError(f"alpha: found {value!r} for site {name!r}, expected a finite float32 number")
-    return {name: float(value) for name, value in values.items()}
+def _plans(plan: Plan | Mapping[str, Plan]) -> dict[str, Plan]:
+    plans = dict(plan) if isinstance(plan, Mapping) else {"": plan}
+    if not plans:
+        raise PlanError("plan: found an empty dictionary, expected at least one plan by name")
+    for name, one in plans.items():
+        if not isinstance(name, str):
+            raise PlanError(f"plan: found {name!r} as a plan's name, expected a string")
+        if not isinstance(one, Plan):
+            raise PlanError(f"plan: found {type(one).__name__}, expected an austeer.Plan, or a dictionary name -> Plan")
+    return plans
+
+
+def _generating(model: nn.Module) -> nn.Module:
+    """The model whose ``generate`` runs, inside PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _entries(plans: Sequence[Plan], sites: Mapping[str, list[Site]]) -> dict[tuple[str, int], list[list[Entry]]]:
+    """For each (site, layer) the plans' AUs there; plans with and without magnitude in lists of their own."""
+    found: dict[tuple[str, int], dict[bool, list[Entry]]] = {}
+    for name in sites:
+        for number, plan in enumerate(plans):
+            if name not in plan.sites:
+                continue
+            positions = plan.of(name)
+            for layer in plan.layer[positions].unique().tolist():
+                ranks = positions[plan.layer[positions] == layer]
+                entry = Entry(number, plan.index[ranks], plan.beta[ranks], plan.delta[ranks], ranks, plan.operation)
+                found.setdefault((name, layer), {}).setdefault(entry.magnitude, []).append(entry)
+    return {where: list(groups.values()) for where, groups in sorted(found.items(), key=lambda item: item[0][1])}
 
 
 def _check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
-    found, expected = fingerprint(model, dict(sites)), plan.model
+    found, expected = fingerprint(model, {name: sites[name] for name in plan.sites}), plan.model
     widths = {name: expected.widths[name] for name in plan.sites}
     if (found.model_type, found.layers, found.widths) != (expected.model_type, expected.layers, widths):
         raise PlanError(

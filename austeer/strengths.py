@@ -1,18 +1,49 @@
-"""Strength tables: the device buffers that say how strongly each AU of one site and layer is steered.
+"""Strength tables: the device buffers that say how strongly each AU of one site and layer is steered, plan by plan.
 
 A change of alpha or k refills them in place, so no hook, compiled graph or captured graph has to be made anew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Entry:
+    """The AUs that one plan has at one site of one layer.
+
+    Attributes:
+        plan: the plan's row in the table.
+        index: int [count], the AUs, distinct. beta, delta: float32 [count], theirs.
+        rank: int64 [count], each AU's place in its plan, from 0.
+        operation: the plan's.
+    """
+
+    plan: int
+    index: Tensor
+    beta: Tensor
+    delta: Tensor
+    rank: Tensor
+    operation: str
+
+    @property
+    def magnitude(self) -> bool:
+        return self.operation == "push"
+
+    def strengths(self, alpha: float, k: int) -> tuple[Tensor, Tensor]:
+        """gamma and shift of each AU, float32 [count], on the CPU; zeros from rank k on."""
+        strength = torch.where(self.rank < k, torch.tensor(alpha, dtype=torch.float32), 0.0)
+        zero = torch.zeros_like(strength)
+        return (zero, strength * self.delta) if self.operation == "shift" else (strength * self.beta, zero)
+
+
 class StrengthTable:
-    """gamma and shift of the AUs of one (site, layer), on the device of the activations.
+    """gamma and shift of the AUs of one (site, layer), on the device of the activations, one row a plan.
 
     The steered activation is x + gamma * (|x| if magnitude else x) + shift, with
 
@@ -25,40 +56,50 @@ class StrengthTable:
     ========= ============= ============= =========
 
     Attributes:
-        index: int64 [count], the AUs, distinct.
-        gamma, shift: float32 [1, count].
-        dense_gamma, dense_shift: float32 [1, width], the same with zeros for the other AUs.
-        rank: int64 [count], each AU's place in its plan, from 0; AUs from k on get gamma = shift = 0.
+        index: int64 [count], the AUs of all plans, distinct and ascending.
+        gamma, shift: float32 [plans, count]; zeros where a plan does not have the AU.
+        dense_gamma, dense_shift: float32 [plans, width], the same with zeros for all other AUs; None without ``dense``.
+        magnitude: whether gamma multiplies |x|. Plans that differ in this need two tables.
     """
 
-    def __init__(
-        self, index: Tensor, beta: Tensor, delta: Tensor, rank: Tensor, width: int, operation: str, device: torch.device
-    ):
-        self._beta, self._delta, self.rank = beta, delta, rank  # on the CPU, where alpha and k are set
-        self.operation = operation
-        self.magnitude = operation == "push"
+    def __init__(self, entries: Sequence[Entry], plans: int, width: int, device: torch.device, dense: bool = True):
+        self.entries = tuple(entries)
+        self.magnitude = entries[0].magnitude
+        if any(entry.magnitude != self.magnitude for entry in entries):
+            raise ValueError("found plans with and without magnitude in one table")
+        self.operation = entries[0].operation
+        self.shifts = any(entry.operation == "shift" for entry in entries)
+        self.scales = any(entry.operation != "shift" for entry in entries)
         self.width = width
         self.device = device
+        self.dense_gamma: Tensor | None = None
+        self.dense_shift: Tensor | None = None
         zeros = partial(torch.zeros, dtype=torch.float32, device=device)
         with torch.inference_mode(False):  # inference tensors could not be refilled outside of that mode
-            self.index = index.long().clone().to(device)
-            self.gamma, self.shift = zeros(1, len(index)), zeros(1, len(index))
-            self.dense_gamma, self.dense_shift = zeros(1, width), zeros(1, width)
+            index = torch.cat([entry.index.long() for entry in entries]).unique()
+            self._places = [torch.searchsorted(index, entry.index.long()) for entry in entries]
+            # gamma and shift once more on the CPU, where alpha and k are set
+            self._host = torch.zeros(2, plans, len(index), dtype=torch.float32)
+            self.index = index.to(device)
+            self.gamma, self.shift = zeros(plans, len(index)), zeros(plans, len(index))
+            if dense:
+                self.dense_gamma, self.dense_shift = zeros(plans, width), zeros(plans, width)
 
     @torch.no_grad()
-    def fill(self, alpha: float, k: int) -> None:
-        """Writes the strengths for ``alpha`` and the first ``k`` AUs of the plan."""
-        strength = torch.where(self.rank < k, torch.tensor(alpha, dtype=torch.float32), 0.0)
-        zero = torch.zeros_like(strength)
-        gamma = zero if self.operation == "shift" else strength * self._beta
-        shift = strength * self._delta if self.operation == "shift" else zero
-        self.gamma.copy_(gamma[None])
-        self.shift.copy_(shift[None])
-        self.dense_gamma.index_copy_(1, self.index, self.gamma)
-        self.dense_shift.index_copy_(1, self.index, self.shift)
+    def fill(self, strengths: Sequence[tuple[float, int]]) -> None:
+        """Writes the strengths for each plan's alpha and k."""
+        for entry, places in zip(self.entries, self._places):
+            for row, values in zip(self._host, entry.strengths(*strengths[entry.plan])):
+                row[entry.plan, places] = values
+        self.gamma.copy_(self._host[0])
+        self.shift.copy_(self._host[1])
+        for dense, values in ((self.dense_gamma, self.gamma), (self.dense_shift, self.shift)):
+            if dense is not None:
+                dense.index_copy_(1, self.index, values)
 
     def to(self, device: torch.device) -> None:
         """Moves the buffers, once, where activations turn out to be on another device than was expected."""
         for name in ("index", "gamma", "shift", "dense_gamma", "dense_shift"):
-            setattr(self, name, getattr(self, name).to(device))
+            buffer = getattr(self, name)
+            setattr(self, name, None if buffer is None else buffer.to(device))
         self.device = device

@@ -91,26 +91,12 @@ def tiny(demo):
 
 @pytest.fixture(scope="session")
 def tiny_of(demo):
-    """Builds a random model of a family (a ``model_type``): 3 layers, and 2 key-value heads where it knows them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Builds a tiny random model of a family (see tiny_models.py) that reads the demo's token ids."""
+    from tiny_models import tiny_model
 
     def build(family, **changes):
-        sizes = {
-            "vocab_size": len(demo[1]),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            # Not hidden_size / heads, so that the attention site is wider than the others, where a family allows it.
-            "head_dim": 8 if family == "stablelm" else 12,
-            "max_position_embeddings": 512,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | changes))).eval()
+        sizes = {"vocab_size": len(demo[1]), "max_position_embeddings": 512}
+        return tiny_model(family, **(sizes | changes))
 
     return build
 

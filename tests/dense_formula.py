@@ -1,5 +1,7 @@
 """The definition of steering, written out with plain PyTorch hooks: what every path is compared with in the tests."""
 
+from contextlib import contextmanager
+
 import torch
 
 from austeer.plan import Plan
@@ -13,7 +15,7 @@ PATHS = ("fold", "fused", "columns", "dense")
 def random_plan(model, sites, count, operation="scale", seed=0) -> Plan:
     """A plan of random AUs, for tests that do not need a measured one."""
     generator = torch.Generator().manual_seed(seed)
-    found = find_sites(model, SITES)
+    found = find_sites(model)
     print_ = fingerprint(model, found)
     sites = [sites] if isinstance(sites, str) else list(sites)
     names, layers, indices = [], [], []
@@ -31,11 +33,19 @@ def random_plan(model, sites, count, operation="scale", seed=0) -> Plan:
     )
 
 
-def formula(model, plan, alpha):
-    """The definition, written out with plain PyTorch hooks and dense vectors; returns what removes them."""
+def formula(model, plan, alpha, where=None):
+    """The definition, written out with plain PyTorch hooks and dense vectors; returns what removes them.
+
+    where: bool [batch, tokens], the tokens that are steered; None: all.
+    """
     handles = []
 
     def steered(x, rows):
+        if where is None:
+            return at_all(x, rows)
+        return torch.where(where.reshape(*x.shape[:-1], 1), at_all(x, rows), x)
+
+    def at_all(x, rows):
         index = plan.index[rows].long()
         beta, delta = (torch.zeros(x.shape[-1], dtype=x.dtype) for _ in range(2))
         beta[index] = plan.beta[rows].to(x.dtype)
@@ -47,20 +57,33 @@ def formula(model, plan, alpha):
             return x + strength * beta * x.abs()
         return x + strength * delta
 
-    layers = model.model.layers
-    for i, layer in enumerate(layers):
-        for name in set(plan.site):
-            rows = [r for r in range(len(plan)) if plan.site[r] == name and plan.layer[r] == i]
+    for name, sites in find_sites(model, plan.sites).items():
+        for site in sites:
+            rows = [r for r in range(len(plan)) if plan.site[r] == name and plan.layer[r] == site.layer]
             if not rows:
                 continue
-            if name in ("attention", "neuron"):
-                module = layer.self_attn.o_proj if name == "attention" else layer.mlp.down_proj
+            module = model.get_submodule(site.path)
+            if site.side == "input":
                 hook = module.register_forward_pre_hook(lambda m, args, rows=rows: (steered(args[0], rows), *args[1:]))
             else:
-                module = layer.mlp if name == "ffn" else layer
-                hook = module.register_forward_hook(lambda m, args, out, rows=rows: steered(out, rows))
+                hook = module.register_forward_hook(
+                    lambda m, args, out, rows=rows: (
+                        (steered(out[0], rows), *out[1:]) if isinstance(out, tuple) else steered(out, rows)
+                    )
+                )
             handles.append(hook)
     return handles
+
+
+@contextmanager
+def formula_at(model, plan, alpha, where=None):
+    """``formula`` for the time of the context."""
+    handles = formula(model, plan, alpha, where)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -70,12 +93,8 @@ def logits(model, ids):
 
 @torch.no_grad()
 def formula_logits(model, ids, plan, alpha):
-    handles = formula(model, plan, alpha)
-    try:
+    with formula_at(model, plan, alpha):
         return model(**ids).logits
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def snapshot(model):

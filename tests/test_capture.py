@@ -19,15 +19,20 @@ def alone(model, ids, sites):
     """Site name -> [layers, width]: the last token's activations of one unpadded text, through the full model."""
     seen = {name: [] for name in sites}
     handles = []
+
+    def keep(name, x):
+        # A copy: Falcon adds to its MLP's output in place. Some blocks make [tokens, width] of their input.
+        seen[name].append(x.reshape(-1, x.shape[-1])[-1].clone())
+
     for name, found in sites.items():
         for site in found:
             module = model.get_submodule(site.path)
             if site.side == "input":
-                handles.append(module.register_forward_pre_hook(lambda m, args, k=name: seen[k].append(args[0][0, -1])))
+                handles.append(module.register_forward_pre_hook(lambda m, args, k=name: keep(k, args[0])))
             else:
                 handles.append(
                     module.register_forward_hook(
-                        lambda m, args, out, k=name: seen[k].append((out[0] if isinstance(out, tuple) else out)[0, -1])
+                        lambda m, args, out, k=name: keep(k, out[0] if isinstance(out, tuple) else out)
                     )
                 )
     with torch.no_grad():
@@ -54,7 +59,7 @@ def test_padded_batch_equals_each_text_alone(tiny_of, family):
         capture.run(IDS, range(len(IDS)))
     for row, ids in enumerate(IDS):
         for name, expected in alone(model, ids, sites).items():
-            torch.testing.assert_close(capture.buffers[name][row], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(capture.buffers[name][row], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_does_not_move_absolute_positions():

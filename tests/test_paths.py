@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import austeer
 from austeer import paths
-from austeer.strengths import StrengthTable
+from austeer.strengths import Entry, StrengthTable
 from dense_formula import (
     OPERATIONS,
     PATHS,
@@ -81,7 +81,7 @@ def test_the_sparse_and_the_dense_form_of_columns_give_the_same(demo, measured, 
 
 def test_the_dense_form_is_for_a_cpu_with_few_elements_or_many_columns():
     def cheaper(tokens, width, count, dtype=torch.float32):
-        table = StrengthTable(*(torch.arange(count),) * 4, width, "scale", torch.device("cpu"))
+        table = StrengthTable([Entry(0, *(torch.arange(count),) * 4, "scale")], 1, width, torch.device("cpu"))
         return paths.dense_is_cheaper(torch.empty(tokens, width, dtype=dtype, device="cpu"), table)
 
     assert cheaper(1, 4096, 4) and cheaper(512, 4096, 100) and cheaper(512, 576, 100)

@@ -2,50 +2,16 @@
 
 import copy
 import json
+from dataclasses import replace
 
+import peft
 import pytest
 import torch
 
 from austeer import Layout, SiteError, find_sites
-from austeer.sites import LAYOUTS, SITE_NAMES, Fingerprint, decoder_of, fingerprint, input_device
-
-
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_sites_are_what_the_table_says(tiny_of, family):
-    model = tiny_of(family)
-    sites = find_sites(model)
-    assert list(sites) == list(SITE_NAMES)
-    seen = {}
-
-    def remember(path, side):
-        module = model.get_submodule(path)
-        if side == "input":
-            return module.register_forward_pre_hook(lambda m, args: seen.__setitem__((path, side), args[0]))
-        return module.register_forward_hook(
-            lambda m, args, out: seen.__setitem__((path, side), out[0] if isinstance(out, tuple) else out)
-        )
-
-    for name, found in sites.items():
-        assert [site.layer for site in found] == [0, 1, 2] and {site.name for site in found} == {name}
-        for site in found:
-            remember(site.path, site.side)
-            if site.projection:
-                remember(site.projection, site.side)
-    with torch.no_grad():
-        hidden = model(torch.arange(5)[None], output_hidden_states=True).hidden_states
-    for name, found in sites.items():
-        for site in found:
-            tensor = seen[site.path, site.side]
-            assert tensor.shape == (1, 5, site.width), site
-            # What is folded into or fused with the projection is the site's own tensor.
-            assert site.projection is None or torch.equal(seen[site.projection, site.side], tensor), site
-        assert (found[0].projection is None) == (name == "layer")
-    # The layer site is the residual stream; only the last of hidden_states has gone through the final norm.
-    for site in sites["layer"][:-1]:
-        assert torch.equal(seen[site.path, "output"], hidden[site.layer + 1]), site
-    # A neuron is an input of the projection whose output is the ffn site.
-    for ffn, neuron in zip(sites["ffn"], sites["neuron"]):
-        assert ffn.projection == neuron.projection == neuron.path
+from austeer.families import LAYOUTS
+from austeer.sites import Fingerprint, decoder_of, fingerprint, input_device
+from tiny_models import FAMILIES, tiny_model
 
 
 def test_known_model_in_numbers(demo):
@@ -60,12 +26,44 @@ def test_known_model_in_numbers(demo):
     assert sites["ffn"][3].path == "model.layers.3.mlp"
 
 
-def test_headless_and_compiled_models_have_the_same_sites(tiny):
-    full, bare = find_sites(tiny), find_sites(tiny.model)
-    for name in SITE_NAMES:
-        assert [site.path for site in full[name]] == [f"model.{site.path}" for site in bare[name]]
-    assert find_sites(torch.compile(tiny, backend="eager")) == full
-    assert decoder_of(tiny) is decoder_of(tiny.model) is tiny.model
+@pytest.mark.parametrize("family", FAMILIES)
+def test_headless_compiled_and_wrapped_models_have_the_same_sites(family):
+    model = tiny_model(family)
+    full, bare = find_sites(model), find_sites(model.base_model)
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    compiled, decoder = torch.compile(model, backend="eager"), decoder_of(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=[full["attention"][0].path], r=2))
+    inside = find_sites(wrapped)
+    for name, found in full.items():
+        assert [site.path for site in found] == [f"{prefix}{site.path}" for site in bare[name]]
+        assert [(s.path, s.width) for s in inside[name]] == [(f"base_model.model.{s.path}", s.width) for s in found]
+    assert find_sites(compiled) == full
+    assert all(
+        decoder_of(m) is decoder for m in (model.base_model, compiled, wrapped, torch.compile(wrapped), decoder)
+    )
+    # What is run to measure: the language model, without head and vision tower.
+    names = [name for name, _ in decoder.named_modules()]
+    assert not any("vision" in name or "visual" in name or "lm_head" in name for name in names)
+    assert fingerprint(model, full).model_type == model.config.get_text_config().model_type
+
+
+def test_a_site_is_one_width_in_all_layers():
+    model = tiny_model("qwen3_next", linear_value_head_dim=8)
+    assert list(find_sites(model)) == ["ffn", "layer"]
+    message = r"'attention' of Qwen3NextForCausalLM \(qwen3_next\): found a width of 32 in layer 0 and 48 in layer 1"
+    with pytest.raises(SiteError, match=message):
+        find_sites(model, "attention")
+
+
+def test_a_layout_by_hand_takes_alternatives_and_may_leave_out_the_down_projection(tiny):
+    expected = find_sites(tiny)
+    layout = Layout(layers="layers", attention=("attn", "self_attn.o_proj"), ffn=("moe", "mlp"), down=("w2", "mlp.down_proj"))
+    assert find_sites(tiny, layout=layout) == expected
+    without = find_sites(tiny, layout=replace(layout, down=()))
+    assert list(without) == ["attention", "ffn", "layer"]
+    assert [(s.path, s.projection, s.parts) for s in without["ffn"]] == [(s.path, None, ()) for s in expected["ffn"]]
+    with pytest.raises(SiteError, match=r"'neuron': layer 0 .* no one down projection \(its layout names none\)"):
+        find_sites(tiny, "neuron", layout=replace(layout, down=()))
 
 
 def test_names_choose_and_repeat_only_once(tiny):
@@ -78,10 +76,13 @@ def test_unknown_site(tiny):
         find_sites(tiny, ["attention", "mlp"])
 
 
-def test_unknown_family_lists_the_known_and_takes_a_layout(tiny):
+def test_a_family_that_is_not_in_the_table_is_found_by_structure_or_takes_a_layout(tiny):
     expected = find_sites(tiny)
     tiny.config.model_type = "novel"
-    with pytest.raises(SiteError, match=r"family 'novel' is not known; known are cohere, .*layout=austeer\.Layout"):
+    assert find_sites(tiny) == expected
+    for layer in tiny.model.layers:
+        layer.second_mlp = copy.deepcopy(layer.mlp)
+    with pytest.raises(SiteError, match=r"LlamaForCausalLM \(novel\) is not known.*found mlp, second_mlp.*layout=austeer"):
         find_sites(tiny)
     assert find_sites(tiny, layout=LAYOUTS["llama"]) == expected
 

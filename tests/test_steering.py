@@ -241,7 +241,13 @@ def test_a_plan_for_another_model_is_refused_before_anything_is_touched(demo, ti
 
 
 def test_what_is_no_plan_or_no_model_is_refused(tiny):
-    with pytest.raises(austeer.PlanError, match="found dict"):
-        austeer.steer(tiny, {}, 1.0)
+    for found, message in (
+        ({}, "found an empty dict"),
+        ([], "found list"),
+        ({"a": 1}, "found int"),
+        ({1: 2}, "found 1"),
+    ):
+        with pytest.raises(austeer.PlanError, match=message):
+            austeer.steer(tiny, found, 1.0)
     with pytest.raises(austeer.SiteError, match="found no config"):
         austeer.steer(nn.Linear(2, 2), random_plan(tiny, "ffn", 5), 1.0)

@@ -2,8 +2,9 @@
 
 A table (``tables/*.json``) names the architectures (``sm_90``, ``gfx942``) and device names it is for, as shell
 patterns, and lists entries: an operation, dtypes, the shape [M, N, K] it was chosen for, and the settings. A launch
-takes the entry nearest to its own shape: first the nearest N and K, then the nearest M, by ratio. The table that
-names the device most closely wins; ``default.json`` is for all others.
+takes the entry nearest to its own shape: first the nearest N and K, then the nearest M, by ratio. "fused" lists, for
+devices on which that was measured, up to how many tokens ``steered_linear`` is worth while. The table that names the
+device most closely wins; ``default.json`` is for all others.
 
 ===================  ==============  ================  ==========  =======================================
 operation            M (block_m)     N (block_n)       K (block_k)  splits of
@@ -72,6 +73,19 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
+class Limit:
+    """Up to ``m`` tokens ``steered_linear`` was no slower than the library's product and the sparse kernel.
+
+    Only a measurement on the named devices may write one.
+    """
+
+    dtypes: tuple[str, ...]
+    n: int
+    k: int
+    m: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """One file of ``tables/``."""
 
@@ -80,6 +94,7 @@ class Table:
     architectures: tuple[str, ...]
     devices: tuple[str, ...]
     entries: tuple[Entry, ...]
+    fused: tuple[Limit, ...] = ()
 
     def fits(self, architecture: str, device: str) -> bool:
         """Whether the table is for this device."""
@@ -105,9 +120,9 @@ def _ratio(a: int, b: int) -> float:
     return abs(math.log2(max(a, 1) / max(b, 1)))
 
 
-def _entry(file: Path, row: dict[str, Any]) -> Entry:
+def _row(file: Path, kind: type, row: dict[str, Any]) -> Any:
     try:
-        return Entry(**{**row, "dtypes": tuple(row["dtypes"])})
+        return kind(**{**row, "dtypes": tuple(row["dtypes"])})
     except (TypeError, KeyError) as error:
         raise ValueError(f"{file}: entry {row} does not fit: {error}") from error
 
@@ -118,9 +133,10 @@ def tables() -> tuple[Table, ...]:
     found = []
     for file in sorted(TABLES.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
-        entries = tuple(_entry(file, row) for row in content["entries"])
+        entries = tuple(_row(file, Entry, row) for row in content["entries"])
+        fused = tuple(_row(file, Limit, row) for row in content.get("fused", ()))
         architectures, devices = tuple(content["architectures"]), tuple(content["devices"])
-        found.append(Table(file.stem, content["source"], architectures, devices, entries))
+        found.append(Table(file.stem, content["source"], architectures, devices, entries, fused))
     return tuple(sorted(found, key=lambda t: (t.file == "default", t.devices == ("*",), t.file)))
 
 
@@ -180,6 +196,26 @@ def settings(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.
         num_stages=entry.num_stages,
         splits=entry.splits(m, n, k, processors),
     )
+
+
+#: How far, as a factor of N and K together, a shape may be from one that was measured for its limit to be believed.
+_NEAR = 1.5
+
+
+@functools.cache
+def fused_up_to(n: int, k: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Up to how many tokens ``steered_linear`` is worth while for a weight [n, k]; 0 where that was not measured.
+
+    Only measured tables (bench/dispatch.py writes them) have limits; the nearest measured shape decides.
+    """
+    architecture, name, _ = _device_profile(device)
+    short = str(dtype).removeprefix("torch.")
+    for table in tables():
+        limits = [limit for limit in table.fused if short in limit.dtypes]
+        if limits and table.fits(architecture, name):
+            near = min(limits, key=lambda limit: _ratio(n, limit.n) + _ratio(k, limit.k))
+            return near.m if _ratio(n, near.n) + _ratio(k, near.k) <= math.log2(_NEAR) else 0
+    return 0
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:

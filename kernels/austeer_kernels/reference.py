@@ -52,24 +52,25 @@ def steered(x: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool) -> Tensor:
     return torch.addcmul(x, gamma, x.abs() if magnitude else x) + shift
 
 
-def steer_columns_(
-    y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None
-) -> None:
-    """y[:, index] <- y[:, index] + gamma * (y[:, index] or its magnitude) + shift, rounded once to y's dtype."""
-    if index.numel() == 0:
-        return
-    old = y.index_select(1, index)  # [tokens, count]
-    wide = compute_dtype(y.dtype)
-    x = old if y.dtype == wide else old.to(wide)
+def steered_columns(old: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None) -> Tensor:
+    """The steered values of selected columns, [tokens, count], rounded once to their dtype; differentiable."""
+    wide = compute_dtype(old.dtype)
+    x = old if old.dtype == wide else old.to(wide)
     if row_plan is not None:
         plan = row_plan.clamp(min=0).long()
         gamma, shift = gamma[plan], shift[plan]  # [tokens, count]
     new = steered(x, gamma, shift, magnitude)
-    if y.dtype != wide:
-        new = new.to(y.dtype)
-    if row_plan is not None:
-        new = torch.where((row_plan >= 0)[:, None], new, old)
-    y.index_copy_(1, index, new)
+    if old.dtype != wide:
+        new = new.to(old.dtype)
+    return new if row_plan is None else torch.where((row_plan >= 0)[:, None], new, old)
+
+
+def steer_columns_(
+    y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None
+) -> None:
+    """y[:, index] <- y[:, index] + gamma * (y[:, index] or its magnitude) + shift, rounded once to y's dtype."""
+    if index.numel():
+        y.index_copy_(1, index, steered_columns(y.index_select(1, index), gamma, shift, magnitude, row_plan))
 
 
 def steered_linear(

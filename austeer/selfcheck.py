@@ -1,0 +1,149 @@
+"""One look, on the first forward pass, whether what a path made is what the formula says.
+
+A kernel that is wrong on some device, or a weight that is not used as it looks, would steer wrongly in silence. The
+check compares a few tokens with the formula in float64; it costs one small copy and, on a GPU, one wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from austeer_kernels import reference
+
+from .errors import SteeringError
+from .strengths import StrengthTable
+
+if TYPE_CHECKING:
+    from .paths import Path
+
+#: How many tokens, and how many outputs of a projection, are compared at most.
+TOKENS, OUTPUTS = 64, 64
+
+
+def steered(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) -> Tensor:
+    """The formula on whole rows: ``x`` float64 [tokens, width], with ``rows`` as in the kernels."""
+    for table in tables:
+        new = reference.steered_columns(
+            x.index_select(1, table.index), table.gamma.double(), table.shift.double(), table.magnitude, rows
+        )
+        x = x.index_copy(1, table.index, new)
+    return x
+
+
+def _sample(tokens: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, tokens - 1, min(tokens, TOKENS), device=device).round().long()
+
+
+@contextmanager
+def checked_tensor(path: Path, x: Tensor, rows: Tensor | None) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Gives a function that compares the steered ``x`` with the formula, and returns it.
+
+    Raises:
+        SteeringError: they differ by more than rounding.
+    """
+    flat = x.detach().reshape(-1, x.shape[-1])
+    chosen = _sample(flat.shape[0], x.device)
+    before = flat[chosen].double()  # now: the path may work in place
+    rows = None if rows is None else rows[chosen]
+
+    def check(result: Tensor) -> Tensor:
+        after = result.detach().reshape(-1, x.shape[-1])[chosen]
+        expected = steered(before, path.tables, rows)
+        # What is added up may cancel out; its parts are what rounds. The baseline rounds each of its steps.
+        parts = expected.abs() + 2 * before.abs() + (expected - before).abs()
+        _compare(path, after, expected, 4 * torch.finfo(after.dtype).eps * parts)
+        return result
+
+    yield check
+
+
+def check_linear(path: Path, x: Tensor, linear: nn.Linear, rows: Tensor | None, y: Tensor) -> None:
+    """Compares some outputs of the fused projection of ``x`` [tokens, in] with the formula.
+
+    Raises:
+        SteeringError: they differ by more than a sum in the kernel's precision may.
+    """
+    index = path.table.index
+    some = _sample(x.shape[0], x.device)
+    outputs = torch.cat([index, _sample(linear.out_features, x.device)]) if path.site.side == "output" else None
+    columns = (_sample(linear.out_features, x.device) if outputs is None else outputs[:OUTPUTS]).unique()
+    with torch.no_grad():
+        rows = None if rows is None else rows[some]
+        h, weight = x[some].double(), linear.weight[columns].double()
+        bias = None if linear.bias is None else linear.bias[columns].double()
+        if path.site.side == "input":
+            h = steered(h, path.tables, rows)
+        expected = torch.nn.functional.linear(h, weight, bias)
+        if path.site.side == "output":
+            whole = expected.new_zeros(len(some), linear.out_features)
+            whole[:, columns] = expected
+            expected = steered(whole, path.tables, rows)[:, columns]
+        gain = 1 + path.table.gamma.abs().max().double() if index.numel() and path.site.side == "output" else 1.0
+        tolerance = gain * _product_tolerance(h, linear.weight[columns], expected)
+        _compare(path, y[some][:, columns], expected, tolerance)
+
+
+class FoldProbe:
+    """Runs a folded layer on random numbers before and after the fold."""
+
+    def __init__(self, path: Path):
+        self.path, self.layer = path, cast(nn.Linear, path.module)
+        weight = self.layer.weight
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, self.layer.in_features, generator=generator)
+        self.x = x.to(weight)
+        with torch.no_grad():
+            if path.site.side == "input":
+                self.expected = self._run(steered(self.x.double(), path.tables, None).to(weight))
+            else:
+                self.expected = steered(self._run(self.x).double(), path.tables, None)
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> FoldProbe | None:
+        """A probe of the first linear layer that will be folded, made before it is."""
+        folded = [path for path in paths if path.name == "fold"]
+        for path in folded:
+            alone = sum(other.module is path.module for other in folded) == 1  # ffn and neuron can meet in one weight
+            if alone and path.site.projection and type(path.module) is nn.Linear:
+                return cls(path)
+        return None
+
+    def _run(self, x: Tensor) -> Tensor:
+        return type(self.layer).forward(self.layer, x)  # without hooks, which may count calls
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """
+        Raises:
+            SteeringError: the folded layer does not compute what the formula says.
+        """
+        found, weight = self._run(self.x), self.layer.weight
+        _compare(self.path, found, self.expected.double(), _product_tolerance(self.x, weight, self.expected))
+
+
+def _product_tolerance(x: Tensor, weight: Tensor, expected: Tensor) -> Tensor:
+    """What the rounding of the factors and of the result may make of each entry of x @ weight.T, generously."""
+    eps = torch.finfo(weight.dtype).eps
+    if weight.is_cuda and weight.dtype == torch.float32:
+        eps = 2**-10  # TF32, where it is allowed
+    size = torch.nn.functional.linear(x.double().square(), weight.double().square()).sqrt()
+    adding = 4 * torch.finfo(reference.compute_dtype(weight.dtype)).eps * weight.shape[1] ** 0.5
+    return (8 * eps + adding) * (size + expected.double().abs()) + torch.finfo(weight.dtype).tiny
+
+
+def _compare(path: Path, found: Tensor, expected: Tensor, tolerance: Tensor) -> None:
+    sound = torch.isfinite(expected) & (expected.abs() <= torch.finfo(found.dtype).max)
+    error = (found.double() - expected).abs()
+    if bool(((error > tolerance) | error.isnan())[sound].any()):
+        worst = float(error[sound].nan_to_num(nan=torch.inf).max())
+        site = path.site
+        raise SteeringError(
+            f"self-check: {path.name} at site {site.name!r} of layer {site.layer} ({site.path}) differs from the "
+            f"formula by {worst:.3g}, expected rounding only. Use another mode (mode='dense' is plain PyTorch), and "
+            "please report this with the device and versions; check=False leaves the check out"
+        )

@@ -1,0 +1,167 @@
+"""Tiny random models of every family: two to four layers, built in milliseconds, no download.
+
+Weights are larger than a fresh model's and biases are not zero, so that a mistake in either shows in the logits.
+"""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from austeer.families import LAYOUTS
+
+#: For every family that has them under these names.
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,  # not hidden_size / heads, so that the attention site is wider than the others where it can be
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+_MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+_QWEN_TOKENS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+_GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
+
+#: What a family calls its sizes, or needs beside them.
+CHANGES: dict[str, dict] = {
+    "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "deepseek_v3": {
+        **_ROUTED,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "head_dim": 4,  # what its rotary embedding reads
+        "v_head_dim": 12,
+    },
+    "ernie4_5_moe": {
+        "moe_intermediate_size": 24,
+        "moe_k": 2,
+        "moe_num_experts": 4,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+    },
+    "exaone4": {"sliding_window": 8},
+    "falcon": {"num_kv_heads": 4, "ffn_hidden_size": 48},
+    "glm4_moe": {**_ROUTED, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "gpt2": _GPT2,
+    "gptj": {**_GPT2, "rotary_dim": 4},
+    "gpt_oss": _EXPERTS,
+    "granitemoe": _EXPERTS,
+    "llama4_text": {
+        **_EXPERTS,
+        "intermediate_size_mlp": 40,
+        "moe_layers": [1],
+        "attention_chunk_size": 16,
+    },
+    "mixtral": _EXPERTS,
+    "mpt": {"d_model": 32, "n_layers": 3, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 128},
+    "olmoe": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phimoe": _EXPERTS,
+    "qwen2_moe": {**_ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]},
+    "qwen3_moe": {**_ROUTED, "num_local_experts": 4, "mlp_only_layers": [0]},
+    "qwen3_next": {
+        **_ROUTED,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 20,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+    },
+    "stablelm": {"head_dim": 8},
+}
+
+#: Families whose language model lies beside a vision tower: how the whole is configured around the text sizes.
+MULTIMODAL: dict[str, dict] = {
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text"},
+        "vision_config": {**_VISION, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", **_VISION, "image_size": 28, "patch_size": 14},
+        "image_token_index": 60,
+    },
+    "qwen2_5_vl": {
+        "text_config": {"head_dim": 8, "rope_parameters": _MROPE},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+        **_QWEN_TOKENS,
+    },
+    "qwen2_vl": {
+        "text_config": {"head_dim": 8, "rope_parameters": _MROPE},
+        "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1},
+        **_QWEN_TOKENS,
+    },
+    "qwen3_vl": {
+        "text_config": {"rope_parameters": _MROPE},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+        },
+        **_QWEN_TOKENS,
+    },
+}
+
+
+#: Families that are only there inside a multimodal model.
+INSIDE = {f"{family}_text": family for family in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")}
+
+#: Every family that can be built: those of the table, and multimodal models around them.
+FAMILIES = [*(family for family in LAYOUTS if family not in INSIDE), *MULTIMODAL]
+
+
+def tiny_model(family: str, **changes) -> PreTrainedModel:
+    """A random model of ``family`` (a ``model_type``) in evaluation mode; the same one each time.
+
+    Args:
+        changes: of its (text) config.
+    """
+    sizes = SIZES | CHANGES.get(family, {})
+    if family == "falcon":  # computes it, and lets nobody set it
+        del sizes["head_dim"]
+    torch.manual_seed(0)
+    family = INSIDE.get(family, family)
+    if family in MULTIMODAL:
+        parts = dict(MULTIMODAL[family])
+        parts["text_config"] = sizes | parts["text_config"] | changes
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **parts))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | changes)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() >= 2:  # fresh models start close to the identity, where steering would change nothing
+                p.normal_(std=0.15)
+            elif name.endswith("bias"):
+                p.normal_(std=0.1)
+    return model.eval()
