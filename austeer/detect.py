@@ -136,8 +136,7 @@ class _Found:
     def _refuse_norms(self, block: nn.Module) -> None:
         """A norm behind the down projection would make another tensor of its output, and order is not seen here."""
         for name, child in block.named_modules():
-            shape = tuple(getattr(child, "weight", None).shape) if _has_weight(child) else ()  # type: ignore[union-attr]
-            if shape == (self.width,):
+            if _is_norm(child, self.width):
                 raise SiteError(
                     f"{self.where}: {self.ffn}.{name} ({type(child).__name__}) may follow the down projection"
                 )
@@ -149,8 +148,8 @@ class _Found:
         shared = [name for name, _ in rest if name.rpartition(".")[2] in _DOWN_NAMES]
         inner = {name.rpartition(".")[0] for name in shared}  # gate and up projections beside them
         explained = all(name in shared or name.rpartition(".")[0] in inner for name, _ in rest)
-        normed = any(_has_weight(c) and tuple(c.weight.shape) == (self.width,) for c in block.modules())  # type: ignore
-        if len(fused) != 1 or not explained or normed or any(isinstance(c, nn.ModuleList) for c in block.modules()):
+        unclear = any(_is_norm(child, self.width) or isinstance(child, nn.ModuleList) for child in block.modules())
+        if len(fused) != 1 or not explained or unclear:
             return ()
         return tuple(f"{path}.{name}" for name in fused + shared)
 
@@ -215,8 +214,11 @@ def _holds_experts(module: nn.Module) -> bool:
     )
 
 
-def _has_weight(module: nn.Module) -> bool:
-    return module._parameters.get("weight") is not None
+def _is_norm(module: nn.Module, width: int) -> bool:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "norm" in type(module).__name__.lower()
+    return tuple(weight.shape) == (width,)
 
 
 def _takes_residual(module: nn.Module) -> bool:

@@ -41,7 +41,7 @@ class Choice:
 
     def dense(self, device: torch.device, plans: int) -> bool:
         """Whether the path works with dense tables: 8 bytes a plan and dimension, for columns only where they help."""
-        return self.path is not Columns or (device.type == "cpu" and plans == 1)
+        return self.path is not Columns or (device.type == "cpu" and plans <= 64)
 
 
 def choose(

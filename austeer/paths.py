@@ -208,22 +208,33 @@ class Columns(TensorPath):
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         for table in self.tables:
-            x = steer_columns(x, table, rows)
+            x = steer_columns(x, table, rows, self.routing)
         return x
 
 
-def steer_columns(x: Tensor, table: StrengthTable, rows: Tensor | None) -> Tensor:
-    """``x`` [..., width] with the table's columns steered; in place unless ``x`` is differentiated."""
+def steer_columns(x: Tensor, table: StrengthTable, rows: Tensor | None, routing: Routing | None) -> Tensor:
+    """``x`` [..., width] with the table's columns steered; in place unless ``x`` is differentiated.
+
+    Args:
+        rows: int32 [tokens] from ``routing``, or None for the first row of the table at every token.
+    """
     if x.requires_grad and torch.is_grad_enabled():
         flat = x.reshape(-1, x.shape[-1])
         new = reference.steered_columns(
             flat.index_select(1, table.index), table.gamma, table.shift, table.magnitude, rows
         )
         return flat.index_copy(1, table.index, new).view(x.shape)
-    if rows is None and dense_is_cheaper(x, table):
-        if table.shifts:  # one plan, and so one operation
-            return x.add_(cast(Tensor, table.dense_shift))
-        return x.addcmul_(x.abs() if table.magnitude else x, cast(Tensor, table.dense_gamma))
+    if dense_is_cheaper(x, table):
+        gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
+        if rows is not None:
+            rows = cast(Routing, routing).table_rows(rows)
+            if table.scales:
+                gamma = cast(Tensor, table.gamma_rows).index_select(0, rows).view(x.shape)
+            if table.shifts:
+                shift = cast(Tensor, table.shift_rows).index_select(0, rows).view(x.shape)
+        if table.scales:
+            x.addcmul_(x.abs() if table.magnitude else x, gamma)
+        return x.add_(shift) if table.shifts else x
     if not x.is_contiguous():
         x = x.contiguous()
     _steer_columns(x.view(-1, x.shape[-1]), table.index, table.gamma, table.shift, table.magnitude, rows)
@@ -279,8 +290,8 @@ class Fused(HookPath):
         linear, table, prologue = cast(nn.Linear, module), self.table, self.site.side == "input"
         if self.limit is not None and x.numel() > self.limit * x.shape[-1]:
             if prologue:
-                return self._forward(steer_columns(x, table, rows))
-            return steer_columns(self._forward(x), table, rows)
+                return self._forward(steer_columns(x, table, rows, self.routing))
+            return steer_columns(self._forward(x), table, rows, self.routing)
         if x.dtype != linear.weight.dtype:
             raise SteeringError(
                 f"mode 'fused' at {self.site.path}: found {x.dtype} activations and a {linear.weight.dtype} weight "

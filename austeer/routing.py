@@ -59,6 +59,7 @@ class Routing:
         self._one: int | None = None  # ... or one plan for any number of rows
         self._buffer: Tensor | None = None  # int32 [rows], the same on the device, refilled in place
         self._expanded: tuple[int, int, Tensor] | None = None
+        self._table_rows: Tensor | None = None
         self._prompt: int | None = None
         self._knows_prompt = False
         with torch.inference_mode(False):
@@ -200,6 +201,7 @@ class Routing:
         past = cache.get_seq_length() if cache is not None else 0
         batch, length = x.shape[0], x.shape[1]
         on_device = torch.compiler.is_compiling() or capturing(x.device)
+        self._table_rows = None
         first, last = self._interval(given, past, batch, length, on_device)
         rows = self._rows_of(batch, on_device)
         if on_device or any(isinstance(n, Tensor) for n in (past, first, last)):
@@ -306,6 +308,15 @@ class Routing:
                 "use one plan with scope='all'"
             )
         return state
+
+    def table_rows(self, rows: Tensor) -> Tensor:
+        """int64 [tokens], for what ``rows_for`` gave: the row of tables whose last row, of zeros, is for no plan."""
+        found = self._table_rows
+        if found is None or found.device != rows.device:
+            found = torch.where(rows < 0, 1 if self._plans is None else len(self._plans), rows).long()
+            if not torch.compiler.is_compiling():  # where the compiler sees to it
+                self._table_rows = found
+        return found
 
     @property
     def tokens(self) -> int:

@@ -103,7 +103,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
         return getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
     inner = getattr(decoder, "model", None)  # Llama 4's text model with a head calls itself the decoder
-    return decoder_of(inner) if hasattr(inner, "get_decoder") else decoder
+    return decoder_of(inner) if isinstance(inner, nn.Module) and hasattr(inner, "get_decoder") else decoder
 
 
 def text_config(model: nn.Module):

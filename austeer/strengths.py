@@ -59,6 +59,7 @@ class StrengthTable:
         index: int64 [count], the AUs of all plans, distinct and ascending.
         gamma, shift: float32 [plans, count]; zeros where a plan does not have the AU.
         dense_gamma, dense_shift: float32 [plans, width], the same with zeros for all other AUs; None without ``dense``.
+        gamma_rows, shift_rows: float32 [plans + 1, width], these and a row of zeros, for tokens that no plan steers.
         magnitude: whether gamma multiplies |x|. Plans that differ in this need two tables.
     """
 
@@ -72,8 +73,8 @@ class StrengthTable:
         self.scales = any(entry.operation != "shift" for entry in entries)
         self.width = width
         self.device = device
-        self.dense_gamma: Tensor | None = None
-        self.dense_shift: Tensor | None = None
+        self.gamma_rows: Tensor | None = None
+        self.shift_rows: Tensor | None = None
         zeros = partial(torch.zeros, dtype=torch.float32, device=device)
         with torch.inference_mode(False):  # inference tensors could not be refilled outside of that mode
             index = torch.cat([entry.index.long() for entry in entries]).unique()
@@ -83,7 +84,12 @@ class StrengthTable:
             self.index = index.to(device)
             self.gamma, self.shift = zeros(plans, len(index)), zeros(plans, len(index))
             if dense:
-                self.dense_gamma, self.dense_shift = zeros(plans, width), zeros(plans, width)
+                self.gamma_rows, self.shift_rows = zeros(plans + 1, width), zeros(plans + 1, width)
+        self._view()
+
+    def _view(self) -> None:
+        self.dense_gamma = None if self.gamma_rows is None else self.gamma_rows[:-1]
+        self.dense_shift = None if self.shift_rows is None else self.shift_rows[:-1]
 
     @torch.no_grad()
     def fill(self, strengths: Sequence[tuple[float, int]]) -> None:
@@ -99,7 +105,8 @@ class StrengthTable:
 
     def to(self, device: torch.device) -> None:
         """Moves the buffers, once, where activations turn out to be on another device than was expected."""
-        for name in ("index", "gamma", "shift", "dense_gamma", "dense_shift"):
+        for name in ("index", "gamma", "shift", "gamma_rows", "shift_rows"):
             buffer = getattr(self, name)
             setattr(self, name, None if buffer is None else buffer.to(device))
         self.device = device
+        self._view()

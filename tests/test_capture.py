@@ -1,6 +1,7 @@
 """Last-token activations: equal to those of each text alone, in every family, and nothing left behind."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,3 +192,36 @@ def test_batches_hold_every_text_once_within_the_budget(lengths, tokens):
     for batch, following in itertools.pairwise(found):
         assert lengths[batch[0]] * (len(batch) + 1) > tokens
         assert lengths[batch[-1]] >= lengths[following[0]]
+
+
+def test_a_tensor_that_is_not_one_row_a_token_is_refused(tiny):
+    for layer in tiny.model.layers:
+        layer.mlp.register_forward_hook(lambda m, args, out: out.transpose(0, 1))
+        layer.register_forward_hook(lambda m, args, out: out[:, : args[0].shape[1]])
+    capture = LastTokens(tiny, find_sites(tiny, ["ffn"]), 2)
+    message = r"site 'ffn' of layer 0: found a tensor \(3, 1, 32\), expected \[batch, tokens, width\] = \[1, 3, width\]"
+    with capture.attached(), pytest.raises(CaptureError, match=message):
+        capture.run([IDS[0]], [0])
+
+
+def test_a_projection_that_is_called_by_keyword(tiny):
+    sites = find_sites(tiny, ["attention"])
+    expected = alone(tiny, IDS[0], sites)["attention"]
+    for site in sites["attention"]:
+        module = tiny.get_submodule(site.path)
+        parent = tiny.get_submodule(site.path.rpartition(".")[0])
+        parent.o_proj = ByKeyword(module)
+    sites = {"attention": [replace(site, path=f"{site.path}.inner") for site in sites["attention"]]}
+    capture = LastTokens(tiny, sites, 1)
+    with capture.attached():
+        capture.run([IDS[0]], [0])
+    assert torch.equal(capture.buffers["attention"][0], expected)
+
+
+class ByKeyword(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(input=x)

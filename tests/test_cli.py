@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import austeer
 from austeer.cli import app
 from austeer.demo import load_data
+from austeer.generation import continue_prompts
 
 PAIRS = Path(austeer.__file__).parent / "data" / "demo_pairs.jsonl"
 
@@ -89,6 +90,27 @@ def test_generate_sets_steered_beside_unsteered(demo, files):
     assert tokenizer.decode(own[0, ids["input_ids"].shape[1] :]) == texts["alpha -6"]
 
 
+def test_generate_runs_several_plans_in_one_batch(demo, files):
+    """Each prompt is a row for each plan and one for none; and each writes what it writes alone."""
+    model, tokenizer = demo
+    folder = files[0]
+    run("select", folder / "m.momentum", "--site", "ffn", "--k", 9, "--operation", "push", "--out", folder / "other")
+    prompts = ("The weekend trip was", "Compared with the inn across the road, this one felt")
+    data = json.loads(
+        run(
+            *("generate", folder / "plan", folder / "other", "--model", "demo", "-p", prompts[0], "-p", prompts[1]),
+            *("--device", "cpu", "--alpha", -6, "--scope", "2:", "--max-new-tokens", 6, "--json"),
+        )
+    )
+    assert list(data["continuations"]) == ["unsteered", "plan, alpha -6", "other, alpha -6"]
+    for name in ("plan", "other"):
+        with austeer.steer(model, austeer.Plan.from_pretrained(folder / name), -6, scope=(2, None)):
+            own = continue_prompts(model, tokenizer, prompts, max_new_tokens=6)
+        assert data["continuations"][f"{name}, alpha -6"] == own
+    assert data["continuations"]["unsteered"] == continue_prompts(model, tokenizer, prompts, max_new_tokens=6)
+    assert {unit["plan"] for row in data["report"] for unit in row["units"]} == {"plan", "other"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,6 +124,8 @@ def test_generate_sets_steered_beside_unsteered(demo, files):
         (("generate", "{plan}", "--model", "demo", "--prompt", " "), "empty text"),
         (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--alpha", "nan"), "alpha: found nan"),
         (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--k", "21"), "k: found 21"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "5:2"), "scope: found (5, 2)"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "prompts"), "scope: found 'prompts'"),
         (("measure", "{missing}", "--model", "demo", "--out", "{new}"), "no such file"),
         (("measure", "{broken}", "--model", "demo", "--out", "{new}"), "line 2: field 'positive' is empty"),
         (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--where", "split"), "expected FIELD=VALUE"),

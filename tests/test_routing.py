@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import austeer
+from austeer import paths
 from dense_formula import assert_unchanged, formula_at, logits, random_plan, snapshot
 
 NEW = 6
@@ -207,6 +208,20 @@ def test_logits_of_mixed_rows_are_those_of_the_formula(model, batch, site, mode)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(got[real], torch.cat(expected)[real], rtol=1e-4, atol=1e-4)
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("operation", ["scale", "push", "shift"])
+def test_the_sparse_and_the_dense_form_give_the_same(model, batch, operation, monkeypatch):
+    """On a CPU columns takes whichever is cheaper; with rows, too, both must be right."""
+    plans = {name: random_plan(model, ("ffn", "layer"), 20, operation, seed=i) for i, name in enumerate("ab")}
+    plans["c"] = plans["a"].with_operation("shift")
+    results = []
+    for dense in (True, False):
+        monkeypatch.setattr(paths, "dense_is_cheaper", lambda x, table, dense=dense: dense)
+        with austeer.steer(model, plans, 0.5) as steering, steering.rows(["b", None, "c"]):
+            results.append(logits(model, batch)[batch["attention_mask"].bool()])
+    assert not torch.equal(results[0], logits(model, batch)[batch["attention_mask"].bool()])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_and_a_scope_together(model, batch, plans):

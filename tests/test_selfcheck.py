@@ -24,19 +24,19 @@ def test_what_is_right_passes(tiny, tiny_ids, mode, operation, dtype):
             logits(model, tiny_ids)
 
 
-def broken_columns(x, table, rows, steer=paths.steer_columns):
-    y = steer(x, table, rows)
+def broken_columns(*args, steer=paths.steer_columns):
+    y, table = steer(*args), args[1]
     y[..., int(table.index[0])] *= 1.01
     return y
 
 
-def broken_neighbour(x, table, rows, steer=paths.steer_columns):
-    y = steer(x, table, rows)
+def broken_neighbour(*args, steer=paths.steer_columns):
+    y, table = steer(*args), args[1]
     y[..., (int(table.index[0]) + 1) % y.shape[-1]] += 0.01
     return y
 
 
-@pytest.mark.parametrize("broken", [broken_columns, broken_neighbour, lambda x, table, rows: x])
+@pytest.mark.parametrize("broken", [broken_columns, broken_neighbour, lambda x, *_: x])
 @pytest.mark.parametrize("site", ["attention", "ffn", "layer"])
 def test_a_wrong_sparse_kernel_is_found_on_the_first_forward(tiny, tiny_ids, monkeypatch, broken, site):
     before = snapshot(tiny)
@@ -106,7 +106,8 @@ def test_mixed_rows_are_checked_by_their_own_plans(tiny, tiny_ids, monkeypatch):
     plans = {"a": random_plan(tiny, "ffn", 20), "b": random_plan(tiny, "ffn", 20, "push", seed=1)}
     with austeer.steer(tiny, plans, 2.0) as steering, steering.rows(["b", None]):
         logits(tiny, tiny_ids)
-    monkeypatch.setattr(paths, "steer_columns", lambda x, table, rows, f=paths.steer_columns: f(x, table, rows * 0))
+    right = paths.steer_columns
+    monkeypatch.setattr(paths, "steer_columns", lambda x, t, rows, routing: right(x, t, rows.roll(7), routing))
     with (
         pytest.raises(austeer.SteeringError, match="self-check: columns"),
         austeer.steer(tiny, plans, 2.0) as steering,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,14 @@ from .common import Device, DType, Json, Model, console, emit, load, note
 
 
 def generate(
-    plan: Annotated[Path, typer.Argument(help="A plan's folder, of austeer select.")],
+    plan: Annotated[list[Path], typer.Argument(help="A plan's folder, of austeer select; several run in one batch.")],
     model: Model,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue; may be repeated.")],
     alpha: Annotated[list[float] | None, typer.Option("--alpha", "-a", help="Strength; may be repeated. [1]")] = None,
     k: Annotated[int | None, typer.Option(help="Only the k most important AUs. [default: all]")] = None,
+    scope: Annotated[
+        str, typer.Option(help="all, prompt, generation, last_prompt_token, or tokens such as 0:16 or 16:")
+    ] = "all",
     mode: Annotated[str, typer.Option(help="auto, fold, fused, columns or dense.")] = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 40,
@@ -31,42 +35,71 @@ def generate(
     """Continue prompts unsteered and steered, side by side.
 
     Example: `austeer generate plans/kind --model demo --alpha 8 --prompt "The weekend trip was"`
+
+    With several plans every prompt is one row of a batch for each plan and one for none:
+    `austeer generate plans/kind plans/brief --model demo --prompt "The weekend trip was"`
     """
     from ..generation import continue_prompts
     from ..plan import Plan
     from ..steering import steer
 
-    loaded = Plan.from_pretrained(plan)
+    plans = dict(zip(_names(plan), map(Plan.from_pretrained, plan)))
+    only = next(iter(plans.values())) if len(plans) == 1 else None
     strengths = alpha or [1.0]
     network, tokenizer = load(model, dtype, device)
+    for name, loaded in plans.items():
+        if loaded.chat_template != chat:
+            form = "through" if loaded.chat_template else "without"
+            note(f"{name} was measured {form} a chat template, and these prompts are not; see --chat")
     write = partial(
         continue_prompts,
         network,
         tokenizer,
-        prompt,
         max_new_tokens=max_new_tokens,
         chat=chat,
         seed=seed,
         temperature=temperature if sample else None,
     )
-    if loaded.chat_template != chat:
-        form = "through" if loaded.chat_template else "without"
-        note(f"the plan was measured {form} a chat template, and these prompts are not; see --chat")
-    steering = steer(network, loaded, strengths[0], k=k, mode=mode)
-    results = {"unsteered": write()}
+    steering = steer(network, only or plans, strengths[0], k=k, scope=_scope(scope), mode=mode)
+    results: dict[str, list[str]] = {}
+    if only is not None:
+        results["unsteered"] = write(prompts=prompt)
     with steering:
         for strength in strengths:
             steering.alpha = strength
-            results[f"alpha {strength:.12g}"] = write()
+            label = f"alpha {strength:.12g}"
+            if only is not None:
+                results[label] = write(prompts=prompt)
+                continue
+            rows = [None, *plans]
+            with steering.rows([row for row in rows for _ in prompt]):
+                texts = write(prompts=list(prompt) * len(rows))
+            for number, row in enumerate(rows):
+                part = texts[number * len(prompt) : (number + 1) * len(prompt)]
+                results["unsteered" if row is None else f"{row}, {label}"] = part
     if json:
-        emit({"prompts": prompt, "continuations": results, "report": [vars(row) for row in steering.report()]})
+        emit({"prompts": prompt, "continuations": results, "report": [asdict(row) for row in steering.report()]})
         return
+    width = max(12, *map(len, results))
     for i, text in enumerate(prompt):
         console.print(f"[bold]{_plain(text)}[/]")
         for name, texts in results.items():
-            console.print(f"  [cyan]{name:<12}[/] {_plain(texts[i])}")
+            console.print(f"  [cyan]{name:<{width}}[/] {_plain(texts[i])}")
     if report:
         console.print(str(steering.report()))
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """A name for each plan: its folder's, or its whole path where two folders are called the same."""
+    short = [folder.resolve().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+
+def _scope(text: str) -> str | tuple[int, int | None]:
+    start, colon, stop = text.partition(":")
+    if not colon or not all(part.isdecimal() or not part for part in (start, stop)):
+        return text
+    return int(start or 0), int(stop) if stop else None
 
 
 def _plain(text: str) -> str:
