@@ -19,8 +19,10 @@ from .fold import Fold, shared_storages
 from .levels import Alpha, Levels
 from .paths import Path
 from .plan import Plan
+from .prompt import Prompt
 from .report import Report, make_report
 from .routing import Routing
+from .rows import NO_NAMES, Rows
 from .scope import parse_scope
 from .selfcheck import FoldProbe
 from .sites import Layout, Site, decoder_of, find_sites, fingerprint, input_device, unwrap
@@ -66,9 +68,10 @@ class Steering:
         self._attached = False
         self._routing: Routing | None = None
         if self._named or self.scope.name != "all":
-            names = list(self.plans) if self._named else None
             device = input_device(self._model)
-            self._routing = Routing(self.scope, names, self._decoder, _generating(self._model), device)
+            rows = Rows(list(self.plans), device) if self._named else None
+            prompt = Prompt(_generating(self._model), device, lambda batch: rows.expect(batch) if rows else None)
+            self._routing = Routing(self.scope, rows, prompt, self._decoder)
         self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
 
     def _plan_paths(self) -> tuple[list[Path], list[str]]:
@@ -168,20 +171,18 @@ class Steering:
             SteeringError: an unknown name, or a plan that was given without one. A batch of another size raises when
                 it is run.
         """
-        if self._routing is None:
-            raise SteeringError(
-                'rows: found one plan for all rows, expected plans with names; use steer(model, {"name": plan, ...})'
-            )
-        before = self._routing.rows
-        self._routing.choose(rows)
-        return self._restoring(self._routing, before)
+        if self._routing is None or self._routing.rows is None:
+            raise SteeringError(NO_NAMES)
+        before = self._routing.rows.chosen
+        self._routing.rows.choose(rows)
+        return self._restoring(self._routing.rows, before)
 
     @contextmanager
-    def _restoring(self, routing: Routing, before: Sequence[str | None] | str | None) -> Iterator[None]:
+    def _restoring(self, rows: Rows, before: Sequence[str | None] | str | None) -> Iterator[None]:
         try:
             yield
         finally:
-            routing.choose(before)
+            rows.choose(before)
 
     @property
     def prompt_length(self) -> int | None:
@@ -191,13 +192,13 @@ class Steering:
         taken as prompt and a call of one token on a filled cache as generation: set it for a prompt that is given in
         pieces, or for several generated tokens at once.
         """
-        return None if self._routing is None else self._routing.prompt
+        return None if self._routing is None else self._routing.prompt.length
 
     @prompt_length.setter
     def prompt_length(self, length: int | None) -> None:
         if self._routing is None:
             raise SteeringError("prompt_length: found scope 'all', expected a scope that depends on the prompt")
-        self._routing.prompt = length
+        self._routing.prompt.length = length
 
     # --- life --------------------------------------------------------------------------------------------------------
 

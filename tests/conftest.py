@@ -133,3 +133,23 @@ def ids(demo):
 def tiny_ids(tiny):
     """Two rows of token ids for the tiny model."""
     return {"input_ids": torch.randint(0, tiny.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(3))}
+
+
+@pytest.fixture
+def lively(tiny):
+    """The tiny model, made so that steering it changes what it writes and it never stops by itself."""
+    tiny.generation_config.eos_token_id = None
+    tiny.generation_config.pad_token_id = 0
+    with torch.no_grad():
+        for p in tiny.parameters():
+            p *= 3
+    return tiny
+
+
+@pytest.fixture
+def padded(lively):
+    """Three rows, of which the second has four and the third two tokens of padding on the left."""
+    ids = torch.randint(3, lively.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = mask[2, :2] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}

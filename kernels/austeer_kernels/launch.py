@@ -23,6 +23,7 @@ import fnmatch
 import functools
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,43 @@ def _row(file: Path, kind: type, row: dict[str, Any]) -> Any:
         raise ValueError(f"{file}: entry {row} does not fit: {error}") from error
 
 
+#: See ``preferring``.
+_preferred: list[Table] = []
+
+
 @functools.cache
 def tables() -> tuple[Table, ...]:
     """All tables, those that name devices before those for any device, ``default.json`` last."""
-    found = []
+    found: list[Table] = []
     for file in sorted(TABLES.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         entries = tuple(_row(file, Entry, row) for row in content["entries"])
         fused = tuple(_row(file, Limit, row) for row in content.get("fused", ()))
         architectures, devices = tuple(content["architectures"]), tuple(content["devices"])
         found.append(Table(file.stem, content["source"], architectures, devices, entries, fused))
-    return tuple(sorted(found, key=lambda t: (t.file == "default", t.devices == ("*",), t.file)))
+    return (*_preferred, *sorted(found, key=lambda t: (t.file == "default", t.devices == ("*",), t.file)))
+
+
+def forget() -> None:
+    """Reads the tables anew at the next launch."""
+    for cached in (tables, _candidates, settings, fused_up_to):
+        cached.cache_clear()
+
+
+@contextlib.contextmanager
+def preferring(entries: Sequence[Entry] = (), fused: Sequence[Limit] = ()) -> Iterator[None]:
+    """Puts entries and limits before all tables, on every device: to measure or test what no table has.
+
+    A captured CUDA graph keeps the settings that it was captured with.
+    """
+    table = Table("preferred", "under measurement", ("*",), ("*",), tuple(entries), tuple(fused))
+    _preferred.insert(0, table)
+    forget()
+    try:
+        yield
+    finally:
+        _preferred.remove(table)
+        forget()
 
 
 def shipped(architecture: str) -> list[tuple[str, Entry]]:
