@@ -190,13 +190,15 @@ class TensorPath(HookPath):
 
 
 def dense_is_cheaper(x: Tensor, table: StrengthTable) -> bool:
-    """Whether one dense in-place operation costs less than the sparse kernel; it gives the same float32 numbers.
+    """Whether one dense in-place operation costs less than the sparse kernel; it computes in float32, too.
 
     On a CPU only (bench/test_kernels.py compares the forms): the sparse form there is four operations, some 10 us a
     call, and 60 times the dense one's time an element. So dense for few elements, and for many columns.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or table.dense_gamma is None:
+    if x.device.type != "cpu" or x.dtype == torch.float64 or table.dense_gamma is None:
         return False
+    if x.dtype != torch.float32 and table.scales and table.shifts:
+        return False  # two operations would round twice
     # A compiler fuses the dense form with what is around it, and a guard on the size would make it compile twice.
     return torch.compiler.is_compiling() or x.numel() <= 16384 or 64 * table.index.numel() >= table.width
 

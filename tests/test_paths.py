@@ -86,7 +86,24 @@ def test_the_dense_form_is_for_a_cpu_with_few_elements_or_many_columns():
 
     assert cheaper(1, 4096, 4) and cheaper(512, 4096, 100) and cheaper(512, 576, 100)
     assert not cheaper(512, 4096, 4)
-    assert not cheaper(1, 576, 4, torch.bfloat16)  # one rounding needs the kernel's float32
+    assert cheaper(1, 576, 4, torch.bfloat16) and not cheaper(1, 576, 4, torch.float64)
+    mixed = [Entry(i, *(torch.arange(4),) * 4, name) for i, name in enumerate(("scale", "shift"))]
+    table = StrengthTable(mixed, 2, 576, torch.device("cpu"))
+    assert paths.dense_is_cheaper(torch.empty(1, 576), table)
+    assert not paths.dense_is_cheaper(torch.empty(1, 576, dtype=torch.bfloat16), table)  # it would round twice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_dense_form_rounds_once(operation, dtype):
+    index, values = torch.randperm(64)[:40], torch.randn(40)
+    table = StrengthTable([Entry(0, index, values.clamp(-1, 1), values, torch.arange(40), operation)], 1, 64, "cpu")
+    table.fill([(3.0, 40)])
+    x = torch.randn(500, 64).to(dtype)
+    exact = x.double() + table.dense_gamma * (x.abs() if operation == "push" else x).double() + table.dense_shift
+    got = paths.steer_columns(x.clone(), table, None, None).double()
+    half_a_step = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).tiny
+    assert ((got - exact).abs() <= 1.001 * half_a_step + 1e-6 * x.abs()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

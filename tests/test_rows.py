@@ -230,6 +230,7 @@ def test_compiled_decoding_is_one_graph_for_all_steps_and_rows(model, batch, pla
     ids = batch["input_ids"][:2]
 
     def decode(run, steering):
+        steering.alpha, steering.k = 1.0, 9
         cache = StaticCache(config=model.config, max_cache_len=32)
         out, written = model(input_ids=ids, past_key_values=cache, use_cache=True), []
         for step, rows in enumerate([["kind", None], ["calm", "kind"], [None, "calm"]] * 2):
