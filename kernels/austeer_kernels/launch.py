@@ -198,6 +198,11 @@ def _device_profile(device: torch.device) -> tuple[str, str, int]:
     return architecture, properties.name, properties.multi_processor_count
 
 
+def names_of(device: torch.device) -> tuple[str, str]:
+    """(architecture, name) of a device, as the patterns of a table are matched with."""
+    return _device_profile(device)[:2]
+
+
 @functools.cache
 def _candidates(op: str, dtype: torch.dtype, architecture: str, name: str) -> tuple[Entry, ...]:
     short = str(dtype).removeprefix("torch.")
@@ -209,11 +214,15 @@ def _candidates(op: str, dtype: torch.dtype, architecture: str, name: str) -> tu
     raise ValueError(f"no table in {TABLES} has an entry for {op} in {dtype} on {name} ({architecture})")
 
 
+def nearest(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Entry:
+    """The entry whose settings a launch gets."""
+    return min(_candidates(op, dtype, *names_of(device)), key=lambda e: e.distance(m, n, k))
+
+
 @functools.lru_cache(maxsize=65536)
 def settings(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """The settings of one launch. A repeated call is one look-up in a cache."""
-    architecture, name, processors = _device_profile(device)
-    entry = min(_candidates(op, dtype, architecture, name), key=lambda e: e.distance(m, n, k))
+    entry, processors = nearest(op, m, n, k, dtype, device), _device_profile(device)[2]
     return Settings(
         form=entry.form,
         block_m=entry.block_m,
