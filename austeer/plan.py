@@ -91,6 +91,10 @@ class Plan:
         if len(set(self.keys())) < len(self):
             raise PlanError("found the same AU twice; a plan names each AU once")
 
+    def __repr__(self) -> str:
+        where = ", ".join(f"{self.site.count(name)} at {name}" for name in self.sites)
+        return f"Plan({len(self)} AUs: {where}; {self.operation}; {self.model.name}, {self.pairs} pairs)"
+
     def __len__(self) -> int:
         return len(self.site)
 

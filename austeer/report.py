@@ -35,7 +35,7 @@ class SiteReport:
         path: "fold", "fused", "columns" or "dense".
         aus: how many AUs are steered here, of all plans.
         calls: how often the path ran outside compiled graphs; None for fold, which leaves nothing to run.
-        tokens: how many tokens it steered in these calls, padding included; None for fold.
+        tokens: how many tokens were steered in these calls, by any plan, padding included; None for fold.
         compiled: whether the path is part of a compiled graph.
         reason: why this path and not a cheaper one; empty for the cheapest.
         share: the site's part of the plans' strength, 0 to 1, all plans counting alike.

@@ -74,6 +74,11 @@ class Steering:
             self._routing = Routing(self.scope, rows, prompt, self._decoder)
         self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
 
+    def __repr__(self) -> str:
+        plans = ", ".join(f"{name!r}: {plan!r}" if self._named else repr(plan) for name, plan in self.plans.items())
+        state = "on" if self._attached else "off"
+        return f"Steering({type(self._model).__name__}, {plans}, alpha={self.alpha}, k={self.k}, {self.scope}, {state})"
+
     def _plan_paths(self) -> tuple[list[Path], list[str]]:
         """A path for each site and layer of the plans, for the model as it is now."""
         paths: list[Path] = []

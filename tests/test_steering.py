@@ -251,3 +251,11 @@ def test_what_is_no_plan_or_no_model_is_refused(tiny):
             austeer.steer(tiny, found, 1.0)
     with pytest.raises(austeer.SiteError, match="found no config"):
         austeer.steer(nn.Linear(2, 2), random_plan(tiny, "ffn", 5), 1.0)
+
+
+def test_what_it_is_can_be_read(tiny):
+    plan = random_plan(tiny, ("ffn", "layer"), 5)
+    assert repr(plan) == "Plan(10 AUs: 5 at ffn, 5 at layer; scale; LlamaForCausalLM, 10 pairs)"
+    steering = austeer.steer(tiny, {"a": plan}, 2.0, scope=(0, 4))
+    assert repr(steering).startswith("Steering(LlamaForCausalLM, 'a': Plan(10 AUs: ")
+    assert repr(steering).endswith("alpha=2.0, k=10, tokens 0 to 3, off)")
