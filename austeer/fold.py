@@ -157,5 +157,5 @@ def shared_storages(model: nn.Module) -> Counter:
     return Counter(
         p.untyped_storage().data_ptr()
         for _, p in model.named_parameters(remove_duplicate=False)
-        if p.device.type != "meta"
+        if type(p) is nn.Parameter and p.device.type != "meta"  # DTensors and quantised tensors have no storage
     )

@@ -77,7 +77,8 @@ def make_report(paths: Sequence[Path], reasons: Sequence[str], names: Sequence[s
         found = []
         for entry in (entry for table in path.tables for entry in table.entries):
             gamma, shift = entry.strengths(*levels.of(path.site.name)[entry.plan])
-            found += [(entry.plan, i, s) for i, s in zip(entry.index.tolist(), (gamma + shift).tolist())]
+            indices = (entry.index + entry.first).tolist()
+            found += [(entry.plan, i, s) for i, s in zip(indices, (gamma + shift).tolist())]
         for plan, _, strength in found:
             totals[plan] += abs(strength)
         strengths.append(found)

@@ -25,8 +25,9 @@ from .routing import Routing
 from .rows import NO_NAMES, Rows
 from .scope import parse_scope
 from .selfcheck import FoldProbe
+from .sharding import held
 from .sites import Layout, Site, decoder_of, find_sites, fingerprint, input_device, unwrap
-from .strengths import Entry, StrengthTable
+from .strengths import StrengthTable, entries_of, groups_of
 
 #: Decoder (not its wrapper, so that a model and its head-less part are one) -> how many AUs of it are steered.
 _steered: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -93,12 +94,16 @@ class Steering:
         if self.scope.name != "all":
             at_run_time = f"only some tokens are steered ({self.scope})"
         taken: set[nn.Module] = set()
-        for (name, layer), groups in _entries(list(self.plans.values()), sites).items():
+        for (name, layer), entries in entries_of(list(self.plans.values()), sites).items():
             site = sites[name][layer]
+            mine = held(self._model, site) or range(site.width)
+            groups = groups_of(entries, mine)
+            if not groups:
+                continue  # other processes have these
             choice = choose(self._mode, self._model, site, groups, storages, at_run_time, taken)
             device = _device_of(choice.module, default)
             tables = [
-                StrengthTable(group, len(self.plans), site.width, device, choice.dense(device, len(self.plans)))
+                StrengthTable(group, len(self.plans), len(mine), device, choice.dense(device, len(self.plans)))
                 for group in groups
             ]
             unchecked = self._check and not any(type(path) is choice.path for path in paths)  # one of each is enough
@@ -279,7 +284,7 @@ class Steering:
                 SteeringWarning,
                 stacklevel=3,
             )
-        elif self.scope.name != "all" and not any(p.traced for p in self._paths) and self._paths[0].tokens == 0:
+        elif self.scope.name != "all" and any(p.tokens == 0 and not p.traced for p in self._paths):
             warnings.warn(
                 f"the model ran and no token was steered: none was in the scope ({self.scope})",
                 SteeringWarning,
@@ -363,21 +368,6 @@ def _plans(plan: Plan | Mapping[str, Plan]) -> dict[str, Plan]:
 def _generating(model: nn.Module) -> nn.Module:
     """The model whose ``generate`` runs, inside PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def _entries(plans: Sequence[Plan], sites: Mapping[str, list[Site]]) -> dict[tuple[str, int], list[list[Entry]]]:
-    """For each (site, layer) the plans' AUs there; plans with and without magnitude in lists of their own."""
-    found: dict[tuple[str, int], dict[bool, list[Entry]]] = {}
-    for name in sites:
-        for number, plan in enumerate(plans):
-            if name not in plan.sites:
-                continue
-            positions = plan.of(name)
-            for layer in plan.layer[positions].unique().tolist():
-                ranks = positions[plan.layer[positions] == layer]
-                entry = Entry(number, plan.index[ranks], plan.beta[ranks], plan.delta[ranks], ranks, plan.operation)
-                found.setdefault((name, layer), {}).setdefault(entry.magnitude, []).append(entry)
-    return {where: list(groups.values()) for where, groups in sorted(found.items(), key=lambda item: item[0][1])}
 
 
 def _check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:

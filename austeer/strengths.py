@@ -5,12 +5,15 @@ A change of alpha or k refills them in place, so no hook, compiled graph or capt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from .plan import Plan
+from .sites import Site
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,10 @@ class Entry:
 
     Attributes:
         plan: the plan's row in the table.
-        index: int [count], the AUs, distinct. beta, delta: float32 [count], theirs.
+        index: int [count], the AUs as columns of the table, distinct. beta, delta: float32 [count], theirs.
         rank: int64 [count], each AU's place in its plan, from 0.
         operation: the plan's.
+        first: the AU that the table's column 0 is: not 0 where a process holds a slice of the site.
     """
 
     plan: int
@@ -30,6 +34,7 @@ class Entry:
     delta: Tensor
     rank: Tensor
     operation: str
+    first: int = 0
 
     @property
     def magnitude(self) -> bool:
@@ -40,6 +45,33 @@ class Entry:
         strength = torch.where(self.rank < k, torch.tensor(alpha, dtype=torch.float32), 0.0)
         zero = torch.zeros_like(strength)
         return (zero, strength * self.delta) if self.operation == "shift" else (strength * self.beta, zero)
+
+
+def entries_of(plans: Sequence[Plan], sites: Mapping[str, list[Site]]) -> dict[tuple[str, int], list[Entry]]:
+    """For each (site, layer), lower layers first, the plans' AUs there."""
+    found: dict[tuple[str, int], list[Entry]] = {}
+    for name in sites:
+        for number, plan in enumerate(plans):
+            if name not in plan.sites:
+                continue
+            positions = plan.of(name)
+            for layer in plan.layer[positions].unique().tolist():
+                ranks = positions[plan.layer[positions] == layer]
+                entry = Entry(number, plan.index[ranks], plan.beta[ranks], plan.delta[ranks], ranks, plan.operation)
+                found.setdefault((name, layer), []).append(entry)
+    return dict(sorted(found.items(), key=lambda item: item[0][1]))
+
+
+def groups_of(entries: Sequence[Entry], mine: range) -> list[list[Entry]]:
+    """What of ``entries`` this process holds, as columns of its slice; plans with and without magnitude apart."""
+    groups: dict[bool, list[Entry]] = {}
+    for entry in entries:
+        here = (entry.index >= mine.start) & (entry.index < mine.stop)
+        if bool(here.any()):
+            index, beta, delta, rank = (t[here] for t in (entry.index, entry.beta, entry.delta, entry.rank))
+            part = Entry(entry.plan, index - mine.start, beta, delta, rank, entry.operation, mine.start)
+            groups.setdefault(entry.magnitude, []).append(part)
+    return list(groups.values())
 
 
 class StrengthTable:
