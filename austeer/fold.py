@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -89,6 +90,9 @@ def why_not_fold(model: nn.Module, site: Site, operation: str, storages: Counter
         return "no linear layer makes this tensor"
     if operation == "push":
         return "push is not linear"
+    inductor = sys.modules.get("torch._inductor.config")  # a second to import, and nothing was compiled without it
+    if inductor is not None and inductor.freezing:
+        return "Inductor's freezing copies weights into compiled code"
     if operation == "shift" and site.projection is None:
         return "shift in a mixture of experts would need router weights that sum to 1"
     for path in site.parts:

@@ -172,6 +172,12 @@ class TensorPath(HookPath):
         self.reads_input, self.reads_output = site.side == "input", site.side == "output"
 
     def steer(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.table.width:
+            raise SteeringError(
+                f"site {self.site.name!r} of layer {self.site.layer} ({self.site.path}): found a tensor of width "
+                f"{x.shape[-1]}, expected {self.table.width}. A model split over processes is steered if Transformers "
+                "split it (DistributedConfig(tp_plan='auto'))"
+            )
         rows = self.begin(x)
         if rows is NOBODY:
             return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,13 +28,14 @@ class Prompt:
         batch: how many rows ``generate`` was given; None outside it.
     """
 
-    def __init__(self, owner: nn.Module, device: torch.device, on_generate: Callable[[int], None] = lambda batch: None):
+    def __init__(self, owner: nn.Module, device: torch.device, on_generate: Callable[[int], None] | None = None):
         self._owner, self._on_generate = owner, on_generate
         self._length: int | None = None
         self.known = False
         self.padding: tuple[Tensor, Tensor] | None = None
         self.batch: int | None = None
         self._watching: Callable | None = None
+        self._thread: dict[str, int] = {}  # whose turn it is; a dictionary, because its setdefault is atomic
         with torch.inference_mode(False):
             self.on_device = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -51,10 +53,13 @@ class Prompt:
         self.on_device.fill_(length or 0)
 
     def attach(self) -> None:
+        self._thread.clear()
         inner = getattr(self._owner, "generate", None)
         if inner is not None:
             self._before = vars(self._owner).get("generate")
-            self._watching = vars(self._owner)["generate"] = self._watched(inner)
+            # No closure: a copy of the model made inside the block must call its own generate.
+            self._watching = functools.update_wrapper(functools.partial(_generate, self, inner), inner)
+            vars(self._owner)["generate"] = self._watching
 
     def detach(self) -> None:
         if self._watching is None or vars(self._owner).get("generate") is not self._watching:
@@ -64,19 +69,27 @@ class Prompt:
         else:
             vars(self._owner)["generate"] = self._before
 
-    def _watched(self, inner: Callable) -> Callable:
-        signature = inspect.signature(inner)
+    def claim(self) -> bool:
+        """Takes the model for this thread; whether it was free.
 
-        @functools.wraps(inner)
-        def generate(*args, **kwargs):
-            given = signature.bind_partial(*args, **kwargs).arguments
-            with self._generating({**given.pop("kwargs", {}), **given}):
-                return inner(*args, **kwargs)
+        Raises:
+            SteeringError: another thread is running it.
+        """
+        free, thread = not self._thread, threading.get_ident()
+        if self._thread.setdefault("id", thread) != thread:
+            raise SteeringError(
+                "two threads run the model at once, expected one: a scope, or rows with plans of their own, belong to "
+                "the forward pass at hand; use one plan with scope='all', or a lock"
+            )
+        return free
 
-        return generate
+    def release(self) -> None:
+        self._thread.clear()
 
     @contextmanager
-    def _generating(self, given: Mapping[str, Any]) -> Iterator[None]:
+    def generating(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """Knows the prompt in the block, from what ``generate`` was given."""
+        free = self.claim()
         before = self._length, self.padding, self.batch
         candidates = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         tokens = next((t for t in candidates if isinstance(t, Tensor) and t.numel()), None)
@@ -86,13 +99,23 @@ class Prompt:
                 self.length = 1  # generate begins from nothing with one token
             else:
                 self.batch, self.length = tokens.shape[0], tokens.shape[1]
-                self._on_generate(self.batch)
+                if self._on_generate is not None:
+                    self._on_generate(self.batch)
                 if isinstance(mask, Tensor) and mask.dim() == 2:
                     self.length = mask.shape[1]  # longer than the tokens where those go on from a cache
                     self.padding = padding(mask)
             yield
         finally:
             self.length, self.padding, self.batch = before
+            if free:
+                self.release()
+
+
+def _generate(prompt: Prompt, inner: Callable, *args, **kwargs):
+    """``inner``, watched."""
+    given = inspect.signature(inner).bind_partial(*args, **kwargs).arguments
+    with prompt.generating({**given.pop("kwargs", {}), **given}):
+        return inner(*args, **kwargs)
 
 
 def padding(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,10 @@ class _Begin(ModelHook):
         self.routing.begin(args, kwargs)
         return args, kwargs
 
+    def post_forward(self, module: nn.Module, output):
+        self.routing.end()
+        return output
+
 
 class Routing:
     """The tokens to steer, for a scope and for rows with plans of their own.
@@ -54,6 +58,7 @@ class Routing:
         self._table_rows: Tensor | None = None
         self._tokens = 0
         self._counted: Tensor | None = None
+        self._alone = False  # whether the forward pass at hand is one outside generate
 
     def attach(self) -> None:
         self._attachment.attach()
@@ -72,6 +77,8 @@ class Routing:
 
     def begin(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Called before each forward pass of the decoder with its arguments."""
+        if not torch.compiler.is_compiling():
+            self._alone |= self.prompt.claim()
         given = {**dict(zip(self._names, args)), **kwargs}
         x = given.get("input_ids")
         if x is None:
@@ -98,6 +105,12 @@ class Routing:
         else:
             begin, end = max(first - past, 0), min(last - past, length)
             self._state = self._host_state(rows, begin, end, batch, length, x.device)
+
+    def end(self) -> None:
+        """Called after each forward pass of the decoder."""
+        if not torch.compiler.is_compiling() and self._alone:
+            self._alone = False
+            self.prompt.release()
 
     def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
         scope, prompt = self.scope, self.prompt

@@ -119,7 +119,8 @@ class FoldProbe:
         return None
 
     def _run(self, x: Tensor) -> Tensor:
-        return type(self.layer).forward(self.layer, x)  # without hooks, which may count calls
+        with torch.autocast(x.device.type, enabled=False):  # the weights as they are
+            return type(self.layer).forward(self.layer, x)  # without hooks, which may count calls
 
     @torch.no_grad()
     def check(self) -> None:

@@ -71,7 +71,7 @@ class Steering:
         if self._named or self.scope.name != "all":
             device = input_device(self._model)
             rows = Rows(list(self.plans), device) if self._named else None
-            prompt = Prompt(_generating(self._model), device, lambda batch: rows.expect(batch) if rows else None)
+            prompt = Prompt(_generating(self._model), device, rows.expect if rows else None)
             self._routing = Routing(self.scope, rows, prompt, self._decoder)
         self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
 
@@ -96,7 +96,8 @@ class Steering:
         taken: set[nn.Module] = set()
         for (name, layer), entries in entries_of(list(self.plans.values()), sites).items():
             site = sites[name][layer]
-            mine = held(self._model, site) or range(site.width)
+            mine = held(self._model, site)
+            mine = range(site.width) if mine is None else mine  # it may be an empty one
             groups = groups_of(entries, mine)
             if not groups:
                 continue  # other processes have these

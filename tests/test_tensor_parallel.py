@@ -83,9 +83,12 @@ def work(folder: Path) -> None:
                     "logits": (first, second),
                     "paths": sorted({row.path for row in report}),
                     "reasons": sorted({row.reason for row in report}),
-                    "aus": sum(row.aus for row in report),
+                    "units": [(row.layer, unit.index) for row in report for unit in row.units],
                     "after": logits(model, ids()),
                 }
+        plan = random_plan(model, "neuron", 1)  # only one process has work
+        with austeer.steer(model, plan, 50.0, scope="prompt"):
+            seen["one unit"] = logits(model, ids())
         plan = random_plan(model, SITES, COUNT)
         with austeer.steer(model, plan, 0.5):
             seen["text"] = model.generate(**ids(), max_new_tokens=6, do_sample=False)
@@ -165,10 +168,24 @@ def test_generation_and_gradients_are_those_of_the_model_in_one_piece(whole, ran
         torch.testing.assert_close(rank[name]["gradients"], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_each_process_steers_the_units_it_holds(ranks):
-    def counts(name, site):
-        return [rank[name][site, "scale"]["aus"] for rank in ranks]
+@pytest.mark.parametrize("name", MODELS)
+def test_a_process_without_a_unit_of_the_plan_follows_the_others(whole, ranks, name):
+    model = whole[1][name]
+    expected = formula_logits(model, ids(), random_plan(model, "neuron", 1), 50.0)
+    assert (expected - logits(model, ids())).abs().max() > 1e-3
+    for rank in ranks:
+        torch.testing.assert_close(rank[name]["one unit"], expected, rtol=1e-4, atol=1e-5)
 
+
+def test_each_process_steers_the_units_it_holds(whole, ranks):
+    def counts(name, site):
+        return [len(rank[name][site, "scale"]["units"]) for rank in ranks]
+
+    for name, model in whole[1].items():
+        for site in SITES:
+            plan = random_plan(model, site, COUNT)
+            reported = {unit for rank in ranks for unit in rank[name][site, "scale"]["units"]}
+            assert reported == set(zip(plan.layer.tolist(), plan.index.tolist()))
     for name in {"llama", "uneven", "bias"} & set(MODELS):
         for site in ("attention", "neuron"):
             assert sum(counts(name, site)) == COUNT and min(counts(name, site)) > 0
@@ -206,8 +223,10 @@ def test_the_slices_are_those_of_torch_chunk(width, parts):
     rowwise, gathered = SimpleNamespace(dim=1), SimpleNamespace(dim=0)
     chunks = [chunk.tolist() for chunk in torch.arange(width).chunk(parts)] + [[]] * parts
     for rank in range(parts):
-        cases = (((rowwise,), (parts,), (rank,)), ((gathered, rowwise), (2, parts), (1, rank)))
-        for placements, sizes, coordinate in cases:
+        for placements, sizes, coordinate in (
+            ((rowwise,), (parts,), (rank,)),
+            ((gathered, rowwise), (2, parts), (1, rank)),
+        ):
             found = held(*split_site(width, placements, sizes, coordinate))
             assert list(found) == chunks[rank]
 

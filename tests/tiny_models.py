@@ -141,7 +141,7 @@ INSIDE = {f"{family}_text": family for family in ("qwen2_5_vl", "qwen2_vl", "qwe
 FAMILIES = [*(family for family in LAYOUTS if family not in INSIDE), *MULTIMODAL]
 
 
-def tiny_model(family: str, **changes) -> PreTrainedModel:
+def tiny_model(family: str = "llama", **changes) -> PreTrainedModel:
     """A random model of ``family`` (a ``model_type``) in evaluation mode; the same one each time.
 
     Args:
@@ -161,7 +161,21 @@ def tiny_model(family: str, **changes) -> PreTrainedModel:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() >= 2:  # fresh models start close to the identity, where steering would change nothing
-                p.normal_(std=0.15)
+                p.normal_(std=0.2)
             elif name.endswith("bias"):
                 p.normal_(std=0.1)
     return model.eval()
+
+
+def ids_of_rows(rows=2, length=7):
+    """Token ids without a special one."""
+    ids = torch.randint(3, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def left_padded(texts):
+    """Rows of unlike length, padded on the left."""
+    length = max(map(len, texts))
+    ids = torch.tensor([[0] * (length - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (length - len(text)) + [1] * len(text) for text in texts])
+    return {"input_ids": ids, "attention_mask": mask}

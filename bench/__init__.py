@@ -1,0 +1,1 @@
+"""Measurements. Imports austeer and austeer_kernels; nothing but tests/ imports it."""

@@ -1,0 +1,101 @@
+"""What the benchmarks print: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+#: Set where the output is to be JSON alone.
+quiet = False
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _console() -> Console:
+    """As wide as the terminal, or wide enough for every table where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=180)
+
+
+def _spread(of: dict[str, Any]) -> str:
+    return f"{of['median']:.3f}\n{of['low']:.2f} to {of['high']:.2f}"
+
+
+def show_dispatch(content: dict[str, Any]) -> None:
+    """Ratios and bandwidths case by case, then the goals, then the limits."""
+    from .cases import AGAIN, ALONE, COLUMNS, PLAIN, RIVALS
+
+    console = _console()
+    shown = [AGAIN, *RIVALS, *COLUMNS.values(), *(r[0] for name, r in RIVALS.items() if len(r) == 1)]
+    table = Table(title=f"ratio to plain, median and quartiles; {content['environment']['device']}, {content['dtype']}")
+    for name in ("out x in", "tokens", "plain, us", *shown):
+        table.add_column(name, justify="right")
+    for row in content["rows"]:
+        v = row["variants"]
+        cells = [f"{row['n']}x{row['k']}", str(row["tokens"]), f"{v[PLAIN]['seconds']['median'] * 1e6:.1f}"]
+        table.add_row(*cells, *(_spread(v[name]["ratio"]) for name in shown))
+    console.print(table)
+    table = Table(title="microseconds, and share of the measured copy bandwidth")
+    shown = [PLAIN, *RIVALS, COLUMNS[100], *ALONE.values()]
+    for name in ("out x in", "tokens", *shown):
+        table.add_column(name, justify="right")
+    for row in content["rows"]:
+        v = row["variants"]
+        cells = [f"{v[name]['seconds']['median'] * 1e6:.2f}\n{v[name]['of_copy_bandwidth']:.0%}" for name in shown]
+        table.add_row(f"{row['n']}x{row['k']}", str(row["tokens"]), *cells)
+    console.print(table)
+    show_goals(content["goals"], console)
+    for limit in content["limits"]:
+        console.print(f"fused up to {limit['m']} tokens at {limit['n']}x{limit['k']}")
+    if not content["limits"]:
+        console.print("fused at no shape: it was slower than product and columns at the fewest tokens already")
+    if content["quick"]:
+        console.print("[bold]--quick: these times mean nothing[/]")
+
+
+def show_goals(goals: list[dict[str, Any]], console: Console | None = None) -> None:
+    """Each goal once: met, or where it was missed, or where noise is larger than the distance to it (met: None)."""
+    console = console or _console()
+    for text in dict.fromkeys(goal["text"] for goal in goals):
+        own = [goal for goal in goals if goal["text"] == text]
+        counts = ", ".join(
+            f"{verdict} in {sum(goal['met'] is met for goal in own)}"
+            for met, verdict in ((True, "met"), (False, "missed"), (None, "hidden by noise"))
+            if any(goal["met"] is met for goal in own)
+        )
+        console.print(f"[bold]{text}: {counts} of {len(own)} cases[/]", highlight=False)
+        for goal in own:
+            if goal["met"] is not True:
+                verdict = "missed" if goal["met"] is False else "hidden by noise"
+                times = goal["value"] / goal["limit"]
+                console.print(f"    {verdict}: {goal['case']}, {times:.3f} times the limit", highlight=False)
+
+
+def show_host(content: dict[str, Any]) -> None:
+    """Host microseconds a site, variant by variant."""
+    console = _console()
+    e = content["environment"]
+    for batch in content["batches"]:
+        title = (
+            f"host time a steered site over unsteered, us; batch {batch['batch']}, {content['sites']} sites, "
+            f"{content['rounds']} rounds of {content['steps']} tokens; {e['device']}, {content['dtype']}"
+        )
+        table = Table(title=title)
+        for name in ("variant", "path", "median", "quartiles", "minimum"):
+            table.add_column(name, justify="left" if name in ("variant", "path") else "right")
+        for name, row in batch["variants"].items():
+            us = row["us_a_site"]
+            quartiles = f"{us['low']:.2f} to {us['high']:.2f}"
+            table.add_row(name, row["path"], f"{us['median']:.2f}", quartiles, f"{row['minimum_us_a_site']:.2f}")
+        console.print(table)
+        console.print(
+            f"unsteered {batch['unsteered_us']:.0f} us a forward pass (median); noise {batch['noise_us']:.2f} us a site"
+        )
+    show_goals(content["goals"], console)

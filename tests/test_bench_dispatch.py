@@ -1,0 +1,296 @@
+"""The projection benchmark: what each variant computes, limits and goals from times, and the table that is written."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from austeer_kernels import launch
+from bench import cases, dispatch, files, report, tables, tuning
+from bench.graphs import Ceilings, WrongResultError
+
+CPU = torch.device("cpu")
+NAMES = ("sm_90", "NVIDIA H100 [80GB] HBM3")
+
+
+@pytest.fixture
+def own_tables(tmp_path, monkeypatch):
+    """A folder of tables with a copy of the shipped ones, looked up anew before and after."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for file in launch.TABLES.glob("*.json"):
+        (folder / file.name).write_text(file.read_text())
+    monkeypatch.setattr(launch, "TABLES", folder)
+    launch.forget()
+    yield folder
+    monkeypatch.undo()
+    launch.forget()
+
+
+@pytest.fixture(autouse=True)
+def loud():
+    yield
+    report.quiet = False
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_variant_is_right_and_stays_right_after_timing(dtype):
+    case = cases.Case(130, 120, 5, dtype, CPU)
+    variants = case.variants()
+    assert {*cases.RIVALS, *(r for rivals in cases.RIVALS.values() for r in rivals), cases.PLAIN} < set(variants)
+    for variant in variants.values():
+        error, own = variant.check()
+        assert error <= 2 * own + 1e-4
+    before = [x.abs().clone() for x in (*case.x, *case.y)]
+    for variant in variants.values():
+        for call in variant.calls:
+            call()
+    # Tables that only flip signs: what is steered in place again and again neither grows nor vanishes.
+    assert all(torch.equal(x.abs(), y) for x, y in zip((*case.x, *case.y), before))
+    case.forget_references()
+    for variant in variants.values():
+        variant.check()
+
+
+def test_a_kernel_that_leaves_an_output_unwritten_is_caught(monkeypatch):
+    case = cases.Case(32, 32, 4, torch.float32, CPU)
+
+    def lazy(x, weight, *rest, **options):
+        y = torch.empty(x.shape[0], weight.shape[0])
+        y[:, :-1] = torch.nn.functional.linear(x, weight)[:, :-1]
+        return y
+
+    monkeypatch.setattr(cases.ak, "steered_linear", lazy)
+    with pytest.raises(WrongResultError, match=r"fused, 32x32, 4 tokens: errs by inf"):
+        case.fused().check()
+
+
+def test_bytes_and_operations():
+    case = cases.Case(200, 300, 4, torch.bfloat16, CPU)
+    moved = 2 * (200 * 300 + 4 * (200 + 300))
+    assert case.plain().nbytes == moved and case.plain().operations == 2 * 4 * 200 * 300
+    assert case.fused().nbytes == moved + 8 * 200
+    assert case.fused(at_input=True).nbytes == moved + 8 * 300
+    assert case.fused(rows=True).nbytes == moved + 8 * 8 * 200 + 4 * 4
+    assert case.columns(count=10).nbytes == moved + 10 * (2 * 4 * 2 + 8 + 8)
+    assert case.alone(10).nbytes == 10 * (2 * 4 * 2 + 8 + 8)
+
+
+# --- from times to limits and goals ----------------------------------------------------------------------------------
+
+
+def row(tokens, over, shape=(64, 32), plain=1.0, alone=2e-6):
+    """A row of the result with the ratios that matter; ``over``: of the fused forms to their rivals."""
+    over = over if isinstance(over, tuple) else (over,) * 4
+    names = [cases.PLAIN, *cases.RIVALS, *cases.COLUMNS.values(), *cases.ALONE.values()]
+    variants = {name: {"ratio": {"median": plain}, "seconds": {"median": alone}} for name in names}
+    ratios = {name: {"median": ratio} for name, ratio in zip(cases.RIVALS, over)}
+    return {"n": shape[0], "k": shape[1], "tokens": tokens, "variants": variants, "over_rival": ratios}
+
+
+def test_a_limit_ends_at_the_first_number_of_tokens_that_is_slower():
+    def found(*ratios):
+        rows = [row(t, r) for t, r in zip((1, 4, 16, 64), ratios)]
+        return [limit.m for limit in dispatch.limits(reversed(rows), "bfloat16")]
+
+    assert found(0.9, 1.0, 0.99, 1.2) == [16]
+    assert found(0.9, 1.01, 0.5, 0.5) == [1]
+    assert found(1.1, 0.5, 0.5, 0.5) == []
+    assert found(0.9, 0.9, 0.9, 0.9) == [64]
+    assert found(0.9, (0.9, 0.9, 0.9, 1.01), 0.9, 0.9) == [1], "every form of the kernel counts"
+
+
+def test_each_shape_has_its_own_limit():
+    rows = [row(1, 0.9), row(1, 1.1, shape=(8, 8)), row(4, 0.9), row(4, 1.1, shape=(8, 8))]
+    assert dispatch.limits(rows, "float16") == [launch.Limit(("float16",), 64, 32, 4)]
+
+
+def test_goals_are_for_the_tokens_that_they_name():
+    found = dispatch.goals([row(1, 1.0), row(64, 1.0), row(512, 1.0, plain=1.05, alone=4e-6)])
+    missed = {(goal.text, goal.case) for goal in found if not goal.met}
+    assert missed == {
+        (text, f"64x32, 512 tokens, k={k}")
+        for k in (1, 10, 100)
+        for text in ("product and columns at 512, 4096 tokens <= 1.02x plain", "columns alone <= 3 us")
+    }
+    assert sum(goal.text.startswith("fused") for goal in found) == 1
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_with_limits_alone_leaves_every_launch_as_it_was(own_tables):
+    """Settings for an operation that a device's table lacks come from the next table."""
+    shapes = [("steered_linear", 16, 4096, 4096), ("steer_columns_", 1, 100, 0), ("momentum_update", 500, 4096, 0)]
+    before = [launch._candidates(op, torch.bfloat16, *NAMES) for op, *_ in shapes]
+    file = own_tables / "h100.json"
+    limits = [launch.Limit(("bfloat16",), 4096, 14336, 16), launch.Limit(("bfloat16",), 4096, 4096, 4)]
+    tables.update(file, NAMES, "a test", "bfloat16", {(4096, 4096), (4096, 14336), (64, 64)}, limits)
+    table = launch.tables()[0]
+    assert table.file == "h100" and table.source == "a test" and table.entries == ()
+    assert set(table.fused) == set(limits) and table.fits(*NAMES)
+    assert not table.fits("sm_90", "NVIDIA H100 8 HBM3"), "a bracket in a device's name is no pattern"
+    assert [launch._candidates(op, torch.bfloat16, *NAMES) for op, *_ in shapes] == before
+    assert {(e.op, d) for _, e in launch.shipped("sm_90") for d in e.dtypes} >= {
+        (op, dtype) for op, *_ in shapes for dtype in ("float16", "bfloat16", "float32")
+    }
+
+
+def test_an_update_replaces_what_was_measured_again_and_keeps_the_rest(own_tables):
+    file = own_tables / "h100.json"
+    entry = launch.Entry("steered_linear", ("bfloat16",), 1, 64, 16, 64, 4, k=64, block_k=64, form="decode")
+    other = dataclasses.replace(entry, m=4, block_n=128)
+    a, b = launch.Limit(("bfloat16",), 64, 64, 4), launch.Limit(("bfloat16",), 128, 64, 16)
+    tables.update(file, NAMES, "first", "bfloat16", {(64, 64), (128, 64)}, [a, b], [entry, other])
+    tables.update(file, NAMES, "half", "float16", {(64, 64)}, [dataclasses.replace(a, dtypes=("float16",))])
+    better = dataclasses.replace(entry, num_warps=8, num_stages=3)
+    tables.update(file, NAMES, "again", "bfloat16", {(64, 64)}, [], [better])
+    table = next(t for t in launch.tables() if t.file == "h100")
+    assert table.source == "first; half; again"
+    assert {(x.dtypes, x.n, x.m) for x in table.fused} == {(("bfloat16",), 128, 16), (("float16",), 64, 4)}
+    assert set(table.entries) == {better, other}
+    content = json.loads(file.read_text())
+    assert list(content["entries"][0])[:6] == ["op", "form", "dtypes", "m", "n", "k"]
+    assert "max_splits" not in content["entries"][0], "defaults are left out"
+    with pytest.raises(ValueError, match=r"h100\.json is for .*H100.*expected .*B200"):
+        tables.update(file, ("sm_100", "NVIDIA B200"), "x", "bfloat16", set(), [])
+
+
+def test_a_result_becomes_a_table(own_tables):
+    entry = launch.Entry("steered_linear", ("bfloat16",), 1, 64, 16, 64, 4, k=32, block_k=64, form="decode")
+    content = {
+        "dtype": "bfloat16",
+        "rows": [row(1, 0.9)],
+        "limits": [dataclasses.asdict(limit) for limit in dispatch.limits([row(1, 0.9)], "bfloat16")],
+        "tuned": [{"entry": dataclasses.asdict(entry)}],
+    }
+    content = json.loads(json.dumps(content))  # as it is read from a file
+    dispatch.write_table(content, NAMES, own_tables / "h100.json", "dispatch-2026.json")
+    table = next(t for t in launch.tables() if t.file == "h100")
+    assert table.fused == (launch.Limit(("bfloat16",), 64, 32, 1),) and table.entries == (entry,)
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["steered_linear", "steered_linear_rows", "steer_columns_"])
+@pytest.mark.parametrize("tokens", [1, 16, 20, 64, 512])
+def test_candidates_can_be_launched(op, tokens):
+    listed = list(tuning.candidates(op, tokens, 4096, 4096, "bfloat16"))
+    assert len(listed) == len(set(listed)) > 4
+    for e in listed:
+        for number in (e.block_m, e.block_n, e.num_warps, max(e.block_k, 1)):
+            assert number & (number - 1) == 0
+        if op != "steer_columns_":
+            assert min(e.block_m, e.block_n, e.block_k) >= 16 and e.form in ("decode", "prefill")
+            assert e.form == "prefill" or e.block_m >= tokens, "decode reads the weights once"
+            assert e.max_splits == 1 or e.form == "decode"
+
+
+def test_the_fastest_right_candidate_is_taken(monkeypatch):
+    """Times, results and the ahead-of-time check are made up; what is in use now is a candidate too."""
+    case = cases.Case(64, 48, 1, torch.bfloat16, CPU)
+    wrong, fastest = (64, 64), (128, 128)
+    seconds = {fastest: 1.0, (64, 128): 2.0}
+    monkeypatch.setattr(tuning, "Replay", lambda calls, device, floor: tile())
+    monkeypatch.setattr(
+        tuning,
+        "interleaved",
+        lambda replays, rounds: {name: [seconds.get(t, 3.0)] * rounds for name, t in replays.items()},
+    )
+
+    def tile():
+        s = launch.settings("steered_linear", 1, 64, 48, torch.bfloat16, CPU)
+        return s.block_n, s.block_k
+
+    right = cases.ak.steered_linear
+    monkeypatch.setattr(cases.ak, "steered_linear", lambda *a, **b: right(*a, **b) * (2 if tile() == wrong else 1))
+    found = tuning.tune("steered_linear", case, Ceilings(1e9, 1e9), 3)
+    assert (found.entry.block_n, found.entry.block_k) == fastest and found.gain.median < 1
+    assert (found.entry.m, found.entry.n, found.entry.k) == (1, 64, 48)
+    assert found.skipped and all("64x64" in name and "WrongResult" in why for name, why in found.skipped.items())
+
+    monkeypatch.setattr(tuning, "objections", lambda e, a: ("spills",) if (e.block_n, e.block_k) == fastest else ())
+    found = tuning.tune("steered_linear", case, Ceilings(1e9, 1e9), 3)
+    assert (found.entry.block_n, found.entry.block_k) == (64, 128)
+    assert "spills" in found.skipped.values()
+
+
+def test_nothing_to_object_to_where_kernels_are_interpreted():
+    entry = next(tuning.candidates("steered_linear", 1, 64, 64, "bfloat16"))
+    assert tuning.objections(entry, launch.names_of(CPU)[0]) == ()
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_quick_runs_everywhere_and_writes_its_result(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ["--quick", "--out", str(tmp_path), "--shapes", "48x40", "--rounds", "2", "--commit", "abc"]
+    assert dispatch.main(arguments) == 0
+    assert dispatch.main([*arguments, "--json", "--tokens", "1"]) == 0
+    first, second = sorted((tmp_path / "cpu").glob("dispatch-quick-*.json"), key=lambda p: len(p.name))
+    out = capsys.readouterr().out
+    content = json.loads(first.read_text())
+    assert "met in" in out or "missed in" in out
+    assert [(r["n"], r["k"], r["tokens"]) for r in content["rows"]] == [(48, 40, 1), (48, 40, 16)]
+    assert content["complete"] and content["environment"]["commit"] == "abc"
+    assert content["environment"]["packages"]["torch"] == str(torch.__version__)
+    ratio = content["rows"][0]["variants"][cases.FUSED]["ratio"]
+    assert ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["rounds"] == 2
+    assert json.loads(out[out.index("\n{") :]) == json.loads(second.read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick", "--write-table"], "--write-table: found no GPU, and a table may only hold what was measured"),
+        ([], "on a CPU only --quick runs"),
+        (["--quick", "--rounds", "1"], "expected at least 2"),
+        (["--shapes", "12by13"], "found '12by13', expected OUTxIN"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        dispatch.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--quick"], ["--tokens", "1", "16"]])
+def test_a_table_needs_the_whole_series(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        dispatch.parse([*arguments, "--write-table"])
+    assert "expected the whole series" in capsys.readouterr().err
+
+
+def test_a_result_reads_line_by_line(tmp_path):
+    content = {"a": [{"x": 1 / 3, "y": "two  words"}, {"x": 2e-7, "y": {"z": [1.5, None]}}], "b": True}
+    text = files.dumps(content)
+    assert '{ "x": 0.333333, "y": "two  words" }' in text.splitlines()[2]
+    content["a"][0]["x"] = 0.333333
+    assert json.loads(text) == content
+
+
+def test_results_are_never_replaced(tmp_path):
+    first = files.new_file(tmp_path, CPU, "host")
+    files.write(first, {"a": 1})
+    second = files.new_file(tmp_path, CPU, "host")
+    assert second != first and second.name == f"{first.stem}-2.json" and first.parent.name == "cpu"
+
+
+@pytest.mark.gpu
+def test_tuning_and_measuring_on_a_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    case = cases.Case(256, 512, 4, torch.bfloat16, device)
+    ceilings = Ceilings(1e12, 1e14)
+    found = dispatch.tuned_projection(case, ceilings, 3)
+    assert all(t.tried > 4 for t in found), [t.skipped for t in found]
+    with launch.preferring([t.entry for t in found]):
+        result = dispatch.measure(case, ceilings, 3)
+    assert all(v["seconds"]["median"] > 0 for v in result["variants"].values())
