@@ -232,19 +232,18 @@ def steer_columns(x: Tensor, table: StrengthTable, rows: Tensor | None, routing:
             flat.index_select(1, table.index), table.gamma, table.shift, table.magnitude, rows
         )
         return flat.index_copy(1, table.index, new).view(x.shape)
-    if dense_is_cheaper(x, table):
-        gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
-        if rows is not None:
-            rows = cast(Routing, routing).table_rows(rows)
-            if table.scales:
-                gamma = cast(Tensor, table.gamma_rows).index_select(0, rows).view(x.shape)
-            if table.shifts:
-                shift = cast(Tensor, table.shift_rows).index_select(0, rows).view(x.shape)
-        if table.scales:
-            x.addcmul_(x.abs() if table.magnitude else x, gamma)
-        return x.add_(shift) if table.shifts else x
     if not x.is_contiguous():
         x = x.contiguous()
+    if dense_is_cheaper(x, table):
+        y = x if rows is None else x.view(-1, x.shape[-1])
+        gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
+        if rows is not None:
+            gamma, shift = table.for_rows(*cast(Routing, routing).table_rows(rows))
+        if table.scales:
+            y.addcmul_(y.abs() if table.magnitude else y, gamma)
+        if table.shifts:
+            y.add_(shift)
+        return x
     _steer_columns(x.view(-1, x.shape[-1]), table.index, table.gamma, table.shift, table.magnitude, rows)
     return x
 

@@ -56,6 +56,7 @@ class Routing:
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._state: Any = NOBODY
         self._table_rows: Tensor | None = None
+        self._key: tuple[int, int, int] | None = None  # of the rows of this forward pass, where they are as chosen
         self._tokens = 0
         self._counted: Tensor | None = None
         self._alone = False  # whether the forward pass at hand is one outside generate
@@ -96,7 +97,7 @@ class Routing:
         on_device = torch.compiler.is_compiling() or capturing(x.device)
         first, last = self._interval(given, past, batch, length, on_device)
         rows = None if self.rows is None else self.rows.of(batch, self.prompt.batch, on_device)
-        self._table_rows = None
+        self._table_rows = self._key = None
         if on_device or any(isinstance(n, Tensor) for n in (past, first, last)):
             self._state = _tensor_state(rows, past, first, last, batch, length, x.device)
             if not on_device and isinstance(self._state, Tensor):
@@ -152,6 +153,8 @@ class Routing:
                 return None
             rows = torch.zeros(batch, dtype=torch.int32, device=device)
         if whole:
+            if self.rows is not None:
+                self._key = (self.rows.version, batch, length)
             return _each_token(rows.to(device), length)
         inside = rows.to(device)[:, None].expand(batch, end - begin)
         return torch.nn.functional.pad(inside, (begin, length - end), value=-1).reshape(-1)
@@ -173,14 +176,17 @@ class Routing:
             )
         return state
 
-    def table_rows(self, rows: Tensor) -> Tensor:
-        """int64 [tokens], for what ``rows_for`` gave: the row of tables whose last row, of zeros, is for no plan."""
+    def table_rows(self, rows: Tensor) -> tuple[Tensor, object]:
+        """For what ``rows_for`` gave, what ``StrengthTable.for_rows`` takes.
+
+        int64 [tokens], the row of tables whose last row, of zeros, is for no plan; and a key, or None.
+        """
         found = self._table_rows
         if found is None or found.device != rows.device:
             found = torch.where(rows < 0, 1 if self.rows is None else len(self.rows.plans), rows).long()
             if not torch.compiler.is_compiling():  # where the compiler sees to it
                 self._table_rows = found
-        return found
+        return found, self._key
 
 
 def _tensor_state(rows: Tensor | None, past, first, last, batch: int, length: int, device: torch.device):

@@ -20,12 +20,14 @@ class Rows:
         device: where the model's inputs are.
 
     Attributes:
+        version: how often the choice was changed.
         everywhere: the number of the one plan that is for all rows of any batch; None where each row has its own.
     """
 
     def __init__(self, plans: Sequence[str], device: torch.device):
         self.plans = list(plans)
         self.everywhere: int | None = None
+        self.version = 0
         self._device = device
         self._numbers: list[int] | None = None
         self._buffer: Tensor | None = None  # int32 [rows], the same on the device, refilled in place
@@ -60,6 +62,7 @@ class Rows:
         self.everywhere = numbers[0] if isinstance(rows, str) else None
         self._numbers = None if rows is None or isinstance(rows, str) else numbers
         self._expanded = None
+        self.version += 1
         if not numbers:
             return
         new = torch.tensor(numbers, dtype=torch.int32)

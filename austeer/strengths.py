@@ -103,6 +103,8 @@ class StrengthTable:
         self.operation = entries[0].operation
         self.shifts = any(entry.operation == "shift" for entry in entries)
         self.scales = any(entry.operation != "shift" for entry in entries)
+        self._key: object = None
+        self._gathered: tuple[Tensor, Tensor] | None = None
         self.width = width
         self.device = device
         self.gamma_rows: Tensor | None = None
@@ -119,7 +121,28 @@ class StrengthTable:
                 self.gamma_rows, self.shift_rows = zeros(plans + 1, width), zeros(plans + 1, width)
         self._view()
 
+    def for_rows(self, rows: Tensor, key: object) -> tuple[Tensor, Tensor]:
+        """gamma and shift of each token, float32 [tokens, width], from the dense tables.
+
+        Args:
+            rows: int64 [tokens], rows of ``gamma_rows``.
+            key: equal in two calls if the rows are; None if that is not known. What was gathered last is kept, because
+                decoding asks for the same rows at every token.
+        """
+        if key is not None and key == self._key and self._gathered is not None:
+            return self._gathered
+        assert self.gamma_rows is not None and self.shift_rows is not None
+        gathered = (
+            self.gamma_rows.index_select(0, rows) if self.scales else self.gamma_rows,
+            self.shift_rows.index_select(0, rows) if self.shifts else self.shift_rows,
+        )
+        if key is not None:
+            self._key, self._gathered = key, gathered
+        return gathered
+
     def _view(self) -> None:
+        self._key = None
+
         self.dense_gamma = None if self.gamma_rows is None else self.gamma_rows[:-1]
         self.dense_shift = None if self.shift_rows is None else self.shift_rows[:-1]
 
@@ -129,6 +152,7 @@ class StrengthTable:
         for entry, places in zip(self.entries, self._places):
             for row, values in zip(self._host, entry.strengths(*strengths[entry.plan])):
                 row[entry.plan, places] = values
+        self._key = None
         self.gamma.copy_(self._host[0])
         self.shift.copy_(self._host[1])
         for dense, values in ((self.dense_gamma, self.gamma), (self.dense_shift, self.shift)):
