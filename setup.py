@@ -34,6 +34,7 @@ EXTRAS = {
         "pytest-benchmark>=5",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
+        "bitsandbytes>=0.48; platform_system == 'Linux'",
         "peft>=0.18",
         "ruff>=0.14",
         "mypy>=1.18",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CaptureError, PairsError
+from .sharding import held
 from .sites import Site, decoder_of, input_device, unwrap
 
 
@@ -44,11 +45,20 @@ class LastTokens:
         model: a Transformers model, with or without its head, whose parameters may be offloaded.
         sites: what to read, from :func:`austeer.sites.find_sites`.
         texts: how many texts the buffers hold.
+
+    Raises:
+        CaptureError: the model is split over processes, and a site with it.
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]], texts: int):
         self.model = unwrap(model)
         self.decoder = decoder_of(self.model)
+        for site in (site for found in sites.values() for site in found):
+            if held(self.model, site) is not None:
+                raise CaptureError(
+                    f"site {site.name!r} of layer {site.layer} ({site.path}): found a slice of it in this process, "
+                    "expected the whole; measure on the model in one piece (its plans steer the split one, too)"
+                )
         self.sites = sites
         self.device = input_device(self.model)
         self.texts = texts

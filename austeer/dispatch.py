@@ -83,16 +83,17 @@ def choose(
     limit = None
     if no_fused is None and mode == "auto":
         limit = _measured_limit(projection)
-        no_fused = None if limit else "not measured to be faster"
+        no_fused = None if limit else "not measured to be faster here"
     if mode != "fold" and no_fused is None and projection is not None:
         fused.add(projection)
-        return Choice(Fused, projection, asked or f"no fold: {no_fold}", limit)
+        up_to = "" if limit is None else f"; fused up to {limit} tokens, then columns"
+        return Choice(Fused, projection, asked or f"no fold: {no_fold}{up_to}", limit)
     if mode != "auto":
         raise SteeringError(
             f"mode {mode!r} is not possible at site {site.name!r} of layer {site.layer} ({site.path}): "
             f"{no_fold if mode == 'fold' else no_fused}. Use mode='auto' or 'columns'"
         )
-    return Choice(Columns, module, f"no fold: {no_fold}")
+    return Choice(Columns, module, f"no fold: {no_fold}; no fused: {no_fused}")
 
 
 def _measured_limit(projection: nn.Module | None) -> int:

@@ -14,6 +14,13 @@ from torch import Tensor, nn
 
 from .errors import SteeringError
 
+#: Continuous batching, at its two entrances.
+_PACKING = ("generate_batch", "init_continuous_batching")
+PACKED = (
+    "continuous batching packs many requests in one row, so rows and scopes cannot be told apart; "
+    "expected generate(), or one plan at scope='all'"
+)
+
 
 class Prompt:
     """The prompt's length and padding, while ``generate`` runs or as the user gives it.
@@ -34,7 +41,7 @@ class Prompt:
         self.known = False
         self.padding: tuple[Tensor, Tensor] | None = None
         self.batch: int | None = None
-        self._watching: Callable | None = None
+        self._watching: dict[str, tuple[Callable, Callable | None]] = {}  # name -> ours, and what the instance had
         self._thread: dict[str, int] = {}  # whose turn it is; a dictionary, because its setdefault is atomic
         with torch.inference_mode(False):
             self.on_device = torch.zeros((), dtype=torch.int64, device=device)
@@ -54,20 +61,23 @@ class Prompt:
 
     def attach(self) -> None:
         self._thread.clear()
-        inner = getattr(self._owner, "generate", None)
-        if inner is not None:
-            self._before = vars(self._owner).get("generate")
-            # No closure: a copy of the model made inside the block must call its own generate.
-            self._watching = functools.update_wrapper(functools.partial(_generate, self, inner), inner)
-            vars(self._owner)["generate"] = self._watching
+        for name, watch in (("generate", _generate), *((name, _refuse) for name in _PACKING)):
+            inner = getattr(self._owner, name, None)
+            if inner is not None:
+                # No closure: a copy of the model made inside the block must call its own method.
+                ours = functools.update_wrapper(functools.partial(watch, self, inner), inner)
+                self._watching[name] = (ours, vars(self._owner).get(name))
+                vars(self._owner)[name] = ours
 
     def detach(self) -> None:
-        if self._watching is None or vars(self._owner).get("generate") is not self._watching:
-            return
-        if self._before is None:
-            del vars(self._owner)["generate"]
-        else:
-            vars(self._owner)["generate"] = self._before
+        for name, (ours, before) in self._watching.items():
+            if vars(self._owner).get(name) is not ours:
+                continue  # someone has put another one there
+            if before is None:
+                del vars(self._owner)[name]
+            else:
+                vars(self._owner)[name] = before
+        self._watching.clear()
 
     def claim(self) -> bool:
         """Takes the model for this thread; whether it was free.
@@ -116,6 +126,10 @@ def _generate(prompt: Prompt, inner: Callable, *args, **kwargs):
     given = inspect.signature(inner).bind_partial(*args, **kwargs).arguments
     with prompt.generating({**given.pop("kwargs", {}), **given}):
         return inner(*args, **kwargs)
+
+
+def _refuse(prompt: Prompt, inner: Callable, *args, **kwargs):
+    raise SteeringError(PACKED)
 
 
 def padding(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import SteeringError
 from .hooks import Attachment
-from .prompt import Prompt, padding
+from .prompt import PACKED, Prompt, padding
 from .rows import Rows
 from .scope import END, Scope
 
@@ -87,10 +87,7 @@ class Routing:
         if x is None:
             raise SteeringError("found neither input_ids nor inputs_embeds; expected one of them")
         if any(given.get(name) is not None for name in _PACKED):
-            raise SteeringError(
-                "continuous batching packs many requests in one row, so rows and scopes cannot be told apart; "
-                "expected generate(), or one plan at scope='all'"
-            )
+            raise SteeringError(PACKED)
         cache = given.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         batch, length = x.shape[0], x.shape[1]

@@ -47,10 +47,10 @@ def formula(model, plan, alpha, where=None):
 
     def at_all(x, rows):
         index = plan.index[rows].long()
-        beta, delta = (torch.zeros(x.shape[-1], dtype=x.dtype) for _ in range(2))
-        beta[index] = plan.beta[rows].to(x.dtype)
-        delta[index] = plan.delta[rows].to(x.dtype)
-        strength = torch.tensor(alpha, dtype=x.dtype)
+        beta, delta = (torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device) for _ in range(2))
+        beta[index] = plan.beta[rows].to(x)
+        delta[index] = plan.delta[rows].to(x)
+        strength = torch.tensor(alpha, dtype=x.dtype, device=x.device)
         if plan.operation == "scale":
             return x + strength * beta * x
         if plan.operation == "push":

@@ -157,7 +157,7 @@ def test_continuous_batching(mode):
 
 @pytest.mark.parametrize("kind", ["scope", "rows"])
 def test_continuous_batching_refuses_what_it_cannot_tell_apart(kind):
-    """It runs the model in a thread of its own, and reports an error with each request."""
+    """At the call; and in the forward pass, for whoever packs requests in another way."""
     model = tiny_model(eos_token_id=63)
     plan, without = random_plan(model, SITES, 25), continuous(model, TEXTS)
     steering = (
@@ -168,7 +168,12 @@ def test_continuous_batching_refuses_what_it_cannot_tell_apart(kind):
     with pytest.warns(austeer.SteeringWarning), steering:
         if kind == "rows":
             steering.rows(["one", None, "one"])
-        failed = requests(model, TEXTS)
-        assert all("continuous batching packs many requests" in request.error for request in failed)
-        assert not any(request.generated_tokens for request in failed)
+        message = "continuous batching packs many requests"
+        with pytest.raises(austeer.SteeringError, match=message):
+            requests(model, TEXTS)
+        with pytest.raises(austeer.SteeringError, match=message):
+            model.init_continuous_batching()
+        with pytest.raises(austeer.SteeringError, match=message):
+            model(input_ids=torch.tensor([[3, 4, 5]]), cu_seq_lens_q=torch.tensor([0, 1, 3]))
+    assert not {"generate", "generate_batch", "init_continuous_batching"} & set(vars(model))
     assert continuous(model, TEXTS) == without

@@ -17,8 +17,8 @@ def fresh():
     """Forgets what was looked up, before and after a test that replaces tables."""
 
     def clear():
-        for cached in (launch.tables, launch._candidates, launch.settings, launch._device_profile):
-            cached.cache_clear()
+        launch.forget()
+        launch._device_profile.cache_clear()
 
     clear()
     yield

@@ -16,6 +16,7 @@ from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import austeer
+from austeer.capture import LastTokens
 from austeer.sharding import held
 from austeer.sites import Site, find_sites
 from dense_formula import OPERATIONS, SITES, formula, formula_logits, logits, random_plan
@@ -60,6 +61,13 @@ def gradients(model):
     return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
 
 
+def mixed_rows(model):
+    """Text of two rows with plans of their own, at the generated tokens only."""
+    plans = {name: random_plan(model, SITES, COUNT, seed=seed) for seed, name in enumerate("ab")}
+    with austeer.steer(model, plans, 0.5, scope=(5, None)) as steering, steering.rows(["b", "a"]):
+        return model.generate(**ids(), max_new_tokens=6, do_sample=False)
+
+
 def work(folder: Path) -> None:
     """What each process does; writes all that it saw, and decides nothing."""
     import torch.distributed as dist
@@ -94,6 +102,11 @@ def work(folder: Path) -> None:
             seen["text"] = model.generate(**ids(), max_new_tokens=6, do_sample=False)
         with austeer.steer(model, plan, 0.5, mode="columns"):
             seen["gradients"] = gradients(model)
+        seen["rows"] = mixed_rows(model)
+        try:
+            LastTokens(model, find_sites(model, ["ffn", "attention"]), 2)
+        except austeer.CaptureError as error:
+            seen["measure"] = str(error)
         for mode in ("fold", "fused"):
             try:
                 austeer.steer(model, random_plan(model, "neuron", COUNT), mode=mode)
@@ -165,6 +178,7 @@ def test_generation_and_gradients_are_those_of_the_model_in_one_piece(whole, ran
         handle.remove()
     for rank in ranks:
         assert torch.equal(rank[name]["text"], text)
+        assert torch.equal(rank[name]["rows"], mixed_rows(model))
         torch.testing.assert_close(rank[name]["gradients"], expected, rtol=1e-3, atol=1e-6)
 
 
@@ -204,6 +218,13 @@ def test_a_weight_that_is_split_is_neither_folded_nor_fused(ranks, name):
         for mode in ("fold", "fused"):
             assert f"mode '{mode}' is not possible at site 'neuron'" in rank[name][mode]
             assert "DTensor" in rank[name][mode]
+
+
+def test_measuring_wants_the_model_in_one_piece(ranks):
+    for rank in ranks:
+        for name in {"llama", "bias", "uneven"} & set(MODELS):
+            assert "found a slice of it in this process, expected the whole" in rank[name]["measure"]
+        assert "measure" not in rank["phi3"]  # its sites are whole
 
 
 def split_site(width, placements, sizes, coordinate, style=None):

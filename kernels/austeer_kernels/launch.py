@@ -123,6 +123,8 @@ def _ratio(a: int, b: int) -> float:
 
 def _row(file: Path, kind: type, row: dict[str, Any]) -> Any:
     try:
+        if not isinstance(row["dtypes"], list):
+            raise TypeError(f"dtypes: found {row['dtypes']!r}, expected a list of names")
         return kind(**{**row, "dtypes": tuple(row["dtypes"])})
     except (TypeError, KeyError) as error:
         raise ValueError(f"{file}: entry {row} does not fit: {error}") from error
