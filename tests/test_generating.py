@@ -1,6 +1,7 @@
 """Every way in which Transformers generates text gives, under steering, the text of the definition without a cache."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -132,7 +133,9 @@ def test_the_logits_of_each_row_of_a_left_padded_batch(family, mode):
 def requests(model, texts):
     """What continuous batching makes of requests of unlike length, packed in one row."""
     config = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=[96], pad_token_id=0)
-    small = ContinuousBatchingConfig(num_blocks=8, page_size=32, max_batch_tokens=16)  # by default all of the memory
+    # By default it takes all of the memory. Transformers 5.17 calls a page a block.
+    page = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, **{page: 32})
     found = model.generate_batch(texts, config, continuous_batching_config=small, progress_bar=False)
     assert not model.config._attn_implementation.startswith("paged")  # it puts back the attention that it replaced
     return [found[name] for name in sorted(found)]
