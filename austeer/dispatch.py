@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,13 @@ from torch import nn
 from austeer_kernels import launch
 
 from .errors import SteeringError
-from .fold import Fold, why_not_fold
+from .fold import Fold, shared_storages, why_not_fold
 from .paths import Columns, Dense, Fused, HookPath, Path, why_not_fused
+from .plan import Plan
 from .routing import Routing
-from .sites import Site
-from .strengths import Entry, StrengthTable
+from .sharding import held
+from .sites import Site, input_device
+from .strengths import Entry, StrengthTable, entries_of, groups_of
 
 PATHS: dict[str, type[Path]] = {"fold": Fold, "fused": Fused, "columns": Columns, "dense": Dense}
 MODES = ("auto", *PATHS)
@@ -113,3 +115,47 @@ def make_path(
     if choice.path is Fused:
         return Fused(site, tables, choice.module, routing, check, limit=choice.limit)
     return choice.path(site, tables, choice.module, routing, check)
+
+
+def plan_paths(
+    model: nn.Module,
+    plans: Sequence[Plan],
+    sites: Mapping[str, list[Site]],
+    mode: str,
+    at_run_time: str,
+    routing: Routing | None,
+    check: bool,
+) -> tuple[list[Path], list[str]]:
+    """A path for each site and layer of the plans that this process holds, and why not a cheaper one.
+
+    Args:
+        at_run_time: see ``choose``. check: compare one site of each path with the formula.
+
+    Raises:
+        SteeringError: ``mode`` is not possible at a site.
+    """
+    paths: list[Path] = []
+    reasons: list[str] = []
+    storages, default = shared_storages(model), input_device(model)
+    fused: set[nn.Module] = set()
+    for (name, layer), entries in entries_of(plans, sites).items():
+        site = sites[name][layer]
+        mine = held(model, site)
+        mine = range(site.width) if mine is None else mine  # it may be an empty one
+        groups = groups_of(entries, mine)
+        if not groups:
+            continue  # other processes have these
+        choice = choose(mode, model, site, groups, storages, at_run_time, fused)
+        device = _device_of(choice.module, default)
+        dense = choice.dense(device, len(plans))
+        tables = [StrengthTable(group, len(plans), len(mine), device, dense) for group in groups]
+        first = check and not any(type(path) is choice.path for path in paths)
+        paths.append(make_path(choice, site, tables, routing, first))
+        reasons.append(choice.reason)
+    return paths, reasons
+
+
+def _device_of(module: nn.Module, default: torch.device) -> torch.device:
+    """Where a module's activations are expected: with its weights, unless those are offloaded."""
+    device = next((p.device for p in module.parameters()), default)
+    return default if device.type == "meta" else device

@@ -5,11 +5,37 @@ from __future__ import annotations
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
+from .errors import SteeringError
+
+
+class Hook(ModelHook):
+    """A hook that knows whether it is on a module: accelerate takes it off and on again as it chains others to it."""
+
+    def __init__(self) -> None:
+        self.bound = False
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        self.bound = True
+        self.bind(module)
+        return module
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        if self.bound:
+            self.release(module)
+        self.bound = False
+        return module
+
+    def bind(self, module: nn.Module) -> None:
+        """Called when it is put on the module."""
+
+    def release(self, module: nn.Module) -> None:
+        """Called when it is taken off."""
+
 
 class Attachment:
     """One hook on one module. ``attach`` and ``detach`` are exact opposites; ``detach`` may be called at any time."""
 
-    def __init__(self, module: nn.Module, hook: ModelHook):
+    def __init__(self, module: nn.Module, hook: Hook):
         self.module, self.hook = module, hook
         self._had_forward = "forward" in vars(module)
 
@@ -17,8 +43,18 @@ class Attachment:
         add_hook_to_module(self.module, self.hook, append=True)
 
     def detach(self) -> None:
+        """
+        Raises:
+            SteeringError: another hook has replaced ours, so that it did not run; it leaves no trace all the same.
+        """
         found = getattr(self.module, "_hf_hook", None)
         if found is None or not _contains(found, self.hook):
+            if self.hook.bound:
+                self.hook.detach_hook(self.module)
+                raise SteeringError(
+                    f"{type(self.module).__name__}: found another accelerate hook in place of ours, so it was not "
+                    "steered since; expected hooks to be added with append=True"
+                )
             return
         rest = _without(found, self.hook)
         if rest is not None:
@@ -30,6 +66,17 @@ class Attachment:
         if not self._had_forward:
             # accelerate leaves the original bound method in the instance; without it the class's serves again
             vars(self.module).pop("forward", None)
+
+
+def is_hooked(module: nn.Module, kind: type[ModelHook]) -> bool:
+    """Whether a hook of this kind is on the module, alone or in a chain."""
+    waiting = [getattr(module, "_hf_hook", None)]
+    while waiting:
+        hook = waiting.pop()
+        if isinstance(hook, kind):
+            return True
+        waiting += getattr(hook, "hooks", ())
+    return False
 
 
 def _contains(hook: ModelHook, ours: ModelHook) -> bool:

@@ -82,7 +82,7 @@ class Levels:
 def _by_site(alpha: Any, plan: Plan) -> dict[str, float]:
     values = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(plan.sites, alpha)
     if set(values) != set(plan.sites):
-        raise SteeringError(f"alpha: found sites {sorted(values)}, expected {sorted(plan.sites)}")
+        raise SteeringError(f"alpha: found sites {sorted(map(str, values))}, expected {sorted(plan.sites)}")
     largest = torch.finfo(torch.float32).max  # strengths are float32
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= largest:  # type: ignore[operator]

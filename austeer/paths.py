@@ -11,14 +11,13 @@ from functools import partial
 from typing import cast
 
 import torch
-from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 
 from austeer_kernels import reference
 
 from .capture import first_tensor
 from .errors import SteeringError
-from .hooks import Attachment
+from .hooks import Attachment, Hook, is_hooked
 from .routing import NOBODY, Routing, capturing
 from .selfcheck import check_linear, checked_tensor
 from .sites import Site
@@ -64,19 +63,18 @@ class Path:
         raise TypeError(f"{type(self).__name__} is abstract")
 
 
-class _Hook(ModelHook):
+class _Hook(Hook):
     """Calls back into its path; accelerate calls it around the module's forward."""
 
     def __init__(self, path: HookPath):
+        super().__init__()
         self.path = path
 
-    def init_hook(self, module: nn.Module) -> nn.Module:
+    def bind(self, module: nn.Module) -> None:
         self.path.bind(module)
-        return module
 
-    def detach_hook(self, module: nn.Module) -> nn.Module:
+    def release(self, module: nn.Module) -> None:
         self.path.release(module)
-        return module
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
         path = self.path
@@ -95,6 +93,18 @@ class _Hook(ModelHook):
         if isinstance(output, tuple):
             return (path.steer(first_tensor(output)), *output[1:])
         return path.steer(output)
+
+
+def expect_free(path: Path) -> None:
+    """
+    Raises:
+        SteeringError: a hook of some steering is on the path's module.
+    """
+    if is_hooked(path.module, _Hook):
+        raise SteeringError(
+            f"{path.site.path}: found a module that is steered already (another model shares it, or the model was "
+            "copied while it was steered), expected one that is not; copy before steering"
+        )
 
 
 class HookPath(Path):
@@ -228,9 +238,8 @@ def steer_columns(x: Tensor, table: StrengthTable, rows: Tensor | None, routing:
     """
     if x.requires_grad and torch.is_grad_enabled():
         flat = x.reshape(-1, x.shape[-1])
-        new = reference.steered_columns(
-            flat.index_select(1, table.index), table.gamma, table.shift, table.magnitude, rows
-        )
+        gamma, shift = table.gamma.clone(), table.shift.clone()  # alpha may change before the backward pass
+        new = reference.steered_columns(flat.index_select(1, table.index), gamma, shift, table.magnitude, rows)
         return flat.index_copy(1, table.index, new).view(x.shape)
     if not x.is_contiguous():
         x = x.contiguous()
@@ -254,20 +263,19 @@ class Dense(TensorPath):
     name = "dense"
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        steered = x
+        steered, differentiate = x, x.requires_grad and torch.is_grad_enabled()
         for table in self.tables:
-            gamma, shift = (
-                dense[0] if rows is None else (dense[rows.clamp(min=0)] * (rows >= 0)[:, None]).view(x.shape)
-                for dense in (table.dense_gamma, table.dense_shift)
-                if dense is not None
-            )
+            gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
+            if rows is not None:
+                active = (rows >= 0)[:, None]
+                gamma, shift = ((t[rows.clamp(min=0)] * active).view(x.shape) for t in (gamma, shift))
+            else:
+                gamma, shift = (t[0].clone() if differentiate else t[0] for t in (gamma, shift))
             if table.scales:
                 steered = steered + (steered.abs() if table.magnitude else steered) * gamma.to(x.dtype)
             if table.shifts:
                 steered = steered + shift.to(x.dtype)
-        if x.requires_grad and torch.is_grad_enabled():
-            return steered
-        return x.copy_(steered)
+        return steered if differentiate else x.copy_(steered)
 
 
 class Fused(HookPath):
@@ -285,10 +293,12 @@ class Fused(HookPath):
 
     def bind(self, module: nn.Module) -> None:
         self._forward = cast(Callable[[Tensor], Tensor], module._old_forward)
-        module._old_forward = partial(self.forward, module)  # type: ignore[assignment]
+        self._ours = partial(self.forward, module)
+        module._old_forward = self._ours  # type: ignore[assignment]
 
     def release(self, module: nn.Module) -> None:
-        module._old_forward = self._forward  # type: ignore[assignment]
+        if module._old_forward is self._ours:  # someone may have put another one there
+            module._old_forward = self._forward  # type: ignore[assignment]
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         rows = self.begin(x)
@@ -309,6 +319,8 @@ class Fused(HookPath):
         differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
         operation = reference.steered_linear if differentiate else _steered_linear
         gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
+        if differentiate:
+            gamma, shift = gamma.clone(), shift.clone()  # alpha may change before the backward pass
         tokens = x.reshape(-1, x.shape[-1])
         y = operation(tokens, linear.weight, linear.bias, gamma, shift, prologue, table.magnitude, rows)
         if self._check and self.checks_now(x):

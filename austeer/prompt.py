@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SteeringError
+from .turn import Turn
 
 #: Continuous batching, at its two entrances.
 _PACKING = ("generate_batch", "init_continuous_batching")
@@ -28,6 +28,7 @@ class Prompt:
     Args:
         owner: the model whose ``generate`` is watched, if it has one.
         on_generate: called with the number of rows that ``generate`` is given, before it runs.
+        scoped: whether anything depends on where the prompt is.
 
     Attributes:
         on_device: int64 [], the length once more, for compiled and captured forward passes.
@@ -35,14 +36,20 @@ class Prompt:
         batch: how many rows ``generate`` was given; None outside it.
     """
 
-    def __init__(self, owner: nn.Module, device: torch.device, on_generate: Callable[[int], None] | None = None):
-        self._owner, self._on_generate = owner, on_generate
+    def __init__(
+        self,
+        owner: nn.Module,
+        device: torch.device,
+        on_generate: Callable[[int], None] | None = None,
+        scoped: bool = True,
+    ):
+        self._owner, self._on_generate, self._scoped = owner, on_generate, scoped
         self._length: int | None = None
         self.known = False
         self.padding: tuple[Tensor, Tensor] | None = None
         self.batch: int | None = None
         self._watching: dict[str, tuple[Callable, Callable | None]] = {}  # name -> ours, and what the instance had
-        self._thread: dict[str, int] = {}  # whose turn it is; a dictionary, because its setdefault is atomic
+        self.turn = Turn()
         with torch.inference_mode(False):
             self.on_device = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -60,7 +67,7 @@ class Prompt:
         self.on_device.fill_(length or 0)
 
     def attach(self) -> None:
-        self._thread.clear()
+        self.turn.give_back()
         for name, watch in (("generate", _generate), *((name, _refuse) for name in _PACKING)):
             inner = getattr(self._owner, name, None)
             if inner is not None:
@@ -79,46 +86,53 @@ class Prompt:
                 vars(self._owner)[name] = before
         self._watching.clear()
 
-    def claim(self) -> bool:
-        """Takes the model for this thread; whether it was free.
-
-        Raises:
-            SteeringError: another thread is running it.
-        """
-        free, thread = not self._thread, threading.get_ident()
-        if self._thread.setdefault("id", thread) != thread:
-            raise SteeringError(
-                "two threads run the model at once, expected one: a scope, or rows with plans of their own, belong to "
-                "the forward pass at hand; use one plan with scope='all', or a lock"
-            )
-        return free
-
-    def release(self) -> None:
-        self._thread.clear()
-
     @contextmanager
     def generating(self, given: Mapping[str, Any]) -> Iterator[None]:
-        """Knows the prompt in the block, from what ``generate`` was given."""
-        free = self.claim()
+        """Knows the prompt in the block, from what ``generate`` was given.
+
+        Raises:
+            SteeringError: another thread runs the model; or two prompts at once (guidance), under a scope.
+        """
+        if self._scoped:
+            _expect_one_prompt(given)
+        ours = self.turn.take_for_generate()
         before = self._length, self.padding, self.batch
-        candidates = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-        tokens = next((t for t in candidates if isinstance(t, Tensor) and t.numel()), None)
-        mask = given.get("attention_mask")
+        self.padding = self.batch = None
         try:
-            if tokens is None:
-                self.length = 1  # generate begins from nothing with one token
-            else:
+            tokens = _tokens(given)
+            if tokens is not None:
                 self.batch, self.length = tokens.shape[0], tokens.shape[1]
-                if self._on_generate is not None:
-                    self._on_generate(self.batch)
+                mask = given.get("attention_mask")
                 if isinstance(mask, Tensor) and mask.dim() == 2:
                     self.length = mask.shape[1]  # longer than the tokens where those go on from a cache
                     self.padding = padding(mask)
+            elif any(isinstance(value, Tensor) for value in given.values()):
+                self.length = None  # a generate of another form: each forward pass must tell
+            else:
+                self.batch = self.length = 1  # generate begins from nothing with one token
+            if self.batch is not None and self._on_generate is not None:
+                self._on_generate(self.batch)
             yield
         finally:
             self.length, self.padding, self.batch = before
-            if free:
-                self.release()
+            if ours:
+                self.turn.give_back()
+
+
+def _tokens(given: Mapping[str, Any]) -> Tensor | None:
+    """What counts the prompt's columns: where there are embeddings, they are run and not the ids beside them."""
+    candidates = (given.get(name) for name in ("inputs_embeds", "inputs", "input_ids"))
+    return next((t for t in candidates if isinstance(t, Tensor) and t.dim() >= 2 and t.numel()), None)
+
+
+def _expect_one_prompt(given: Mapping[str, Any]) -> None:
+    config = given.get("generation_config")
+    scale = given.get("guidance_scale", getattr(config, "guidance_scale", None))
+    if scale is not None and scale != 1:
+        raise SteeringError(
+            f"guidance_scale: found {scale} with a scope, expected none: guidance runs a second prompt of another "
+            "length; use scope='all'"
+        )
 
 
 def _generate(prompt: Prompt, inner: Callable, *args, **kwargs):
@@ -132,9 +146,15 @@ def _refuse(prompt: Prompt, inner: Callable, *args, **kwargs):
     raise SteeringError(PACKED)
 
 
-def padding(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """How many columns of a mask [batch, columns] are zero before its first and after its last one; [batch] each."""
-    real = mask != 0
+def padding(mask: Tensor, end: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How many columns of a mask [batch, columns] are zero before its first one and after its last; [batch] each.
+
+    Args:
+        end: columns from here on do not count (they are not filled yet); None: all do.
+    """
+    column = torch.arange(mask.shape[1], device=mask.device)
+    end = mask.shape[1] if end is None else end
+    real = (mask != 0) & (column < end)
     before = (real.cumsum(1) == 0).sum(1)
-    after = (real.flip(1).cumsum(1) == 0).sum(1)
-    return before, after
+    last = torch.where(real, column, -1).amax(1)
+    return before.clamp(max=end), end - 1 - last

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 
 from .errors import SteeringError
-from .hooks import Attachment
+from .hooks import Attachment, Hook
 from .prompt import PACKED, Prompt, padding
 from .rows import Rows
 from .scope import END, Scope
@@ -27,8 +26,9 @@ NOBODY = object()
 _PACKED = ("cu_seq_lens_q", "block_table")
 
 
-class _Begin(ModelHook):
+class _Begin(Hook):
     def __init__(self, routing: Routing):
+        super().__init__()
         self.routing = routing
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
@@ -51,7 +51,7 @@ class Routing:
     """
 
     def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module):
-        self.scope, self.rows, self.prompt = scope, rows, prompt
+        self.scope, self.rows, self.prompt, self._decoder = scope, rows, prompt, decoder
         self._attachment = Attachment(decoder, _Begin(self))
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._state: Any = NOBODY
@@ -59,9 +59,10 @@ class Routing:
         self._key: tuple[int, int, int] | None = None  # of the rows of this forward pass, where they are as chosen
         self._tokens = 0
         self._counted: Tensor | None = None
-        self._alone = False  # whether the forward pass at hand is one outside generate
+        self._ours = False  # whether the forward pass at hand has to give its turn back: it is outside generate
 
     def attach(self) -> None:
+        self._state, self._tokens, self._counted = NOBODY, 0, None
         self._attachment.attach()
         self.prompt.attach()
 
@@ -79,7 +80,7 @@ class Routing:
     def begin(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Called before each forward pass of the decoder with its arguments."""
         if not torch.compiler.is_compiling():
-            self._alone |= self.prompt.claim()
+            self._ours = self.prompt.turn.take_for_forward()
         given = {**dict(zip(self._names, args)), **kwargs}
         x = given.get("input_ids")
         if x is None:
@@ -88,6 +89,12 @@ class Routing:
             raise SteeringError("found neither input_ids nor inputs_embeds; expected one of them")
         if any(given.get(name) is not None for name in _PACKED):
             raise SteeringError(PACKED)
+        if self._recomputed():
+            raise SteeringError(
+                "found activation checkpointing together with a scope or rows: what is computed anew in the backward "
+                "pass cannot tell which forward pass it belongs to; expected one plan with scope='all', or "
+                "model.gradient_checkpointing_disable()"
+            )
         cache = given.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         batch, length = x.shape[0], x.shape[1]
@@ -104,11 +111,17 @@ class Routing:
             begin, end = max(first - past, 0), min(last - past, length)
             self._state = self._host_state(rows, begin, end, batch, length, x.device)
 
+    def _recomputed(self) -> bool:
+        """Whether parts of this forward pass will run once more in its backward pass."""
+        if not self._decoder.training or not torch.is_grad_enabled():
+            return False
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
+
     def end(self) -> None:
         """Called after each forward pass of the decoder."""
-        if not torch.compiler.is_compiling() and self._alone:
-            self._alone = False
-            self.prompt.release()
+        if not torch.compiler.is_compiling() and self._ours:
+            self._ours = False
+            self.prompt.turn.give_back()
 
     def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
         scope, prompt = self.scope, self.prompt
@@ -123,19 +136,30 @@ class Routing:
             end = past + length if fresh else past
         before, after = 0, 0
         if scope.name in ("range", "last_prompt_token"):
-            before, after = self._padding(given, past, batch, length)
+            before, after = self._padding(given, past, batch, length, on_device)
         return scope.interval(end, before, after)
 
-    def _padding(self, given: Mapping[str, Any], past, batch: int, length: int):
+    def _padding(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
         """Columns of padding before and after each row's prompt, [batch] each, or zeros if nothing tells."""
         if self.prompt.padding is not None:
             times = batch // self.prompt.padding[0].shape[0]  # beams, return sequences
             return tuple(p if times == 1 else p.repeat_interleave(times) for p in self.prompt.padding)
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            return padding(mask)
-        if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[0] == batch > 1:
-            return (past + length - 1 - positions[:, -1]).clamp(min=0), 0
+            end = past + length  # the mask may be longer, for what a static cache will hold
+            if self.prompt.known:
+                end = _least(self.prompt.on_device if on_device else cast(int, self.prompt.length), end)
+            return padding(mask, _on(end, mask.device))
+        if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[0] == batch:
+            before = (past + length - 1 - positions[:, -1]).clamp(min=0)
+            if length > 1 and not on_device:
+                _expect_one_sequence(positions, before, past)
+            return before, 0
+        if mask is not None:
+            raise SteeringError(
+                f"scope {self.scope}: found an attention mask of {type(mask).__name__} that does not show the padding, "
+                "expected one of [batch, tokens], or position_ids"
+            )
         return 0, 0
 
     def _host_state(self, rows: Tensor | None, begin: int, end: int, batch: int, length: int, device: torch.device):
@@ -150,7 +174,7 @@ class Routing:
                 return None
             rows = torch.zeros(batch, dtype=torch.int32, device=device)
         if whole:
-            if self.rows is not None:
+            if self.rows is not None and length == 1:  # a prompt's would be large, and is not run twice
                 self._key = (self.rows.version, batch, length)
             return _each_token(rows.to(device), length)
         inside = rows.to(device)[:, None].expand(batch, end - begin)
@@ -183,7 +207,18 @@ class Routing:
             found = torch.where(rows < 0, 1 if self.rows is None else len(self.rows.plans), rows).long()
             if not torch.compiler.is_compiling():  # where the compiler sees to it
                 self._table_rows = found
-        return found, self._key
+        return found, None if torch.compiler.is_compiling() else self._key
+
+
+def _expect_one_sequence(positions: Tensor, before: Tensor, past) -> None:
+    column = torch.arange(positions.shape[1], device=positions.device) + past
+    before = before[:, None]
+    right = torch.where(column < before, positions == positions[:, :1], positions == column - before)
+    if not bool(right.all()):
+        raise SteeringError(
+            "position_ids: found some that do not rise by one (several sequences packed in a row?), expected one "
+            "sequence a row; or use scope='all'"
+        )
 
 
 def _tensor_state(rows: Tensor | None, past, first, last, batch: int, length: int, device: torch.device):
@@ -196,6 +231,12 @@ def _tensor_state(rows: Tensor | None, past, first, last, batch: int, length: in
     inside = ((column >= first) & (column < last)).expand(batch, length)
     chosen = torch.zeros((), dtype=torch.int32, device=device) if rows is None else rows.to(device)[:, None]
     return torch.where(inside, chosen, -1).to(torch.int32).reshape(-1)
+
+
+def _least(a: int | Tensor, b: int | Tensor) -> int | Tensor:
+    if isinstance(a, int):
+        return min(a, b) if isinstance(b, int) else b.clamp(max=a)
+    return a.clamp(max=_on(b, a.device))
 
 
 def _each_token(rows: Tensor, length: int) -> Tensor:

@@ -39,6 +39,14 @@ def _sample(tokens: int, device: torch.device) -> Tensor:
     return torch.linspace(0, tokens - 1, min(tokens, TOKENS), device=device, dtype=torch.float64).round().long()
 
 
+def _tokens(tokens: int, rows: Tensor | None, device: torch.device) -> Tensor:
+    """Which tokens are compared: steered ones, and others."""
+    if rows is None:
+        return _sample(tokens, device)
+    steered = (rows >= 0).nonzero().flatten()
+    return torch.cat([steered[_sample(len(steered), device)], _sample(tokens, device)]).unique()
+
+
 def _outputs(path: Path, linear: nn.Linear) -> Tensor:
     """Which outputs of a projection are compared: steered ones, where those are its outputs, and others."""
     others = _sample(linear.out_features, linear.weight.device)[: OUTPUTS // 2]
@@ -54,7 +62,7 @@ def checked_tensor(path: Path, x: Tensor, rows: Tensor | None) -> Iterator[Calla
         SteeringError: they differ by more than rounding.
     """
     flat = x.detach().reshape(-1, x.shape[-1])
-    chosen = _sample(flat.shape[0], x.device)
+    chosen = _tokens(flat.shape[0], rows, x.device)
     before = flat[chosen].double()  # now: the path may work in place
     rows = None if rows is None else rows[chosen]
 
@@ -76,7 +84,7 @@ def check_linear(path: Path, x: Tensor, linear: nn.Linear, rows: Tensor | None, 
     Raises:
         SteeringError: they differ by more than a sum in the kernel's precision may.
     """
-    index, some, columns = path.table.index, _sample(x.shape[0], x.device), _outputs(path, linear)
+    index, some, columns = path.table.index, _tokens(x.shape[0], rows, x.device), _outputs(path, linear)
     with torch.no_grad():
         rows = None if rows is None else rows[some]
         h, weight = x[some].double(), linear.weight[columns].double()
@@ -102,9 +110,12 @@ class FoldProbe:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, self.layer.in_features, generator=generator)
         self.x = x.to(weight)
+        self.size = self.x  # the larger of what is multiplied before and after the fold
         with torch.no_grad():
             if path.site.side == "input":
-                self.expected = self._run(steered(self.x.double(), path.tables, None).to(weight))
+                inner = steered(self.x.double(), path.tables, None).to(weight)
+                self.size = self.x.abs() + inner.abs()
+                self.expected = self._run(inner)
             else:
                 self.expected = steered(self._run(self.x).double(), path.tables, None)
 
@@ -131,7 +142,7 @@ class FoldProbe:
         found, weight = self._run(self.x), self.layer.weight
         some = _outputs(self.path, self.layer)
         expected = self.expected.double()[:, some]
-        _compare(self.path, found[:, some], expected, _product_tolerance(self.x, weight[some], expected))
+        _compare(self.path, found[:, some], expected, _product_tolerance(self.size, weight[some], expected))
 
 
 def _product_tolerance(x: Tensor, weight: Tensor, expected: Tensor) -> Tensor:

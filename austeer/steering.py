@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import nn
 
-from .dispatch import MODES, choose, make_path
+from .dispatch import MODES, plan_paths
 from .errors import PlanError, SteeringError, SteeringWarning
-from .fold import Fold, shared_storages
+from .fold import Fold
 from .levels import Alpha, Levels
-from .paths import Path
+from .paths import Path, expect_free
 from .plan import Plan
 from .prompt import Prompt
-from .report import Report, make_report
+from .report import Report, complaint, make_report
 from .routing import Routing
 from .rows import NO_NAMES, Rows
 from .scope import parse_scope
 from .selfcheck import FoldProbe
-from .sharding import held
 from .sites import Layout, Site, decoder_of, find_sites, fingerprint, input_device, unwrap
-from .strengths import StrengthTable, entries_of, groups_of
 
 #: Decoder (not its wrapper, so that a model and its head-less part are one) -> how many AUs of it are steered.
 _steered: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+#: The modules with folded weights, of all models: two models may share some.
+_folded: WeakSet[nn.Module] = WeakSet()
 
 #: Two threads that put plans on one model at once would each save what the other has changed.
 _lock = threading.RLock()
@@ -67,13 +68,21 @@ class Steering:
         self._mode, self._layout, self._check = mode, layout, check
         self._decoder = decoder_of(self._model)
         self._attached = False
+        self._parts: set[nn.Module] = set()
         self._routing: Routing | None = None
         if self._named or self.scope.name != "all":
+            if self.scope.name != "all" and _has_virtual_tokens(model):
+                raise SteeringError(
+                    f"scope {self.scope}: found a PEFT model with virtual tokens (prompt or prefix tuning), in which "
+                    "positions count differently; expected scope='all', or an adapter of another kind"
+                )
             device = input_device(self._model)
             rows = Rows(list(self.plans), device) if self._named else None
-            prompt = Prompt(_generating(self._model), device, rows.expect if rows else None)
+            scoped = self.scope.name != "all"
+            prompt = Prompt(_generating(self._model), device, rows.expect if rows else None, scoped)
             self._routing = Routing(self.scope, rows, prompt, self._decoder)
         self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
+        self._expect_finite()
 
     def __repr__(self) -> str:
         plans = ", ".join(f"{name!r}: {plan!r}" if self._named else repr(plan) for name, plan in self.plans.items())
@@ -82,35 +91,14 @@ class Steering:
 
     def _plan_paths(self) -> tuple[list[Path], list[str]]:
         """A path for each site and layer of the plans, for the model as it is now."""
-        paths: list[Path] = []
-        reasons: list[str] = []
-        names = [name for plan in self.plans.values() for name in plan.sites]
-        sites = find_sites(self._model, names, self._layout)
-        for plan in self.plans.values():
+        plans = list(self.plans.values())
+        sites = find_sites(self._model, [name for plan in plans for name in plan.sites], self._layout)
+        for plan in plans:
             _check_plan_fits(plan, self._model, sites)
-        storages = shared_storages(self._model)
-        default = input_device(self._model)
         at_run_time = "plans are chosen row by row" if self._named else ""
         if self.scope.name != "all":
             at_run_time = f"only some tokens are steered ({self.scope})"
-        taken: set[nn.Module] = set()
-        for (name, layer), entries in entries_of(list(self.plans.values()), sites).items():
-            site = sites[name][layer]
-            mine = held(self._model, site)
-            mine = range(site.width) if mine is None else mine  # it may be an empty one
-            groups = groups_of(entries, mine)
-            if not groups:
-                continue  # other processes have these
-            choice = choose(self._mode, self._model, site, groups, storages, at_run_time, taken)
-            device = _device_of(choice.module, default)
-            tables = [
-                StrengthTable(group, len(self.plans), len(mine), device, choice.dense(device, len(self.plans)))
-                for group in groups
-            ]
-            unchecked = self._check and not any(type(path) is choice.path for path in paths)  # one of each is enough
-            paths.append(make_path(choice, site, tables, self._routing, unchecked))
-            reasons.append(choice.reason)
-        return paths, reasons
+        return plan_paths(self._model, plans, sites, self._mode, at_run_time, self._routing, self._check)
 
     # --- strength, live ----------------------------------------------------------------------------------------------
 
@@ -131,7 +119,13 @@ class Steering:
 
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
+        before = self._levels.alpha()
         self._levels.set_alpha(value)
+        try:
+            self._expect_finite()
+        except SteeringError:
+            self._levels.set_alpha(before)
+            raise
         self._refresh()
 
     @property
@@ -143,6 +137,16 @@ class Steering:
     def k(self, value: int | Mapping[str, int]) -> None:
         self._levels.set_k(value)
         self._refresh()
+
+    def _expect_finite(self) -> None:
+        for path in self._paths:
+            for entry in (entry for table in path.tables for entry in table.entries):
+                alpha, _ = self._levels.of(path.site.name)[entry.plan]
+                if not all(bool(t.isfinite().all()) for t in entry.strengths(alpha, sys.maxsize)):
+                    raise SteeringError(
+                        f"alpha: found {alpha:g} for site {path.site.name!r}, with which a strength of layer "
+                        f"{path.site.layer} is no float32 number any more; expected a smaller one"
+                    )
 
     def _refresh_tables(self) -> None:
         for path in self._paths:
@@ -186,14 +190,7 @@ class Steering:
             raise SteeringError(NO_NAMES)
         before = self._routing.rows.chosen
         self._routing.rows.choose(rows)
-        return self._restoring(self._routing.rows, before)
-
-    @contextmanager
-    def _restoring(self, rows: Rows, before: Sequence[str | None] | str | None) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            rows.choose(before)
+        return _chosen(self._routing.rows, rows, before)
 
     @property
     def prompt_length(self) -> int | None:
@@ -227,8 +224,18 @@ class Steering:
                     'its own (steer(model, {"a": plan_a, "b": plan_b}))'
                 )
             self._paths, self._reasons = self._plan_paths()  # the model may have changed since
+            for path in self._paths:
+                expect_free(path)
+            folded = {part for path in self._paths if isinstance(path, Fold) for part in path.parts}
+            if any(part in _folded for part in folded):
+                raise SteeringError(
+                    f"{type(self._model).__name__} shares modules with another model that is steered by folding now; "
+                    "leave that context first, or use mode='columns'"
+                )
             _steered[self._decoder] = sum(map(len, self.plans.values()))
             self._attached = True
+            self._parts = folded
+            _folded.update(folded)
             try:
                 self._refresh_tables()
                 probe = FoldProbe.of(self._paths) if self._check else None
@@ -261,6 +268,7 @@ class Steering:
             if self._routing is not None:
                 self._routing.detach()
             self._attached = False
+            _folded.difference_update(self._parts)
             _steered.pop(self._decoder, None)
         if failed:
             raise SteeringError(f"{len(failed)} of {len(self._paths)} modules could not be restored: {failed[0]}")
@@ -273,24 +281,9 @@ class Steering:
     ) -> None:
         self.detach()
         if kind is None:
-            self._warn_of_silence()
-
-    def _warn_of_silence(self) -> None:
-        silent = [p for p in self._paths if p.calls == 0 and not p.traced]
-        if silent:
-            site = silent[0].site
-            warnings.warn(
-                f"{len(silent)} of {len(self._paths)} steered sites never ran, first {site.name!r} of layer "
-                f"{site.layer} ({site.path}): the model was not run, or not through these modules. See report()",
-                SteeringWarning,
-                stacklevel=3,
-            )
-        elif self.scope.name != "all" and any(p.tokens == 0 and not p.traced for p in self._paths):
-            warnings.warn(
-                f"the model ran and no token was steered: none was in the scope ({self.scope})",
-                SteeringWarning,
-                stacklevel=3,
-            )
+            message = complaint(self._paths, self._model, self.scope)
+            if message:
+                warnings.warn(message, SteeringWarning, stacklevel=2)
 
     def report(self) -> Report:
         """Which path each site took and why, how often it ran, how many tokens it steered, and each AU's share."""
@@ -349,6 +342,19 @@ def steer(
     return Steering(model, plan, alpha, k, scope, mode, layout, check)
 
 
+@contextmanager
+def _chosen(
+    rows: Rows, choice: Sequence[str | None] | str | None, before: Sequence[str | None] | str | None
+) -> Iterator[None]:
+    if rows.chosen != (choice if choice is None or isinstance(choice, str) else list(choice)):
+        before = rows.chosen  # another choice was made since this context was made
+        rows.choose(choice)
+    try:
+        yield
+    finally:
+        rows.choose(before)
+
+
 def is_steered(model: nn.Module) -> bool:
     """Whether a plan is on the model now."""
     return decoder_of(unwrap(model)) in _steered
@@ -366,6 +372,10 @@ def _plans(plan: Plan | Mapping[str, Plan]) -> dict[str, Plan]:
     return plans
 
 
+def _has_virtual_tokens(model: nn.Module) -> bool:
+    return bool(getattr(getattr(unwrap(model), "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _generating(model: nn.Module) -> nn.Module:
     """The model whose ``generate`` runs, inside PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -380,9 +390,3 @@ def _check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site
             f"and the model is {found.name} ({found.model_type}, {found.layers} layers, widths {found.widths}); "
             "measure and select on this model"
         )
-
-
-def _device_of(module: nn.Module, default: torch.device) -> torch.device:
-    """Where a module's activations are expected: with its weights, unless those are offloaded."""
-    device = next((p.device for p in module.parameters()), default)
-    return default if device.type == "meta" else device

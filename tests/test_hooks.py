@@ -3,28 +3,22 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from austeer.hooks import Attachment
+from austeer import SteeringError
+from austeer.hooks import Attachment, Hook, is_hooked
 
 
-class Add(ModelHook):
+class Add(Hook):
     """Adds a number to the output; the number tells which hooks are on."""
 
     def __init__(self, number):
-        self.number, self.bound = number, 0
-
-    def init_hook(self, module):
-        self.bound += 1
-        return module
+        super().__init__()
+        self.number = number
 
     def post_forward(self, module, output):
         return output + self.number
-
-    def detach_hook(self, module):
-        self.bound -= 1
-        return module
 
 
 @pytest.fixture
@@ -54,7 +48,7 @@ def test_hooks_come_off_in_any_order(linear, order):
         attachments[i].detach()  # again does nothing
         left -= 10**i
         assert value(linear) == left
-        assert attachments[i].hook.bound == 0
+        assert not attachments[i].hook.bound
     assert set(vars(linear)) == before
 
 
@@ -93,3 +87,25 @@ def test_a_hook_that_someone_else_removed_is_not_missed(linear):
     remove_hook_from_module(linear)
     ours.detach()
     assert value(linear) == 0
+
+
+def test_a_hook_that_was_replaced_is_told(linear):
+    ours = Attachment(linear, Add(10))
+    ours.attach()
+    add_hook_to_module(linear, Add(100))  # not appended
+    assert value(linear) == 100 and not is_hooked(linear, type(None))
+    with pytest.raises(SteeringError, match="found another accelerate hook in place of ours"):
+        ours.detach()
+    assert not ours.hook.bound and value(linear) == 100
+    ours.detach()
+
+
+def test_hooks_of_a_kind_are_found_in_chains(linear):
+    class Other(Add):
+        pass
+
+    for number in (1, 2):
+        Attachment(linear, Add(number)).attach()
+    assert is_hooked(linear, Add) and not is_hooked(linear, Other)
+    Attachment(linear, Other(3)).attach()
+    assert is_hooked(linear, Other)

@@ -1,5 +1,7 @@
 """The prompt's length and padding while generate runs, and as they were afterwards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -51,7 +53,11 @@ MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
         ((), {"input_ids": IDS[:, :0], "inputs_embeds": torch.zeros(3, 4, 8)}, (4, 4, True, 3, None)),
         # New tokens only, going on from a cache: the mask is as long as all of them.
         ((IDS,), {"attention_mask": torch.ones(2, 9)}, (9, 9, True, 2, [[0, 0], [0, 0]])),
-        ((), {}, (1, 1, True, None, None)),
+        ((), {}, (1, 1, True, 1, None)),
+        # Embeddings are what runs, whatever ids stand beside them.
+        ((), {"input_ids": IDS[:, :1], "inputs_embeds": torch.zeros(2, 4, 8)}, (4, 4, True, 2, None)),
+        # A generate of another form: nothing is known.
+        ((), {"idx": IDS}, (None, 0, False, None, None)),
     ],
 )
 def test_what_generate_is_given_tells(writer, args, kwargs, expected):
@@ -63,6 +69,14 @@ def test_what_generate_is_given_tells(writer, args, kwargs, expected):
         None,
         None,
     )
+
+
+def test_guidance_runs_two_prompts_and_is_refused_under_a_scope(writer):
+    for how in ({"guidance_scale": 2.0}, {"generation_config": SimpleNamespace(guidance_scale=1.5)}):
+        with pytest.raises(SteeringError, match=r"guidance_scale: found .* with a scope"):
+            writer.generate(IDS, **how)
+    writer.generate(IDS, guidance_scale=1)
+    assert len(writer.seen) == 1
 
 
 def test_what_was_set_comes_back_also_after_an_error_and_inside_another_generate(writer):
@@ -103,6 +117,12 @@ def test_a_model_without_generate_and_a_generate_that_was_replaced():
     vars(model)["generate"] = theirs = lambda: "theirs"
     model.prompt.detach()
     assert vars(model)["generate"] is theirs
+
+
+def test_padding_counts_no_columns_that_are_not_filled_yet():
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1]])
+    for end in (4, torch.tensor(4)):
+        assert [t.tolist() for t in padding(mask, end)] == [[0, 1], [0, 1]]
 
 
 def test_padding_of_masks():

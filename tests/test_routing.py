@@ -1,7 +1,12 @@
 """Scopes on a running model: equal to the formula at the same tokens, however the model is called."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import peft
 import pytest
 import torch
+from transformers import StaticCache
 
 import austeer
 from dense_formula import formula_at, logits, random_plan
@@ -116,6 +121,89 @@ def test_padding_on_either_side_of_a_direct_call(model, batch, scope, side):
     with austeer.steer(model, plan, 2.0, scope=scope):
         got = logits(model, {"input_ids": ids, "attention_mask": mask})
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
+
+
+def test_a_mask_as_long_as_a_static_cache(model, batch):
+    plan = random_plan(model, "ffn", 30, "push")
+    ids = batch["input_ids"]
+    results = []
+    for columns in (9, 16):
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, columns - 9), value=1)
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad(), austeer.steer(model, plan, 2.0, scope="last_prompt_token"):
+            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            results.append(out.logits[batch["attention_mask"].bool()])
+    torch.testing.assert_close(*results)
+    assert not torch.equal(results[0], logits(model, batch)[batch["attention_mask"].bool()])
+
+
+def test_one_row_of_pad_tokens_without_a_mask(model, batch):
+    plan = random_plan(model, "ffn", 40, "push")
+    row = {name: value[1:2] for name, value in batch.items()}
+    expected = greedy_by_recomputing(model, row, plan, 3.0, (0, 3))
+    with austeer.steer(model, plan, 3.0, scope=(0, 3)):
+        for form in ({}, {"cache_implementation": "static"}):
+            assert torch.equal(model.generate(row["input_ids"], **GREEDY, **form), expected)
+
+
+def test_what_a_scope_cannot_tell_apart_is_refused(model, batch):
+    plan = random_plan(model, "ffn", 10)
+    ids = batch["input_ids"][:, :4]
+    with pytest.warns(austeer.SteeringWarning), austeer.steer(model, plan, 1.0, scope=(0, 2)):
+        with pytest.raises(austeer.SteeringError, match="position_ids: found some that do not rise by one"):
+            model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1]] * 3))
+        with pytest.raises(austeer.SteeringError, match="attention mask of Tensor that does not show the padding"):
+            model(input_ids=ids, attention_mask=torch.ones(3, 1, 4, 4, dtype=torch.bool))
+    model.train()
+    model.gradient_checkpointing_enable()
+    with (
+        pytest.raises(austeer.SteeringError, match="checkpointing together with a scope or rows"),
+        austeer.steer(model, plan, 1.0, scope="prompt"),
+    ):
+        model(input_ids=ids)
+    prompt = peft.get_peft_model(
+        copy.deepcopy(model), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    )
+    with pytest.raises(austeer.SteeringError, match="virtual tokens"):
+        austeer.steer(prompt, plan, 1.0, scope="prompt")
+    austeer.steer(prompt, plan, 1.0)
+
+
+def test_a_generate_inside_another_has_its_own_prompt(model, batch):
+    plan = random_plan(model, "ffn", 40, "push")
+    one, inner = {"input_ids": torch.tensor([[5, 6, 7]])}, []
+
+    def ask(ids, scores):
+        if not inner:
+            inner.append(None)
+            inner[0] = model.generate(**one, **GREEDY)
+        return scores
+
+    with austeer.steer(model, plan, 3.0, scope=(0, 2)):
+        outer = model.generate(**batch, **GREEDY, logits_processor=[ask])
+        assert torch.equal(inner[0], model.generate(**one, **GREEDY))
+        assert torch.equal(outer, model.generate(**batch, **GREEDY))
+
+
+def test_a_second_block_counts_anew(model, batch):
+    steering = austeer.steer(model, random_plan(model, "ffn", 10), 1.0, scope="generation")
+    with steering:
+        model.generate(**batch, **GREEDY)
+    with pytest.warns(austeer.SteeringWarning, match="no token was steered"), steering:
+        model(**batch)
+    assert {row.tokens for row in steering.report()} == {0}
+
+
+def test_a_pass_that_failed_does_not_lock_out_other_threads(model, batch):
+    with austeer.steer(model, random_plan(model, "ffn", 10), 1.0, scope="prompt"):
+        with pytest.raises(IndexError):
+            model(input_ids=batch["input_ids"] + 10**6)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(model, **batch).result()
+            assert pool.submit(model.generate, **batch, **GREEDY).result().shape == (3, 9 + NEW)
+        with pytest.raises(IndexError):
+            model(input_ids=batch["input_ids"] + 10**6)
+        model.generate(**batch, **GREEDY)
 
 
 def test_a_second_turn_goes_on_from_the_cache(model, batch):

@@ -123,6 +123,45 @@ def test_one_name_is_for_every_row_and_switching_is_live(model, batch, plans):
     assert torch.equal(model.generate(**batch, **GREEDY), before)
 
 
+def test_contexts_made_before_they_are_entered(model, batch, plans):
+    with austeer.steer(model, plans, ALPHA) as steering:
+        one, other = steering.rows("kind"), steering.rows("calm")
+        results = []
+        for context in (one, other):
+            with context:
+                results.append(logits(model, batch))
+        for name, value in zip(("kind", "calm"), results):
+            with steering.rows(name):
+                assert torch.equal(logits(model, batch), value)
+    assert not torch.equal(*results)
+
+
+def test_rows_of_what_begins_from_nothing(model, plans):
+    model.generation_config.bos_token_id = 1
+    with austeer.steer(model, plans, ALPHA) as steering, steering.rows(["kind"]):
+        out = model.generate(num_beams=2, num_return_sequences=2, **GREEDY)
+    with austeer.steer(model, plans["kind"], ALPHA["kind"]):
+        assert torch.equal(out, model.generate(num_beams=2, num_return_sequences=2, **GREEDY))
+
+
+def test_layers_compiled_one_by_one_are_not_compiled_again(model, batch, plans):
+    torch._dynamo.reset()
+    plans.pop("brief")
+    choices = [["kind", None, "calm"], [None, "calm", "calm"], ["calm", "kind", None]]
+    with austeer.steer(model, plans, 1.0) as steering, torch.no_grad():
+        expected = []
+        for rows in choices:
+            steering.rows(rows)
+            expected.append(logits(model, batch))
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        model(**batch)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for rows, value in zip(choices, expected):
+                steering.rows(rows)
+                torch.testing.assert_close(logits(model, batch), value, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_of_the_wrong_number_or_name(model, batch, plans):
     before = snapshot(model)
     with austeer.steer(model, plans, ALPHA) as steering:

@@ -8,6 +8,7 @@ import torch
 import austeer
 from austeer import fold, paths, selfcheck
 from dense_formula import OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
+from tiny_models import tiny_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -121,3 +122,22 @@ def test_what_is_not_finite_is_not_a_mistake_of_steering(tiny, tiny_ids):
         tiny.model.layers[0].mlp.down_proj.weight[3] = torch.inf
     with austeer.steer(tiny, random_plan(tiny, "ffn", 60), 2.0, mode="columns"):
         logits(tiny, tiny_ids)
+
+
+def test_a_scope_of_one_token_among_many_is_checked_there(tiny, monkeypatch):
+    monkeypatch.setattr(paths, "steer_columns", lambda x, *_: x)
+    ids = {"input_ids": torch.arange(240).view(2, 120)}
+    with (
+        pytest.raises(austeer.SteeringError, match="self-check: columns"),
+        austeer.steer(tiny, random_plan(tiny, "ffn", 20), 2.0, scope=(50, 51)),
+    ):
+        logits(tiny, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_strong_shift_folded_into_a_bias_passes(dtype):
+    model = tiny_model("opt").to(dtype)
+    for site in ("attention", "neuron"):
+        for alpha in (1.0, 100.0, 1e4):
+            with austeer.steer(model, random_plan(model, site, 40, "shift"), alpha, mode="fold"):
+                model(input_ids=torch.tensor([[3, 4, 5]]))

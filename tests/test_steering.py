@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 import austeer
@@ -259,3 +259,79 @@ def test_what_it_is_can_be_read(tiny):
     steering = austeer.steer(tiny, {"a": plan}, 2.0, scope=(0, 4))
     assert repr(steering).startswith("Steering(LlamaForCausalLM, 'a': Plan(10 AUs: ")
     assert repr(steering).endswith("alpha=2.0, k=10, tokens 0 to 3, off)")
+
+
+def test_a_hook_in_place_of_ours_is_told_and_undone(tiny, tiny_ids):
+    plan, before, plain = random_plan(tiny, "attention", 40), snapshot(tiny), logits(tiny, tiny_ids)
+    for mode in ("fused", "columns"):
+        steering = austeer.steer(tiny, plan, 3.0, mode=mode).attach()
+        module = tiny.model.layers[1].self_attn.o_proj
+        add_hook_to_module(module, ModelHook())
+        with pytest.raises(austeer.SteeringError, match="another accelerate hook in place of ours"):
+            steering.detach()
+        assert torch.equal(logits(tiny, tiny_ids), plain) and not is_steered(tiny)
+        remove_hook_from_module(module)
+        vars(module).pop("forward", None)
+    assert_unchanged(tiny, before)
+
+
+def test_models_that_share_layers_are_steered_one_at_a_time(tiny):
+    other = copy.deepcopy(tiny)
+    other.model.layers = tiny.model.layers
+    before, plan = snapshot(tiny), random_plan(tiny, "ffn", 20)
+    for mode, message in (("fold", "shares modules with another model"), ("columns", "is steered already")):
+        with austeer.steer(tiny, plan, 2.0, mode=mode, check=False) as steering:
+            with pytest.raises(austeer.SteeringError, match=message):
+                austeer.steer(other, plan, 3.0, mode=mode).attach()
+            steering.alpha = 1.0
+            tiny(input_ids=torch.tensor([[3, 4]]))
+        assert_unchanged(tiny, before)
+    with austeer.steer(other, plan, 2.0):
+        pass
+    assert_unchanged(tiny, before)
+
+
+def test_a_copy_made_inside_is_not_steered_twice(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 20)
+    with austeer.steer(tiny, plan, 2.0, mode="columns"):
+        logits(tiny, tiny_ids)
+        twin = copy.deepcopy(tiny)
+    with pytest.raises(austeer.SteeringError, match="copied while it was steered"):
+        austeer.steer(twin, plan, 2.0, mode="columns").attach()
+
+
+def test_modules_replaced_inside_are_a_warning(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 40)
+    for mode in ("fold", "columns"):
+        with (
+            pytest.warns(austeer.SteeringWarning, match="modules were replaced or wrapped inside the block"),
+            austeer.steer(tiny, plan, 2.0, mode=mode),
+        ):
+            logits(tiny, tiny_ids)
+            tiny.model.layers[1].mlp = copy.deepcopy(tiny.model.layers[0].mlp)
+
+
+def test_a_strength_beyond_float32_is_refused(tiny):
+    plan = random_plan(tiny, "ffn", 40, "shift")
+    assert plan.delta.abs().max() > 2
+    with pytest.raises(austeer.SteeringError, match=r"alpha: found 3e\+38 for site 'ffn'.*no float32 number"):
+        austeer.steer(tiny, plan, 3e38)
+    steering = austeer.steer(tiny, plan, 2.0)
+    with pytest.raises(austeer.SteeringError, match="no float32 number"):
+        steering.alpha = 3e38
+    assert steering.alpha == 2.0
+
+
+@pytest.mark.parametrize("mode", ["fused", "columns", "dense"])
+def test_alpha_may_change_between_forward_and_backward(tiny, tiny_ids, mode):
+    plan, weight = random_plan(tiny, "ffn", 20), tiny.model.layers[0].mlp.up_proj.weight
+    gradients = []
+    with austeer.steer(tiny, plan, 2.0, mode=mode) as steering:
+        for change in (2.0, -5.0):
+            tiny.zero_grad()
+            steering.alpha = 2.0
+            loss = tiny(**tiny_ids).logits.square().mean()
+            steering.alpha = change
+            loss.backward()
+            gradients.append(weight.grad.clone())
+    assert torch.equal(*gradients)
