@@ -88,12 +88,16 @@ def show_host(content: dict[str, Any]) -> None:
             f"{content['rounds']} rounds of {content['steps']} tokens; {e['device']}, {content['dtype']}"
         )
         table = Table(title=title)
-        for name in ("variant", "path", "median", "quartiles", "minimum"):
+        for name in ("variant", "path", "median", "quartiles", "minimum", "by itself", "quartiles"):
             table.add_column(name, justify="left" if name in ("variant", "path") else "right")
         for name, row in batch["variants"].items():
             us = row["us_a_site"]
             quartiles = f"{us['low']:.2f} to {us['high']:.2f}"
-            table.add_row(name, row["path"], f"{us['median']:.2f}", quartiles, f"{row['minimum_us_a_site']:.2f}")
+            alone = row["us_by_itself"]
+            table.add_row(
+                *(name, row["path"], f"{us['median']:.2f}", quartiles, f"{row['minimum_us_a_site']:.2f}"),
+                *(f"{alone['median']:.2f}", f"{alone['low']:.2f} to {alone['high']:.2f}"),
+            )
         console.print(table)
         console.print(
             f"unsteered {batch['unsteered_us']:.0f} us a forward pass (median); noise {batch['noise_us']:.2f} us a site"

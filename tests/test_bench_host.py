@@ -56,6 +56,23 @@ def test_each_variant_takes_the_path_it_is_for_and_changes_the_logits(model):
     assert set(map(frozenset, taken.values())) == {frozenset({"columns"})}
 
 
+def test_one_site_by_itself_is_steered_while_it_is_timed(model, monkeypatch):
+    prompt, results = torch.randint(3, 64, (4, host.PROMPT)), []
+
+    def called(module, x, calls):
+        results.append(module(x))
+        return float(len(results))
+
+    monkeypatch.setattr(host, "_calls", called)
+    steering = host.variants(model)["rows of three plans"].steering(model, 4)
+    assert host.one_site(model, steering, prompt, 3) == [-1e6, 1e6, -1e6]  # the order changes, the sign does not
+    for first, second in zip(results[::2], results[1::2]):
+        differs = [not torch.equal(a, b) for a, b in zip(first, second)]
+        assert differs == [True, False, True, True]  # the second row has no plan
+    before = host.one_site(model, None, prompt, 2)
+    assert len(before) == 2 and torch.equal(results[-1], results[-2])
+
+
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
@@ -72,8 +89,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     (batch,) = content["batches"]
     assert set(batch["variants"]) == {host.AGAIN, *host.variants(host.build_model(1, CPU, torch.float32))}
     for row in batch["variants"].values():
-        us = row["us_a_site"]
-        assert us["low"] <= us["median"] <= us["high"] and us["rounds"] == 2
+        for key in ("us_a_site", "us_by_itself"):
+            us = row[key]
+            assert us["low"] <= us["median"] <= us["high"] and us["rounds"] == 2
     assert {goal["case"].split(" (")[0] for goal in content["goals"]} == {
         name for name, variant in host.variants(host.build_model(1, CPU, torch.float32)).items() if variant.goal
     }
@@ -87,11 +105,13 @@ def test_times_are_differences_over_sites(model, monkeypatch):
         return 100e-6 + (4e-6 if any(hasattr(m, "_hf_hook") for m in model.modules()) else 0.0)
 
     monkeypatch.setattr(host, "_decode", decode)
+    monkeypatch.setattr(host, "_calls", lambda module, x, calls: 10e-6 + (3e-6 if hasattr(module, "_hf_hook") else 0.0))
     rounds = []
     result = host.measure(model, 1, 3, 1, lambda: rounds.append(1))
     assert len(rounds) == 4 and result["unsteered_us"] == pytest.approx(100)
     assert result["variants"]["scale"]["us_a_site"]["median"] == pytest.approx(0)  # folded: no hook
     assert result["variants"]["push"]["us_a_site"]["median"] == pytest.approx(2)
+    assert result["variants"]["push"]["us_by_itself"]["median"] == pytest.approx(3)
     assert result["variants"]["push"]["minimum_us_a_site"] == pytest.approx(2)
     assert result["noise_us"] == pytest.approx(0)
     assert all(goal["met"] for goal in host.goals([result]))
@@ -99,8 +119,9 @@ def test_times_are_differences_over_sites(model, monkeypatch):
 
 def test_a_goal_within_the_noise_is_neither_met_nor_missed(capsys):
     def batch(value, low, high):
-        same = {"goal": False, "us_a_site": {"median": 0.0, "low": low, "high": high}}
-        row = {"goal": True, "path": "columns", "us_a_site": {"median": value, "low": value, "high": value}}
+        keys = ("us_a_site", "us_by_itself")
+        same = {"goal": False, **dict.fromkeys(keys, {"median": 0.0, "low": low, "high": high})}
+        row = {"goal": True, "path": "columns", **dict.fromkeys(keys, {"median": value, "low": value, "high": value})}
         return {"batch": 1, "variants": {host.AGAIN: same, "push": row}}
 
     found = [host.goals([batch(value, *noise)])[0] for value, noise in ((12.0, (-4, 4)), (12.0, (-1, 1)), (3, (-1, 1)))]
@@ -108,7 +129,7 @@ def test_a_goal_within_the_noise_is_neither_met_nor_missed(capsys):
     report.show_goals(found)
     printed = capsys.readouterr().out
     assert "met in 1, missed in 1, hidden by noise in 1 of 3 cases" in printed
-    assert "missed: push (columns), batch 1, 1.200 times the limit" in printed
+    assert "missed: push (columns) in the model, batch 1, 1.200 times the limit" in printed
 
 
 @pytest.mark.parametrize("arguments", [["--rounds", "1"], ["--batch", "0"], ["--steps", "0"]])
