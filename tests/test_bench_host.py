@@ -120,8 +120,8 @@ def test_times_are_differences_over_sites(model, monkeypatch):
 def test_a_goal_within_the_noise_is_neither_met_nor_missed(capsys):
     def batch(value, low, high):
         keys = ("us_a_site", "us_by_itself")
-        same = {"goal": False, **dict.fromkeys(keys, {"median": 0.0, "low": low, "high": high})}
-        row = {"goal": True, "path": "columns", **dict.fromkeys(keys, {"median": value, "low": value, "high": value})}
+        same = {"goal": False, **{key: {"median": 0.0, "low": low, "high": high} for key in keys}}
+        row = {"goal": True, "path": "columns", **{key: {"median": value, "low": value, "high": value} for key in keys}}
         return {"batch": 1, "variants": {host.AGAIN: same, "push": row}}
 
     found = [host.goals([batch(value, *noise)])[0] for value, noise in ((12.0, (-4, 4)), (12.0, (-1, 1)), (3, (-1, 1)))]
