@@ -13,7 +13,8 @@ from austeer_kernels import launch
 
 from .errors import SteeringError
 from .fold import Fold, shared_storages, why_not_fold
-from .paths import Columns, Dense, Fused, HookPath, Path, why_not_fused
+from .path import Path
+from .paths import Columns, Dense, Fused, HookPath, why_not_fused
 from .plan import Plan
 from .routing import Routing
 from .sharding import held

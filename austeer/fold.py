@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from austeer_kernels import reference
 
 from .linear import Weights, weights_of
-from .paths import FLOATING, Path
+from .path import Path
+from .paths import FLOATING
 from .sites import Site
 from .strengths import StrengthTable
 

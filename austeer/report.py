@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .levels import Levels
-from .paths import Path
+from .path import Path
 from .scope import Scope
 
 

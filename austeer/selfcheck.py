@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from austeer_kernels import reference
 
 from .errors import SteeringError
+from .path import Path
 from .strengths import StrengthTable
-
-if TYPE_CHECKING:
-    from .paths import Path
 
 #: How many tokens, and how many outputs of a projection, are compared at most.
 TOKENS, OUTPUTS = 64, 128

@@ -17,7 +17,8 @@ from .dispatch import MODES, plan_paths
 from .errors import PlanError, SteeringError, SteeringWarning
 from .fold import Fold
 from .levels import Alpha, Levels
-from .paths import Path, expect_free
+from .path import Path
+from .paths import expect_free
 from .plan import Plan
 from .prompt import Prompt
 from .report import Report, complaint, make_report
