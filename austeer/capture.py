@@ -18,9 +18,9 @@ from .sharding import held
 from .sites import Site, decoder_of, input_device, unwrap
 
 
-def first_tensor(output: Tensor | tuple) -> Tensor:
+def first_tensor(output: Tensor | tuple | list) -> Tensor:
     """A module's output without what comes beside it (attention weights, a router's logits)."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -99,12 +99,15 @@ class _Found:
         if not blocks and any(_sized(child) for _, child in layer.named_children()):
             self.ffn = self.down = self._narrowing(layer, "", _DOWN_NAMES, "down projection")  # no MLP module
             return
-        self.ffn = self._one("MLP module", blocks, layer)
+        beside = [name for name, child in layer.named_children() if _sized(child) and name in _DOWN_NAMES]
+        self.ffn = self._one("MLP module", [*blocks, *beside], layer)
         block = layer.get_submodule(self.ffn)
         if _holds_experts(block):
             self.experts = self._experts(self.ffn, block)
             return
         self._refuse_norms(block)
+        if any(isinstance(module, nn.Embedding) for module in block.modules()):  # Doge keeps its experts so
+            raise SiteError(f"{self.where}: found an embedding in {self.ffn}, expected linear layers alone")
         self.down = self._narrowing(layer, self.ffn, _DOWN_NAMES, "down projection")
         if _takes_residual(block):
             self.ffn = self.down

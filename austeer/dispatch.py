@@ -12,7 +12,7 @@ from torch import nn
 from austeer_kernels import launch
 
 from .errors import SteeringError
-from .fold import Fold, shared_storages, why_not_fold
+from .fold import Fold, shared_storages, why_not_fold, why_not_the_projection
 from .path import Path
 from .paths import Columns, Dense, Fused, HookPath, why_not_fused
 from .plan import Plan
@@ -55,6 +55,7 @@ def choose(
     storages: Counter,
     at_run_time: str,
     fused: set[nn.Module],
+    blocks: dict[tuple[type, type], str | None],
 ) -> Choice:
     """The path of a site.
 
@@ -66,6 +67,7 @@ def choose(
         storages: from ``shared_storages``.
         at_run_time: the reason why steering depends on the token, and so cannot be in the weights; or empty.
         fused: the projections that are fused with another site already; this one's is added.
+        blocks: what ``why_not_the_projection`` said of a kind of block and projection; this one's is added.
 
     Raises:
         SteeringError: ``mode`` is not possible at the site.
@@ -76,9 +78,14 @@ def choose(
         return Choice(PATHS[mode], module, "as asked")
     asked = "" if mode == "auto" else "as asked"
     no_fold = at_run_time or why_not_fold(model, site, groups[0][0].operation, storages)
+    no_fused = why_not_fused(projection, groups)
+    if projection is not None and not (no_fold and no_fused):
+        kind = (type(module), type(projection))
+        if kind not in blocks:
+            blocks[kind] = why_not_the_projection(model, site)
+        no_fold, no_fused = no_fold or blocks[kind], no_fused or blocks[kind]
     if mode != "fused" and not no_fold:
         return Choice(Fold, module, asked, parts=tuple(model.get_submodule(path) for path in site.parts))
-    no_fused = why_not_fused(projection, groups)
     if no_fused is None and projection in fused:
         if mode == "fused":
             return Choice(Columns, module, "its projection is fused with another site already")
@@ -139,6 +146,7 @@ def plan_paths(
     reasons: list[str] = []
     storages, default = shared_storages(model), input_device(model)
     fused: set[nn.Module] = set()
+    blocks: dict[tuple[type, type], str | None] = {}
     for (name, layer), entries in entries_of(plans, sites).items():
         site = sites[name][layer]
         mine = held(model, site)
@@ -146,7 +154,7 @@ def plan_paths(
         groups = groups_of(entries, mine)
         if not groups:
             continue  # other processes have these
-        choice = choose(mode, model, site, groups, storages, at_run_time, fused)
+        choice = choose(mode, model, site, groups, storages, at_run_time, fused, blocks)
         device = _device_of(choice.module, default)
         dense = choice.dense(device, len(plans))
         tables = [StrengthTable(group, len(plans), len(mine), device, dense) for group in groups]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from austeer_kernels import reference
 
+from .capture import first_tensor
 from .linear import Weights, weights_of
 from .path import Path
 from .paths import FLOATING
@@ -105,6 +106,31 @@ def why_not_fold(model: nn.Module, site: Site, operation: str, storages: Counter
     return None
 
 
+def why_not_the_projection(model: nn.Module, site: Site) -> str | None:
+    """The reason why the tensor of an output-side site is not what its projection gives, or None if it is.
+
+    Found by running the block once on random numbers: its code need not be what its modules suggest (a factor, a skip
+    connection, a second branch, in training dropout).
+    """
+    if site.side != "output" or site.projection in (None, site.path):
+        return None
+    block, projection = model.get_submodule(site.path), model.get_submodule(str(site.projection))
+    weight = next(projection.parameters())
+    x = torch.randn(1, 4, site.width, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(weight)
+    made: list[Tensor] = []
+    handle = projection.register_forward_hook(lambda module, args, output: made.append(output.clone()))
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            found = first_tensor(type(block).forward(block, x))
+    except Exception as error:  # of someone else's code: whatever it is, the block needs more than its input
+        return f"{site.path} does not run by itself ({type(error).__name__})"
+    finally:
+        handle.remove()
+    if len(made) != 1 or not torch.equal(made[0].reshape(-1), found.reshape(-1)):
+        return f"{site.path} does more to the tensor than its projection"
+    return None
+
+
 def _why_not_part(module: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
     weights = weights_of(module)
     if isinstance(weights, str):
@@ -127,6 +153,8 @@ def _why_not_part(module: nn.Module, site: Site, operation: str, storages: Count
             return f"the {name} is {p.dtype}"
         if type(p) is not nn.Parameter:
             return f"the {name} is a {type(p).__name__}"
+        if p.is_inference() and not torch.is_inference_mode_enabled():
+            return f"the {name} was made in inference mode and cannot be written outside of it"
         if storages[p.untyped_storage().data_ptr()] > 1:
             return f"the {name} is shared with another module"
     weight, dim = module._parameters[weights.weight], _au_dimension(weights, site)

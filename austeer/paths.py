@@ -58,8 +58,9 @@ class _Hook(Hook):
         path = self.path
         if not path.reads_output:
             return output
-        if isinstance(output, tuple):
-            return (path.steer(first_tensor(output)), *output[1:])
+        if isinstance(output, (tuple, list)):
+            steered = [path.steer(first_tensor(output)), *output[1:]]
+            return steered if isinstance(output, list) else tuple(steered)
         return path.steer(output)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from austeer_kernels import reference
 
+from .capture import first_tensor
 from .errors import SteeringError
 from .path import Path
 from .strengths import StrengthTable
@@ -100,47 +100,61 @@ def check_linear(path: Path, x: Tensor, linear: nn.Linear, rows: Tensor | None, 
 
 
 class FoldProbe:
-    """Runs a folded layer on random numbers before and after the fold."""
+    """Runs a folded layer, or a whole mixture of experts, on random numbers before and after the fold."""
 
-    def __init__(self, path: Path):
-        self.path, self.layer = path, cast(nn.Linear, path.module)
-        weight = self.layer.weight
+    def __init__(self, path: Path, model: nn.Module):
+        self.path = path
+        self.module = path.module if path.site.projection else model.get_submodule(path.site.path)
+        self.weight = next(path.module.parameters())
+        inputs = path.module.in_features if isinstance(path.module, nn.Linear) else path.site.width
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, self.layer.in_features, generator=generator)
-        self.x = x.to(weight)
+        self.x = torch.randn(1, 4, inputs, generator=generator, dtype=torch.float32).to(self.weight)
         self.size = self.x  # the larger of what is multiplied before and after the fold
-        with torch.no_grad():
-            if path.site.side == "input":
-                inner = steered(self.x.double(), path.tables, None).to(weight)
-                self.size = self.x.abs() + inner.abs()
-                self.expected = self._run(inner)
-            else:
-                self.expected = steered(self._run(self.x).double(), path.tables, None)
+        if path.site.side == "input":
+            inner = self._steered(self.x).to(self.weight)
+            self.size = self.x.abs() + inner.abs()
+            self.expected = self._run(inner).double()
+        else:
+            self.expected = self._steered(self._run(self.x))
 
     @classmethod
-    def of(cls, paths: Sequence[Path]) -> FoldProbe | None:
-        """A probe of the first linear layer that will be folded, made before it is."""
+    def of(cls, paths: Sequence[Path], model: nn.Module) -> FoldProbe | None:
+        """A probe of the first layer that will be folded, made before it is; None if none can be run by itself."""
         folded = [path for path in paths if path.name == "fold"]
         for path in folded:
             alone = sum(other.module is path.module for other in folded) == 1  # ffn and neuron can meet in one weight
-            if alone and path.site.projection and type(path.module) is nn.Linear:
-                return cls(path)
+            if alone and (type(path.module) is nn.Linear or not path.site.projection):
+                try:
+                    return cls(path, model)
+                except Exception:  # a mixture that needs more than its input: there is nothing to compare
+                    continue
         return None
 
+    @torch.no_grad()
     def _run(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # the weights as they are
-            return type(self.layer).forward(self.layer, x)  # without hooks, which may count calls
+            # Without hooks, which may count calls.
+            return first_tensor(type(self.module).forward(self.module, x)).view(1, x.shape[1], -1)
+
+    def _steered(self, x: Tensor) -> Tensor:
+        return steered(x[0].double(), self.path.tables, None)[None]
 
     @torch.no_grad()
     def check(self) -> None:
         """
         Raises:
-            SteeringError: the folded layer does not compute what the formula says.
+            SteeringError: what was folded does not compute what the formula says.
         """
-        found, weight = self._run(self.x), self.layer.weight
-        some = _outputs(self.path, self.layer)
-        expected = self.expected.double()[:, some]
-        _compare(self.path, found[:, some], expected, _product_tolerance(self.size, weight[some], expected))
+        found = self._run(self.x)
+        if isinstance(self.module, nn.Linear):
+            some = _outputs(self.path, self.module)
+            found, expected = found[..., some], self.expected[..., some]
+            tolerance = _product_tolerance(self.size, self.weight[some], expected)
+        else:  # sums of products of which only the whole is known
+            expected = self.expected
+            gain = 1 + self.path.table.gamma.abs().max().double()
+            tolerance = 64 * torch.finfo(self.weight.dtype).eps * gain * expected.abs().amax((1, 2), keepdim=True)
+        _compare(self.path, found, expected, tolerance.expand_as(expected))
 
 
 def _product_tolerance(x: Tensor, weight: Tensor, expected: Tensor) -> Tensor:

@@ -102,6 +102,9 @@ def decoder_of(model: nn.Module) -> nn.Module:
     if not hasattr(model, "get_decoder"):
         return getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        # ModernBERT's decoder calls its head so
+        return getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
     inner = getattr(decoder, "model", None)  # Llama 4's text model with a head calls itself the decoder
     return decoder_of(inner) if isinstance(inner, nn.Module) and hasattr(inner, "get_decoder") else decoder
 
@@ -144,8 +147,14 @@ def find_sites(
         raise SiteError(
             f"layout: found {type(layout).__name__}, expected austeer.Layout(layers=..., attention=..., ...)"
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise SiteError(f"{family}: found an encoder and a decoder, expected a decoder alone")
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        raise SiteError(f"{family}: found slow_but_exact, which bypasses the projections; set it to False")
     decoder = decoder_of(model)
-    layout = layout or LAYOUTS.get(config.model_type) or detect(decoder, config, family)
+    layout = layout or LAYOUTS.get(config.model_type)
+    detected = layout is None
+    layout = layout or detect(decoder, config, family)
     layers = decoder.get_submodule(_first(decoder, layout.layers, family))
     root = next(path for path, module in model.named_modules() if module is layers)
     sites: dict[str, list[Site]] = {}
@@ -153,11 +162,14 @@ def find_sites(
         try:
             sites[name] = [
                 _site(
-                    name, number, f"{root}.{number}", layer, layout, config.hidden_size, f"layer {number} of {family}"
+                    *(name, number, f"{root}.{number}", layer, layout, config.hidden_size),
+                    *(f"layer {number} of {family}", detected),
                 )
-                for number, layer in enumerate(layers.children())
+                for number, layer in enumerate(layers._modules.values())  # children() would leave out repeated ones
+                if layer is not None
             ]
             _check_widths(name, sites[name], family)
+            _check_distinct(model, sites[name], family)
         except _NotHere:
             if names is not None:
                 raise
@@ -165,7 +177,16 @@ def find_sites(
     return sites
 
 
-def _site(name: str, number: int, base: str, layer: nn.Module, layout: Layout, hidden_size: int, where: str) -> Site:
+def _site(
+    name: str,
+    number: int,
+    base: str,
+    layer: nn.Module,
+    layout: Layout,
+    hidden_size: int,
+    where: str,
+    detected: bool,
+) -> Site:
     if name == "layer":
         return Site(name, number, base, "output", hidden_size, None)
     if name == "attention":
@@ -174,7 +195,7 @@ def _site(name: str, number: int, base: str, layer: nn.Module, layout: Layout, h
         return Site(name, number, projection, "input", width, projection, (projection,))
     ffn = _first(layer, layout.ffn, where)
     experts = [path for path in alternatives(layout.experts) if _has(layer, path)]
-    if not any(_has(layer, path) for path in alternatives(layout.down)) and (experts or not layout.down):
+    if not any(_has(layer, path) for path in alternatives(layout.down)) and (experts or not layout.down or detected):
         if name == "neuron":
             why = "its feed-forward block is a mixture of experts" if experts else "its layout names none"
             raise _NotHere(
@@ -195,6 +216,17 @@ def _check_widths(name: str, sites: list[Site], family: str) -> None:
             raise _NotHere(
                 f"site {name!r} of {family}: found a width of {sites[0].width} in layer 0 and {site.width} in layer "
                 f"{site.layer}, expected one width in all layers; use another site"
+            )
+
+
+def _check_distinct(model: nn.Module, sites: list[Site], family: str) -> None:
+    first: dict[nn.Module, Site] = {}
+    for site in sites:
+        other = first.setdefault(model.get_submodule(site.path), site)
+        if other is not site:
+            raise SiteError(
+                f"site {site.name!r} of {family}: found one module in layers {other.layer} and {site.layer} "
+                f"({site.path}), expected each layer to have its own; its AUs would be those of both"
             )
 
 

@@ -239,7 +239,7 @@ class Steering:
             _folded.update(folded)
             try:
                 self._refresh_tables()
-                probe = FoldProbe.of(self._paths) if self._check else None
+                probe = FoldProbe.of(self._paths, self._model) if self._check else None
                 if self._routing is not None:
                     self._routing.attach()
                 for path in self._paths:

@@ -188,3 +188,27 @@ def test_a_mixture_that_is_not_understood_has_sites_but_is_not_folded(no_table):
     assert {(s.projection, s.parts) for s in sites["ffn"]} == {(None, ())}
     with torch.no_grad():
         assert model(torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_a_second_block_beside_projections_in_the_layer_is_refused(no_table):
+    model = tiny_model("opt")
+    for layer in model.model.decoder.layers:
+        layer.adapter = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 32))
+    with pytest.raises(SiteError, match="looked for one MLP module, found adapter, fc2"):
+        find_sites(model)
+
+
+def test_a_mixture_after_dense_layers_has_a_summed_output(no_table):
+    model = tiny_model("deepseek_v3")
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts = nn.ModuleList([nn.Linear(32, 32)])  # of no kind that is understood
+    sites = find_sites(model)
+    assert sites["ffn"][0].parts and not sites["ffn"][1].parts and "neuron" not in sites
+
+
+def test_experts_kept_in_embeddings_are_no_dense_block(no_table):
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.keys = nn.Embedding(4, 32)
+    with pytest.raises(SiteError, match="found an embedding in mlp, expected linear layers alone"):
+        find_sites(model)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import austeer
 from austeer import find_sites
@@ -209,3 +210,64 @@ def test_a_mixture_whose_weights_are_offloaded():
         torch.testing.assert_close(logits(model, BATCH), expected, rtol=1e-4, atol=1e-4)
         assert {row.path for row in steering.report()} == {"columns"}
     assert torch.equal(logits(model, BATCH), plain)
+
+
+class OtherMLP(LlamaMLP):
+    """A Llama's MLP that does more to the tensor than its down projection, in a way its modules do not show."""
+
+    kind = ""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.kind == "factor":
+            y *= 0.5  # in place: what the projection gave is changed, too
+        return {"factor": y, "skip": y + 0.5 * x, "clamp": y.clamp(-0.1, 0.1)}.get(self.kind, y)
+
+
+@pytest.mark.parametrize("kind", ["factor", "skip", "clamp"])
+@pytest.mark.parametrize("operation", ["scale", "shift"])
+def test_a_block_that_does_more_than_its_projection_is_neither_folded_nor_fused(kind, operation):
+    model = tiny_model("llama", mlp_bias=True)
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("Other", (OtherMLP,), {"kind": kind})
+    ids = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+    plan = random_plan(model, "ffn", 30, operation)
+    expected, state = formula_logits(model, ids, plan, 1.5), torch.get_rng_state()
+    with austeer.steer(model, plan, 1.5) as steering:
+        torch.testing.assert_close(logits(model, ids), expected)
+        assert {row.path for row in steering.report()} == {"columns"}
+        assert "does more to the tensor than its projection" in steering.report()[0].reason
+    assert torch.equal(torch.get_rng_state(), state)
+    for mode in ("fold", "fused"):
+        with pytest.raises(austeer.SteeringError, match="does more to the tensor"):
+            austeer.steer(model, plan, mode=mode)
+    austeer.steer(model, random_plan(model, "neuron", 30), mode="fold")  # the projection's input is what it was
+    for layer in model.model.layers:
+        type(layer.mlp).kind = ""
+    assert {row.path for row in austeer.steer(model, plan).report()} == {"fold"}
+
+
+def test_a_mixture_that_adds_to_its_experts_fails_the_self_check():
+    model = tiny_model("mixtral")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    base = type(model.model.layers[0].mlp)
+    other = type("Other", (base,), {"forward": lambda self, x: base.forward(self, x) + 0.5 * x})
+    for layer in model.model.layers:
+        layer.mlp.__class__ = other
+    plan = random_plan(model, "ffn", 30)
+    with pytest.raises(austeer.SteeringError, match=r"self-check: fold at site 'ffn'.*Use another mode"):
+        austeer.steer(model, plan, 2.0).attach()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with austeer.steer(model, plan, 2.0, mode="columns"):
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+def test_weights_made_in_inference_mode_are_left_alone():
+    with torch.inference_mode():
+        model = tiny_model("llama")
+        with austeer.steer(model, random_plan(model, "ffn", 9), 1.0, mode="fold"):
+            pass
+    plan = random_plan(model, "ffn", 9)
+    assert "made in inference mode" in austeer.steer(model, plan).report()[0].reason
+    with pytest.raises(austeer.SteeringError, match="made in inference mode"):
+        austeer.steer(model, plan, mode="fold")

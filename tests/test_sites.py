@@ -8,9 +8,11 @@ import peft
 import pytest
 import torch
 
+import austeer
 from austeer import Layout, SiteError, find_sites
 from austeer.families import LAYOUTS
 from austeer.sites import Fingerprint, decoder_of, fingerprint, input_device
+from dense_formula import logits, random_plan
 from tiny_models import FAMILIES, tiny_model
 
 
@@ -148,3 +150,29 @@ def test_input_device_of_an_offloaded_model(tiny):
     offloaded = copy.deepcopy(tiny)
     offloaded.model.embed_tokens.to("meta")
     assert input_device(offloaded) == torch.device("cpu")
+
+
+def test_layers_and_modules_that_are_one_are_refused(tiny):
+    shared = copy.deepcopy(tiny)
+    shared.model.layers[2].mlp = shared.model.layers[0].mlp
+    with pytest.raises(SiteError, match=r"site 'ffn'.*found one module in layers 0 and 2 \(model\.layers\.2\.mlp\)"):
+        find_sites(shared, "ffn")
+    assert len(find_sites(shared, "attention")["attention"]) == 3
+    repeated = copy.deepcopy(tiny)
+    repeated.model.layers = torch.nn.ModuleList([*tiny.model.layers[:2], tiny.model.layers[0]])
+    with pytest.raises(SiteError, match="found one module in layers 0 and 2"):
+        find_sites(repeated, "layer")
+
+
+def test_a_config_that_bypasses_the_projections_is_refused():
+    with pytest.raises(SiteError, match=r"found slow_but_exact.*set it to False"):
+        find_sites(tiny_model("bloom", slow_but_exact=True, pretraining_tp=2))
+
+
+def test_layers_that_return_lists_are_steered_and_captured():
+    model = tiny_model("openai-gpt", n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    ids = {"input_ids": torch.tensor([[3, 4, 5]])}
+    plan = random_plan(model, "layer", 20)
+    plain = logits(model, ids)
+    with austeer.steer(model, plan, 2.0):
+        assert not torch.equal(logits(model, ids), plain)
