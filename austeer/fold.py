@@ -15,7 +15,7 @@ from .capture import first_tensor
 from .linear import Weights, weights_of
 from .path import Path
 from .paths import FLOATING
-from .sites import Site
+from .sites import Site, input_device
 from .strengths import StrengthTable
 
 
@@ -116,11 +116,13 @@ def why_not_the_projection(model: nn.Module, site: Site) -> str | None:
         return None
     block, projection = model.get_submodule(site.path), model.get_submodule(str(site.projection))
     weight = next(projection.parameters())
-    x = torch.randn(1, 4, site.width, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(weight)
+    x = torch.randn(1, 4, site.width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    device = input_device(model) if weight.device.type == "meta" else weight.device  # offloaded: loaded as it runs
+    x = x.to(device, weight.dtype)
     made: list[Tensor] = []
     handle = projection.register_forward_hook(lambda module, args, output: made.append(output.clone()))
     try:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             found = first_tensor(type(block).forward(block, x))
     except Exception as error:  # of someone else's code: whatever it is, the block needs more than its input
         return f"{site.path} does not run by itself ({type(error).__name__})"

@@ -82,7 +82,8 @@ class Steering:
             scoped = self.scope.name != "all"
             prompt = Prompt(_generating(self._model), device, rows.expect if rows else None, scoped)
             self._routing = Routing(self.scope, rows, prompt, self._decoder)
-        self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
+        with _lock:  # planning may run a block once, with a hook on it
+            self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
         self._expect_finite()
 
     def __repr__(self) -> str:
