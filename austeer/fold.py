@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from austeer_kernels import reference
 
 from .capture import first_tensor
+from .hooks import hooks_on
 from .linear import Weights, weights_of
 from .path import Path
 from .paths import FLOATING
@@ -56,7 +57,7 @@ class Fold(Path):
             if self.site.side == "output":
                 steered = bias.index_select(-1, index).to(wide) * factor + shift
                 bias.index_copy_(-1, index, steered.to(bias.dtype))
-            elif table.operation == "shift":
+            elif table.shifts:
                 bias.copy_(bias.to(wide) + slice_ @ shift)
 
     @torch.no_grad()
@@ -139,7 +140,7 @@ def _why_not_part(module: nn.Module, site: Site, operation: str, storages: Count
         return weights
     if operation == "shift" and getattr(module, weights.bias or "", None) is None:
         return "shift needs a bias and the layer has none"
-    if any(getattr(hook, "offload", False) for hook in _accelerate_hooks(module)):
+    if any(getattr(hook, "offload", False) for hook in hooks_on(module)):
         return "the weight is offloaded"
     for name in (weights.weight, weights.bias):
         if name is None:
@@ -177,14 +178,6 @@ def _why_not_between(model: nn.Module, site: Site, path: str) -> str | None:
         if end > inside and (module._forward_hooks or module._forward_pre_hooks):
             return f"{'.'.join(names[:end])} has hooks"
     return None
-
-
-def _accelerate_hooks(module: nn.Module) -> Iterator[object]:
-    waiting = [getattr(module, "_hf_hook", None)]
-    while waiting:
-        hook = waiting.pop()
-        waiting += getattr(hook, "hooks", ())
-        yield hook
 
 
 def shared_storages(model: nn.Module) -> Counter:

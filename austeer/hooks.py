@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
@@ -47,8 +50,7 @@ class Attachment:
         Raises:
             SteeringError: another hook has replaced ours, so that it did not run; it leaves no trace all the same.
         """
-        found = getattr(self.module, "_hf_hook", None)
-        if found is None or not _contains(found, self.hook):
+        if self.hook not in hooks_on(self.module):
             if self.hook.bound:
                 self.hook.detach_hook(self.module)
                 raise SteeringError(
@@ -56,7 +58,7 @@ class Attachment:
                     "steered since; expected hooks to be added with append=True"
                 )
             return
-        rest = _without(found, self.hook)
+        rest = _without(cast(ModelHook, self.module._hf_hook), self.hook)
         if rest is not None:
             # Removing accelerate's own hook would load offloaded weights back: take out ours only.
             self.hook.detach_hook(self.module)
@@ -68,19 +70,19 @@ class Attachment:
             vars(self.module).pop("forward", None)
 
 
-def is_hooked(module: nn.Module, kind: type[ModelHook]) -> bool:
-    """Whether a hook of this kind is on the module, alone or in a chain."""
+def hooks_on(module: nn.Module) -> Iterator[ModelHook]:
+    """Every accelerate hook of a module, however deep they are chained; the chains themselves, too."""
     waiting = [getattr(module, "_hf_hook", None)]
     while waiting:
         hook = waiting.pop()
-        if isinstance(hook, kind):
-            return True
-        waiting += getattr(hook, "hooks", ())
-    return False
+        if hook is not None:
+            waiting += getattr(hook, "hooks", ())
+            yield hook
 
 
-def _contains(hook: ModelHook, ours: ModelHook) -> bool:
-    return hook is ours or (isinstance(hook, SequentialHook) and any(_contains(h, ours) for h in hook.hooks))
+def is_hooked(module: nn.Module, kind: type[ModelHook]) -> bool:
+    """Whether a hook of this kind is on the module, alone or in a chain."""
+    return any(isinstance(hook, kind) for hook in hooks_on(module))
 
 
 def _without(hook: ModelHook, ours: ModelHook) -> ModelHook | None:

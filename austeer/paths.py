@@ -161,8 +161,8 @@ class TensorPath(HookPath):
         if rows is NOBODY:
             return x
         if self._check and self.checks_now(x):
-            with checked_tensor(self, x, rows) as check:
-                return check(self.apply(x, rows))
+            check = checked_tensor(self, x, rows)
+            return check(self.apply(x, rows))
         return self.apply(x, rows)
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:

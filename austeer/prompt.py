@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,10 @@ class Prompt:
         self._length = length
         self.known = length is not None
         self.on_device.fill_(length or 0)
+
+    def end(self, on_device: bool) -> int | Tensor:
+        """The length where it is known; as the device's buffer, for what is compiled or captured."""
+        return self.on_device if on_device else cast(int, self._length)
 
     def attach(self) -> None:
         self.turn.give_back()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ class Routing:
         if scope.name == "all":
             return 0, END
         if prompt.known:
-            end = prompt.on_device if on_device else cast(int, prompt.length)
+            end = prompt.end(on_device)
         else:  # outside generate a call of several tokens is prompt, and a call of one on a filled cache is not
             fresh = length > 1 or (not isinstance(past, Tensor) and past == 0)
             if not fresh and scope.name == "last_prompt_token":
@@ -148,7 +148,7 @@ class Routing:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             end = past + length  # the mask may be longer, for what a static cache will hold
             if self.prompt.known:
-                end = _least(self.prompt.on_device if on_device else cast(int, self.prompt.length), end)
+                end = _least(self.prompt.end(on_device), end)
             return padding(mask, _on(end, mask.device))
         if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[0] == batch:
             before = (past + length - 1 - positions[:, -1]).clamp(min=0)

@@ -6,8 +6,7 @@ check compares a few tokens with the formula in float64; it costs one small copy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +51,10 @@ def _outputs(path: Path, linear: nn.Linear) -> Tensor:
     return torch.cat([steered[: OUTPUTS // 2], others]).unique()
 
 
-@contextmanager
-def checked_tensor(path: Path, x: Tensor, rows: Tensor | None) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Gives a function that compares the steered ``x`` with the formula, and returns it.
+def checked_tensor(path: Path, x: Tensor, rows: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A function that compares what ``x`` became with the formula, and returns it. Made before ``x`` is steered.
 
-    Raises:
+    Raises (the function):
         SteeringError: they differ by more than rounding.
     """
     flat = x.detach().reshape(-1, x.shape[-1])
@@ -73,7 +71,7 @@ def checked_tensor(path: Path, x: Tensor, rows: Tensor | None) -> Iterator[Calla
         _compare(path, after, expected, 4 * rounding.eps * (parts + rounding.tiny))
         return result
 
-    yield check
+    return check
 
 
 def check_linear(path: Path, x: Tensor, linear: nn.Linear, rows: Tensor | None, y: Tensor) -> None:

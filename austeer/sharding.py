@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .errors import SteeringError
-from .sites import Site, unwrap
+from .sites import Site, base_of
 
 #: Styles of Transformers' plans under which a row-wise layer receives its whole input and takes its slice itself.
 _SPLIT_INSIDE = ("rowwise_split_input", "rowwise_rep")
@@ -57,9 +57,6 @@ def is_split(parameter: object) -> bool:
 
 def _style(model: nn.Module, path: str) -> str | None:
     """What Transformers' plan for tensor parallelism says of a module; its names may leave out a prefix of the path."""
-    model = unwrap(model)
-    if hasattr(model, "get_base_model"):  # PEFT's wrapper
-        model = model.get_base_model()  # type: ignore[operator]
-    plan = getattr(model, "tp_plan", None) or {}
+    plan = getattr(base_of(model), "tp_plan", None) or {}
     names = re.sub(r"\.\d+(?=\.|$)", ".*", path).split(".")
     return next((plan[name] for name in (".".join(names[i:]) for i in range(len(names))) if name in plan), None)

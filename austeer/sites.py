@@ -91,19 +91,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``'s and PEFT's wrappers, or the model itself."""
+    model = unwrap(model)
+    return unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
     """The language model without its head and without what encodes images: what has to run to fill every site.
 
     The same module for a model with a head, without one, compiled, or in PEFT's wrapper.
     """
-    model = unwrap(model)
-    if hasattr(model, "get_base_model"):  # PEFT's wrapper
-        model = unwrap(model.get_base_model())  # type: ignore[operator]
-    if not hasattr(model, "get_decoder"):
-        return getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
-    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
-    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
-        # ModernBERT's decoder calls its head so
+    model = base_of(model)
+    decoder: nn.Module | None = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    # ModernBERT's decoder calls its head so, which has no layers
+    if decoder is None or not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
         return getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
     inner = getattr(decoder, "model", None)  # Llama 4's text model with a head calls itself the decoder
     return decoder_of(inner) if isinstance(inner, nn.Module) and hasattr(inner, "get_decoder") else decoder

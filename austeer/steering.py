@@ -26,7 +26,7 @@ from .routing import Routing
 from .rows import NO_NAMES, Rows
 from .scope import parse_scope
 from .selfcheck import FoldProbe
-from .sites import Layout, Site, decoder_of, find_sites, fingerprint, input_device, unwrap
+from .sites import Layout, Site, base_of, decoder_of, find_sites, fingerprint, input_device, unwrap
 
 #: Decoder (not its wrapper, so that a model and its head-less part are one) -> how many AUs of it are steered.
 _steered: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -80,7 +80,7 @@ class Steering:
             device = input_device(self._model)
             rows = Rows(list(self.plans), device) if self._named else None
             scoped = self.scope.name != "all"
-            prompt = Prompt(_generating(self._model), device, rows.expect if rows else None, scoped)
+            prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped)
             self._routing = Routing(self.scope, rows, prompt, self._decoder)
         with _lock:  # planning may run a block once, with a hook on it
             self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
@@ -376,11 +376,6 @@ def _plans(plan: Plan | Mapping[str, Plan]) -> dict[str, Plan]:
 
 def _has_virtual_tokens(model: nn.Module) -> bool:
     return bool(getattr(getattr(unwrap(model), "active_peft_config", None), "is_prompt_learning", False))
-
-
-def _generating(model: nn.Module) -> nn.Module:
-    """The model whose ``generate`` runs, inside PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:

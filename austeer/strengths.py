@@ -100,7 +100,6 @@ class StrengthTable:
         self.magnitude = entries[0].magnitude
         if any(entry.magnitude != self.magnitude for entry in entries):
             raise ValueError("found plans with and without magnitude in one table")
-        self.operation = entries[0].operation
         self.shifts = any(entry.operation == "shift" for entry in entries)
         self.scales = any(entry.operation != "shift" for entry in entries)
         self._key: object = None
@@ -141,8 +140,6 @@ class StrengthTable:
         return gathered
 
     def _view(self) -> None:
-        self._key = None
-
         self.dense_gamma = None if self.gamma_rows is None else self.gamma_rows[:-1]
         self.dense_shift = None if self.shift_rows is None else self.shift_rows[:-1]
 
@@ -164,5 +161,5 @@ class StrengthTable:
         for name in ("index", "gamma", "shift", "gamma_rows", "shift_rows"):
             buffer = getattr(self, name)
             setattr(self, name, None if buffer is None else buffer.to(device))
-        self.device = device
+        self.device, self._key = device, None
         self._view()
