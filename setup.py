@@ -22,7 +22,11 @@ REQUIRES = [
     "rich>=13.9",
 ]
 
+# Pairs in Zstandard files, in Parquet and in Hugging Face datasets.
+DATA = ["zstandard>=0.23", "pyarrow>=21", "datasets>=4.4,<6"]
+
 EXTRAS = {
+    "data": DATA,
     "demo": ["gguf>=0.17", "matplotlib>=3.9"],
     "plots": ["matplotlib>=3.9"],
     "peft": ["peft>=0.18"],
@@ -30,6 +34,7 @@ EXTRAS = {
     "vllm": ["peft>=0.18"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.9"],
     "dev": [
+        *DATA,
         "pytest>=8",
         "pytest-benchmark>=5",
         "pytest-timeout>=2.3",

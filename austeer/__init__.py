@@ -20,11 +20,13 @@ from .errors import (
     SteeringError,
     SteeringWarning,
 )
-from .momentum import Counters, Momentum, measure
+from .measuring import measure
+from .momentum import Counters, Momentum
 from .pairs import Pair, Pairs, load_pairs
 from .plan import AtomicUnit, Plan
 from .sites import Layout, Site, find_sites
 from .steering import Steering, is_steered, steer
+from .stream import PairStream, stream_pairs
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ __all__ = [
     "Layout",
     "Momentum",
     "Pair",
+    "PairStream",
     "Pairs",
     "PairsError",
     "Plan",
@@ -52,4 +55,5 @@ __all__ = [
     "load_pairs",
     "measure",
     "steer",
+    "stream_pairs",
 ]

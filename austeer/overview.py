@@ -12,7 +12,7 @@ from scipy import stats
 from .errors import FileFormatError, SelectionError
 from .momentum import Momentum
 from .plan import FILE_NAME, AtomicUnit, Plan
-from .selection import adjusted_p_values, effect_size, p_values, signed_rate
+from .selection import adjusted_p_values, effect_size, p_values, ranking, signed_rate
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def of_momentum(momentum: Momentum, site: str | None, k: int) -> Overview:
     counters = momentum.counters(site)
     size = counters.positive.numel()
     plan = momentum.select(site, k=min(k, size))
-    chosen = plan.layer.long() * counters.positive.shape[1] + plan.index.long()
+    chosen = ranking(momentum, site)[: len(plan)]
     beta = signed_rate(counters, momentum.pairs).flatten().abs()
     cut = plan.beta[-1].abs().item()
     tied = int((beta.float() == cut).sum())
@@ -80,7 +80,7 @@ def of_momentum(momentum: Momentum, site: str | None, k: int) -> Overview:
         origin=f"momentum of {momentum.pairs} pairs on {momentum.model.name}",
         site=site,
         units=list(plan),
-        by_layer=_by_layer(list(plan), counters.positive.shape[0]),
+        by_layer=_by_layer(list(plan), momentum.model.layers),
         effect=effect_size(counters, momentum.pairs).flatten()[chosen].tolist(),
         p=p_values(counters).flatten()[chosen].tolist(),
         beta_histogram=_beta_histogram(beta, momentum.pairs),

@@ -13,11 +13,11 @@ class Progress:
     """A context manager; ``advance`` moves it. Shown on standard error, so that results can be piped.
 
     Args:
-        what: what is being done. total: how many units. unit: what they are called.
+        what: what is being done. total: how many units, None if that is not known yet. unit: what they are called.
         show: True or False; by default it is shown if standard error is a terminal.
     """
 
-    def __init__(self, what: str, total: int, unit: str, show: bool | None = None):
+    def __init__(self, what: str, total: int | None, unit: str, show: bool | None = None):
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -34,10 +34,18 @@ class Progress:
         self._unit = unit
         self._task = self._bar.add_task(what, total=total, rate="")
 
-    def advance(self, by: int = 1) -> None:
+    def advance(self, by: int = 1, note: str = "", total: int | None = None) -> None:
+        """Moves on by so many units.
+
+        Args:
+            note: shown behind the rate. total: a better estimate of all units, if there is one.
+        """
         self._bar.advance(self._task, by)
         speed = self._bar.tasks[0].finished_speed or self._bar.tasks[0].speed
-        self._bar.update(self._task, rate=f"{speed:.1f} {self._unit}/s" if speed else "")
+        rate = f"{speed:.1f} {self._unit}/s" if speed else ""
+        self._bar.update(self._task, rate=f"{rate}, {note}" if rate and note else rate or note)
+        if total is not None:
+            self._bar.update(self._task, total=total)
 
     def __enter__(self) -> Progress:
         self._bar.start()

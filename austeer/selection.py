@@ -52,7 +52,7 @@ def adjusted_p_values(counters: Counters) -> Tensor:
 
 
 def ranking(momentum: Momentum, site: str, ties: str = "effect") -> Tensor:
-    """All AUs of a site, best first: int64 [layers * width], layer * width + index.
+    """All AUs of a site, best first: int64 [layers * width], row * width + index in the counters.
 
     Ordered by |beta|. ``ties="public"`` then takes the earlier layer and the lower index, as the public code does;
     ``"effect"`` takes the larger effect size first. Deterministic: integer counts decide, and a stable sort.
@@ -106,7 +106,7 @@ def select(
     beta = signed_rate(counters, momentum.pairs).flatten()
     return Plan(
         site=(site,) * len(chosen),
-        layer=(chosen // width).int(),
+        layer=torch.tensor(momentum.layers)[chosen // width].int(),
         index=(chosen % width).int(),
         beta=beta[chosen].float(),
         delta=(counters.delta_sum.flatten()[chosen] / momentum.pairs).float(),

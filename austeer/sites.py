@@ -260,6 +260,11 @@ def _first(parent: nn.Module, paths: Paths, where: str) -> str:
     )
 
 
+def layers_path(model: nn.Module, layout: Layout | None = None) -> str:
+    """The path of the list of decoder layers, from the model's root."""
+    return find_sites(model, ["layer"], layout)["layer"][0].path.rpartition(".")[0]
+
+
 def fingerprint(model: nn.Module, sites: dict[str, list[Site]]) -> Fingerprint:
     """What ``sites`` were found on."""
     config = text_config(model)

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .capture import batches, check_vocabulary, evaluating
+from .capture import check_vocabulary, evaluating, vocabulary_size
 from .errors import PairsError
-from .pairs import Pairs, encode
+from .packing import batches
+from .pairs import Pairs
 from .sites import decoder_of, input_device, text_config, unwrap
+from .tokens import encode
 
 
 @torch.no_grad()
@@ -92,16 +94,17 @@ def _hidden_states(
     """Last hidden states of texts, batch by batch: which texts, and [batch, length, hidden], padded on the right."""
     decoder, device = decoder_of(model), input_device(model)
     accepts = inspect.signature(decoder.forward).parameters
-    check_vocabulary(model, token_ids)
-    for batch in batches([len(ids) for ids in token_ids], batch_tokens):
-        rows = [torch.as_tensor(token_ids[i]) for i in batch]
+    check_vocabulary(vocabulary_size(model), token_ids)
+    for batch in batches(token_ids, batch_tokens, share=False):
+        texts = batch.texts.tolist()
         # Causal attention: what is padded on the right cannot reach what is read.
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(device)
+        lengths = torch.tensor([len(token_ids[i]) for i in texts])
+        ids = batch.ids.to(device)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
         cache = {"use_cache": False} if "use_cache" in accepts else {}
         with evaluating(model):
             output = decoder(input_ids=ids, attention_mask=mask, **cache)
-        yield batch, output.last_hidden_state
+        yield texts, output.last_hidden_state
 
 
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:

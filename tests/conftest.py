@@ -102,6 +102,18 @@ def tiny_of(demo):
 
 
 @pytest.fixture(scope="session")
+def tiny64(demo):
+    """A random model whose rounding, in float64, is too small to turn a comparison; one for all examples."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(demo[1]), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="session")
 def demo_momentum(demo):
     """Momentum of the demo's first 64 pairs at the sites attention and ffn."""
     import austeer

@@ -1,4 +1,4 @@
-"""Contrastive pairs: reading with every complaint, splitting, chat templates, tokenising."""
+"""Contrastive pairs: reading with every complaint, splitting, chat templates."""
 
 import copy
 import csv
@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
 import austeer
 from austeer import Pair, Pairs, PairsError, load_pairs
-from austeer.pairs import render_chat, tokenise
+from austeer.pair import render_chat
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 ROWS = [
@@ -96,6 +95,22 @@ def test_real_data_by_field_mapping(name):
     with (DATA / name).open(encoding="utf-8") as file:
         assert [tuple(json.loads(line)[f] for f in fields) for line in file] == [tuple(vars(p).values()) for p in pairs]
     assert len(pairs) == 1000
+
+
+def test_where_finds_what_json_writes(tmp_path):
+    rows = [{"prompt": "p", "positive": " a", "negative": f" {i}", "ok": i % 2 == 0, "n": i} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for wanted in ("true", True):
+        assert [p.negative for p in load_pairs(tmp_path / "p.jsonl", where={"ok": wanted})] == [" 0", " 2", " 4"]
+    assert len(load_pairs(tmp_path / "p.jsonl", where={"ok": "false"})) == 3
+
+
+def test_what_is_no_pairs_and_a_limit_of_none_at_all(tmp_path):
+    with pytest.raises(PairsError, match="found NoneType"):
+        Pairs.of(None)
+    (tmp_path / "p.jsonl").write_text("{}")
+    with pytest.raises(PairsError, match="limit: found 0"):
+        load_pairs(tmp_path / "p.jsonl", limit=0)
 
 
 # --- bad files -------------------------------------------------------------------------------------------------------
@@ -214,6 +229,19 @@ def test_all_sides_equal(tmp_path):
     assert load_pairs(write(tmp_path / "some.jsonl", [*rows, ROWS[0]])).identical == 3
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,positive,negative\nThe food was,great, really great,bad\n", "line 2: found more than 3 fields"),
+        ("prompt,positive,positive,negative\na,b,c,d\n", "found a column name twice"),
+    ],
+)
+def test_a_csv_that_would_be_misread_is_refused(tmp_path, text, message):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(PairsError, match=message):
+        load_pairs(tmp_path / "p.csv")
+
+
 # --- from memory -----------------------------------------------------------------------------------------------------
 
 
@@ -306,120 +334,3 @@ def test_tokenizer_without_chat_template(demo):
     plain.chat_template = None
     with pytest.raises(PairsError, match="the tokenizer has no chat template"):
         render_chat(plain, "Hello")
-
-
-# --- tokenising ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def framing(demo):
-    """The demo's tokenizer, but one that begins with bos and ends with eos by itself."""
-    tokenizer = copy.deepcopy(demo[1])
-    special = [(tokenizer.bos_token, tokenizer.bos_token_id), (tokenizer.eos_token, tokenizer.eos_token_id)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{tokenizer.bos_token} $A {tokenizer.eos_token}", special_tokens=special
-    )
-    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    return tokenizer
-
-
-def test_sides_are_prompt_and_continuation_joined(demo):
-    tokens = tokenise(demo[1], Pairs.of(EXPECTED), 512)
-    assert [demo[1].decode(ids) for ids in tokens.positive] == [p.prompt + p.positive for p in EXPECTED]
-    assert [demo[1].decode(ids) for ids in tokens.negative] == [p.prompt + p.negative for p in EXPECTED]
-    assert tokens.cut == 0
-
-
-def test_appended_eos_is_dropped_and_bos_kept(demo, framing):
-    plain, framed = (tokenise(t, Pairs.of(EXPECTED), 512) for t in (demo[1], framing))
-    bos = [demo[1].bos_token_id]
-    assert framed.positive == [bos + ids for ids in plain.positive]
-    assert framed.negative == [bos + ids for ids in plain.negative]
-
-
-def test_eos_that_the_text_itself_ends_with_stays(demo):
-    end = demo[1].eos_token
-    tokens = tokenise(demo[1], Pairs.of([("a", f" b{end}", f" c{end}"), ("d", " e", " f")]), 512)
-    assert [ids[-1] == demo[1].eos_token_id for ids in tokens.positive + tokens.negative] == [True, False, True, False]
-
-
-def test_rendered_chat_gets_no_second_bos(demo, framing):
-    rendered = Pairs.of(EXPECTED).with_chat_template(framing)
-    for ids in tokenise(framing, rendered, 512).positive:
-        assert ids[:2].count(framing.bos_token_id) == 1 and ids[-1] != framing.eos_token_id
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 60), st.booleans())
-def test_long_texts_lose_their_beginning(demo, framing, max_length, words, with_bos):
-    tokenizer = framing if with_bos else demo[1]
-    pairs = Pairs.of([("one" + " two" * words, " good", " bad"), ("The soup was", " good", " bad")])
-    whole, cut = tokenise(tokenizer, pairs, 10_000), tokenise(tokenizer, pairs, max_length)
-    longer = 0
-    for before, after in zip(whole.positive + whole.negative, cut.positive + cut.negative):
-        if len(before) <= max_length:
-            assert after == before
-            continue
-        longer += 1
-        bos = [tokenizer.bos_token_id] if with_bos and max_length > 1 else []
-        assert len(after) == max_length and after[: len(bos)] == bos
-        assert after[len(bos) :] == before[len(before) - max_length + len(bos) :], "the end, with the answer, must stay"
-    assert cut.cut == longer and whole.cut == 0
-
-
-# --- what counts for nothing, and what must not slip through ---------------------------------------------------------
-
-
-def test_pairs_equal_in_tokens_are_left_out_and_counted(demo):
-    pairs = Pairs.of([("a", " b", " c"), ("d", " e", " e"), ("f", " g", " h")])
-    tokens = tokenise(demo[1], pairs, 100)
-    assert tokens.number == [0, 2] and tokens.identical == 1 and len(tokens.positive) == len(tokens.negative) == 2
-
-
-def test_pairs_that_a_cut_makes_equal_are_left_out(demo):
-    pairs = Pairs.of([("x", " one end", " two end"), ("x", " one", " two")])
-    tokens = tokenise(demo[1], pairs, 1)
-    assert tokens.number == [1] and tokens.identical == 1 and tokens.cut == 4
-    with pytest.raises(PairsError, match=r"all 2 pairs .* after 4 texts were cut to 1; give a larger max_length"):
-        tokenise(demo[1], Pairs.of([("x", " one end", " two end"), ("y", " three end", " two end")]), 1)
-
-
-def test_a_text_without_a_token_is_named(demo):
-    class Empty:
-        eos_token_id = bos_token_id = None
-
-        def __call__(self, texts, **options):
-            return {"input_ids": [[1], [2], [], [3]]}
-
-    with pytest.raises(PairsError, match=r"memory, pair 0: found no token in 'a c'"):
-        tokenise(Empty(), Pairs.of([("a", " b", " c"), ("d", " e", " f")]), 10)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("prompt,positive,negative\nThe food was,great, really great,bad\n", "line 2: found more than 3 fields"),
-        ("prompt,positive,positive,negative\na,b,c,d\n", "found a column name twice"),
-    ],
-)
-def test_a_csv_that_would_be_misread_is_refused(tmp_path, text, message):
-    (tmp_path / "p.csv").write_text(text)
-    with pytest.raises(PairsError, match=message):
-        load_pairs(tmp_path / "p.csv")
-
-
-def test_where_finds_what_json_writes(tmp_path):
-    rows = [{"prompt": "p", "positive": " a", "negative": f" {i}", "ok": i % 2 == 0, "n": i} for i in range(6)]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for wanted in ("true", True):
-        assert [p.negative for p in load_pairs(tmp_path / "p.jsonl", where={"ok": wanted})] == [" 0", " 2", " 4"]
-    assert len(load_pairs(tmp_path / "p.jsonl", where={"ok": "false"})) == 3
-
-
-def test_what_is_no_pairs_and_a_limit_of_none_at_all(tmp_path):
-    with pytest.raises(PairsError, match="found NoneType"):
-        Pairs.of(None)
-    (tmp_path / "p.jsonl").write_text("{}")
-    with pytest.raises(PairsError, match="limit: found 0"):
-        load_pairs(tmp_path / "p.jsonl", limit=0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from austeer import Counters, Momentum, SelectionError
-from austeer.momentum import _Counting
+from austeer.counting import Counting
 from austeer.selection import effect_size, p_values, ranking, signed_rate
 from austeer.sites import Fingerprint
 
@@ -20,7 +20,7 @@ LAYERS, WIDTH = 4, 37
 def momentum_of(delta):
     """Momentum of given differences [pairs, layers, width]."""
     pairs, layers, width = delta.shape
-    counting = _Counting(layers, width, torch.device("cpu"))
+    counting = Counting(layers, width, torch.device("cpu"))
     counting.add(torch.cat([delta, torch.zeros_like(delta)]), pairs, 0)
     return Momentum({"ffn": counting.counters()}, pairs, Fingerprint("llama", layers, {"ffn": width}, "random", None))
 

@@ -52,6 +52,6 @@ def main() -> None:
         fail(str(error))
     except OSError as error:  # a full disk, a folder that may not be read ...
         fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)

@@ -74,11 +74,22 @@ def split_names(value: str) -> list[str]:
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
-def load(name: str, dtype: str, device: str | None):
-    """A model and tokenizer, without the libraries' own progress bars."""
+def load(name: str, dtype: str, device: str | None, strategy: str = "resident"):
+    """A model and tokenizer, without the libraries' own progress bars; each process on its own GPU.
+
+    Args:
+        strategy: for "layerwise" the weights are left on disk; for "auto" if they do not fit into memory.
+    """
     from transformers.utils import logging
 
-    from ..models import load_model
+    from ..models import fits, load_model, load_offloaded
 
     logging.disable_progress_bar()
+    if device is None and "LOCAL_RANK" in os.environ:
+        import torch
+
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
+    by_map = device is not None and device.split(":")[0] not in ("cpu", "cuda")
+    if strategy == "layerwise" or (strategy == "auto" and not by_map and not fits(name, dtype, device)):
+        return load_offloaded(name, dtype, device)
     return load_model(name, dtype, device)

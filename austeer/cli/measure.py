@@ -2,69 +2,137 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import Device, DType, Json, Model, Quiet, check_writable, console, emit, load, split_names
+from .common import Device, DType, Json, Model, Quiet, check_writable, console, emit, load, note, split_names
 
 
 def measure(
-    pairs: Annotated[Path, typer.Argument(help="JSONL, JSON or CSV with a prompt and two continuations a row.")],
+    pairs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files with a prompt and two continuations a row: JSONL, JSON, CSV (also .gz, .zst), Parquet; or "
+            "hf:ORG/NAME, or a folder of Dataset.save_to_disk.",
+            show_default=False,
+        ),
+    ],
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The momentum file to write (safetensors).")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The momentum file to write (safetensors).", show_default=False)
+    ] = None,
     sites: Annotated[str, typer.Option(help="attention, ffn, layer, neuron; comma-separated.")] = "attention,ffn",
+    layers: Annotated[
+        str | None, typer.Option(help="Only these, for example 0-11,15; what is above is not run. [default: all]")
+    ] = None,
     prompt_field: Annotated[str, typer.Option(help="The name of the prompt's field.")] = "prompt",
     positive_field: Annotated[str, typer.Option(help="The name of the desired continuation's field.")] = "positive",
     negative_field: Annotated[str, typer.Option(help="The name of the undesired continuation's field.")] = "negative",
     where: Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of a dataset.")] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most so many pairs.", min=2)] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
     max_length: Annotated[int | None, typer.Option(help="Cut texts on the left to so many tokens.", min=1)] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, with padding.", min=1)] = None,
+    strategy: Annotated[
+        str, typer.Option(help="resident, layerwise (each layer is loaded once), or auto: by what fits into memory.")
+    ] = "auto",
+    share_prompts: Annotated[bool, typer.Option(help="Run what texts have in common once.")] = True,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in a batch, with padding. [default: by the device and its memory]", min=1)
+    ] = None,
     dtype: DType = "auto",
     device: Device = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Where counters are kept. [default: OUT.checkpoint]")] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Pairs between two checkpoints.", min=1)] = 1024,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
+    scratch: Annotated[Path | None, typer.Option(help="A folder for hidden states (layerwise).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only estimate time, memory and bytes, from the model's config.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite --out, and start anew over a checkpoint.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Count on contrastive pairs how often each AU is larger on the desired text (activation momentum).
 
     Example: `austeer measure pairs.jsonl --model demo --out kind.momentum`
-    """
-    from ..errors import PairsError
-    from ..momentum import measure as measure_momentum
-    from ..pairs import load_pairs
 
-    check_writable(out, force)
+    On several GPUs: `accelerate launch -m austeer measure ...` splits the pairs over the processes.
+    """
+    from ..errors import AusteerError, PairsError
+    from ..measuring import measure as measure_momentum
+    from ..stream import stream_pairs
+
     for condition in where or ():
         if "=" not in condition:
             raise PairsError(f"--where: found {condition!r}, expected FIELD=VALUE")
-    loaded = load_pairs(
-        pairs,
+    if out is None and not dry_run:
+        raise AusteerError("--out: found none, expected the momentum file to write")
+    loaded = stream_pairs(
+        pairs[0] if len(pairs) == 1 else pairs,
         prompt=prompt_field,
         positive=positive_field,
         negative=negative_field,
         where=dict(condition.split("=", 1) for condition in where or ()),
         limit=limit,
+        split=split,
     )
-    network, tokenizer = load(model, dtype, device)
+    names, numbers = split_names(sites), parse_layers(layers)
+    if dry_run:
+        estimate_only(
+            model,
+            loaded,
+            names,
+            json,
+            layers=numbers,
+            strategy=strategy,
+            dtype=dtype,
+            device=device,
+            batch_tokens=batch_tokens,
+            share_prompts=share_prompts,
+            max_length=max_length,
+        )
+        return
+    assert out is not None
+    check_writable(out, force)
+    checkpoint = checkpoint or out.with_name(f"{out.name}.checkpoint")
+    distributed, main = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0") == "0"
+    if force and not resume and main and not distributed:
+        remove_checkpoint(checkpoint)
+    if resume and main and not list(checkpoint.parent.glob(f"{checkpoint.name}*")):
+        note(f"{checkpoint}: there is no checkpoint; starting with the first pair")
+    start = time.perf_counter()
+    network, tokenizer = load(model, dtype, device, strategy)
+    load_seconds = time.perf_counter() - start
     if chat:
         loaded = loaded.with_chat_template(tokenizer)
-    start = time.perf_counter()
     momentum = measure_momentum(
         network,
         tokenizer,
         loaded,
-        split_names(sites),
+        names,
+        layers=numbers,
+        strategy=strategy,
+        share_prompts=share_prompts,
         batch_tokens=batch_tokens,
         max_length=max_length,
-        progress=False if quiet else None,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        distributed=distributed,
+        scratch=scratch,
+        progress=False if quiet or not main else None,
     )
-    seconds = time.perf_counter() - start
-    momentum.save(out)
+    if not main:
+        return
+    save(momentum, out, checkpoint)
+    assert momentum.report is not None
+    momentum.report.seconds.load = load_seconds
     if json:
         emit(
             {
@@ -73,16 +141,65 @@ def measure(
                 "cut": momentum.cut,
                 "identical": momentum.identical,
                 "sites": {name: list(c.positive.shape) for name, c in momentum.sites.items()},
-                "seconds": seconds,
+                "layers": list(momentum.layers),
+                "seconds": momentum.report.seconds.total,
+                "report": momentum.report.to_json(),
             }
         )
         return
-    console.print(f"{momentum.pairs} pairs on {momentum.model.name} in {seconds:.1f} s")
+    console.print(f"{momentum.pairs} pairs on {momentum.model.name} in {momentum.report.seconds.total:.1f} s")
     for name, counters in momentum.sites.items():
-        layers, width = counters.positive.shape
-        console.print(f"  {name:<9} {layers} layers x {width} AUs")
+        count, width = counters.positive.shape
+        console.print(f"  {name:<9} {count} layers x {width} AUs")
     if momentum.cut:
         console.print(f"  {momentum.cut} texts were cut on the left to fit")
     if momentum.identical:
         console.print(f"  {momentum.identical} pairs have equal sides and count for nothing")
+    for line in momentum.report.lines():
+        console.print(f"  {line}")
     console.print(f"wrote {out}\nnext: austeer inspect {out}")
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """``0-11,15`` as numbers."""
+    from ..errors import SiteError
+
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in split_names(text):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise SiteError(f"--layers: found {part!r}, expected numbers and ranges, for example 0-11,15")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def save(momentum, out: Path, checkpoint: Path) -> None:
+    """Writes the result and drops the checkpoint; where the disk is full, saves what can be saved and says where."""
+    from ..errors import AusteerError, FileFormatError
+
+    try:
+        momentum.save(out)
+    except FileFormatError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="austeer-"), out.name)
+        try:
+            momentum.save(elsewhere)
+        except FileFormatError:
+            raise AusteerError(
+                f"{error}. What was counted up to the last checkpoint is in {checkpoint}: make room, and run the same "
+                "with --resume"
+            ) from error
+        raise AusteerError(f"{error}. The result is whole, in {elsewhere}: move it from there") from error
+    remove_checkpoint(checkpoint)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Of all processes, with hidden states beside it."""
+    import shutil
+
+    for path in [checkpoint, *checkpoint.parent.glob(f"{checkpoint.name}.*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,82 @@
+"""Checkpoints of a measurement: counters on disk every so many blocks, to go on from after any interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .errors import FileFormatError
+from .momentum import Counters
+
+FORMAT, VERSION = "austeer-checkpoint", 1
+
+
+@dataclass(frozen=True)
+class State:
+    """What has been counted: every block of this process before ``block``.
+
+    Attributes:
+        block: the number of the next block. digest: hash of all pairs before it. pairs: how many of this
+            process' pairs are counted (cut, identical likewise).
+        sites: site name -> counters so far.
+        extra: what else has to be the same, and is found out at run time (for example the batch size).
+    """
+
+    block: int
+    digest: str
+    pairs: int
+    cut: int
+    identical: int
+    sites: Mapping[str, Counters]
+    extra: Mapping[str, Any]
+
+
+class Checkpoint:
+    """One file, written whole or not at all.
+
+    Args:
+        path: the file; each of several processes has its own, with its number behind the name.
+        settings: what a run must have in common with the one that it goes on from (JSON).
+        part: this process' number, and how many there are.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], part: tuple[int, int] = (0, 1)):
+        self.path = Path(path)
+        if part[1] > 1:
+            self.path = self.path.with_name(f"{self.path.name}.{part[0]}-of-{part[1]}")
+        self.settings = json.loads(json.dumps({**settings, "processes": part[1], "process": part[0]}))
+
+    def save(self, state: State) -> None:
+        """Raises FileFormatError where the file cannot be written; what it held before is still there."""
+        header = {name: value for name, value in vars(state).items() if name != "sites"}
+        header |= {"settings": self.settings, "sites": list(state.sites)}
+        tensors = {f"{site}.{name}": t for site, c in state.sites.items() for name, t in c.tensors().items()}
+        files.write(self.path, FORMAT, VERSION, header, tensors)
+
+    def load(self) -> State:
+        """Raises FileFormatError if the file is missing, damaged, or of a run with other settings (one is named)."""
+        header, tensors = files.read(self.path, FORMAT, VERSION)
+        settings = header.get("settings")
+        if not isinstance(settings, dict):
+            raise FileFormatError(f"{self.path}: found no settings; start anew, without resuming")
+        for name, expected in self.settings.items():
+            if settings.get(name) != expected:
+                raise FileFormatError(
+                    f"{self.path}: is of another run: found {name} {settings.get(name)!r}, expected {expected!r}. "
+                    "Give the same model, pairs and options, or another file, or start anew"
+                )
+        try:
+            sites = {
+                site: Counters(**{name: tensors[f"{site}.{name}"] for name in Counters.__dataclass_fields__})
+                for site in header["sites"]
+            }
+            return State(sites=sites, **{name: header[name] for name in State.__dataclass_fields__ if name != "sites"})
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{self.path}: inconsistent content ({error}); start anew") from error
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

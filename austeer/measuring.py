@@ -1,0 +1,352 @@
+"""measure(): pairs -> Momentum."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import Blocks
+from .capture import vocabulary_size
+from .checkpoint import Checkpoint
+from .errors import CaptureError, FileFormatError, PairsError, SiteError, SteeringError, check_count
+from .families import LAYOUTS
+from .layerwise import Layerwise, why_not
+from .measured import MeasureReport
+from .memory import automatic_batch_tokens
+from .momentum import Counters, Momentum
+from .pairs import Pair, Pairs
+from .processes import Processes
+from .sharing import tree_form
+from .sites import Layout, decoder_of, find_sites, fingerprint, input_device, layers_path, text_config
+from .steering import is_steered
+from .strategies import run_layerwise, run_resident
+from .stream import PairStream
+from .tally import Tally
+from .trees import forms
+
+STRATEGIES = ("auto", "resident", "layerwise")
+
+#: Pairs in a block: the unit of counting, of checkpoints and of splitting over processes. Large enough that texts of
+#: like length meet, small enough that few pairs still keep several processes busy.
+BLOCK_PAIRS = 128
+
+
+def measure(
+    model: nn.Module,
+    tokenizer,
+    pairs: Pairs | PairStream | Iterable[Pair | Mapping[str, str] | Sequence[str]],
+    sites: str | Sequence[str] = ("attention", "ffn"),
+    *,
+    layers: Iterable[int] | None = None,
+    strategy: str = "auto",
+    share_prompts: bool = True,
+    batch_tokens: int | None = None,
+    block_pairs: int = BLOCK_PAIRS,
+    max_length: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 8 * BLOCK_PAIRS,
+    resume: bool = False,
+    distributed: bool = False,
+    scratch: str | Path | None = None,
+    device: str | torch.device | None = None,
+    layout: Layout | None = None,
+    progress: bool | None = None,
+) -> Momentum:
+    """Counts activation momentum over contrastive pairs (paper, section on activation momentum).
+
+    Every text runs through the model without its head; the activations of its last token at each site are kept for
+    ``block_pairs`` pairs at a time and counted by one kernel call a site. Values are compared as the model made them.
+    What texts have in common (the prompt of a pair; a prompt that pairs share) runs once. Texts of like length share
+    a batch. ``momentum.report`` says how it went.
+
+    Args:
+        model: a Transformers decoder, in evaluation mode for the time of the call.
+        tokenizer: the model's own. One without a pad token is fine.
+        pairs: from :func:`load_pairs`, :func:`stream_pairs` (any number), or (prompt, positive, negative) tuples.
+        sites: names of sites, see :mod:`austeer.sites`.
+        layers: measure these layers only, for example ``range(12)``; those above the highest are not run.
+        strategy: "resident" runs each batch through the whole model; "layerwise" loads each layer once and runs all
+            pairs through it, which is what a model wants whose weights are offloaded; "auto" takes layerwise for
+            such a model where it can.
+        share_prompts: False runs every text whole. Models that cannot share do so anyway (the report says which).
+        batch_tokens: tokens in a batch, padding included; by default what suits the device and its free memory.
+        block_pairs: pairs whose activations are held at a time.
+        max_length: longer texts are cut on the left to so many tokens; the model's context by default.
+        checkpoint: a file in which the counters are kept while measuring; remove it when the result is saved.
+        checkpoint_every: pairs between two checkpoints, rounded up to whole blocks.
+        resume: go on from the checkpoint, if it is there.
+        distributed: split the pairs over the processes of ``accelerate launch``; each returns the whole result.
+        scratch: a folder for hidden states that do not fit into memory (layerwise); by default the system's temporary
+            one. With a checkpoint they are always kept in a folder, by default beside it.
+        device: layerwise, where to compute: for example a GPU that has no room for a model in the CPU's memory.
+        layout: attribute paths of a model whose family is not known.
+        progress: a progress bar on standard error; by default if that is a terminal.
+
+    Raises:
+        PairsError, SiteError: unusable pairs; a site, layer or family that is not known.
+        CaptureError: an activation is NaN or infinite (site, layer and pair are named), or a site was not reached.
+        FileFormatError: the checkpoint is damaged or of another run, or one is there and ``resume`` was not asked for.
+        SteeringError: the model is steered now.
+        MeasurementInterrupted: Ctrl-C or SIGTERM, with a checkpoint.
+    """
+    options: dict[str, Any] = {
+        "layers": layers,
+        "strategy": strategy,
+        "share_prompts": share_prompts,
+        "batch_tokens": batch_tokens,
+        "block_pairs": block_pairs,
+        "max_length": max_length,
+        "checkpoint": checkpoint,
+        "checkpoint_every": checkpoint_every,
+        "resume": resume,
+        "distributed": distributed,
+        "scratch": scratch,
+        "device": device,
+        "layout": layout,
+        "progress": progress,
+    }
+    return Measurement(model, tokenizer, pairs, sites, **options).run()
+
+
+class Measurement:
+    """One call of :func:`measure`: its arguments checked, and what both strategies work on.
+
+    Attributes:
+        sites: what is read, of the layers asked for. depth: how many layers have to run.
+        root: path of the list of layers. device: where tokens go in.
+        tally: what is counted so far. report: how it goes. every: blocks between two checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        pairs: Pairs | PairStream | Iterable[Pair | Mapping[str, str] | Sequence[str]],
+        sites: str | Sequence[str],
+        *,
+        layers: Iterable[int] | None,
+        strategy: str,
+        share_prompts: bool,
+        batch_tokens: int | None,
+        block_pairs: int,
+        max_length: int | None,
+        checkpoint: str | Path | None,
+        checkpoint_every: int,
+        resume: bool,
+        distributed: bool,
+        scratch: str | Path | None,
+        device: str | torch.device | None,
+        layout: Layout | None,
+        progress: bool | None,
+    ):
+        if is_steered(model):
+            raise SteeringError(
+                "the model is steered: its activations are not its own. Leave the steering context first"
+            )
+        if not isinstance(pairs, (Pairs, PairStream)):
+            pairs = Pairs.of(pairs)
+        if isinstance(pairs, Pairs) and not pairs:
+            raise PairsError(f"{pairs.source}: found no pairs, expected at least one")
+        if strategy not in STRATEGIES:
+            raise CaptureError(f"strategy: found {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+        self.block_pairs = check_count("block_pairs", block_pairs, 2**20, "pairs held at a time", PairsError)
+        self.every = -(-check_count("checkpoint_every", checkpoint_every, 2**62, "pairs", PairsError) // block_pairs)
+        if batch_tokens is not None:
+            check_count("batch_tokens", batch_tokens, 2**40, "tokens in a batch", PairsError)
+        found = find_sites(model, sites, layout)
+        if not found:
+            raise SiteError("sites: found none, expected at least one name, for example sites=['attention']")
+        self.model, self.tokenizer, self.pairs, self.progress = model, tokenizer, pairs, progress
+        self.fingerprint = fingerprint(model, found)
+        self.layers = chosen_layers(layers, self.fingerprint.layers)
+        self.sites = {name: [site for site in all_ if site.layer in self.layers] for name, all_ in found.items()}
+        self.depth, self.root = max(self.layers) + 1, layers_path(model, layout)
+        self.max_length = length_limit(model, max_length)
+        self.processes = Processes.launched() if distributed else Processes()
+        part = (self.processes.index, self.processes.count)
+        strategy = _strategy(model, strategy, device, layout)
+        self.report = MeasureReport(strategy=strategy, processes=self.processes.count)
+        self.checkpoint = None
+        if checkpoint is not None:
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+            settings: dict[str, Any] = {
+                "sites": list(self.sites),
+                "model": self.fingerprint.to_json(),
+                "dtype": str(dtype),
+                "layers": list(self.layers),
+                "pairs": pairs.source,
+                "chat_template": pairs.chat_template,
+                "block_pairs": block_pairs,
+                "max_length": self.max_length,
+                "share_prompts": share_prompts,
+                "strategy": strategy,
+            }
+            self.checkpoint = Checkpoint(checkpoint, settings, part)
+        self.layerwise = None
+        if strategy == "layerwise":
+            if self.checkpoint is not None:
+                scratch = Path(scratch or self.checkpoint.path.parent, f"{self.checkpoint.path.name}.hidden")
+            self.layerwise = Layerwise(
+                model, self.sites, device=device, scratch=scratch, persistent=checkpoint is not None, layout=layout
+            )
+        self.device = self.layerwise.device if self.layerwise else input_device(model)
+        self.tally, self.first_layer = Tally(self.sites, self.device), 0
+        resumed = self._resumed(resume)
+        self.batch_tokens = batch_tokens or resumed.get("batch_tokens") or automatic_batch_tokens(model, self.device)
+        self.tree = self._tree() if share_prompts else None
+        if resumed and resumed["tree"] != self.tree:
+            raise FileFormatError(
+                f"{checkpoint}: found shared prompts run as {resumed['tree']!r}, and this model on this device takes "
+                f"{self.tree!r}; go on where it was begun, or start anew"
+            )
+        if self.layerwise is not None and self.tree is not None:
+            self.layerwise.tree = self.tree
+        self.report.shared_prompts, self.report.batch_tokens = self.tree is not None, self.batch_tokens
+        self.blocks = Blocks(
+            tokenizer,
+            pairs,
+            source=pairs.source,
+            chat_template=pairs.chat_template,
+            vocabulary=vocabulary_size(model),
+            max_length=self.max_length,
+            block_pairs=block_pairs,
+            batch_tokens=self.batch_tokens,
+            share=self.tree is not None,
+            first=self.tally.block,
+            known=self.tally.digest,
+            part=part,
+            pin=self.device.type == "cuda",
+            seconds=self.report.seconds,
+        )
+
+    def _tree(self) -> str | None:
+        """How shared prompts are handed to the model; asked of it, if that is cheap."""
+        decoder = decoder_of(self.model)
+        if self.fingerprint.model_type in LAYOUTS and is_offloaded(decoder):
+            return next(iter(forms(self.model, decoder)), None)
+        form, self.report.shared_error = tree_form(self.model, self.sites, self.device)
+        return form
+
+    def _resumed(self, resume: bool) -> Mapping[str, Any]:
+        """Takes up the checkpoint, if there is one; returns what it found out at run time."""
+        if self.checkpoint is None:
+            if resume:
+                raise FileFormatError("resume: found no checkpoint to go on from; name its file with checkpoint=...")
+            return {}
+        if not self.checkpoint.path.exists():
+            return {}
+        if not resume:
+            raise FileFormatError(
+                f"{self.checkpoint.path}: found the checkpoint of an earlier run; go on from it with resume, or remove "
+                "it to start anew"
+            )
+        state = self.checkpoint.load()
+        self.tally.restore(state)
+        self.report.resumed, self.first_layer = state.pairs, state.extra["layer"]
+        return state.extra
+
+    def save(self) -> None:
+        """Writes the checkpoint, if one was asked for, after a look for NaN and infinities."""
+        self.tally.check(self.blocks)
+        if self.checkpoint is None:
+            return
+        try:
+            self.checkpoint.save(
+                self.tally.state(batch_tokens=self.batch_tokens, tree=self.tree, layer=self.first_layer)
+            )
+        except FileFormatError as error:  # a full disk: what is in memory is worth more than stopping
+            warnings.warn(f"{error}. Measuring goes on; an earlier checkpoint there still stands", stacklevel=2)
+
+    def total(self) -> int | None:
+        """How many pairs there are for this process, as far as that is known now."""
+        count: float | None = len(self.pairs) if isinstance(self.pairs, Pairs) else None
+        if isinstance(self.pairs, PairStream) and self.pairs.fraction:
+            count = self.blocks.read / self.pairs.fraction
+        return None if count is None else round(count / self.processes.count)
+
+    def run(self) -> Momentum:
+        """Measures, and adds up over all processes."""
+        start = time.perf_counter()
+        (run_layerwise if self.layerwise else run_resident)(self)
+        momentum = self._momentum()
+        self.report.seconds.total = time.perf_counter() - start
+        return momentum
+
+    def _momentum(self) -> Momentum:
+        self.tally.check(self.blocks)
+        start = time.perf_counter()
+        tally = self.tally
+        own = {f"{site}.{name}": t for site, c in tally.state().sites.items() for name, t in c.tensors().items()}
+        sums = self.processes.add(own)
+        everyone = self.processes.gather((tally.pairs, tally.cut, tally.identical, self.report))
+        pairs, cut, identical = (sum(one[i] for one in everyone) for i in range(3))
+        self.report.add(one[3] for i, one in enumerate(everyone) if i != self.processes.index)
+        self.report.seconds.reduce = time.perf_counter() - start
+        if identical == pairs:
+            raise PairsError(
+                f"{self.pairs.source}: in all {pairs} pairs both texts have the same tokens"
+                + (f" after {cut} texts were cut to {self.max_length}; give a larger max_length" if cut else "")
+            )
+        return Momentum(
+            sites={
+                site: Counters(**{name: sums[f"{site}.{name}"] for name in Counters.__dataclass_fields__})
+                for site in self.sites
+            },
+            pairs=pairs,
+            model=self.fingerprint,
+            chat_template=self.pairs.chat_template,
+            cut=cut,
+            identical=identical,
+            sources=(self.pairs.source,),
+            layers=self.layers,
+            report=self.report,
+        )
+
+
+def _strategy(model: nn.Module, strategy: str, device: str | torch.device | None, layout: Layout | None) -> str:
+    elsewhere = device is not None and torch.device(device) != input_device(model)
+    if strategy == "resident" and elsewhere:
+        raise CaptureError(
+            f"device: found {device} for a model on {input_device(model)}; the resident strategy runs where the model "
+            "is. Move the model, or take strategy='layerwise'"
+        )
+    if strategy != "auto":
+        return strategy
+    wanted = elsewhere or is_offloaded(decoder_of(model))
+    return "layerwise" if wanted and (elsewhere or why_not(model, layout) is None) else "resident"
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether weights are loaded each time they are used."""
+    return any(p.device.type == "meta" for p in model.parameters())
+
+
+def chosen_layers(wanted: Iterable[int] | None, count: int) -> tuple[int, ...]:
+    """The layers that are measured, in order; all by default."""
+    if wanted is None:
+        return tuple(range(count))
+    layers = tuple(wanted) if isinstance(wanted, Iterable) else (wanted,)
+    wrong = [n for n in layers if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < count]
+    if wrong or not layers:
+        raise SiteError(
+            f"layers: found {wrong[0] if wrong else 'none'!r}, expected numbers from 0 to {count - 1}, "
+            "for example layers=range(12)"
+        )
+    return tuple(sorted(set(layers)))
+
+
+def length_limit(model: nn.Module, max_length: int | None) -> int:
+    """The longest text, in tokens: what is asked for, within the model's context."""
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise PairsError(f"max_length: found {max_length!r}, expected an integer of at least 1")
+    limit = min((n for n in (max_length, context) if n is not None), default=None)
+    if limit is None:
+        raise PairsError("the model's config names no context length; give max_length")
+    return limit

@@ -1,0 +1,74 @@
+"""Whether a model runs shared prompts as it should: asked of the model itself, with texts made up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .capture import LastTokens, vocabulary_size
+from .packing import Batch, batches
+from .sites import Site
+from .trees import forms
+
+#: How far a shared prompt may move an activation, relative to the largest of its site and layer: rounding, which a
+#: deep model amplifies. A mask that is not honoured moves them by about 1.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+def tree_form(
+    model: nn.Module, sites: Mapping[str, Sequence[Site]], device: torch.device
+) -> tuple[str | None, float | None]:
+    """How the model takes trees of texts (:data:`austeer.trees.FORMS`), and how far they move an activation.
+
+    Two short passes: texts that share a beginning, as a tree and each by itself. None where every form that it
+    might take gives something else, or there is none.
+    """
+    texts = _texts(vocabulary_size(model))
+    capture = LastTokens(model, sites, len(texts), device)
+    possible = list(forms(capture.model, capture.decoder))
+    if not possible:
+        return None, None
+    alone = _run(capture, batches(texts, 10**6, share=False))
+    found: list[tuple[float, str]] = []
+    for form in possible:
+        capture.tree = form
+        try:
+            error = _error(_run(capture, batches(texts, 10**6)), alone)
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):  # what a decoder says to a foreign mask
+            continue
+        dtype = next(iter(alone.values())).dtype
+        if error <= TOLERANCE[dtype]:
+            return form, error
+        found.append((error, form))
+    return None, min(found)[0] if found else None
+
+
+def _texts(vocabulary: int) -> list[list[int]]:
+    """A beginning that three texts share, one of them in part."""
+
+    def some(start: int, count: int) -> list[int]:
+        return [(start + 7 * i * i + 5 * i) % vocabulary for i in range(count)]
+
+    prompt = some(11, 16)
+    return [prompt + some(3, 2), prompt + some(29, 5), prompt[:9] + some(17, 4)]
+
+
+@torch.no_grad()
+def _run(capture: LastTokens, texts: Iterable[Batch]) -> dict[str, torch.Tensor]:
+    with capture.attached():
+        for batch in texts:
+            capture.run(batch)
+    return {name: buffer.clone() for name, buffer in capture.buffers.items()}
+
+
+def _error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """The largest difference in any layer, relative to the largest value there; infinite where either is no number."""
+    worst = 0.0
+    for name, values in expected.items():
+        difference = (found[name].double() - values.double()).abs().amax((0, 2))  # [layers]
+        scale = values.double().abs().amax((0, 2))
+        error = torch.where(difference == 0, 0.0, difference / scale).nan_to_num(nan=float("inf")).max()
+        worst = max(worst, float(error))
+    return worst

@@ -1,0 +1,310 @@
+"""Streams of pairs: the same pairs from every format, again and again, in little memory, with complaints in time."""
+
+import copy
+import csv
+import datetime
+import gzip
+import io
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from austeer import Pair, Pairs, PairsError, PairStream, load_pairs, stream_pairs
+
+FIELDS = ("prompt", "positive", "negative")
+ROWS = [dict(zip(FIELDS, row)) for row in [("a", " b", " c"), ("d", " e", " f"), ("g", " h", " h"), ("i", " j", " k")]]
+EXPECTED = [Pair(**row) for row in ROWS]
+
+# Line ends of other systems, what str.splitlines takes for one, spaces of their own, and quotes.
+AWKWARD = "\r\n\u2028\u2029\x85\x0b\x0c\x1c\ufeff\xa0\t \",\\'{}"
+texts = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), st.sampled_from(AWKWARD)),
+    min_size=1,
+    max_size=12,
+).filter(str.strip)
+triples = st.lists(st.tuples(texts, texts, texts), min_size=2, max_size=20).filter(
+    lambda rows: any(positive != negative for _, positive, negative in rows)
+)
+
+
+def text_of(rows, suffix):
+    if suffix == ".json":
+        return json.dumps(rows, ensure_ascii=False)
+    if suffix == ".csv":
+        content = io.StringIO(newline="")
+        writer = csv.DictWriter(content, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        return content.getvalue()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(path, rows):
+    """Rows in the format and compression that the path's suffixes tell."""
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+        return path
+    suffix = path.suffixes[0]
+    content = text_of(rows, suffix).encode()
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    if path.suffix == ".zst":
+        content = pytest.importorskip("zstandard").ZstdCompressor().compress(content)
+    path.write_bytes(content)
+    return path
+
+
+FILES = [f"p{suffix}{packed}" for suffix in (".jsonl", ".json", ".csv") for packed in ("", ".gz", ".zst")]
+
+
+# --- what comes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FILES, "p.parquet"])
+@settings(max_examples=40, deadline=None)
+@given(rows=triples)
+def test_any_pairs_come_back_from_every_format(tmp_path_factory, name, rows):
+    path = write(tmp_path_factory.mktemp("any") / name, [dict(zip(FIELDS, row)) for row in rows])
+    stream = stream_pairs(path)
+    assert list(stream) == list(stream) == list(load_pairs(path)) == [Pair(*row) for row in rows]
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=triples)
+def test_any_pairs_come_back_from_datasets(tmp_path_factory, rows):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    dataset = datasets.Dataset.from_list([dict(zip(FIELDS, row)) for row in rows])
+    saved = tmp_path_factory.mktemp("any") / "saved"
+    dataset.save_to_disk(saved)
+    for source in (dataset, dataset.to_iterable_dataset(), saved):
+        assert list(stream_pairs(source)) == [Pair(*row) for row in rows]
+
+
+@pytest.mark.parametrize("name", [*FILES, "p.parquet"])
+def test_fields_where_and_limit(tmp_path, name):
+    rows = [{"q": f"p{i}", "good": " a", "bad": f" {i}", "kind": "xy"[i % 2]} for i in range(9)]
+    path = write(tmp_path / name, rows)
+    options = {"prompt": "q", "positive": "good", "negative": "bad", "where": {"kind": "y"}}
+    stream = stream_pairs(path, **options)
+    assert isinstance(stream, PairStream) and (stream.source, stream.chat_template) == (str(path), False)
+    assert [pair.prompt for pair in stream] == ["p1", "p3", "p5", "p7"]
+    limited = stream_pairs(path, limit=3, **options)
+    assert [pair.prompt for pair in limited] == [pair.prompt for pair in limited] == ["p1", "p3", "p5"]
+    assert load_pairs(path, limit=3, **options) == Pairs(tuple(limited), str(path))
+
+
+@pytest.mark.parametrize(
+    "wanted, count",
+    [({"ok": "true"}, 2), ({"ok": True}, 2), ({"n": "3"}, 1), ({"day": "2026-01-02"}, 1), ({"ok": "x"}, 0)],
+)
+def test_where_on_what_is_no_text(tmp_path, wanted, count):
+    rows = [{**row, "ok": i % 2 == 0, "n": i, "day": datetime.date(2026, 1, i + 1)} for i, row in enumerate(ROWS)]
+    stream = stream_pairs(write(tmp_path / "p.parquet", rows), where=wanted)
+    found = []
+    try:
+        found.extend(stream)
+    except PairsError:
+        assert count < 2
+    assert len(found) == count
+
+
+def test_every_iteration_opens_the_source_anew(tmp_path):
+    path = write(tmp_path / "p.jsonl", ROWS)
+    stream = stream_pairs(path)
+    first, second = iter(stream), iter(stream)
+    assert [next(first), next(first), next(second), next(first)] == [EXPECTED[i] for i in (0, 1, 0, 2)]
+    first.close()
+    assert list(second) == EXPECTED[1:]
+    write(path, ROWS[:2])
+    assert list(stream) == EXPECTED[:2]
+    path.unlink()
+    with pytest.raises(PairsError, match=r"p\.jsonl: cannot be opened"):
+        list(stream)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted where Linux shows them")
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv.gz", "p.jsonl.zst", "p.parquet"])
+def test_an_iteration_that_is_left_closes_its_file(tmp_path, name):
+    path = write(tmp_path / name, ROWS * 10)
+
+    def opened():
+        links = Path("/proc/self/fd").iterdir()
+        return sum(link.exists() and link.samefile(path) for link in links)
+
+    stream = stream_pairs([path, write(tmp_path / f"q{path.suffix}", ROWS)] if name == "p.jsonl" else path)
+    for number, _ in enumerate(stream):
+        assert opened() == 1
+        if number == 3:
+            break
+    assert opened() == 0
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.jsonl.gz", "p.jsonl.zst"])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    rows = 100_000 if name == "p.jsonl" else 20_000
+    path = tmp_path / name
+    part = [{"prompt": f"{i} " + "word " * 10, "positive": " good", "negative": " bad"} for i in range(1000)]
+    if path.suffix == ".csv":
+        part *= rows // 1000
+    write(path, part)
+    if path.suffix != ".csv":  # files put one behind another are one file
+        path.write_bytes(path.read_bytes() * (rows // 1000))
+    stream = stream_pairs(path)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in stream) == rows
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 2**20, "and the pairs by themselves would be 5 MB or more"
+
+
+def test_memory_does_not_grow_with_a_parquet_file(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    rows = [
+        {"prompt": f"{i} " + "word " * 50, "positive": " good", "negative": f" {i}", "x": "y" * i} for i in range(999)
+    ]
+    path = write(tmp_path / "p.parquet", rows * 50)  # one row group
+    assert pa.parquet.ParquetFile(path).num_row_groups == 1
+    before, peak = pa.total_allocated_bytes(), 0
+    for _ in stream_pairs(path):
+        peak = max(peak, pa.total_allocated_bytes() - before)
+    assert 0 < peak < 8 * 2**20
+
+
+# --- how far ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FILES, "p.parquet"])
+def test_the_fraction_tells_how_many_pairs_are_left(tmp_path, name):
+    rows = [{**ROWS[0], "prompt": os.urandom(40).hex()} for _ in range(8000)]
+    stream = stream_pairs(write(tmp_path / name, rows))
+    assert stream.fraction == 0.0
+    seen = [stream.fraction for _ in stream]
+    assert seen == sorted(seen) and stream.fraction == 1.0
+    for i in range(4000, 8000):
+        assert (i + 1) / seen[i] == pytest.approx(8000, rel=0.1)
+    for _ in stream:
+        assert stream.fraction < 0.2, "the newest iteration's"
+        break
+
+
+def test_the_fraction_up_to_a_limit(tmp_path):
+    path = write(tmp_path / "p.jsonl", ROWS * 500)
+    stream = stream_pairs(path, limit=10)
+    seen = [stream.fraction for _ in stream]
+    assert seen == pytest.approx([max(i / 10, seen[0]) for i in range(1, 11)]) and seen[0] < 0.5
+    assert stream.fraction == 1.0
+    stream = stream_pairs(path, limit=10**6)
+    assert len(list(stream)) == 2000 and stream.fraction == 1.0
+
+
+def test_a_fraction_that_is_not_known():
+    dataset = pytest.importorskip("datasets").Dataset.from_list(ROWS).to_iterable_dataset()
+    stream = stream_pairs(dataset)
+    assert [stream.fraction for _ in stream] == [None] * 4 and stream.fraction == 1.0
+    stream = stream_pairs(dataset, limit=3)
+    assert [stream.fraction for _ in stream] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+# --- what is wrong, and when it is said ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet"])
+@pytest.mark.parametrize("value, message", [(" ", "is empty"), ("\n", "is empty")])
+def test_a_damaged_row_is_told_when_it_is_reached(tmp_path, name, value, message):
+    path = write(tmp_path / name, [*ROWS[:2], {**ROWS[2], "negative": value}, ROWS[3]])
+    found = []
+    with pytest.raises(PairsError, match=rf"{name}, .*: field 'negative' {message}"):
+        found.extend(stream_pairs(path))
+    assert found == EXPECTED[:2]
+
+
+def test_a_missing_column_of_parquet_tells_the_others(tmp_path):
+    path = write(tmp_path / "p.parquet", [{"question": "a", "positive": "b", "negative": "c"}] * 3)
+    message = r"row 0: field 'prompt' is missing; found question, positive, negative .*--prompt-field"
+    with pytest.raises(PairsError, match=message):
+        list(stream_pairs(path))
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        (ROWS[:1], {}, "found 1 pair, expected at least 2"),
+        (ROWS[2:3] * 5, {}, "in all 5 pairs positive and negative are equal"),
+        (ROWS, {"where": {"prompt": "a"}}, "found 1 pair, expected"),
+        (ROWS, {"where": {"prompt": "z"}}, r"found no row with \{'prompt': 'z'\}; check the names"),
+        (ROWS[2:3] * 5 + ROWS, {"limit": 5}, "in all 5 pairs positive and negative are equal"),
+    ],
+)
+def test_what_only_the_end_can_tell(tmp_path, rows, options, message):
+    stream = stream_pairs(write(tmp_path / "p.jsonl.gz", rows), **options)
+    for _ in range(2):
+        found = []
+        with pytest.raises(PairsError, match=message):
+            found.extend(stream)
+        where, limit = options.get("where", {}), options.get("limit")
+        assert found == [Pair(**row) for row in rows if where.items() <= row.items()][:limit]
+
+
+def test_nothing_at_all(tmp_path):
+    (tmp_path / "p.jsonl").touch()
+    with pytest.raises(PairsError, match="found 0 pairs"):
+        list(stream_pairs(tmp_path / "p.jsonl"))
+    stream = stream_pairs(tmp_path / "p.jsonl")
+    with pytest.raises(PairsError):
+        list(stream)
+    assert stream.fraction == 1.0
+
+
+@pytest.mark.parametrize("options, message", [({"limit": 1}, "limit: found 1"), ({"split": "a"}, "has no splits")])
+def test_what_is_refused_before_anything_is_read(tmp_path, options, message):
+    with pytest.raises(PairsError, match=message):
+        stream_pairs(write(tmp_path / "p.jsonl", ROWS), **options)
+    with pytest.raises(PairsError, match="no such file"):
+        stream_pairs(tmp_path / "missing.jsonl")
+
+
+# --- chat templates, and into memory ---------------------------------------------------------------------------------
+
+
+def test_chat_templates_are_rendered_when_a_pair_is_read(demo, tmp_path):
+    path = write(tmp_path / "p.jsonl", ROWS)
+    for system in (None, "Be brief."):
+        stream = stream_pairs(path).with_chat_template(demo[1], system)
+        assert stream.chat_template and Pairs.of(stream) == load_pairs(path).with_chat_template(demo[1], system)
+    stream = stream_pairs(path, chat_template=demo[1], where={"prompt": "a"})
+    assert next(iter(stream)).prompt.endswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+    write(path, [ROWS[0], {**ROWS[1], "prompt": ""}])
+    assert next(iter(stream)).positive == " b", "the row behind is not read yet"
+
+
+def test_chat_templates_are_refused_at_once(demo, tmp_path):
+    stream = stream_pairs(write(tmp_path / "p.jsonl", ROWS))
+    with pytest.raises(PairsError, match=r"p\.jsonl: these pairs have been put through a chat template already"):
+        stream.with_chat_template(demo[1]).with_chat_template(demo[1])
+    tokenizer = copy.deepcopy(demo[1])
+    tokenizer.chat_template = "{{ raise_exception('no system message') if messages[0].role == 'system' }}"
+    stream.with_chat_template(tokenizer)
+    with pytest.raises(PairsError, match="does not take these messages: no system message"):
+        stream.with_chat_template(tokenizer, "Be brief.")
+    tokenizer.chat_template = None
+    with pytest.raises(PairsError, match="the tokenizer has no chat template"):
+        stream_pairs(tmp_path / "p.jsonl", chat_template=tokenizer)
+
+
+def test_a_stream_becomes_pairs_in_memory(tmp_path):
+    path = write(tmp_path / "p.jsonl", ROWS)
+    stream = stream_pairs(path)
+    assert Pairs.of(stream) == load_pairs(path) == Pairs(tuple(EXPECTED), str(path))
+    with pytest.raises(PairsError, match=r"q\.jsonl: found 1 pair,"):
+        Pairs.of(stream_pairs(write(tmp_path / "q.jsonl", ROWS[:1])))
