@@ -13,6 +13,7 @@ REQUIRES = [
     'triton>=3.6,<3.8; platform_system == "Linux"',
     "transformers>=5.17,<6",
     "accelerate>=1.15,<2",
+    "psutil>=5.9",
     "safetensors>=0.5",
     "huggingface_hub>=1.0",
     "jinja2>=3.1",

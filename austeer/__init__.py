@@ -20,6 +20,7 @@ from .errors import (
     SteeringError,
     SteeringWarning,
 )
+from .estimate import Estimate, estimate
 from .measuring import measure
 from .momentum import Counters, Momentum
 from .pairs import Pair, Pairs, load_pairs
@@ -35,6 +36,7 @@ __all__ = [
     "AusteerError",
     "CaptureError",
     "Counters",
+    "Estimate",
     "FileFormatError",
     "Layout",
     "Momentum",
@@ -50,6 +52,7 @@ __all__ = [
     "Steering",
     "SteeringError",
     "SteeringWarning",
+    "estimate",
     "find_sites",
     "is_steered",
     "load_pairs",

@@ -22,6 +22,7 @@ from .memory import automatic_batch_tokens
 from .momentum import Counters, Momentum
 from .pairs import Pair, Pairs
 from .processes import Processes
+from .recording import ActivationWriter
 from .sharing import tree_form
 from .sites import Layout, decoder_of, find_sites, fingerprint, input_device, layers_path, text_config
 from .steering import is_steered
@@ -53,6 +54,7 @@ def measure(
     checkpoint_every: int = 8 * BLOCK_PAIRS,
     resume: bool = False,
     distributed: bool = False,
+    save_activations: str | Path | None = None,
     scratch: str | Path | None = None,
     device: str | torch.device | None = None,
     layout: Layout | None = None,
@@ -82,6 +84,8 @@ def measure(
         checkpoint_every: pairs between two checkpoints, rounded up to whole blocks.
         resume: go on from the checkpoint, if it is there.
         distributed: split the pairs over the processes of ``accelerate launch``; each returns the whole result.
+        save_activations: a folder in which the last-token activations are kept, to be counted again without the model
+            (:func:`austeer.momentum_from_activations`); resident only.
         scratch: a folder for hidden states that do not fit into memory (layerwise); by default the system's temporary
             one. With a checkpoint they are always kept in a folder, by default beside it.
         device: layerwise, where to compute: for example a GPU that has no room for a model in the CPU's memory.
@@ -106,6 +110,7 @@ def measure(
         "checkpoint_every": checkpoint_every,
         "resume": resume,
         "distributed": distributed,
+        "save_activations": save_activations,
         "scratch": scratch,
         "device": device,
         "layout": layout,
@@ -140,6 +145,7 @@ class Measurement:
         checkpoint_every: int,
         resume: bool,
         distributed: bool,
+        save_activations: str | Path | None,
         scratch: str | Path | None,
         device: str | torch.device | None,
         layout: Layout | None,
@@ -171,6 +177,11 @@ class Measurement:
         self.processes = Processes.launched() if distributed else Processes()
         part = (self.processes.index, self.processes.count)
         strategy = _strategy(model, strategy, device, layout)
+        if strategy == "layerwise" and save_activations is not None:
+            raise CaptureError(
+                "save_activations: found the layerwise strategy, which has the activations of one layer at a time; "
+                "expected strategy='resident'"
+            )
         self.report = MeasureReport(strategy=strategy, processes=self.processes.count)
         self.checkpoint = None
         if checkpoint is not None:
@@ -197,6 +208,16 @@ class Measurement:
             )
         self.device = self.layerwise.device if self.layerwise else input_device(model)
         self.tally, self.first_layer = Tally(self.sites, self.device), 0
+        self.writer = None
+        if save_activations is not None:
+            self.writer = ActivationWriter(
+                save_activations,
+                self.fingerprint,
+                layers=self.layers,
+                chat_template=pairs.chat_template,
+                source=pairs.source,
+                resume=resume or self.processes.count > 1,
+            )
         resumed = self._resumed(resume)
         self.batch_tokens = batch_tokens or resumed.get("batch_tokens") or automatic_batch_tokens(model, self.device)
         self.tree = self._tree() if share_prompts else None
@@ -293,6 +314,8 @@ class Measurement:
                 f"{self.pairs.source}: in all {pairs} pairs both texts have the same tokens"
                 + (f" after {cut} texts were cut to {self.max_length}; give a larger max_length" if cut else "")
             )
+        if self.writer is not None and self.processes.main:
+            self.writer.finish(pairs)
         return Momentum(
             sites={
                 site: Counters(**{name: sums[f"{site}.{name}"] for name in Counters.__dataclass_fields__})

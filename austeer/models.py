@@ -90,11 +90,15 @@ def fits(name: str, dtype: str = "auto", device: str | None = None) -> bool:
     Raises:
         ModelError: the model's config cannot be found or read.
     """
+    from .skeleton import load_config  # which imports this module
+
     device = _device(device)
     try:
         where = [torch.device(device)]
     except RuntimeError:  # a device map
         where = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    if getattr(load_config(name), "quantization_config", None) is not None:
+        return True  # its size is not known; it is loaded as its maker meant it
     model = _skeleton(name, dtype)
     needed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     return needed <= WEIGHTS * sum(map(free_memory, where))
@@ -132,12 +136,10 @@ def _dtype(dtype: str) -> torch.dtype | str:
 
 def _skeleton(name: str, dtype: str) -> Any:
     """The model without weights, from its config alone."""
-    from .skeleton import load_config, skeleton  # which imports this module
+    from .skeleton import dtypes, load_config, skeleton  # which imports this module
 
-    config, wanted = load_config(name), _dtype(dtype)
-    if not isinstance(wanted, torch.dtype):
-        wanted = getattr(config.get_text_config(), "dtype", None) or torch.float32
-    return skeleton(config, wanted)
+    config = load_config(name)
+    return skeleton(config, dtypes(config, dtype)[1])
 
 
 def _offloading(model: Any, device: str) -> dict[str, str]:

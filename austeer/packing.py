@@ -106,13 +106,13 @@ class _Row:
 
 
 def batches(texts: Sequence[Sequence[int]], tokens: int, share: bool = True) -> Iterator[Batch]:
-    """Batches of at most ``tokens`` tokens with their padding (or of one row), longest rows first.
+    """Batches of at most ``tokens`` tokens with their padding (or of one text), longest rows first.
 
     Args:
         texts: token ids, none empty.
         tokens: the limit. share: whether beginnings that texts have in common may run once.
     """
-    rows = _rows(texts, share)
+    rows = _rows(texts, tokens, share)
     # Rows that need a mask apart from those that do not: attention without one is faster.
     for branching in (True, False):
         group = sorted((row for row in rows if bool(row.branches) == branching), key=len, reverse=True)
@@ -132,7 +132,12 @@ def _cost(length: int) -> float:
     return length * (1 + length / ATTENTION)
 
 
-def _rows(texts: Sequence[Sequence[int]], share: bool) -> list[_Row]:
+def _worth(row: int, own: int, length: int, tokens: int) -> bool:
+    """Whether a text of ``length`` joins a row, to which it adds ``own`` tokens, rather than having one of its own."""
+    return row + own <= max(tokens, row) and _cost(row + own) < _cost(row) + _cost(length)
+
+
+def _rows(texts: Sequence[Sequence[int]], tokens: int, share: bool) -> list[_Row]:
     if not share:
         return [_Row(i, ids) for i, ids in enumerate(texts)]
     rows: list[_Row] = []
@@ -140,7 +145,8 @@ def _rows(texts: Sequence[Sequence[int]], share: bool) -> list[_Row]:
     for i in sorted(range(len(texts)), key=lambda i: list(texts[i])):
         ids = texts[i]
         shared = common_prefix(before, ids)
-        if rows and shared and _cost(len(rows[-1]) + len(ids) - shared) < _cost(len(rows[-1])) + _cost(len(ids)):
+        own = len(ids) - shared  # 0 for a text that is in the row already
+        if shared and _worth(len(rows[-1]), own, len(ids), tokens):
             rows[-1].add(i, ids, shared)
         else:
             rows.append(_Row(i, ids))

@@ -7,14 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from .capture import LastTokens, vocabulary_size
+from .capture import LastTokens, evaluating, vocabulary_size
 from .packing import Batch, batches
-from .sites import Site
+from .sites import Site, text_config
 from .trees import forms
 
 #: How far a shared prompt may move an activation, relative to the largest of its site and layer: rounding, which a
-#: deep model amplifies. A mask that is not honoured moves them by about 1.
+#: deep model amplifies. A mask or positions that are not honoured move them by 0.2 and more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+#: How far a branch of the probe lies from its beginning: positions that are not honoured should show.
+FAR = 60
+
+#: What a decoder says to a foreign mask.
+_FOREIGN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 def tree_form(
@@ -25,7 +31,8 @@ def tree_form(
     Two short passes: texts that share a beginning, as a tree and each by itself. None where every form that it
     might take gives something else, or there is none.
     """
-    texts = _texts(vocabulary_size(model))
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    texts = _texts(vocabulary_size(model), context or 2 * FAR)
     capture = LastTokens(model, sites, len(texts), device)
     possible = list(forms(capture.model, capture.decoder))
     if not possible:
@@ -36,7 +43,7 @@ def tree_form(
         capture.tree = form
         try:
             error = _error(_run(capture, batches(texts, 10**6)), alone)
-        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):  # what a decoder says to a foreign mask
+        except _FOREIGN:
             continue
         dtype = next(iter(alone.values())).dtype
         if error <= TOLERANCE[dtype]:
@@ -45,19 +52,19 @@ def tree_form(
     return None, min(found)[0] if found else None
 
 
-def _texts(vocabulary: int) -> list[list[int]]:
-    """A beginning that three texts share, one of them in part."""
+def _texts(vocabulary: int, context: int) -> list[list[int]]:
+    """A beginning that three texts share, one of them in part; the first text is long and parts it from the others."""
 
     def some(start: int, count: int) -> list[int]:
         return [(start + 7 * i * i + 5 * i) % vocabulary for i in range(count)]
 
-    prompt = some(11, 16)
-    return [prompt + some(3, 2), prompt + some(29, 5), prompt[:9] + some(17, 4)]
+    prompt = some(11, 8)
+    return [prompt + some(3, min(FAR, context - 8)), prompt + some(29, 3), prompt[:4] + some(17, 3)]
 
 
 @torch.no_grad()
 def _run(capture: LastTokens, texts: Iterable[Batch]) -> dict[str, torch.Tensor]:
-    with capture.attached():
+    with evaluating(capture.model), capture.attached():
         for batch in texts:
             capture.run(batch)
     return {name: buffer.clone() for name, buffer in capture.buffers.items()}

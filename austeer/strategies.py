@@ -54,6 +54,9 @@ def run_resident(m: Measurement) -> None:
                 raise MeasurementInterrupted(_how_to_go_on(m, f"{m.tally.pairs} pairs"))
             start = time.perf_counter()
             m.tally.add(block, capture.buffers)
+            if m.writer is not None and block.pairs:
+                buffers = {name: capture.buffers[name] for name in m.sites}
+                m.writer.add(buffers, block.numbers, first=block.offset, pairs=block.size, cut=block.cut)
             unsaved += 1
             if unsaved == m.every or block.number == m.processes.index:  # a NaN in the first block should not take long
                 m.save()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .families import LAYOUTS
 from .packing import Batch
 from .sites import decoder_of, text_config
 
@@ -26,8 +27,14 @@ _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def forms(model: nn.Module, decoder: nn.Module) -> Iterable[str]:
-    """In which forms this decoder may take a tree; none where its layers are no attention, or take no mask."""
+    """In which forms this decoder may take a tree; none where its layers are no attention, or take no mask.
+
+    Only for families of the table: another may look at columns where these look at positions (GPT-Neo's windows), which
+    shows in long texts alone.
+    """
     config = text_config(model)
+    if config.model_type not in LAYOUTS:
+        return ()
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(config, "_attn_implementation", None) not in _ANY_MASK or not kinds <= _KINDS:
         return ()
@@ -65,9 +72,9 @@ def masks(model: nn.Module, batch: Batch, device: torch.device, form: str) -> Te
 def _windowed(model: nn.Module) -> bool:
     """Whether a model with one kind of layer has windows. Some configs name one that their model ignores."""
     config = text_config(model)
-    modelling = sys.modules[type(decoder_of(model)).__module__]
+    modules = (sys.modules.get(kind.__module__) for kind in type(decoder_of(model)).__mro__)  # also of a subclass
     return (
         bool(getattr(config, "sliding_window", None))
         and getattr(config, "use_sliding_window", True)
-        and hasattr(modelling, "create_sliding_window_causal_mask")
+        and any(hasattr(module, "create_sliding_window_causal_mask") for module in modules)
     )

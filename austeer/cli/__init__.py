@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ..errors import AusteerError
-from . import demo, generate, inspect, measure, select
+from . import demo, generate, inspect, measure, momentum, select
 from .common import fail
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ austeer generate plans/kind --model MODEL --alpha 8 --prompt "The weekend trip w
 )
 for module in (measure, select, inspect, generate, demo):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
+app.add_typer(momentum.app, name="momentum")
 
 
 @app.callback(invoke_without_command=True)
@@ -52,6 +53,8 @@ def main() -> None:
         fail(str(error))
     except OSError as error:  # a full disk, a folder that may not be read ...
         fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    except KeyboardInterrupt as error:
-        print(str(error) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as error:
+        interrupt = getattr(error.__context__, "__cause__", None)  # typer makes an exit code of Ctrl-C, and says nothing
+        if isinstance(interrupt, KeyboardInterrupt):
+            print(str(interrupt) or "interrupted", file=sys.stderr)
+        raise

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,9 @@ def measure(
     checkpoint: Annotated[Path | None, typer.Option(help="Where counters are kept. [default: OUT.checkpoint]")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Pairs between two checkpoints.", min=1)] = 1024,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
+    save_activations: Annotated[
+        Path | None, typer.Option(help="A folder to keep the activations in, for momentum from-activations.")
+    ] = None,
     scratch: Annotated[Path | None, typer.Option(help="A folder for hidden states (layerwise).")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only estimate time, memory and bytes, from the model's config.")
@@ -83,11 +86,14 @@ def measure(
         split=split,
     )
     names, numbers = split_names(sites), parse_layers(layers)
+    if checkpoint is None and out is not None:
+        checkpoint = out.with_name(f"{out.name}.checkpoint")
     if dry_run:
         estimate_only(
             model,
             loaded,
             names,
+            chat,
             json,
             layers=numbers,
             strategy=strategy,
@@ -96,11 +102,12 @@ def measure(
             batch_tokens=batch_tokens,
             share_prompts=share_prompts,
             max_length=max_length,
+            checkpoint=checkpoint,
+            scratch=scratch,
         )
         return
-    assert out is not None
+    assert out is not None and checkpoint is not None
     check_writable(out, force)
-    checkpoint = checkpoint or out.with_name(f"{out.name}.checkpoint")
     distributed, main = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0") == "0"
     if force and not resume and main and not distributed:
         remove_checkpoint(checkpoint)
@@ -125,6 +132,7 @@ def measure(
         checkpoint_every=checkpoint_every,
         resume=resume,
         distributed=distributed,
+        save_activations=save_activations,
         scratch=scratch,
         progress=False if quiet or not main else None,
     )
@@ -158,6 +166,20 @@ def measure(
     for line in momentum.report.lines():
         console.print(f"  {line}")
     console.print(f"wrote {out}\nnext: austeer inspect {out}")
+
+
+def estimate_only(model: str, pairs: Any, sites: list[str], chat: bool, json: bool, **options: Any) -> None:
+    """Prints what the same command without ``--dry-run`` will take."""
+    from ..estimate import estimate
+    from ..skeleton import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    found = estimate(model, pairs.with_chat_template(tokenizer) if chat else pairs, sites, **options)
+    if json:
+        emit(found.to_json())
+        return
+    for line in found.lines():
+        console.print(line)
 
 
 def parse_layers(text: str | None) -> list[int] | None:

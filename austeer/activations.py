@@ -1,0 +1,323 @@
+"""Momentum from stored activations: shards that are far bigger than memory together, read once at storage speed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, State
+from .chunks import BUFFERS, Chunk, Chunks, Upload
+from .counted import CountNeeds, CountReport
+from .counting import Counting
+from .errors import AusteerError, CaptureError, FileFormatError, check_count
+from .interrupt import Interruption, MeasurementInterrupted
+from .machine import read_rate
+from .momentum import Momentum
+from .progress import Progress
+from .sites import Fingerprint
+from .stored import StoredActivations
+
+#: By default a chunk has so many bytes, and at least so many rows: of fewer, going over the counters would cost as
+#: much as counting.
+CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 32
+
+#: Bytes of an AU's counters while counting, and in a file.
+COUNTER_BYTES, SAVED_BYTES = 40, 32
+
+#: Between two looks for NaN (each waits for the device) and two checkpoints: bytes read, and times a checkpoint's size.
+_EVERY_BYTES, _EVERY_CHECKPOINTS = 2**30, 100
+
+
+def momentum_from_activations(
+    paths: str | Path | Iterable[str | Path],
+    *,
+    model: Fingerprint | None = None,
+    layers: Sequence[int] | None = None,
+    chat_template: bool | None = None,
+    device: str | torch.device | None = None,
+    chunk_bytes: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> Momentum:
+    """Counts activation momentum over stored last-token activations (format: :mod:`austeer.shards`).
+
+    Args:
+        paths, model, layers, chat_template: as in :meth:`austeer.stored.StoredActivations.open`.
+        device, chunk_bytes, part, checkpoint, resume, progress: as in :class:`ActivationCount`.
+
+    Raises:
+        FileFormatError, PairsError, CaptureError, MeasurementInterrupted: see there.
+    """
+    stored = StoredActivations.open(paths, model=model, layers=layers, chat_template=chat_template)
+    return ActivationCount(
+        stored,
+        device=device,
+        chunk_bytes=chunk_bytes,
+        part=part,
+        checkpoint=checkpoint,
+        resume=resume,
+        progress=progress,
+    ).run()
+
+
+class ActivationCount:
+    """One pass over stored activations; a thread reads the next chunk while one is counted.
+
+    The memory taken is that of the counters (40 bytes an AU) and of three chunks, whatever the shards' size.
+
+    Args:
+        stored: what to count.
+        device: where to count; by default a GPU if there is one.
+        chunk_bytes: of a chunk; by default 32 MiB or 32 rows, whichever is more.
+        part: (i, n) counts the shards i, i + n, i + 2 n ... for the caller to merge.
+        checkpoint: a file in which the counters are kept every GB or so, and when a shard cannot be read; remove it
+            when the result is saved. resume: go on from it, if it is there, to the identical result.
+        progress: a progress bar on standard error; by default if that is a terminal.
+
+    Attributes:
+        report: how it went.
+
+    Raises:
+        FileFormatError: the checkpoint is damaged, of another run, or there without ``resume``.
+    """
+
+    def __init__(
+        self,
+        stored: StoredActivations,
+        *,
+        device: str | torch.device | None = None,
+        chunk_bytes: int | None = None,
+        part: tuple[int, int] = (0, 1),
+        checkpoint: str | Path | None = None,
+        resume: bool = False,
+        progress: bool | None = None,
+    ):
+        self.stored, self.device, self.progress = stored, _device(device), progress
+        pair = 2 * stored.columns * stored.shards[0].dtype.itemsize
+        self.rows = max(CHUNK_ROWS, CHUNK_BYTES // pair)
+        if chunk_bytes is not None:
+            self.rows = max(1, check_count("chunk_bytes", chunk_bytes, 2**62, "bytes", AusteerError) // pair)
+        self.shards = stored.part(*part).shards
+        self.report = CountReport()
+        self._offsets = [0, *accumulate(shard.rows for shard in self.shards)]
+        self._counting = {site: Counting(*shape, self.device) for site, shape in stored.shapes.items()}
+        self._done = (0, 0)  # the shard and row up to which everything is counted
+        self._checkpoint: Checkpoint | None = None
+        if checkpoint is not None:
+            settings = {
+                "model": stored.model.to_json(),
+                "layers": stored.layers,
+                "chat_template": stored.chat_template,
+                "sites": stored.shapes,
+                "dtype": str(stored.shards[0].dtype),
+                "chunk_rows": self.rows,
+            }
+            self._checkpoint = Checkpoint(checkpoint, settings, part)
+            self._go_on(self._checkpoint, resume)
+        elif resume:
+            raise FileFormatError("resume: found no checkpoint to go on from; name its file with checkpoint=...")
+
+    def _go_on(self, checkpoint: Checkpoint, resume: bool) -> None:
+        if not checkpoint.path.exists():
+            return
+        if not resume:
+            raise FileFormatError(
+                f"{checkpoint.path}: found the checkpoint of an earlier run; go on from it with resume, or remove it "
+                "to start anew"
+            )
+        state = checkpoint.load()
+        done = (state.block, state.extra["row"])
+        if done[0] > len(self.shards) or state.digest != self._digest(done):
+            raise FileFormatError(
+                f"{checkpoint.path}: found other shards than were counted before; give the same, unchanged (those that "
+                "were not reached may differ), or start anew"
+            )
+        for site, counting in self._counting.items():
+            counting.restore(state.sites[site])
+        self._done, self.report.resumed = done, self._offsets[done[0]] + done[1]
+
+    def _digest(self, done: tuple[int, int]) -> str:
+        """A hash of the names, sizes and headers of all shards that are counted, in whole or in part."""
+        digest = hashlib.sha256()
+        for shard in self.shards[: done[0] + (done[1] > 0)]:
+            digest.update(f"{shard.path.name} {shard.size} {shard.rows} {shard.header}\n".encode())
+        return digest.hexdigest()
+
+    def needs(self) -> CountNeeds:
+        """What :meth:`run` will take; reads and counts the first chunk, and keeps nothing of it."""
+        columns, size = self.stored.columns, self._chunks().size
+        on_gpu = self.device.type == "cuda"
+        reads, counts = read_rate([shard.path for shard in self.shards]), self._count_rate()
+        total = sum(shard.rows for shard in self.shards) * 2 * columns * self.stored.shards[0].dtype.itemsize
+        return CountNeeds(
+            shards=len(self.shards),
+            rows=self._offsets[-1],
+            columns=columns,
+            bytes=total,
+            counters=COUNTER_BYTES * columns,
+            chunks=BUFFERS * size,
+            device_chunks=2 * size if on_gpu else 0,
+            result=SAVED_BYTES * columns,
+            read_rate=reads or 0.0,
+            count_rate=counts,
+            seconds=total / max(min(reads or 0.0, counts), 1.0),
+        )
+
+    def run(self) -> Momentum:
+        """Counts everything that is not counted yet.
+
+        Raises:
+            FileFormatError: a shard cannot be read. CaptureError: an activation is NaN or infinite (shard, row, site,
+                layer and AU are named). MeasurementInterrupted: Ctrl-C or SIGTERM, with a checkpoint.
+        """
+        begin = time.perf_counter()
+        try:
+            self._count()
+        except FileFormatError as error:
+            if not self._save():
+                raise
+            raise FileFormatError(f"{error}. What was counted before is in {self._place()}: then resume") from error
+        self._check()
+        sites = {site: counting.counters() for site, counting in self._counting.items()}
+        self.report.seconds = time.perf_counter() - begin
+        headers = [(shard, shard.header) for shard in self.shards]
+        pairs = sum(header.pairs if header else shard.rows for shard, header in headers)
+        return Momentum(
+            sites=sites,
+            pairs=pairs,
+            model=self.stored.model,
+            chat_template=self.stored.chat_template,
+            cut=sum(header.cut for _, header in headers if header),
+            identical=pairs - self._offsets[-1],
+            sources=tuple(sorted({header.source if header else str(shard.path.parent) for shard, header in headers})),
+            layers=self.stored.layers,
+        )
+
+    def _chunks(self) -> Chunks:
+        return Chunks(self.shards, self.rows, pinned=self.device.type == "cuda")
+
+    def _count(self) -> None:
+        chunks, report = self._chunks(), self.report
+        upload = Upload(self.device, chunks.size) if self.device.type == "cuda" else None
+        every, unsaved = max(_EVERY_BYTES, _EVERY_CHECKPOINTS * SAVED_BYTES * self.stored.columns), 0
+        with (
+            Progress("counting", self._offsets[-1], "pairs", self.progress) as bar,
+            Interruption(self._checkpoint is not None) as interruption,
+            closing(chunks.read(*self._done)) as reading,
+        ):
+            bar.advance(report.resumed)
+            while True:
+                start = time.perf_counter()
+                chunk = next(reading, None)
+                now = time.perf_counter()
+                report.seconds_wait += now - start
+                report.seconds_read = chunks.seconds
+                if chunk is None:
+                    return
+                self._add(chunk, chunk.data if upload is None else upload(chunk))
+                unsaved += len(chunk.data)
+                report.seconds_count += time.perf_counter() - now
+                speed = report.bytes / (report.seconds_wait + report.seconds_count)
+                bar.advance(chunk.stop - chunk.start, f"{speed / 1e9:.2f} GB/s")
+                if unsaved >= every or interruption.asked:
+                    self._save()
+                    unsaved = 0
+                if interruption.asked:
+                    raise MeasurementInterrupted(
+                        f"interrupted; {report.resumed + report.rows} of {self._offsets[-1]} pairs are counted, in "
+                        f"{self._place()}: run the same with resume to go on"
+                    )
+
+    def _add(self, chunk: Chunk, data: Tensor) -> None:
+        rows, shard = chunk.stop - chunk.start, self.shards[chunk.shard]
+        for site, values in chunk.values(data):
+            self._counting[site].add(values, rows, self._offsets[chunk.shard] + chunk.start)
+        self._done = (chunk.shard + 1, 0) if chunk.stop == shard.rows else (chunk.shard, chunk.stop)
+        self.report.rows += rows
+        self.report.bytes += len(chunk.data)
+
+    def _save(self) -> bool:
+        """Looks for NaN and infinities, then writes the checkpoint; whether there is one now."""
+        start = time.perf_counter()
+        self._check()
+        now = time.perf_counter()
+        self.report.seconds_count += now - start
+        if self._checkpoint is None:
+            return False
+        sites = {site: counting.counters() for site, counting in self._counting.items()}
+        state = State(
+            block=self._done[0],
+            digest=self._digest(self._done),
+            pairs=self.report.resumed + self.report.rows,
+            cut=0,
+            identical=0,
+            sites=sites,
+            extra={"row": self._done[1]},
+        )
+        try:
+            self._checkpoint.save(state)
+        except FileFormatError as error:  # a full disk: what is in memory is worth more than stopping
+            warnings.warn(f"{error}. Counting goes on; an earlier checkpoint there still stands", stacklevel=2)
+            return False
+        finally:
+            self.report.seconds_save += time.perf_counter() - now
+        return True
+
+    def _place(self) -> Path | None:
+        return self._checkpoint.path if self._checkpoint else None
+
+    def _check(self) -> None:
+        """Raises CaptureError if an activation was NaN or infinite; waits for the device."""
+        found = [(*place, site) for site, c in self._counting.items() if (place := c.nonfinite()) is not None]
+        if not found:
+            return
+        value, row_of_layers, au, site = min(found)
+        which = bisect_right(self._offsets, value) - 1
+        shard, row = self.shards[which], value - self._offsets[which]
+        number = shard.number(row)
+        raise CaptureError(
+            f"{shard.path}, row {row}{'' if number is None else f' (pair {number})'}: site {site!r}, layer "
+            f"{self.stored.layers[row_of_layers]}, AU {au}: found NaN or infinity, expected finite activations. Store "
+            "them in bfloat16 or float32, or leave the pair out"
+        )
+
+    def _count_rate(self) -> float:
+        """Bytes a second counted, of the first chunk; the better of two tries, the first of which compiles."""
+        chunks = self._chunks()
+        with closing(chunks.read()) as reading:
+            chunk = next(reading, None)
+            if chunk is None:
+                return 0.0
+            upload = Upload(self.device, chunks.size) if self.device.type == "cuda" else None
+            counting = {site: Counting(*shape, self.device) for site, shape in self.stored.shapes.items()}
+            seconds = []
+            for _ in range(2):
+                start = time.perf_counter()
+                for site, values in chunk.values(chunk.data if upload is None else upload(chunk)):
+                    counting[site].add(values, chunk.stop - chunk.start, 0)
+                if upload is not None:
+                    torch.cuda.synchronize(self.device)
+                seconds.append(time.perf_counter() - start)
+        return len(chunk.data) / max(min(seconds), 1e-9)
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    here = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if here else "cpu"))
+    except RuntimeError as error:
+        raise AusteerError(f"device: found {name!r}, expected cpu, cuda or cuda:0 ...") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not here):
+        raise AusteerError(f"device: found {name!r}, which this machine does not have; expected cpu, or a CUDA GPU")
+    return device
