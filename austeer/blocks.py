@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import NoReturn
 
 from .capture import check_vocabulary
 from .errors import PairsError
@@ -90,18 +91,23 @@ class Blocks:
             start = time.perf_counter()
             chosen = list(islice(stream, self.block_pairs))
             if not chosen:
+                if number < self.first:
+                    self._others()
                 return
             digest = chain(digest, chosen)
             offset, self.read = self.read, self.read + len(chosen)
             self.seconds.read += time.perf_counter() - start
             if number == self.first - 1 and digest != self.known:
-                raise PairsError(
-                    f"{self.source}: found other pairs than were counted before ({self.read} of them); expected the "
-                    "same file, unchanged. Start anew"
-                )
+                self._others()
             if number >= self.first and number % self.part[1] == self.part[0]:
                 yield self._block(number, offset, chosen, digest)
             number += 1
+
+    def _others(self) -> NoReturn:
+        raise PairsError(
+            f"{self.source}: found other pairs than were counted before ({self.read} of them); expected the same "
+            "file, unchanged. Start anew"
+        )
 
     def _block(self, number: int, offset: int, pairs: list[Pair], digest: str) -> Block:
         start = time.perf_counter()

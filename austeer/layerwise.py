@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from .one_layer import Anatomy, LayerwiseError, OneLayer
 from .packing import Batch
 from .scratch import HiddenStates, free_memory
 from .sites import Site, text_config
-from .truncation import first_layers
 from .weights import Part, Traffic, WeightsError, exact, in_turn
 
 
@@ -51,7 +50,7 @@ class Layerwise:
         layout: attribute paths, where they are not those of the model's family.
 
     Attributes:
-        layers: numbers of the layers that are run.
+        tree: as given; what a run goes by. layers: numbers of the layers that are run.
         traffic: bytes of weights read and held, seconds waited for them.
         computed: seconds of forward passes and counting.
         hidden_bytes, hidden_place: what the hidden states take ("device", "memory" or "file").
@@ -94,16 +93,6 @@ class Layerwise:
         groups += [anatomy.modules(anatomy.layers[number]) for number in self.layers]
         around, embedding, *layers = (Part(modules, self._asked, self.traffic) for modules in groups)
         return around, embedding, layers
-
-    @contextmanager
-    def beginning(self, count: int) -> Iterator[None]:
-        """The model with its first ``count`` layers only, all loaded: for a trial of them with short texts."""
-        around, embedding, layers = self._parts()
-        with ExitStack() as stack:
-            for part in (around, embedding, *layers[:count]):
-                stack.enter_context(part.here())
-            stack.enter_context(first_layers(self._anatomy.model, self._anatomy.root, count))
-            yield
 
     def run(
         self,
@@ -174,6 +163,8 @@ class Layerwise:
         start = time.perf_counter()
         try:
             work(*args)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         finally:
             self.computed += time.perf_counter() - start
 

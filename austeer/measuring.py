@@ -30,6 +30,7 @@ from .strategies import run_layerwise, run_resident
 from .stream import PairStream
 from .tally import Tally
 from .trees import forms
+from .truncation import first_layers
 
 STRATEGIES = ("auto", "resident", "layerwise")
 
@@ -251,7 +252,8 @@ class Measurement:
         decoder = decoder_of(self.model)
         if self.fingerprint.model_type in LAYOUTS and is_offloaded(decoder):
             return next(iter(forms(self.model, decoder)), None)
-        form, self.report.shared_error = tree_form(self.model, self.sites, self.device)
+        with first_layers(self.model, self.root, self.depth):
+            form, self.report.shared_error = tree_form(self.model, self.sites, self.device)
         return form
 
     def _resumed(self, resume: bool) -> Mapping[str, Any]:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ class Batch:
 
     def pinned(self) -> Batch:
         """In page-locked memory, from which a GPU copies without the host's waiting."""
-        return Batch(**{name: t.pin_memory() if isinstance(t, Tensor) else t for name, t in vars(self).items()})
+        pinned: dict[str, Any] = {name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **pinned)
 
     def halves(self) -> tuple[Batch, Batch] | None:
         """The first and the second half of the rows; None for a single row."""
@@ -64,21 +66,21 @@ class Batch:
         if rows < 2:
             return None
         cut = rows // 2
+        # A row's last token is the last of some text, so the ends tell how long it is.
+        lengths = torch.zeros(rows, dtype=torch.int64)
+        lengths.scatter_reduce_(0, self.ends // length, self.ends % length + 1, "amax")
         first = self.ends < cut * length
-        parts: list[Batch] = []
-        for rows_, chosen, moved in ((slice(None, cut), first, 0), (slice(cut, None), ~first, cut * length)):
-            ids = self.ids[rows_]
-            share = round(self.tokens * ids.shape[0] / rows)
-            parts.append(
-                Batch(
-                    ids,
-                    self.ends[chosen] - moved,
-                    self.texts[chosen],
-                    None if self.positions is None else self.positions[rows_],
-                    None if self.sees is None else self.sees[rows_],
-                    share if not parts else self.tokens - parts[0].tokens,
-                )
+        parts = [
+            Batch(
+                self.ids[rows_],
+                self.ends[chosen] - moved,
+                self.texts[chosen],
+                None if self.positions is None else self.positions[rows_],
+                None if self.sees is None else self.sees[rows_],
+                int(lengths[rows_].sum()),
             )
+            for rows_, chosen, moved in ((slice(None, cut), first, 0), (slice(cut, None), ~first, cut * length))
+        ]
         return parts[0], parts[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,10 +40,10 @@ def run_resident(m: Measurement) -> None:
         capture.attached(),
         Progress("measuring", m.total(), "pairs", m.progress) as bar,
         Interruption(m.checkpoint is not None) as interruption,
+        closing(ahead(m.blocks)) as blocks,
     ):
         if m.tally.pairs:
             bar.advance(m.tally.pairs)
-        blocks = ahead(m.blocks)
         while True:
             start = time.perf_counter()
             block = next(blocks, None)

@@ -54,10 +54,12 @@ class Tally:
         value, row, au, name = min(found)
         offset = value // blocks.block_pairs * blocks.block_pairs
         number, pair = blocks.pair(value - offset, offset)
+        # Attention spreads a NaN over all texts of a row, masked or not.
+        together = " or one that begins like it (share_prompts=False tells which)" if blocks.share else ""
         raise CaptureError(
             f"site {name!r}, layer {self.sites[name][row].layer}, AU {au}: found NaN or infinity on pair {number} of "
-            f"{blocks.source} ({pair.prompt!r:.60}); expected finite activations. Load the model in bfloat16 or "
-            "float32, or leave the pair out"
+            f"{blocks.source} ({pair.prompt!r:.60}){together}; expected finite activations. Load the model in bfloat16 "
+            "or float32, or leave the pair out"
         )
 
     def state(self, **extra: Any) -> State:

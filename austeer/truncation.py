@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .sites import unwrap
+
 
 @contextmanager
 def first_layers(model: nn.Module, path: str, count: int) -> Iterator[None]:
     """The model with the first ``count`` entries of the module list at ``path``; afterwards as it was."""
     parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent)
+    owner = unwrap(model).get_submodule(parent)
     layers = owner._modules[name]
     assert layers is not None
     if count >= len(layers._modules):
@@ -20,7 +22,7 @@ def first_layers(model: nn.Module, path: str, count: int) -> Iterator[None]:
         return
     fewer = nn.ModuleList()
     fewer.training = layers.training
-    fewer._modules = dict(list(layers._modules.items())[:count])
+    fewer._modules = dict(list(layers._modules.items())[:count])  # type: ignore[arg-type]
     owner._modules[name] = fewer
     try:
         yield

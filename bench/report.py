@@ -103,3 +103,91 @@ def show_host(content: dict[str, Any]) -> None:
             f"unsteered {batch['unsteered_us']:.0f} us a forward pass (median); noise {batch['noise_us']:.2f} us a site"
         )
     show_goals(content["goals"], console)
+
+
+def _table(title: str, left: list[str], right: list[str]) -> Table:
+    table = Table(title=title)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _ways(console: Console, title: str, row: dict[str, Any], references: list[str]) -> None:
+    """One set: rates, ratios as run and at many pairs, and what was run, way by way."""
+    from .compare import MANY
+
+    def ratio(way: dict[str, Any], reference: str) -> str:
+        if reference not in way["faster_than"]:
+            return ""
+        many = way[f"faster_than_at_{MANY}"][reference]["median"]
+        return f"{_spread(way['faster_than'][reference])}\nat {MANY} pairs {many:.2f}"
+
+    table = _table(
+        f"{title}{row['set']}: {row['tokens_a_text']['median']:.0f} tokens a text (median)",
+        ["way"],
+        [
+            "pairs",
+            "pairs/s",
+            *(f"x {name}" for name in references),
+            "tokens run",
+            "of texts",
+            "to host, MB",
+            "kept, MB",
+            "counts differ",
+        ],
+    )
+    for name, way in row["ways"].items():
+        table.add_row(
+            *(name, str(way["pairs"]), f"{way['pairs_a_second']:.2f}", *(ratio(way, of) for of in references)),
+            *(str(way["tokens_run"]), f"{way['tokens_run'] / way['tokens']:.2f}"),
+            *(f"{way['to_host'] / 1e6:.1f}", f"{way['kept'] / 1e6:.1f}", str(way["differing_counts"])),
+        )
+    console.print(table)
+
+
+def show_momentum(content: dict[str, Any]) -> None:
+    """Rates and ratios set by set, memory, weights on disk, what a GPU adds, then the goals."""
+    from .offloaded import LAYERWISE, RESIDENT
+    from .ways import PUBLIC, STACKED
+
+    console = _console()
+    console.print(f"{content['environment']['device']}; pairs: {content['data']}; {content['rounds']} rounds")
+    for row in content["sets"]:
+        _ways(console, "", row, [PUBLIC, STACKED])
+    if content["memory"]:
+        table = _table("peak memory over the loaded model, demo pairs", ["way"], ["pairs", "MB", "MB a further pair"])
+        for extra in content["memory"]:
+            few, many = extra["runs"]
+            growth = (many["bytes"] - few["bytes"]) / (many["pairs"] - few["pairs"])
+            table.add_row(
+                extra["way"],
+                f"{few['pairs']}\n{many['pairs']}",
+                f"{few['bytes'] / 1e6:.0f}\n{many['bytes'] / 1e6:.0f}",
+                f"{growth / 1e6:.2f}",
+            )
+        console.print(table)
+    for case, row in (content["offloaded"] or {"cases": {}})["cases"].items():
+        _ways(console, f"{case}; ", row, [RESIDENT, STACKED, PUBLIC])
+        read, weights = row["ways"][LAYERWISE]["report"]["weights_read"], content["offloaded"]["weights"]
+        console.print(
+            f"{LAYERWISE}: {read / 1e6:.0f} MB of weights read, {read / weights:.2f}x the decoder's; the disk gave "
+            f"{row['read_from_disk'] / 1e9:.2f} GB to all ways and rounds"
+        )
+    if content["kernel"]:
+        kernel = content["kernel"]
+        console.print(
+            f"counting kernel on [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']}: "
+            f"{kernel['seconds']['kernel']['median'] * 1e6:.1f} us, {kernel['of_copy_bandwidth']:.0%} of the copy "
+            f"bandwidth, {kernel['faster_than_eager']['median']:.1f}x eager operations"
+        )
+    if content["large"]:
+        for row in content["large"]["sets"]:
+            _ways(console, f"random {content['large']['shape']['name']}, ", row, [STACKED])
+        for extra in content["large"]["memory"]:
+            sizes = ", ".join(f"{nbytes / 1e6:.0f} MB at {pairs} pairs" for pairs, nbytes in extra["bytes"].items())
+            console.print(f"{extra['set']}, {extra['way']}: peak device memory over the model {sizes}")
+    show_goals(content["goals"], console)
+    if content["quick"]:
+        console.print("[bold]--quick: these times mean nothing[/]")

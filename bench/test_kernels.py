@@ -63,14 +63,31 @@ def test_steered_linear(timed, device, tokens, form):
     timed(*forms[form], group=f"linear 1536 -> 576, {tokens} tokens, {device}")
 
 
-@pytest.mark.parametrize("shape", [(256, 17280), (1000, 4096)], ids=str)
-def test_momentum_update(timed, device, shape):
-    positive, negative = (torch.randn(shape, device=device, dtype=DTYPE[device.type]) for _ in range(2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(256, 17280), (1000, 4096), (128, 327680)], ids=str)
+@pytest.mark.parametrize("form", ["ours", "whole tensors", "plain read"])
+def test_momentum_update(timed, device, shape, dtype, form):
+    positive, negative = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     counters = ak.momentum_counters(shape[1], device)
+    more = (positive > negative).sum(0)
 
-    def update():
+    def ours():
         counters[0].zero_()
         ak.momentum_update(positive, negative, *counters)
         return counters[0]
 
-    timed(update, (positive > negative).sum(0), group=f"momentum {shape} {device}", rtol=0.5 / shape[0])
+    def whole_tensors():
+        finite = positive.isfinite() & negative.isfinite()
+        delta = torch.where(finite, positive.double() - negative.double(), 0.0)
+        found = (delta > 0).sum(0)
+        return found, (delta < 0).sum(0), delta.sum(0), delta.square().sum(0), (~finite).int().argmax(0)
+
+    def plain_read():
+        return positive.sum(0, dtype=torch.float32) + negative.sum(0, dtype=torch.float32)
+
+    function, expected = {
+        "ours": (ours, more),
+        "whole tensors": (lambda: whole_tensors()[0], more),
+        "plain read": (plain_read, positive.double().sum(0) + negative.double().sum(0)),
+    }[form]
+    timed(function, expected, group=f"momentum {shape} {dtype} {device}", rtol=0.5 / shape[0])

@@ -1,9 +1,16 @@
 """The definitions, against loops over single numbers in Python's own float64."""
 
+import itertools
 import math
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from austeer_kernels import NO_PAIR, momentum_counters, reference
 
@@ -49,6 +56,98 @@ def test_momentum_of_no_pairs_changes_nothing():
     got = momentum_counters(3)
     reference.momentum_update(torch.empty(0, 3), torch.empty(0, 3), *got, 0)
     assert all(torch.equal(a, b) for a, b in zip(got, momentum_counters(3)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (40, 2100), (33, 1009), (700, 63), (0, 5), (5, 0)])
+def test_momentum_over_tiles_equals_numpy(seed, dtype, rows, columns):
+    """More rows and columns than a tile has, in pieces that do not divide them."""
+    positive, negative = torch.randn(rows, columns).to(dtype), torch.randn(rows, columns).to(dtype)
+    negative[rows // 2 : rows // 2 + 2] = positive[rows // 2 : rows // 2 + 2]
+    p, n = positive.double().numpy(), negative.double().numpy()
+    got = momentum_counters(columns)
+    reference.momentum_update(positive, negative, *got, 3)
+    assert np.array_equal(got[0], (p > n).sum(0)) and np.array_equal(got[1], (p < n).sum(0))
+    m = p.astype(np.longdouble) - n
+    scale = np.abs(m).sum(0) + 1e-300
+    assert (np.abs(got[2].numpy() - m.sum(0)) <= 1e-14 * scale).all()
+    assert np.allclose(got[3], (m * m).sum(0).astype(float), rtol=1e-14, atol=0)
+    assert (got[4] == NO_PAIR).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_momentum_of_nonfinite_entries_in_any_tile(seed, dtype):
+    rows, columns = 70, 2100
+    positive, negative = torch.randn(rows, columns).to(dtype), torch.randn(rows, columns).to(dtype)
+    for row, column, value in ((0, 0, math.nan), (69, 1007, math.inf), (31, 1008, -math.inf), (32, 2099, math.nan)):
+        positive[row, column] = value
+    negative[31, 1008], negative[5, 2015] = -math.inf, math.inf
+    p, n = positive.double().numpy(), negative.double().numpy()
+    finite = np.isfinite(p) & np.isfinite(n)
+    m = np.where(finite, p - np.where(np.isfinite(n), n, 0), 0)
+    got = momentum_counters(columns)
+    reference.momentum_update(positive, negative, *got, 100)
+    assert np.array_equal(got[0], ((p > n) & finite).sum(0)) and np.array_equal(got[1], ((p < n) & finite).sum(0))
+    assert np.allclose(got[2], m.sum(0), rtol=1e-12, atol=1e-12) and np.allclose(got[3], (m * m).sum(0), rtol=1e-12)
+    where = {0: 100, 1007: 169, 1008: 131, 2015: 105, 2099: 132}
+    assert {c: int(got[4][c]) for c in (got[4] != NO_PAIR).nonzero().flatten().tolist()} == where
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_momentum_tells_neighbouring_numbers_apart(dtype):
+    """The smallest difference there is counts, also between denormal numbers and of zeros of both signs."""
+    info = torch.finfo(dtype)
+    tiny = info.smallest_normal * info.eps
+    pairs = [(tiny, 0.0), (0.0, tiny), (-0.0, 0.0), (1.0, 1.0 - info.eps / 2), (info.max, -info.max)]
+    positive, negative = torch.tensor(pairs, dtype=torch.float64).T.to(dtype)
+    got = momentum_counters(5)
+    reference.momentum_update(positive[None].contiguous(), negative[None].contiguous(), *got, 0)
+    assert [got[0].tolist(), got[1].tolist()] == [[1, 0, 0, 1, 1], [0, 1, 0, 0, 0]]
+    assert (got[4] == NO_PAIR).all()
+
+
+def test_momentum_does_not_depend_on_the_number_of_threads(seed):
+    positive, negative = torch.randn(300, 3000), torch.randn(300, 3000)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(momentum_counters(3000))
+            reference.momentum_update(positive, negative, *results[-1], 0)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 80), st.integers(1, 1200), st.lists(st.integers(0, 80), max_size=3))
+def test_momentum_integers_do_not_depend_on_how_the_rows_were_cut(number, rows, columns, cuts):
+    torch.manual_seed(number)
+    positive, negative = torch.randn(rows, columns).half(), torch.randn(rows, columns).half()
+    positive[number % rows, number % columns] = math.nan
+    whole, parts = momentum_counters(columns), momentum_counters(columns)
+    reference.momentum_update(positive, negative, *whole, 0)
+    for start, stop in itertools.pairwise(sorted({0, rows, *(cut % rows for cut in cuts)})):
+        reference.momentum_update(positive[start:stop], negative[start:stop], *parts, start)
+    assert all(torch.equal(whole[i], parts[i]) for i in (0, 1, 4))
+    assert all(torch.allclose(whole[i], parts[i], rtol=1e-13, atol=1e-12) for i in (2, 3))
+
+
+def test_momentum_needs_no_memory_of_the_buffers_size(seed):
+    """Memory while it runs, over what the buffers take: a few tiles, however many rows and columns there are."""
+    program = """
+import resource, torch
+from austeer_kernels import momentum_counters, reference
+positive, negative = torch.ones(2, 100, 200_000).bfloat16()
+counters = momentum_counters(200_000)
+reference.momentum_update(positive[:, :2000], negative[:, :2000], *(t[:2000] for t in counters), 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reference.momentum_update(positive, negative, *counters, 0)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) < 8e6, "80 MB of buffers, and 160 MB for one float64 copy of either"
 
 
 @pytest.mark.parametrize("magnitude", [False, True])

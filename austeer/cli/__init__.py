@@ -54,7 +54,7 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder that may not be read ...
         fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except SystemExit as error:
-        interrupt = getattr(error.__context__, "__cause__", None)  # typer makes an exit code of Ctrl-C, and says nothing
+        interrupt = getattr(error.__context__, "__cause__", None)  # typer makes an exit code of Ctrl-C, without a word
         if isinstance(interrupt, KeyboardInterrupt):
             print(str(interrupt) or "interrupted", file=sys.stderr)
         raise

@@ -1,0 +1,84 @@
+"""A model whose weights lie on disk: layer by layer, beside forward passes that load every weight each time.
+
+``accelerate.disk_offload`` puts the weights of the model into files. In one case the system may keep them in memory
+after the first pass; in the other it is made to forget them before each forward pass, which is how a model runs that is
+larger than the memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import disk_offload
+from transformers import PreTrainedModel
+
+from .compare import compare
+from .naive import Gate
+from .pair_sets import PairSet
+from .ways import PUBLIC, STACKED, WAYS, ours
+
+LAYERWISE, RESIDENT = "layer by layer", "batch by batch"
+
+CACHED, FROM_DISK = "weights stay in the system's cache", "weights come from the disk at each pass"
+
+
+def measure(
+    model: PreTrainedModel, tokenizer, pair_set: PairSet, counts: Mapping[str, int], rounds: int
+) -> dict[str, Any]:
+    """Both strategies, and both peers, on a copy of the model that is offloaded; by case.
+
+    Args:
+        counts: with how many pairs each way runs.
+    """
+    gate = Gate(model, tokenizer, pair_set.pairs[: max(counts.values())])
+    ways = {
+        LAYERWISE: ours("layerwise"),
+        RESIDENT: ours("resident"),
+        STACKED: WAYS[STACKED],
+        PUBLIC: WAYS[PUBLIC],
+    }
+    device = next(model.parameters()).device
+    with tempfile.TemporaryDirectory() as folder:
+        offloaded = copy.deepcopy(model)
+        disk_offload(offloaded, folder, execution_device=device)
+        weights = sorted(Path(folder).iterdir())
+        found = {}
+        for case in (CACHED, FROM_DISK):
+            before = read_from_disk()
+            with forgetting(offloaded, weights if case == FROM_DISK else []):
+                found[case] = compare(
+                    offloaded, tokenizer, pair_set, ways, counts, gate, rounds, (RESIDENT, STACKED, PUBLIC)
+                )
+            found[case]["read_from_disk"] = read_from_disk() - before
+    return {"weights": sum(p.nbytes for p in model.get_decoder().parameters()), "cases": found}
+
+
+def read_from_disk() -> int:
+    """Bytes that this process has had the system fetch from a disk so far (Linux)."""
+    found = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
+    return int(found["read_bytes"])
+
+
+@contextmanager
+def forgetting(model: PreTrainedModel, weights: list[Path]) -> Iterator[None]:
+    """The system drops these files from its cache before each batch: when it comes to the first layer."""
+    for path in weights:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not yet on the disk would stay in the cache
+
+    def forget(*_: object) -> None:
+        for path in weights:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    handle = model.get_decoder().layers[0].register_forward_pre_hook(forget)
+    try:
+        yield
+    finally:
+        handle.remove()

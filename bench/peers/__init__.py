@@ -1,0 +1,43 @@
+"""Other ways to measure activation momentum, written here from their descriptions, to be measured beside ours.
+
+Each gives, for every site, how often the positive and the negative text's activation was the larger one:
+site -> (positive, negative), int64 [layers, width].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+SITES = ("attention", "ffn")
+
+Counts = dict[str, tuple[Tensor, Tensor]]
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go in: where the embedding is, or where accelerate brings it."""
+    embedding: Any = model.get_input_embeddings()
+    device = embedding.weight.device
+    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
+
+
+@contextmanager
+def reading(model: PreTrainedModel, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls ``keep(site, activations)`` at both sites of every layer of a Llama, first layer first.
+
+    The activations are [batch, tokens, width]: the attention output projection's input, and the MLP's output.
+    """
+    with ExitStack() as stack:
+        for layer in model.get_decoder().layers:
+            handles = (
+                layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: keep("attention", args[0])),
+                layer.mlp.register_forward_hook(lambda module, args, output: keep("ffn", output)),
+            )
+            for handle in handles:
+                stack.callback(handle.remove)
+        yield

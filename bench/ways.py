@@ -1,0 +1,160 @@
+"""The ways to measure momentum that are compared, and what each one moves and keeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import austeer
+from austeer import Pairs
+from austeer.measuring import BLOCK_PAIRS
+
+from .peers import SITES, Counts, public_momentum, stacked_momentum
+
+PUBLIC, STACKED, OURS, UNSHARED = "public", "stacked", "ours", "ours, prompts twice"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's activations.
+
+    Attributes:
+        token: at both sites of all layers, of one token. hidden: the hidden states of one token.
+        counters: what four counters and a mark for NaN take, for every AU of both sites.
+    """
+
+    token: int
+    hidden: int
+    counters: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Sizes:
+        found = austeer.find_sites(model, SITES)
+        units = sum(site.width for sites in found.values() for site in sites)
+        layers, itemsize = len(found[SITES[0]]), next(model.parameters()).dtype.itemsize
+        return cls(units * itemsize, (layers + 1) * model.config.hidden_size * itemsize, 5 * 8 * units)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that one way handles beside the forward passes.
+
+    Attributes:
+        to_host: copied to the CPU (on a CPU: what would be). kept: held at once, at the end or in a full buffer.
+    """
+
+    to_host: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measurement.
+
+    Attributes:
+        counts: what it found.
+        seconds: what it took. fixed: the part of it that hardly grows with the number of pairs.
+        report: what ours says of itself: where the time went, what weights were read.
+    """
+
+    counts: Counts
+    seconds: float
+    fixed: float = 0.0
+    report: dict[str, Any] | None = None
+
+    def a_pair(self, pairs: int, at: int | None = None) -> float:
+        """Seconds a pair, of the ``pairs`` that ran; with ``at``, if there had been so many."""
+        return self.seconds / pairs if at is None else (self.seconds - self.fixed) / pairs + self.fixed / at
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to measure.
+
+    Attributes:
+        run: (model, tokenizer, pairs) -> one measurement, to its end: all give their counts on the CPU, so a GPU has
+            finished.
+        moved: (sizes, tokens of all texts, pairs) -> bytes.
+    """
+
+    run: Callable[[PreTrainedModel, Any, Pairs], Run]
+    moved: Callable[[Sizes, int, int], Moved]
+
+
+def _public(model: PreTrainedModel, tokenizer, pairs: Pairs) -> Run:
+    begin = time.perf_counter()
+    found = public_momentum.measure(model, tokenizer, pairs)
+    return Run(found.counts(), time.perf_counter() - begin, found.scoring_seconds)
+
+
+def _stacked(model: PreTrainedModel, tokenizer, pairs: Pairs) -> Run:
+    begin = time.perf_counter()
+    return Run(stacked_momentum.measure(model, tokenizer, pairs), time.perf_counter() - begin)
+
+
+def ours(strategy: str = "resident", share_prompts: bool = True) -> Way:
+    """austeer.measure."""
+
+    def run(model: PreTrainedModel, tokenizer, pairs: Pairs) -> Run:
+        begin = time.perf_counter()
+        found = austeer.measure(
+            *(model, tokenizer, pairs, SITES), strategy=strategy, share_prompts=share_prompts, progress=False
+        )
+        seconds = time.perf_counter() - begin
+        assert found.report is not None
+        counts = {site: (found.counters(site).positive, found.counters(site).negative) for site in SITES}
+        # Before the first pair sites are found, and the model is asked whether it takes trees.
+        return Run(counts, seconds, seconds - found.report.seconds.total, found.report.to_json())
+
+    return Way(run, _bounded)
+
+
+def _all_positions(sizes: Sizes, tokens: int, pairs: int) -> Moved:
+    return Moved(tokens * (sizes.token + sizes.hidden), tokens * sizes.token)
+
+
+def _last_tokens(sizes: Sizes, tokens: int, pairs: int) -> Moved:
+    # What is copied in the end: two int64 counters of each AU.
+    return Moved(sizes.counters * 2 // 5, 2 * pairs * sizes.token)
+
+
+def _bounded(sizes: Sizes, tokens: int, pairs: int) -> Moved:
+    return Moved(sizes.counters * 4 // 5, 2 * min(pairs, BLOCK_PAIRS) * sizes.token + sizes.counters)
+
+
+WAYS = {
+    PUBLIC: Way(_public, _all_positions),
+    STACKED: Way(_stacked, _last_tokens),
+    OURS: ours(),
+    UNSHARED: ours(share_prompts=False),
+}
+
+
+class TokensRun:
+    """Counts the tokens that go into the first decoder layer, padding included, while the context is open."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.count = model, 0
+
+    def __enter__(self) -> TokensRun:
+        def add(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]  # [batch, tokens, width]
+            self.count += hidden.shape[0] * hidden.shape[1]
+
+        layer = self.model.get_decoder().layers[0]
+        self._handle = layer.register_forward_pre_hook(add, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def tokens_of(tokenizer, pairs: Pairs) -> list[int]:
+    """The length of each text."""
+    texts = [pair.prompt + answer for pair in pairs for answer in (pair.positive, pair.negative)]
+    return [len(ids) for ids in tokenizer(texts)["input_ids"]]
