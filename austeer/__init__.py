@@ -9,6 +9,7 @@ pairs -> momentum -> plan -> steering::
         model.generate(**inputs)
 """
 
+from .activations import momentum_from_activations
 from .errors import (
     AusteerError,
     CaptureError,
@@ -57,6 +58,7 @@ __all__ = [
     "is_steered",
     "load_pairs",
     "measure",
+    "momentum_from_activations",
     "steer",
     "stream_pairs",
 ]

@@ -28,7 +28,7 @@ from .stored import StoredActivations
 
 #: By default a chunk has so many bytes, and at least so many rows: of fewer, going over the counters would cost as
 #: much as counting.
-CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 32
+CHUNK_BYTES, CHUNK_ROWS = 64 * 2**20, 32
 
 #: Bytes of an AU's counters while counting, and in a file.
 COUNTER_BYTES, SAVED_BYTES = 40, 32
@@ -79,7 +79,7 @@ class ActivationCount:
     Args:
         stored: what to count.
         device: where to count; by default a GPU if there is one.
-        chunk_bytes: of a chunk; by default 32 MiB or 32 rows, whichever is more.
+        chunk_bytes: of a chunk; by default 64 MiB or 32 rows, whichever is more.
         part: (i, n) counts the shards i, i + n, i + 2 n ... for the caller to merge.
         checkpoint: a file in which the counters are kept every GB or so, and when a shard cannot be read; remove it
             when the result is saved. resume: go on from it, if it is there, to the identical result.

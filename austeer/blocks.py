@@ -53,6 +53,7 @@ class Blocks:
         source, chat_template: as in :class:`austeer.pairs.Pairs`.
         vocabulary: how many tokens the model has. max_length: longer texts are cut.
         batch_tokens: tokens in a batch, with padding. share: whether shared beginnings run once.
+        apart: see :func:`austeer.packing.batches`.
         first: blocks before this number are read and left out. known: the digest of all pairs in them.
         part: (i, n) takes the blocks i, i + n, i + 2 n ...
         pin: whether batches lie in page-locked memory.
@@ -71,6 +72,7 @@ class Blocks:
         block_pairs: int,
         batch_tokens: int,
         share: bool,
+        apart: int | None = None,
         first: int = 0,
         known: str = "",
         part: tuple[int, int] = (0, 1),
@@ -80,30 +82,33 @@ class Blocks:
         self.tokenizer, self.pairs, self.source, self.chat_template = tokenizer, pairs, source, chat_template
         self.vocabulary, self.max_length, self.block_pairs = vocabulary, max_length, block_pairs
         self.batch_tokens, self.share, self.first, self.known = batch_tokens, share, first, known
+        self.apart = apart
         self.part, self.pin = part, pin
         self.seconds = seconds or Seconds()
+        self.digest = ""  # of all pairs read by it
         self.read = 0  # pairs read by the newest iteration, those of other processes included
 
     def __iter__(self) -> Iterator[Block]:
         stream, digest, number = iter(self.pairs), "", 0
-        self.read = 0
+        self.read, self.digest = 0, ""
         while True:
             start = time.perf_counter()
             chosen = list(islice(stream, self.block_pairs))
             if not chosen:
                 if number < self.first:
-                    self._others()
+                    self.others()
                 return
-            digest = chain(digest, chosen)
+            self.digest = digest = chain(digest, chosen)
             offset, self.read = self.read, self.read + len(chosen)
             self.seconds.read += time.perf_counter() - start
             if number == self.first - 1 and digest != self.known:
-                self._others()
+                self.others()
             if number >= self.first and number % self.part[1] == self.part[0]:
                 yield self._block(number, offset, chosen, digest)
             number += 1
 
-    def _others(self) -> NoReturn:
+    def others(self) -> NoReturn:
+        """Raises PairsError: these are not the pairs that were counted before."""
         raise PairsError(
             f"{self.source}: found other pairs than were counted before ({self.read} of them); expected the same "
             "file, unchanged. Start anew"
@@ -116,7 +121,7 @@ class Blocks:
         check_vocabulary(self.vocabulary, texts)
         now = time.perf_counter()
         self.seconds.tokenise += now - start
-        packed = list(batches(texts, self.batch_tokens, self.share))
+        packed = list(batches(texts, self.batch_tokens, self.share, self.apart))
         if self.pin:
             packed = [batch.pinned() for batch in packed]
         self.seconds.pack += time.perf_counter() - now
@@ -131,6 +136,14 @@ class Blocks:
             texts_tokens=sum(map(len, texts)),
             digest=digest,
         )
+
+    def expect(self, digest: str) -> None:
+        """Raises PairsError if the pairs read so far are not those that were counted before."""
+        if digest != self.digest:
+            raise PairsError(
+                f"{self.source}: found other pairs than were counted before ({self.read} of them); expected the same "
+                "file, unchanged. Start anew"
+            )
 
     def tokenised(self, pairs: list[Pair], offset: int) -> Tokenised:
         return tokenise(

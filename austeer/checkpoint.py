@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import files
+from . import scratch as hidden
 from .errors import FileFormatError
 from .momentum import Counters
 
@@ -45,7 +47,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], part: tuple[int, int] = (0, 1)):
-        self.path = Path(path)
+        check_path(path)
+        self.base, self.path = Path(path), Path(path)
         if part[1] > 1:
             self.path = self.path.with_name(f"{self.path.name}.{part[0]}-of-{part[1]}")
         self.settings = json.loads(json.dumps({**settings, "processes": part[1], "process": part[0]}))
@@ -78,5 +81,34 @@ class Checkpoint:
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"{self.path}: inconsistent content ({error}); start anew") from error
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def others(self) -> list[Path]:
+        """Checkpoints of the same name by another number of processes."""
+        mine = self.path.name.removeprefix(self.base.name).rpartition("-")[2]
+        return [p for p in written(self.base) if p.name.removeprefix(self.base.name).rpartition("-")[2] != mine]
+
+
+def check_path(path: str | Path) -> None:
+    """Raises FileFormatError where a checkpoint cannot be a file."""
+    if not Path(path).name or Path(path).is_dir():
+        raise FileFormatError(f"checkpoint: found the folder {str(path)!r}, expected a file name")
+
+
+def written(path: str | Path) -> list[Path]:
+    """The checkpoints of a name that are there: one, or one of each process."""
+    path = Path(path)
+    form = re.compile(re.escape(path.name) + r"(\.\d+-of-\d+)?")
+    if not path.parent.is_dir():
+        return []
+    found = [entry for entry in path.parent.iterdir() if form.fullmatch(entry.name) and entry.is_file()]
+    return sorted(entry for entry in found if files.kind_of(entry) == FORMAT)
+
+
+def remove(path: str | Path, scratch: str | Path | None = None) -> None:
+    """Removes the checkpoints of a name, and the hidden states that are kept for them; nothing else.
+
+    Args:
+        scratch: where hidden states are kept, if not beside the checkpoint.
+    """
+    for file in written(path):
+        hidden.remove(Path(scratch or file.parent, f"{file.name}.hidden"))
+        file.unlink()

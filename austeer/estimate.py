@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from .capture import vocabulary_size
+from .choices import length_limit
 from .costs import Parameters
 from .errors import CaptureError, PairsError, check_count
 from .families import Layout
 from .machine import Machine, free_on, this_machine
-from .measuring import BLOCK_PAIRS, STRATEGIES, length_limit
+from .measuring import BLOCK_PAIRS, STRATEGIES
 from .needs import Need, Subject
 from .pairs import Pair, Pairs
 from .sites import decoder_of

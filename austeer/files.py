@@ -21,8 +21,9 @@ def write(path: Path, kind: str, version: int, header: dict[str, Any], tensors: 
     """Writes atomically: the file is there whole or not at all. Raises FileFormatError where it cannot be written."""
     try:
         _write(path, kind, version, header, tensors)
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be written ({error.strerror or error}); give another place") from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise FileFormatError(f"{path}: cannot be written ({reason}); give another place") from error
 
 
 def _write(path: Path, kind: str, version: int, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -54,6 +55,15 @@ def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
         digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def kind_of(path: Path) -> str | None:
+    """What kind of file this is; None if it is none of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError):
+        return None
 
 
 def read(path: Path, kind: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

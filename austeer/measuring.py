@@ -14,9 +14,10 @@ from torch import nn
 from .blocks import Blocks
 from .capture import vocabulary_size
 from .checkpoint import Checkpoint
+from .choices import chosen_layers, chosen_strategy, is_offloaded, length_limit, tokenizer_signature
 from .errors import CaptureError, FileFormatError, PairsError, SiteError, SteeringError, check_count
 from .families import LAYOUTS
-from .layerwise import Layerwise, why_not
+from .layerwise import Layerwise
 from .measured import MeasureReport
 from .memory import automatic_batch_tokens
 from .momentum import Counters, Momentum
@@ -24,13 +25,14 @@ from .pairs import Pair, Pairs
 from .processes import Processes
 from .recording import ActivationWriter
 from .sharing import tree_form
-from .sites import Layout, decoder_of, find_sites, fingerprint, input_device, layers_path, text_config
+from .sites import Layout, decoder_of, find_sites, fingerprint, input_device, layers_path, unwrap
 from .steering import is_steered
 from .strategies import run_layerwise, run_resident
 from .stream import PairStream
 from .tally import Tally
-from .trees import forms
+from .trees import forms, longest_short_text
 from .truncation import first_layers
+from .weights import signature
 
 STRATEGIES = ("auto", "resident", "layerwise")
 
@@ -152,6 +154,11 @@ class Measurement:
         layout: Layout | None,
         progress: bool | None,
     ):
+        if getattr(getattr(unwrap(model), "active_peft_config", None), "is_prompt_learning", False):
+            raise CaptureError(
+                "found a PEFT model with virtual tokens (prompt or prefix tuning), which the decoder alone does not "
+                "run; measure on the base model, or with an adapter of another kind"
+            )
         if is_steered(model):
             raise SteeringError(
                 "the model is steered: its activations are not its own. Leave the steering context first"
@@ -177,7 +184,7 @@ class Measurement:
         self.max_length = length_limit(model, max_length)
         self.processes = Processes.launched() if distributed else Processes()
         part = (self.processes.index, self.processes.count)
-        strategy = _strategy(model, strategy, device, layout)
+        strategy = chosen_strategy(model, strategy, device, layout)
         if strategy == "layerwise" and save_activations is not None:
             raise CaptureError(
                 "save_activations: found the layerwise strategy, which has the activations of one layer at a time; "
@@ -198,6 +205,9 @@ class Measurement:
                 "max_length": self.max_length,
                 "share_prompts": share_prompts,
                 "strategy": strategy,
+                "tokenizer": tokenizer_signature(tokenizer),
+                "weights": signature(model),
+                "save_activations": str(save_activations),
             }
             self.checkpoint = Checkpoint(checkpoint, settings, part)
         self.layerwise = None
@@ -208,6 +218,7 @@ class Measurement:
                 model, self.sites, device=device, scratch=scratch, persistent=checkpoint is not None, layout=layout
             )
         self.device = self.layerwise.device if self.layerwise else input_device(model)
+        self._warned = False
         self.tally, self.first_layer = Tally(self.sites, self.device), 0
         self.writer = None
         if save_activations is not None:
@@ -220,7 +231,8 @@ class Measurement:
                 resume=resume or self.processes.count > 1,
             )
         resumed = self._resumed(resume)
-        self.batch_tokens = batch_tokens or resumed.get("batch_tokens") or automatic_batch_tokens(model, self.device)
+        self.resumed_digest = resumed.get("all_pairs")
+        self.batch_tokens = self._batch_tokens(batch_tokens, resumed.get("batch_tokens"))
         self.tree = self._tree() if share_prompts else None
         if resumed and resumed["tree"] != self.tree:
             raise FileFormatError(
@@ -240,12 +252,23 @@ class Measurement:
             block_pairs=block_pairs,
             batch_tokens=self.batch_tokens,
             share=self.tree is not None,
+            apart=longest_short_text(model),
             first=self.tally.block,
             known=self.tally.digest,
             part=part,
             pin=self.device.type == "cuda",
             seconds=self.report.seconds,
         )
+
+    def _batch_tokens(self, asked: int | None, earlier: int | None) -> int:
+        """What is asked for, else what this run had before it was interrupted, else what suits; alike everywhere."""
+        if asked is not None and earlier is not None and asked != earlier:
+            raise FileFormatError(
+                f"batch_tokens: found {asked}, and the checkpoint is of a run with {earlier}; give that, or none"
+            )
+        own = asked or earlier or automatic_batch_tokens(self.model, self.device)
+        everywhere = self.processes.gather((own, earlier))
+        return min([found for _, found in everywhere if found] or [found for found, _ in everywhere])
 
     def _tree(self) -> str | None:
         """How shared prompts are handed to the model; asked of it, if that is cheap."""
@@ -262,6 +285,12 @@ class Measurement:
             if resume:
                 raise FileFormatError("resume: found no checkpoint to go on from; name its file with checkpoint=...")
             return {}
+        others = self.checkpoint.others()
+        if others:
+            raise FileFormatError(
+                f"{others[0]}: found the checkpoint of a run with another number of processes; go on with as many, or "
+                "remove it to start anew"
+            )
         if not self.checkpoint.path.exists():
             return {}
         if not resume:
@@ -281,10 +310,20 @@ class Measurement:
             return
         try:
             self.checkpoint.save(
-                self.tally.state(batch_tokens=self.batch_tokens, tree=self.tree, layer=self.first_layer)
+                self.tally.state(
+                    batch_tokens=self.batch_tokens,
+                    tree=self.tree,
+                    layer=self.first_layer,
+                    all_pairs=self.blocks.digest if self.layerwise else None,
+                )
             )
         except FileFormatError as error:  # a full disk: what is in memory is worth more than stopping
-            warnings.warn(f"{error}. Measuring goes on; an earlier checkpoint there still stands", stacklevel=2)
+            if self.layerwise is not None:  # hidden states go on; a checkpoint that is far behind is of no use to them
+                raise
+            stands = "; an earlier checkpoint there still stands" if self.checkpoint.path.exists() else ""
+            if not self._warned:
+                warnings.warn(f"{error}. Measuring goes on{stands}", stacklevel=2)
+            self._warned = True
 
     def total(self) -> int | None:
         """How many pairs there are for this process, as far as that is known now."""
@@ -305,11 +344,17 @@ class Measurement:
         self.tally.check(self.blocks)
         start = time.perf_counter()
         tally = self.tally
-        own = {f"{site}.{name}": t for site, c in tally.state().sites.items() for name, t in c.tensors().items()}
-        sums = self.processes.add(own)
-        everyone = self.processes.gather((tally.pairs, tally.cut, tally.identical, self.report))
+        everyone = self.processes.gather((tally.pairs, tally.cut, tally.identical, self.report, self.blocks.digest))
+        other = next((i for i, one in enumerate(everyone) if one[4] != everyone[0][4]), None)
+        if other is not None:
+            raise PairsError(
+                f"{self.pairs.source}: process {other} read other pairs than process 0, or in another order; give all "
+                "processes the same (a set, or a shuffle without a seed, has an order of its own in each)"
+            )
         pairs, cut, identical = (sum(one[i] for one in everyone) for i in range(3))
         self.report.add(one[3] for i, one in enumerate(everyone) if i != self.processes.index)
+        own = {f"{site}.{name}": t for site, c in tally.state().sites.items() for name, t in c.tensors().items()}
+        sums = self.processes.add(own)
         self.report.seconds.reduce = time.perf_counter() - start
         if identical == pairs:
             raise PairsError(
@@ -332,46 +377,3 @@ class Measurement:
             layers=self.layers,
             report=self.report,
         )
-
-
-def _strategy(model: nn.Module, strategy: str, device: str | torch.device | None, layout: Layout | None) -> str:
-    elsewhere = device is not None and torch.device(device) != input_device(model)
-    if strategy == "resident" and elsewhere:
-        raise CaptureError(
-            f"device: found {device} for a model on {input_device(model)}; the resident strategy runs where the model "
-            "is. Move the model, or take strategy='layerwise'"
-        )
-    if strategy != "auto":
-        return strategy
-    wanted = elsewhere or is_offloaded(decoder_of(model))
-    return "layerwise" if wanted and (elsewhere or why_not(model, layout) is None) else "resident"
-
-
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether weights are loaded each time they are used."""
-    return any(p.device.type == "meta" for p in model.parameters())
-
-
-def chosen_layers(wanted: Iterable[int] | None, count: int) -> tuple[int, ...]:
-    """The layers that are measured, in order; all by default."""
-    if wanted is None:
-        return tuple(range(count))
-    layers = tuple(wanted) if isinstance(wanted, Iterable) else (wanted,)
-    wrong = [n for n in layers if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < count]
-    if wrong or not layers:
-        raise SiteError(
-            f"layers: found {wrong[0] if wrong else 'none'!r}, expected numbers from 0 to {count - 1}, "
-            "for example layers=range(12)"
-        )
-    return tuple(sorted(set(layers)))
-
-
-def length_limit(model: nn.Module, max_length: int | None) -> int:
-    """The longest text, in tokens: what is asked for, within the model's context."""
-    context = getattr(text_config(model), "max_position_embeddings", None)
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-        raise PairsError(f"max_length: found {max_length!r}, expected an integer of at least 1")
-    limit = min((n for n in (max_length, context) if n is not None), default=None)
-    if limit is None:
-        raise PairsError("the model's config names no context length; give max_length")
-    return limit

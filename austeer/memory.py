@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -19,14 +21,9 @@ def bytes_a_token(model: nn.Module) -> int:
     """What a decoder layer holds at once of one token, from above: residual, projections, and the widest MLP twice."""
     config = text_config(model)
     hidden = config.hidden_size
-    wide = max(
-        (
-            v
-            for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-            if (v := getattr(config, name, 0))
-        ),
-        default=4 * hidden,
-    )
+    sizes = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")]
+    # Gemma 3n has a size for each layer.
+    wide = max((max(v) if isinstance(v, Sequence) else v for v in sizes if v), default=4 * hidden)
     experts = getattr(config, "num_experts_per_tok", None) or 1
     itemsize = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
     return itemsize * (8 * hidden + 3 * wide * experts)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .choices import chosen_layers
 from .costs import batch_bytes, buffer_bytes, count_parameters, counter_bytes, layer_work
 from .errors import SiteError
 from .families import Layout
 from .machine import Machine
-from .measuring import chosen_layers
 from .memory import LARGEST, SHARE, bytes_a_token
 from .models import WEIGHTS
 from .one_layer import Anatomy, LayerwiseError

@@ -161,7 +161,8 @@ class OneLayer:
         try:
             self._capture.run(batch)
         except torch.OutOfMemoryError as error:
-            halves = batch.halves()
+            # A row is stored as it is: its texts cannot be run apart here.
+            halves = batch.halves() if batch.ids.shape[0] > 1 else None
             if halves is None:
                 raise LayerwiseError(
                     f"a row of {batch.ids.shape[1]} tokens does not fit into the memory of {self._device} beside two "

@@ -61,10 +61,10 @@ class Batch:
         return replace(self, **pinned)
 
     def halves(self) -> tuple[Batch, Batch] | None:
-        """The first and the second half of the rows; None for a single row."""
+        """The first and the second half of the rows, or of the texts of a single row; None where that is no tree."""
         rows, length = self.ids.shape
         if rows < 2:
-            return None
+            return self._row_halves()
         cut = rows // 2
         # A row's last token is the last of some text, so the ends tell how long it is.
         lengths = torch.zeros(rows, dtype=torch.int64)
@@ -83,6 +83,14 @@ class Batch:
         ]
         return parts[0], parts[1]
 
+    def _row_halves(self) -> tuple[Batch, Batch] | None:
+        if self.sees is None:
+            return None
+        texts = [(text, self.ids[0, self.sees[0, end]].tolist()) for text, end in zip(self.texts.tolist(), self.ends)]
+        cut = len(texts) // 2
+        first, second = (_Row.of(part) for part in (texts[:cut], texts[cut:]))
+        return _batch([first], bool(first.branches)), _batch([second], bool(second.branches))
+
 
 class _Row:
     """A tree of texts, grown one text at a time in lexicographic order."""
@@ -92,6 +100,14 @@ class _Row:
         self.branches: list[tuple[int, np.ndarray]] = []  # where a branch begins, and the columns of its ancestors
         self.ends = [(text, len(ids) - 1)]
         self.path = np.arange(len(ids))  # columns of the newest text
+
+    @classmethod
+    def of(cls, texts: Sequence[tuple[int, Sequence[int]]]) -> _Row:
+        """The tree of some numbered texts, in lexicographic order."""
+        row = cls(*texts[0])
+        for (_, before), (text, ids) in itertools.pairwise(texts):
+            row.add(text, ids, common_prefix(before, ids))
+        return row
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -107,13 +123,24 @@ class _Row:
         self.ends.append((text, int(self.path[-1])))
 
 
-def batches(texts: Sequence[Sequence[int]], tokens: int, share: bool = True) -> Iterator[Batch]:
-    """Batches of at most ``tokens`` tokens with their padding (or of one text), longest rows first.
+def batches(
+    texts: Sequence[Sequence[int]], tokens: int, share: bool = True, apart: int | None = None
+) -> Iterator[Batch]:
+    """Batches of at most ``tokens`` tokens with their padding, longest rows first.
+
+    One row may have more: a text that is longer by itself, and others that join it up to half its length again.
 
     Args:
         texts: token ids, none empty.
         tokens: the limit. share: whether beginnings that texts have in common may run once.
+        apart: texts of more tokens share no batch with shorter ones (:func:`austeer.trees.longest_short_text`).
     """
+    if apart is not None:
+        for long in (False, True):
+            numbers = [i for i, ids in enumerate(texts) if (len(ids) > apart) == long]
+            for found in batches([texts[i] for i in numbers], tokens, share):
+                yield replace(found, texts=torch.tensor(numbers)[found.texts])
+        return
     rows = _rows(texts, tokens, share)
     # Rows that need a mask apart from those that do not: attention without one is faster.
     for branching in (True, False):
@@ -136,7 +163,7 @@ def _cost(length: int) -> float:
 
 def _worth(row: int, own: int, length: int, tokens: int) -> bool:
     """Whether a text of ``length`` joins a row, to which it adds ``own`` tokens, rather than having one of its own."""
-    return row + own <= max(tokens, row) and _cost(row + own) < _cost(row) + _cost(length)
+    return row + own <= max(tokens, row, 3 * length // 2) and _cost(row + own) < _cost(row) + _cost(length)
 
 
 def _rows(texts: Sequence[Sequence[int]], tokens: int, share: bool) -> list[_Row]:

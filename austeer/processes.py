@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,22 @@ class Processes:
     def main(self) -> bool:
         return self.index == 0
 
+    def each_in_turn(self, work: Callable[[], None]) -> None:
+        """The main process does something before the others go on."""
+        if self.main:
+            work()
+        self.gather(None)
+
     def gather(self, value: Any) -> list[Any]:
         """What every process has, in their order."""
         if self.count == 1:
             return [value]
         from accelerate.utils import gather_object
 
-        return gather_object([value])
+        try:
+            return gather_object([value])
+        except RuntimeError as error:  # gloo: connection closed by peer
+            raise self._gone(error) from error
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The sums of CPU tensors over all processes, exact for integers; the same in each.
@@ -69,7 +78,10 @@ class Processes:
         try:
             return {name: reduce(t.to(device), reduction="sum").cpu() for name, t in tensors.items()}
         except RuntimeError as error:  # gloo: connection closed by peer
-            raise AusteerError(
-                f"process {self.index} of {self.count}: another process is gone ({' '.join(str(error).split()):.120}); "
-                "see what it said, and run all again with resume"
-            ) from error
+            raise self._gone(error) from error
+
+    def _gone(self, error: RuntimeError) -> AusteerError:
+        return AusteerError(
+            f"process {self.index} of {self.count}: another process is gone ({' '.join(str(error).split()):.120}); "
+            "see what it said, and run all again with resume"
+        )

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -274,10 +275,19 @@ class HiddenStates:
 
     def delete(self) -> None:
         """After the last layer: files that were to stay are not needed any more."""
-        if self._persistent and self._folder is not None:
-            for name in (_HEADER, *_FILES):
-                (self._folder / name).unlink(missing_ok=True)
         self.close()
+        if self._persistent and self._folder is not None:
+            remove(self._folder)
+
+
+def remove(folder: Path) -> None:
+    """Removes the hidden states in a folder, and the folder if nothing else is in it."""
+    if not folder.is_dir():
+        return
+    for name in (_HEADER, *_FILES, f".{_HEADER}.new"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: the rest is not ours
+        folder.rmdir()
 
 
 def _unwritable(folder: Path | str, error: OSError) -> ScratchError:

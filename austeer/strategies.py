@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from .ahead import ahead
 from .blocks import Block
 from .capture import LastTokens, evaluating
-from .errors import CaptureError
+from .errors import AusteerError, CaptureError
 from .interrupt import Interruption, MeasurementInterrupted
 from .packing import Batch
 from .pairs import Pairs
@@ -33,7 +34,7 @@ def run_resident(m: Measurement) -> None:
     capture = LastTokens(m.model, m.sites, 2 * held, m.device)
     if m.tree is not None:
         capture.tree = m.tree
-    seconds, unsaved = m.report.seconds, 0
+    seconds = m.report.seconds
     with (
         first_layers(m.model, m.root, m.depth),
         evaluating(m.model),
@@ -44,31 +45,50 @@ def run_resident(m: Measurement) -> None:
     ):
         if m.tally.pairs:
             bar.advance(m.tally.pairs)
-        while True:
-            start = time.perf_counter()
-            block = next(blocks, None)
-            seconds.wait += time.perf_counter() - start
-            if block is None:
-                break
-            if not _run(m, block, capture, interruption):
+        try:
+            _count(m, blocks, capture, interruption, bar)
+        except Exception:
+            with suppress(AusteerError):  # it is the first error that matters
                 m.save()
-                raise MeasurementInterrupted(_how_to_go_on(m, f"{m.tally.pairs} pairs"))
-            start = time.perf_counter()
-            m.tally.add(block, capture.buffers)
-            if m.writer is not None and block.pairs:
-                buffers = {name: capture.buffers[name] for name in m.sites}
-                m.writer.add(buffers, block.numbers, first=block.offset, pairs=block.size, cut=block.cut)
-            unsaved += 1
-            if unsaved == m.every or block.number == m.processes.index:  # a NaN in the first block should not take long
-                m.save()
-                unsaved = 0
-            seconds.count += time.perf_counter() - start
-            note = f"{m.report.tokens_run / max(seconds.wait + seconds.forward, 1e-9):.0f} tokens/s"
-            bar.advance(block.size, f"{note}, {m.report.padding:.0%} padding", m.total())
+            raise
         start = time.perf_counter()
         if m.device.type == "cuda":
             torch.cuda.synchronize(m.device)
         seconds.forward += time.perf_counter() - start
+        if m.processes.count > 1:  # another one may fail while this one waits for it
+            m.save()
+
+
+def _count(
+    m: Measurement, blocks: Iterator[Block], capture: LastTokens, interruption: Interruption, bar: Progress
+) -> None:
+    seconds, unsaved = m.report.seconds, 0
+    while True:
+        start = time.perf_counter()
+        block = next(blocks, None)
+        seconds.wait += time.perf_counter() - start
+        if block is None:
+            break
+        if not _run(m, block, capture, interruption):
+            m.save()
+            raise MeasurementInterrupted(_how_to_go_on(m, f"{m.tally.pairs} pairs"))
+        start = time.perf_counter()
+        m.tally.add(block, capture.buffers)
+        if m.writer is not None:
+            if not block.pairs:
+                raise CaptureError(
+                    f"save_activations: found pairs {block.offset} to {block.offset + block.size - 1} with equal texts "
+                    "all, expected some activations to keep; leave these pairs out"
+                )
+            buffers = {name: capture.buffers[name] for name in m.sites}
+            m.writer.add(buffers, block.numbers, first=block.offset, pairs=block.size, cut=block.cut)
+        unsaved += 1
+        if unsaved == m.every or block.number == m.processes.index:  # a NaN in the first block should not take long
+            m.save()
+            unsaved = 0
+        seconds.count += time.perf_counter() - start
+        note = f"{m.report.tokens_run / max(seconds.wait + seconds.forward, 1e-9):.0f} tokens/s"
+        bar.advance(block.size, f"{note}, {m.report.padding:.0%} padding", m.total())
 
 
 def _run(m: Measurement, block: Block, capture: LastTokens, interruption: Interruption) -> bool:
@@ -115,6 +135,8 @@ def run_layerwise(m: Measurement) -> None:
     start = time.perf_counter()
     blocks = list(m.blocks)
     seconds.wait = time.perf_counter() - start
+    if m.resumed_digest is not None and m.resumed_digest != m.blocks.digest:
+        m.blocks.others()
     count = sum(len(block.batches) for block in blocks)
     with (
         evaluating(m.model),

@@ -46,6 +46,22 @@ def forms(model: nn.Module, decoder: nn.Module) -> Iterable[str]:
     return FORMS if kinds else ("tensor",)
 
 
+def longest_short_text(model: nn.Module) -> int | None:
+    """The length beyond which a text changes the positions of all others in its batch; None if there is none.
+
+    LongRoPE scales all positions by other factors as soon as one of them is beyond the original context.
+    """
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(entry for entry in rope.values() if isinstance(entry, Mapping))]
+    for entry in kinds:
+        if entry.get("rope_type") == "longrope":
+            return entry.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+    return None
+
+
 def masks(model: nn.Module, batch: Batch, device: torch.device, form: str) -> Tensor | Mapping[str, Tensor]:
     """The finished masks of a batch of trees, 0 where a token sees and the least number where not."""
     config = text_config(model)
@@ -56,9 +72,9 @@ def masks(model: nn.Module, batch: Batch, device: torch.device, form: str) -> Te
 
     def finished(kind: str) -> Tensor:
         seen = sees
-        distance = positions[:, None, :, None] - positions[:, None, None, :]  # from the token seen to the one that sees
         if kind == "sliding_attention" and getattr(config, "sliding_window", None):
-            seen = seen & (distance < config.sliding_window)
+            # from the token seen to the one that sees
+            seen = seen & (positions[:, None, :, None] - positions[:, None, None, :] < config.sliding_window)
         elif kind == "chunked_attention":
             chunk = positions // config.attention_chunk_size
             seen = seen & (chunk[:, None, :, None] == chunk[:, None, None, :])

@@ -7,6 +7,7 @@ once, stay for as many forward passes as are wanted, and go; accelerate's hooks 
 from __future__ import annotations
 
 import copy
+import hashlib
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -196,9 +197,37 @@ def in_turn(parts: Sequence[Part]) -> Generator[Part, None, None]:
             part.release()
 
 
+def signature(model: nn.Module) -> str:
+    """A hash of a few values of some weights: it tells models of one architecture apart, offloaded ones as well."""
+    parameters = dict(model.named_parameters())
+    chosen = list(parameters)[:: max(1, len(parameters) // 32)]
+    modules = dict(model.named_modules())
+    owners = {path: modules[path] for path in {name.rpartition(".")[0] for name in chosen}}
+    try:
+        elsewhere = {slot.path: slot for slot in _slots(owners, None)}
+    except WeightsError:
+        elsewhere = {}
+    digest = hashlib.sha256()
+    for name in chosen:
+        value: Tensor = parameters[name]
+        try:
+            if value.device.type == "meta":
+                slot = elsewhere[name]
+                assert slot.source is not None
+                value = slot.source[slot.key]
+            # A tensor from a file is a promise: little of it is read here.
+            some = value.detach().flatten()[:: max(1, value.numel() // 8)][:8].cpu().double()
+            digest.update(f"{name} {some.tolist()}".encode())
+        except (KeyError, OSError, RuntimeError, TypeError, NotImplementedError, SafetensorError):
+            digest.update(name.encode())  # quantised or split in a way that is not read so
+    return digest.hexdigest()
+
+
 def exact(device: torch.device | str | int) -> torch.device:
     """A device with its number, as tensors name theirs."""
     found = torch.device(device)
+    if found.type == "cpu":
+        return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 

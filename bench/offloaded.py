@@ -10,18 +10,19 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import disk_offload
 from transformers import PreTrainedModel
 
+from austeer import Pairs
+
 from .compare import compare
 from .naive import Gate
 from .pair_sets import PairSet
-from .ways import PUBLIC, STACKED, WAYS, ours
+from .ways import PUBLIC, STACKED, WAYS, Run, Way, ours
 
 LAYERWISE, RESIDENT = "layer by layer", "batch by batch"
 
@@ -51,10 +52,10 @@ def measure(
         found = {}
         for case in (CACHED, FROM_DISK):
             before = read_from_disk()
-            with forgetting(offloaded, weights if case == FROM_DISK else []):
-                found[case] = compare(
-                    offloaded, tokenizer, pair_set, ways, counts, gate, rounds, (RESIDENT, STACKED, PUBLIC)
-                )
+            run = {n: forgetful(way, weights, n != LAYERWISE) for n, way in ways.items()} if case == FROM_DISK else ways
+            found[case] = compare(
+                offloaded, tokenizer, pair_set, run, counts, gate, rounds, (RESIDENT, STACKED, PUBLIC)
+            )
             found[case]["read_from_disk"] = read_from_disk() - before
     return {"weights": sum(p.nbytes for p in model.get_decoder().parameters()), "cases": found}
 
@@ -65,9 +66,11 @@ def read_from_disk() -> int:
     return int(found["read_bytes"])
 
 
-@contextmanager
-def forgetting(model: PreTrainedModel, weights: list[Path]) -> Iterator[None]:
-    """The system drops these files from its cache before each batch: when it comes to the first layer."""
+def forgetful(way: Way, weights: Sequence[Path], each_pass: bool) -> Way:
+    """A way before which the system drops these files from its cache; with ``each_pass`` before each forward pass, too.
+
+    That is how weights are read that are larger than the memory. What reads each of them once needs no more.
+    """
     for path in weights:
         with path.open("rb") as file:
             os.fsync(file.fileno())  # what is not yet on the disk would stay in the cache
@@ -77,8 +80,13 @@ def forgetting(model: PreTrainedModel, weights: list[Path]) -> Iterator[None]:
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    handle = model.get_decoder().layers[0].register_forward_pre_hook(forget)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def run(model: PreTrainedModel, tokenizer, pairs: Pairs) -> Run:
+        forget()
+        handle = model.get_decoder().register_forward_pre_hook(forget) if each_pass else None
+        try:
+            return way.run(model, tokenizer, pairs)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    return Way(run, way.moved)

@@ -136,18 +136,16 @@ WAYS = {
 
 
 class TokensRun:
-    """Counts the tokens that go into the first decoder layer, padding included, while the context is open."""
+    """Counts the tokens that go into a model's embedding, padding included, while the context is open."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.count = model, 0
 
     def __enter__(self) -> TokensRun:
-        def add(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]  # [batch, tokens, width]
-            self.count += hidden.shape[0] * hidden.shape[1]
+        def add(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self.count += args[0].numel()
 
-        layer = self.model.get_decoder().layers[0]
-        self._handle = layer.register_forward_pre_hook(add, with_kwargs=True)
+        self._handle = self.model.get_input_embeddings().register_forward_pre_hook(add)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -167,6 +167,7 @@ def test_tokens_that_run(loaded, pairs):
     assert sum(lengths) < run(STACKED) <= 24 * max(lengths)
     assert sum(lengths) <= run(UNSHARED) <= 24 * max(lengths)
     assert run(OURS, many) < 0.8 * run(UNSHARED, many)
+    assert WAYS[UNSHARED].run(model, tokenizer, pairs).report["tokens_padded"] == run(UNSHARED)
     assert not model.get_input_embeddings()._forward_pre_hooks
 
 
@@ -204,18 +205,17 @@ def test_peak_memory_in_a_process_of_its_own(monkeypatch):
     assert found["pairs"] == 3 and found["bytes"] >= 0
 
 
-def test_weights_are_forgotten_before_each_pass_and_only_then(loaded, tmp_path, monkeypatch):
-    model, forgotten = loaded[0], []
+@pytest.mark.parametrize("each_pass", [True, False])
+def test_weights_are_forgotten_before_a_run_or_before_each_pass(loaded, pairs, tmp_path, monkeypatch, each_pass):
+    forgotten = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: forgotten.append(rest))
     weights = [tmp_path / name for name in "ab"]
     for path in weights:
         path.write_bytes(b"weights")
-    with offloaded.forgetting(model, weights):
-        for passes in (1, 2):
-            model(torch.tensor([[3, 4]]))
-            assert forgotten == [(0, 0, os.POSIX_FADV_DONTNEED)] * 2 * passes
-    model(torch.tensor([[3, 4]]))
-    assert len(forgotten) == 4
+    way = offloaded.forgetful(WAYS[STACKED], weights, each_pass)
+    way.run(*loaded, pairs)  # 24 texts are two passes
+    assert forgotten == [(0, 0, os.POSIX_FADV_DONTNEED)] * 2 * (3 if each_pass else 1)
+    assert not loaded[0].get_decoder()._forward_pre_hooks
 
 
 # --- the pairs -------------------------------------------------------------------------------------------------------

@@ -51,3 +51,35 @@ def test_more_than_the_total_is_no_error(capsys):
     with Progress("measuring", 1, "texts", True) as bar:
         bar.advance(5)
     assert "measuring" in capsys.readouterr().err
+
+
+def test_note_stands_behind_the_rate(capsys):
+    with Progress("measuring", 100, "pairs", True) as bar:
+        bar.advance(0, "5 tokens/s")
+        assert bar._bar.tasks[0].fields["rate"] == "5 tokens/s", "no rate is known yet"
+        bar.advance(30)
+        bar.advance(30, "7 tokens/s, 3% padding")
+        rate = bar._bar.tasks[0].fields["rate"]
+    assert rate.endswith(" pairs/s, 7 tokens/s, 3% padding") and float(rate.split()[0]) > 0
+    assert "7 tokens/s, 3% padding" in capsys.readouterr().err
+
+
+def test_what_was_done_before_does_not_count_as_speed(capsys):
+    # A measurement that goes on: the first step is what the checkpoint holds.
+    with Progress("measuring", 10**6, "pairs", True) as bar:
+        bar.advance(500_000)
+        bar.advance(1)
+        bar.advance(1)
+        assert bar._bar.tasks[0].completed == 500_002 and bar._bar.tasks[0].speed < 500_000
+
+
+def test_a_total_that_is_not_known_or_estimated_anew(capsys):
+    with Progress("measuring", None, "pairs", True) as bar:
+        bar.advance(10)
+        assert bar._bar.tasks[0].total is None
+        for total in (200, 150):
+            bar.advance(10, total=total)
+            assert bar._bar.tasks[0].total == total
+        bar.advance(10)
+        assert bar._bar.tasks[0].total == 150 and bar._bar.tasks[0].completed == 40
+    assert "40/150" in capsys.readouterr().err

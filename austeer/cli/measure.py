@@ -67,8 +67,10 @@ def measure(
 
     On several GPUs: `accelerate launch -m austeer measure ...` splits the pairs over the processes.
     """
+    from ..checkpoint import check_path, remove, written
     from ..errors import AusteerError, PairsError
     from ..measuring import measure as measure_momentum
+    from ..processes import Processes
     from ..stream import stream_pairs
 
     for condition in where or ():
@@ -108,10 +110,18 @@ def measure(
         return
     assert out is not None and checkpoint is not None
     check_writable(out, force)
+    check_path(checkpoint)
+    if checkpoint.absolute() in [out.absolute(), *(Path(path).absolute() for path in pairs)]:
+        raise AusteerError(
+            f"--checkpoint: found {checkpoint}, which is the result or the pairs; give a name of its own"
+        )
     distributed, main = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0") == "0"
-    if force and not resume and main and not distributed:
-        remove_checkpoint(checkpoint)
-    if resume and main and not list(checkpoint.parent.glob(f"{checkpoint.name}*")):
+    if force and not resume:
+        if distributed:
+            Processes.launched().each_in_turn(lambda: remove(checkpoint, scratch))
+        else:
+            remove(checkpoint, scratch)
+    if resume and main and not written(checkpoint):
         note(f"{checkpoint}: there is no checkpoint; starting with the first pair")
     start = time.perf_counter()
     network, tokenizer = load(model, dtype, device, strategy)
@@ -138,7 +148,7 @@ def measure(
     )
     if not main:
         return
-    save(momentum, out, checkpoint)
+    save(momentum, out, checkpoint, scratch)
     assert momentum.report is not None
     momentum.report.seconds.load = load_seconds
     if json:
@@ -197,8 +207,9 @@ def parse_layers(text: str | None) -> list[int] | None:
     return numbers
 
 
-def save(momentum, out: Path, checkpoint: Path) -> None:
+def save(momentum, out: Path, checkpoint: Path, scratch: Path | None) -> None:
     """Writes the result and drops the checkpoint; where the disk is full, saves what can be saved and says where."""
+    from ..checkpoint import remove, written
     from ..errors import AusteerError, FileFormatError
 
     try:
@@ -208,20 +219,12 @@ def save(momentum, out: Path, checkpoint: Path) -> None:
         try:
             momentum.save(elsewhere)
         except FileFormatError:
-            raise AusteerError(
-                f"{error}. What was counted up to the last checkpoint is in {checkpoint}: make room, and run the same "
-                "with --resume"
-            ) from error
+            elsewhere.parent.rmdir()
+            kept = (
+                f"What was counted up to the last checkpoint is in {checkpoint}: make"
+                if written(checkpoint)
+                else "Make"
+            )
+            raise AusteerError(f"{error}. {kept} room, and run the same with --resume") from error
         raise AusteerError(f"{error}. The result is whole, in {elsewhere}: move it from there") from error
-    remove_checkpoint(checkpoint)
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Of all processes, with hidden states beside it."""
-    import shutil
-
-    for path in [checkpoint, *checkpoint.parent.glob(f"{checkpoint.name}.*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    remove(checkpoint, scratch)

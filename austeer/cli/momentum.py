@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import Json, Quiet, check_writable, console, emit
-from .measure import parse_layers, remove_checkpoint, save
+from .measure import parse_layers, save
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,7 +48,7 @@ def from_activations(
         str | None, typer.Option(help="Where to count: cpu, cuda:0 ... [default: cuda if there is one]")
     ] = None,
     chunk_mb: Annotated[
-        int | None, typer.Option(help="MB read at a time; three such are held. [default: 32 MiB, or 32 rows]", min=1)
+        int | None, typer.Option(help="MB read at a time; three such are held. [default: 64 MiB, or 32 rows]", min=1)
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Where counters are kept. [default: OUT.checkpoint]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
@@ -67,6 +67,7 @@ def from_activations(
     read).
     """
     from ..activations import ActivationCount
+    from ..checkpoint import check_path, remove
     from ..errors import AusteerError
     from ..stored import StoredActivations
 
@@ -89,8 +90,9 @@ def from_activations(
     assert out is not None
     check_writable(out, force)
     checkpoint = checkpoint or out.with_name(f"{out.name}.checkpoint")
+    check_path(checkpoint)
     if force and not resume:
-        remove_checkpoint(checkpoint)
+        remove(checkpoint)
     count = ActivationCount(
         stored,
         device=device,
@@ -100,7 +102,7 @@ def from_activations(
         progress=False if quiet else None,
     )
     momentum = count.run()
-    save(momentum, out, checkpoint)
+    save(momentum, out, checkpoint, None)
     if json:
         emit({**described_file(out, momentum), "report": count.report.to_json()})
         return

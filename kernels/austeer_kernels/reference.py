@@ -32,25 +32,25 @@ def momentum_update(
     An entry of which either side is NaN or infinite is counted nowhere; the lowest ``pair_offset + row`` of such
     entries is kept in ``first_nonfinite``. See :func:`austeer_kernels.momentum_update` for shapes and dtypes.
     """
-    for start in range(0, positive.shape[1], _TILE_COLUMNS):
-        part = slice(start, start + _TILE_COLUMNS)
-        p, n = positive[:, part], negative[:, part]  # [pairs, columns of the part]
-        sums = _momentum_sums(p, n)
-        if not sums.isfinite().all():
+    sums = _momentum_sums(positive, negative)
+    nonfinite = ~sums.isfinite().all(0)
+    if nonfinite.any():
+        row = torch.arange(pair_offset, pair_offset + positive.shape[0])
+        for columns in nonfinite.nonzero().flatten().split(_TILE_COLUMNS):
+            p, n = positive[:, columns], negative[:, columns]
             finite = p.isfinite() & n.isfinite()
-            row = torch.arange(pair_offset, pair_offset + p.shape[0])
             first = torch.where(finite, NO_PAIR, row[:, None]).amin(0)
-            first_nonfinite[part] = torch.minimum(first_nonfinite[part], first)
-            sums = _momentum_sums(p.masked_fill(~finite, 0), n.masked_fill(~finite, 0))  # a tie adds nothing
-        positive_count[part] += sums[0].long()
-        negative_count[part] += sums[1].long()
-        delta_sum[part] += sums[2]
-        delta_square_sum[part] += sums[3]
+            first_nonfinite[columns] = torch.minimum(first_nonfinite[columns], first)
+            sums[:, columns] = _momentum_sums(p.masked_fill(~finite, 0), n.masked_fill(~finite, 0))  # ties add nothing
+    positive_count += sums[0].long()
+    negative_count += sums[1].long()
+    delta_sum += sums[2]
+    delta_square_sum += sums[3]
 
 
 #: Tiles that stay in a core's cache: on whole buffers every operation below would go through memory, in float64.
 #: Fewer than 2**15 entries, which torch does not split over threads: a thread that is late would be waited for at each.
-_TILE_COLUMNS, _TILE_ENTRIES = 1008, 32 * 1008
+_TILE_COLUMNS, _TILE_ENTRIES = 2016, 16 * 2016
 
 
 def _momentum_sums(positive: Tensor, negative: Tensor) -> Tensor:
@@ -58,20 +58,21 @@ def _momentum_sums(positive: Tensor, negative: Tensor) -> Tensor:
 
     The counts are exact: the difference of two distinct numbers is never 0 in float64, and has their order's sign.
     """
-    columns = positive.shape[1]
-    rows = _TILE_ENTRIES // columns
-    sums = torch.zeros(4, columns, dtype=torch.float64)
-    more, less, total, squares = sums
-    tiles = torch.empty(2, min(rows, positive.shape[0]), columns, dtype=torch.float64)
-    for p, n in zip(positive.split(rows), negative.split(rows)):
-        if p.dtype == torch.float16:  # torch is three times slower from float16 to float64 at once
-            p, n = p.float(), n.float()
-        m, other = tiles[:, : p.shape[0]]  # [rows of the tile, columns]
-        m.copy_(p).sub_(other.copy_(n))
-        more += torch.gt(m, 0, out=other).sum(0)  # into float64: a result of bool is slower, and slow to add up
-        less += torch.lt(m, 0, out=other).sum(0)
-        total += m.sum(0)
-        squares += m.square_().sum(0)
+    sums = torch.zeros(4, positive.shape[1], dtype=torch.float64)
+    tiles = torch.empty(2, _TILE_ENTRIES, dtype=torch.float64)
+    for start in range(0, positive.shape[1], _TILE_COLUMNS):
+        part = slice(start, start + _TILE_COLUMNS)
+        more, less, total, squares = sums[:, part]
+        rows = _TILE_ENTRIES // len(more)
+        for p, n in zip(positive[:, part].split(rows), negative[:, part].split(rows)):
+            if p.dtype == torch.float16:  # torch is three times slower from float16 to float64 at once
+                p, n = p.float(), n.float()
+            m, other = tiles[:, : p.numel()].view(2, *p.shape)  # [rows of the tile, columns of the part]
+            m.copy_(p).sub_(other.copy_(n))
+            more += torch.gt(m, 0, out=other).sum(0)  # into float64: a result of bool is slower, and slow to add up
+            less += torch.lt(m, 0, out=other).sum(0)
+            total += m.sum(0)
+            squares += m.square_().sum(0)
     return sums
 
 
