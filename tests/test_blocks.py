@@ -230,7 +230,7 @@ def test_pairs_are_not_kept():
     live, made = weakref.WeakSet(), []
 
     def many():
-        for i in range(100_000):
+        for i in range(50_000):
             pair = Pair(f"{i}", "b", "c")
             live.add(pair)
             made.append(i)
@@ -240,4 +240,4 @@ def test_pairs_are_not_kept():
     for block in blocks(many(), block_pairs=1000, share=False):
         assert len(made) == block.offset + 1000, "no pair is read before its block"
         most, total = max(most, len(live)), total + block.size
-    assert total == 100_000 and most <= 2 * 1000
+    assert total == 50_000 and most <= 2 * 1000

@@ -153,6 +153,34 @@ def test_a_checkpoint_that_is_there_is_neither_used_nor_lost(place, austeer_meas
     assert code == 0 and json.loads(out)["report"]["resumed"] == 0
 
 
+def test_nothing_is_removed_but_checkpoints(place, austeer_measure, tmp_path):
+    mine = {
+        name: tmp_path / name
+        for name in ("k", "k.jsonl", "k.0-of-2", "k.hidden", "k.notes", "runX.momentum.checkpoint")
+    }
+    for name in ("k.hidden", "k.notes"):
+        mine[name].mkdir()
+        (mine[name] / "mine").write_text("mine")
+    for name in ("k.jsonl", "k.0-of-2", "runX.momentum.checkpoint"):
+        mine[name].write_text("mine")
+    code, _, _ = austeer_measure(place / "all.jsonl", "--out", tmp_path / "k.momentum", "--checkpoint", tmp_path / "k")
+    assert code == 0 and (tmp_path / "k.momentum").exists() and not mine["k"].exists()
+    code, _, _ = austeer_measure(place / "all.jsonl", "--out", tmp_path / "run[X].momentum", "--force")
+    assert code == 0
+    for name in ("k.jsonl", "k.0-of-2", "runX.momentum.checkpoint"):
+        assert mine[name].read_text() == "mine"
+    assert (mine["k.hidden"] / "mine").exists() and (mine["k.notes"] / "mine").exists()
+
+
+@pytest.mark.parametrize("name", ["out", "pairs", "folder"])
+def test_a_checkpoint_has_a_name_of_its_own(place, austeer_measure, tmp_path, name):
+    file = {"out": tmp_path / "m", "pairs": place / "all.jsonl", "folder": tmp_path}[name]
+    code, _, error = austeer_measure(
+        *(place / "all.jsonl", "--out", tmp_path / "m", "--checkpoint", file, "--force"),
+    )
+    assert code == 2 and "checkpoint: found" in error and (place / "all.jsonl").exists()
+
+
 def test_a_full_disk_at_the_end_saves_elsewhere(place, austeer_measure, tmp_path, monkeypatch):
     plain = Momentum.save
 

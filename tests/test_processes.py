@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import austeer
-from austeer import AusteerError, CaptureError, Momentum
+from austeer import AusteerError, Momentum, Pairs
 from austeer.processes import Processes
 from naive_momentum import COUNTS, numbered_pairs
 
@@ -36,6 +36,8 @@ def work(folder: Path, task: str) -> None:
         options = {"checkpoint": folder / "kept", "checkpoint_every": BLOCK, "resume": True}
     if task == "fails" and rank == "1":
         model.model.layers[1].mlp.down_proj.weight.data[5, 3] = float("nan")
+    if task == "disordered" and rank == "1":
+        pairs = Pairs.of([*list(pairs)[1:], pairs[0]])
     if task == "mapped":
         model = AutoModelForCausalLM.from_pretrained(
             folder / "model", device_map=PLACES, offload_folder=folder / f"offload{rank}"
@@ -136,6 +138,11 @@ def test_one_process_fails_and_the_others_do_not_wait_for_it(folder):
     assert not (folder / "fails.2.0").exists()
 
 
+def test_processes_that_read_other_pairs_are_refused(folder):
+    for done in launch(folder, "disordered", 2):
+        assert done.returncode and "process 1 read other pairs than process 0, or in another order" in done.stderr
+
+
 def test_each_process_has_a_checkpoint_of_its_own(folder):
     for done in launch(folder, "resume", 2):
         assert done.returncode == 0, done.stderr
@@ -165,7 +172,7 @@ def test_alone_nothing_is_added():
 if __name__ == "__main__":
     try:
         work(Path(sys.argv[1]), sys.argv[2])
-    except (AusteerError, CaptureError):
+    except AusteerError:
         import traceback
 
         traceback.print_exc()

@@ -171,9 +171,7 @@ def test_the_checkpoint_of_another_run(model, demo, tmp_path, change, message):
     austeer.measure(model, demo[1], pairs, **options)
     with pytest.raises(FileFormatError, match=message):
         austeer.measure(model, demo[1], pairs, **(options | {"resume": True} | change))
-    with pytest.raises(
-        FileFormatError, match="kept: found the checkpoint of an earlier run; go on"
-    ):
+    with pytest.raises(FileFormatError, match="kept: found the checkpoint of an earlier run; go on"):
         austeer.measure(model, demo[1], pairs, **options)
 
 
@@ -186,6 +184,75 @@ def test_other_pairs_than_were_counted(model, demo, tmp_path):
         austeer.measure(model, demo[1], changed, **options, resume=True)
     longer = austeer.measure(model, demo[1], Pairs.of(pairs), **options, resume=True)  # more of the same may follow
     assert longer.report.resumed == 8 and longer.pairs == 12
+
+
+def test_other_weights_or_another_tokenizer(model, demo, tmp_path):
+    pairs = numbered_pairs(12)
+    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
+    austeer.measure(model, demo[1], pairs, **options)
+    with pytest.raises(FileFormatError, match="is of another run: found tokenizer"):
+        austeer.measure(model, Words(demo[1]), pairs, **options, resume=True)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.neg_()
+    with pytest.raises(FileFormatError, match="is of another run: found weights"):
+        austeer.measure(model, demo[1], pairs, **options, resume=True)
+
+
+class Words:
+    """Another tokenizer for the same model: it takes texts apart before."""
+
+    def __init__(self, inner):
+        self.inner, self.bos_token_id = inner, inner.bos_token_id
+        self.eos_token_id, self.eos_token = inner.eos_token_id, inner.eos_token
+
+    def __call__(self, texts, **options):
+        return self.inner([text[::-1] for text in texts], **options)
+
+
+def test_a_finished_layerwise_checkpoint_knows_its_pairs(model, demo, tmp_path):
+    pairs = numbered_pairs(12)
+    options = OPTIONS | {"strategy": "layerwise", "checkpoint": tmp_path / "kept"}
+    found = austeer.measure(model, demo[1], pairs, **options)
+    assert_identical(austeer.measure(model, demo[1], pairs, **options, resume=True), found)
+    swapped = Pairs.of([(pair.prompt, pair.negative, pair.positive) for pair in pairs])
+    with pytest.raises(PairsError, match="found other pairs than were counted before"):
+        austeer.measure(model, demo[1], swapped, **options, resume=True)
+    assert not (tmp_path / "kept.hidden").exists()
+
+
+def test_another_number_of_processes(model, demo, tmp_path):
+    options = OPTIONS | {"checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK}
+    austeer.measure(model, demo[1], numbered_pairs(12), **options)
+    (tmp_path / "kept").rename(tmp_path / "kept.1-of-2")
+    with pytest.raises(
+        FileFormatError, match=r"kept\.1-of-2: found the checkpoint of a run with another number"
+    ):
+        austeer.measure(model, demo[1], numbered_pairs(12), **options, resume=True)
+
+
+def test_another_batch_size(model, demo, tmp_path):
+    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
+    austeer.measure(model, demo[1], numbered_pairs(12), **options, batch_tokens=64)
+    with pytest.raises(FileFormatError, match="batch_tokens: found 32, and the checkpoint is of a run with 64"):
+        austeer.measure(model, demo[1], numbered_pairs(12), **options, batch_tokens=32, resume=True)
+    assert austeer.measure(model, demo[1], numbered_pairs(12), **options, resume=True).report.batch_tokens == 64
+
+
+def test_an_error_keeps_every_whole_block(model, demo, tmp_path):
+    """Also those since the last checkpoint."""
+    good = list(numbered_pairs(12))
+    tokenizer, options = demo[1], {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "progress": False}
+
+    class Broken(Words):
+        def __call__(self, texts, **rest):
+            if any(text.startswith("9 ") for text in texts):
+                raise RuntimeError("made up")
+            return self.inner(texts, **rest)
+
+    with pytest.raises(RuntimeError, match="made up"):
+        austeer.measure(model, Broken(tokenizer), Pairs.of(good), **options)
+    found = austeer.measure(model, tokenizer, Pairs.of(good), **options, resume=True)
+    assert found.report.resumed == 8 and found.pairs == 12
 
 
 def test_a_full_disk_does_not_stop_a_measurement(model, demo, tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_disk_too_small(tmp_path, lasting):
             persistent=lasting,
         )
     assert isinstance(caught.value, AusteerError) and str(tmp_path) in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert not tmp_path.exists() if lasting else not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("lasting", [False, True])
@@ -159,8 +159,27 @@ def test_input_stays_whole_until_the_output_is(tmp_path):
     late.complete(0)
     late.begin(1)
     assert all(map(torch.equal, held(late), first))
+    (tmp_path / "not ours").write_text("")
     late.delete()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["not ours"]
+    (tmp_path / "not ours").unlink()
+    states = persistent(tmp_path)
+    states.delete()
+    assert not tmp_path.exists()  # nothing else was in it
+
+
+def test_what_is_written_over_is_not_there(tmp_path):
+    states = persistent(tmp_path)
+    for layer in (-1, 0, 1):
+        states.begin(layer)
+        filled(states)
+        states.complete(layer)
+    states.begin(2)  # over what layer 0 left; killed here
+    states.close()
+    again = persistent(tmp_path, resume=True)
+    with pytest.raises(ScratchError, match="found the hidden states after layer 1, expected those after layer 0"):
+        again.begin(1)  # by someone whose counters of layer 1 were lost
+    again.begin(2)
 
 
 @settings(max_examples=25, deadline=None)

@@ -133,10 +133,11 @@ def test_a_mask_of_the_other_kind_is_wrong():
     assert error(activations(model, "tensor"), activations(model)) > 0.02
 
 
-_HALF = 6  # pairs of entries in a rotary embedding of head_dim 12
+_HALF = 4  # pairs of entries in a rotary embedding of head_dim 8
 
 #: Positions that are scaled otherwise in texts of more than 32 tokens, for all texts of a batch alike.
 LONGROPE = {
+    "head_dim": 8,
     "max_position_embeddings": 128,
     "original_max_position_embeddings": 32,
     "rope_parameters": {

@@ -120,6 +120,15 @@ def test_dtype_is_the_models(tmp_path, place):
         assert found.dtype == torch.bfloat16 and torch.equal(found, model.model.layers[0].mlp.up_proj.weight.bfloat16())
 
 
+def test_files_are_read_to_the_cpu(tmp_path):
+    offloaded = from_folder(tiny_model(), tmp_path)
+    loader = next(hooks_on(offloaded.model.layers[0].mlp.up_proj)).weights_map.dataset
+    loader.device = torch.device("meta")  # accelerate reads to where the model runs
+    with part_of(offloaded, "model.layers.0").here():
+        assert {p.device for p in offloaded.model.layers[0].parameters()} == {CPU}
+    assert loader.device == torch.device("meta")
+
+
 def test_tied_weights_are_loaded_once(tmp_path):
     model = tiny_model()
     layer = model.model.layers[0]
@@ -218,4 +227,4 @@ def test_quantised_parameter():
 
 
 def test_exact():
-    assert exact("cpu") == CPU and exact("cuda:1") == torch.device("cuda", 1)
+    assert exact("cpu") == exact("cpu:0") == CPU and exact("cuda:1") == torch.device("cuda", 1)
