@@ -200,7 +200,11 @@ def in_turn(parts: Sequence[Part]) -> Generator[Part, None, None]:
 def signature(model: nn.Module) -> str:
     """A hash of a few values of some weights: it tells models of one architecture apart, offloaded ones as well."""
     parameters = dict(model.named_parameters())
-    chosen = list(parameters)[:: max(1, len(parameters) // 32)]
+    here = [name for name, p in parameters.items() if p.device.type != "meta"]
+    # Some kinds of offload can only be read whole: few, and small ones, of which two are matrices.
+    apart = sorted((name for name in parameters if name not in set(here)), key=lambda name: parameters[name].numel())
+    matrices = [name for name in apart if parameters[name].dim() > 1]
+    chosen = [*here[:: max(1, len(here) // 32)], *apart[:6], *matrices[:2]]
     modules = dict(model.named_modules())
     owners = {path: modules[path] for path in {name.rpartition(".")[0] for name in chosen}}
     try:

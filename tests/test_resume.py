@@ -224,9 +224,7 @@ def test_another_number_of_processes(model, demo, tmp_path):
     options = OPTIONS | {"checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK}
     austeer.measure(model, demo[1], numbered_pairs(12), **options)
     (tmp_path / "kept").rename(tmp_path / "kept.1-of-2")
-    with pytest.raises(
-        FileFormatError, match=r"kept\.1-of-2: found the checkpoint of a run with another number"
-    ):
+    with pytest.raises(FileFormatError, match=r"kept\.1-of-2: found the checkpoint of a run with another number"):
         austeer.measure(model, demo[1], numbered_pairs(12), **options, resume=True)
 
 
