@@ -137,14 +137,6 @@ class Blocks:
             digest=digest,
         )
 
-    def expect(self, digest: str) -> None:
-        """Raises PairsError if the pairs read so far are not those that were counted before."""
-        if digest != self.digest:
-            raise PairsError(
-                f"{self.source}: found other pairs than were counted before ({self.read} of them); expected the same "
-                "file, unchanged. Start anew"
-            )
-
     def tokenised(self, pairs: list[Pair], offset: int) -> Tokenised:
         return tokenise(
             self.tokenizer,

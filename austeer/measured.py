@@ -36,7 +36,8 @@ class Seconds:
 class MeasureReport:
     """Attributes:
     strategy: "resident" or "layerwise".
-    pairs, texts: how many were run (pairs with equal sides are not). batches: forward passes of the decoder.
+    pairs: how many were counted. texts: how many were run (those of pairs with equal sides are not).
+    batches: forward passes of the decoder.
     tokens_texts: tokens of all texts. tokens_run: tokens that were run, once where texts share them.
     tokens_padded: the same with padding.
     batch_tokens: the limit on a batch.

@@ -273,7 +273,7 @@ class Measurement:
     def _tree(self) -> str | None:
         """How shared prompts are handed to the model; asked of it, if that is cheap."""
         decoder = decoder_of(self.model)
-        if self.fingerprint.model_type in LAYOUTS and is_offloaded(decoder):
+        if self.layerwise is not None or (self.fingerprint.model_type in LAYOUTS and is_offloaded(decoder)):
             return next(iter(forms(self.model, decoder)), None)
         with first_layers(self.model, self.root, self.depth):
             form, self.report.shared_error = tree_form(self.model, self.sites, self.device)
