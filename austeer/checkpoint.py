@@ -12,7 +12,7 @@ from typing import Any
 from . import files
 from . import scratch as hidden
 from .errors import FileFormatError
-from .momentum import Counters
+from .momentum import Counters, counters_from, tensors_of
 
 FORMAT, VERSION = "austeer-checkpoint", 1
 
@@ -57,8 +57,7 @@ class Checkpoint:
         """Raises FileFormatError where the file cannot be written; what it held before is still there."""
         header = {name: value for name, value in vars(state).items() if name != "sites"}
         header |= {"settings": self.settings, "sites": list(state.sites)}
-        tensors = {f"{site}.{name}": t for site, c in state.sites.items() for name, t in c.tensors().items()}
-        files.write(self.path, FORMAT, VERSION, header, tensors)
+        files.write(self.path, FORMAT, VERSION, header, tensors_of(state.sites))
 
     def load(self) -> State:
         """Raises FileFormatError if the file is missing, damaged, or of a run with other settings (one is named)."""
@@ -73,10 +72,7 @@ class Checkpoint:
                     "Give the same model, pairs and options, or another file, or start anew"
                 )
         try:
-            sites = {
-                site: Counters(**{name: tensors[f"{site}.{name}"] for name in Counters.__dataclass_fields__})
-                for site in header["sites"]
-            }
+            sites = counters_from(tensors, header["sites"])
             return State(sites=sites, **{name: header[name] for name in State.__dataclass_fields__ if name != "sites"})
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"{self.path}: inconsistent content ({error}); start anew") from error

@@ -20,13 +20,13 @@ from .families import LAYOUTS
 from .layerwise import Layerwise
 from .measured import MeasureReport
 from .memory import automatic_batch_tokens
-from .momentum import Counters, Momentum
+from .momentum import Momentum, counters_from, tensors_of
 from .pairs import Pair, Pairs
 from .processes import Processes
 from .recording import ActivationWriter
 from .sharing import tree_form
-from .sites import Layout, decoder_of, find_sites, fingerprint, input_device, layers_path, unwrap
-from .steering import is_steered
+from .sites import Layout, decoder_of, find_sites, fingerprint, floating_dtype, input_device, layers_path
+from .steering import has_virtual_tokens, is_steered
 from .strategies import run_layerwise, run_resident
 from .stream import PairStream
 from .tally import Tally
@@ -154,7 +154,7 @@ class Measurement:
         layout: Layout | None,
         progress: bool | None,
     ):
-        if getattr(getattr(unwrap(model), "active_peft_config", None), "is_prompt_learning", False):
+        if has_virtual_tokens(model):
             raise CaptureError(
                 "found a PEFT model with virtual tokens (prompt or prefix tuning), which the decoder alone does not "
                 "run; measure on the base model, or with an adapter of another kind"
@@ -176,7 +176,7 @@ class Measurement:
         found = find_sites(model, sites, layout)
         if not found:
             raise SiteError("sites: found none, expected at least one name, for example sites=['attention']")
-        self.model, self.tokenizer, self.pairs, self.progress = model, tokenizer, pairs, progress
+        self.model, self.pairs, self.progress = model, pairs, progress
         self.fingerprint = fingerprint(model, found)
         self.layers = chosen_layers(layers, self.fingerprint.layers)
         self.sites = {name: [site for site in all_ if site.layer in self.layers] for name, all_ in found.items()}
@@ -193,11 +193,10 @@ class Measurement:
         self.report = MeasureReport(strategy=strategy, processes=self.processes.count)
         self.checkpoint = None
         if checkpoint is not None:
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
             settings: dict[str, Any] = {
                 "sites": list(self.sites),
                 "model": self.fingerprint.to_json(),
-                "dtype": str(dtype),
+                "dtype": str(floating_dtype(model)),
                 "layers": list(self.layers),
                 "pairs": pairs.source,
                 "chat_template": pairs.chat_template,
@@ -353,8 +352,7 @@ class Measurement:
             )
         pairs, cut, identical = (sum(one[i] for one in everyone) for i in range(3))
         self.report.add(one[3] for i, one in enumerate(everyone) if i != self.processes.index)
-        own = {f"{site}.{name}": t for site, c in tally.state().sites.items() for name, t in c.tensors().items()}
-        sums = self.processes.add(own)
+        sums = self.processes.add(tensors_of(tally.state().sites))
         self.report.seconds.reduce = time.perf_counter() - start
         if identical == pairs:
             raise PairsError(
@@ -364,10 +362,7 @@ class Measurement:
         if self.writer is not None and self.processes.main:
             self.writer.finish(pairs)
         return Momentum(
-            sites={
-                site: Counters(**{name: sums[f"{site}.{name}"] for name in Counters.__dataclass_fields__})
-                for site in self.sites
-            },
+            sites=counters_from(sums, self.sites),
             pairs=pairs,
             model=self.fingerprint,
             chat_template=self.pairs.chat_template,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .scratch import free_memory
-from .sites import text_config
+from .sites import floating_dtype, text_config
 
 #: More tokens than these make no batch faster.
 LARGEST = {"cpu": 1024, "cuda": 16384}
@@ -25,8 +25,7 @@ def bytes_a_token(model: nn.Module) -> int:
     # Gemma 3n has a size for each layer.
     wide = max((max(v) if isinstance(v, Sequence) else v for v in sizes if v), default=4 * hidden)
     experts = getattr(config, "num_experts_per_tok", None) or 1
-    itemsize = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
-    return itemsize * (8 * hidden + 3 * wide * experts)
+    return floating_dtype(model).itemsize * (8 * hidden + 3 * wide * experts)
 
 
 def automatic_batch_tokens(model: nn.Module, device: torch.device) -> int:

@@ -108,7 +108,7 @@ def _load(name: str, dtype: str, device: str, how: dict[str, Any]) -> tuple[Any,
     """``how``: what ``from_pretrained`` is given besides."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    wanted = _dtype(dtype)
+    wanted = parse_dtype(dtype)
     try:
         source = str(demo_model()) if name == DEMO else name
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -128,7 +128,8 @@ def _device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _dtype(dtype: str) -> torch.dtype | str:
+def parse_dtype(dtype: str) -> torch.dtype | str:
+    """A dtype that models are loaded in, by its name; "auto" stays."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ModelError(f"dtype: found {dtype!r}, expected auto, float32, bfloat16 or float16")
     return dtype if dtype == "auto" else getattr(torch, dtype)

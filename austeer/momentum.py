@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,17 @@ class Counters:
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(a + b for a, b in zip(self.tensors().values(), other.tensors().values())))
+
+
+def tensors_of(sites: Mapping[str, Counters]) -> dict[str, Tensor]:
+    """All counters by ``SITE.NAME``, as files hold them."""
+    return {f"{site}.{name}": t for site, c in sites.items() for name, t in c.tensors().items()}
+
+
+def counters_from(tensors: Mapping[str, Tensor], sites: Iterable[str]) -> dict[str, Counters]:
+    """The counters of some sites from :func:`tensors_of`; raises KeyError where one is missing."""
+    names = Counters.__dataclass_fields__
+    return {site: Counters(**{name: tensors[f"{site}.{name}"] for name in names}) for site in sites}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +133,7 @@ class Momentum:
         }
         header |= {"model": self.model.to_json(), "sites": list(self.sites)}
         header |= {"sources": list(self.sources), "layers": list(self.layers)}
-        tensors = {f"{site}.{name}": t for site, c in self.sites.items() for name, t in c.tensors().items()}
-        files.write(Path(path), FORMAT, VERSION, header, tensors)
+        files.write(Path(path), FORMAT, VERSION, header, tensors_of(self.sites))
         return Path(path)
 
     @classmethod
@@ -133,11 +143,9 @@ class Momentum:
         try:
             model = Fingerprint.from_json(header.pop("model"))
             layers = _layers(header.pop("layers", None), model.layers)
-            sites = {}
-            for site in header.pop("sites"):
-                counters = Counters(**{name: tensors[f"{site}.{name}"] for name in Counters.__dataclass_fields__})
+            sites = counters_from(tensors, header.pop("sites"))
+            for site, counters in sites.items():
                 _check_counters(counters, (len(layers), model.widths[site]), header["pairs"])
-                sites[site] = counters
             return cls(sites=sites, model=model, sources=tuple(header.pop("sources")), layers=layers, **header)
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); measure again") from error

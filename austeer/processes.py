@@ -46,7 +46,7 @@ class Processes:
     def main(self) -> bool:
         return self.index == 0
 
-    def each_in_turn(self, work: Callable[[], None]) -> None:
+    def main_first(self, work: Callable[[], None]) -> None:
         """The main process does something before the others go on."""
         if self.main:
             work()

@@ -118,6 +118,11 @@ def text_config(model: nn.Module):
     return config.get_text_config()
 
 
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first weight that is no quantised one; float32 if there is none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 class _NotHere(SiteError):
     """The model is understood, and has no such site."""
 

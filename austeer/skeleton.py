@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .models import DEMO, ModelError, demo_model
+from .models import DEMO, ModelError, demo_model, parse_dtype
 
 
 def load_config(name: str):
@@ -57,10 +57,9 @@ def dtypes(config, wanted: str = "auto") -> tuple[torch.dtype, torch.dtype]:
     Raises:
         ModelError: ``wanted`` is no dtype that models are loaded in.
     """
-    if wanted not in ("auto", "float32", "bfloat16", "float16"):
-        raise ModelError(f"dtype: found {wanted!r}, expected auto, float32, bfloat16 or float16")
+    loaded = parse_dtype(wanted)
     saved = named_dtype(config) or torch.float32
-    return saved, saved if wanted == "auto" else getattr(torch, wanted)
+    return saved, loaded if isinstance(loaded, torch.dtype) else saved
 
 
 def checkpoint_files(name: str) -> list[Path]:

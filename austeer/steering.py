@@ -72,7 +72,7 @@ class Steering:
         self._parts: set[nn.Module] = set()
         self._routing: Routing | None = None
         if self._named or self.scope.name != "all":
-            if self.scope.name != "all" and _has_virtual_tokens(model):
+            if self.scope.name != "all" and has_virtual_tokens(model):
                 raise SteeringError(
                     f"scope {self.scope}: found a PEFT model with virtual tokens (prompt or prefix tuning), in which "
                     "positions count differently; expected scope='all', or an adapter of another kind"
@@ -374,7 +374,8 @@ def _plans(plan: Plan | Mapping[str, Plan]) -> dict[str, Plan]:
     return plans
 
 
-def _has_virtual_tokens(model: nn.Module) -> bool:
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether a PEFT adapter puts tokens of its own before the prompt (prompt or prefix tuning)."""
     return bool(getattr(getattr(unwrap(model), "active_peft_config", None), "is_prompt_learning", False))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .families import LAYOUTS
 from .packing import Batch
-from .sites import decoder_of, text_config
+from .sites import decoder_of, floating_dtype, text_config
 
 #: Forms in which a mask is handed over: by kind of layer, or one for all.
 FORMS = ("mapping", "tensor")
@@ -68,7 +68,7 @@ def masks(model: nn.Module, batch: Batch, device: torch.device, form: str) -> Te
     assert batch.sees is not None and batch.positions is not None
     sees = batch.sees.to(device, non_blocking=True)[:, None]  # [rows, 1, length, length]
     positions = batch.positions.to(device, non_blocking=True)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = floating_dtype(model)
 
     def finished(kind: str) -> Tensor:
         seen = sees

@@ -118,7 +118,7 @@ def measure(
     distributed, main = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0") == "0"
     if force and not resume:
         if distributed:
-            Processes.launched().each_in_turn(lambda: remove(checkpoint, scratch))
+            Processes.launched().main_first(lambda: remove(checkpoint, scratch))
         else:
             remove(checkpoint, scratch)
     if resume and main and not written(checkpoint):
