@@ -35,6 +35,15 @@ def resident(field: str) -> int:
     return int(found[field].split()[0]) * 1024
 
 
+def forget_peak() -> None:
+    """Sets ``VmHWM`` to what is resident now.
+
+    Raises:
+        OSError: this system does not count peaks.
+    """
+    _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
+
+
 def extra(way: str, count: int, quick: bool) -> dict[str, int]:
     """Bytes over the loaded model while ``count`` pairs are measured.
 
@@ -54,7 +63,7 @@ def extra(way: str, count: int, quick: bool) -> dict[str, int]:
         parameter.sum()
     WAYS[way].run(model, tokenizer, pairs[-2:])
     gc.collect()
-    _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
+    forget_peak()
     before = resident("VmRSS")
     WAYS[way].run(model, tokenizer, pairs)
     return {"pairs": count, "tokens": sum(tokens_of(tokenizer, pairs)), "bytes": resident("VmHWM") - before}

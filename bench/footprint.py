@@ -1,0 +1,51 @@
+"""What a way to steer holds in memory, and what a run needs at its peak."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .peak import forget_peak, resident
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every storage that a tensor of this process has, by address."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta" and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def added(before: dict[int, int]) -> int:
+    """Bytes of the storages that are there now, and were not before."""
+    return sum(nbytes for address, nbytes in storages().items() if address not in before)
+
+
+def peak(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that a run needs at once over what was taken before; None where this system does not count them.
+
+    On a GPU what PyTorch allocated; on a CPU what was resident (Linux), which rounds to pages and keeps what the
+    allocator does not give back: run it once before.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        forget_peak()
+        before = resident("VmRSS")
+        run()
+        return max(0, resident("VmHWM") - before)
+    except OSError:
+        return None

@@ -1,0 +1,162 @@
+"""One decoding step with a static cache, compiled or as a CUDA graph: what remains when the host is out of the way."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from .steered import Steered, UnavailableError
+
+COMPILE, GRAPH = "compile", "graph"
+#: Steps after which the cache is wound back, outside of what is timed.
+ROOM = 32
+
+
+class Step:
+    """Decodes one token a row after a prompt, again and again at the same place.
+
+    Args:
+        steered: a way whose model is a module. ids: [batch, prompt]. execution: "compile" or "graph".
+
+    Raises:
+        UnavailableError: the model cannot be compiled in one graph, or captured.
+    """
+
+    @torch.no_grad()
+    def __init__(self, steered: Steered, ids: Tensor, execution: str):
+        self._steered, self._execution = steered, execution
+        model, (rows, length) = steered.model, ids.shape
+        self.token = ids[:, :1].clone()
+        self._position = torch.full_like(self.token, length)
+        self._cache = StaticCache(config=model.config, max_cache_len=length + ROOM)  # type: ignore[arg-type]
+        # Four dimensions: nothing is worked out on the host, which a graph would freeze.
+        self._mask = torch.zeros(rows, 1, 1, length + ROOM, dtype=torch.bool, device=ids.device)
+        self._mask[..., : length + 1] = True
+        with steered.active():
+            model(ids, past_key_values=self._cache, use_cache=True)
+            self._filled = [
+                {name: v.clone() if isinstance(v, Tensor) else v for name, v in vars(layer).items() if _counts(name)}
+                for layer in self._cache.layers
+            ]
+            self._call: Callable[[], Tensor] = self._eager()
+            self._graph: torch.cuda.CUDAGraph | None = None
+            try:
+                if execution == COMPILE:
+                    self._call = torch.compile(self._call, fullgraph=True, dynamic=False)
+                    self._call()
+                else:
+                    self._capture(ids.device)
+            except Exception as error:
+                raise UnavailableError(f"{execution}: {type(error).__name__}: {error}".splitlines()[0][:300]) from error
+        self.rewind()
+
+    def _eager(self) -> Callable[[], Tensor]:
+        """The step, as a function with code of its own: compiled code is looked up by it, and each way has another."""
+
+        def step() -> Tensor:
+            return model(
+                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            ).logits[:, -1]
+
+        model, token, mask, position, cache = (
+            self._steered.model,
+            self.token,
+            self._mask,
+            self._position,
+            self._cache,
+        )
+        return FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)  # type: ignore[return-value]
+
+    def _capture(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise UnavailableError("found a CPU, expected a GPU; use execution 'eager' or 'compile'")
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.rewind()
+                self._call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.rewind()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._out = self._call()
+
+    def rewind(self) -> None:
+        """Makes the cache end with the prompt again."""
+        for layer, filled in zip(self._cache.layers, self._filled):
+            for name, value in filled.items():
+                if isinstance(value, Tensor):
+                    getattr(layer, name).copy_(value)
+                else:
+                    setattr(layer, name, value)
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """The logits [batch, vocabulary] of the step after the prompt."""
+        self.rewind()
+        with self._steered.active():
+            if self._graph is None:
+                return self._call().clone()
+            self._graph.replay()
+            return self._out.clone()
+
+    @torch.no_grad()
+    def sample(self, steps: int) -> float:
+        """Seconds a step, of at most ``ROOM`` steps one after another."""
+        self.rewind()
+        with self._steered.active():
+            _wait(self.token.device)
+            begin = time.perf_counter()
+            for _ in range(steps):
+                if self._graph is None:
+                    self._call()
+                else:
+                    self._graph.replay()
+            _wait(self.token.device)
+            return (time.perf_counter() - begin) / steps
+
+
+def _counts(name: str) -> bool:
+    """Whether an attribute of a cache's layer says how far it is filled; the rest are keys, values and settings."""
+    return name.startswith("cumulative_length")
+
+
+def by_turns(
+    steps: Mapping[str, Step], group: int, go_on: Callable[[int], bool], on_group: Callable[[], None], seed: int = 0
+) -> dict[str, list[list[float]]]:
+    """Seconds a step of every way, [groups][group]; in a new random order at each sample."""
+    shuffle, order = random.Random(seed).shuffle, list(steps)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in steps}
+    number = -1  # one more group warms up
+    while number < 0 or go_on(number):
+        gc.collect()
+        gc.disable()
+        try:
+            found: dict[str, list[float]] = {name: [] for name in steps}
+            for _ in range(group):
+                shuffle(order)
+                for name in order:
+                    gpu = steps[name].token.is_cuda
+                    found[name].append(steps[name].sample(8 if gpu else 1))
+        finally:
+            gc.enable()
+        if number >= 0:
+            for name, values in found.items():
+                seconds[name].append(values)
+        number += 1
+        on_group()
+    return seconds
+
+
+def _wait(device: torch.device) -> Any:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,128 @@
+"""Several models generating by turns: after each token of one comes a token of another, so drift meets all alike.
+
+Each generation is a greenlet that hands over in a stopping criterion, which Transformers calls after every token: any
+library's own ``generate`` can take part as it is, and what is timed is all that its user waits for.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from .steered import Steered
+
+
+class _HandOver(StoppingCriteria):
+    """Stops nothing; returns to who resumed the generation."""
+
+    def __init__(self, ids: Tensor):
+        self._nobody = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    def __call__(self, input_ids, scores, **options) -> Tensor:  # type: ignore[override]
+        greenlet.getcurrent().parent.switch()
+        return self._nobody
+
+
+class Generation:
+    """One greedy generation that goes on by a token at a time."""
+
+    def __init__(self, steered: Steered, ids: Tensor, tokens: int):
+        self._steered, self._ids, self._tokens = steered, ids, tokens
+        self._greenlet = greenlet.greenlet(self._run)
+        self.output: Tensor | None = None
+
+    def _run(self) -> None:
+        criteria = StoppingCriteriaList([_HandOver(self._ids)])
+        length = {"max_new_tokens": self._tokens, "min_new_tokens": self._tokens}
+        self.output = self._steered.generate(self._ids, **length, do_sample=False, stopping_criteria=criteria)
+
+    def step(self) -> float:
+        """Seconds until the next token is there."""
+        with self._steered.active():
+            _wait(self._ids.device)
+            begin = time.perf_counter()
+            self._greenlet.switch()
+            _wait(self._ids.device)
+            return time.perf_counter() - begin
+
+    def finish(self) -> Tensor:
+        """Lets it end; [batch, prompt + tokens]."""
+        with self._steered.active():
+            while not self._greenlet.dead:
+                self._greenlet.switch()
+        assert self.output is not None
+        return self.output
+
+    def abandon(self) -> None:
+        """Ends it where it is."""
+        if self._greenlet and not self._greenlet.dead:
+            self._greenlet.throw(greenlet.GreenletExit)
+
+
+@dataclass
+class Times:
+    """Seconds of one way.
+
+    Attributes:
+        first: to the first token, one a generation. token: of each further token, [generations][tokens - 1].
+    """
+
+    first: list[float] = field(default_factory=list)
+    token: list[list[float]] = field(default_factory=list)
+
+
+def by_turns(
+    ways: Mapping[str, Steered],
+    prompts: Callable[[int], Tensor],
+    tokens: int,
+    go_on: Callable[[int], bool],
+    seed: int = 0,
+    on_generation: Callable[[], None] = lambda: None,
+) -> dict[str, Times]:
+    """Times all ways token by token, in a new random order at each.
+
+    Args:
+        prompts: the token numbers [batch, prompt] of each generation, by its number; that of the first, which only
+            warms up, is -1. tokens: at least 2, of each generation.
+        go_on: whether there is to be another generation, by how many there were.
+    """
+    shuffle = random.Random(seed).shuffle
+    times: dict[str, Times] = {name: Times() for name in ways}
+    order, number = list(ways), -1
+    while number < 0 or go_on(number):
+        running = {name: Generation(way, prompts(number), tokens) for name, way in ways.items()}
+        gc.collect()
+        gc.disable()  # a collection would be charged to whom it meets
+        try:
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(tokens):
+                shuffle(order)
+                for name in order:
+                    seconds[name].append(running[name].step())
+            for generation in running.values():
+                generation.finish()
+        finally:
+            gc.enable()
+            for generation in running.values():
+                generation.abandon()
+        if number >= 0:
+            for name, (first, *rest) in seconds.items():
+                times[name].first.append(first)
+                times[name].token.append(rest)
+        number += 1
+        on_generation()
+    return times
+
+
+def _wait(device: torch.device) -> Any:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
