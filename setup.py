@@ -26,6 +26,13 @@ REQUIRES = [
 # Pairs in Zstandard files, in Parquet and in Hugging Face datasets.
 DATA = ["zstandard>=0.23", "pyarrow>=21", "datasets>=4.4,<6"]
 
+# `austeer bench`: generations that take turns are greenlets.
+BENCH = ["greenlet>=3.1", "matplotlib>=3.9", "peft>=0.18", "pytest>=8", "pytest-benchmark>=5"]
+
+# What the other libraries need that `austeer bench` measures beside this one. They themselves are installed by `make
+# peers`, without their dependencies: some ask for older versions of packages than work with them.
+PEERS = ["scikit-learn>=1.4"]
+
 EXTRAS = {
     "data": DATA,
     "demo": ["gguf>=0.17", "matplotlib>=3.9"],
@@ -33,15 +40,14 @@ EXTRAS = {
     "peft": ["peft>=0.18"],
     # An adapter for vLLM is written through PEFT's format; the engine itself lives in its own environment.
     "vllm": ["peft>=0.18"],
-    "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.9"],
+    "bench": BENCH,
+    "peers": [*BENCH, *PEERS],
     "dev": [
         *DATA,
-        "pytest>=8",
-        "pytest-benchmark>=5",
+        *BENCH,
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
         "bitsandbytes>=0.48; platform_system == 'Linux'",
-        "peft>=0.18",
         "ruff>=0.14",
         "mypy>=1.18",
     ],
@@ -55,12 +61,25 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["austeer", "austeer.*"]) + find_packages(where="kernels"),
-    package_dir={"austeer": "austeer", "austeer_kernels": "kernels/austeer_kernels"},
-    package_data={"austeer_kernels": ["tables/*.json", "py.typed"], "austeer": ["data/*", "py.typed"]},
+    # In a checkout the benchmarks are `bench`; nobody else's site-packages should have a package of that name.
+    packages=[
+        *find_packages(include=["austeer", "austeer.*"]),
+        *find_packages(where="kernels"),
+        "austeer_bench",
+        *(f"austeer_bench.{name}" for name in find_packages(where="bench")),
+    ],
+    package_dir={"austeer": "austeer", "austeer_kernels": "kernels/austeer_kernels", "austeer_bench": "bench"},
+    package_data={
+        "austeer_kernels": ["tables/*.json", "py.typed"],
+        "austeer": ["data/*", "py.typed"],
+        "austeer_bench": ["published/*.md"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["austeer=austeer.cli:main"]},
+    entry_points={
+        "console_scripts": ["austeer=austeer.cli:main"],
+        "austeer.commands": ["bench=austeer_bench.cli:app"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",

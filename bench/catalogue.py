@@ -7,9 +7,7 @@ from collections.abc import Iterable
 from austeer.errors import AusteerError
 
 from . import our_ways, plain_ways
-from . import peers
-
-PEERS = getattr(peers, "WAYS", ())
+from .peers import WAYS as PEERS
 from .plain_ways import AGAIN, UNSTEERED
 from .steered import Way
 

@@ -1,4 +1,4 @@
-"""What one decoding step launches and moves: read off the profiler on a GPU, counted operation by operation elsewhere."""
+"""What one decoding step launches and moves: counted operation by operation, and on a GPU with the profiler."""
 
 from __future__ import annotations
 

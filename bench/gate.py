@@ -104,7 +104,7 @@ class Gate:
                 return
             self.alpha *= 2
         raise WeakGateError(
-            f"steering {len(plan)} AUs changes the logits by {self.effect:.2g} at alpha {self.alpha:g}, and rounding by "
+            f"steering {len(plan)} AUs changes the logits by {self.effect:.2g} at alpha {self.alpha:g}, rounding by "
             f"{self.allowed:.2g}: right results cannot be told from wrong ones; expected more AUs or a wider dtype"
         )
 
@@ -134,7 +134,10 @@ class Gate:
     def _judged(self, error: float, what: str) -> str:
         if error <= self.allowed:  # false for NaN
             return ""
-        return f"{what} differ from the formula by {error:.2g} (steering does {self.effect:.2g}), expected at most {self.allowed:.2g}"
+        return (
+            f"{what} differ from the formula by {error:.2g} (steering does {self.effect:.2g}), expected at most "
+            f"{self.allowed:.2g}"
+        )
 
     @torch.no_grad()
     def _greedy(self, steered: Steered) -> Tensor:

@@ -1,4 +1,4 @@
-"""What steering costs at inference: every way on the same model and AUs, checked, then timed token by token in turns."""
+"""What steering costs at inference: every way on the same model and AUs, checked, then timed token by token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from austeer.errors import AusteerError
 from austeer.sites import find_sites, fingerprint, input_device, text_config
 
-from . import counts, files, footprint, steps, turns
+from . import breakdown, counts, files, footprint, steps, turns
 from .catalogue import AGAIN, UNSTEERED
 from .gate import Exact, Gate, Outcome
 from .graphs import spread
@@ -28,6 +28,7 @@ EAGER = "eager"
 EXECUTIONS = (EAGER, steps.COMPILE, steps.GRAPH)
 #: How many tokens of a prompt the gate looks at.
 GATE_TOKENS = 12
+BREAKDOWN_ROUNDS = 200
 #: Decoding under CUDA graphs, ours may take this times what the unsteered model takes.
 GRAPH_GOAL = 1.005
 
@@ -103,12 +104,16 @@ def run(
     series: Mapping[str, Sequence[int]],
     ways: Mapping[str, Way],
     effort: Effort,
+    others: Mapping[int, tuple[Mapping[str, Way], Effort]] | None = None,
     commit: str | None = None,
     on_case: Callable[[str], None] = lambda text: None,
     on_way: Callable[[str], None] = lambda text: None,
     on_turn: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
     """Measures case by case; gives, after each, the content of the result file so far.
+
+    Args:
+        ways, effort: of every case but ``others``, by their numbers.
 
     Raises:
         AusteerError: a case that the model cannot have, before anything is measured.
@@ -134,9 +139,16 @@ def run(
         "series": {key: list(numbers) for key, numbers in series.items()},
         "cases": [],
     }
-    for case in cases:
+    main = cases[0]
+    width = spread_plan(model, main.site, main.k, main.layers).model.widths[main.site]
+    a_layer = -(-main.k // (main.layers or min(main.k, config.num_hidden_layers)))
+    content["breakdown"] = breakdown.measure(
+        config.num_hidden_layers, (main.batch, width), a_layer, model.dtype, device, BREAKDOWN_ROUNDS
+    )
+    for number, case in enumerate(cases):
         on_case(str(case))
-        content["cases"].append(measure(model, exact, case, ways, effort, on_way, on_turn))
+        own = (others or {}).get(number, (ways, effort))
+        content["cases"].append(measure(model, exact, case, *own, on_way, on_turn))
         content["complete"] = len(content["cases"]) == len(cases)
         yield content | {"goals": goals(content["cases"])}
 

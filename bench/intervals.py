@@ -72,11 +72,11 @@ def ratio(
 
 
 def verdict(found: Ratio, again: Ratio) -> str:
-    """What a ratio to the unsteered model says, beside that of the unsteered model to itself (the A/A pair).
+    """What a ratio to the unsteered model says, beside that of the unsteered model to itself (the A/A ratio).
 
-    ``noise`` where the A/A interval reaches further than ``NOISE`` from 1. ``slower`` or ``faster`` where 1 lies outside
-    the interval and the median beyond the A/A interval; ``same`` where 1 lies inside and the interval is narrower than
-    ``NARROW``; otherwise ``unclear``.
+    ``noise`` where the A/A interval reaches further than ``NOISE`` from 1. ``slower`` or ``faster`` where 1 lies
+    outside the interval and the median beyond the A/A interval; ``same`` where 1 lies inside and the interval is
+    narrower than ``NARROW``; otherwise ``unclear``.
     """
     if again.noise > NOISE:
         return NOISY

@@ -17,7 +17,7 @@ from .steered import Steered, Way
 
 
 def strengths(model: nn.Module, plan: Plan, alpha: float) -> Iterator[tuple[Site, Tensor, Tensor]]:
-    """For every layer of the plan's site: the site, its AUs' indices int64 [count], and gamma = alpha * beta float32."""
+    """For every layer of the plan's site: the site, its AUs' indices int64 [count], gamma = alpha * beta float32."""
     device = input_device(model)
     for site in find_sites(model, plan.sites)[plan.sites[0]]:
         rows = plan.layer == site.layer

@@ -11,7 +11,7 @@ from austeer.sites import find_sites, fingerprint
 
 
 def spread_plan(model: nn.Module, site: str, k: int, layers: int | None = None, seed: int = 0) -> Plan:
-    """k random AUs of a site, in ``layers`` layers that lie as far apart as they can, the same number in each or one more.
+    """k random AUs of a site, in ``layers`` layers that lie as far apart as they can, about as many in each.
 
     Every beta is +1 or -1, as of an AU that every pair agrees on.
 

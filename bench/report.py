@@ -18,7 +18,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """As wide as the terminal, or wide enough for every table where there is none."""
     console = Console()
     return console if console.is_terminal else Console(width=180)
@@ -32,7 +32,7 @@ def show_dispatch(content: dict[str, Any]) -> None:
     """Ratios and bandwidths case by case, then the goals, then the limits."""
     from .cases import AGAIN, ALONE, COLUMNS, PLAIN, RIVALS
 
-    console = _console()
+    console = wide_console()
     shown = [AGAIN, *RIVALS, *COLUMNS.values(), *(r[0] for name, r in RIVALS.items() if len(r) == 1)]
     table = Table(title=f"ratio to plain, median and quartiles; {content['environment']['device']}, {content['dtype']}")
     for name in ("out x in", "tokens", "plain, us", *shown):
@@ -62,7 +62,7 @@ def show_dispatch(content: dict[str, Any]) -> None:
 
 def show_goals(goals: list[dict[str, Any]], console: Console | None = None) -> None:
     """Each goal once: met, or where it was missed, or where noise is larger than the distance to it (met: None)."""
-    console = console or _console()
+    console = console or wide_console()
     for text in dict.fromkeys(goal["text"] for goal in goals):
         own = [goal for goal in goals if goal["text"] == text]
         counts = ", ".join(
@@ -80,7 +80,7 @@ def show_goals(goals: list[dict[str, Any]], console: Console | None = None) -> N
 
 def show_host(content: dict[str, Any]) -> None:
     """Host microseconds a site, variant by variant."""
-    console = _console()
+    console = wide_console()
     e = content["environment"]
     for batch in content["batches"]:
         title = (
@@ -152,7 +152,7 @@ def show_momentum(content: dict[str, Any]) -> None:
     from .offloaded import LAYERWISE, RESIDENT
     from .ways import PUBLIC, STACKED
 
-    console = _console()
+    console = wide_console()
     console.print(f"{content['environment']['device']}; pairs: {content['data']}; {content['rounds']} rounds")
     for row in content["sets"]:
         _ways(console, "", row, [PUBLIC, STACKED])

@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class UnavailableError(Exception):
-    """A way to steer that cannot be used here; the message says why: a package is missing, a layer is of another kind."""
+    """A way to steer that cannot be used here; the message says why (a missing package, a layer of another kind)."""
 
 
 def twin(model: Model) -> Model:

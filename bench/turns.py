@@ -13,12 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import greenlet
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from austeer.errors import AusteerError
+
 from .steered import Steered
+
+try:
+    import greenlet
+except ImportError:
+    greenlet = None
 
 
 class _HandOver(StoppingCriteria):
@@ -36,6 +42,8 @@ class Generation:
     """One greedy generation that goes on by a token at a time."""
 
     def __init__(self, steered: Steered, ids: Tensor, tokens: int):
+        if greenlet is None:
+            raise AusteerError("generations take turns by greenlets, and found none: pip install 'austeer[bench]'")
         self._steered, self._ids, self._tokens = steered, ids, tokens
         self._greenlet = greenlet.greenlet(self._run)
         self.output: Tensor | None = None

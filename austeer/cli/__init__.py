@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 
 import typer
 
@@ -32,6 +33,9 @@ austeer generate plans/kind --model MODEL --alpha 8 --prompt "The weekend trip w
 for module in (measure, select, inspect, generate, demo):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
 app.add_typer(momentum.app, name="momentum")
+# What measures imports this package, and nothing here imports it: it is found by its installed name.
+for command in entry_points(group="austeer.commands"):
+    app.add_typer(command.load(), name=command.name)
 
 
 @app.callback(invoke_without_command=True)
@@ -47,8 +51,13 @@ def version(
 
 def main() -> None:
     """Exit codes: 0 done, 2 bad input (one message says what and why), 130 interrupted."""
+    run(app)
+
+
+def run(command: typer.Typer) -> None:
+    """Runs a command line, with errors as :func:`main` gives them."""
     try:
-        app()
+        command()
     except AusteerError as error:
         fail(str(error))
     except OSError as error:  # a full disk, a folder that may not be read ...

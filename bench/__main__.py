@@ -1,0 +1,7 @@
+"""``python -m bench`` is ``austeer bench``, from a checkout that is not installed."""
+
+from austeer.cli import run
+
+from .cli import app
+
+run(app)

@@ -1,0 +1,228 @@
+"""``austeer bench``: steered inference beside unsteered, on any model and machine; and the published report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from austeer.cli.common import Device, DType, Json, Quiet, console, emit, split_names
+
+app = typer.Typer(rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
+
+#: What ``--full`` measures: for each option its values, the first one in the main case.
+FULL = {
+    "site": "ffn,attention",
+    "k": "100,1,10,1000,all",
+    "batch": "1,4,16",
+    "layers": "1,3,10",
+    "prompt_tokens": "32,256",
+    "execution": "eager,compile",
+}
+#: The ways in the sweeps of ``--full``, which would take hours with all.
+SWEPT = ("public", "dense hook", "sparse hook", "columns", "fold")
+
+
+@app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id; 'demo' is SmolLM2-135M.")] = "demo",
+    site: Annotated[
+        str, typer.Option(help="attention, ffn, layer, neuron. Of every list: the first is the main case.")
+    ] = "ffn",
+    k: Annotated[str, typer.Option(help="How many AUs, in the whole model; 'all' for all of the site.")] = "100",
+    layers: Annotated[str, typer.Option(help="How many layers have AUs. [default: all, or k]")] = "",
+    batch: Annotated[str, typer.Option(help="Rows at a time.")] = "1",
+    prompt_tokens: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "32",
+    execution: Annotated[str, typer.Option(help="eager (generate), compile, graph (CUDA graph, GPU only).")] = "eager",
+    variants: Annotated[str, typer.Option(help="Which ways to steer. [default: all that are installed]")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens of a generation.", min=2)] = 8,
+    seconds: Annotated[float, typer.Option(help="How long each case is measured.", min=0)] = 60,
+    full: Annotated[bool, typer.Option("--full", help="All sites, sizes and executions, as published.")] = False,
+    dtype: DType = "auto",
+    device: Device = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the results.")] = Path("runs/bench"),
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace (.json or .json.gz) of the main case, and time nothing.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two result files: print what changed beyond noise, run nothing.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what steering costs: every way on the same model and AUs, checked, then timed token by token in turns.
+
+    Example: `austeer bench --k 100,1,1000 --batch 1,8`
+
+    Lists are comma-separated. The first value of each makes the main case; the others are varied one at a time.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if compare is not None:
+        _compare(*compare, json=json)
+        return
+    from austeer.cli.common import load
+    from austeer.errors import AusteerError
+    from austeer.models import fits
+
+    from .catalogue import chosen
+
+    ways = chosen(_names(variants) or None)
+    if not fits(model, dtype, device):
+        raise AusteerError(
+            f"model {model!r}: found less free memory than its weights need; expected a smaller model, a smaller "
+            "--dtype, or another --device"
+        )
+    loaded, _ = load(model, dtype, device)
+    texts = {"site": site, "k": k, "layers": layers, "batch": batch, "prompt_tokens": prompt_tokens}
+    texts["execution"] = execution
+    if full:
+        texts |= FULL if loaded.device.type == "cpu" else FULL | {"execution": "eager,compile,graph"}
+    cases, series = _cases(loaded, texts)
+    if trace is not None:
+        _trace(loaded, cases[0], ways, trace, json)
+        return
+    _measure(loaded, cases, series, ways, tokens, seconds, full, out, json, quiet)
+
+
+def _names(text: str) -> list[str]:
+    return split_names(text)
+
+
+def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Any], dict[str, list[int]]]:
+    """The cases that the options ask for.
+
+    Raises:
+        AusteerError: what is no number where one is expected.
+    """
+    from .inference import Case, sweep
+
+    values: dict[str, list[Any]] = {name: list(_names(texts[name])) for name in texts}
+    for name in ("k", "layers", "batch", "prompt_tokens"):
+        values[name] = [_whole(name, text, model, values["site"]) for text in values[name]]
+    defaults = {name: found[0] for name, found in values.items() if found and name != "layers"}
+    whole = min(defaults["k"], model.config.get_text_config().num_hidden_layers)
+    own = values["layers"]
+    base = Case(**defaults, layers=own[0] if len(own) == 1 else None)
+    if len(own) > 1:  # the main case touches them all, and is the last of the sweep
+        values["layers"] = [number for number in own if number != whole] + [None]
+    return sweep(base, **values)
+
+
+def _whole(name: str, text: str, model: Any, sites: list[str]) -> int:
+    from austeer.errors import AusteerError
+
+    from .inference import touched_most
+
+    if name == "k" and text == "all":
+        return touched_most(model, sites[0])
+    if not text.isdecimal() or int(text) < 1:
+        raise AusteerError(f"--{name.replace('_', '-')}: found {text!r}, expected numbers from 1 on, such as 1,16")
+    return int(text)
+
+
+def _measure(
+    model: Any,
+    cases: list[Any],
+    series: dict[str, list[int]],
+    ways: Any,
+    tokens: int,
+    seconds: float,
+    full: bool,
+    out: Path,
+    json: bool,
+    quiet: bool,
+) -> None:
+    from austeer.progress import Progress
+
+    from . import files
+    from .inference import Effort, run
+    from .show_inference import show
+
+    effort = Effort(seconds=seconds, tokens=tokens)
+    thorough = {*series["main"], *series.get("site", ())} if full else range(len(cases))
+    brief = {name: way for name, way in ways.items() if not full or name in SWEPT or name.startswith("unsteered")}
+    others = {
+        number: (brief, Effort(seconds=seconds / 3, tokens=tokens))
+        for number in range(len(cases))
+        if number not in thorough
+    }
+    path = files.new_file(out, model.device, "inference")
+    content: dict[str, Any] = {}
+    with Progress("measuring", None, "turns", False if quiet or json else None) as bar:
+        note: list[str] = ["", ""]
+
+        def say(place: int) -> Callable[[str], None]:
+            def update(text: str) -> None:
+                note[place] = text
+                bar.advance(0, " · ".join(note))
+
+            return update
+
+        for content in run(
+            model,
+            model.config._name_or_path,
+            cases,
+            series,
+            ways,
+            effort,
+            others,
+            on_case=say(0),
+            on_way=say(1),
+            on_turn=lambda: bar.advance(1, note[0]),
+        ):
+            files.write(path, content)  # after each case: an interrupted run keeps what it has
+    if json:
+        emit(content)
+        return
+    show(content)
+    console.print(f"wrote {path}")
+
+
+def _trace(model: Any, case: Any, ways: Any, path: Path, json: bool) -> None:
+    from .trace import show_trace, write_trace
+
+    found = write_trace(model, case, ways, path)
+    if json:
+        emit({"file": path, "ways": found})
+        return
+    show_trace(found, console)
+    console.print(f"wrote {path}; open it in https://ui.perfetto.dev or chrome://tracing")
+
+
+def _compare(before: Path, after: Path, json: bool) -> None:
+    from .changes import compare, show
+    from .result_files import read_result
+
+    found = compare(read_result(before), read_result(after))
+    if json:
+        emit(found.to_json())
+        return
+    show(found, console)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="The folder of results.")] = Path("bench/results"),
+    docs: Annotated[Path, typer.Option(help="The folder of pages.")] = Path("docs"),
+    readme: Annotated[Path, typer.Option(help="The page that has the main table.")] = Path("README.md"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; fail if a page differs from the results.")
+    ] = False,
+) -> None:
+    """Make docs/efficiency.md, its figures, and every measured number in README and docs from the committed results."""
+    from .published import write
+
+    changed = write(results, docs, readme, check)
+    for line in changed:
+        console.print(line, markup=False)
+    console.print(
+        "all pages are as the results say"
+        if not changed
+        else f"{len(changed)} files {'differ' if check else 'written'}"
+    )
+    if check and changed:
+        raise typer.Exit(1)
