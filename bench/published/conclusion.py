@@ -1,0 +1,157 @@
+"""The plain-words conclusion: sentences that follow by rule from the verdicts, whichever way those fall."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..intervals import FASTER, NOISE, SAME, SLOWER, UNCLEAR
+from .inference import DENSE, METRICS, PUBLIC, SPARSE, Case, Inference, Overhead, sweeps
+
+#: The paper's only figure: whole task runs of Gemma2-9B on an H100, steered over unsteered, percent.
+PAPER = 2.8
+_NOISE = f"{100 * NOISE:.0f} %"
+_WORDS = {SLOWER: "slower than", FASTER: "faster than", SAME: "the same as", UNCLEAR: "not told apart from"}
+
+
+def sentences(inference: Inference) -> list[str]:
+    """Markdown sentences on one machine and model, the last one on what the paper's claim is worth there."""
+    cases = inference.main()
+    quiet = [case for case in cases if case.decidable("token")]
+    if not cases:
+        return ["No main case was measured, so there is no verdict."]
+    if not quiet:
+        least = min(case.noise("token") for case in cases)
+        return [
+            f"No verdict: in none of {len(cases)} cases do two runs of the unsteered model agree within {_NOISE} "
+            f"(at best {least:.1f} %). Measure again on a quieter machine."
+        ]
+    found = [_noise(cases, quiet)]
+    for metric, where in METRICS.items():
+        some = [case for case in cases if case.decidable(metric)]
+        names = [PUBLIC, *dict.fromkeys(name for case in some for name in case.ours())]
+        parts = [part for name in names if (part := _counted(name, some, metric))]
+        if parts:
+            found.append(f"**{where[0].upper()}{where[1:]}**: {'; '.join(parts)}.")
+    found += [text for text in (_paper(quiet), _few_or_all(quiet)) if text]
+    found += [text for along in ("k", "layers") for text in _trend(inference, along)]
+    return [*found, f"**The claim here**: {worth(quiet)}"]
+
+
+def _noise(cases: Sequence[Case], quiet: Sequence[Case]) -> str:
+    text = f"{len(quiet)} of {len(cases)} cases are quiet enough for a verdict on decoding"
+    if len(quiet) < len(cases):
+        text += f"; in the other{'s' * (len(cases) - len(quiet) > 1)} two unsteered runs differ by more than {_NOISE}"
+    return text + f". Two unsteered runs agree within {max(case.noise('token') for case in quiet):.1f} % in these."
+
+
+def _counted(name: str, cases: Sequence[Case], metric: str) -> str:
+    """``columns slower than unsteered in 2 of 3 cases (+1.0 to +2.0 %), the same as unsteered in 1``; "" if untimed."""
+    overheads = [o for case in cases if (o := case.overhead(name, metric)) is not None]
+    parts = []
+    for verdict, words in _WORDS.items():
+        own = [o.median for o in overheads if o.verdict == verdict]
+        if own:
+            parts.append(f"{words} unsteered in {len(own)} of {len(overheads)} ({_span(own)})")
+    return f"{name} is {', '.join(parts)}" if parts else ""
+
+
+def _paper(quiet: Sequence[Case]) -> str:
+    found = [o for case in quiet if (o := case.overhead(PUBLIC, "token")) is not None]
+    if not found:
+        return ""
+    below, above = sum(o.high < PAPER for o in found), sum(o.low > PAPER for o in found)
+    text = (
+        f"The paper's {PAPER} % lies within the public form's interval in {len(found) - below - above} of {len(found)}"
+    )
+    return text + (f", above it in {below}" if below else "") + (f", below it in {above}" if above else "") + "."
+
+
+def _relations(quiet: Sequence[Case]) -> list[tuple[str, Overhead, Overhead]]:
+    both = [(case.overhead(SPARSE, "token"), case.overhead(DENSE, "token")) for case in quiet]
+    return [(sparse.compared(dense), sparse, dense) for sparse, dense in both if sparse and dense]
+
+
+def _few_or_all(quiet: Sequence[Case]) -> str:
+    found = _relations(quiet)
+    if not found:
+        return ""
+    counts = {name: sum(relation == name for relation, _, _ in found) for name in ("cheaper", "dearer", "unresolved")}
+    _, sparse, dense = max(found, key=lambda one: abs(one[1].median - one[2].median))
+    return (
+        "Touching k AUs instead of the whole width, in the same kind of PyTorch hook, is cheaper in "
+        f"{counts['cheaper']} of {len(found)} cases, dearer in {counts['dearer']}, not told apart in "
+        f"{counts['unresolved']} (where they lie furthest apart: {sparse} against {dense} %)."
+    )
+
+
+def _trend(inference: Inference, along: str) -> list[str]:
+    """For each sweep what happens from its least to its largest number, variant by variant."""
+    what = {"k": "AUs", "layers": "layers touched"}[along]
+    texts = []
+    for group in sweeps(inference.series(along), along):
+        if not (group[0].decidable("token") and group[-1].decidable("token")):
+            continue
+        first, last = group[0], group[-1]
+        parts: dict[str, list[str]] = {"rises": [], "falls": [], "does not change beyond its intervals": []}
+        for name in dict.fromkeys([PUBLIC, DENSE, SPARSE, *first.ours()]):
+            few, many = first.overhead(name, "token"), last.overhead(name, "token")
+            if few is None or many is None:
+                continue
+            relation = few.compared(many)
+            if relation == "unresolved":
+                parts["does not change beyond its intervals"].append(name)
+            else:
+                span = f"{name} ({few.median:+.1f} to {many.median:+.1f} %)"
+                parts["rises" if relation == "cheaper" else "falls"].append(span)
+        said = "; ".join(f"{verb} for {', '.join(names)}" for verb, names in parts.items() if names)
+        if said:
+            sizes = f"{first.content[along]} to {last.content[along]} {what}"
+            texts.append(f"From {sizes} ({first.execution}, batch {first.batch}) the overhead of a token {said}.")
+    return texts
+
+
+def worth(quiet: Sequence[Case]) -> str:
+    """What 'steering fewer activations is cheaper' comes to, in up to three sentences."""
+    public = [(case, o) for case in quiet if (o := case.overhead(PUBLIC, "token")) is not None]
+    if not public:
+        return "the public form has no time in any quiet case, so it cannot be judged."
+    slower = [(case, o) for case, o in public if o.verdict == SLOWER]
+    if not slower:
+        text = (
+            "there is nothing to save that could be measured: even the public form, over the whole width of every "
+            "layer, is not slower than the unsteered model."
+        )
+    else:
+        medians = [o.median for _, o in slower]
+        text = (
+            f"in {len(slower)} of {len(public)} cases there is something to save, {_span(medians)} of a token's time."
+        )
+        best = [(o, ours) for case, o in slower if (ours := case.best_of_ours("token")) is not None]
+        if best:
+            free = [name for _, (name, ours) in best if ours.verdict in (SAME, FASTER)]
+            less = [
+                name for o, (name, ours) in best if ours.compared(o) == "cheaper" and ours.verdict not in (SAME, FASTER)
+            ]
+            text += f" The best of our paths saves all of it in {len(free)} of {len(best)}{_named(free)}"
+            text += f", part of it in {len(less)}{_named(less)}" if less else ""
+            rest = len(best) - len(free) - len(less)
+            text += f", and nothing that could be measured in {rest}." if rest else "."
+    relations = {relation for relation, _, _ in _relations(quiet)}
+    if relations == {"cheaper"}:
+        text += " Touching fewer activations was cheaper in itself."
+    elif "dearer" in relations:
+        verb = "in some cases and cheaper in others" if "cheaper" in relations else "than touching all"
+        text += f" Touching fewer activations is not what saves: by plain indexing it was dearer {verb}."
+    elif relations:
+        verb = "in some cases only" if "cheaper" in relations else "nowhere that could be measured"
+        text += f" Touching fewer activations was cheaper in itself {verb}."
+    return text
+
+
+def _span(percents: Sequence[float]) -> str:
+    least, most = f"{min(percents):+.1f}", f"{max(percents):+.1f}"
+    return f"{least} %" if least == most else f"{least} to {most} %"
+
+
+def _named(names: Sequence[str]) -> str:
+    return f" ({', '.join(dict.fromkeys(names))})" if names else ""

@@ -1,0 +1,229 @@
+"""The sections of docs/efficiency.md, one block each; what stands around them is in efficiency.md beside this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..cases import ALONE, COLUMNS, FUSED, PLAIN
+from . import figures, tables
+from .conclusion import sentences, worth
+from .inference import AGAIN, PUBLIC, SPARSE, Inference, sweeps
+from .load import Result, Results
+
+#: Which command measures a kind, on a CPU and on a GPU.
+COMMANDS = {
+    "inference": {"CPU": "austeer bench", "GPU": "python -m bench.gpu"},
+    "momentum": {"CPU": "python -m bench.momentum", "GPU": "python -m bench.gpu"},
+    "host": {"CPU": "python -m bench.host", "GPU": "python -m bench.host"},
+    "dispatch": {"GPU": "python -m bench.gpu"},
+    "kernels": {
+        where: f"pytest bench{mark} --benchmark-only --benchmark-json=bench/results/DEVICE/kernels-DATE.json"
+        for where, mark in (("CPU", ""), ("GPU", " -m gpu"))
+    },
+}
+DISPATCHED = (PLAIN, FUSED, COLUMNS[100], ALONE[100])
+
+
+def blocks(results: Results) -> dict[str, str]:
+    """Markdown, by the section's name."""
+    return {
+        "conclusion": _conclusion(results),
+        "summary": _summary(results),
+        "machines": _machines(results),
+        "overhead": _each(results, "inference", _overhead),
+        "k": _each(results, "inference", lambda result: _sweep(result, "k")),
+        "layers": _each(results, "inference", lambda result: _sweep(result, "layers")),
+        "operations": _operations(results),
+        "breakdown": _each(results, "inference", _breakdown),
+        "momentum": _each(results, "momentum", _momentum),
+        **{name.lower(): _kind_of_machine(results, name, devices) for name, devices in results.kinds_of_device()},
+    }
+
+
+def _missing(kind: str, where: str) -> str:
+    return f"**{where}**: not measured yet (`{COMMANDS[kind][where]}`)."
+
+
+def _each(results: Results, kind: str, section: Callable[[Result], str]) -> str:
+    """A section of every result of a kind, CPU and GPU; says so where there is none, or nothing of this in it."""
+    texts = []
+    for where, devices in results.kinds_of_device():
+        found = [r for device in devices for r in results.of(kind, device)]
+        own = [f"**{where}: {_title(r)}** ({r.link})\n\n{text}" for r in found if (text := section(r))]
+        texts += own or [_missing(kind, where)]
+    return "\n\n".join(texts)
+
+
+def _title(result: Result) -> str:
+    return Inference(result).title if result.kind == "inference" else result.machine
+
+
+def _conclusion(results: Results) -> str:
+    def section(result: Result) -> str:
+        goals = result.content.get("goals", [])
+        lines = [f"- {text}" for text in sentences(Inference(result))]
+        return "\n".join(lines) + (f"\n\nGoals set beforehand:\n\n{tables.goals(goals)}" if goals else "")
+
+    return _each(results, "inference", section)
+
+
+def _kind_of_machine(results: Results, where: str, devices: Iterable[str]) -> str:
+    """One line for other pages: what steering costs on this kind of machine."""
+    found = [Inference(r) for device in devices for r in results.of("inference", device)]
+    if not found:
+        return f"not measured yet (`{COMMANDS['inference'][where]}`)"
+    texts = []
+    for inference in found:
+        quiet = [case for case in inference.main() if case.decidable("token")]
+        said = worth(quiet).rstrip(".") if quiet else "too noisy for a verdict"
+        texts.append(f"{inference.result.machine}, {inference.model['name']}: {said}")
+    return "; ".join(texts)
+
+
+def _summary(results: Results) -> str:
+    """The shortest table: batch 1 or the smallest, decode, one row for each machine, model and execution."""
+    rows = []
+    for where, devices in results.kinds_of_device():
+        found = [Inference(r) for device in devices for r in results.of("inference", device)]
+        for inference in found:
+            smallest: dict[str, tuple[int, list[str]]] = {}
+            for case in inference.main():
+                if case.execution in smallest and smallest[case.execution][0] <= case.batch:
+                    continue
+                best = case.best_of_ours("token")
+                own = f"{best[0]} {best[1]} {best[1].verdict}" if best else ""
+                others = (case.overhead(name, "token") for name in (AGAIN, PUBLIC, SPARSE))
+                cells = [f"{o}" if o else "" for o in others]
+                name = f"{where}: {inference.result.machine}; {inference.model['name']}"
+                smallest[case.execution] = case.batch, [name, f"{case.words}, batch {case.batch}", *cells, own]
+            rows += [row for _, row in smallest.values()]
+        if not found:
+            rows.append([where, f"not measured yet (`{COMMANDS['inference'][where]}`)", "", "", "", ""])
+    head = ["overhead of a token, %", "setting", "unsteered again", "public form", "sparse hook", "ours, the best path"]
+    return tables.table(head, rows)
+
+
+def _machines(results: Results) -> str:
+    rows = []
+    for result in results:
+        if result.kind == "kernels":
+            environment = {"commit": result.content["commit_info"].get("id"), "date": result.content["datetime"]}
+        else:
+            environment = result.content["environment"]
+        packages = environment.get("packages", {})
+        versions = ", ".join(
+            f"{name} {packages[name]}" for name in ("torch", "triton", "transformers") if name in packages
+        )
+        kind = result.kind + ("" if result.complete else " (cut off)")
+        date = str(environment.get("date") or result.order[0])[:10]
+        commit = str(environment.get("commit") or "not recorded")
+        commit = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "") if " " not in commit else commit
+        command = f"`{environment['command']}`" if environment.get("command") else ""
+        rows.append([f"{kind}: {result.link}", result.machine, versions, date, commit, command])
+    return tables.table(["result", "device", "versions", "date", "commit", "command"], rows)
+
+
+def _overhead(result: Result) -> str:
+    inference = Inference(result)
+    if not inference.main():
+        return ""
+    texts = [figures.picture(f"{result.name}-overhead", "Overhead by variant and batch"), tables.overheads(inference)]
+    texts.append("What it takes, in the first of these settings:\n\n" + tables.costs(inference.main()[0]))
+    without = [f"- {name}: {why}" for name, why in inference.without_time.items()]
+    if without:
+        texts.append("Without a time:\n\n" + "\n".join(without))
+    return "\n\n".join(texts)
+
+
+def _sweep(result: Result, along: str) -> str:
+    groups = sweeps(Inference(result).series(along), along)
+    if not groups:
+        return ""
+    words = {"k": "the number of AUs", "layers": "the number of layers touched"}[along]
+    texts = [figures.picture(f"{result.name}-{along}", f"Overhead against {words}")]
+    for group in groups:
+        execution, site, k, *_ = group[0].setting
+        fixed = "" if along == "k" else f", k = {k}"
+        head = f"{execution}, site {site}{fixed}, batch {group[0].batch}; a decoded token:"
+        texts.append(f"{head[:1].upper()}{head[1:]}\n\n{tables.sweep(group, along)}")
+    return "\n\n".join(texts)
+
+
+def _operations(results: Results) -> str:
+    texts = []
+    for where, devices in results.kinds_of_device():
+        own = []
+        for device in devices:
+            for result in (r for kind in ("dispatch", "kernels", "host") for r in results.of(kind, device)):
+                own.append(f"**{where}: {result.machine}** ({result.link})\n\n{_operation(result)}")
+        measured = {
+            r.kind for device in devices for r in results.of("dispatch", device) + results.of("kernels", device)
+        }
+        if not measured:
+            own.append(f"**{where}**: the kernels by themselves are not measured yet (`{COMMANDS['kernels'][where]}`).")
+        texts += own
+    return "\n\n".join(texts)
+
+
+def _operation(result: Result) -> str:
+    picture = figures.picture(f"{result.name}-{result.kind}", "The operations by themselves")
+    if result.kind == "host":
+        c = result.content
+        text = (
+            "Host time that a steered site adds to one decoded token in eager mode (a small MLP by itself, in turns "
+            f"with its unsteered twin; median [quartiles] of {c['rounds']} rounds, batch {c['batches'][0]['batch']}):"
+        )
+        return f"{text}\n\n{picture}\n\n{tables.host(result)}"
+    if result.kind == "kernels":
+        return f"{picture}\n\n{tables.kernels(result)}"
+    ceilings = result.content["ceilings"]
+    text = (
+        f"Ratio to PyTorch's plain product [quartiles], and the share of the roofline that is reached (copy "
+        f"{ceilings['copy'] / 1e12:.2f} TB/s, matmul {ceilings['matmul'] / 1e12:.0f} TFLOP/s, both measured there):"
+    )
+    return f"{text}\n\n{picture}\n\n{tables.dispatch(result.content, DISPATCHED)}"
+
+
+def _breakdown(result: Result) -> str:
+    found = result.content.get("breakdown")
+    if not found:
+        return ""
+    tokens, width = found["shape"]
+    picture = figures.picture(f"{result.name}-breakdown", "Where the dense form's time goes")
+    text = f"A tensor of {tokens} x {width} values{_shares(found)}:"
+    return f"{picture}\n\n{text}\n\n{tables.breakdown(found)}"
+
+
+def _shares(found: dict[str, Any]) -> str:
+    """What each of the dense form's three steps takes of it, and what one step in place would."""
+    us = {name: part["median"] for name, part in found["us"].items()}
+    steps = [name for name in ("multiply", "add", "copy") if name in us]
+    total = sum(us[name] for name in steps)
+    if not total:
+        return ""
+    text = "; of the dense form's arithmetic " + ", ".join(f"{name} takes {us[name] / total:.0%}" for name in steps)
+    if "in-place" in us:
+        text += f", and one operation in place would take {us['in-place'] / total:.0%}"
+    if "hook" in us:
+        text += f"; a PyTorch hook that does nothing takes {us['hook'] / total:.0%} on top"
+    return text
+
+
+def _momentum(result: Result) -> str:
+    large, kernel = result.content["large"], result.content["kernel"]
+    sets = result.content["sets"] + (large["sets"] if large else [])
+    if not sets:
+        return ""
+    texts = [figures.picture(f"{result.name}-momentum", "Pairs a second, by way")]
+    if result.content["sets"]:
+        texts.append(tables.momentum(result.content["sets"]))
+    if large:
+        texts.append(f"A random {large['shape']['name']} in {large['dtype']}:\n\n{tables.momentum(large['sets'])}")
+    if kernel:
+        texts.append(
+            f"The counting kernel reads [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']} at "
+            f"{kernel['of_copy_bandwidth']:.0%} of the copy bandwidth, {kernel['faster_than_eager']['median']:.1f} "
+            "times as fast as PyTorch's own operations."
+        )
+    return "\n\n".join(texts)

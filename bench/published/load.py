@@ -1,0 +1,165 @@
+"""Reads result files: the newest of each kind, device and model, each checked for what the report needs of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from austeer.errors import AusteerError
+
+#: What a file of a kind must have; its name is ``<kind>-<date>[-<number>].json``. "kernels" is pytest-benchmark's own.
+KEYS: dict[str, tuple[str, ...]] = {
+    "demo": ("model", "pairs", "held_out", "generations", "timings", "environment"),
+    "host": ("batches", "sites", "rounds", "environment"),
+    "momentum": ("sets", "memory", "offloaded", "large", "kernel", "rounds", "environment"),
+    "dispatch": ("rows", "ceilings", "dtype", "environment"),
+    "inference": ("schema", "model", "settings", "series", "cases", "environment"),
+    "kernels": ("benchmarks", "commit_info", "datetime"),
+}
+SCHEMAS = {"inference": 1}
+CPU = "cpu"
+
+_NAME = re.compile(r"(?P<kind>[a-z]+)(?P<quick>-quick)?-(?P<date>\d{4}-\d\d-\d\d)(-(?P<number>\d+))?\.json")
+
+
+class ResultsError(AusteerError):
+    """A result, or a place where one is published, that is not as it has to be."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result file.
+
+    Attributes:
+        device: the name of its folder: "cpu", or a GPU's. kind: one of ``KEYS``.
+        order: date and number, as the file's name has them. content: the JSON.
+    """
+
+    path: Path
+    device: str
+    kind: str
+    order: tuple[str, int]
+    content: dict[str, Any]
+
+    @property
+    def model(self) -> str:
+        """The model of kind "inference"; the others have one a device, and give ""."""
+        return str(self.content["model"]["name"]) if self.kind == "inference" else ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the measurement came to its end; the files of some kinds are written part by part."""
+        return "goals" in self.content if self.kind == "momentum" else bool(self.content.get("complete", True))
+
+    @property
+    def name(self) -> str:
+        """For figures and numbers: the device, and the model where there may be several."""
+        return f"{self.device}-{self.subject}" if self.model else self.device
+
+    @property
+    def subject(self) -> str:
+        """The model's name without its folder or organisation, for figures and numbers."""
+        return slug(Path(self.model).name)
+
+    @property
+    def machine(self) -> str:
+        """What it was measured on, in words."""
+        environment = self.content.get("environment", {})
+        brand = self.content.get("machine_info", {}).get("cpu", {}).get("brand_raw") if self.device == CPU else None
+        name = re.sub(r"\((R|TM)\)", "", str(environment.get("device") or brand or self.device))
+        cores = f", {environment['cores']} cores" if self.device == CPU and "cores" in environment else ""
+        return " ".join(name.split()) + cores
+
+    @property
+    def link(self) -> str:
+        """Markdown; ``{root}`` stands for the way to the repository's root."""
+        place = f"bench/results/{self.device}/{self.path.name}"
+        return f"[{place}]({{root}}{place})"
+
+
+class Results(tuple[Result, ...]):
+    """The results that are published: CPU first, then GPUs by name."""
+
+    def of(self, kind: str, device: str | None = None) -> list[Result]:
+        """Those of a kind, of a device or of all."""
+        return [r for r in self if r.kind == kind and device in (None, r.device)]
+
+    @property
+    def devices(self) -> list[str]:
+        """Every device that has a result, and the CPU, which every report is about."""
+        return list(dict.fromkeys([CPU, *(r.device for r in self)]))
+
+    def kinds_of_device(self) -> Iterator[tuple[str, list[str]]]:
+        """("CPU", its folder) and ("GPU", those of all GPUs), also where there is none."""
+        yield "CPU", [CPU]
+        yield "GPU", [device for device in self.devices if device != CPU]
+
+
+def slug(name: str) -> str:
+    """A name of lower-case letters, digits, dots and single hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def load(results: Path) -> Results:
+    """The newest result of each kind, device and model; one that was cut off only where there is no whole one.
+
+    Quick runs (``<kind>-quick-...``) only show that everything works, and are passed over.
+
+    Args:
+        results: a folder of folders, one for each device.
+
+    Raises:
+        ResultsError: no folder; or a file of an unknown kind or schema, or without what the report needs.
+    """
+    if not results.is_dir():
+        raise ResultsError(f"{results}: found no folder, expected the results, such as bench/results")
+    chosen: dict[tuple[str, str, str], Result] = {}
+    for path in sorted(results.glob("*/*.json")):
+        result = _read(path)
+        if result is None:
+            continue
+        key = result.device, result.kind, result.model
+        other = chosen.get(key)
+        if other is None or (result.complete, result.order) > (other.complete, other.order):
+            chosen[key] = result
+    return Results(
+        sorted(chosen.values(), key=lambda r: (r.device != CPU, r.device, list(KEYS).index(r.kind), r.model))
+    )
+
+
+def _read(path: Path) -> Result | None:
+    found = _NAME.fullmatch(path.name)
+    kinds = ", ".join(KEYS)
+    if found is None or found["kind"] not in KEYS:
+        raise ResultsError(
+            f"{path}: found a name of no known kind, expected <kind>-<date>.json with one of {kinds}; rename or move "
+            "it, or add its kind to bench/published/load.py"
+        )
+    if found["quick"]:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(
+            f"{path}: cannot be read as JSON ({error}); measure again, or restore it from git"
+        ) from error
+    kind = found["kind"]
+    if not isinstance(content, dict) or content.get("kind", kind) != kind:
+        inside = content.get("kind") if isinstance(content, dict) else type(content).__name__
+        raise ResultsError(f"{path}: found a result of kind {inside!r}, expected {kind!r} as its name says; rename it")
+    missing = [key for key in KEYS[kind] if key not in content]
+    if missing:
+        raise ResultsError(
+            f"{path}: found no {', '.join(missing)}, expected {', '.join(KEYS[kind])} in a result of kind {kind!r}; "
+            "measure again with this version"
+        )
+    if kind in SCHEMAS and content["schema"] != SCHEMAS[kind]:
+        raise ResultsError(
+            f"{path}: found schema {content['schema']!r}, expected {SCHEMAS[kind]}; measure again with this version"
+        )
+    order = found["date"], int(found["number"] or 1)
+    return Result(path, path.parent.name, kind, order, content)

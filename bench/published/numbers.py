@@ -1,0 +1,124 @@
+"""Named numbers and texts from the results: what a span may hold. Names begin with the device's folder.
+
+<device>.demo|host|momentum.source      the result file, as a link
+<device>.demo.seconds, .cores           of the whole run
+<device>.demo.<shift|push|scale|random>.effect, .low, .high, .side_effect, .over.<another>
+<device>.demo.time.<variant>.ms, .percent, .low, .high      over unsteered, quartiles
+<device>.demo.printed                   a block: what the demo prints
+<device>.host.<variant>.us, .low, .high by itself; .noise in the whole model; .table a block
+<device>.momentum.<set>.tokens, .<way>.pairs_a_second, .<way>.over.<other>, .at_1000.<way>.over.<other>
+<device>.momentum.unshared.least, .most          over stacked, over all sets
+<device>.momentum.memory.<way>.few.pairs, .few.mb, .many.pairs, .many.mb, .mb_a_pair
+<device>.momentum.offloaded.pairs, .read, .<cached|disk>.over.<other>, .<cached|disk>.at_1000.over.<other>
+<device>.momentum.table, .report        blocks
+<device>.inference.<model>.table        a block
+<device>.inference.<model>.<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
+                                        percent over unsteered; with .low and .high behind it the interval's ends
+efficiency.<section>, efficiency.summary, efficiency.cpu, efficiency.gpu      blocks: see efficiency.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..compare import MANY
+from ..offloaded import CACHED, FROM_DISK, LAYERWISE
+from ..ways import STACKED, UNSHARED
+from . import demo, efficiency, tables
+from .inference import METRICS, Inference
+from .load import Result, Results, slug
+
+Named = Iterator[tuple[str, object]]
+
+
+def values(results: Results) -> dict[str, object]:
+    """Everything that a span may hold, by name."""
+    found: dict[str, object] = {}
+    makers = {"demo": _demo, "host": _host, "momentum": _momentum, "inference": _inference}
+    for result in results:
+        if result.kind in makers:
+            prefix = f"{result.device}.{result.kind}"
+            prefix += f".{result.subject}" if result.model else ""
+            found[f"{prefix}.source"] = result.link
+            found.update((f"{prefix}.{name}", value) for name, value in makers[result.kind](result))
+    found.update((f"efficiency.{name}", text) for name, text in efficiency.blocks(results).items())
+    return found
+
+
+def _demo(result: Result) -> Named:
+    content = result.content
+    yield "seconds", content["seconds"]
+    yield "cores", content["environment"]["cores"]
+    yield "printed", demo.printed(content)
+    rows = {row["name"].split()[0].rstrip(","): row for row in content["held_out"]}
+    for name, row in rows.items():
+        for key in ("effect", "low", "high", "side_effect"):
+            yield f"{name}.{key}", row[key]
+        for other, beside in rows.items():
+            if other != name and beside["effect"]:
+                yield f"{name}.over.{other}", row["effect"] / beside["effect"]
+    for name, row in content["timings"].items():
+        at = f"time.{slug(name)}"
+        yield f"{at}.ms", 1000 * row["seconds"]
+        for key, ratio in (("percent", "ratio"), ("low", "low"), ("high", "high")):
+            yield f"{at}.{key}", 100 * (row[ratio] - 1)
+
+
+def _host(result: Result) -> Named:
+    batch = result.content["batches"][0]
+    yield "table", tables.host(result)
+    yield "noise", batch["noise_us"]
+    for name, row in batch["variants"].items():
+        alone = row["us_by_itself"]
+        yield f"{slug(name)}.us", alone["median"]
+        yield f"{slug(name)}.low", alone["low"]
+        yield f"{slug(name)}.high", alone["high"]
+
+
+def _momentum(result: Result) -> Named:
+    content = result.content
+    yield "table", tables.momentum(content["sets"])
+    yield "rounds", content["rounds"]
+    for row in content["sets"]:
+        yield f"{row['set']}.tokens", row["tokens_a_text"]["median"]
+        for way, own in row["ways"].items():
+            yield f"{row['set']}.{slug(way)}.pairs_a_second", own["pairs_a_second"]
+            for other, ratio in own["faster_than"].items():
+                yield f"{row['set']}.{slug(way)}.over.{slug(other)}", ratio["median"]
+                many = own[f"faster_than_at_{MANY}"][other]["median"]
+                yield f"{row['set']}.at_{MANY}.{slug(way)}.over.{slug(other)}", many
+    if content["sets"]:
+        yield "report", demo.measured(content["sets"][0]["ways"]["ours"]["report"])
+        unshared = [row["ways"][UNSHARED]["faster_than"][STACKED]["median"] for row in content["sets"]]
+        yield "unshared.least", min(unshared)
+        yield "unshared.most", max(unshared)
+    for extra in content["memory"]:
+        few, many = extra["runs"]
+        at = f"memory.{slug(extra['way'])}"
+        for name, run in (("few", few), ("many", many)):
+            yield f"{at}.{name}.pairs", run["pairs"]
+            yield f"{at}.{name}.mb", run["bytes"] / 1e6
+        yield f"{at}.mb_a_pair", (many["bytes"] - few["bytes"]) / (many["pairs"] - few["pairs"]) / 1e6
+    for case, row in (content["offloaded"] or {"cases": {}})["cases"].items():
+        at, own = {CACHED: "cached", FROM_DISK: "disk"}[case], row["ways"][LAYERWISE]
+        for other, ratio in own["faster_than"].items():
+            yield f"offloaded.{at}.over.{slug(other)}", ratio["median"]
+            many = own[f"faster_than_at_{MANY}"][other]["median"]
+            yield f"offloaded.{at}.at_{MANY}.over.{slug(other)}", many
+        yield "offloaded.pairs", own["pairs"]
+        yield "offloaded.read", own["report"]["weights_read"] / content["offloaded"]["weights"]
+
+
+def _inference(result: Result) -> Named:
+    inference = Inference(result)
+    yield "table", tables.overheads(inference)
+    for case in inference.cases:
+        execution, site, k, layers, prompt = case.setting
+        at = f"{slug(execution)}.{slug(site)}.b{case.batch}.k{k}.l{layers}.p{prompt}"
+        for name in case.variants:
+            for metric in METRICS:
+                found = case.overhead(name, metric)
+                if found is not None:
+                    yield f"{at}.{slug(name)}.{metric}", found.median
+                    yield f"{at}.{slug(name)}.{metric}.low", found.low
+                    yield f"{at}.{slug(name)}.{metric}.high", found.high

@@ -1,0 +1,181 @@
+"""Tables in Markdown, one for each kind of result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..compare import MANY
+from ..ways import OURS, PUBLIC, STACKED
+from .inference import METRICS, Case, Inference, in_sweeps, variants_of
+from .load import CPU, Result
+
+#: How sets of pairs and variants of the host benchmark are called in print.
+SETS = {"caa": "CAA sycophancy", "boolq": "BoolQ"}
+HOST = {
+    "unsteered again": "unsteered again (noise)",
+    "scale": "fold",
+    "scale, columns": "columns, `scale`",
+    "shift": "columns, `shift`",
+    "push": "columns, `push`",
+    "generation, in scope": "a scope, in it",
+    "generation, out of scope": "a scope, out of it",
+    "rows of three plans": "rows of three plans, one operation",
+    "rows, scale, shift and push": "rows of three plans, `scale`, `shift` and `push` in one layer",
+    "scale, fused": "fused",
+    "scale, dense": "dense, the public code's form",
+}
+#: The functions of bench/test_kernels.py, in words.
+KERNELS = {
+    "test_steer_columns": "steering the selected columns in place",
+    "test_steered_linear": "the projection with steering inside it",
+    "test_momentum_update": "counting momentum",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), ["---"] * len(head), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def host(result: Result) -> str:
+    """Host time of a steered site by itself, at the smallest batch."""
+    batch = result.content["batches"][0]
+    rows = []
+    for name, words in HOST.items():
+        if name in batch["variants"]:
+            alone = batch["variants"][name]["us_by_itself"]
+            words += " (on a CPU its PyTorch definition)" if words == "fused" and result.device == CPU else ""
+            rows.append([words, f"{alone['median']:.1f} [{alone['low']:.1f}, {alone['high']:.1f}]"])
+    return table(["", "us"], rows)
+
+
+def momentum(sets: Sequence[dict[str, Any]]) -> str:
+    """Our rate and what it is over the others', in brackets at many pairs."""
+
+    def over(own: dict[str, Any], other: str, digits: int) -> str:
+        if other not in own["faster_than"]:
+            return ""
+        many = own[f"faster_than_at_{MANY}"][other]["median"]
+        return f"{own['faster_than'][other]['median']:.{digits}f} ({many:.{digits}f})"
+
+    rows = []
+    for row in sets:
+        own = row["ways"][OURS]
+        tokens = f"{row['tokens_a_text']['median']:.0f}"
+        ratios = over(own, PUBLIC, 1), over(own, STACKED, 2)
+        run = f"{own['tokens_run'] / own['tokens']:.2f}"
+        rows.append([SETS.get(row["set"], row["set"]), tokens, f"{own['pairs_a_second']:.1f}", *ratios, run])
+    head = ["pairs", "tokens a text", "pairs/s", "x public", "x stacked", "tokens run of the texts'"]
+    return table(head, rows)
+
+
+def overheads(inference: Inference) -> str:
+    """Overhead of every variant, one column a batch and metric, one table a setting."""
+    groups: dict[tuple[str, str, int, int, int], list[Case]] = {}
+    for case in inference.main():
+        groups.setdefault(case.setting, []).append(case)
+    texts = []
+    for cases in groups.values():
+        cases = sorted(cases, key=lambda case: case.batch)
+        columns = [(metric, case) for metric in METRICS for case in cases if case.times(metric)]
+        head = [f"{metric.replace('_', ' ')}, batch {case.batch}, %" for metric, case in columns]
+        rows = []
+        for name in variants_of(cases):
+            rows.append([name, *(_cell(case, name, metric) for metric, case in columns)])
+        texts.append(f"{_capital(cases[0].words)}:\n\n{table(['', *head], rows)}")
+    return "\n\n".join(texts)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _cell(case: Case, name: str, metric: str) -> str:
+    found = case.overhead(name, metric)
+    if found is None:
+        return case.variants.get(name, {}).get("status", "")
+    if not case.decidable(metric):
+        return f"{found} noise"
+    return f"{found} {found.verdict}".rstrip()
+
+
+def sweep(group: Sequence[Case], along: str) -> str:
+    """Overhead of a token, one column for each step of a sweep; without other libraries, as in the figure."""
+    names = [name for name in variants_of(group) if in_sweeps(group[0], name)]
+    rows = [[name, *(_cell(case, name, "token") for case in group)] for name in names]
+    return table(["", *(f"{along} = {case.content[along]}, %" for case in group)], rows)
+
+
+_COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "tokens_a_second": ("tokens/s", lambda value: f"{value:.1f}"),
+    "extra_bytes": ("extra memory, MB", lambda value: f"{value / 1e6:.3g}"),
+    "launches": ("launches a token", lambda value: f"{value:.0f}"),
+    "bytes": ("MB moved a token", lambda value: f"{value / 1e6:.1f}"),
+    "device_seconds": ("device, us a token", lambda value: f"{value * 1e6:.0f}"),
+    "host_seconds": ("host, us a token", lambda value: f"{value * 1e6:.0f}"),
+}
+
+
+def costs(case: Case) -> str:
+    """Rate, memory, launches, bytes, device and host time of every variant; only what was measured of any."""
+    rows = {name: row for name, row in case.variants.items() if row["status"] == "measured"}
+    shown = [key for key in _COSTS if any(row.get(key) is not None for row in rows.values())]
+    cells = [
+        [name, *("" if row.get(key) is None else _COSTS[key][1](row[key]) for key in shown)]
+        for name, row in rows.items()
+    ]
+    return table(["", *(_COSTS[key][0] for key in shown)], cells)
+
+
+def breakdown(content: dict[str, Any]) -> str:
+    """Microseconds of each part of the dense form, a site and over all sites."""
+    sites = content["sites"]
+    rows = [
+        [name, f"{us['median']:.1f} [{us['low']:.1f}, {us['high']:.1f}]", f"{us['median'] * sites:.0f}"]
+        for name, us in content["us"].items()
+    ]
+    return table(["", "us a site [quartiles]", f"us at all {sites} sites"], rows)
+
+
+def goals(found: Sequence[dict[str, Any]]) -> str:
+    """Each goal once, with how often it was met, and where it was not."""
+    lines = []
+    for text in dict.fromkeys(goal["text"] for goal in found):
+        own = [goal for goal in found if goal["text"] == text]
+        missed = [f"{goal['case']} ({goal['value']:.4g})" for goal in own if goal["met"] is False]
+        hidden = sum(goal["met"] is None for goal in own)
+        line = f"- {text}: met in {sum(goal['met'] is True for goal in own)} of {len(own)}"
+        line += f"; missed: {'; '.join(missed)}" if missed else ""
+        lines.append(line + (f"; hidden by noise in {hidden}" if hidden else ""))
+    return "\n".join(lines)
+
+
+def kernels(result: Result) -> str:
+    """Micro-benchmarks: one row a group, one column a form; microseconds, median."""
+    texts = []
+    for function, words in KERNELS.items():
+        groups: dict[str, dict[str, float]] = {}
+        for row in result.content["benchmarks"]:
+            if row["name"].split("[")[0] == function:
+                form = str((row.get("params") or {}).get("form", row["name"]))
+                groups.setdefault(row["group"] or row["name"], {})[form] = row["stats"]["median"] * 1e6
+        forms = list(dict.fromkeys(form for group in groups.values() for form in group))
+        cells = [[name, *(f"{own[f]:.1f}" if f in own else "" for f in forms)] for name, own in groups.items()]
+        if cells:
+            texts.append(f"{_capital(words)}, us (median):\n\n{table(['', *forms], cells)}")
+    return "\n\n".join(texts)
+
+
+def dispatch(content: dict[str, Any], names: Sequence[str]) -> str:
+    """Ratios to plain PyTorch, and what of the roofline each reaches (the floor over the time)."""
+    rows = []
+    for row in content["rows"]:
+        cells = []
+        for name in names:
+            v = row["variants"][name]
+            ratio = v["ratio"]
+            cells.append(f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}], {v['of_floor']:.0%}")
+        rows.append([f"{row['n']}x{row['k']}", row["tokens"], *cells])
+    return table(["out x in", "tokens", *names], rows)

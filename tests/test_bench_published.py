@@ -1,0 +1,359 @@
+"""What is published: pages and figures agree with the committed results, and conclusions follow from the verdicts."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+
+import synthetic_results as synthetic
+from bench.files import ROOT
+from bench.published import ResultsError, conclusion, drawings, figures, numbers, spans, write
+from bench.published.inference import Inference
+from bench.published.load import load
+
+pytest.importorskip("matplotlib")
+RESULTS, DOCS, README = ROOT / "bench" / "results", ROOT / "docs", ROOT / "README.md"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+REMEDY = "run `austeer bench report`"
+
+#: What a reader would take for something that was measured.
+MEASURED = re.compile(
+    r"(?<![\w.=])[-+]?\d[\d,]*(?:\.\d+)?(?:\s*(?:x(?!\s*\d)|%)|\s+(?:times|us|ms|s|seconds?|minutes?|percent|[kMGT]i?B(?:/s)?|"
+    r"TFLOP/s|nats|pairs/s|pairs a second|short pairs|tokens/s|tokens a second|us a site))(?!\w)"
+    r"|\b(?:two|three|four|five|six|seven|eight|nine|ten|twice|half) (?:times )?as (?:fast|many|much|long|large)\b"
+    r"|\b(?:two|three|four|five|six|seven|eight|nine|ten) times\b"
+)
+#: Settings and definitions that look like it, each of which has to be there.
+DEFINITIONS = (
+    "miss a goal of 4x the public algorithm",
+    "so a goal of 5x is missed",
+    "took 2.8 % longer steered than not",
+    "its bootstrapped 95 % interval",
+    "differ by more than 2 %, no verdict",
+    "narrower than 2 %",
+)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of what is published, and of what from."""
+    shutil.copytree(RESULTS, tmp_path / "bench" / "results")
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(README, tmp_path)
+    return tmp_path
+
+
+def report(repository: Path, check: bool = False) -> list[str]:
+    return write(repository / "bench" / "results", repository / "docs", repository / "README.md", check)
+
+
+def test_the_committed_pages_and_figures_are_those_of_the_committed_results():
+    assert write(RESULTS, DOCS, README, check=True) == [], REMEDY
+
+
+def prose() -> dict[str, str]:
+    texts = {page.name: spans.outside(page.read_text(encoding="utf-8")) for page in PAGES if page.stem != "efficiency"}
+    frame = ROOT / "bench" / "published" / "efficiency.md"
+    texts["bench/published/efficiency.md"] = spans.outside(frame.read_text(encoding="utf-8"))
+    return {name: " ".join(text.split()) for name, text in texts.items()}
+
+
+def test_no_measured_number_is_written_by_hand():
+    used = set()
+    for name, text in prose().items():
+        for definition in DEFINITIONS:
+            if definition in text:
+                used.add(definition)
+                text = text.replace(definition, "")
+        found = [text[max(m.start() - 40, 0) : m.end() + 20] for m in MEASURED.finditer(text)]
+        assert not found, (
+            f"{name}: in a span <!--=NAME-->...<!--/--> numbers come from results; outside of one: {found}"
+        )
+    assert used == set(DEFINITIONS)
+
+
+LIKE = ("10.0 times as fast", "1.3x", "costs 3 %", "57 us", "31 short pairs", "4.5 pairs/s", "+2.81 nats", "3.0 TB/s")
+LIKE += ("took 148 s.", "over four times what", "50 MB at", "twice as fast")
+
+
+@pytest.mark.parametrize("text", LIKE)
+def test_what_looks_measured(text):
+    assert MEASURED.search(text)
+
+
+UNLIKE = ("k = 100", "128 pairs", "30 layers", "[3, 5]", "sm_80", "batch 1", "2 cores", "1,024 tokens", "4096 x 4096")
+
+
+@pytest.mark.parametrize("text", UNLIKE)
+def test_what_does_not(text):
+    assert not MEASURED.search(text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_render(page):
+    """A mark in the wrong place would make Markdown show a table, or the rest of a paragraph, as it stands."""
+    text = page.read_text(encoding="utf-8")
+    html = MarkdownIt("commonmark").enable("table").render(text)
+    assert html.count("<table>") == len(re.findall(r"^\|[ :|-]+\|$", text, re.M))
+    assert "&lt;!--" not in html and "**" not in re.sub(r"<(code|pre)\b.*?</\1>", "", html, flags=re.S)
+    for target in re.findall(r'(?:src|srcset|href)="([^"#:]+)', html):
+        assert (page.parent / target).exists(), target
+
+
+def test_everything_is_made_anew_from_nothing(repository):
+    before = {p.relative_to(repository): p.read_bytes() for p in (repository / "docs").rglob("*.md")}
+    (repository / "docs" / "efficiency.md").unlink()
+    shutil.rmtree(repository / "docs" / "figures")
+    assert any("efficiency.md: is missing" in line for line in report(repository, check=True))
+    assert not (repository / "docs" / "efficiency.md").exists()
+    report(repository)
+    assert {p.relative_to(repository): p.read_bytes() for p in (repository / "docs").rglob("*.md")} == before
+    assert report(repository, check=True) == []
+
+
+def test_another_result_changes_pages_and_figures(repository):
+    (path,) = (repository / "bench" / "results" / "cpu").glob("momentum-*.json")
+    content = json.loads(path.read_text())
+    content["sets"][0]["ways"]["ours"]["pairs_a_second"] = 77.7
+    path.write_text(json.dumps(content))
+    drifted = report(repository, check=True)
+    names = {Path(line.split(": ")[0]).name for line in drifted}
+    assert names == {"README.md", "momentum.md", "efficiency.md", "cpu-momentum-light.png", "cpu-momentum-dark.png"}
+    assert "line" in drifted[0] and "77.7" in drifted[0]
+    assert report(repository) == drifted and report(repository) == []
+    assert ">78<!--/--> short pairs a second" in (repository / "README.md").read_text()
+
+
+def test_a_number_changed_by_hand_is_found_and_put_right(repository):
+    readme = repository / "README.md"
+    text = readme.read_text()
+    readme.write_text(re.sub(r"(over\.public:\.0f-->)[\d.]+", r"\g<1>99", text))
+    (line,) = report(repository, check=True)
+    assert re.match(r".*README\.md: line \d+ differs from the results: found .*99", line)
+    report(repository)
+    assert readme.read_text() == text
+
+
+def test_figures_of_results_that_are_gone_go_too(repository):
+    kept = sorted((repository / "docs" / "figures").iterdir())
+    path = synthetic.put(repository / "bench" / "results", "nvidia-x", "dispatch-2000-01-01", synthetic.dispatch())
+    report(repository)
+    assert len(list((repository / "docs" / "figures").iterdir())) == len(kept) + 2
+    path.unlink()
+    assert all("no result gives this figure" in line for line in report(repository, check=True)[-2:])
+    report(repository)
+    assert sorted((repository / "docs" / "figures").iterdir()) == kept
+
+
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory):
+    """Results of every kind: synthetic ones beside the committed."""
+    folder = tmp_path_factory.mktemp("results")
+    shutil.copytree(RESULTS, folder, dirs_exist_ok=True)
+    for old in folder.glob("*/inference-*.json"):
+        old.unlink()
+    synthetic.put(folder, "cpu", "inference-2000-01-01", synthetic.inference())
+    synthetic.put(folder, "cpu", "kernels-2999-01-01", synthetic.kernels())
+    for number, name in enumerate(("", "-2")):
+        synthetic.put(folder, "nvidia-x", f"inference-2000-01-01{name}", synthetic.inference(f"model-{number}"))
+    synthetic.put(folder, "nvidia-x", "dispatch-2000-01-01", synthetic.dispatch())
+    return load(folder)
+
+
+def test_the_document_has_every_section_of_every_machine(every_kind):
+    values = numbers.values(every_kind)
+    for section in ("conclusion", "overhead", "k", "layers", "breakdown"):
+        text = values[f"efficiency.{section}"]
+        assert "CPU: Synthetic CPU, 2 cores; synthetic-135M (135M parameters" in text
+        assert "model-0" in text and "model-1" in text and "not measured yet" not in text
+    assert "not measured yet" in values["efficiency.momentum"]  # on the GPU
+    assert "| 4096x4096 | 1 | 1.02 [1.01, 1.03], " in values["efficiency.operations"]
+    assert "| steer (1, 576) k=100 cpu | 3.0 | 4.0 | 9.0 |" in values["efficiency.operations"]
+    overhead = values["efficiency.overhead"]
+    assert "| columns | +0.4 [-0.2, +1.0] same |" in overhead and "repeng: skipped: repeng is not installed" in overhead
+    assert "| sparse hook | +0.6 [-0.1, +1.3] same | +1.1 [+0.4, +1.8] slower |" in values["efficiency.k"]
+    assert "multiply takes 39%, add takes 35%, copy takes 26%" in values["efficiency.breakdown"]
+    assert values["cpu.inference.synthetic-135m.eager.ffn.b1.k100.l30.p32.public.token"] == pytest.approx(3.1)
+    assert values["cpu.inference.synthetic-135m.eager.ffn.b1.k100.l30.p32.public.token.low"] == pytest.approx(2.5)
+    assert "fold +0.0 [-0.5, +0.5] same" in values["efficiency.summary"]
+
+
+def test_what_is_not_measured_is_said(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    values = numbers.values(load(tmp_path))
+    for section in ("conclusion", "overhead", "k", "layers", "breakdown", "operations", "momentum", "summary"):
+        text = values[f"efficiency.{section}"]
+        assert "CPU" in text and "GPU" in text and text.count("not measured yet") == 2
+    assert values["efficiency.gpu"] == "not measured yet (`python -m bench.gpu`)"
+
+
+def sentences(tmp_path, noise: float = 0.6, **more: tuple[float, float]) -> str:
+    path = synthetic.put(tmp_path, "cpu", "inference-2000-01-01", synthetic.inference(noise=noise, **more))
+    (result,) = load(path.parents[1])
+    return "\n".join(conclusion.sentences(Inference(result)))
+
+
+def test_the_conclusion_where_the_public_form_is_slower_and_fold_is_not(tmp_path):
+    text = sentences(tmp_path)
+    assert "public is slower than unsteered in 4 of 4 (+3.1 %)" in text
+    assert "fold is the same as unsteered in 4 of 4" in text and "fused is slower than unsteered in 4 of 4" in text
+    assert "The paper's 2.8 % lies within the public form's interval in 4 of 4." in text
+    assert "cheaper in 0 of 4 cases, dearer in 4" in text
+    assert "From 1 to 1000 AUs (eager, batch 1) the overhead of a token rises for sparse hook (+0.6 to +63.5 %)" in text
+    assert "in 4 of 4 cases there is something to save, +3.1 % of a token's time" in text
+    assert "saves all of it in 4 of 4 (fold)" in text and "by plain indexing it was dearer than touching all" in text
+
+
+def test_the_conclusion_where_there_is_nothing_to_save(tmp_path):
+    text = sentences(tmp_path, public=(0.1, 0.4), sparse_hook=(0.2, 0.4), dense_hook=(0.1, 0.4))
+    assert "there is nothing to save that could be measured" in text and "something to save" not in text
+    assert "2.8 % lies within the public form's interval in 0 of 4, above it in 4." in text
+    assert "Touching fewer activations was cheaper in itself nowhere that could be measured." in text
+
+
+def test_the_conclusion_where_touching_fewer_is_cheaper_and_ours_saves_a_part(tmp_path):
+    medians = {"public": 9, "dense_hook": 6, "sparse_hook": 2, "fold": 3, "columns": 4}
+    text = sentences(tmp_path, **{name: (median, 0.5) for name, median in medians.items()})
+    assert "cheaper in 4 of 4 cases, dearer in 0" in text and text.endswith("was cheaper in itself.")
+    assert "all of it in 0 of 4, part of it in 4 (fused)" in text
+    assert "below it in 4" in text
+
+
+def test_the_conclusion_where_nothing_is_saved(tmp_path):
+    slow = dict.fromkeys(("columns", "fused", "fold"), (3.2, 0.5))
+    assert "all of it in 0 of 4, and nothing that could be measured in 4." in sentences(tmp_path, **slow)
+
+
+def test_a_noisy_machine_gets_no_verdict(tmp_path):
+    text = sentences(tmp_path, noise=3.0)
+    assert text.startswith("No verdict: in none of 4 cases") and "at best 3.0 %" in text and "claim" not in text
+
+
+def test_the_newest_whole_result_counts(tmp_path):
+    def put(name: str, **changes):
+        return synthetic.put(tmp_path, "cpu", name, synthetic.inference() | changes)
+
+    put("inference-2000-01-09")
+    newest = put("inference-2000-01-10")
+    newer = put("inference-2000-01-10-2")
+    put("inference-2000-01-11", complete=False)
+    put("inference-quick-2000-01-12")
+    (result,) = load(tmp_path)
+    assert result.path == newer and result.complete
+    for path in (newer, newest, tmp_path / "cpu" / "inference-2000-01-09.json"):
+        path.unlink()
+    (result,) = load(tmp_path)
+    assert not result.complete and Inference(result).title.endswith("cut off, incomplete")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("other-2000-01-01", {}, r"no known kind.*expected <kind>-<date>.json with one of demo, host"),
+        ("host-2000", {}, "no known kind"),
+        ("host-2000-01-01", [], "found a result of kind 'list', expected 'host'"),
+        ("host-2000-01-01", {"kind": "momentum"}, "found a result of kind 'momentum', expected 'host'"),
+        ("host-2000-01-01", {"kind": "host", "sites": 3}, "found no batches, rounds, environment"),
+        ("inference-2000-01-01", synthetic.inference() | {"schema": 2}, "found schema 2, expected 1"),
+    ],
+)
+def test_a_result_that_cannot_be_published_is_named(tmp_path, name, content, message):
+    path = synthetic.put(tmp_path, "cpu", name, content)
+    with pytest.raises(ResultsError, match=rf"^{re.escape(str(path))}: .*{message}"):
+        load(tmp_path)
+
+
+def test_a_damaged_result_and_no_results_are_named(tmp_path):
+    with pytest.raises(ResultsError, match="found no folder"):
+        load(tmp_path / "none")
+    path = synthetic.put(tmp_path, "cpu", "host-2000-01-01", {})
+    path.write_text('{"kind": ')
+    with pytest.raises(ResultsError, match=r"host-2000-01-01\.json: cannot be read as JSON"):
+        load(tmp_path)
+
+
+VALUES = {"a.number": 2.345, "a.link": "[x]({root}x)", "a.table": "| x |\n| --- |", "b.other": 1}
+
+
+def fill(text: str, **options) -> str:
+    return spans.fill(text, VALUES, "page.md", **options)
+
+
+def test_spans_are_filled_and_stay():
+    text = fill("It is <!--=a.number:.1f-->9<!--/--> x,\nsee <!--=a.link--><!--/-->.", root="../")
+    assert text == "It is <!--=a.number:.1f-->2.3<!--/--> x,\nsee <!--=a.link-->[x](../x)<!--/-->."
+    assert fill(text, root="../") == text
+    assert fill("so\n<!--=a.table-->\nold\n<!--/-->\n") == "so\n<!--=a.table-->\n| x |\n| --- |\n<!--/-->\n"
+    assert fill("so\n<!--=a.table-->\n<!--/-->\n", keep=False) == "so\n| x |\n| --- |\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("one\ntwo <!--=a.numbr-->2<!--/-->", r"page\.md:2: found the unknown name 'a\.numbr'.* such as a\.number"),
+        (
+            "of <!--=zzz-->2<!--/-->",
+            r"page\.md:1: found the unknown name 'zzz'.*a\.link, a\.number, a\.table, b\.other",
+        ),
+        ("of <!--=a.number-->2", "found the span 'a.number' without its end"),
+        ("of <!--=a.number-->2 <!--=b.other-->1<!--/-->", "found a span inside the span 'a.number'"),
+        ("of 2<!--/-->", "found <!--/--> with no span before it"),
+        ("so\n<!--=a.number-->2<!--/--> x", r"page\.md:2: found the span 'a.number' at the start of a line"),
+        ("so\n- <!--=a.number-->2<!--/--> x", "at the start of a line"),
+        ("of <!--=a.table-->2<!--/-->", "a.table has several lines"),
+        ("of <!--=a.table-->\n2\n<!--/-->", "found the block 'a.table' behind other text"),
+        ("of <!--=a.number:d-->2<!--/-->", r"a\.number = 2\.345 does not take the format 'd'"),
+        ("of <!--=a.link:.1f-->2<!--/-->", "does not take the format"),
+    ],
+)
+def test_spans_that_cannot_be_filled(text, message):
+    with pytest.raises(ResultsError, match=message):
+        fill(text)
+
+
+def test_prose_is_what_is_outside_of_spans_and_code():
+    text = "a 1 x <!--=n-->2 x<!--/--> `3 x` [4](5 x)\n```\n6 x\n```\n<!-- 7 x -->\n    8 x\n9 x"
+    assert [found[0] for found in MEASURED.finditer(spans.outside(text))] == ["1 x", "9 x"]
+
+
+def test_every_figure_is_drawn_whole_in_both_themes(every_kind, tmp_path):
+    """Nothing reaches over the edge, and the page is light or dark."""
+    from PIL import Image
+
+    wanted = [figure for figure in figures.figures(every_kind) if "-model-" not in figure.name]  # as those of the CPU
+    assert {figure.drawing for figure in wanted} == {"overheads", "lines", "bars", "forms", "breakdown"}
+    for figure in wanted:
+        for theme in figures.THEMES:
+            drawn = drawings.make(figure.drawing, figure.data, theme)
+            path = tmp_path / "figure.png"
+            drawn.savefig(path)  # lays it out
+            box, size = drawn.get_tightbbox(), drawn.get_size_inches()
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= size[0] and box.y1 <= size[1], (figure.name, box)
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("L"))
+            assert (pixels[0, 0] > 200) == (theme == "light")
+            assert 0.01 < (abs(pixels.astype(int) - pixels[0, 0]) > 100).mean() < 0.5
+
+
+def test_the_committed_figures_are_what_is_drawn_today(tmp_path):
+    """Pixels are compared only where the same matplotlib drew them; the data always (the first test)."""
+    import matplotlib
+    from PIL import Image
+
+    for figure in figures.figures(load(RESULTS)):
+        for theme in figures.THEMES:
+            new = tmp_path / "figure.png"
+            figures.draw(figure, theme, new)
+            with Image.open(figure.file(DOCS / "figures", theme)) as old, Image.open(new) as image:
+                if matplotlib.__version__ not in old.info["Software"]:
+                    pytest.skip(f"drawn by {old.info['Software']}")
+                assert old.size == image.size, f"{figure.name}: count up _DRAWN in bench/published/figures.py; {REMEDY}"
+                difference = np.abs(np.asarray(old.convert("L"), int) - np.asarray(image.convert("L"), int))
+            # A digit is more than this share of the pixels; what rounding moves is less, and fainter.
+            assert (difference > 64).mean() < 2e-5, (
+                f"{figure.name}: count up _DRAWN in bench/published/figures.py, and {REMEDY}"
+            )
