@@ -103,7 +103,7 @@ def layer_work(model: nn.Module, layer: Site, attention: Site) -> LayerWork:
     hidden = config.hidden_size
     block, inside = model.get_submodule(layer.path), f"{layer.path}."
     before = attention.path.removeprefix(inside).rpartition(".")[0]  # the attention module, from the layer
-    experts = dict(_experts(block, config))
+    experts = dict(experts_of(block, config))
     active = outputs = wide = 0
     for path, module in block.named_modules():
         run, of = next((e for name, e in experts.items() if path == name or path.startswith(f"{name}.")), (1, 1))
@@ -129,7 +129,7 @@ def layer_work(model: nn.Module, layer: Site, attention: Site) -> LayerWork:
     )
 
 
-def _experts(block: nn.Module, config) -> Iterator[tuple[str, tuple[int, int]]]:
+def experts_of(block: nn.Module, config) -> Iterator[tuple[str, tuple[int, int]]]:
     """The modules that hold the experts of a mixture, and how many of how many run for a token."""
     for path, module in block.named_modules():
         fused = [p for p in module._parameters.values() if p is not None and p.dim() == 3]

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from austeer.ceilings import Ceilings, ceilings
 from austeer.errors import AusteerError
+from austeer.overhead import steering_cost
 from austeer.sites import find_sites, fingerprint, input_device, text_config
 
 from . import breakdown, counts, files, footprint, steps, turns
@@ -51,7 +53,10 @@ class Case:
 
     def __str__(self) -> str:
         layers = "" if self.layers is None else f", {self.layers} layers"
-        return f"{self.execution}, batch {self.batch}, {self.site}, k={self.k}{layers}, prompt of {self.prompt_tokens} tokens"
+        return (
+            f"{self.execution}, batch {self.batch}, {self.site}, k={self.k}{layers}, "
+            f"prompt of {self.prompt_tokens} tokens"
+        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,8 @@ def run(
         "series": {key: list(numbers) for key, numbers in series.items()},
         "cases": [],
     }
+    limits = ceilings(device, model.dtype)
+    content["ceilings"] = limits.to_json()
     main = cases[0]
     width = spread_plan(model, main.site, main.k, main.layers).model.widths[main.site]
     a_layer = -(-main.k // (main.layers or min(main.k, config.num_hidden_layers)))
@@ -148,7 +155,7 @@ def run(
     for number, case in enumerate(cases):
         on_case(str(case))
         own = (others or {}).get(number, (ways, effort))
-        content["cases"].append(measure(model, exact, case, *own, on_way, on_turn))
+        content["cases"].append(measure(model, exact, limits, case, *own, on_way, on_turn))
         content["complete"] = len(content["cases"]) == len(cases)
         yield content | {"goals": goals(content["cases"])}
 
@@ -182,6 +189,7 @@ def prompts(model: nn.Module, batch: int, length: int) -> Callable[[int], Tensor
 def measure(
     model: PreTrainedModel,
     exact: Exact,
+    limits: Ceilings,
     case: Case,
     ways: Mapping[str, Way],
     effort: Effort,
@@ -220,6 +228,7 @@ def measure(
                 made.pop(name).close()
         for name, way in made.items():
             rows[name] |= counts.of_step(way, prompt(-1)) if ways[name].module else counts.UNKNOWN
+        _add_predictions(rows, model, case, limits)
         if case.execution == EAGER:
             _add_peaks(rows, made, prompt(-1), effort.tokens)
             times = turns.by_turns(made, prompt, effort.tokens, effort.clock(), on_generation=on_turn)
@@ -242,6 +251,28 @@ def _judged(gate: Gate, way: Steered, step: steps.Step | None, ids: Tensor) -> d
         outcome = gate.judge_step(step.run(), torch.cat([ids, step.token], 1))
     found = {"error": outcome.error, "allowed": outcome.allowed, "effect": outcome.effect}
     return found | ({"status": "wrong", "reason": outcome.reason} if outcome.reason else {})
+
+
+def _add_predictions(rows: dict[str, dict[str, Any]], model: nn.Module, case: Case, limits: Ceilings) -> None:
+    """What the analytic model says of a decoded token, beside what was counted, and the floor of the counted work."""
+    known = {name: getattr(limits, name) for name in ("bandwidth", "flops", "launch")}
+    sizes = {"batch": case.batch, "prompt_tokens": case.prompt_tokens, "context": case.prompt_tokens + 1}
+    device, dtype = str(input_device(model)), model.dtype
+    found = steering_cost(
+        model, case.site, case.k, layers=case.layers, dtype=dtype, device=device, **sizes, **known
+    ).decode  # type: ignore[arg-type]
+    itself = found.unsteered
+    for name, row in rows.items():
+        if name in (UNSTEERED, AGAIN):
+            row["predicted"] = {"bytes": itself.bytes, "launches": itself.launches}
+        elif name in found.extra:
+            work, launches = found.extra[name].work, itself.launches
+            row["predicted"] = {
+                "bytes": itself.bytes + work.bytes,
+                "launches": None if launches is None else launches + work.launches,
+            }
+        if row.get("bytes") is not None:
+            row["floor_seconds"] = limits.seconds(row["bytes"], row["operations"], 0)
 
 
 def _add_peaks(rows: dict[str, dict[str, Any]], made: Mapping[str, Steered], ids: Tensor, tokens: int) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from austeer import Plan
 from austeer.errors import PlanError, check_count
+from austeer.overhead import spread
 from austeer.sites import find_sites, fingerprint
 
 
@@ -28,10 +29,9 @@ def spread_plan(model: nn.Module, site: str, k: int, layers: int | None = None, 
     k = check_count("k", k, layers * width, f"AUs of {layers} layers of site {site!r}", PlanError)
     if k < layers:
         raise PlanError(f"layers: found {layers} with k={k}, expected at most one layer an AU; give more AUs")
-    touched = [round((i + 0.5) * print_.layers / layers - 0.5) for i in range(layers)]
-    generator = torch.Generator().manual_seed(seed)
-    layer = torch.tensor([touched[i * layers // k] for i in range(k)])
-    chosen = [torch.randperm(width, generator=generator)[: int((layer == one).sum())] for one in touched]
+    generator, count = torch.Generator().manual_seed(seed), spread(k, layers, print_.layers)
+    layer = torch.cat([torch.full((aus,), one) for one, aus in count.items()])
+    chosen = [torch.randperm(width, generator=generator)[:aus] for aus in count.values()]
     return Plan(
         site=(site,) * k,
         layer=layer.int(),

@@ -17,11 +17,11 @@ OVERHEADS = {
     "columns": (0.4, 0.6),
     "fused": (1.5, 0.7),
     "fold": (0.0, 0.5),
-    "PEFT LoRA": (9.0, 1.0),
+    "lora": (9.0, 1.0),
     "pyvene": (14.0, 1.5),
     "nnsight": (41.0, 2.0),
 }
-OURS, PEERS = ("columns", "fused", "fold"), ("PEFT LoRA", "pyvene", "nnsight")
+OURS, PEERS = ("columns", "fused", "fold"), ("lora", "pyvene", "nnsight")
 
 
 def verdict(median: float, half: float, again: float) -> str:

@@ -15,7 +15,7 @@ from tiny_models import ids_of_rows, tiny_model
 WAYS = {way.name: way for way in peers.WAYS}
 #: The package of each, and the sites that it can steer.
 PACKAGES = {
-    "peft lora": ("peft", ("ffn", "attention")),
+    "lora": ("peft", ("ffn", "attention")),
     "pyvene": ("pyvene", ("ffn", "attention", "layer")),
     "nnsight": ("nnsight", ("ffn", "attention", "layer")),
     "repeng": ("repeng", ("layer",)),
@@ -186,7 +186,7 @@ def test_a_site_out_of_reach_is_refused(name, model):
 
 def test_peft_has_an_adapter_of_exactly_the_rank_of_each_planned_layer(model):
     plan = random_plan(model, "ffn", 7)
-    steered = make("peft lora", model.bfloat16(), plan)
+    steered = make("lora", model.bfloat16(), plan)
     weights = {key: p for key, p in steered.model.named_parameters() if "lora_A" in key}
     ranks = {int(key.split(".layers.")[1].split(".")[0]): p.shape[0] for key, p in weights.items()}
     assert ranks == {layer: plan.layer.tolist().count(layer) for layer in plan.layer.tolist()}
@@ -200,14 +200,14 @@ def test_peft_scales_a_bias_with_its_output(site, ids):
     with formula_at(model, plan, ALPHA):
         expected = logits_of(model, ids)
     with torch.no_grad():
-        torch.testing.assert_close(make("peft lora", model, plan).logits(ids), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(make("lora", model, plan).logits(ids), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("family, site", [("gpt2", "ffn"), ("gpt2", "attention"), ("mixtral", "ffn")])
 def test_peft_refuses_what_no_lora_of_a_linear_layer_is(family, site):
     model = tiny_model(family)
     with pytest.raises(UnavailableError, match=r"found \w+ at .* of layer \d, expected a torch.nn.Linear"):
-        make("peft lora", model, random_plan(model, site, 3))
+        make("lora", model, random_plan(model, site, 3))
 
 
 @pytest.mark.parametrize("name, site", CASES)

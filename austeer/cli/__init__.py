@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import typer
 
 from ..errors import AusteerError
-from . import demo, generate, inspect, measure, momentum, select
+from . import cost, demo, generate, inspect, measure, momentum, select
 from .common import fail
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ austeer generate plans/kind --model MODEL --alpha 8 --prompt "The weekend trip w
 `--model demo` is SmolLM2-135M-Instruct; `austeer demo` shows everything on it.
 """,
 )
-for module in (measure, select, inspect, generate, demo):
+for module in (measure, select, inspect, generate, demo, cost):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
 app.add_typer(momentum.app, name="momentum")
 # What measures imports this package, and nothing here imports it: it is found by its installed name.

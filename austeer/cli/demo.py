@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -54,7 +55,7 @@ def demo(
     if json:
         emit({"out": out, **result.to_json()})
         return
-    _show(result)
+    show(result, console)
     console.print(
         f"\n{result.seconds:.0f} s; wrote momentum.safetensors, plan, result.json and demo.png in {out}\n"
         f"try: austeer generate {out}/plan --model {model} --alpha {result.chosen.alpha:.3g} "
@@ -62,7 +63,8 @@ def demo(
     )
 
 
-def _show(result: DemoResult) -> None:
+def show(result: DemoResult, console: Console) -> None:
+    """The result's figures."""
     from ..demo import MAX_SIDE_EFFECT, PROMPTS
 
     pairs = result.pairs

@@ -84,4 +84,4 @@ def _write(lora: Any, site: Site, index: Tensor, gamma: Tensor) -> None:
         up.bias[index] = (gamma * base.bias[index]).to(up.bias.dtype)
 
 
-WAY = Way("peft lora", Peft, peer=True)
+WAY = Way("lora", Peft, peer=True)

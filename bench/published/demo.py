@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from dataclasses import fields
 from typing import Any
-from unittest.mock import patch
 
 from rich.console import Console
 
-from austeer.cli import demo as command
+from austeer.cli.demo import show
 from austeer.demo import DemoResult, HeldOut
 from austeer.measured import MeasureReport, Seconds
 from austeer.timing import Timing
@@ -26,8 +25,7 @@ def printed(content: dict[str, Any]) -> str:
     }
     text = io.StringIO()
     console = Console(file=text, width=1000, highlight=False, color_system=None, soft_wrap=True)
-    with patch.object(command, "console", console):
-        command._show(DemoResult(**own))
+    show(DemoResult(**own), console)
     return _code(text.getvalue().strip("\n").splitlines())
 
 

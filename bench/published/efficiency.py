@@ -13,7 +13,7 @@ from .load import Result, Results
 
 #: Which command measures a kind, on a CPU and on a GPU.
 COMMANDS = {
-    "inference": {"CPU": "austeer bench", "GPU": "python -m bench.gpu"},
+    "inference": {"CPU": "make bench", "GPU": "python -m bench.gpu"},
     "momentum": {"CPU": "python -m bench.momentum", "GPU": "python -m bench.gpu"},
     "host": {"CPU": "python -m bench.host", "GPU": "python -m bench.host"},
     "dispatch": {"GPU": "python -m bench.gpu"},

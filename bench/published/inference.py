@@ -156,7 +156,7 @@ def variants_of(cases: Iterable[Case], timed: bool = True) -> list[str]:
 
 def in_sweeps(case: Case, name: str) -> bool:
     """Whether a variant is shown along k and layers: other libraries, but for adapters, would hide the rest."""
-    return name == "PEFT LoRA" or not case.variants.get(name, {}).get("peer")
+    return name == "lora" or not case.variants.get(name, {}).get("peer")
 
 
 def sweeps(cases: Iterable[Case], along: str) -> list[list[Case]]:
