@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 import re
 import subprocess
@@ -76,7 +77,10 @@ def _rounded(value: Any) -> Any:
         return {name: _rounded(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_rounded(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        # JSON has no infinity, and a wrong way may err by it.
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

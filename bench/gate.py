@@ -59,6 +59,8 @@ class Exact:
         self.wider = needed < 0.8 * free_memory(input_device(model))
         if self.wider:
             self.model = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
+            if dtype == torch.float64 and hasattr(self.model, "set_experts_implementation"):
+                self.model.set_experts_implementation("eager")  # grouped products take no float64
 
     def logits(self, plan: Plan, alpha: float, ids: Tensor) -> Tensor:
         return logits(Formula(twin(self.model), plan, alpha), ids)

@@ -51,7 +51,7 @@ def l2_bytes(device: torch.device) -> int:
 
 
 @functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all captures: libraries keep a workspace for each stream that they have seen."""
     return torch.cuda.Stream(device)
 
@@ -85,7 +85,7 @@ class Replay:
                 self.result = call()
 
     def _capture(self) -> None:
-        stream, current = _capture_stream(self.device), torch.cuda.current_stream(self.device)
+        stream, current = capture_stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._run(1)  # compiles kernels, chooses algorithms, allocates workspaces: all forbidden in a capture

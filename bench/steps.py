@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from .graphs import capture_stream
 from .steered import Steered, UnavailableError
 
 COMPILE, GRAPH = "compile", "graph"
 #: Steps after which the cache is wound back, outside of what is timed.
 ROOM = 32
+#: About how long a sample of steps on a GPU is.
+SAMPLE_SECONDS = 0.012
 
 
 class Step:
@@ -37,9 +40,11 @@ class Step:
         self.token = ids[:, :1].clone()
         self._position = torch.full_like(self.token, length)
         self._cache = StaticCache(config=model.config, max_cache_len=length + ROOM)  # type: ignore[arg-type]
-        # Four dimensions: nothing is worked out on the host, which a graph would freeze.
-        self._mask = torch.zeros(rows, 1, 1, length + ROOM, dtype=torch.bool, device=ids.device)
-        self._mask[..., : length + 1] = True
+        # Four dimensions: nothing is worked out on the host, which a graph would freeze. Added to the scores, as every
+        # attention takes it; some would add True as 1.
+        hidden = torch.arange(length + ROOM, device=ids.device) > length
+        lowest = torch.finfo(model.dtype).min
+        self._mask = torch.where(hidden, lowest, 0.0).to(model.dtype).expand(rows, 1, 1, -1).contiguous()
         with steered.active():
             model(ids, past_key_values=self._cache, use_cache=True)
             self._filled = [
@@ -78,12 +83,19 @@ class Step:
     def _capture(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise UnavailableError("found a CPU, expected a GPU; use execution 'eager' or 'compile'")
-        stream = torch.cuda.Stream(device)
+        stream = capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.rewind()
+            self.rewind()
+            self._call()
+            self.rewind()
+            # What waits for the device breaks a capture, and a broken capture may end the process (PyTorch 2.11 keeps
+            # its allocator in capture mode); here it is an error like any other.
+            torch.cuda.set_sync_debug_mode("error")
+            try:
                 self._call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream(device).wait_stream(stream)
         self.rewind()
         self._graph = torch.cuda.CUDAGraph()
@@ -111,18 +123,24 @@ class Step:
 
     @torch.no_grad()
     def sample(self, steps: int) -> float:
-        """Seconds a step, of at most ``ROOM`` steps one after another."""
+        """Seconds a step, of fewer than ``ROOM`` steps one after another; under a graph by the device's own clock."""
         self.rewind()
         with self._steered.active():
-            _wait(self.token.device)
-            begin = time.perf_counter()
-            for _ in range(steps):
-                if self._graph is None:
-                    self._call()
-                else:
+            if self._graph is not None:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._graph.replay()  # not timed: keeps the device busy until what is timed is queued
+                begin.record()
+                for _ in range(steps):
                     self._graph.replay()
+                end.record()
+                end.synchronize()
+                return begin.elapsed_time(end) * 1e-3 / steps
             _wait(self.token.device)
-            return (time.perf_counter() - begin) / steps
+            start = time.perf_counter()
+            for _ in range(steps):
+                self._call()
+            _wait(self.token.device)
+            return (time.perf_counter() - start) / steps
 
 
 def _counts(name: str) -> bool:
@@ -136,6 +154,9 @@ def by_turns(
     """Seconds a step of every way, [groups][group]; in a new random order at each sample."""
     shuffle, order = random.Random(seed).shuffle, list(steps)
     seconds: dict[str, list[list[float]]] = {name: [] for name in steps}
+    # On a GPU a sample is so long that its ends do not count; a step of a large model is by itself.
+    longest = max((step.sample(1) for step in steps.values() if step.token.is_cuda), default=SAMPLE_SECONDS)
+    together = max(1, min(ROOM - 2, round(SAMPLE_SECONDS / longest)))
     number = -1  # one more group warms up
     while number < 0 or go_on(number):
         gc.collect()
@@ -145,8 +166,7 @@ def by_turns(
             for _ in range(group):
                 shuffle(order)
                 for name in order:
-                    gpu = steps[name].token.is_cuda
-                    found[name].append(steps[name].sample(8 if gpu else 1))
+                    found[name].append(steps[name].sample(together))
         finally:
             gc.enable()
         if number >= 0:

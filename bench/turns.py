@@ -1,7 +1,8 @@
 """Several models generating by turns: after each token of one comes a token of another, so drift meets all alike.
 
 Each generation is a greenlet that hands over in a stopping criterion, which Transformers calls after every token: any
-library's own ``generate`` can take part as it is, and what is timed is all that its user waits for.
+library's own ``generate`` can take part as it is, and what is timed is all that its user waits for. Where greenlet is
+not installed, whole generations take turns, and the criterion only looks at the clock.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from austeer.errors import AusteerError
-
 from .steered import Steered
 
 try:
     import greenlet
 except ImportError:
     greenlet = None
+
+#: What takes turns here: "tokens", or "generations" without greenlet.
+TURNS = "generations" if greenlet is None else "tokens"
 
 
 class _HandOver(StoppingCriteria):
@@ -42,8 +44,6 @@ class Generation:
     """One greedy generation that goes on by a token at a time."""
 
     def __init__(self, steered: Steered, ids: Tensor, tokens: int):
-        if greenlet is None:
-            raise AusteerError("generations take turns by greenlets, and found none: pip install 'austeer[bench]'")
         self._steered, self._ids, self._tokens = steered, ids, tokens
         self._greenlet = greenlet.greenlet(self._run)
         self.output: Tensor | None = None
@@ -76,6 +76,30 @@ class Generation:
             self._greenlet.throw(greenlet.GreenletExit)
 
 
+class _Ticks(StoppingCriteria):
+    """Stops nothing; notes when each token is there."""
+
+    def __init__(self, ids: Tensor):
+        self._nobody = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+        self.times: list[float] = []
+
+    def __call__(self, input_ids, scores, **options) -> Tensor:  # type: ignore[override]
+        _wait(self._nobody.device)
+        self.times.append(time.perf_counter())
+        return self._nobody
+
+
+def _whole(steered: Steered, ids: Tensor, tokens: int) -> list[float]:
+    """Seconds of each token of one generation."""
+    ticks = _Ticks(ids)
+    with steered.active():
+        _wait(ids.device)
+        begin = time.perf_counter()
+        length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        steered.generate(ids, **length, do_sample=False, stopping_criteria=StoppingCriteriaList([ticks]))
+    return [end - start for start, end in zip([begin, *ticks.times], ticks.times)]
+
+
 @dataclass
 class Times:
     """Seconds of one way.
@@ -106,22 +130,25 @@ def by_turns(
     shuffle = random.Random(seed).shuffle
     times: dict[str, Times] = {name: Times() for name in ways}
     order, number = list(ways), -1
+    gradients = torch.is_grad_enabled()  # a generation that was left in the middle has switched them off
     while number < 0 or go_on(number):
-        running = {name: Generation(way, prompts(number), tokens) for name, way in ways.items()}
+        ids = prompts(number)
+        running = {} if greenlet is None else {name: Generation(way, ids, tokens) for name, way in ways.items()}
         gc.collect()
         gc.disable()  # a collection would be charged to whom it meets
         try:
             seconds: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(tokens):
+            for _ in range(tokens if running else 1):
                 shuffle(order)
                 for name in order:
-                    seconds[name].append(running[name].step())
+                    seconds[name] += [running[name].step()] if running else _whole(ways[name], ids, tokens)
             for generation in running.values():
                 generation.finish()
         finally:
             gc.enable()
             for generation in running.values():
                 generation.abandon()
+            torch.set_grad_enabled(gradients)
         if number >= 0:
             for name, (first, *rest) in seconds.items():
                 times[name].first.append(first)

@@ -104,7 +104,7 @@ def test_capture_on_a_gpu_warms_every_copy_and_times_the_second_replay(monkeypat
         def replay(self):
             happened.append("replay")
 
-    monkeypatch.setattr(graphs, "_capture_stream", lambda device: Stream())
+    monkeypatch.setattr(graphs, "capture_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: within("warm-up"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)

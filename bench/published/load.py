@@ -11,7 +11,8 @@ from typing import Any
 
 from austeer.errors import AusteerError
 
-#: What a file of a kind must have; its name is ``<kind>-<date>[-<number>].json``. "kernels" is pytest-benchmark's own.
+#: What a file of a kind must have; its name is ``<kind>[-<model>]-<date>[-<number>].json``. "kernels" is
+#: pytest-benchmark's own.
 KEYS: dict[str, tuple[str, ...]] = {
     "demo": ("model", "pairs", "held_out", "generations", "timings", "environment"),
     "host": ("batches", "sites", "rounds", "environment"),
@@ -19,11 +20,14 @@ KEYS: dict[str, tuple[str, ...]] = {
     "dispatch": ("rows", "ceilings", "dtype", "environment"),
     "inference": ("schema", "model", "settings", "series", "cases", "environment"),
     "kernels": ("benchmarks", "commit_info", "datetime"),
+    "gpu": ("schema", "settings", "parts", "environment"),
 }
-SCHEMAS = {"inference": 1}
+SCHEMAS = {"inference": 1, "gpu": 1}
 CPU = "cpu"
 
-_NAME = re.compile(r"(?P<kind>[a-z]+)(?P<quick>-quick)?-(?P<date>\d{4}-\d\d-\d\d)(-(?P<number>\d+))?\.json")
+_NAME = re.compile(
+    r"(?P<kind>[a-z]+)(?P<quick>-quick)?(-[a-z0-9.-]+?)?-(?P<date>\d{4}-\d\d-\d\d)(-(?P<number>\d+))?\.json"
+)
 
 
 class ResultsError(AusteerError):

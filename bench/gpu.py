@@ -1,0 +1,170 @@
+"""Everything that is measured on one GPU, in under eight minutes.
+
+    python -m bench.gpu [--budget 480] [--skip tests kernels ...] [--models Llama-3.1-8B ...] [--quick] [--json]
+
+In this order: the tests that need a GPU; the device's two ceilings; the projection kernels and the counting kernel
+beside them; steered inference of random models in the shapes of published ones, under CUDA graphs and eagerly;
+momentum of a random model. A part that fails is recorded with its error, and the rest still runs: in a new process
+where it ended its own, or the GPU's context. A part for which too little of the budget is left is skipped and named.
+Results are written as they come, since a GPU that is lent may be taken away: the suite's own file, and one for each
+model and for what other commands measure too. A summary comes last.
+
+On a CPU only --quick runs: tiny models, to see that everything works. Its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import files, gpu_parts, gpu_summary, report, shapes
+from .gpu_suite import DTYPE, FAILED, RUNNING, BrokenDeviceError, Clock, Suite, run_part
+
+KIND, SCHEMA = "gpu", 1
+SKIPPABLE = ("tests", "ceilings", "kernels", "counting", "models", "momentum")
+BUDGET = 480.0
+#: A process in which the GPU answers no more ends with this status, and another goes on.
+BROKEN = 3
+#: A part is not interrupted in the middle; after so many seconds more it hangs.
+GRACE = 60.0
+
+
+def work(path: Path, seconds: float) -> int:
+    """Runs the parts that a result file has no entry of.
+
+    Returns:
+        0, or ``BROKEN`` where another process has to go on.
+    """
+    clock = Clock(seconds)
+    content = read(path)
+    suite = Suite(path, content, _device())
+    missing = [part for part in gpu_parts.parts(content["settings"]) if part.name not in content["parts"]]
+    for number, part in enumerate(missing):
+        kept = sum(later.least for later in missing[number + 1 :])  # for those that come after it
+        report.say(f"{part.name}: {clock.left:.0f} s are left")
+        try:
+            run_part(suite, part, clock.left - kept)
+        except BrokenDeviceError as error:
+            report.say(str(error))
+            return BROKEN
+        entry = content["parts"][part.name]
+        report.say(f"{part.name}: {entry['status']} {entry['reason']}")
+    return 0
+
+
+def supervise(path: Path, end: float, command: Sequence[str]) -> None:
+    """Has processes run the parts, until all have an entry; one that ends in the middle of a part costs that part.
+
+    Args:
+        end: when the time is up, by ``time.perf_counter``. command: what calls :func:`work`, with two options added.
+    """
+    while True:
+        left = max(end - time.perf_counter(), 0.0)
+        why, again = "", False
+        try:
+            code = subprocess.run(
+                [*command, "--work", str(path), "--budget", f"{left:.1f}"], cwd=files.ROOT, timeout=left + GRACE
+            ).returncode
+            if code:
+                why = f"its process ended with {_status(code)}"
+        except subprocess.TimeoutExpired:
+            code, why = 0, f"stopped, since it was still running {GRACE:.0f} s after the time was up"
+        content = read(path)
+        for entry in content["parts"].values():
+            if entry["status"] == RUNNING:
+                entry |= {"status": FAILED, "reason": "; ".join(filter(None, [entry["reason"], why]))}
+                again = code != 0
+        if code not in (0, BROKEN) and not again:
+            content["stopped"] = f"the measuring process did not begin: it ended with {_status(code)}"
+        files.write(path, content)
+        if not again and code != BROKEN:
+            return
+
+
+def _status(code: int) -> str:
+    if code >= 0:
+        return f"status {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=files.ROOT / "bench" / "results", help="folder of the results")
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for everything (default: {BUDGET:.0f})")
+    parser.add_argument("--skip", nargs="+", choices=SKIPPABLE, default=[], help="parts to leave out")
+    parser.add_argument("--models", nargs="+", choices=list(shapes.SHAPES), default=list(shapes.SHAPES))
+    parser.add_argument("--quick", action="store_true", help="tiny models, few rounds: only to see that it runs")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
+    parser.add_argument("--commit", help="the commit, where this copy of the code has no git folder")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.budget <= 0 and not options.work:
+        parser.error(f"--budget: found {options.budget:g}, expected a number of seconds above 0")
+    if not torch.cuda.is_available() and not (options.quick or options.work):
+        parser.error("found no GPU, expected one; --quick runs tiny models on the CPU to see that everything works")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0 if every part ran or was skipped, 1 if one failed."""
+    end = time.perf_counter()
+    options = parse(argv)
+    report.quiet = options.json
+    if options.work:
+        return work(options.work, options.budget)
+    end += options.budget
+    device = _device()
+    path = files.new_file(options.out, device, f"{KIND}-quick" if options.quick else KIND)
+    content: dict[str, Any] = {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "environment": files.about(device, options.commit),
+        "settings": {
+            "budget": options.budget,
+            "quick": options.quick,
+            "models": [name for name in shapes.SHAPES if name in options.models],
+            "skip": options.skip,
+            "dtype": str(DTYPE).removeprefix("torch."),
+        },
+        "complete": False,
+        "parts": {},
+    }
+    files.write(path, content)
+    if options.quick:
+        work(path, options.budget)
+    else:
+        supervise(path, end, [sys.executable, "-m", "bench.gpu", *(["--json"] if options.json else [])])
+    content = read(path)
+    content["complete"] = "stopped" not in content
+    content["seconds"] = time.perf_counter() - end + options.budget
+    files.write(path, content)
+    if options.json:
+        print(files.dumps(content))
+    else:
+        gpu_summary.show(path, content)
+    ran = content["complete"] and all(entry["status"] != FAILED for entry in content["parts"].values())
+    return 0 if ran else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
