@@ -146,7 +146,7 @@ def _measure(
     thorough = {*series["main"], *series.get("site", ())} if full else range(len(cases))
     brief = {name: way for name, way in ways.items() if not full or name in SWEPT or name.startswith("unsteered")}
     others = {
-        number: (brief, Effort(seconds=seconds / 3, tokens=tokens))
+        number: (brief, Effort(seconds=seconds / 4, tokens=tokens))
         for number in range(len(cases))
         if number not in thorough
     }
