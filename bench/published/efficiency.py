@@ -129,7 +129,10 @@ def _overhead(result: Result) -> str:
     if not inference.main():
         return ""
     texts = [figures.picture(f"{result.name}-overhead", "Overhead by variant and batch"), tables.overheads(inference)]
-    texts.append("What it takes, in the first of these settings:\n\n" + tables.costs(inference.main()[0]))
+    texts.append(
+        "What it takes, in the first of these settings; predicted: by `austeer cost`; the floor is the time of the bytes "
+        f"and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0])}"
+    )
     without = [f"- {name}: {why}" for name, why in inference.without_time.items()]
     if without:
         texts.append("Without a time:\n\n" + "\n".join(without))

@@ -112,7 +112,10 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens_a_second": ("tokens/s", lambda value: f"{value:.1f}"),
     "extra_bytes": ("extra memory, MB", lambda value: f"{value / 1e6:.3g}"),
     "launches": ("launches a token", lambda value: f"{value:.0f}"),
-    "bytes": ("MB moved a token", lambda value: f"{value / 1e6:.1f}"),
+    "predicted_launches": ("predicted", lambda value: f"{value:.0f}"),
+    "bytes": ("MB moved a token", lambda value: f"{value / 1e6:.2f}"),
+    "predicted_bytes": ("predicted", lambda value: f"{value / 1e6:.2f}"),
+    "over_floor": ("time over floor", lambda value: f"{value:.2f}"),
     "device_seconds": ("device, us a token", lambda value: f"{value * 1e6:.0f}"),
     "host_seconds": ("host, us a token", lambda value: f"{value * 1e6:.0f}"),
 }
@@ -120,13 +123,21 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def costs(case: Case) -> str:
     """Rate, memory, launches, bytes, device and host time of every variant; only what was measured of any."""
-    rows = {name: row for name, row in case.variants.items() if row["status"] == "measured"}
+    rows = {name: row | _beside(row) for name, row in case.variants.items() if row["status"] == "measured"}
     shown = [key for key in _COSTS if any(row.get(key) is not None for row in rows.values())]
     cells = [
         [name, *("" if row.get(key) is None else _COSTS[key][1](row[key]) for key in shown)]
         for name, row in rows.items()
     ]
     return table(["", *(_COSTS[key][0] for key in shown)], cells)
+
+
+def _beside(row: dict[str, Any]) -> dict[str, Any]:
+    """What the analytic model says, and the token's time over the floor of the bytes and operations counted."""
+    found = {f"predicted_{name}": value for name, value in row.get("predicted", {}).items()}
+    if row.get("floor_seconds") and "token" in row:
+        found["over_floor"] = row["token"]["seconds"]["median"] / row["floor_seconds"]
+    return found
 
 
 def breakdown(content: dict[str, Any]) -> str:
