@@ -70,6 +70,10 @@ def bench(
 
     from .catalogue import chosen
 
+    if trace is not None:
+        from .trace import check_trace_path
+
+        check_trace_path(trace)  # before a model is loaded
     ways = chosen(_names(variants) or None)
     if not fits(model, dtype, device):
         raise AusteerError(

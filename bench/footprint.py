@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .peak import forget_peak, resident
 
@@ -14,7 +15,8 @@ from .peak import forget_peak, resident
 def storages() -> dict[int, int]:
     """Bytes of every storage that a tensor of this process has, by address."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    # A compiler's stand-ins have no memory, and say so with an error.
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and not issubclass(type(o), FakeTensor)]
     found: dict[int, int] = {}
     for tensor in tensors:
         if tensor.device.type != "meta" and tensor.layout == torch.strided:

@@ -123,13 +123,15 @@ class Gate:
                 )
         return Outcome(error, self.allowed, self.effect, self.alpha, reason)
 
-    def judge_step(self, found: Tensor, ids: Tensor) -> Outcome:
+    def judge_step(self, found: Tensor, ids: Tensor, unsteered: bool = False) -> Outcome:
         """Looks at one decoded step.
 
         Args:
-            found: [batch, vocabulary], the logits after the last of ``ids`` [batch, tokens].
+            found: [batch, vocabulary], the logits after the last of ``ids`` [batch, tokens]. unsteered: of the model
+                as it is.
         """
-        exact = self._exact_model.logits(self._plan, self.alpha, ids)[:, -1]
+        alpha = 0.0 if unsteered else self.alpha
+        exact = self._exact_model.logits(self._plan, alpha, ids)[:, -1]
         error = rms(found.double() - exact)
         return Outcome(error, self.allowed, self.effect, self.alpha, self._judged(error, "logits of a step"))
 

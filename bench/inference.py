@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,9 +128,10 @@ def run(
     """
     device = input_device(model)
     for case in cases:
-        _check(case, model)
+        check_case(case, model)
     exact = Exact(model)
     config = text_config(model)
+    gc.freeze()  # what is there now stays: looking through it again and again would take longer than measuring
     content: dict[str, Any] = {
         "kind": KIND,
         "schema": SCHEMA,
@@ -162,7 +164,7 @@ def run(
         yield content | {"goals": goals(content["cases"], device.type)}
 
 
-def _check(case: Case, model: nn.Module) -> None:
+def check_case(case: Case, model: nn.Module) -> None:
     if case.execution not in EXECUTIONS:
         raise AusteerError(f"execution: found {case.execution!r}, expected {', '.join(EXECUTIONS)}")
     if case.execution == steps.GRAPH and input_device(model).type != "cuda":
@@ -221,13 +223,16 @@ def measure(
                 rows[name]["held_bytes"] = footprint.added(before)
                 if case.execution != EAGER:
                     stepping[name] = steps.Step(made[name], prompt(-1), case.execution)
-                if name not in (UNSTEERED, AGAIN):
-                    rows[name] |= _judged(gate, made[name], stepping.get(name), prompt(-1))
+                rows[name] |= _judged(gate, name, made[name], stepping.get(name), prompt(-1))
             except UnavailableError as error:
                 rows[name] |= {"status": "skipped", "reason": str(error)}
-            if rows[name]["status"] != "measured" and name in made:
+            if rows[name]["status"] != "measured":
+                if name in (UNSTEERED, AGAIN):
+                    row = rows[name]
+                    raise AusteerError(f"{case}: the unsteered model itself is {row['status']}: {row['reason']}")
                 stepping.pop(name, None)
-                made.pop(name).close()
+                if name in made:
+                    made.pop(name).close()
         if case.execution == EAGER:
             _add_peaks(rows, made, prompt(-1), effort.tokens)
             times = turns.by_turns(made, prompt, effort.tokens, effort.clock(), on_generation=on_turn)
@@ -248,11 +253,15 @@ def measure(
     return _summary(case, plan.layer.unique().numel(), gate, rows, seconds)
 
 
-def _judged(gate: Gate, way: Steered, step: steps.Step | None, ids: Tensor) -> dict[str, Any]:
-    """What the gate says of a way, and of its compiled or captured step."""
-    outcome: Outcome = gate(way)
-    if step is not None and not outcome.reason:
-        outcome = gate.judge_step(step.run(), torch.cat([ids, step.token], 1))
+def _judged(gate: Gate, name: str, way: Steered, step: steps.Step | None, ids: Tensor) -> dict[str, Any]:
+    """What the gate says of a way, and of its compiled or captured step; of the unsteered model's, that alone."""
+    unsteered = name in (UNSTEERED, AGAIN)
+    if unsteered and step is None:
+        return {}
+    outcome: Outcome | None = None if unsteered else gate(way)
+    if step is not None and (outcome is None or not outcome.reason):
+        outcome = gate.judge_step(step.run(), torch.cat([ids, step.token], 1), unsteered)
+    assert outcome is not None
     found = {"error": outcome.error, "allowed": outcome.allowed, "effect": outcome.effect}
     return found | ({"status": "wrong", "reason": outcome.reason} if outcome.reason else {})
 

@@ -25,7 +25,8 @@ def spread_plan(model: nn.Module, site: str, k: int, layers: int | None = None, 
     sites = find_sites(model, [site])
     print_ = fingerprint(model, sites)
     width = print_.widths[site]
-    layers = check_count("layers", layers or min(k, print_.layers), print_.layers, "the model's layers", PlanError)
+    layers = max(1, min(k, print_.layers)) if layers is None else layers
+    layers = check_count("layers", layers, print_.layers, "the model's layers", PlanError)
     k = check_count("k", k, layers * width, f"AUs of {layers} layers of site {site!r}", PlanError)
     if k < layers:
         raise PlanError(f"layers: found {layers} with k={k}, expected at most one layer an AU; give more AUs")

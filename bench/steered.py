@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from austeer import Plan
 
@@ -21,9 +22,15 @@ class UnavailableError(Exception):
 
 
 def twin(model: Model) -> Model:
-    """A model of its own around the same weights and buffers: hooks and wrappers put on it are not on the other."""
+    """A model of its own around the same weights and buffers: hooks and wrappers put on it are not on the other.
+
+    It generates without end tokens and penalties: greedy tokens are those of the largest logits, as many as asked for.
+    """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    other = copy.deepcopy(model, shared)
+    if hasattr(other, "generation_config"):
+        other.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[assignment]
+    return other
 
 
 class Steered:

@@ -130,8 +130,8 @@ def _overhead(result: Result) -> str:
         return ""
     texts = [figures.picture(f"{result.name}-overhead", "Overhead by variant and batch"), tables.overheads(inference)]
     texts.append(
-        "What it takes, in the first of these settings; predicted: by `austeer cost`; the floor is the time of the bytes "
-        f"and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0])}"
+        "What it takes, in the first of these settings; predicted: by `austeer cost`; the floor is the time of the "
+        f"bytes and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0])}"
     )
     without = [f"- {name}: {why}" for name, why in inference.without_time.items()]
     if without:

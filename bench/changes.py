@@ -1,0 +1,242 @@
+"""What differs between two results beyond noise: ratios, counts, variants that came or broke, goals that turned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from austeer.errors import AusteerError
+
+from . import micro_changes
+from .catalogue import AGAIN, UNSTEERED
+from .inference import KIND, Case
+from .result_files import MICRO, complete, kind_of
+
+METRICS = {"token": "each token", "first_token": "first token"}
+#: What has no noise: of one decoding step, and what a way holds.
+COUNTS = {"launches": "launches", "bytes": "bytes moved", "operations": "operations", "held_bytes": "bytes held"}
+ENDS = ("median", "low", "high")
+DEARER, CHEAPER, WITHIN = "dearer", "cheaper", "within noise"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One time before and after.
+
+    Attributes:
+        metric: "token", "first_token", or, of a micro-benchmark, "call".
+        unit: "ratio" to the unsteered model, or "seconds": of that model itself, and where there is none beside it.
+        before, after: median, low and high: the ratio's interval, or the quartiles of the seconds.
+        noise: how large a difference of the medians may be and mean nothing; 0 where only the intervals are compared.
+        verdict: "dearer", "cheaper" or "within noise".
+    """
+
+    case: str
+    variant: str
+    metric: str
+    unit: str
+    before: dict[str, float]
+    after: dict[str, float]
+    noise: float
+    verdict: str
+
+
+@dataclass
+class Changes:
+    """What differs between two results.
+
+    Attributes:
+        notes: what makes the two runs unlike, or one of them weak: to be read first.
+        timed: every time that both have, and that may be compared.
+        events: cases and variants that are new, gone, wrong or skipped now, and the reverse; exact counts that differ;
+            goals that turned.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    timed: list[Change] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+
+    @property
+    def beyond_noise(self) -> list[Change]:
+        return [change for change in self.timed if change.verdict != WITHIN]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for machines."""
+        return asdict(self) | {"beyond_noise": len(self.beyond_noise)}
+
+
+def compare(a: dict[str, Any], b: dict[str, Any]) -> Changes:
+    """What differs from a result to a later one, both as :func:`bench.result_files.read_result` gives them.
+
+    A ratio has changed where the two intervals do not meet and the medians differ by more than the noise (of the A/A
+    pair) of either run. The unsteered model's seconds are compared, by quartiles, where device and threads agree.
+
+    Raises:
+        AusteerError: results of two kinds, or of a kind that cannot be compared.
+    """
+    kinds = kind_of(a), kind_of(b)
+    if kinds == (MICRO, MICRO):
+        return _compare_micro(a, b)
+    if kinds != (KIND, KIND):
+        raise AusteerError(
+            f"found results of kind {kinds[0]!r} and {kinds[1]!r}, expected two of {KIND!r} or two of {MICRO!r}"
+        )
+    changes = Changes(notes=list(_unlike(a, b)))
+    same_clock = all(a["environment"].get(key) == b["environment"].get(key) for key in ("device", "threads"))
+    before, after = _cases(a), _cases(b)
+    for case in dict.fromkeys([*before, *after]):
+        if case not in before or case not in after:
+            changes.events.append(f"{case}: {'new' if case in after else 'gone'}")
+            continue
+        changes.notes += _noisy(case, before[case], after[case])
+        changes.timed += _timed(case, before[case], after[case], same_clock)
+        changes.events += _variants(case, before[case]["variants"], after[case]["variants"])
+    changes.events += _goals(a["goals"], b["goals"])
+    return changes
+
+
+def _unlike(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+    """Where the runs are not of the same thing on the same machine."""
+    for side, content in (("before", a), ("after", b)):
+        if not complete(content):
+            yield f"the run {side} is incomplete: it was stopped after {len(content['cases'])} cases"
+    for key in ("device", "threads", "cores", "python", "cuda"):
+        values = a["environment"].get(key), b["environment"].get(key)
+        if values[0] != values[1]:
+            hint = "; times in seconds are not compared" if key in ("device", "threads") else ""
+            yield f"{key}: {_value(values[0])} -> {_value(values[1])}{hint}"
+    for part, name in ((("model",), "model"), (("environment", "packages"), "version of"), (("settings",), "setting")):
+        left, right = a, b
+        for step in part:
+            left, right = left.get(step, {}), right.get(step, {})
+        for key in dict.fromkeys([*left, *right]):
+            if left.get(key) != right.get(key):
+                yield f"{name} {key}: {_value(left.get(key))} -> {_value(right.get(key))}"
+
+
+def _value(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _cases(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cases by what they are; of several that are alike the second has a number, and so on."""
+    found: dict[str, dict[str, Any]] = {}
+    seen: Counter[str] = Counter()
+    for case in content["cases"]:
+        name = str(Case(**{key: case[key] for key in Case.__dataclass_fields__}))
+        seen[name] += 1
+        found[name if seen[name] == 1 else f"{name} ({seen[name]})"] = case
+    return found
+
+
+def _noisy(case: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+    for side, content in (("before", a), ("after", b)):
+        for metric, possible in content["verdicts_possible"].items():
+            if not possible:
+                noise = f"two unsteered runs differ by up to {content['noise'][metric]:.1%}"
+                yield f"{case}: the run {side} is too noisy for verdicts on the time to {METRICS[metric]} ({noise})"
+
+
+def _timed(case: str, a: dict[str, Any], b: dict[str, Any], same_clock: bool) -> Iterator[Change]:
+    for variant, row in a["variants"].items():
+        if variant == AGAIN:  # it is the noise itself
+            continue
+        other = b["variants"].get(variant, {})
+        for metric in METRICS:
+            if metric not in row or metric not in other:
+                continue
+            unit = "seconds" if variant == UNSTEERED else "ratio"
+            if unit == "seconds" and not same_clock:
+                continue
+            before, after = ({key: one[metric][unit][key] for key in ENDS} for one in (row, other))
+            noise = max(a["noise"][metric], b["noise"][metric]) * (before["median"] if unit == "seconds" else 1)
+            yield Change(case, variant, metric, unit, before, after, noise, beyond(before, after, noise))
+
+
+def beyond(before: Mapping[str, float], after: Mapping[str, float], noise: float = 0.0) -> str:
+    """ "dearer" or "cheaper" where the intervals do not meet and the medians differ by more than ``noise``."""
+    difference = after["median"] - before["median"]
+    if abs(difference) <= noise or (after["low"] <= before["high"] and before["low"] <= after["high"]):
+        return WITHIN
+    return DEARER if difference > 0 else CHEAPER
+
+
+def _variants(case: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+    for variant in dict.fromkeys([*a, *b]):
+        where = f"{case}: {variant}"
+        if variant not in a or variant not in b:
+            yield f"{where} is {'new' if variant in b else 'gone'}"
+            continue
+        row, other = a[variant], b[variant]
+        if row["status"] != other["status"]:
+            reason = f" ({other['reason']})" if other["reason"] else ""
+            yield f"{where}: {row['status']} -> {other['status']}{reason}"
+        for key, words in COUNTS.items():
+            before, after = row.get(key), other.get(key)
+            if before is not None and after is not None and before != after:
+                yield f"{where}: {words} {before:,.10g} -> {after:,.10g}"
+
+
+def _goals(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[str]:
+    words = {True: "met", False: "missed", None: "hidden by noise"}
+    before = {(goal["case"], goal["text"]): goal["met"] for goal in a}
+    for goal in b:
+        key = goal["case"], goal["text"]
+        if key in before and before[key] is not goal["met"]:
+            yield f"{goal['case']}: {words[before[key]]} -> {words[goal['met']]}: {goal['text']}"
+
+
+def _compare_micro(a: dict[str, Any], b: dict[str, Any]) -> Changes:
+    changes = Changes(list(micro_changes.unlike(a, b)))
+    changes.events += micro_changes.new_and_gone(a, b)
+    for pair in micro_changes.pairs(a, b):
+        said = beyond(pair.before, pair.after, pair.noise)
+        changes.timed.append(
+            Change(pair.group, pair.name, "call", pair.unit, pair.before, pair.after, pair.noise, said)
+        )
+    return changes
+
+
+def show(changes: Changes, console: Console) -> None:
+    """What makes the runs unlike first, then what changed, and how much did not."""
+    for text in changes.notes:
+        console.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
+    if changes.beyond_noise:
+        console.print(_table(changes))
+    for text in changes.events:
+        console.print(text, highlight=False, markup=False)
+    still = len(changes.timed) - len(changes.beyond_noise)
+    console.print(f"{len(changes.beyond_noise)} times changed beyond noise; {still} did not", highlight=False)
+
+
+def _table(changes: Changes) -> Table:
+    table = Table(title="overhead over unsteered with its interval, or time with quartiles")
+    for name in ("case", "variant", "time of"):
+        table.add_column(name, overflow="fold")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for change in changes.beyond_noise:
+        in_words = _percent if change.unit == "ratio" else _microseconds
+        before, after = change.before["median"], change.after["median"]
+        by = f"{100 * (after - before):+.1f} points" if change.unit == "ratio" else f"x {after / before:.2f}"
+        table.add_row(
+            *(escape(change.case), escape(change.variant), METRICS.get(change.metric, change.metric)),
+            *(in_words(change.before), in_words(change.after), f"[bold]{change.verdict}[/]\n{by}"),
+        )
+    return table
+
+
+def _percent(ratio: Mapping[str, float]) -> str:
+    median, low, high = (100 * (ratio[key] - 1) for key in ENDS)
+    return f"{median:+.1f} %\n{low:+.1f} to {high:+.1f}"
+
+
+def _microseconds(spread: Mapping[str, float]) -> str:
+    median, low, high = (1e6 * spread[key] for key in ENDS)
+    return f"{median:.1f} us\n{low:.1f} to {high:.1f}"

@@ -1,0 +1,285 @@
+"""Two results side by side: what changed beyond noise is told, what did not is not, and unlike runs are named first."""
+
+import copy
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+import synthetic_results
+from austeer.errors import AusteerError
+from bench import changes
+from bench.changes import beyond, compare
+
+MAIN = "eager, batch 1, ffn, k=100, 30 layers, prompt of 32 tokens"
+
+
+@pytest.fixture
+def before():
+    return json.loads(json.dumps(synthetic_results.inference(noise=0.6)))  # no part in it twice
+
+
+@pytest.fixture
+def after(before):
+    return copy.deepcopy(before)
+
+
+def shown(found):
+    console = Console(file=io.StringIO(), width=200)
+    changes.show(found, console)
+    return console.file.getvalue()
+
+
+def set_ratio(content, variant, percent, half=0.5, case=0, metric="token"):
+    row = content["cases"][case]["variants"][variant]
+    row[metric]["ratio"] |= {"median": 1 + percent / 100, "low": 1 + (percent - half) / 100}
+    row[metric]["ratio"]["high"] = 1 + (percent + half) / 100
+
+
+def test_a_result_beside_itself_has_no_changes(before, after):
+    found = compare(before, after)
+    assert not found.notes and not found.events and not found.beyond_noise
+    rows = [row for case in before["cases"] for name, row in case["variants"].items() if name != "unsteered again"]
+    timed = sum(metric in row for row in rows for metric in ("token", "first_token"))
+    assert len(found.timed) == timed > 100
+    assert f"0 times changed beyond noise; {timed} did not" in shown(found)
+
+
+@pytest.mark.parametrize(
+    "percent, half, noise, verdict",
+    [
+        (5.0, 0.5, 0.6, "dearer"),  # from 0.4 +- 0.6 %
+        (-4.0, 0.5, 0.6, "cheaper"),
+        (1.2, 0.5, 0.6, "within noise"),  # intervals meet
+        (5.0, 4.2, 0.6, "within noise"),
+        (5.0, 0.5, 5.0, "within noise"),  # of either run
+        (5.0, 0.5, 4.5, "dearer"),
+    ],
+)
+@pytest.mark.parametrize("noisy", ["before", "after"])
+def test_a_ratio_changes_where_intervals_part_by_more_than_noise(before, after, percent, half, noise, verdict, noisy):
+    set_ratio(after, "columns", percent, half)
+    {"before": before, "after": after}[noisy]["cases"][0]["noise"]["token"] = noise / 100
+    found = compare(before, after)
+    (change,) = (c for c in found.timed if (c.case, c.variant, c.metric) == (MAIN, "columns", "token"))
+    assert change.verdict == verdict
+    assert found.beyond_noise == ([change] if verdict != "within noise" else [])
+    assert change.unit == "ratio" and change.before["median"] == pytest.approx(1.004)
+    assert change.after["high"] == pytest.approx(1 + (percent + half) / 100)
+
+
+def test_what_changed_is_shown_before_and_after(before, after):
+    set_ratio(after, "columns", 5.0)
+    set_ratio(after, "sparse hook", 2.0, metric="first_token")
+    text = shown(compare(before, after))
+    for part in ("+0.4 %", "-0.2 to +1.0", "+5.0 %", "+4.5 to +5.5", "dearer", "+4.6 points", "cheaper", "first token"):
+        assert part in text
+    assert "2 times changed beyond noise" in text and "fused" not in text
+
+
+def slower(content, times, variants=None):
+    """Everything takes ``times`` as long; the ratios stay."""
+    for case in content["cases"]:
+        for name, row in case["variants"].items():
+            if "token" in row and (variants is None or name in variants):
+                for key in ("median", "low", "high"):
+                    row["token"]["seconds"][key] *= times
+
+
+def test_the_unsteered_model_s_seconds_are_compared_on_one_machine(before, after):
+    slower(after, 1.5)
+    found = compare(before, after)
+    assert {(c.variant, c.unit, c.verdict) for c in found.beyond_noise} == {("unsteered", "seconds", "dearer")}
+    assert len(found.beyond_noise) == len(before["cases"])
+    assert "x 1.50" in shown(found)
+    slower(after, 1 / 1.5 * 1.1)
+    assert not compare(before, after).beyond_noise, "quartiles meet"
+
+
+@pytest.mark.parametrize("key, value", [("device", "Another CPU"), ("threads", 8)])
+def test_on_another_machine_seconds_are_not_compared_but_ratios_are(before, after, key, value):
+    slower(after, 1.5)
+    set_ratio(after, "columns", 5.0)
+    after["environment"][key] = value
+    found = compare(before, after)
+    assert [(c.variant, c.unit) for c in found.beyond_noise] == [("columns", "ratio")]
+    assert all(c.unit == "ratio" for c in found.timed)
+    assert len(found.notes) == 1 and found.notes[0].endswith(f"-> {value}; times in seconds are not compared")
+    assert shown(found).startswith(f"note: {key}: ")
+
+
+def test_another_model_dtype_setting_or_version_is_said_first(before, after):
+    after["model"] |= {"name": "other [bold]", "dtype": "bfloat16"}
+    after["environment"]["packages"] = {"torch": "2.14.0", "triton": "3.8"}
+    after["settings"]["tokens"] = 16
+    after["environment"]["python"] = "3.12.1"
+    set_ratio(after, "columns", 5.0)
+    found = compare(before, after)
+    assert found.notes == [
+        "python: none -> 3.12.1",
+        "model name: synthetic-135M -> other [bold]",
+        "model dtype: float32 -> bfloat16",
+        "version of torch: 2.13.0 -> 2.14.0",
+        "version of triton: none -> 3.8",
+        "setting tokens: 8 -> 16",
+    ]
+    lines = shown(found).splitlines()
+    assert "note: model name: synthetic-135M -> other [bold]" in lines[:6]
+    assert all(line.startswith("note: ") for line in lines[:6]) and not lines[6].startswith("note: ")
+
+
+def test_incomplete_and_noisy_runs_are_said_first(before, after):
+    before["complete"] = False
+    after["cases"][0]["verdicts_possible"]["token"] = False
+    after["cases"][0]["noise"]["token"] = 0.034
+    assert compare(before, after).notes == [
+        f"the run before is incomplete: it was stopped after {len(before['cases'])} cases",
+        f"{MAIN}: the run after is too noisy for verdicts on the time to each token "
+        "(two unsteered runs differ by up to 3.4%)",
+    ]
+
+
+def test_cases_and_variants_that_come_and_go(before, after):
+    del after["cases"][1], before["cases"][2]
+    del after["cases"][0]["variants"]["pyvene"], before["cases"][0]["variants"]["fused"]
+    found = compare(before, after)
+    assert found.events == [
+        f"{MAIN}: pyvene is gone",
+        f"{MAIN}: fused is new",
+        f"{MAIN.replace('batch 1', 'batch 8')}: gone",
+        f"{MAIN.replace('eager', 'compile')}: new",
+    ]
+    assert not found.beyond_noise
+
+
+def test_variants_that_are_wrong_or_skipped_now(before, after):
+    row = after["cases"][0]["variants"]["columns"]
+    row.clear()
+    row |= {"status": "wrong", "reason": "logits differ [0, 1]", "ours": True, "peer": False}
+    after["cases"][0]["variants"]["repeng"] = copy.deepcopy(after["cases"][0]["variants"]["pyvene"])
+    found = compare(before, after)
+    assert found.events == [
+        f"{MAIN}: columns: measured -> wrong (logits differ [0, 1])",
+        f"{MAIN}: repeng: skipped -> measured",
+    ]
+    assert "wrong (logits differ [0, 1])" in shown(found)
+    assert not any((c.case, c.variant) == (MAIN, "columns") for c in found.timed)
+
+
+def test_counts_have_no_noise(before, after):
+    after["cases"][0]["variants"]["columns"] |= {"bytes": 5.5e8, "launches": 120.0, "held_bytes": 4096}
+    before["cases"][0]["variants"]["columns"] |= {"launches": 90.0}  # and no held bytes
+    assert compare(before, after).events == [
+        f"{MAIN}: columns: launches 90 -> 120",
+        f"{MAIN}: columns: bytes moved 540,000,000 -> 550,000,000",
+    ]
+
+
+@pytest.mark.parametrize(
+    "was, now, words",
+    [(True, False, "met -> missed"), (False, True, "missed -> met"), (True, None, "met -> hidden by noise")],
+)
+def test_goals_that_turned(before, after, was, now, words):
+    before["goals"][0]["met"], after["goals"][0]["met"] = was, now
+    after["goals"].append({"text": "another", "case": "x", "value": 1.0, "limit": 1.0, "met": False})
+    assert compare(before, after).events == [f"eager, batch 1: {words}: fold is the same"]
+
+
+def test_cases_that_are_alike_are_matched_in_their_order(before, after):
+    for content in (before, after):
+        content["cases"].append(copy.deepcopy(content["cases"][0]))
+    set_ratio(after, "columns", 5.0, case=-1)
+    (change,) = compare(before, after).beyond_noise
+    assert change.case == f"{MAIN} (2)"
+
+
+def test_json_holds_all_of_it(before, after):
+    set_ratio(after, "columns", 5.0)
+    after["environment"]["threads"] = 8
+    found = compare(before, after)
+    content = json.loads(json.dumps(found.to_json()))
+    assert content["beyond_noise"] == 1 and content["notes"] == found.notes and content["events"] == found.events
+    assert len(content["timed"]) == len(found.timed)
+    (change,) = (one for one in content["timed"] if one["verdict"] == "dearer")
+    assert change["variant"] == "columns" and change["after"]["median"] == pytest.approx(1.05)
+
+
+def test_two_kinds_cannot_be_compared(before):
+    for other in (micro(), {"kind": "host"}, []):
+        with pytest.raises(AusteerError, match=r"found results of kind 'inference' and .*, expected two of"):
+            compare(before, other)
+
+
+@pytest.mark.parametrize(
+    "a, b, noise, said",
+    [
+        ((1.0, 0.9, 1.1), (1.3, 1.2, 1.4), 0.0, "dearer"),
+        ((1.3, 1.2, 1.4), (1.0, 0.9, 1.1), 0.0, "cheaper"),
+        ((1.0, 0.9, 1.2), (1.3, 1.2, 1.4), 0.0, "within noise"),  # they touch
+        ((1.0, 0.9, 1.1), (1.3, 1.2, 1.4), 0.31, "within noise"),
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 0.0, "within noise"),
+    ],
+)
+def test_beyond(a, b, noise, said):
+    assert beyond(*(dict(zip(("median", "low", "high"), one)) for one in (a, b)), noise) == said
+
+
+# --- pytest-benchmark ------------------------------------------------------------------------------------------------
+
+
+def micro(**medians):
+    """Benchmarks that stand by themselves; with ``way_`` before it, the name of a way beside others."""
+    rows = [
+        {
+            "extra_info": {"way": name[4:].replace("_", " ")} if name.startswith("way_") else {},
+            "fullname": f"bench/test_forwards.py::test_forward[{name}]",
+            "name": f"test_forward[{name}]",
+            "group": "decode",
+            "stats": {"median": median, "q1": 0.95 * median, "q3": 1.1 * median},
+        }
+        for name, median in medians.items()
+    ]
+    info = {"cpu": {"brand_raw": "Synthetic CPU", "count": 2}, "python_version": "3.11.7"}
+    return {"machine_info": info, "commit_info": {"id": "0" * 40}, "benchmarks": rows}
+
+
+def test_micro_benchmarks_are_compared_by_quartiles():
+    found = compare(micro(fold=1e-3, columns=2e-3, gone=1.0), micro(fold=1.1e-3, columns=3e-3, new=1.0))
+    assert [(c.variant, c.verdict, c.unit) for c in found.timed] == [
+        ("test_forward[fold]", "within noise", "seconds"),
+        ("test_forward[columns]", "dearer", "seconds"),
+    ]
+    assert found.events == [
+        "bench/test_forwards.py::test_forward[gone] is gone",
+        "bench/test_forwards.py::test_forward[new] is new",
+    ]
+    text = shown(found)
+    assert "test_forward[columns]" in text and "2000.0 us" in text and "x 1.50" in text
+
+
+@pytest.mark.parametrize(
+    "again, columns, said",
+    [
+        (3.0, 4.5, "within noise"),  # 1.5 x the unsteered model, as before: the machine is busy
+        (3.0, 6.0, "dearer"),
+        (3.0, 3.6, "cheaper"),
+        (5.0, 6.0, "within noise"),  # the A/A pair is as far apart
+    ],
+)
+def test_ways_are_compared_by_their_ratio_to_the_unsteered_model_beside_them(again, columns, said):
+    before = micro(way_unsteered=1.0, way_unsteered_again=1.01, way_columns=1.5)
+    after = micro(way_unsteered=3.0, way_unsteered_again=again, way_columns=columns)
+    found = compare(before, after)
+    plain, ours = found.timed
+    assert (plain.variant, plain.unit, plain.verdict) == ("unsteered", "seconds", "dearer")
+    assert (ours.variant, ours.unit, ours.verdict) == ("columns", "ratio", said)
+    assert ours.after["high"] == pytest.approx(1.1 * columns / 3)
+    assert ours.noise == pytest.approx(max(0.01, again / 3 - 1))
+
+
+def test_micro_benchmarks_of_another_machine_are_not():
+    other = micro(fold=5.0)
+    other["machine_info"]["cpu"] = {"brand_raw": "Another CPU", "count": 2}
+    found = compare(micro(fold=1.0), other)
+    assert found.notes == ["processor: Synthetic CPU -> Another CPU; times are not compared"] and not found.timed
