@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test lint aot peers bench bench-host bench-momentum bench-gpu clean help
+.PHONY: demo test lint aot peers bench bench-host bench-momentum bench-gpu table clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,8 +45,8 @@ $(PEERS): $(READY)
 
 peers: $(PEERS) ## install the other libraries that are measured beside this one
 
-bench: $(PEERS) ## what steering costs on this machine, beside other libraries (about 40 minutes), and the report
-	$(BIN)/austeer bench --full --out bench/results
+bench: $(PEERS) ## what steering costs on this machine, beside other libraries (about 25 minutes), and the report
+	$(BIN)/austeer bench --full --seconds 200 --out bench/results
 	$(BIN)/austeer bench report
 
 bench-host: $(READY) ## host time of a steered site, by way to steer
@@ -57,6 +57,9 @@ bench-momentum: $(READY) ## ways to measure momentum side by side (about 10 minu
 
 bench-gpu: $(READY) ## everything for this machine's GPU, its tests first (under 8 minutes)
 	$(BIN)/python -m bench.gpu
+
+table: $(READY) ## the projection kernels on this machine's GPU; writes the table that auto goes by
+	$(BIN)/python -m bench.dispatch --write-table
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -266,4 +266,7 @@ def _device(device: str | torch.device) -> torch.device:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise SteeringError(f"device: found {str(device)!r}, expected cpu or cuda")
+    gpus = torch.cuda.device_count()
+    if found.type == "cuda" and gpus and (found.index or 0) >= gpus:
+        raise SteeringError(f"device: found {str(device)!r}, expected cuda:0 to cuda:{gpus - 1}, which are here")
     return found

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from austeer_kernels import reference
 
@@ -200,18 +200,20 @@ class Columns(TensorPath):
 
     name = "columns"
 
-    _strength: Tensor | None = None
-    _scales = False
+    _simple = False
 
     def steer(self, x: Tensor) -> Tensor:
         # Decoding on a CPU: the layer's weights have just swept the caches, so every line of Python costs microseconds.
         # The general way takes about 90 us a site there, twice as long as this.
-        if is_dynamo_compiling():  # what follows remembers and counts, and each change would compile again
+        if is_compiling():  # what follows remembers and counts, and each change would compile again
             return super().steer(x)
-        strength = self._strength
-        if strength is not None and (elements := x.numel()) <= FEW_ELEMENTS and not x.requires_grad:
+        table = self.table
+        if self._simple and (elements := x.numel()) <= FEW_ELEMENTS and not x.requires_grad and x.is_contiguous():
             try:
-                x.addcmul_(x, strength) if self._scales else x.add_(strength)
+                if table.scales:
+                    x.addcmul_(x, table.dense_gamma)  # type: ignore[arg-type]
+                else:
+                    x.add_(table.dense_shift)  # type: ignore[arg-type]
             except RuntimeError:  # another device or width, and x is as it was; the general way sees to it
                 pass
             else:
@@ -219,17 +221,14 @@ class Columns(TensorPath):
                 self._elements += elements
                 return x
         steered = super().steer(x)
-        self._strength, self._scales = self._simple_strength(x), self.table.scales
+        self._simple = self._is_simple(x)
         return steered
 
-    def _simple_strength(self, x: Tensor) -> Tensor | None:
-        """The dense table, if one operation with it is all that calls like the last one take."""
+    def _is_simple(self, x: Tensor) -> bool:
+        """Whether one operation with a dense table is all that calls like the last one take."""
         table = self.table
-        simple = self.routing is None and len(self.tables) == 1 and not table.magnitude and table.scales != table.shifts
-        if not simple or self._check or x.dtype == torch.float64:
-            return None
-        strength = table.dense_gamma if table.scales else table.dense_shift
-        return strength if strength is not None and strength.is_cpu else None
+        one = self.routing is None and len(self.tables) == 1 and not table.magnitude and table.scales != table.shifts
+        return one and not self._check and dense_is_cheaper(x, table)
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         for table in self.tables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,6 +71,10 @@ def bench(
 
     from .catalogue import chosen
 
+    lists = {"site", "k", "layers", "batch", "prompt_tokens", "execution"}
+    given = [name for name in lists if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    if full and given:
+        raise AusteerError(f"--full: found --{given[0].replace('_', '-')} beside it, expected one of the two")
     if trace is not None:
         from .trace import check_trace_path
 
@@ -80,16 +85,61 @@ def bench(
             f"model {model!r}: found less free memory than its weights need; expected a smaller model, a smaller "
             "--dtype, or another --device"
         )
+    if trace is None:
+        _expect_writable(out)
     loaded, _ = load(model, dtype, device)
+    _expect_plain(loaded)
     texts = {"site": site, "k": k, "layers": layers, "batch": batch, "prompt_tokens": prompt_tokens}
     texts["execution"] = execution
     if full:
-        texts |= FULL if loaded.device.type == "cpu" else FULL | {"execution": "eager,compile,graph"}
+        texts = _full(loaded)
     cases, series = _cases(loaded, texts)
     if trace is not None:
         _trace(loaded, cases[0], ways, trace, json)
         return
     _measure(loaded, cases, series, ways, tokens, seconds, full, out, json, quiet)
+
+
+def _expect_writable(folder: Path) -> None:
+    """Refuses, before minutes of work, a folder in which no result can be kept."""
+    from austeer.errors import AusteerError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise AusteerError(f"--out: {folder} cannot be written ({error.strerror}); give another folder") from error
+
+
+def _expect_plain(model: Any) -> None:
+    """Refuses what cannot be copied for the gate and shared between twins."""
+    import torch
+
+    from austeer.errors import AusteerError
+
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices or getattr(model, "hf_quantizer", None) is not None:
+        found = (
+            "a quantised model" if getattr(model, "hf_quantizer", None) else f"weights on {sorted(map(str, devices))}"
+        )
+        raise AusteerError(f"model: found {found}, expected plain weights on one device; give --device cpu or cuda:0")
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # clocks and graphs are the current device's
+
+
+def _full(model: Any) -> dict[str, str]:
+    """The lists of ``--full``, as far as the model has so many layers and AUs."""
+    from .inference import touched_most
+
+    layers, aus = model.config.get_text_config().num_hidden_layers, touched_most(model, "ffn")
+
+    def fitting(name: str, most: int) -> str:
+        return ",".join(text for text in _names(FULL[name]) if text == "all" or int(text) < most)
+
+    execution = FULL["execution"] + ("" if model.device.type == "cpu" else ",graph")
+    touched = f"{fitting('layers', layers)},{layers}"  # the last one is the main case's
+    return FULL | {"k": fitting("k", aus), "layers": touched, "execution": execution}
 
 
 def _names(text: str) -> list[str]:
@@ -102,9 +152,14 @@ def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Any], dict[str, list
     Raises:
         AusteerError: what is no number where one is expected.
     """
+    from austeer.errors import AusteerError
+
     from .inference import Case, sweep
 
     values: dict[str, list[Any]] = {name: list(_names(texts[name])) for name in texts}
+    for name, found in values.items():
+        if not found and name != "layers":
+            raise AusteerError(f"--{name.replace('_', '-')}: found none, expected at least one value")
     for name in ("k", "layers", "batch", "prompt_tokens"):
         values[name] = [_whole(name, text, model, values["site"]) for text in values[name]]
     defaults = {name: found[0] for name, found in values.items() if found and name != "layers"}

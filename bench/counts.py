@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from typing import Any
@@ -33,12 +34,12 @@ def of_step(steered: Steered, ids: Tensor) -> dict[str, Any]:
     model, token = steered.model, ids[:, :1]
     with steered.active():
         cache = model(ids, use_cache=True).past_key_values
+        spare = copy.deepcopy(cache)  # not every cache can forget a token
 
         def step() -> None:
             model(token, past_key_values=cache, use_cache=True)
-            cache.crop(-1)  # every step is the same one
 
-        step()
+        model(token, past_key_values=spare, use_cache=True)
         with CountedOps(model) as counted:
             step()
         found = UNKNOWN | {

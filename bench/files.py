@@ -58,8 +58,10 @@ def about(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, with ``-dirty`` behind it where tracked files differ; None outside git."""
+    tracked = ["git", "ls-files", "--error-unmatch", "bench/files.py"]  # an installed copy may lie in another's git
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
+        subprocess.run(tracked, cwd=ROOT, capture_output=True, timeout=30, check=True)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
@@ -86,4 +88,6 @@ def _rounded(value: Any) -> Any:
 def write(path: Path, content: dict[str, Any]) -> None:
     """Writes a result, in place of what an earlier call of the same run wrote."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(content) + "\n", encoding="utf-8")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(dumps(content) + "\n", encoding="utf-8")
+    new.replace(path)  # an interrupted write leaves the earlier one whole

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .peak import forget_peak, resident
 
 
-def storages() -> dict[int, int]:
-    """Bytes of every storage that a tensor of this process has, by address."""
+def storages(*models: nn.Module) -> dict[int, int]:
+    """Bytes of every storage that a tensor of this process has, by address.
+
+    Args:
+        models: theirs count, too, where the collector was told to leave them out (``gc.freeze``).
+    """
     gc.collect()
     # A compiler's stand-ins have no memory, and say so with an error.
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and not issubclass(type(o), FakeTensor)]
+    tensors += [t for model in models for t in (*model.parameters(), *model.buffers())]
     found: dict[int, int] = {}
     for tensor in tensors:
         if tensor.device.type != "meta" and tensor.layout == torch.strided:
@@ -30,11 +37,16 @@ def added(before: dict[int, int]) -> int:
     return sum(nbytes for address, nbytes in storages().items() if address not in before)
 
 
+def _give_back() -> None:
+    """Has the C library return what it keeps for later: a second run would else find all that it needs there."""
+    with suppress(AttributeError, OSError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that a run needs at once over what was taken before; None where this system does not count them.
 
-    On a GPU what PyTorch allocated; on a CPU what was resident (Linux), which rounds to pages and keeps what the
-    allocator does not give back: run it once before.
+    On a GPU what PyTorch allocated; on a CPU what was resident (Linux), in pages: run it once before.
     """
     gc.collect()
     if device.type == "cuda":
@@ -45,6 +57,7 @@ def peak(run: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        _give_back()
         forget_peak()
         before = resident("VmRSS")
         run()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from austeer import Plan
+from austeer.errors import AusteerError
 from austeer.scratch import free_memory
 from austeer.sites import input_device
 
@@ -26,7 +27,7 @@ MOST_ALPHA = 2.0**14
 TOKENS, SLACK = 6, 8.0
 
 
-class WeakGateError(Exception):
+class WeakGateError(AusteerError):
     """At no alpha does steering change the model enough to tell right results from wrong ones."""
 
 

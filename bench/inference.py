@@ -66,12 +66,13 @@ class Effort:
 
     Attributes:
         seconds: about so long. least: but so many generations (eager) or groups of steps. most: and no more.
+            With few the bootstrap's intervals are too narrow.
         tokens: of a generation, the first one included; steps of a group.
         counts: whether launches and bytes are counted too, which takes a second a way.
     """
 
     seconds: float = 120.0
-    least: int = 6
+    least: int = 12
     most: int = 10_000
     tokens: int = 8
     counts: bool = True
@@ -127,11 +128,10 @@ def run(
         AusteerError: a case that the model cannot have, before anything is measured.
     """
     device = input_device(model)
-    for case in cases:
-        check_case(case, model)
+    for number, case in enumerate(cases):
+        check_case(case, model, (others or {}).get(number, (ways, effort))[1].tokens)
     exact = Exact(model)
     config = text_config(model)
-    gc.freeze()  # what is there now stays: looking through it again and again would take longer than measuring
     content: dict[str, Any] = {
         "kind": KIND,
         "schema": SCHEMA,
@@ -156,25 +156,38 @@ def run(
     content["breakdown"] = breakdown.measure(
         config.num_hidden_layers, (main.batch, width), a_layer, model.dtype, device, BREAKDOWN_ROUNDS
     )
-    for number, case in enumerate(cases):
-        on_case(str(case))
-        own = (others or {}).get(number, (ways, effort))
-        content["cases"].append(measure(model, exact, limits, case, *own, on_way, on_turn))
-        content["complete"] = len(content["cases"]) == len(cases)
-        yield content | {"goals": goals(content["cases"], device.type)}
+    gc.freeze()  # what is there now stays: looking through it again and again would take longer than measuring
+    try:
+        for number, case in enumerate(cases):
+            on_case(str(case))
+            own = (others or {}).get(number, (ways, effort))
+            content["cases"].append(measure(model, exact, limits, case, *own, on_way, on_turn))
+            content["complete"] = len(content["cases"]) == len(cases)
+            yield content | {"goals": goals(content["cases"], device.type)}
+    finally:
+        gc.unfreeze()
 
 
-def check_case(case: Case, model: nn.Module) -> None:
+def check_case(case: Case, model: nn.Module, tokens: int = steps.ROOM) -> None:
+    """
+    Args:
+        tokens: that are generated after the prompt, at most.
+
+    Raises:
+        AusteerError: the model cannot have the case, or the machine cannot run it.
+    """
+    tokens = max(tokens, steps.ROOM)
     if case.execution not in EXECUTIONS:
         raise AusteerError(f"execution: found {case.execution!r}, expected {', '.join(EXECUTIONS)}")
     if case.execution == steps.GRAPH and input_device(model).type != "cuda":
         raise AusteerError("execution 'graph': found a CPU, expected a GPU; leave it out, or name a GPU with --device")
     if min(case.batch, case.prompt_tokens) < 1:
         raise AusteerError(f"found {case}, expected a batch and a prompt of at least 1")
-    longest = getattr(text_config(model), "max_position_embeddings", None) or case.prompt_tokens + steps.ROOM
-    if case.prompt_tokens + steps.ROOM > longest:
+    longest = getattr(text_config(model), "max_position_embeddings", None) or case.prompt_tokens + tokens
+    if case.prompt_tokens + tokens > longest:
         raise AusteerError(
-            f"prompt: found {case.prompt_tokens} tokens, expected at most {longest - steps.ROOM} (the model)"
+            f"prompt: found {case.prompt_tokens} tokens and {tokens} after them, expected at most {longest} together "
+            "(the model)"
         )
     spread_plan(model, case.site, case.k, case.layers)
 
@@ -215,7 +228,7 @@ def measure(
         for name, way in ways.items():
             on_way(name)
             rows[name] = {"status": "measured", "reason": "", "ours": way.ours, "peer": way.peer}
-            before = footprint.storages()
+            before = footprint.storages(model)
             try:
                 if case.execution != EAGER and not way.module:
                     raise UnavailableError("it runs eagerly only")
@@ -226,6 +239,10 @@ def measure(
                 rows[name] |= _judged(gate, name, made[name], stepping.get(name), prompt(-1))
             except UnavailableError as error:
                 rows[name] |= {"status": "skipped", "reason": str(error)}
+            except Exception as error:  # another library's, say, on a model that it does not know
+                if name in (UNSTEERED, AGAIN):
+                    raise
+                rows[name] |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
             if rows[name]["status"] != "measured":
                 if name in (UNSTEERED, AGAIN):
                     row = rows[name]
@@ -343,7 +360,8 @@ def goals(cases: Sequence[dict[str, Any]], device: str = "cpu") -> list[dict[str
             said, of = row["verdict"]["token"], row["token"]["ratio"]
             if case["execution"] == steps.GRAPH:
                 text = f"decoding under CUDA graphs, ours takes at most {GRAPH_GOAL:g}x the unsteered time"
-                met = None if said == NOISY else of["median"] <= GRAPH_GOAL
+                within = True if of["high"] <= GRAPH_GOAL else False if of["low"] > GRAPH_GOAL else None
+                met = None if said == NOISY else within
                 found.append(
                     {"text": text, "case": f"{name}, {where}", "value": of["median"], "limit": GRAPH_GOAL, "met": met}
                 )

@@ -102,6 +102,10 @@ class Step:
         with torch.cuda.graph(self._graph, stream=stream):
             self._out = self._call()
 
+    @property
+    def compiled(self) -> bool:
+        return self._execution == COMPILE
+
     def rewind(self) -> None:
         """Makes the cache end with the prompt again."""
         for layer, filled in zip(self._cache.layers, self._filled):
@@ -122,23 +126,30 @@ class Step:
             return self._out.clone()
 
     @torch.no_grad()
+    def advance(self, steps: int) -> None:
+        """Steps one after another, queued and no more; the cache has room for ``ROOM`` since it was wound back."""
+        for _ in range(steps):
+            if self._graph is None:
+                self._call()
+            else:
+                self._graph.replay()
+
+    @torch.no_grad()
     def sample(self, steps: int) -> float:
         """Seconds a step, of fewer than ``ROOM`` steps one after another; under a graph by the device's own clock."""
         self.rewind()
         with self._steered.active():
             if self._graph is not None:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self._graph.replay()  # not timed: keeps the device busy until what is timed is queued
+                self.advance(1)  # not timed: keeps the device busy until what is timed is queued
                 begin.record()
-                for _ in range(steps):
-                    self._graph.replay()
+                self.advance(steps)
                 end.record()
                 end.synchronize()
                 return begin.elapsed_time(end) * 1e-3 / steps
             _wait(self.token.device)
             start = time.perf_counter()
-            for _ in range(steps):
-                self._call()
+            self.advance(steps)
             _wait(self.token.device)
             return (time.perf_counter() - start) / steps
 
@@ -157,6 +168,8 @@ def by_turns(
     # On a GPU a sample is so long that its ends do not count; a step of a large model is by itself.
     longest = max((step.sample(1) for step in steps.values() if step.token.is_cuda), default=SAMPLE_SECONDS)
     together = max(1, min(ROOM - 2, round(SAMPLE_SECONDS / longest)))
+    if any(step.compiled for step in steps.values()):
+        together = 1  # where a cache counts on the host, each further place would be compiled anew
     number = -1  # one more group warms up
     while number < 0 or go_on(number):
         gc.collect()

@@ -142,7 +142,7 @@ def _phases(steered: Steered, way: Way, case: Case, ids: Tensor) -> dict[str, Ca
             raise UnavailableError("it runs eagerly only")
         with steered.active():
             step = steps.Step(Steered(steered.model), ids, case.execution)  # already active where it runs
-        return {DECODE: lambda: step.sample(STEPS)}
+        return {DECODE: lambda: step.advance(STEPS)}
     if not way.module:
         length = {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
         return {GENERATE: lambda: steered.generate(ids, do_sample=False, **length)}

@@ -33,7 +33,8 @@ DEFINITIONS = (
     "so a goal of 5x is missed",
     "took 2.8 % longer steered than not",
     "its bootstrapped 95 % interval",
-    "differ by more than 2 %, no verdict",
+    "with 95 % intervals",
+    "may differ by more than 2 %, no verdict",
     "narrower than 2 %",
 )
 
@@ -149,6 +150,21 @@ def test_figures_of_results_that_are_gone_go_too(repository):
     assert sorted((repository / "docs" / "figures").iterdir()) == kept
 
 
+def test_pngs_of_others_stay(tmp_path):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    foreign, ours, broken = (tmp_path / f"{name}.png" for name in ("foreign", "ours", "broken"))
+    for path, key in ((foreign, "Software"), (ours, "Data")):
+        info = PngInfo()
+        info.add_text(key, "x")
+        Image.new("L", (2, 2)).save(path, pnginfo=info)
+    broken.write_bytes(b"no PNG")
+    before = foreign.read_bytes()
+    assert figures.write([], tmp_path, check=False) == [f"{ours}: no result gives this figure any more"]
+    assert foreign.read_bytes() == before and broken.exists() and not ours.exists()
+
+
 @pytest.fixture(scope="module")
 def every_kind(tmp_path_factory):
     """Results of every kind: synthetic ones beside the committed."""
@@ -182,6 +198,38 @@ def test_the_document_has_every_section_of_every_machine(every_kind):
     assert "fold +0.0 [-0.5, +0.5] same" in values["efficiency.summary"]
 
 
+def test_parts_and_memory_are_called_what_they_are(every_kind):
+    values = numbers.values(every_kind)
+    cpu, gpu = values["efficiency.breakdown"].split("**GPU: ", 1)
+    assert "| sparse operation (steer_columns_) | 6.2 [" in cpu and "| advanced indexing | 7.1 [" in cpu
+    assert "| one in-place operation (columns on a CPU, few tokens) | 1.3 [" in cpu
+    assert "| a PyTorch hook that does nothing | 0.9 [" in cpu and "| public form | 7.6 [" in cpu
+    assert (
+        "| one in-place operation | 1.3 [" in gpu and "| the kernel of our columns path (steer_columns_) | 6.2" in gpu
+    )
+    assert "on a CPU" not in gpu
+    by_device = {f.name: f.data["parts"] for f in figures.figures(every_kind) if f.drawing == "breakdown"}
+    (own,) = (parts for name, parts in by_device.items() if name.startswith("cpu-"))
+    assert own["sparse operation (steer_columns_)"][0] == 6.2 and "columns" not in own and len(by_device) == 3
+    cpu, gpu = values["efficiency.overhead"].split("**GPU: ", 1)
+    assert "| memory held, MB |" in cpu and "extra memory" not in cpu and "| 0.03 |" in cpu
+    assert "| extra memory, MB |" in gpu and "memory held" not in gpu and "| 4 |" in gpu
+
+
+def test_whole_forwards_have_a_table(every_kind, tmp_path):
+    text = numbers.values(every_kind)["efficiency.operations"]
+    assert "|  | prefill, batch 1, k = 10 | prefill, batch 8, k = 10 | decode, batch 1, k = 10 |" in text
+    assert "| public | 1100 (1.100) |  | 1100 (1.100) |  |" in text
+    assert "| columns | 1010 (1.010) | 8080 (1.010) |" in text and "| unsteered | 1000 (1.000) |" in text
+    alone = synthetic.kernels() | {
+        "benchmarks": [row for row in synthetic.forwards() if row["params"]["way"] == "public"]
+    }
+    synthetic.put(tmp_path, "cpu", "kernels-2000-01-01", alone)
+    results = load(tmp_path)
+    text = numbers.values(results)["efficiency.operations"]
+    assert "| public | 1100 | 1100 |" in text and "<picture>" not in text and figures.figures(results) == []
+
+
 def test_what_is_not_measured_is_said(tmp_path):
     (tmp_path / "cpu").mkdir()
     values = numbers.values(load(tmp_path))
@@ -191,8 +239,13 @@ def test_what_is_not_measured_is_said(tmp_path):
     assert values["efficiency.gpu"] == "not measured yet (`python -m bench.gpu`)"
 
 
-def sentences(tmp_path, noise: float = 0.6, **more: tuple[float, float]) -> str:
-    path = synthetic.put(tmp_path, "cpu", "inference-2000-01-01", synthetic.inference(noise=noise, **more))
+def sentences(tmp_path, noise: float = 0.6, change=None, **more: tuple[float, float]) -> str:
+    """The conclusion. ``change``: is called with each case and its number."""
+    content = synthetic.inference(noise=noise, **more)
+    for number, case in enumerate(content["cases"]):
+        if change is not None:
+            change(number, case)
+    path = synthetic.put(tmp_path, "cpu", "inference-2000-01-01", content)
     (result,) = load(path.parents[1])
     return "\n".join(conclusion.sentences(Inference(result)))
 
@@ -201,7 +254,10 @@ def test_the_conclusion_where_the_public_form_is_slower_and_fold_is_not(tmp_path
     text = sentences(tmp_path)
     assert "public is slower than unsteered in 4 of 4 (+3.1 %)" in text
     assert "fold is the same as unsteered in 4 of 4" in text and "fused is slower than unsteered in 4 of 4" in text
-    assert "The paper's 2.8 % lies within the public form's interval in 4 of 4." in text
+    assert (
+        "The paper's 2.8 % lies within the public form's interval in 4 of 4; it is of whole task runs on an H100,"
+        in text
+    )
     assert "cheaper in 0 of 4 cases, dearer in 4" in text
     assert "From 1 to 1000 AUs (eager, batch 1) the overhead of a token rises for sparse hook (+0.6 to +63.5 %)" in text
     assert "in 4 of 4 cases there is something to save, +3.1 % of a token's time" in text
@@ -211,7 +267,7 @@ def test_the_conclusion_where_the_public_form_is_slower_and_fold_is_not(tmp_path
 def test_the_conclusion_where_there_is_nothing_to_save(tmp_path):
     text = sentences(tmp_path, public=(0.1, 0.4), sparse_hook=(0.2, 0.4), dense_hook=(0.1, 0.4))
     assert "there is nothing to save that could be measured" in text and "something to save" not in text
-    assert "2.8 % lies within the public form's interval in 0 of 4, above it in 4." in text
+    assert "2.8 % lies within the public form's interval in 0 of 4, above it in 4;" in text
     assert "Touching fewer activations was cheaper in itself nowhere that could be measured." in text
 
 
@@ -225,12 +281,51 @@ def test_the_conclusion_where_touching_fewer_is_cheaper_and_ours_saves_a_part(tm
 
 def test_the_conclusion_where_nothing_is_saved(tmp_path):
     slow = dict.fromkeys(("columns", "fused", "fold"), (3.2, 0.5))
-    assert "all of it in 0 of 4, and nothing that could be measured in 4." in sentences(tmp_path, **slow)
+    assert "all of it in 0 of 4, and a saving is not resolved in 4." in sentences(tmp_path, **slow)
+
+
+def test_what_is_unclear_is_not_called_not_slower(tmp_path):
+    wide = dict.fromkeys(("public", "columns", "fused", "fold"), (0.1, 1.5))
+    text = sentences(tmp_path, **wide)
+    assert "could not be told apart from the unsteered model in 4 of 4 cases, so no saving can be shown there." in text
+    assert "not slower" not in text
+
+    def some(number, case):
+        if number < 3:
+            case["variants"]["public"]["verdict"]["token"] = ("same", "faster", "same")[number]
+
+    text = sentences(tmp_path, change=some, **wide)
+    assert "in 1 of 4 cases, so no saving can be shown there; in the others it is not slower" in text
+
+
+def test_a_path_that_is_the_same_saves_nothing_where_its_interval_meets_the_public_forms(tmp_path):
+    """As unsteered by its verdict, but not told apart from the public form either."""
+    close = dict.fromkeys(("columns", "fused", "fold"), (0.5, 0.9))
+    text = sentences(tmp_path, public=(1.5, 0.8), **close)
+    assert "columns is the same as unsteered in 4 of 4" in text and "in 4 of 4 cases there is something to save" in text
+    assert "all of it in 0 of 4, and a saving is not resolved in 4." in text
+
+
+def test_noise_is_what_two_runs_may_differ_by(tmp_path):
+    def noisy(number, case):
+        if "first_token" in case["noise"]:
+            case["noise"]["first_token"], case["verdicts_possible"]["first_token"] = 0.03 + 0.01 * number, False
+        if number == 3:
+            case["noise"]["token"], case["verdicts_possible"]["token"] = 0.025, False
+
+    text = sentences(tmp_path, change=noisy)
+    assert "3 of 4 cases are quiet" in text and "in the other, two unsteered runs may differ by more than 2 %" in text
+    assert "**Prefill**: no verdict in any of 2 cases (noise 3.0 to 4.0 %)." in text
+    assert "**Prefill, to the first token**" in sentences(tmp_path) and "**Prefill**" not in sentences(tmp_path)
 
 
 def test_a_noisy_machine_gets_no_verdict(tmp_path):
     text = sentences(tmp_path, noise=3.0)
-    assert text.startswith("No verdict: in none of 4 cases") and "at best 3.0 %" in text and "claim" not in text
+    assert (
+        text.startswith("No verdict: in each of 4 cases two unsteered runs may")
+        and "at best by 3.0 %" in text
+        and "claim" not in text
+    )
 
 
 def test_the_newest_whole_result_counts(tmp_path):

@@ -105,7 +105,7 @@ class Fake:
     """A step that counts its samples and takes as many seconds as its name says."""
 
     def __init__(self, log, seconds):
-        self.log, self.seconds, self.token = log, seconds, torch.zeros(1, 1)
+        self.log, self.seconds, self.token, self.compiled = log, seconds, torch.zeros(1, 1), False
 
     def sample(self, count):
         assert count == 1 and not gc.isenabled()

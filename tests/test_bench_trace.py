@@ -119,10 +119,9 @@ def test_a_compiled_step_has_no_prefill(tmp_path, monkeypatch):
     before = [p.clone() for p in model.parameters()]
 
     class Watched(trace.steps.Step):
-        def sample(self, count):
-            seconds = super().sample(count)
+        def advance(self, count):
+            super().advance(count)
             seen.append(not all(map(torch.equal, model.parameters(), before)))
-            return seconds
 
     monkeypatch.setattr(trace.steps, "Step", Watched)
     found = trace.write_trace(model, Case("compile", k=30, prompt_tokens=6), ways("fold"), path)

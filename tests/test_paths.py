@@ -320,3 +320,35 @@ def test_layers_without_aus_are_left_alone(tiny):
     with pytest.warns(austeer.SteeringWarning), austeer.steer(tiny, only, 1.0, mode="columns"):
         hooked = [name for name, module in tiny.named_modules() if hasattr(module, "_hf_hook")]
     assert hooked == [f"model.layers.{chosen}.mlp"]
+
+
+def test_decoding_on_a_cpu_takes_the_short_way_and_stays_exact(tiny):
+    """After a first call the short way runs; it follows alpha, and leaves to the general way what is not its own."""
+    plan = random_plan(tiny, "ffn", 20)
+    module = tiny.model.layers[0].mlp
+    x = torch.randn(1, 1, 32)
+    with torch.no_grad():
+        plain = module(x)
+        with austeer.steer(tiny, plan, 2.0, mode="columns", check=False) as steering:
+            path = next(p for p in steering._paths if p.module is module)
+            for alpha in (2.0, -1.0, 0.0):
+                steering.alpha = alpha
+                gamma = path.table.dense_gamma[0]
+                assert torch.equal(module(x), plain.addcmul(plain, gamma)), alpha
+            assert path._simple and path.calls == 3 and path.tokens == 3
+            many = torch.randn(1, 600, 32)  # more elements than the short way takes
+            assert module(many).shape == many.shape and path.tokens == 603
+            with pytest.raises(austeer.SteeringError, match="found a tensor of width 16, expected 32"):
+                path.steer(torch.randn(1, 1, 16))
+            wide = torch.randn(1, 1, 64)
+            every_other, kept = wide[..., ::2], wide.clone()
+            assert not every_other.is_contiguous()
+            path.steer(every_other)
+            assert torch.equal(wide, kept)
+    grown = plain.clone().requires_grad_()
+    with austeer.steer(tiny, plan, 2.0, mode="columns", check=False) as steering:
+        path = next(p for p in steering._paths if p.module is module)
+        with torch.no_grad():
+            path.steer(plain.clone())
+        path.steer(grown * 1).sum().backward()
+        assert torch.allclose(grown.grad[0, 0], 1 + path.table.dense_gamma[0])

@@ -22,12 +22,18 @@ def sentences(inference: Inference) -> list[str]:
     if not quiet:
         least = min(case.noise("token") for case in cases)
         return [
-            f"No verdict: in none of {len(cases)} cases do two runs of the unsteered model agree within {_NOISE} "
-            f"(at best {least:.1f} %). Measure again on a quieter machine."
+            f"No verdict: in each of {len(cases)} cases two unsteered runs may differ by more than {_NOISE} (at best "
+            f"by {least:.1f} %). Measure again on a quieter machine."
         ]
     found = [_noise(cases, quiet)]
     for metric, where in METRICS.items():
-        some = [case for case in cases if case.decidable(metric)]
+        timed = [case for case in cases if case.times(metric)]
+        some = [case for case in timed if case.decidable(metric)]
+        if timed and not some:
+            noise = _range([case.noise(metric) for case in timed])
+            name = where.split(",")[0].capitalize()
+            found.append(f"**{name}**: no verdict in any of {len(timed)} cases (noise {noise}).")
+            continue
         names = [PUBLIC, *dict.fromkeys(name for case in some for name in case.ours())]
         parts = [part for name in names if (part := _counted(name, some, metric))]
         if parts:
@@ -40,7 +46,9 @@ def sentences(inference: Inference) -> list[str]:
 def _noise(cases: Sequence[Case], quiet: Sequence[Case]) -> str:
     text = f"{len(quiet)} of {len(cases)} cases are quiet enough for a verdict on decoding"
     if len(quiet) < len(cases):
-        text += f"; in the other{'s' * (len(cases) - len(quiet) > 1)} two unsteered runs differ by more than {_NOISE}"
+        text += (
+            f"; in the other{'s' * (len(cases) - len(quiet) > 1)}, two unsteered runs may differ by more than {_NOISE}"
+        )
     return text + f". Two unsteered runs agree within {max(case.noise('token') for case in quiet):.1f} % in these."
 
 
@@ -63,7 +71,8 @@ def _paper(quiet: Sequence[Case]) -> str:
     text = (
         f"The paper's {PAPER} % lies within the public form's interval in {len(found) - below - above} of {len(found)}"
     )
-    return text + (f", above it in {below}" if below else "") + (f", below it in {above}" if above else "") + "."
+    text += (f", above it in {below}" if below else "") + (f", below it in {above}" if above else "")
+    return text + "; it is of whole task runs on an H100, the intervals are of a decoded token here."
 
 
 def _relations(quiet: Sequence[Case]) -> list[tuple[str, Overhead, Overhead]]:
@@ -116,7 +125,14 @@ def worth(quiet: Sequence[Case]) -> str:
     if not public:
         return "the public form has no time in any quiet case, so it cannot be judged."
     slower = [(case, o) for case, o in public if o.verdict == SLOWER]
-    if not slower:
+    unclear = sum(o.verdict not in (SLOWER, SAME, FASTER) for _, o in public)
+    if not slower and unclear:
+        text = (
+            f"the public form could not be told apart from the unsteered model in {unclear} of {len(public)} cases, so "
+            "no saving can be shown there"
+        )
+        text += "." if unclear == len(public) else "; in the others it is not slower, so there is nothing to save."
+    elif not slower:
         text = (
             "there is nothing to save that could be measured: even the public form, over the whole width of every "
             "layer, is not slower than the unsteered model."
@@ -128,14 +144,13 @@ def worth(quiet: Sequence[Case]) -> str:
         )
         best = [(o, ours) for case, o in slower if (ours := case.best_of_ours("token")) is not None]
         if best:
-            free = [name for _, (name, ours) in best if ours.verdict in (SAME, FASTER)]
-            less = [
-                name for o, (name, ours) in best if ours.compared(o) == "cheaper" and ours.verdict not in (SAME, FASTER)
-            ]
+            cheaper = [(name, ours) for o, (name, ours) in best if ours.compared(o) == "cheaper"]
+            free = [name for name, ours in cheaper if ours.verdict in (SAME, FASTER)]
+            less = [name for name, ours in cheaper if ours.verdict not in (SAME, FASTER)]
             text += f" The best of our paths saves all of it in {len(free)} of {len(best)}{_named(free)}"
             text += f", part of it in {len(less)}{_named(less)}" if less else ""
             rest = len(best) - len(free) - len(less)
-            text += f", and nothing that could be measured in {rest}." if rest else "."
+            text += f", and a saving is not resolved in {rest}." if rest else "."
     relations = {relation for relation, _, _ in _relations(quiet)}
     if relations == {"cheaper"}:
         text += " Touching fewer activations was cheaper in itself."
@@ -150,6 +165,11 @@ def worth(quiet: Sequence[Case]) -> str:
 
 def _span(percents: Sequence[float]) -> str:
     least, most = f"{min(percents):+.1f}", f"{max(percents):+.1f}"
+    return f"{least} %" if least == most else f"{least} to {most} %"
+
+
+def _range(percents: Sequence[float]) -> str:
+    least, most = f"{min(percents):.1f}", f"{max(percents):.1f}"
     return f"{least} %" if least == most else f"{least} to {most} %"
 
 

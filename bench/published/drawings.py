@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ def _breakdown(data: Mapping[str, Any], colors: Mapping[str, str]):
     )
     for place, v in enumerate(values):
         left.text(v[2] + 0.012 * max(w[2] for w in values), place, f"{v[0]:.1f}", va="center")
-    left.set_yticks(range(len(parts)), list(parts))
+    left.set_yticks(range(len(parts)), [textwrap.fill(name, 28) for name in parts])
     left.set_ylim(len(parts) - 0.45, -0.55)
     left.set_xlim(0, 1.13 * max(v[2] for v in values))
     left.set(xlabel="us at one site, median and quartiles", title="each part by itself")

@@ -131,7 +131,7 @@ def _overhead(result: Result) -> str:
     texts = [figures.picture(f"{result.name}-overhead", "Overhead by variant and batch"), tables.overheads(inference)]
     texts.append(
         "What it takes, in the first of these settings; predicted: by `austeer cost`; the floor is the time of the "
-        f"bytes and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0])}"
+        f"bytes and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0], result.device)}"
     )
     without = [f"- {name}: {why}" for name, why in inference.without_time.items()]
     if without:
@@ -179,7 +179,8 @@ def _operation(result: Result) -> str:
         )
         return f"{text}\n\n{picture}\n\n{tables.host(result)}"
     if result.kind == "kernels":
-        return f"{picture}\n\n{tables.kernels(result)}"
+        text = tables.kernels(result)
+        return f"{picture}\n\n{text}" if figures.has_kernels(result) else text
     ceilings = result.content["ceilings"]
     text = (
         f"Ratio to PyTorch's plain product [quartiles], and the share of the roofline that is reached (copy "
@@ -195,7 +196,7 @@ def _breakdown(result: Result) -> str:
     tokens, width = found["shape"]
     picture = figures.picture(f"{result.name}-breakdown", "Where the dense form's time goes")
     text = f"A tensor of {tokens} x {width} values{_shares(found)}:"
-    return f"{picture}\n\n{text}\n\n{tables.breakdown(found)}"
+    return f"{picture}\n\n{text}\n\n{tables.breakdown(found, result.device)}"
 
 
 def _shares(found: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ def figures(results: Results) -> list[Figure]:
             found.append(Figure(f"{result.name}-momentum", "bars", data))
         elif result.kind == "host":
             found.append(Figure(f"{result.name}-host", "bars", _host(result)))
-        elif result.kind == "kernels":
+        elif result.kind == "kernels" and has_kernels(result):
             found.append(Figure(f"{result.name}-kernels", "forms", _kernels(result)))
         elif result.kind == "dispatch":
             found.append(Figure(f"{result.name}-dispatch", "lines", _dispatch(result)))
@@ -73,7 +73,7 @@ def figures(results: Results) -> list[Figure]:
 
 
 def write(wanted: Sequence[Figure], folder: Path, check: bool) -> list[str]:
-    """Draws what is missing or differs, and removes what no result gives any more.
+    """Draws what is missing or differs, and removes what no result gives any more; other PNGs stay as they are.
 
     Args:
         check: only look.
@@ -81,27 +81,35 @@ def write(wanted: Sequence[Figure], folder: Path, check: bool) -> list[str]:
     Returns:
         What was, or would be, changed.
     """
-    require_matplotlib()  # which brings Pillow
-    from PIL import Image
-
+    require_matplotlib()
     changed = []
     files = {figure.file(folder, theme): (figure, theme) for figure in wanted for theme in THEMES}
     for path in sorted(folder.glob("*.png")):
-        if path not in files:
+        if path not in files and _hash(path) is not None:
             changed.append(f"{path}: no result gives this figure any more")
             if not check:
                 path.unlink()
     for path, (figure, theme) in files.items():
         if path.exists():
-            with Image.open(path) as image:
-                if image.info.get(_KEY) == figure.hash:
-                    continue
+            if _hash(path) == figure.hash:
+                continue
             changed.append(f"{path}: shows other data than the results")
         else:
             changed.append(f"{path}: is missing")
         if not check:
             draw(figure, theme, path)
     return changed
+
+
+def _hash(path: Path) -> str | None:
+    """What is written in a PNG under our key; None where it is not one of ours, or cannot be read."""
+    from PIL import Image  # which matplotlib brings
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get(_KEY)
+    except OSError:
+        return None
 
 
 def draw(figure: Figure, theme: str, path: Path) -> None:
@@ -172,7 +180,8 @@ def _sweep(group: Sequence[Case], along: str, metric: str) -> dict[str, Any]:
 def _breakdown(inference: Inference, title: str) -> dict[str, Any]:
     found = inference.result.content["breakdown"]
     layers = {case.content["layers"] for case in inference.series("layers", "main")} | {found["sites"]}
-    parts = {name: _rounded(us["median"], us["low"], us["high"]) for name, us in found["us"].items()}
+    words = tables.parts(inference.result.device)
+    parts = {words.get(name, name): _rounded(us["median"], us["low"], us["high"]) for name, us in found["us"].items()}
     return {"title": title, "parts": parts, "sites": found["sites"], "layers": sorted(layers, reverse=True)}
 
 
@@ -197,6 +206,11 @@ def _host(result: Result) -> dict[str, Any]:
             bars.append([words.replace("`", ""), *_rounded(us["median"], us["low"], us["high"])])
     title = f"Host time of a steered site by itself; {result.machine}"
     return {"title": title, "x": "us a call, median and quartiles", "panels": [{"title": "", "bars": bars}]}
+
+
+def has_kernels(result: Result) -> bool:
+    """Whether there are operations by themselves in it, of which there is a figure; whole forwards have a table."""
+    return any(row["name"].split("[")[0] in tables.KERNELS for row in result.content["benchmarks"])
 
 
 def _kernels(result: Result) -> dict[str, Any]:

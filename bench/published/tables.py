@@ -7,7 +7,7 @@ from typing import Any
 
 from ..compare import MANY
 from ..ways import OURS, PUBLIC, STACKED
-from .inference import METRICS, Case, Inference, in_sweeps, variants_of
+from .inference import METRICS, UNSTEERED, Case, Inference, in_sweeps, variants_of
 from .load import CPU, Result
 
 #: How sets of pairs and variants of the host benchmark are called in print.
@@ -31,6 +31,11 @@ KERNELS = {
     "test_steered_linear": "the projection with steering inside it",
     "test_momentum_update": "counting momentum",
 }
+
+#: A forward pass of bench/test_forwards.py, of a row of a pytest-benchmark JSON.
+FORWARD = "test_forward"
+#: The parts of bench/breakdown.py, in words; those that differ by device are in ``parts``.
+_PARTS = {"index": "advanced indexing", "hook": "a PyTorch hook that does nothing"}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -110,6 +115,7 @@ def sweep(group: Sequence[Case], along: str) -> str:
 
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens_a_second": ("tokens/s", lambda value: f"{value:.1f}"),
+    "held_bytes": ("memory held, MB", lambda value: f"{value / 1e6:.3g}"),
     "extra_bytes": ("extra memory, MB", lambda value: f"{value / 1e6:.3g}"),
     "launches": ("launches a token", lambda value: f"{value:.0f}"),
     "predicted_launches": ("predicted", lambda value: f"{value:.0f}"),
@@ -121,10 +127,18 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def costs(case: Case) -> str:
-    """Rate, memory, launches, bytes, device and host time of every variant; only what was measured of any."""
+def costs(case: Case, device: str) -> str:
+    """Rate, memory, launches, bytes, device and host time of every variant; only what was measured of any.
+
+    Memory is what the way holds and needs in a run; on a CPU what it holds (its tables, rows it saved), since the peak
+    of what is resident there says little.
+
+    Args:
+        device: the folder of the result.
+    """
+    other = "extra_bytes" if device == CPU else "held_bytes"
     rows = {name: row | _beside(row) for name, row in case.variants.items() if row["status"] == "measured"}
-    shown = [key for key in _COSTS if any(row.get(key) is not None for row in rows.values())]
+    shown = [key for key in _COSTS if key != other and any(row.get(key) is not None for row in rows.values())]
     cells = [
         [name, *("" if row.get(key) is None else _COSTS[key][1](row[key]) for key in shown)]
         for name, row in rows.items()
@@ -140,11 +154,28 @@ def _beside(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def breakdown(content: dict[str, Any]) -> str:
+def parts(device: str) -> dict[str, str]:
+    """What the parts of a breakdown are called; on a CPU our columns path is, for few tokens, one operation in place.
+
+    Args:
+        device: the folder of the result.
+    """
+    if device == CPU:
+        own = ("one in-place operation (columns on a CPU, few tokens)", "sparse operation (steer_columns_)")
+    else:
+        own = ("one in-place operation", "the kernel of our columns path (steer_columns_)")
+    return dict(zip(("in-place", "columns"), own)) | _PARTS
+
+
+def breakdown(content: dict[str, Any], device: str) -> str:
     """Microseconds of each part of the dense form, a site and over all sites."""
-    sites = content["sites"]
+    sites, words = content["sites"], parts(device)
     rows = [
-        [name, f"{us['median']:.1f} [{us['low']:.1f}, {us['high']:.1f}]", f"{us['median'] * sites:.0f}"]
+        [
+            words.get(name, name),
+            f"{us['median']:.1f} [{us['low']:.1f}, {us['high']:.1f}]",
+            f"{us['median'] * sites:.0f}",
+        ]
         for name, us in content["us"].items()
     ]
     return table(["", "us a site [quartiles]", f"us at all {sites} sites"], rows)
@@ -164,7 +195,7 @@ def goals(found: Sequence[dict[str, Any]]) -> str:
 
 
 def kernels(result: Result) -> str:
-    """Micro-benchmarks: one row a group, one column a form; microseconds, median."""
+    """Micro-benchmarks: one row a group, one column a form; whole forwards last; microseconds, median."""
     texts = []
     for function, words in KERNELS.items():
         groups: dict[str, dict[str, float]] = {}
@@ -176,7 +207,35 @@ def kernels(result: Result) -> str:
         cells = [[name, *(f"{own[f]:.1f}" if f in own else "" for f in forms)] for name, own in groups.items()]
         if cells:
             texts.append(f"{_capital(words)}, us (median):\n\n{table(['', *forms], cells)}")
+    if forwards := _forwards(result):
+        texts.append(forwards)
     return "\n\n".join(texts)
+
+
+def _forwards(result: Result) -> str:
+    """Whole steered forwards: one row a way, one column a phase, batch and k; "" where none was benchmarked."""
+    groups: dict[tuple[str, int, int], dict[str, float]] = {}
+    for row in result.content["benchmarks"]:
+        if row["name"].split("[")[0] == FORWARD:
+            info = row["extra_info"]
+            group = groups.setdefault((info["phase"], info["batch"], info["k"]), {})
+            group[info["way"]] = row["stats"]["median"] * 1e6
+    if not groups:
+        return ""
+    ways = dict.fromkeys(way for group in groups.values() for way in group)
+
+    def cell(group: dict[str, float], way: str) -> str:
+        if way not in group:
+            return ""
+        over = f" ({group[way] / group[UNSTEERED]:.3f})" if UNSTEERED in group else ""
+        return f"{group[way]:.0f}{over}"
+
+    head = (f"{phase}, batch {batch}, k = {k}" for phase, batch, k in groups)
+    rows = ([way, *(cell(group, way) for group in groups.values())] for way in ways)
+    return (
+        "Whole forwards of a small random model, one way after the other, us (median; in brackets over the unsteered "
+        f"way's; the overheads above are paired, these are not):\n\n{table(['', *head], rows)}"
+    )
 
 
 def dispatch(content: dict[str, Any], names: Sequence[str]) -> str:
