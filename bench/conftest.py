@@ -74,3 +74,14 @@ def random_llama(device):
 def gate_of(device):
     """The gate of that model for k AUs at the ffn site; its ``alpha`` is the strength to steer with."""
     return lambda k: _gate(device.type, k)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """A result is published: the machine's name on its network is nobody's business."""
+    machine_info.pop("node", None)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Only the statistics are kept; single samples would be megabytes."""
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
