@@ -21,7 +21,7 @@ from .inference import AGAIN, METRICS, Case, Inference, in_sweeps, sweeps, varia
 from .load import Result, Results
 
 #: Key of the hash among a PNG's texts; counts up when drawings.py draws the same data in another way.
-_KEY, _DRAWN = "Data", 1
+_KEY, _DRAWN = "Data", 2
 THEMES = ("light", "dark")
 
 
