@@ -169,7 +169,7 @@ def test_variants_that_are_wrong_or_skipped_now(before, after):
 
 def test_counts_have_no_noise(before, after):
     after["cases"][0]["variants"]["columns"] |= {"bytes": 5.5e8, "launches": 120.0, "held_bytes": 4096}
-    before["cases"][0]["variants"]["columns"] |= {"launches": 90.0}  # and no held bytes
+    before["cases"][0]["variants"]["columns"] |= {"launches": 90.0, "held_bytes": None}
     assert compare(before, after).events == [
         f"{MAIN}: columns: launches 90 -> 120",
         f"{MAIN}: columns: bytes moved 540,000,000 -> 550,000,000",

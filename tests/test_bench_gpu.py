@@ -73,7 +73,7 @@ def test_the_whole_suite_on_a_cpu(tmp_path, capsys):
     assert found["complete"] and found["kind"] == "inference" and found["model"]["dtype"] == "bfloat16"
     assert found["model"]["name"] == "tiny Qwen3-30B-A3B, random weights"
     assert [case["site"] for case in found["cases"]] == [case.site for case in cases] == ["ffn", "ffn", "attention"]
-    assert found["series"] == {"main": [0, 1], "site": [0, 2]}
+    assert found["series"] == {"main": [1, 0], "site": [1, 2]}
     for case in found["cases"]:
         assert {"unsteered", "unsteered again", *gpu_models.WAYS} == set(case["variants"])
         measured = {name for name, row in case["variants"].items() if row["status"] == "measured"}
@@ -284,7 +284,7 @@ def test_tests_that_take_too_long_are_stopped_and_what_ran_is_counted(tmp_path):
 
 def test_cases_on_a_gpu_vary_one_thing_at_a_time():
     cases, series = gpu_models.cases_of(False, True)
-    base, eager = cases[:2]
+    eager, base = cases[:2]
     assert (base.execution, base.batch, base.site, base.k) == ("graph", 1, "ffn", 100)
     assert (eager.execution, eager.prompt_tokens, eager.k) == ("eager", 512, 100)
     assert series["main"] == [base, eager]

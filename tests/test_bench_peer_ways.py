@@ -33,6 +33,13 @@ def model():
     return model
 
 
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """Generations that are left in the middle leave without them; bench/turns.py sees to that itself."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 @pytest.fixture
 def ids():
     return ids_of_rows()["input_ids"]
