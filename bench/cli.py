@@ -79,7 +79,7 @@ def bench(
         from .trace import check_trace_path
 
         check_trace_path(trace)  # before a model is loaded
-    ways = chosen(_names(variants) or None)
+    ways = chosen(split_names(variants) or None)
     if not fits(model, dtype, device):
         raise AusteerError(
             f"model {model!r}: found less free memory than its weights need; expected a smaller model, a smaller "
@@ -135,15 +135,11 @@ def _full(model: Any) -> dict[str, str]:
     layers, aus = model.config.get_text_config().num_hidden_layers, touched_most(model, "ffn")
 
     def fitting(name: str, most: int) -> str:
-        return ",".join(text for text in _names(FULL[name]) if text == "all" or int(text) < most)
+        return ",".join(text for text in split_names(FULL[name]) if text == "all" or int(text) < most)
 
     execution = FULL["execution"] + ("" if model.device.type == "cpu" else ",graph")
     touched = f"{fitting('layers', layers)},{layers}"  # the last one is the main case's
     return FULL | {"k": fitting("k", aus), "layers": touched, "execution": execution}
-
-
-def _names(text: str) -> list[str]:
-    return split_names(text)
 
 
 def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Any], dict[str, list[int]]]:
@@ -156,7 +152,7 @@ def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Any], dict[str, list
 
     from .inference import Case, sweep
 
-    values: dict[str, list[Any]] = {name: list(_names(texts[name])) for name in texts}
+    values: dict[str, list[Any]] = {name: split_names(texts[name]) for name in texts}
     for name, found in values.items():
         if not found and name != "layers":
             raise AusteerError(f"--{name.replace('_', '-')}: found none, expected at least one value")

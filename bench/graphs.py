@@ -6,11 +6,13 @@ On a CPU the same calls are made one by one, so that everything that uses this m
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +50,22 @@ def copies_of(bytes_each: int, device: torch.device, least: int = 2, most: int =
 def l2_bytes(device: torch.device) -> int:
     """The size of the L2 cache of a GPU; a nominal 64 KiB of a CPU, whose times are for no comparison."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 16
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done all that it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's collector off: a collection would be charged to whom it meets."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from austeer.sites import find_sites, fingerprint
 from austeer.steering import Steering
 
 from . import files, report
-from .graphs import spread
+from .graphs import no_collection, spread, wait
 
 UNSTEERED, AGAIN = "unsteered", "unsteered again"
 SITE, AUS_A_LAYER, ALPHA = "ffn", 4, 0.5
@@ -132,12 +132,12 @@ def _decode(model: nn.Module, prompt: Tensor, steps: int) -> float:
     token = prompt[:, :1]
     cache = model(prompt, use_cache=True).past_key_values
     model(token, past_key_values=cache, use_cache=True)
-    _wait(prompt.device)
+    wait(prompt.device)
     begin = time.perf_counter()
     for _ in range(steps):
         model(token, past_key_values=cache, use_cache=True)
     took = time.perf_counter() - begin
-    _wait(prompt.device)
+    wait(prompt.device)
     return took / steps
 
 
@@ -165,18 +165,13 @@ def one_site(model: nn.Module, steering: Steering | None, prompt: Tensor, rounds
 
 
 def _calls(module: nn.Module, x: Tensor, calls: int) -> float:
-    _wait(x.device)
+    wait(x.device)
     begin = time.perf_counter()
     for _ in range(calls):
         module(x)
     took = time.perf_counter() - begin
-    _wait(x.device)
+    wait(x.device)
     return took / calls
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(
@@ -201,11 +196,10 @@ def measure(
             if steering is not None:
                 steering.attach()
             gc.collect(0)
-            gc.disable()  # a collection inside a run would be charged to that variant
             try:
-                took = _decode(model, prompt, steps)
+                with no_collection():
+                    took = _decode(model, prompt, steps)
             finally:
-                gc.enable()
                 if steering is not None:
                     found = steering.report()
                     paths[name], sites[name] = " and ".join(sorted({row.path for row in found})), len(found)

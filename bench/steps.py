@@ -7,13 +7,12 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from .graphs import capture_stream
+from .graphs import capture_stream, no_collection, wait
 from .steered import Steered, UnavailableError
 
 COMPILE, GRAPH = "compile", "graph"
@@ -147,10 +146,10 @@ class Step:
                 end.record()
                 end.synchronize()
                 return begin.elapsed_time(end) * 1e-3 / steps
-            _wait(self.token.device)
+            wait(self.token.device)
             start = time.perf_counter()
             self.advance(steps)
-            _wait(self.token.device)
+            wait(self.token.device)
             return (time.perf_counter() - start) / steps
 
 
@@ -173,23 +172,15 @@ def by_turns(
     number = -1  # one more group warms up
     while number < 0 or go_on(number):
         gc.collect()
-        gc.disable()
-        try:
+        with no_collection():
             found: dict[str, list[float]] = {name: [] for name in steps}
             for _ in range(group):
                 shuffle(order)
                 for name in order:
                     found[name].append(steps[name].sample(together))
-        finally:
-            gc.enable()
         if number >= 0:
             for name, values in found.items():
                 seconds[name].append(values)
         number += 1
         on_group()
     return seconds
-
-
-def _wait(device: torch.device) -> Any:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

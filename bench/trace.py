@@ -24,6 +24,7 @@ from austeer.errors import AusteerError
 from . import steps
 from .catalogue import AGAIN, UNSTEERED
 from .gate import Exact, Gate
+from .graphs import wait
 from .inference import EAGER, GATE_TOKENS, Case, check_case, prompts
 from .plans import spread_plan
 from .steered import Steered, UnavailableError, Way, twin
@@ -165,24 +166,19 @@ def _run(
     """Runs all phases inside their ranges; seconds until each was queued."""
     seconds = {}
     with steered.active():
-        _wait(device)
+        wait(device)
         with record_function(name):
             for phase, run in phases.items():
                 with record_function(_range(name, phase)):
                     begin = time.perf_counter()
                     run()
                     seconds[phase] = time.perf_counter() - begin
-                    _wait(device)
+                    wait(device)
     return seconds
 
 
 def _range(name: str, phase: str) -> str:
     return f"{name}: {phase}"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _summary(events: Iterable[Any], name: str, phase: str, seconds: float, device: torch.device) -> Traced:

@@ -12,12 +12,12 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from .graphs import no_collection, wait
 from .steered import Steered
 
 try:
@@ -56,10 +56,10 @@ class Generation:
     def step(self) -> float:
         """Seconds until the next token is there."""
         with self._steered.active():
-            _wait(self._ids.device)
+            wait(self._ids.device)
             begin = time.perf_counter()
             self._greenlet.switch()
-            _wait(self._ids.device)
+            wait(self._ids.device)
             return time.perf_counter() - begin
 
     def finish(self) -> Tensor:
@@ -84,7 +84,7 @@ class _Ticks(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids, scores, **options) -> Tensor:  # type: ignore[override]
-        _wait(self._nobody.device)
+        wait(self._nobody.device)
         self.times.append(time.perf_counter())
         return self._nobody
 
@@ -93,7 +93,7 @@ def _whole(steered: Steered, ids: Tensor, tokens: int) -> list[float]:
     """Seconds of each token of one generation."""
     ticks = _Ticks(ids)
     with steered.active():
-        _wait(ids.device)
+        wait(ids.device)
         begin = time.perf_counter()
         length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         steered.generate(ids, **length, do_sample=False, stopping_criteria=StoppingCriteriaList([ticks]))
@@ -135,17 +135,16 @@ def by_turns(
         ids = prompts(number)
         running = {} if greenlet is None else {name: Generation(way, ids, tokens) for name, way in ways.items()}
         gc.collect()
-        gc.disable()  # a collection would be charged to whom it meets
         try:
             seconds: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(tokens if running else 1):
-                shuffle(order)
-                for name in order:
-                    seconds[name] += [running[name].step()] if running else _whole(ways[name], ids, tokens)
-            for generation in running.values():
-                generation.finish()
+            with no_collection():
+                for _ in range(tokens if running else 1):
+                    shuffle(order)
+                    for name in order:
+                        seconds[name] += [running[name].step()] if running else _whole(ways[name], ids, tokens)
+                for generation in running.values():
+                    generation.finish()
         finally:
-            gc.enable()
             for generation in running.values():
                 generation.abandon()
             torch.set_grad_enabled(gradients)
@@ -156,8 +155,3 @@ def by_turns(
         number += 1
         on_generation()
     return times
-
-
-def _wait(device: torch.device) -> Any:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
