@@ -96,7 +96,7 @@ class Steering:
         plans = list(self.plans.values())
         sites = find_sites(self._model, [name for plan in plans for name in plan.sites], self._layout)
         for plan in plans:
-            _check_plan_fits(plan, self._model, sites)
+            check_plan_fits(plan, self._model, sites)
         at_run_time = "plans are chosen row by row" if self._named else ""
         if self.scope.name != "all":
             at_run_time = f"only some tokens are steered ({self.scope})"
@@ -379,7 +379,7 @@ def has_virtual_tokens(model: nn.Module) -> bool:
     return bool(getattr(getattr(unwrap(model), "active_peft_config", None), "is_prompt_learning", False))
 
 
-def _check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
+def check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
     found, expected = fingerprint(model, {name: sites[name] for name in plan.sites}), plan.model
     widths = {name: expected.widths[name] for name in plan.sites}
     if (found.model_type, found.layers, found.widths) != (expected.model_type, expected.layers, widths):

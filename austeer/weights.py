@@ -13,7 +13,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -225,6 +225,20 @@ def signature(model: nn.Module) -> str:
         except (KeyError, OSError, RuntimeError, TypeError, NotImplementedError, SafetensorError):
             digest.update(name.encode())  # quantised or split in a way that is not read so
     return digest.hexdigest()
+
+
+def read_parameter(model: nn.Module, name: str) -> Tensor:
+    """A parameter's values on the CPU, offloaded or not; without a copy where they lie in its memory.
+
+    Raises:
+        WeightsError: as in :class:`Part`.
+    """
+    names = name.rpartition(".")[0].split(".")
+    above = {path: model.get_submodule(path) for path in (".".join(names[:n]) for n in range(len(names) + 1))}
+    for slot in _slots(above, None):
+        if slot.path == name:
+            return _read(replace(slot, target=torch.device("cpu")))
+    return model.get_parameter(name).detach().cpu()
 
 
 def exact(device: torch.device | str | int) -> torch.device:

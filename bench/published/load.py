@@ -21,6 +21,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "inference": ("schema", "model", "settings", "series", "cases", "environment"),
     "kernels": ("benchmarks", "commit_info", "datetime"),
     "gpu": ("schema", "settings", "parts", "environment"),
+    "serving": ("model", "rows", "environment"),
 }
 SCHEMAS = {"inference": 1, "gpu": 1}
 CPU = "cpu"

@@ -14,6 +14,7 @@
 <device>.inference.<model>.table        a block
 <device>.inference.<model>.<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
                                         percent over unsteered; with .low and .high behind it the interval's ends
+<device>.serving.exactness              a block, written by the engines' tests (make test-engines EXACTNESS=FILE)
 efficiency.<section>, efficiency.summary, efficiency.cpu, efficiency.gpu      blocks: see efficiency.py
 """
 
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from ..compare import MANY
 from ..offloaded import CACHED, FROM_DISK, LAYERWISE
 from ..ways import STACKED, UNSHARED
-from . import demo, efficiency, tables
+from . import demo, efficiency, serving, tables
 from .inference import METRICS, Inference
 from .load import Result, Results, slug
 
@@ -34,7 +35,7 @@ Named = Iterator[tuple[str, object]]
 def values(results: Results) -> dict[str, object]:
     """Everything that a span may hold, by name."""
     found: dict[str, object] = {}
-    makers = {"demo": _demo, "host": _host, "momentum": _momentum, "inference": _inference}
+    makers = {"demo": _demo, "host": _host, "momentum": _momentum, "inference": _inference, "serving": _serving}
     for result in results:
         if result.kind in makers:
             prefix = f"{result.device}.{result.kind}"
@@ -107,6 +108,10 @@ def _momentum(result: Result) -> Named:
             yield f"offloaded.{at}.at_{MANY}.over.{slug(other)}", many
         yield "offloaded.pairs", own["pairs"]
         yield "offloaded.read", own["report"]["weights_read"] / content["offloaded"]["weights"]
+
+
+def _serving(result: Result) -> Named:
+    yield "exactness", serving.exactness(result)
 
 
 def _inference(result: Result) -> Named:

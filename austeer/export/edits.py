@@ -1,0 +1,279 @@
+"""Steering as an edit of weights: what plans do to each linear layer, told from the model's structure alone.
+
+With x the input of a linear layer y = W x + b, and gamma, shift zero but at a plan's AUs:
+
+=========================== ==================================================================
+at its input (attention,    W (x + gamma * x + shift) + b  =  W (1 + gamma) x + (b + W shift)
+neuron)
+at its output (ffn)         y + gamma * y + shift          =  (1 + gamma) W x + (1 + gamma) b + shift
+=========================== ==================================================================
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+from .. import linear
+from ..errors import AusteerError, PlanError
+from ..families import LAYOUTS
+from ..fold import why_not_the_projection
+from ..plan import Plan
+from ..sites import Site, find_sites, text_config
+from ..steering import check_plan_fits
+
+
+class ExportError(AusteerError):
+    """A plan that cannot be written in the asked form, or a model that it cannot be written for."""
+
+
+class ExportWarning(UserWarning):
+    """An export that may not be what was wanted."""
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """What is done to AUs of one side of a linear layer, summed over plans.
+
+    Attributes:
+        index: int64 [count], distinct and ascending. gamma, shift: float64 [count], in the activation's own unit.
+    """
+
+    index: Tensor
+    gamma: Tensor
+    shift: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def shifts(self) -> bool:
+        return bool(self.shift.any())
+
+
+@dataclass
+class Edit:
+    """What plans do to one linear layer, or to the down projections of one set of experts.
+
+    Attributes:
+        path: the module's. layer: of the decoder. sites: the names of the sites that it serves.
+        weights: where the module keeps its weight and bias, and which dimension is which.
+        experts: whether its weight is three-dimensional, one matrix an expert.
+        mixture: whether its output is one of several that are summed with a router's weights.
+        input, output: the strengths at either side; None where there are none.
+    """
+
+    path: str
+    layer: int
+    weights: linear.Weights
+    experts: bool
+    mixture: bool
+    sites: list[str] = field(default_factory=list)
+    input: Strengths | None = None
+    output: Strengths | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the change of the weight: one for each scaled AU."""
+        return sum(int(side.gamma.count_nonzero()) for side in (self.input, self.output) if side is not None)
+
+    @property
+    def shifts(self) -> bool:
+        return any(side is not None and side.shifts for side in (self.input, self.output))
+
+
+def with_alphas(plans: Plan | Sequence[Plan | tuple[Plan, float]], alpha: float) -> list[tuple[Plan, float]]:
+    """Each plan with its strength: its own where it comes as a pair, otherwise ``alpha``.
+
+    Raises:
+        PlanError: something else than plans and numbers, or no plan.
+    """
+    given = [plans] if isinstance(plans, Plan) else list(plans) if isinstance(plans, Sequence) else [plans]
+    if not given:
+        raise PlanError("plans: found none, expected at least one")
+    pairs = [one if isinstance(one, tuple) and len(one) == 2 else (one, alpha) for one in given]
+    for plan, strength in pairs:
+        if not isinstance(plan, Plan):
+            raise PlanError(
+                f"plans: found {type(plan).__name__}, expected an austeer.Plan, or a sequence of plans or of pairs "
+                "(plan, alpha)"
+            )
+        if not isinstance(strength, Real) or isinstance(strength, bool):
+            raise PlanError(f"alpha: found {strength!r}, expected a finite number")
+    return [(plan, float(strength)) for plan, strength in pairs]
+
+
+def warn_of_another_model(plans: Iterable[tuple[Plan, float]], name: str) -> None:
+    """Warns where a plan was measured on a model of another name: weights of one architecture can be anything.
+
+    Args:
+        name: of the model that is exported for; folders count by their last part.
+    """
+    found = sorted({plan.model.name for plan, _ in plans if _last(plan.model.name) != _last(name)})
+    if found:
+        warnings.warn(
+            f"the plan was measured on {', '.join(found)} and is exported for {name}, of the same architecture; right "
+            "for a copy or a fine-tune of it, otherwise measure and select on this model",
+            ExportWarning,
+            stacklevel=3,
+        )
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit]:
+    """What ``plans``, each with its alpha, do to the weights of a model; lower layers first.
+
+    Strengths of several plans at one AU add up: x + (gamma_a + gamma_b) * x + shift_a + shift_b.
+
+    Args:
+        model: its structure is read and nothing else; it may be on the meta device.
+
+    Raises:
+        PlanError: no plan, one for another model, or an alpha that is not finite.
+        ExportError: a plan that is no edit of weights (``push``, the site ``layer``), with the reason.
+    """
+    if not plans:
+        raise PlanError("plans: found none, expected at least one")
+    sites = find_sites(model, list(dict.fromkeys(name for plan, _ in plans for name in plan.sites)))
+    for plan, alpha in plans:
+        if not torch.isfinite(torch.tensor(alpha, dtype=torch.float32)):
+            raise PlanError(f"alpha: found {alpha!r}, expected a finite number")
+        check_plan_fits(plan, model, sites)
+        _check_operation(plan)
+    edits: dict[str, Edit] = {}
+    checked: set[tuple[type, type]] = set()
+    for name, found in sites.items():
+        for site in found:
+            strengths = _strengths(plans, name, site.layer)
+            if strengths is None:
+                continue
+            _check_site(model, site, checked)
+            if strengths.shifts and site.projection is None:
+                raise ExportError(
+                    f"site {name!r} of layer {site.layer}: found operation 'shift' in a mixture of experts, where it "
+                    "would need router weights that sum to 1; use 'attention', or plan.with_operation('scale')"
+                )
+            for path in site.parts:
+                edit = edits.setdefault(path, _edit(model, site, path))
+                edit.sites.append(name)
+                setattr(edit, site.side, strengths)
+    return sorted(edits.values(), key=lambda edit: edit.layer)
+
+
+def _check_operation(plan: Plan) -> None:
+    if "layer" in plan.sites:
+        raise ExportError(
+            "site 'layer': no linear layer makes a decoder layer's output, so it is no edit of weights; select at "
+            "'attention' or 'ffn', or steer at run time (austeer.steer, or austeer's plugin in vLLM)"
+        )
+    if plan.operation == "push":
+        raise ExportError(
+            "operation 'push' multiplies |x| and is not linear, so it is no edit of weights; use "
+            "plan.with_operation('scale' or 'shift'), or steer at run time (austeer.steer, or austeer's plugin in vLLM)"
+        )
+
+
+def _strengths(plans: Sequence[tuple[Plan, float]], site: str, layer: int) -> Strengths | None:
+    """Summed over plans, of the AUs that any of them has at a site of a layer."""
+    parts = []
+    for plan, alpha in plans:
+        rows = plan.of(site)
+        rows = rows[plan.layer[rows] == layer]
+        # gamma is a float32 product, as everywhere (DESIGN: Operation); only the sum over plans is wider.
+        strength = torch.tensor(alpha, dtype=torch.float32)
+        zero = torch.zeros(len(rows))
+        gamma, shift = (
+            (zero, strength * plan.delta[rows])
+            if plan.operation == "shift"
+            else (
+                strength * plan.beta[rows],
+                zero,
+            )
+        )
+        parts.append((plan.index[rows].long(), gamma.double(), shift.double()))
+    index, place = torch.cat([part[0] for part in parts]).unique(return_inverse=True)
+    if not len(index):
+        return None
+    sums = [
+        torch.zeros(len(index), dtype=torch.float64).index_add_(0, place, torch.cat(values))
+        for values in ([part[1] for part in parts], [part[2] for part in parts])
+    ]
+    return Strengths(index, *sums)
+
+
+def _edit(model: nn.Module, site: Site, path: str) -> Edit:
+    module = model.get_submodule(path)
+    weights = linear.weights_of(module)
+    if isinstance(weights, str):
+        raise ExportError(
+            f"{path}: {weights}, expected a linear layer whose weights can be edited; give the unquantised, unwrapped "
+            "model, or its name"
+        )
+    experts = getattr(module, weights.weight).dim() == 3
+    return Edit(path, site.layer, weights, experts, mixture=site.projection is None)
+
+
+def _check_site(model: nn.Module, site: Site, checked: set[tuple[type, type]]) -> None:
+    """Refuses a block that does more to its tensor than its projection does; the table's families were tested."""
+    if text_config(model).model_type in LAYOUTS or site.projection in (None, site.path):
+        return
+    block = model.get_submodule(site.path)
+    kind = (type(block), type(model.get_submodule(str(site.projection))))
+    if kind in checked:
+        return
+    checked.add(kind)
+    reason = why_not_the_projection(_with_values(model, site), site)
+    if reason is not None:
+        raise ExportError(f"site {site.name!r} of layer {site.layer}: {reason}, so it is no edit of weights")
+
+
+def _with_values(model: nn.Module, site: Site) -> nn.Module:
+    """The model, or one with the same block where the model has no values."""
+    if not any(p.device.type == "meta" for p in model.get_submodule(site.path).parameters()):
+        return model
+    holder = nn.Module()
+    at = holder
+    *above, last = site.path.split(".")
+    for name in above:
+        at.add_module(name, nn.Module())
+        at = at.get_submodule(name)
+    block = copy.deepcopy(model.get_submodule(site.path)).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*block.parameters(), *block.buffers()):
+            tensor.fill_(0.01)  # any finite values will do
+    at.add_module(last, block)
+    return holder
+
+
+def describe(plans: Iterable[tuple[Plan, float]]) -> list[dict]:
+    """Plans and their alphas as JSON, for the metadata of what is exported."""
+    return [
+        {
+            "alpha": float(alpha),
+            "k": len(plan),
+            "sites": list(plan.sites),
+            "operation": plan.operation,
+            "pairs": plan.pairs,
+            "model": plan.model.to_json(),
+            "digest": digest(plan),
+        }
+        for plan, alpha in plans
+    ]
+
+
+def digest(plan: Plan) -> str:
+    """SHA-256 of a plan's AUs and strengths, in their order."""
+    found = hashlib.sha256(f"{plan.operation} {plan.keys()}".encode())
+    for values in (plan.beta, plan.delta):
+        found.update(values.numpy().tobytes())
+    return found.hexdigest()

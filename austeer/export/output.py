@@ -1,0 +1,163 @@
+"""Folders and files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .edits import ExportError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; there the leftovers of a killed run stay
+    fcntl = None  # type: ignore[assignment]
+
+
+def check_output(out: str | Path, force: bool, needed: int) -> Path:
+    """The folder (or file) to write as a path, if it can be written; nothing is written yet.
+
+    Args:
+        force: whether what is there may be replaced.
+        needed: bytes.
+
+    Raises:
+        ExportError: it exists, its place is not writable, or there is too little space.
+    """
+    out = Path(out)
+    if out.is_symlink() or out.exists():
+        if not force:
+            raise ExportError(f"{out}: exists already; give another place, or force=True (--force) to replace it")
+        if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise ExportError(f"{out}: is the working directory or above it; give another place")
+    above = nearest_folder(out)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ExportError(f"{out}: cannot be written, {above} is no folder or not writable; give another place")
+    free = shutil.disk_usage(above).free
+    if needed > free:
+        raise ExportError(
+            f"{out}: needs {gigabytes(needed)} and {above} has {gigabytes(free)} left; give another place"
+        )
+    return out
+
+
+def nearest_folder(out: Path) -> Path:
+    """The first of the folders above ``out`` that exists (it may be a file)."""
+    return next(parent for parent in out.absolute().parents if parent.exists())
+
+
+def gigabytes(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` that takes its name when the context ends well, and is gone otherwise.
+
+    What runs that were killed left for the same ``out`` is removed first.
+
+    Raises:
+        ExportError: the disk is full or the place is not writable.
+    """
+    with _staging(out) as staging:
+        yield staging
+        staging.chmod(0o755)  # mkdtemp's folder is its owner's only
+        _replace(staging, out)
+
+
+@contextmanager
+def staged_file(out: Path) -> Iterator[Path]:
+    """The same for a file: a path in a hidden folder beside ``out``, to write it at.
+
+    Raises:
+        ExportError: as :func:`staged`.
+    """
+    with _staging(out) as staging:
+        yield staging / out.name
+        _replace(staging / out.name, out)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    staging: Path | None = None
+    lock: int | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=_prefix(out)))
+        lock = _lock(staging)
+        yield staging
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+        reason = "no space left on the device" if full else getattr(error, "strerror", None) or error
+        raise ExportError(f"{out}: cannot be written ({reason}); give another place") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.austeer-"
+
+
+def _sweep(out: Path) -> None:
+    """Removes hidden folders of runs that were killed: those that no process holds any more."""
+    for folder in out.parent.iterdir():
+        if not folder.name.startswith(_prefix(out)) or folder.is_symlink() or not folder.is_dir():
+            continue
+        if (folder / _OLD).exists() and not out.exists():
+            continue  # killed while it was replaced: this is all that is left of it
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Holds a folder until the number is closed or the process ends; None if another process holds it."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # another run swept it
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+_OLD = "replaced"
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Puts what is finished in its place; what was there goes last."""
+    if not (out.is_symlink() or out.exists()):
+        staging.rename(out)
+        return
+    holder = Path(tempfile.mkdtemp(dir=out.parent, prefix=_prefix(out)))
+    lock = _lock(holder)
+    old = holder / _OLD
+    try:
+        out.rename(old)
+        try:
+            staging.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+    finally:
+        if out.is_symlink() or out.exists():
+            shutil.rmtree(holder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)

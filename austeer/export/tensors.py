@@ -1,0 +1,260 @@
+"""A model's weights, one at a time: of a model in memory, or in the safetensors files of a checkpoint.
+
+A checkpoint names its tensors as its maker did: without the prefix that a head adds, with another prefix, or with each
+expert apart where the model's code keeps them in one tensor. Transformers knows these conversions; here they are read,
+and only the tensors that are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..models import DEMO, DEMO_ID, ModelError, demo_model
+from ..sites import base_of
+from ..skeleton import load_config, named_dtype, skeleton
+from ..steering import is_steered
+from ..weights import read_parameter
+from .edits import ExportError
+
+#: What is edited; anything else is quantised.
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a checkpoint that is a parameter, or one expert's part of it.
+
+    Attributes:
+        key: its name. file: where it is. expert: its place in the parameter's first dimension; None: it is all of it.
+    """
+
+    key: str
+    file: Path
+    expert: int | None
+
+
+class Weights(ABC):
+    """Where the weights of one model come from.
+
+    Attributes:
+        network: the model, perhaps on the meta device: its structure.
+        name: a folder, a Hub id, or the class of a model that says neither.
+    """
+
+    network: nn.Module
+    name: str
+
+    @contextmanager
+    def opened(self) -> Iterator[Weights]:
+        """Keeps files open, so that each is opened once."""
+        yield self
+
+    @abstractmethod
+    def get(self, parameter: str) -> Tensor:
+        """A parameter on the CPU, by its name in ``network``; nothing but the pages that are used is read.
+
+        Raises:
+            ExportError: it is quantised, or not there.
+        """
+
+    def optional(self, parameter: str | None) -> Tensor | None:
+        """The same of a parameter that a module may lack."""
+        if parameter is None:
+            return None
+        path, _, name = parameter.rpartition(".")
+        return None if getattr(self.network.get_submodule(path), name, None) is None else self.get(parameter)
+
+
+class LoadedWeights(Weights):
+    """Of a model in memory, offloaded or not."""
+
+    def __init__(self, model: nn.Module):
+        self.network = base_of(model)
+        config = getattr(self.network, "config", None)
+        self.name = str(getattr(config, "_name_or_path", "") or type(self.network).__name__)
+        if is_steered(model):
+            raise ExportError("the model is steered now, so its weights may be folded; export outside the with block")
+        refuse_quantised(config, self.name)
+
+    def get(self, parameter: str) -> Tensor:
+        return _floating(parameter, read_parameter(self.network, parameter))
+
+
+class StoredWeights(Weights):
+    """Of a checkpoint in safetensors files. Its files are read in place; a Hub id is downloaded if it is not there.
+
+    Args:
+        name: a folder, a Hub id, or "demo".
+
+    Attributes:
+        folder: where the files are. config: the model's.
+        pieces: parameter's name in ``network`` -> the tensors that it is made of.
+        keys: every tensor's name -> its file.
+
+    Raises:
+        ModelError: there is no such model. ExportError: it has no safetensors files, or is quantised.
+    """
+
+    def __init__(self, name: str | Path):
+        self.name = DEMO_ID if str(name) == DEMO else str(name)
+        self.folder = _folder(str(name))
+        self.config = load_config(str(self.folder))
+        refuse_quantised(self.config, self.name)
+        self.network = skeleton(self.config, named_dtype(self.config) or torch.float32)
+        self.keys = _keys(self.folder, self.name)
+        self.pieces = _pieces(self.network, self.keys)
+        self._open = ExitStack()
+        self._files: dict[Path, Any] = {}
+
+    @contextmanager
+    def opened(self) -> Iterator[StoredWeights]:
+        with self._open:
+            try:
+                yield self
+            finally:
+                self._files.clear()
+
+    def get(self, parameter: str) -> Tensor:
+        pieces = self.pieces.get(parameter)
+        if pieces is None:
+            raise ExportError(
+                f"{self.name}: found no tensor for {parameter} in its safetensors files; they are incomplete or of "
+                "another model: copy them anew"
+            )
+        parts = [_floating(piece.key, self.read(piece)) for piece in pieces]
+        return parts[0] if pieces[0].expert is None else torch.stack(parts)
+
+    def read(self, piece: Piece) -> Tensor:
+        """A tensor as it is stored."""
+        try:
+            if piece.file not in self._files:
+                self._files[piece.file] = self._open.enter_context(safe_open(piece.file, framework="pt"))
+            return self._files[piece.file].get_tensor(piece.key)
+        except (SafetensorError, OSError) as error:
+            raise ExportError(
+                f"{piece.file}: {piece.key} could not be read ({error}); copy or download it anew"
+            ) from error
+
+
+def weights_of_model(model: nn.Module | str | Path) -> Weights:
+    """The weights of a model, or of the checkpoint with that name."""
+    if isinstance(model, nn.Module):
+        return LoadedWeights(model)
+    if not isinstance(model, (str, Path)):
+        raise ExportError(f"model: found {type(model).__name__}, expected a Transformers model, a folder or a Hub id")
+    return StoredWeights(model)
+
+
+def refuse_quantised(config: Any, name: str) -> None:
+    """Raises ExportError if a config is of a quantised model."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    raise ExportError(
+        f"{name}: found weights quantised by {getattr(kind, 'value', kind)}, expected float ones; export for the model "
+        "that it was quantised from. A LoRA adapter of that one can be served on the quantised model too (its "
+        "strengths are then those of the unquantised weights); a folded checkpoint has to be quantised anew"
+    )
+
+
+def _floating(name: str, value: Tensor) -> Tensor:
+    if type(value) not in (Tensor, nn.Parameter):
+        raise ExportError(
+            f"{name}: found a {type(value).__name__}, which is split or quantised, expected a plain tensor; export "
+            "from the model's folder or Hub id"
+        )
+    if value.dtype not in FLOATING:
+        raise ExportError(f"{name}: found {value.dtype}, expected one of {', '.join(map(str, FLOATING))}")
+    return value
+
+
+def _folder(name: str) -> Path:
+    if name == DEMO:
+        return demo_model()
+    if Path(name).is_dir():
+        return Path(name)
+    load_config(name)  # says in our words what is wrong with a name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except (OSError, ValueError) as error:
+        reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+        raise ModelError(f"model {name!r}: its files could not be downloaded: {reason}") from error
+
+
+def _keys(folder: Path, name: str) -> dict[str, Path]:
+    """Every tensor's file, by the index or else by the files' own headers."""
+    index = folder / INDEX
+    try:
+        if index.is_file():
+            files = {folder / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        else:
+            files = {path for path in [folder / "model.safetensors"] if path.is_file()}
+        found: dict[str, Path] = {}
+        for file in sorted(files):
+            with safe_open(file, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ExportError(f"{folder}: its safetensors files could not be read ({error}); copy them anew") from error
+    if not found:
+        raise ExportError(
+            f"{name}: found neither model.safetensors nor {INDEX}, expected a checkpoint in safetensors; load it with "
+            "Transformers and save_pretrained it"
+        )
+    return found
+
+
+def _pieces(network: nn.Module, keys: dict[str, Path]) -> dict[str, list[Piece]]:
+    """Each parameter's tensors in the checkpoint, as Transformers would load them; what it would convert is left out.
+
+    A conversion that only puts experts' matrices on top of each other is followed; tensors that it splits, turns or
+    puts together otherwise are none of ours to edit.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+    transforms = get_model_conversion_mapping(network)  # type: ignore[arg-type]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    names = {name for name, _ in network.named_parameters()}
+    prefix = f"{getattr(network, 'base_model_prefix', '')}."
+    found: dict[str, list[Piece]] = {}
+    for key in sorted(keys, key=_natural):
+        name, merged = key, False
+        if key not in names:
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            for converter in converters:
+                name, pattern = converter.rename_source_key(name)
+                if pattern is not None:
+                    merged = True
+                    operations = converter.operations
+                    if len(operations) != 1 or type(operations[0]) is not MergeModulelist or operations[0].dim != 0:
+                        name = ""
+                    break
+        for candidate in (name, name.removeprefix(prefix), f"{prefix}{name}"):
+            if candidate in names:
+                pieces = found.setdefault(candidate, [])
+                pieces.append(Piece(key, keys[key], len(pieces) if merged else None))
+                break
+    return found
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Experts in the order of their numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
