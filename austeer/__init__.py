@@ -1,12 +1,13 @@
 """austeer: low-overhead activation steering of language models by atomic units (AUSteer, ICLR 2026).
 
-pairs -> momentum -> plan -> steering::
+pairs -> momentum -> plan -> steering, or a plan exported for another engine::
 
     pairs    = austeer.load_pairs("pairs.jsonl")
     momentum = austeer.measure(model, tokenizer, pairs, sites=["attention", "ffn"])
     plan     = momentum.select(site="attention", k=10, operation="shift")
     with austeer.steer(model, plan, alpha=8):
         model.generate(**inputs)
+    austeer.export_checkpoint(plan, "meta-llama/Llama-3.1-8B-Instruct", "models/kind", alpha=8)
 """
 
 from .activations import momentum_from_activations
@@ -22,6 +23,9 @@ from .errors import (
     SteeringWarning,
 )
 from .estimate import Estimate, estimate
+from .evidence import Evidence, Outcome, Overhead
+from .export import ExportError, ExportWarning, export_checkpoint, export_gguf, export_lora
+from .hub import HubError
 from .measuring import measure
 from .momentum import Counters, Momentum
 from .pairs import Pair, Pairs, load_pairs
@@ -38,9 +42,15 @@ __all__ = [
     "CaptureError",
     "Counters",
     "Estimate",
+    "Evidence",
+    "ExportError",
+    "ExportWarning",
     "FileFormatError",
+    "HubError",
     "Layout",
     "Momentum",
+    "Outcome",
+    "Overhead",
     "Pair",
     "PairStream",
     "Pairs",
@@ -54,6 +64,9 @@ __all__ = [
     "SteeringError",
     "SteeringWarning",
     "estimate",
+    "export_checkpoint",
+    "export_gguf",
+    "export_lora",
     "find_sites",
     "is_steered",
     "load_pairs",

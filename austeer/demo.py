@@ -23,6 +23,7 @@ import torch
 from .baselines import random_plan
 from .environment import environment
 from .errors import SelectionError
+from .evidence import Evidence, Outcome, Overhead
 from .generation import continue_prompts
 from .measuring import measure
 from .momentum import Momentum
@@ -167,6 +168,8 @@ def run(
             text = continue_prompts(model, tokenizer, PROMPTS, max_new_tokens=24)
             generations[f"alpha {steering.alpha:.3g}"] = text
     timings = _time(model, tokenizer, momentum, plan, chosen, step)
+    plan = plan.with_evidence(_evidence(plan, chosen, trials, held_out[0], timings, data))
+    plan.save_pretrained(out / "plan")
     seconds = time.perf_counter() - start
     sizes = {"momentum": len(data.momentum), "tuning": len(data.tuning), "held-out": len(data.held_out)}
     result = DemoResult(
@@ -270,6 +273,42 @@ def _time(model, tokenizer, momentum: Momentum, plan: Plan, chosen: Trial, step)
     rounds = 10
     with step("timing", rounds + 1) as advance:
         return decode_times(model, tokenizer, variants, prompt=PROMPTS[0], tokens=8, rounds=rounds, on_round=advance)
+
+
+def _evidence(
+    plan: Plan, chosen: Trial, trials: list[Trial], held_out: HeldOut, timings: dict[str, Timing], data: Data
+) -> Evidence:
+    """What was found out about the chosen plan, to travel with it.
+
+    Args:
+        held_out: the chosen setting on pairs that nothing was chosen by.
+    """
+    kind = (chosen.site, chosen.operation, chosen.k)
+    tuned = [trial for trial in trials if (trial.site, trial.operation, trial.k) == kind]
+    timing = timings[f"auto, {plan.operation}, k={len(plan)}"]
+    percent, low, high = (100 * (ratio - 1) for ratio in (timing.ratio, timing.low, timing.high))
+    return Evidence(
+        effect="mean change of log-odds, nats",
+        side_effect="rise of the cross-entropy on neutral text, nats a token",
+        tested=(
+            *(
+                Outcome(t.alpha, f"{len(data.tuning)} tuning pairs", t.effect, share=t.share, side_effect=t.side_effect)
+                for t in tuned
+            ),
+            Outcome(
+                held_out.alpha,
+                f"{len(data.held_out)} held-out pairs (95 % interval over topics)",
+                *(held_out.effect, held_out.low, held_out.high, held_out.share, held_out.side_effect),
+            ),
+        ),
+        alpha=chosen.alpha,
+        overhead=(
+            Overhead(
+                *(percent, str(environment()["device"]), "auto", "decoding at batch 1; quartiles of rounds"),
+                *(low, high),
+            ),
+        ),
+    )
 
 
 @contextmanager

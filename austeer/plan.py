@@ -1,21 +1,24 @@
-"""Plan: which AUs, how strongly; and its files."""
+"""Plan: which AUs, how strongly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import files
-from .errors import FileFormatError, PlanError, check_count
+from .errors import PlanError, check_count
+from .evidence import Evidence
 from .sites import SITE_NAMES, Fingerprint
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
 OPERATIONS = ("scale", "push", "shift")
-FORMAT, VERSION = "austeer-plan", 1
+TIES = ("effect", "public")
 FILE_NAME = "austeer_plan.safetensors"
 
 
@@ -41,11 +44,13 @@ class Plan:
         delta: float32 [k], the mean of positive minus negative activation, in the activation's own unit.
         operation: what steering does to the activation x of an AU, with the strength alpha:
             "scale": x + alpha * beta * x (the paper); "push": x + alpha * beta * |x|; "shift": x + alpha * delta.
-        model: what the plan was measured on. pairs: how many pairs. ties: the tie rule. chat_template: whether the
-            prompts went through one.
+        model: what the plan was measured on. pairs: how many pairs. ties: the tie rule, "effect" or "public".
+        chat_template: whether the prompts went through one.
+        evidence: what is known of its effect and cost, of this very plan: a part of it, a sum or another operation has
+            none.
 
     Raises:
-        PlanError: rows of unequal length, none, repeated, out of range or not finite.
+        PlanError: rows of unequal length, none, repeated, out of range or not finite; a field of another kind.
     """
 
     site: tuple[str, ...]
@@ -58,10 +63,17 @@ class Plan:
     pairs: int
     ties: str = "effect"
     chat_template: bool = False
+    evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
-        if self.operation not in OPERATIONS:
-            raise PlanError(f"operation: found {self.operation!r}, expected one of {', '.join(OPERATIONS)}")
+        for name, value, names in (("operation", self.operation, OPERATIONS), ("ties", self.ties, TIES)):
+            if value not in names:
+                raise PlanError(f"{name}: found {value!r}, expected one of {', '.join(names)}")
+        for what, kind in (("site", tuple), ("model", Fingerprint), ("pairs", int), ("chat_template", bool)):
+            if type(getattr(self, what)) is not kind:
+                raise PlanError(f"{what}: found {type(getattr(self, what)).__name__}, expected {kind.__name__}")
+        if self.pairs < 0 or not all(isinstance(name, str) for name in self.site):
+            raise PlanError(f"found {self.pairs} pairs and sites {set(map(type, self.site))}, expected 0 or more, str")
         if not self.site:
             raise PlanError("a plan needs at least one AU; found none")
         for name, dtype in (
@@ -81,15 +93,21 @@ class Plan:
         for name in self.sites:
             if name not in self.model.widths:
                 raise PlanError(f"site {name!r} has no width in the plan's model; found {sorted(self.model.widths)}")
-            layer, index = self.layer[self.of(name)], self.index[self.of(name)]
+            rows = self.of(name)
+            layer, index = self.layer[rows], self.index[rows]
             for what, values, size in (("layer", layer, self.model.layers), ("index", index, self.model.widths[name])):
-                if values.min() < 0 or values.max() >= size:
-                    raise PlanError(
-                        f"{what}: found {int(values.min())} to {int(values.max())} at site {name!r}, "
-                        f"expected 0 to {size - 1}"
-                    )
-        if len(set(self.keys())) < len(self):
-            raise PlanError("found the same AU twice; a plan names each AU once")
+                least, greatest = int(values.min()), int(values.max())
+                if least < 0 or greatest >= size:
+                    raise PlanError(f"{what}: found {least} to {greatest} at site {name!r}, expected 0 to {size - 1}")
+            if (layer.long() * self.model.widths[name] + index).unique().numel() < len(rows):
+                raise PlanError("found the same AU twice; a plan names each AU once")
+        if self.evidence is not None:
+            if not isinstance(self.evidence, Evidence):
+                raise PlanError(f"evidence: found {type(self.evidence).__name__}, expected Evidence")
+            if self.evidence.sites() - set(self.sites):
+                raise PlanError(
+                    f"evidence: found an alpha for sites {sorted(self.evidence.sites())}, expected {list(self.sites)}"
+                )
 
     def __repr__(self) -> str:
         where = ", ".join(f"{self.site.count(name)} at {name}" for name in self.sites)
@@ -103,7 +121,12 @@ class Plan:
         return (AtomicUnit(*row) for row in zip(self.site, *columns))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plan) and self._header() == other._header() and list(self) == list(other)
+        names = ("operation", "model", "pairs", "ties", "chat_template", "evidence")
+        return (
+            isinstance(other, Plan)
+            and all(getattr(self, name) == getattr(other, name) for name in names)
+            and list(self) == list(other)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -122,9 +145,11 @@ class Plan:
         return torch.tensor([i for i, name in enumerate(self.site) if name == site], dtype=torch.int64)
 
     def take(self, positions: Tensor) -> Plan:
-        """The plan of the AUs at ``positions``, in that order."""
+        """The plan of the AUs at ``positions``, in that order; with the evidence only if that is all, in this order."""
+        same = positions.tolist() == list(range(len(self)))
         return replace(
             self,
+            evidence=self.evidence if same else None,
             site=tuple(self.site[i] for i in positions.tolist()),
             layer=self.layer[positions],
             index=self.index[positions],
@@ -141,8 +166,16 @@ class Plan:
         return self.take(torch.arange(check_count("k", k, len(self), "the plan's AUs", PlanError)))
 
     def with_operation(self, operation: str) -> Plan:
-        """The same AUs under another operation."""
-        return replace(self, operation=operation)
+        """The same AUs under another operation, of which there is no evidence."""
+        return replace(self, operation=operation, evidence=self.evidence if operation == self.operation else None)
+
+    def with_evidence(self, evidence: Evidence | None) -> Plan:
+        """The same plan with what is known of its effect and cost, for its file and its card.
+
+        Raises:
+            PlanError: the evidence names a site that the plan does not have.
+        """
+        return replace(self, evidence=evidence)
 
     def __add__(self, other: Plan) -> Plan:
         """Both plans' AUs, alternating by rank, so that a prefix still holds the most important of each.
@@ -164,6 +197,7 @@ class Plan:
         rank = torch.cat([torch.arange(len(self)), torch.arange(len(other))])
         joined = replace(
             self,
+            evidence=None,
             site=self.site + other.site,
             layer=torch.cat([self.layer, other.layer]),
             index=torch.cat([self.index, other.index]),
@@ -174,45 +208,90 @@ class Plan:
         )
         return joined.take(torch.argsort(rank, stable=True))
 
-    def _header(self) -> dict[str, Any]:
-        return {
-            "operation": self.operation,
-            "model": self.model.to_json(),
-            "pairs": self.pairs,
-            "ties": self.ties,
-            "chat_template": self.chat_template,
-        }
-
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes ``austeer_plan.safetensors`` into ``folder`` (made if missing) and returns the file's path."""
-        path = Path(folder) / FILE_NAME
-        names = self.sites
-        tensors = {
-            "site": torch.tensor([names.index(name) for name in self.site], dtype=torch.uint8),
-            "layer": self.layer,
-            "index": self.index,
-            "beta": self.beta,
-            "delta": self.delta,
-        }
-        files.write(path, FORMAT, VERSION, {**self._header(), "sites": list(names)}, tensors)
-        return path
+        """Writes ``austeer_plan.safetensors`` into ``folder`` (made if missing) and returns the file's path.
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Plan:
-        """Reads a plan from a folder, or from the file itself.
+        The file is there whole or not at all; one that is there already is replaced.
 
         Raises:
-            FileFormatError: the file is missing, truncated, foreign or of another version.
+            PlanError: more AUs, or longer names, than a file may hold.
+            FileFormatError: it cannot be written.
+        """
+        from . import plan_files
+
+        return plan_files.write(self, Path(folder) / FILE_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Plan:
+        """Reads a plan from a folder, from the file itself, or from the Hugging Face Hub.
+
+        Args:
+            source: a folder or file if there is one of that name; otherwise, if it has the form ``USER/NAME`` or
+                ``USER/NAME@REVISION``, a repository of the Hub. A ``Path`` is never looked for on the Hub.
+            revision: a branch, tag or commit of the repository; by default its main branch.
+            token: for a private or gated repository; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            cache_dir: where the Hub's files are kept; by default where its client keeps them.
+            local_files_only: take it from that cache, and ask nobody.
+
+        Raises:
+            HubError: no such repository or revision, no access, no plan in it, or no connection and not in the cache.
+            FileFormatError: no such file; or it is damaged, foreign, too large, or of a newer version.
             PlanError: its content is not a valid plan.
         """
-        path = Path(folder)
-        if path.is_dir():
-            path /= FILE_NAME
-        header, tensors = files.read(path, FORMAT, VERSION)
-        try:
-            names = header.pop("sites")
-            site = tuple(names[i] for i in tensors.pop("site").tolist())
-            model = Fingerprint.from_json(header.pop("model"))
-            return cls(site=site, model=model, **cast(dict[str, Any], tensors), **header)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path}: inconsistent content ({error}); make the plan anew") from error
+        from . import hub, plan_files
+
+        where = hub.locate(
+            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return plan_files.read(where)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        license: str | None = None,
+        card: str | None = None,
+        commit_message: str = "Upload an austeer plan",
+    ) -> CommitInfo:
+        """Uploads the plan and its model card (README.md), in one commit; makes the repository where there is none.
+
+        Args:
+            repo_id: ``USER/NAME``.
+            private: make the repository private; an existing one must be so already. By default a new one is public,
+                or as its organisation says.
+            revision: a branch, made where there is none; by default the main one.
+            token: by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            license: what the card's metadata shall say, for example "apache-2.0"; by default nothing.
+            card: another README.md than :func:`austeer.card.model_card` writes.
+
+        Returns:
+            The commit; ``.oid`` is what ``revision`` takes to get exactly this plan.
+
+        Raises:
+            HubError: not a repository's name, not allowed, or no connection; the repository holds something else, or
+                is public and should be private.
+            PlanError: more than a file may hold.
+        """
+        from . import hub
+
+        return hub.push(
+            self,
+            repo_id,
+            private=private,
+            revision=revision,
+            token=token,
+            license=license,
+            card=card,
+            commit_message=commit_message,
+        )

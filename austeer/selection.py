@@ -11,9 +11,7 @@ from torch import Tensor
 
 from .errors import SelectionError, check_count
 from .momentum import Counters, Momentum
-from .plan import OPERATIONS, Plan
-
-TIES = ("effect", "public")
+from .plan import OPERATIONS, TIES, Plan
 
 
 def signed_rate(counters: Counters, pairs: int) -> Tensor:

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import typer
 
 from ..errors import AusteerError
-from . import cost, demo, generate, inspect, measure, momentum, select
+from . import cost, demo, export, generate, inspect, measure, momentum, push, select
 from .common import fail
 
 app = typer.Typer(
@@ -25,14 +25,17 @@ austeer measure pairs.jsonl --model MODEL --out kind.momentum
 austeer inspect kind.momentum
 austeer select kind.momentum --site attention --k 10 --operation shift --out plans/kind
 austeer generate plans/kind --model MODEL --alpha 8 --prompt "The weekend trip was"
+austeer export checkpoint plans/kind --model MODEL --alpha 8 --out models/kind
+austeer push plans/kind USER/kind
 ```
 
 `--model demo` is SmolLM2-135M-Instruct; `austeer demo` shows everything on it.
 """,
 )
-for module in (measure, select, inspect, generate, demo, cost):
+for module in (measure, select, inspect, generate, push, demo, cost):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
 app.add_typer(momentum.app, name="momentum")
+app.add_typer(export.app, name="export")
 # What measures imports this package, and nothing here imports it: it is found by its installed name.
 for command in entry_points(group="austeer.commands"):
     app.add_typer(command.load(), name=command.name)

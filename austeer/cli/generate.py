@@ -13,7 +13,10 @@ from .common import Device, DType, Json, Model, console, emit, load, note
 
 
 def generate(
-    plan: Annotated[list[Path], typer.Argument(help="A plan's folder, of austeer select; several run in one batch.")],
+    plan: Annotated[
+        list[str],
+        typer.Argument(help="A plan's folder, or a Hub id USER/NAME or USER/NAME@REVISION; several run in one batch."),
+    ],
     model: Model,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue; may be repeated.")],
     alpha: Annotated[list[float] | None, typer.Option("--alpha", "-a", help="Strength; may be repeated. [1]")] = None,
@@ -89,10 +92,10 @@ def generate(
         console.print(str(steering.report()))
 
 
-def _names(folders: list[Path]) -> list[str]:
-    """A name for each plan: its folder's, or its whole path where two folders are called the same."""
-    short = [folder.resolve().name for folder in folders]
-    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+def _names(sources: list[str]) -> list[str]:
+    """A name for each plan: its folder's or repository's, or all that was given where two are called the same."""
+    short = [Path(source).resolve().name for source in sources]
+    return short if len(set(short)) == len(short) else sources
 
 
 def _scope(text: str) -> str | tuple[int, int | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -59,7 +59,7 @@ class Weights(ABC):
 
     @contextmanager
     def opened(self) -> Iterator[Weights]:
-        """Keeps files open, so that each is opened once."""
+        """Lets go of files when the context ends."""
         yield self
 
     @abstractmethod
@@ -116,16 +116,15 @@ class StoredWeights(Weights):
         self.network = skeleton(self.config, named_dtype(self.config) or torch.float32)
         self.keys = _keys(self.folder, self.name)
         self.pieces = _pieces(self.network, self.keys)
-        self._open = ExitStack()
-        self._files: dict[Path, Any] = {}
+        # One file at a time: while a file is open, so is what was read of it in memory.
+        self._open: tuple[Path, Any] | None = None
 
     @contextmanager
     def opened(self) -> Iterator[StoredWeights]:
-        with self._open:
-            try:
-                yield self
-            finally:
-                self._files.clear()
+        try:
+            yield self
+        finally:
+            self._open = None
 
     def get(self, parameter: str) -> Tensor:
         pieces = self.pieces.get(parameter)
@@ -140,9 +139,9 @@ class StoredWeights(Weights):
     def read(self, piece: Piece) -> Tensor:
         """A tensor as it is stored."""
         try:
-            if piece.file not in self._files:
-                self._files[piece.file] = self._open.enter_context(safe_open(piece.file, framework="pt"))
-            return self._files[piece.file].get_tensor(piece.key)
+            if self._open is None or self._open[0] != piece.file:
+                self._open = piece.file, safe_open(piece.file, framework="pt")
+            return self._open[1].get_tensor(piece.key)
         except (SafetensorError, OSError) as error:
             raise ExportError(
                 f"{piece.file}: {piece.key} could not be read ({error}); copy or download it anew"

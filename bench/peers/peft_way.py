@@ -1,19 +1,17 @@
 """Steering through PEFT: an unmerged LoRA adapter that says exactly what the plan does, as one serves it per request.
 
-Scaling the outputs I of y = W x + b is W + B A with B the one-hot columns of I and A = gamma * W[I], and a bias gamma *
-b[I] beside it; scaling the inputs I has B = gamma * W[:, I] and A the one-hot rows of I. Each planned layer has an
-adapter of exactly the rank of its AUs, with alpha equal to the rank, so that PEFT's factor is 1; others have none.
+The adapter is that of ``austeer.export_lora``, with the rank of its AUs in each planned layer and none in others.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from austeer import Plan
+from austeer.export import export_lora
 from austeer.sites import Site
 
 from ..plain_ways import strengths
@@ -21,7 +19,6 @@ from ..steered import Steered, UnavailableError, Way
 from .packages import gradient_flags_kept, needed
 
 PIP = "peft"
-ADAPTER = "default"
 
 
 class Peft(Steered):
@@ -29,59 +26,28 @@ class Peft(Steered):
 
     def __init__(self, model: nn.Module, plan: Plan, alpha: float):
         peft = needed("peft", PIP)
-        planned = {_projection(model, site): (site, i, g) for site, i, g in strengths(model, plan, alpha) if len(i)}
-        biased = [
-            site.side == "output" and model.get_submodule(path).bias is not None
-            for path, (site, _, _) in planned.items()
-        ]
-        if any(biased) and not all(biased):
-            raise UnavailableError("peft: found projections with and without bias, expected all or none")
-        ranks = {re.escape(path): len(index) for path, (_, index, _) in planned.items()}
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            target_modules=list(planned),
-            r=1,
-            rank_pattern=ranks,
-            lora_alpha=1,
-            alpha_pattern=ranks,
-            lora_bias=any(biased),
-            inference_mode=True,
-        )
-        with gradient_flags_kept(model):
+        biased = [_scales_bias(model, site) for site, index, _ in strengths(model, plan, alpha) if len(index)]
+        with TemporaryDirectory(prefix="austeer-") as folder, gradient_flags_kept(model):
+            adapter = export_lora(
+                *(plan, model, Path(folder) / "adapter"),
+                alpha=alpha,
+                rank_pattern=True,
+                lora_bias=any(biased),
+                progress=False,
+            )
             # In another dtype than the model's the adapter would cast at every call.
-            super().__init__(peft.get_peft_model(model, config, autocast_adapter_dtype=False).eval())
-        for path, (site, index, gamma) in planned.items():
-            _write(self.model.get_base_model().get_submodule(path), site, index, gamma)  # type: ignore[operator]
+            super().__init__(peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval())
 
 
-def _projection(model: nn.Module, site: Site) -> str:
-    """The path of the linear layer that makes or reads the tensor."""
+def _scales_bias(model: nn.Module, site: Site) -> bool:
+    """Whether a bias is scaled with the tensor that the one linear layer makes or reads."""
     module = model.get_submodule(site.projection or site.path)
     if site.projection is None or type(module) is not nn.Linear:
         raise UnavailableError(
             f"peft: found {type(module).__name__} at {site.name} of layer {site.layer}, expected a torch.nn.Linear "
             "that alone makes or reads the tensor; a LoRA says nothing else exactly"
         )
-    return site.projection
-
-
-@torch.no_grad()
-def _write(lora: Any, site: Site, index: Tensor, gamma: Tensor) -> None:
-    """Fills the adapter of one layer; gamma * W is rounded once."""
-    base, down, up = lora.get_base_layer(), lora.lora_A[ADAPTER], lora.lora_B[ADAPTER]
-    index, rank = index.to(base.weight.device), torch.arange(len(index), device=base.weight.device)
-    gamma = gamma.double().to(base.weight.device)
-    down.weight.zero_()  # [rank, inputs]
-    up.weight.zero_()  # [outputs, rank]
-    if site.side == "output":
-        down.weight.copy_(gamma[:, None] * base.weight[index])
-        up.weight[index, rank] = 1
-    else:
-        down.weight[rank, index] = 1
-        up.weight.copy_(gamma * base.weight[:, index])
-    if up.bias is not None:
-        up.bias.zero_()
-        up.bias[index] = (gamma * base.bias[index]).to(up.bias.dtype)
+    return site.side == "output" and module.bias is not None
 
 
 WAY = Way("lora", Peft, peer=True)

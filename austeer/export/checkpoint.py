@@ -1,0 +1,278 @@
+"""Plan -> folded checkpoint: a model whose weights have the steering in them, for any engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import Plan
+from ..progress import Progress
+from .biases import NewBiases, new_biases, warn_of_unread
+from .checkpoint_files import RECORD, along, read_json, revision_of, write_json
+from .edits import Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
+from .folding import folded_bias, folded_weight
+from .output import check_output, nearest_folder, staged
+from .rewrite import DTYPES, Entry, Header, link_or_copy, read_header, rewrite
+from .tensors import INDEX, LoadedWeights, Piece, StoredWeights, weights_of_model
+
+
+def export_checkpoint(
+    plans: Plan | Sequence[Plan | tuple[Plan, float]],
+    model: nn.Module | str | Path,
+    out: str | Path,
+    *,
+    alpha: float = 1.0,
+    force: bool = False,
+    link: bool = True,
+    progress: bool | None = None,
+) -> Path:
+    """Writes a model with plans folded into its weights: a checkpoint as Transformers and every engine read it.
+
+    The steered values are computed in float64 and rounded once to the dtype that the checkpoint stores; names and
+    dtypes stay. ``shift`` goes into biases: the projection's own, or those that a setting of the config gives it
+    (``attention_bias``, ``mlp_bias`` ...), which is then set in the new config.json. Files with an edited tensor are
+    written anew, one tensor in memory at a time; the others are linked (the same file on disk under a second name) or
+    copied. Config, tokenizer and chat template go along, and ``austeer.json`` says what was folded in.
+
+    Args:
+        plans: a plan, or several whose effects are summed, each perhaps with its own alpha: ``[(a, 8.0), (b, 0.5)]``.
+        model: a folder or Hub id, read from its safetensors files; or a model in memory, offloaded or not, which is
+            saved first (its tokenizer is not known).
+        out: the folder to make. alpha: of plans that come without one.
+        force: replaces ``out``. link: links untouched files where the file system can; False copies them.
+        progress: shows a bar; by default if standard error is a terminal.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PlanError: plans that are not for this model, or an alpha that is not finite.
+        ExportError: a plan that is no edit of this model's weights (the site ``layer``, ``push``, ``shift`` without a
+            bias), a quantised or steered model, ``out`` exists or has no space; nothing is there at ``out`` then.
+    """
+    pairs = with_alphas(plans, alpha)
+    if isinstance(model, nn.Module):
+        return _of_loaded(model, pairs, out, force, progress)
+    weights = weights_of_model(model)
+    assert isinstance(weights, StoredWeights)
+    with weights.opened():
+        folding = _Folding(weights, pairs)
+        needed = folding.bytes(link, Path(out))
+        out = _check_apart(check_output(out, force, needed), weights.folder)
+        warn_of_another_model(pairs, weights.name)
+        warn_of_unread(folding.biases, weights.config.get_text_config().model_type)
+        with staged(out) as staging:
+            folding.write(staging, link, progress)
+    return out
+
+
+def _of_loaded(
+    model: nn.Module, pairs: list[tuple[Plan, float]], out: str | Path, force: bool, progress: bool | None
+) -> Path:
+    """Saves the model as Transformers does, and folds the files."""
+    if hasattr(model, "get_base_model"):
+        raise ExportError(
+            "model: found one in PEFT's wrapper, expected a plain one; give model.merge_and_unload(), or the folder or "
+            "Hub id of its base"
+        )
+    loaded = LoadedWeights(model)
+    network: Any = loaded.network
+    biases = new_biases(network, network.config, edits_of(network, pairs))  # errors come before it is saved
+    if any(p.device.type == "meta" for p in network.parameters()) and not hasattr(network, "hf_device_map"):
+        raise ExportError(
+            "model: found weights that were offloaded, and not by a device_map, so Transformers cannot save them; give "
+            "its folder or Hub id"
+        )
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    out = check_output(out, force, 2 * size)
+    warn_of_another_model(pairs, loaded.name)
+    warn_of_unread(biases, network.config.get_text_config().model_type)
+    with staged(out) as staging:
+        source = staging / ".source"
+        network.save_pretrained(source, max_shard_size="5GB")  # what is offloaded is loaded a shard at a time
+        weights = StoredWeights(source)
+        with weights.opened():
+            weights.name = loaded.name
+            _Folding(weights, pairs).write(staging, True, progress)
+        shutil.rmtree(source)
+    return out
+
+
+def _check_apart(out: Path, folder: Path) -> Path:
+    place, source = out.resolve(), folder.resolve()
+    if place == source or source.is_relative_to(place):
+        raise ExportError(f"{out}: holds the model that is read; give another place")
+    return out
+
+
+class _Folding:
+    """What has to be written where.
+
+    Attributes:
+        rewritten: a file -> its tensors that change. added: new tensors, by their names.
+    """
+
+    def __init__(self, weights: StoredWeights, pairs: list[tuple[Plan, float]]):
+        self.weights, self.pairs = weights, pairs
+        self.edits = edits_of(weights.network, pairs)
+        self.biases: NewBiases = new_biases(weights.network, weights.config, self.edits)
+        self.files = sorted(set(weights.keys.values()))
+        self.headers = {file: read_header(file) for file in self.files}
+        self.rewritten: dict[Path, dict[str, Entry]] = {}
+        self.added: dict[str, Entry] = {}
+        for edit in self.edits:
+            for piece, entry in self._entries(edit):
+                self.rewritten.setdefault(piece.file, {})[piece.key] = entry
+        self._add_biases()
+        if self.added and not (weights.folder / INDEX).is_file():  # one file: they go into it
+            self.rewritten.setdefault(self.files[0], {}).update(self.added)
+
+    def _entries(self, edit: Edit) -> Iterator[tuple[Piece, Entry]]:
+        """The tensors of the checkpoint that an edit changes."""
+        pieces = self._pieces(f"{edit.path}.{edit.weights.weight}")
+        module = self.weights.network.get_submodule(edit.path)
+        has_bias = edit.weights.bias is not None and getattr(module, edit.weights.bias, None) is not None
+        biases = self._pieces(f"{edit.path}.{edit.weights.bias}") if has_bias else []
+        scales = bool(edit.rank)
+        for piece in pieces:
+            shape, dtype = self._like(piece)
+            if scales:
+                yield piece, Entry(shape, dtype, partial(self._weight, edit, piece))
+        for bias in biases:
+            weight = pieces[0] if bias.expert is None else pieces[bias.expert]
+            if edit.output is not None or edit.shifts:
+                shape, dtype = self._like(bias)
+                yield bias, Entry(shape, dtype, partial(self._bias, edit, weight, bias, dtype))
+
+    def _add_biases(self) -> None:
+        shifting = {edit.path: edit for edit in self.edits}
+        own = {name for name, _ in self.weights.network.named_parameters()}
+        for name, shape in self.biases.shapes.items():
+            path = name.rpartition(".")[0]
+            if f"{path}.weight" not in own:  # tied to another, as the head to the embedding; its bias is not
+                dtype = self._like(self._pieces(f"{self.edits[0].path}.{self.edits[0].weights.weight}")[0])[1]
+                self.added[name] = Entry(shape, dtype, partial(_zeros, shape, dtype))
+                continue
+            pieces = self._pieces(f"{path}.weight")
+            weight = pieces[0]
+            if len(pieces) > 1 or not weight.key.endswith(".weight"):
+                raise ExportError(
+                    f"{self.weights.name}: found {weight.key} for {path}.weight, so the place of a new bias is not "
+                    "known; load the model with Transformers, save_pretrained it, and give that folder"
+                )
+            dtype = self._like(weight)[1]
+            edit = shifting.get(path)
+            make = partial(_zeros, shape, dtype) if edit is None else partial(self._bias, edit, weight, None, dtype)
+            self.added[f"{weight.key.removesuffix('.weight')}.bias"] = Entry(shape, dtype, make)
+
+    def _pieces(self, parameter: str) -> list[Piece]:
+        """As :meth:`StoredWeights.get`, without reading values."""
+        if parameter not in self.weights.pieces:
+            self.weights.get(parameter)  # raises
+        return self.weights.pieces[parameter]
+
+    def _like(self, piece: Piece) -> tuple[tuple[int, ...], torch.dtype]:
+        header: Header = self.headers[piece.file]
+        entry = header.entries[piece.key]
+        if entry["dtype"] not in DTYPES:
+            raise ExportError(
+                f"{piece.file}: {piece.key} is {entry['dtype']}, expected one of {', '.join(DTYPES)}; export for the "
+                "model that this one was quantised from"
+            )
+        return tuple(entry["shape"]), DTYPES[entry["dtype"]]
+
+    def _weight(self, edit: Edit, piece: Piece) -> Tensor:
+        return folded_weight(edit, self.weights.read(piece))
+
+    def _bias(self, edit: Edit, weight: Piece, bias: Piece | None, dtype: torch.dtype) -> Tensor:
+        return folded_bias(edit, self.weights.read(weight), None if bias is None else self.weights.read(bias), dtype)
+
+    def bytes(self, link: bool, out: Path) -> int:
+        """That writing to ``out`` takes on its disk."""
+        device = nearest_folder(out).stat().st_dev
+        linked = (
+            set()
+            if not link
+            else {f for f in self.files if f not in self.rewritten and f.resolve().stat().st_dev == device}
+        )
+        sizes = [file.stat().st_size for file in (*self.files, *along(self.weights.folder)) if file not in linked]
+        return sum(sizes) + sum(entry.bytes for entry in self.added.values())
+
+    def write(self, staging: Path, link: bool, progress: bool | None) -> None:
+        """The whole checkpoint, into a folder that exists."""
+        folder, record = self.weights.folder, self.record()
+        metadata = {"austeer": json.dumps(record)}
+        for file in along(folder):
+            shutil.copyfile(file, staging / file.name)
+        with Progress("folding", len(self.files), "files", progress) as bar:
+            for file in self.files:
+                target = staging / file.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if file in self.rewritten:
+                    rewrite(file, target, self.rewritten[file], metadata)
+                else:
+                    link_or_copy(file, target, link)
+                bar.advance()
+        if self.added and (folder / INDEX).is_file():
+            self._write_shard(staging, metadata)
+        if self.biases.settings:
+            self._write_config(staging / "config.json")
+        write_json(staging / RECORD, record)
+
+    def _write_shard(self, staging: Path, metadata: dict[str, str]) -> None:
+        """New biases in a shard of their own, so that others need not be written anew."""
+        index = read_json(self.weights.folder / INDEX)
+        name, number = "model-biases.safetensors", 1
+        while name in index["weight_map"].values():
+            number += 1
+            name = f"model-biases-{number}.safetensors"
+        rewrite(None, staging / name, self.added, metadata)
+        index["weight_map"] |= dict.fromkeys(self.added, name)
+        index["weight_map"] = dict(sorted(index["weight_map"].items()))
+        totals = index.setdefault("metadata", {})
+        if "total_size" in totals:
+            totals["total_size"] += sum(entry.bytes for entry in self.added.values())
+        if "total_parameters" in totals:
+            totals["total_parameters"] += sum(entry.bytes // entry.dtype.itemsize for entry in self.added.values())
+        write_json(staging / INDEX, index)
+
+    def _write_config(self, path: Path) -> None:
+        raw, config = read_json(path), self.weights.config
+        text = config.get_text_config()
+        if text is config:
+            at = raw
+        else:
+            name = next(name for name in config.sub_configs if getattr(config, name, None) is text)
+            at = raw.setdefault(name, {})
+        at.update(dict.fromkeys(self.biases.settings, True))
+        write_json(path, raw)
+
+    def record(self) -> dict[str, Any]:
+        """What was done to which model, as JSON."""
+        from .. import __version__
+
+        folder = self.weights.folder
+        found: dict[str, Any] = {
+            "austeer": __version__,
+            "kind": "checkpoint",
+            "model": self.weights.name,
+            "revision": revision_of(self.weights),
+            "plans": describe(self.pairs),
+            "rewritten": [str(file.relative_to(folder)) for file in self.files if file in self.rewritten],
+        }
+        if self.biases.settings:
+            found["biases"] = {"settings": list(self.biases.settings), "added": len(self.added)}
+        if (folder / RECORD).is_file():  # the model was a folded one already
+            found["base"] = read_json(folder / RECORD)
+        return found
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)

@@ -1,0 +1,90 @@
+"""``shift`` as a control vector for llama.cpp, which is added to the outputs of decoder layers.
+
+``direction.N`` is for layer N, counted from 0; llama.cpp has none for layer 0.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import DEMO, DEMO_ID
+from ..plan import Plan
+from ..sites import base_of, find_sites, text_config
+from ..skeleton import load_config, skeleton
+from ..steering import check_plan_fits
+from .architectures import ARCHITECTURES
+from .edits import ExportError, warn_of_another_model
+from .gguf_file import add, finish, writer_of
+from .output import check_output, staged_file
+
+#: Families whose decoder layers add the MLP's output to their own as it is, so that a shift of the one is a shift of
+#: the other: no norm behind the MLP, no factor.
+ADDED_AS_IT_IS = frozenset(ARCHITECTURES) - {
+    *("exaone4", "gemma2", "gemma3_text", "glm4", "olmo2"),  # a norm
+    *("granite", "granitemoe"),  # residual_multiplier
+}
+
+
+def write_control_vector(
+    pairs: list[tuple[Plan, float]], model: nn.Module | str | Path, out: str | Path, force: bool
+) -> Path:
+    """See :func:`austeer.export.gguf.export_gguf`."""
+    network: Any
+    if isinstance(model, nn.Module):
+        network = base_of(model)
+        name = str(getattr(network.config, "_name_or_path", "") or type(network).__name__)
+    else:  # its config is enough
+        name = DEMO_ID if str(model) == DEMO else str(model)
+        network = skeleton(load_config(str(model)), torch.float32)
+    directions = _directions(network, pairs)
+    out = check_output(out, force, sum(vector.nbytes for vector in directions.values()))
+    warn_of_another_model(pairs, name)
+    with staged_file(out) as path:
+        writer = writer_of(path, "controlvector", name, pairs)
+        writer.add_string("controlvector.model_hint", text_config(network).model_type)
+        writer.add_uint32("controlvector.layer_count", len(directions))
+        for layer, vector in sorted(directions.items()):
+            add(writer, f"direction.{layer}", vector.float())
+        finish(writer)
+    return out
+
+
+def _directions(network: nn.Module, pairs: list[tuple[Plan, float]]) -> dict[int, Tensor]:
+    """What is added to each layer's output: float64 [width]; nothing for layers without AUs."""
+    sites = find_sites(network, list(dict.fromkeys(name for plan, _ in pairs for name in plan.sites)))
+    found: dict[int, Tensor] = {}
+    for plan, alpha in pairs:
+        check_plan_fits(plan, network, sites)
+        for name in plan.sites:
+            _check_site(name, text_config(network).model_type)
+        vectors = torch.tensor(alpha, dtype=torch.float32) * plan.delta  # float32, as in steering
+        if not vectors.isfinite().all():
+            raise ExportError(f"alpha: found {alpha!r}, expected one with which every shift is finite")
+        for name, layer, index, value in zip(plan.site, plan.layer.tolist(), plan.index.tolist(), vectors.double()):
+            width = sites[name][layer].width
+            found.setdefault(layer, torch.zeros(width, dtype=torch.float64))[index] += value
+    if 0 in found:
+        raise ExportError(
+            "layer 0: found AUs in the first decoder layer, where llama.cpp has no control vector; leave them out "
+            "(plan.take), or measure and select other layers"
+        )
+    return found
+
+
+def _check_site(name: str, family: str) -> None:
+    if name == "layer" or (name == "ffn" and family in ADDED_AS_IT_IS):
+        return
+    reason = (
+        f"{family!r} does not add the MLP's output as it is"
+        if name == "ffn"
+        else "a control vector is added to a decoder layer's output"
+    )
+    raise ExportError(
+        f"site {name!r}: {reason}, so 'shift' there is no control vector; select at 'layer', use "
+        "plan.with_operation('scale') for a LoRA adapter, or write a folded checkpoint where the model's config has "
+        "biases (austeer export checkpoint) and convert it with llama.cpp's convert_hf_to_gguf.py"
+    )

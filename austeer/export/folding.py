@@ -1,0 +1,70 @@
+"""Steering written into a weight and its bias; see :mod:`austeer.export.edits` for the formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .edits import Edit, ExportError
+
+
+def folded_weight(edit: Edit, weight: Tensor) -> Tensor:
+    """A steered layer's weight: computed in float64 where it changes, rounded once.
+
+    Args:
+        weight: as it is stored: [out, in] or [in, out], with or without experts in front.
+    """
+    dims = _dims(edit)
+    factors = {}
+    for side, dim in dims.items():
+        strengths = getattr(edit, side)
+        factor = torch.ones(weight.shape[dim], dtype=torch.float64)
+        if strengths is not None:
+            factor[strengths.index] += strengths.gamma
+        factors[side] = factor
+    result = weight.clone()
+    for side, dim in dims.items():
+        index = (factors[side] != 1).nonzero()[:, 0]
+        if not len(index):
+            continue
+        other = "output" if side == "input" else "input"
+        # An entry in a scaled row and a scaled column is made twice, from the same original.
+        slice_ = weight.index_select(dim, index).double().movedim(dim, -1) * factors[side][index]  # [..., other, AUs]
+        slice_ *= factors[other][:, None]
+        result.index_copy_(dim, index, _rounded(slice_.movedim(-1, dim), weight.dtype, edit))
+    return result
+
+
+def folded_bias(edit: Edit, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A steered layer's bias, in ``dtype``: computed in float64, rounded once.
+
+    Args:
+        weight: the original one. bias: None if it has none. dtype: the result's.
+    """
+    dims = _dims(edit)
+    width = weight.shape[dims["output"]]
+    result = torch.zeros(width, dtype=torch.float64) if bias is None else bias.double()
+    if edit.input is not None and edit.input.shifts:
+        columns = weight.index_select(dims["input"], edit.input.index).double().movedim(dims["input"], -1)
+        result = result + columns @ edit.input.shift
+    if edit.output is not None:
+        strengths = edit.output
+        steered = result.index_select(-1, strengths.index) * (1 + strengths.gamma) + strengths.shift
+        result = result.index_copy(-1, strengths.index, steered)
+    return _rounded(result, dtype, edit)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, edit: Edit) -> Tensor:
+    rounded = values.to(dtype)
+    if not rounded.isfinite().all():
+        raise ExportError(
+            f"{edit.path}: found a value of {float(values.abs().max()):.3g}, which is no finite {dtype} number; take a "
+            "smaller alpha, or a checkpoint in bfloat16 or float32"
+        )
+    return rounded
+
+
+def _dims(edit: Edit) -> dict[str, int]:
+    """Which dimension of the weight counts what, from the last one: with and without experts in front."""
+    count = 3 if edit.experts else 2
+    return {"input": edit.weights.input - count, "output": edit.weights.output - count}

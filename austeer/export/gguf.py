@@ -1,0 +1,166 @@
+"""Plan -> GGUF for llama.cpp: a LoRA adapter (``--lora``) of what scales, a control vector of what shifts."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..plan import Plan
+from ..progress import Progress
+from ..sites import find_sites, text_config
+from . import factors
+from .architectures import ARCHITECTURES
+from .control_vector import write_control_vector
+from .edits import Edit, ExportError, edits_of, warn_of_another_model, with_alphas
+from .gguf_file import add, finish, writer_of
+from .output import check_output, staged_file
+from .tensors import weights_of_model
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def export_gguf(
+    plans: Plan | Sequence[Plan | tuple[Plan, float]],
+    model: nn.Module | str | Path,
+    out: str | Path,
+    *,
+    alpha: float = 1.0,
+    dtype: str = "float32",
+    architecture: str | None = None,
+    force: bool = False,
+    progress: bool | None = None,
+) -> Path:
+    """Writes plans as a GGUF file for llama.cpp, which serves it beside any quantisation of the model.
+
+    Plans whose operation is ``scale`` become a LoRA adapter: ``llama-server -m MODEL.gguf --lora FILE``. ``shift`` at
+    the site ``layer``, or at ``ffn`` where the layer adds the MLP's output as it is, becomes a control vector:
+    ``llama-server -m MODEL.gguf --control-vector FILE``. Both take a scale at run time that multiplies alpha
+    (``--lora-scaled FILE:2``, ``--control-vector-scaled FILE:2``).
+
+    Args:
+        plans: a plan, or several whose effects are summed, each perhaps with its own alpha: ``[(a, 8.0), (b, 0.5)]``;
+            all ``scale`` or all ``shift``.
+        model: the model that the GGUF was converted from: a folder or Hub id, or a model in memory.
+        out: the file to make. alpha: of plans that come without one.
+        dtype: of the adapter, "float32" or "float16"; control vectors are float32.
+        architecture: what the model's GGUF calls its architecture, if it is not the one of the model's family.
+        force: replaces ``out``.
+        progress: shows a bar; by default if standard error is a terminal.
+
+    Returns:
+        The file.
+
+    Raises:
+        PlanError: plans that are not for this model, or an alpha that is not finite.
+        ExportError: a plan that neither form can say, a family that is not known, quantised weights, an existing
+            ``out``, no space, or the package gguf is missing. Nothing is left at ``out`` then.
+    """
+    pairs = with_alphas(plans, alpha)
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError("GGUF files need the package gguf: pip install 'austeer[gguf]'")
+    if dtype not in _DTYPES:
+        raise ExportError(f"dtype: found {dtype!r}, expected float32 or float16")
+    operations = sorted({plan.operation for plan, _ in pairs})
+    if operations == ["scale"]:
+        return _lora(pairs, model, out, _DTYPES[dtype], architecture, force, progress)
+    if operations == ["shift"]:
+        return write_control_vector(pairs, model, out, force)
+    raise ExportError(
+        f"operation: found {' and '.join(map(repr, operations))}; expected plans with 'scale' (a LoRA adapter) or with "
+        "'shift' (a control vector), each into a file of its own: llama.cpp takes both at once"
+    )
+
+
+def _lora(
+    pairs: list[tuple[Plan, float]],
+    model: nn.Module | str | Path,
+    out: str | Path,
+    dtype: torch.dtype,
+    architecture: str | None,
+    force: bool,
+    progress: bool | None,
+) -> Path:
+    from gguf import GGUFType, Keys
+
+    weights = weights_of_model(model)
+    network = weights.network
+    edits = edits_of(network, pairs)
+    architecture = architecture or _architecture(network)
+    names = _names(edits, architecture, find_sites(network, ["layer"])["layer"])
+    for edit in edits:
+        if factors.changes_bias(network, edit):
+            raise ExportError(
+                f"{edit.path} (site {' and '.join(map(repr, edit.sites))} of layer {edit.layer}): found a bias, whose "
+                "entries would have to be scaled with the rows; write a folded checkpoint (austeer export checkpoint) "
+                "and convert it with llama.cpp's convert_hf_to_gguf.py"
+            )
+    rank = max(1, *(factors.rank_of(network, edit) for edit in edits))
+    sizes = [getattr(network.get_submodule(e.path), e.weights.weight).shape for e in edits]
+    needed = sum(dtype.itemsize * rank * (sum(s[-2:]) * (s[0] if len(s) == 3 else 1)) for s in sizes)
+    out = check_output(out, force, needed)
+    warn_of_another_model(pairs, weights.name)
+    with staged_file(out) as path:
+        writer = writer_of(path, architecture, weights.name, pairs)
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))  # llama.cpp scales by alpha / rank
+        with weights.opened(), Progress("reading weights", len(edits), "layers", progress) as bar:
+            for edit in edits:
+                down, up = factors.product(weights, edit)
+                missing = rank - down.shape[-2]
+                down = nn.functional.pad(down, (0, 0, 0, missing))
+                up = nn.functional.pad(up, (0, missing))
+                for suffix, value in (("lora_a", down), ("lora_b", up)):
+                    add(writer, f"{names[edit.path]}.{suffix}", value.to(dtype))
+                bar.advance()
+        finish(writer)
+    return out
+
+
+def _architecture(network: nn.Module) -> str:
+    family = text_config(network).model_type
+    if family not in ARCHITECTURES:
+        raise ExportError(
+            f"model: found {family!r}, expected a family whose conversion to GGUF is known: "
+            f"{', '.join(ARCHITECTURES)}; if its attention and MLP output projections are converted as they are, give "
+            "architecture=... (--architecture), which is general.architecture in the model's GGUF file"
+        )
+    return ARCHITECTURES[family]
+
+
+def _names(edits: Sequence[Edit], architecture: str, layers: Sequence[Any]) -> dict[str, str]:
+    """What llama.cpp calls the weight of each edited module."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    known = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        raise ExportError(
+            f"architecture: found {architecture!r}, which the installed gguf does not know; expected one of "
+            f"{', '.join(sorted(known))}"
+        )
+    table = get_tensor_name_map(known[architecture], len(layers))
+    names = {}
+    for edit in edits:
+        plain = edit.path.replace("language_model.", "")  # where a vision tower is beside it
+        if edit.experts:
+            plain = f"{plain}.{edit.weights.weight}"
+        name = next(
+            (
+                found
+                for prefix in ("", "model.", "transformer.", "gpt_neox.")  # that a head adds
+                if (found := table.get_name(f"{prefix}{plain}")) is not None
+            ),
+            None,
+        )
+        if name is None:
+            raise ExportError(
+                f"{edit.path}: llama.cpp's {architecture!r} has no weight for it that gguf knows; write a folded "
+                "checkpoint (austeer export checkpoint) and convert it with llama.cpp's convert_hf_to_gguf.py"
+            )
+        names[edit.path] = f"{name}.weight"
+    return names

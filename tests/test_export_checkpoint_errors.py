@@ -1,0 +1,199 @@
+"""Folded checkpoints: what is refused before anything is written, and what an interruption leaves."""
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from accelerate import disk_offload
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import austeer
+from austeer.errors import PlanError
+from austeer.export.checkpoint import export_checkpoint
+from austeer.export.edits import ExportError
+from dense_formula import logits, random_plan
+from tiny_checkpoints import BATCH, assert_steered, expected, loaded, saved
+from tiny_models import tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::austeer.export.edits.ExportWarning")
+
+
+# --- what is refused before anything is written ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path):
+    return saved(tiny_model("llama"), tmp_path / "base")
+
+
+def untouched(tmp_path):
+    return [file.name for file in tmp_path.iterdir()] == ["base"]
+
+
+def test_plans_that_are_no_edit_of_weights(base, tmp_path):
+    model = tiny_model("llama")
+    for plan, message in (
+        (random_plan(model, "layer", 5), "site 'layer': no linear layer makes"),
+        (random_plan(model, "ffn", 5, "push"), "'push' multiplies .* is not linear"),
+        (random_plan(tiny_model("llama", hidden_size=64), "ffn", 5), "widths"),
+        (random_plan(tiny_model("qwen2"), "ffn", 5), "qwen2"),
+    ):
+        with pytest.raises((ExportError, PlanError), match=message):
+            export_checkpoint(plan, base, tmp_path / "out")
+        with pytest.raises((ExportError, PlanError), match=message):
+            export_checkpoint(plan, model, tmp_path / "out")
+    for alpha in (float("nan"), float("inf"), "1"):
+        with pytest.raises(PlanError, match="alpha"):
+            export_checkpoint(random_plan(model, "ffn", 5), base, tmp_path / "out", alpha=alpha)
+    assert untouched(tmp_path)
+
+
+def test_a_value_that_the_dtype_has_not(tmp_path):
+    model = tiny_model("llama").half()
+    base = saved(model, tmp_path / "base")
+    with pytest.raises(ExportError, match=r"layers.\d.mlp.down_proj: found a value of .* no finite torch.float16"):
+        export_checkpoint(random_plan(model, "ffn", 5), base, tmp_path / "out", alpha=1e7)
+    assert untouched(tmp_path)
+
+
+def test_an_output_that_is_there(base, tmp_path):
+    model = tiny_model("llama")
+    plan, out = random_plan(model, "ffn", 5), tmp_path / "out"
+    out.mkdir()
+    (out / "mine").touch()
+    with pytest.raises(ExportError, match="exists already"):
+        export_checkpoint(plan, base, out)
+    assert [file.name for file in out.iterdir()] == ["mine"]
+    export_checkpoint(plan, base, out, force=True)
+    assert not (out / "mine").exists() and (out / "model.safetensors").exists()
+    for place in (base, tmp_path, base / ".." / "base"):
+        with pytest.raises(ExportError, match="holds the model that is read"):
+            export_checkpoint(plan, base, place, force=True)
+    assert (base / "model.safetensors").exists()
+
+
+def test_no_space(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 50_000}))
+    plan = random_plan(tiny_model("llama"), "ffn", 5)
+    with pytest.raises(ExportError, match=r"needs 0.1 MB and .* has 0.1 MB left|needs 0.\d MB and"):
+        export_checkpoint(plan, base, tmp_path / "out")
+    assert untouched(tmp_path)
+    shards = saved(tiny_model("llama"), tmp_path / "shards", max_shard_size="20KB")
+    export_checkpoint(plan.top(1), shards, tmp_path / "out")  # what is linked needs none
+    with pytest.raises(ExportError, match="needs"):
+        export_checkpoint(plan.top(1), shards, tmp_path / "copied", link=False)
+
+
+def test_a_quantised_base(base, tmp_path):
+    raw = json.loads((base / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (base / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ExportError, match=r"quantised by gptq.*folded checkpoint has to be quantised anew"):
+        export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
+    assert untouched(tmp_path)
+
+
+def test_tensors_of_another_dtype(base, tmp_path):
+    tensors = load_file(base / "model.safetensors")
+    tensors = {k: v.to(torch.float8_e4m3fn) if "down_proj" in k else v for k, v in tensors.items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"down_proj.weight is F8_E4M3, expected one of"):
+        export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
+    plan = random_plan(tiny_model("llama"), "attention", 5)  # what is not edited is copied as it is
+    out = export_checkpoint(plan, base, tmp_path / "out")
+    after = load_file(out / "model.safetensors")
+    assert all(torch.equal(v.view(torch.uint8), after[k].view(torch.uint8)) for k, v in tensors.items() if "mlp" in k)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "missing", "garbage"])
+def test_a_damaged_base(damage, base, tmp_path):
+    file = base / "model.safetensors"
+    if damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "garbage":
+        file.write_bytes(b"x" * 1000)
+    else:
+        tensors = load_file(file)
+        save_file({k: v for k, v in tensors.items() if "down_proj" not in k}, file, {"format": "pt"})
+    with pytest.raises(ExportError, match=r"copy .*anew"):
+        export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
+    assert untouched(tmp_path)
+
+
+# --- interrupted -----------------------------------------------------------------------------------------------------
+
+WRITE = """
+import sys, time
+import torch
+from austeer import Plan
+from austeer.export import rewrite
+from austeer.export.checkpoint import export_checkpoint
+write = rewrite._write
+def slow(*args):
+    write(*args)
+    print("writing", flush=True)
+    time.sleep(60)
+if sys.argv[4] == "kill":
+    rewrite._write = slow
+else:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    export_checkpoint(Plan.from_pretrained(sys.argv[1]), sys.argv[2], sys.argv[3])
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def run(plan, base, out, how):
+    command = [sys.executable, "-c", WRITE, str(plan), str(base), str(out), how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_export_leaves_nothing_that_loads(base, tmp_path):
+    model = tiny_model("llama")
+    plan, out = random_plan(model, "ffn", 5), tmp_path / "out"
+    process = run(plan.save_pretrained(tmp_path / "plan"), base, out, "kill")
+    try:
+        assert process.stdout.readline() == "writing\n"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert not out.exists()
+    (left,) = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    with pytest.raises((OSError, ValueError, SafetensorError)):
+        AutoModelForCausalLM.from_pretrained(left)
+    export_checkpoint(plan, base, out)
+    assert not left.exists()
+    assert_steered(model, logits(loaded(out, model), BATCH), expected(model, (plan, 1.0)))
+
+
+def test_a_disk_that_fills_up(base, tmp_path):
+    assert (base / "model.safetensors").stat().st_size > 60_000
+    plan = random_plan(tiny_model("llama"), "ffn", 5).save_pretrained(tmp_path / "plan")
+    found, _ = run(plan, base, tmp_path / "out", "full").communicate(timeout=300)
+    assert found.startswith("ExportError") and "cannot be written (File too large)" in found
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "plan"]
+
+
+def test_models_in_memory_that_are_refused(tmp_path):
+    model = tiny_model("llama")
+    plan = random_plan(model, "ffn", 5)
+    with austeer.steer(model, plan, 1.0), pytest.raises(ExportError, match="steered now"):
+        export_checkpoint(plan, model, tmp_path / "out")
+    elsewhere = copy.deepcopy(model)
+    disk_offload(elsewhere, tmp_path / "offloaded", execution_device=torch.device("cpu"))
+    with pytest.raises(ExportError, match=r"not by a device_map.*give its folder or Hub id"):
+        export_checkpoint(plan, elsewhere, tmp_path / "out")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ExportError, match=r"PEFT's wrapper.*merge_and_unload"):
+        export_checkpoint(plan, wrapped, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["offloaded"]
