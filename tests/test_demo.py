@@ -1,6 +1,7 @@
 """The demonstration, whole, on a tiny random model: what it writes is what it says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -27,7 +28,11 @@ def test_the_demo_is_consistent_with_what_it_writes(done, demo):
     assert not is_steered(tiny)
 
     # chosen on the selection part, within the limit on the side effect
-    assert result.chosen == best(result.trials) and result.chosen.plan(momentum) == plan
+    assert result.chosen == best(result.trials) and result.chosen.plan(momentum) == replace(plan, evidence=None)
+    assert plan.evidence.alpha == result.chosen.alpha and plan.evidence.tested[-1].effect == result.held_out[0].effect
+    assert plan.evidence.overhead[0].percent == 100 * (
+        result.timings[f"auto, {plan.operation}, k={len(plan)}"].ratio - 1
+    )
     assert all(trial.side_effect <= demonstration.MAX_SIDE_EFFECT for trial in result.trials)
     assert {t.operation for t in result.trials} == {"scale", "push", "shift"}
 

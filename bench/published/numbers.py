@@ -14,7 +14,7 @@
 <device>.inference.<model>.table        a block
 <device>.inference.<model>.<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
                                         percent over unsteered; with .low and .high behind it the interval's ends
-<device>.serving.exactness              a block, written by the engines' tests (make test-engines EXACTNESS=FILE)
+serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
 efficiency.<section>, efficiency.summary, efficiency.cpu, efficiency.gpu      blocks: see efficiency.py
 """
 
@@ -35,13 +35,14 @@ Named = Iterator[tuple[str, object]]
 def values(results: Results) -> dict[str, object]:
     """Everything that a span may hold, by name."""
     found: dict[str, object] = {}
-    makers = {"demo": _demo, "host": _host, "momentum": _momentum, "inference": _inference, "serving": _serving}
+    makers = {"demo": _demo, "host": _host, "momentum": _momentum, "inference": _inference}
     for result in results:
         if result.kind in makers:
             prefix = f"{result.device}.{result.kind}"
             prefix += f".{result.subject}" if result.model else ""
             found[f"{prefix}.source"] = result.link
             found.update((f"{prefix}.{name}", value) for name, value in makers[result.kind](result))
+    found["serving.exactness"] = serving.exactness(results)
     found.update((f"efficiency.{name}", text) for name, text in efficiency.blocks(results).items())
     return found
 
@@ -108,10 +109,6 @@ def _momentum(result: Result) -> Named:
             yield f"offloaded.{at}.at_{MANY}.over.{slug(other)}", many
         yield "offloaded.pairs", own["pairs"]
         yield "offloaded.read", own["report"]["weights_read"] / content["offloaded"]["weights"]
-
-
-def _serving(result: Result) -> Named:
-    yield "exactness", serving.exactness(result)
 
 
 def _inference(result: Result) -> Named:

@@ -1,0 +1,103 @@
+"""Steering sets for the vLLM plugin, and what our own steering and the dense formula make of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import austeer
+from austeer.vllm import KEY, PROCESSOR, VARIABLE
+from dense_formula import formula_at
+from mixes import Parts
+
+#: What every engine with the plugin is started with.
+ENGINE: dict[str, Any] = {"dtype": "float32", "enable_prefix_caching": False, "logits_processors": [PROCESSOR]}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Plans with their strengths, and the scope of all of them."""
+
+    parts: Parts
+    scope: str = "all"
+
+    @property
+    def one_operation(self) -> bool:
+        return len({plan.operation for plan, _ in self.parts}) == 1
+
+
+@contextmanager
+def named(mixes: Mapping[str, Mix], folder: Path) -> Iterator[None]:
+    """Engines that are started in the context have these sets; the plans go into ``folder``."""
+    sets = {}
+    for name, mix in mixes.items():
+        plans = []
+        for number, (plan, alpha) in enumerate(mix.parts):
+            path = folder / f"{name}-{number}".replace(" ", "-")
+            plan.save_pretrained(path)
+            plans.append({"plan": str(path), "alpha": alpha})
+        sets[name] = {"plans": plans, "scope": mix.scope}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, json.dumps(sets))
+        yield
+
+
+@contextmanager
+def run_by_us(model: nn.Module, mix: Mix) -> Iterator[None]:
+    """The model under our own steering; under the formula, where plans of several operations meet."""
+    with ExitStack() as stack:
+        if mix.one_operation:
+            first, *rest = (plan for plan, _ in mix.parts)
+            alpha = {plan.sites[0]: alpha for plan, alpha in mix.parts}
+            stack.enter_context(austeer.steer(model, sum(rest, first), alpha=alpha, scope=mix.scope))
+        else:
+            assert mix.scope == "all"
+            for plan, alpha in mix.parts:
+                stack.enter_context(formula_at(model, plan, alpha))
+        yield
+
+
+def writes(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> list[int]:
+    """What the model writes greedily, as Transformers runs it."""
+    ids = tokenizer(prompt, return_tensors="pt")
+    written = model.generate(**ids, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
+    return written[0][ids["input_ids"].shape[1] :].tolist()
+
+
+def asks(name: str | None, tokens: int, **options: Any) -> Any:
+    """The parameters of a request for a set."""
+    from vllm import SamplingParams
+
+    extra = None if name is None else {KEY: name}
+    return SamplingParams(temperature=0, min_tokens=tokens, max_tokens=tokens, extra_args=extra, **options)
+
+
+def logits_in(engine: Any, ids: torch.Tensor, name: str | None) -> torch.Tensor:
+    """An engine's logits of the whole vocabulary at each token: float32 [tokens, vocabulary]."""
+    params = asks(name, 1, logprobs=-1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
+    (output,) = engine.generate([{"prompt_token_ids": ids[0].tolist()}], params)
+    rows = []
+    for found in (output.prompt_logprobs, output.outputs[0].logprobs):
+        for start, end in zip(found.start_indices, found.end_indices, strict=True):
+            if end > start:  # the first token of a prompt has nothing before it
+                row = torch.full((engine.model_config.get_vocab_size(),), torch.nan)
+                row[torch.tensor(found.token_ids[start:end])] = torch.tensor(found.logprobs[start:end])
+                rows.append(row)
+    return torch.stack(rows)
+
+
+def random_mixes(model: nn.Module, seed: int = 0) -> dict[str, Mix]:
+    """Random plans at every site, by the name of operation and site."""
+    from dense_formula import random_plan
+
+    kinds = [("attention", "shift"), ("neuron", "push"), ("ffn", "scale"), ("layer", "push"), ("layer", "shift")]
+    plans: list[austeer.Plan] = [random_plan(model, site, 12, operation, seed) for site, operation in kinds]
+    return {f"{plan.operation} {plan.sites[0]}": Mix([(plan, 1.5)]) for plan in plans}
