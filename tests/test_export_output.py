@@ -88,7 +88,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"file: exists already; give another place, or force=True"):
         check_output(tmp_path / "file", False, 0)
-    with pytest.raises(ExportError, match="cannot be written, .*file is no folder"):
+    with pytest.raises(ExportError, match=r"cannot be written, .*file is no folder"):
         check_output(tmp_path / "file" / "out", False, 0)
     with pytest.raises(ExportError, match=r"out: needs 1000000000.0 GB and .* has .* GB left"):
         check_output(tmp_path / "out", False, 10**18)
