@@ -37,9 +37,9 @@ EXTRAS = {
     "data": DATA,
     "demo": ["gguf>=0.17", "matplotlib>=3.9"],
     "plots": ["matplotlib>=3.9"],
+    # Adapters and control vectors for llama.cpp. Those for PEFT and vLLM need nothing.
+    "gguf": ["gguf>=0.17"],
     "peft": ["peft>=0.18"],
-    # An adapter for vLLM is written through PEFT's format; the engine itself lives in its own environment.
-    "vllm": ["peft>=0.18"],
     "bench": BENCH,
     "peers": [*BENCH, *PEERS],
     "dev": [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..plan import Plan
 from ..progress import Progress
 from .biases import NewBiases, new_biases, warn_of_unread
-from .checkpoint_files import RECORD, along, read_json, revision_of, write_json
+from .checkpoint_files import RECORD, along, read_json, write_json
 from .edits import Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
 from .folding import folded_bias, folded_weight
 from .output import check_output, nearest_folder, staged
@@ -263,7 +263,7 @@ class _Folding:
             "austeer": __version__,
             "kind": "checkpoint",
             "model": self.weights.name,
-            "revision": revision_of(self.weights),
+            "revision": self.weights.revision,
             "plans": describe(self.pairs),
             "rewritten": [str(file.relative_to(folder)) for file in self.files if file in self.rewritten],
         }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .edits import ExportError
-from .tensors import INDEX, StoredWeights
+from .tensors import INDEX
 
 #: What was folded in, beside the checkpoint's config.json.
 RECORD = "austeer.json"
@@ -15,12 +15,6 @@ RECORD = "austeer.json"
 #: Of the files beside the weights, those that belong to the model; params.json is of Mistral's own format.
 _ALONG = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 _LEFT = ("params.json", "adapter_config.json", RECORD)
-
-
-def revision_of(weights: StoredWeights) -> str | None:
-    """The commit, of a model in the Hub's cache."""
-    folder = weights.folder.absolute()
-    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def along(folder: Path) -> list[Path]:

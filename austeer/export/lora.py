@@ -210,7 +210,7 @@ def _record(weights: Weights, plans: Sequence[tuple[Plan, float]], targets: Sequ
         "austeer": __version__,
         "kind": "lora",
         "model": weights.name,
-        "revision": getattr(getattr(weights.network, "config", None), "_commit_hash", None),
+        "revision": weights.revision,
         "rank": max(target.rank for target in targets),
         "layers": sorted({target.edit.layer for target in targets if target.edit is not None}),
         "plans": describe(plans),

@@ -31,6 +31,8 @@ from .edits import ExportError
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 INDEX = "model.safetensors.index.json"
+#: What is downloaded of a model: weights, and what belongs beside them.
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ class Weights(ABC):
     Attributes:
         network: the model, perhaps on the meta device: its structure.
         name: a folder, a Hub id, or the class of a model that says neither.
+        revision: the commit, of a model of the Hub, where that is known.
     """
 
     network: nn.Module
     name: str
+    revision: str | None
 
     @contextmanager
     def opened(self) -> Iterator[Weights]:
@@ -85,6 +89,7 @@ class LoadedWeights(Weights):
         self.network = base_of(model)
         config = getattr(self.network, "config", None)
         self.name = str(getattr(config, "_name_or_path", "") or type(self.network).__name__)
+        self.revision = getattr(config, "_commit_hash", None)
         if is_steered(model):
             raise ExportError("the model is steered now, so its weights may be folded; export outside the with block")
         refuse_quantised(config, self.name)
@@ -111,6 +116,8 @@ class StoredWeights(Weights):
     def __init__(self, name: str | Path):
         self.name = DEMO_ID if str(name) == DEMO else str(name)
         self.folder = _folder(str(name))
+        in_cache = self.folder.absolute().parent.name == "snapshots"
+        self.revision = self.folder.name if in_cache else None
         self.config = load_config(str(self.folder))
         refuse_quantised(self.config, self.name)
         self.network = skeleton(self.config, named_dtype(self.config) or torch.float32)
@@ -190,7 +197,7 @@ def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
     except (OSError, ValueError) as error:
         reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
         raise ModelError(f"model {name!r}: its files could not be downloaded: {reason}") from error

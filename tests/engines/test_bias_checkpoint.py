@@ -11,8 +11,7 @@ import torch
 from austeer.export import export_checkpoint
 from austeer.models import demo_model
 from dense_formula import formula_at, logits
-from mixes import PROMPTS, TOKENS, steered
-from test_lora import TEXT, engine_logits
+from mixes import PROMPTS, TEXT, TOKENS, engine_logits, steered
 
 pytestmark = pytest.mark.engine
 

@@ -10,11 +10,10 @@ import torch
 
 from austeer.export import export_lora
 from dense_formula import formula_at, logits
-from mixes import PROMPTS, TOKENS
+from mixes import PROMPTS, TEXT, TOKENS, engine_logits
 
 pytestmark = pytest.mark.engine
 #: What full logits are compared on.
-TEXT = "The room was larger than in the pictures, and the people at the desk remembered our names."
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +58,6 @@ def test_a_batch_of_mixed_requests_writes_what_our_own_steering_does(demo, engin
     )
     for (name, number), output in zip(asked, outputs, strict=True):
         assert output.outputs[0].token_ids == written[name][number], (name, demo[1].decode(output.outputs[0].token_ids))
-
-
-def engine_logits(engine, ids: torch.Tensor, request) -> torch.Tensor:
-    """The logits of the whole vocabulary at each token: float32 [tokens, vocabulary]."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        temperature=0, max_tokens=1, logprobs=-1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False
-    )
-    (output,) = engine.generate([{"prompt_token_ids": ids[0].tolist()}], params, lora_request=request)
-    rows = []
-    for found in (output.prompt_logprobs, output.outputs[0].logprobs):
-        for start, end in zip(found.start_indices, found.end_indices, strict=True):
-            if end > start:  # the first token of a prompt has nothing before it
-                row = torch.full((engine.model_config.get_vocab_size(),), torch.nan)
-                row[torch.tensor(found.token_ids[start:end])] = torch.tensor(found.logprobs[start:end])
-                rows.append(row)
-    return torch.stack(rows)
 
 
 @pytest.fixture(scope="module")
