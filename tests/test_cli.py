@@ -160,9 +160,15 @@ def test_bad_input_is_one_message_and_exit_code_2(files, tmp_path, arguments, me
     assert not captured.out and not places["new"].exists()
 
 
-@pytest.mark.parametrize("command", ["measure", "select", "inspect", "generate", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("measure", "select", "inspect", "generate", "demo", "push"),
+        *("export lora", "export checkpoint", "export gguf"),
+    ],
+)
 def test_help_teaches_with_an_example(command):
-    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "120"})
+    result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "120"})
     assert result.exit_code == 0
     assert f"Example: austeer {command}" in result.output
     assert "--json" in result.output
