@@ -36,7 +36,7 @@ class Mix:
 
 @contextmanager
 def named(mixes: Mapping[str, Mix], folder: Path) -> Iterator[None]:
-    """Engines that are started in the context have these sets; the plans go into ``folder``."""
+    """Engines that are started and asked in the context have these sets; the plans go into ``folder``."""
     sets = {}
     for name, mix in mixes.items():
         plans = []

@@ -1,0 +1,160 @@
+"""Steering sets: what a request can ask for by name.
+
+AUSTEER_SETS holds an object, or the path of a JSON file with one, from names to sets::
+
+    {"kind":  {"plan": "plans/kind", "alpha": 8},
+     "brief": {"plan": "plans/brief", "alpha": 2, "k": 10, "scope": "generation"},
+     "both":  {"plans": [{"plan": "plans/kind", "alpha": 8}, {"plan": "plans/brief", "alpha": 2}]}}
+
+A plan is what :meth:`austeer.Plan.from_pretrained` takes. ``k`` keeps a plan's most important AUs (by default all), and
+``scope`` says which tokens are steered, as in :func:`austeer.steer` (by default all). Where plans of a set meet at one
+AU, their changes add up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AusteerError, SteeringError
+from ..plan import Plan
+from ..scope import Scope, parse_scope
+from . import VARIABLE
+
+
+class ServingError(AusteerError):
+    """Steering sets that cannot be read, or that an engine cannot run as it was started."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One plan of a set: its source, strength, and how many of its AUs (None: all)."""
+
+    plan: str
+    alpha: float
+    k: int | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A set as it was asked for; no plan has been read yet."""
+
+    parts: tuple[Part, ...]
+    scope: Scope
+
+
+@lru_cache(maxsize=8)
+def parse(value: str) -> Mapping[str, Spec]:
+    """The sets that AUSTEER_SETS asks for, by name.
+
+    Raises:
+        ServingError: the value or the file is no such object.
+    """
+    text = value
+    if not value.lstrip().startswith("{"):
+        try:
+            text = Path(value).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServingError(
+                f"{VARIABLE}: found {value!r}, which is neither JSON nor a file that can be read ({error})"
+            ) from error
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ServingError(f"{VARIABLE}: found no valid JSON ({error})") from error
+    if not isinstance(content, dict) or not content or not all(content):
+        raise ServingError(
+            f"{VARIABLE}: found {_short(content)}, expected a name for each set: "
+            '{"kind": {"plan": "plans/kind", "alpha": 8}}'
+        )
+    return {name: _spec(f"{VARIABLE}, set {name!r}", entry) for name, entry in content.items()}
+
+
+def _spec(where: str, entry: Any) -> Spec:
+    if not isinstance(entry, dict):
+        raise ServingError(f'{where}: found {_short(entry)}, expected an object such as {{"plan": "plans/kind"}}')
+    entry = dict(entry)
+    scope = entry.pop("scope", "all")
+    several = "plans" in entry
+    parts = entry.pop("plans") if several else [entry]
+    if several and entry:
+        raise ServingError(f"{where}: found {', '.join(map(repr, entry))} beside 'plans'; put it into each of them")
+    if not isinstance(parts, list) or not parts:
+        raise ServingError(f"{where}, plans: found {_short(parts)}, expected a list of at least one plan")
+    try:
+        return Spec(tuple(_part(where, part) for part in parts), parse_scope(scope))
+    except SteeringError as error:
+        raise ServingError(f"{where}, {error}") from error
+
+
+def _part(where: str, part: Any) -> Part:
+    expected = "an object of 'plan', 'alpha' and, if not all AUs, 'k'"
+    if not isinstance(part, dict) or set(part) - {"plan", "alpha", "k"} or {"plan", "alpha"} - set(part):
+        found = ", ".join(map(repr, part)) if isinstance(part, dict) else _short(part)
+        raise ServingError(f"{where}: found {found or 'nothing'}, expected {expected}")
+    plan, alpha, k = part["plan"], part["alpha"], part.get("k")
+    if not isinstance(plan, str) or not plan:
+        raise ServingError(f"{where}, plan: found {_short(plan)}, expected a folder or a file")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ServingError(f"{where}, alpha: found {_short(alpha)}, expected a finite number")
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+        raise ServingError(f"{where}, k: found {_short(k)}, expected an integer from 1")
+    return Part(plan, float(alpha), k)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
+def load(specs: Mapping[str, Spec]) -> dict[str, list[tuple[Plan, float]]]:
+    """The plans of each set, cut to their k, each with its alpha.
+
+    Raises:
+        AusteerError: a plan cannot be read, or has fewer AUs than k.
+    """
+    loaded: dict[str, list[tuple[Plan, float]]] = {}
+    for name, spec in specs.items():
+        loaded[name] = []
+        for part in spec.parts:
+            try:
+                plan = Plan.from_pretrained(part.plan)
+                loaded[name].append((plan if part.k is None else plan.top(part.k), part.alpha))
+            except AusteerError as error:
+                raise ServingError(f"{VARIABLE}, set {name!r}, plan {part.plan!r}: {error}") from error
+    return loaded
+
+
+#: What a table's entries multiply, by the plan's operation: x, |x| or 1.
+TERMS = ("scale", "push", "shift")
+
+
+def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """The strengths of all sets at each steered (site, layer), by term.
+
+    Returns:
+        tables, float32 [sets + 1, width]: row 0 is zero, row i + 1 is that of ``sets[i]``. An operation that no set
+        has at a site of a layer has no table there.
+    """
+    found: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for row, plans in enumerate(sets, start=1):
+        for plan, alpha in plans:
+            # Rounded once, like in a steered model: alpha * beta of float32.
+            strength = torch.tensor(alpha, dtype=torch.float32) * (
+                plan.delta if plan.operation == "shift" else plan.beta
+            )
+            for i, (site, layer, index) in enumerate(plan.keys()):
+                terms = found.setdefault((site, layer), {})
+                if plan.operation not in terms:
+                    terms[plan.operation] = torch.zeros(len(sets) + 1, plan.model.widths[site])
+                terms[plan.operation][row, index] += strength[i]
+    ordered = {key: {term: found[key][term] for term in TERMS if term in found[key]} for key in sorted(found)}
+    return ordered

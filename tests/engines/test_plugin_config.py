@@ -1,0 +1,146 @@
+"""The vLLM plugin against vLLM's own classes, without an engine: configurations, model classes, model runner V2."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from austeer.vllm import ARCHITECTURES, KEY, PROCESSOR, VARIABLE
+from austeer.vllm.sets import ServingError
+from austeer.vllm.support import check_engine
+
+pytestmark = pytest.mark.engine
+OPTIONS = {"enable_prefix_caching": False, "logits_processors": [PROCESSOR], "max_model_len": 128}
+
+
+@pytest.fixture(scope="module")
+def configure():
+    """vLLM's configuration of the demo model with some options."""
+    from vllm import EngineArgs
+
+    from austeer.models import demo_model
+
+    return lambda **options: EngineArgs(str(demo_model()), **(OPTIONS | options)).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"enable_prefix_caching": None}, "--no-enable-prefix-caching"),  # vLLM's default
+        ({"logits_processors": None}, f"--logits-processors {PROCESSOR}"),
+        ({"enable_lora": True}, "LoRA"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+        ({"kv_offloading_size": 1}, "KV connector"),
+        ({"enable_prompt_embeds": True}, "prompt-embeds"),
+        ({"compilation_config": {"mode": 1}}, "STOCK_TORCH_COMPILE"),
+    ],
+)
+def test_an_engine_that_would_steer_wrongly_is_refused(configure, options, match):
+    with pytest.raises(ServingError, match=match):
+        check_engine(configure(**options))
+
+
+def test_an_engine_as_documented_is_not_refused(configure):
+    check_engine(configure())
+
+
+def test_what_is_compiled_is_kept_apart_by_the_steerings_structure(configure):
+    config = configure()
+    hashes = {config.compute_hash()}
+    for structure in ("one", "other"):
+        config.additional_config[KEY] = {"structure": structure}
+        hashes.add(config.compute_hash())
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_architecture_has_a_steered_class(name):
+    """vLLM's registry asks such a class for all that it asks of its own; its layers return what steering expects."""
+    import inspect
+
+    from vllm.model_executor.models.registry import _ModelInfo
+
+    from austeer.vllm import models
+
+    steered = getattr(models, name)
+    plain = next(cls for cls in steered.__mro__ if cls.__module__.startswith("vllm."))
+    assert plain.__name__ == name and steered is getattr(models, name)
+    assert _ModelInfo.from_model_cls(steered) == _ModelInfo.from_model_cls(plain)
+    assert set(inspect.signature(plain.forward).parameters) <= set(inspect.signature(steered.forward).parameters)
+
+
+@dataclass
+class NewRequest:
+    prompt_len: int
+    sampling_params: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(extra_args=None))
+    prefill_token_ids: tuple = ()
+    mm_features: tuple = ()
+
+
+@pytest.fixture
+def state(configure, monkeypatch):
+    """The steered model's state in model runner V2, with a model that has nothing but its slots and rows."""
+    from vllm.v1.worker.gpu.model_states import init_model_state
+
+    from austeer.vllm.models import Steered, slots_of
+    from austeer.vllm.slots import RowBuffer
+
+    sets = {"all": {"plan": "a", "alpha": 1}, "generation": {"plan": "a", "alpha": 1, "scope": "generation"}}
+    monkeypatch.setenv(VARIABLE, json.dumps(sets))
+    config = configure()
+    rows = RowBuffer(config.scheduler_config.max_num_batched_tokens, torch.device("cpu"))
+    model = SimpleNamespace(
+        _steering_slots=slots_of(config),
+        steering_rows=lambda device: rows,
+        get_model_state_cls=Steered.get_model_state_cls,
+    )
+    return init_model_state(config, model, None, torch.device("cpu")), rows.tensor
+
+
+def test_model_runner_v2_has_each_tokens_row_before_its_forward_pass(state):
+    from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+    state, rows = state
+    for slot, (name, prompt) in enumerate([("all", 3), (None, 4), ("generation", 5), ("all", 2)]):
+        extra = None if name is None else {KEY: name}
+        state.add_request(slot, NewRequest(prompt, SimpleNamespace(extra_args=extra)))
+    batch = InputBatch.make_dummy(3, 9, InputBuffers(8, 16, torch.device("cpu")))
+    batch.idx_mapping_np = np.array([2, 1, 0])
+    batch.query_start_loc_np = np.array([0, 4, 5, 9, 9, 9])  # vLLM's has the length of its buffers
+    batch.num_computed_tokens_np = np.array([3, 7, 0])
+    batch.num_tokens_after_padding = 12
+    assert state.prepare_inputs(batch, None) == {}
+    assert rows[:14].tolist() == [0, 0, 2, 2, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    state.remove_request("of slot 0")
+    state.add_request(0, NewRequest(1))
+    state.prepare_inputs(batch, None)
+    assert rows[:14].tolist() == [0, 0, 2, 2, *[0] * 10]
+
+
+def test_the_logits_processor_is_one_for_both_model_runners(state):
+    """Each loads the class by its name; V2 makes it with other arguments and calls other methods."""
+    from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns
+    from vllm.v1.worker.gpu.sample.logits_processor.loader import _cached_load_v2_logitsprocs
+
+    (one,), (other,) = _load_logitsprocs_by_fqcns([PROCESSOR]), _cached_load_v2_logitsprocs((PROCESSOR,))
+    assert one is other and not one.__abstractmethods__
+    processor, logits = object.__new__(one), torch.randn(2, 5)
+    assert processor.apply(logits) is logits and processor.apply(logits, None) is logits
+    assert processor.is_argmax_invariant() and not processor.add_request(0, SimpleNamespace(extra_args=None))
+
+
+def test_a_model_that_is_not_steered_stops_the_start(configure, monkeypatch):
+    """Here nobody has called ``register`` since the sets were named, as where VLLM_PLUGINS leaves the plugin out."""
+    from austeer.vllm.requests import Requests
+
+    monkeypatch.setenv(VARIABLE, '{"kind": {"plan": "a", "alpha": 1}}')
+    with pytest.raises(ServingError, match=r"LlamaForCausalLM, run by vllm\..*, which is not steered"):
+        Requests(configure(), None)
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(ServingError, match="not set in a process of the engine"):
+        Requests(configure(), None)
