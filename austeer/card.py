@@ -12,6 +12,7 @@ from .evidence import Evidence
 from .export.adapter import VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank
 from .hub import split_id
 from .plan import Plan
+from .vllm import KEY, PROCESSOR, VARIABLE
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -177,10 +178,12 @@ def _serve(plan: Plan, where: str, model: str, strength: str) -> str:
     why = _why_no_lora(plan)
     if why is not None:
         # a plan is JSON in a shell's single quotes: neither has any in a Hub id
-        settings = json.dumps({"austeer": {short: {"plan": where, "alpha": "ALPHA"}}}).replace('"ALPHA"', strength)
+        settings = json.dumps({short: {"plan": where, "alpha": "ALPHA"}}).replace('"ALPHA"', strength)
         return (
-            f"On a server: {why}, so austeer's plugin for vLLM steers at run time:\n\n"
-            f"```sh\nvllm serve {model} --additional-config '{settings}'\n```"
+            f"On a server: {why}, so austeer's plugin for vLLM steers at run time the requests that have "
+            f'`"vllm_xargs": {{"{KEY}": "{short}"}}`:\n\n'
+            f"```sh\n{VARIABLE}='{settings}' vllm serve {model} --no-enable-prefix-caching "
+            f"--logits-processors {PROCESSOR}\n```"
         )
     rank = _rank(plan)
     allowed = vllm_rank(rank)

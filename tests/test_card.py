@@ -9,9 +9,12 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from austeer.card import LORA_RANKS, model_card
+from austeer.card import model_card
 from austeer.evidence import Evidence, Outcome, Overhead
+from austeer.export.adapter import VLLM_RANKS
 from austeer.sites import Fingerprint
+from austeer.vllm import PROCESSOR, VARIABLE
+from austeer.vllm.sets import parse
 from small_plans import EVIDENCE, KNOWN, MODEL, PLAN, plan_of
 
 HUB_MODEL = replace(MODEL, name="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -187,8 +190,8 @@ def test_the_rank_that_the_server_is_told(count, rank, allowed):
     keys = [("ffn", 2, i) for i in range(count - 3)] + [("neuron", 2, i) for i in range(3)] + [("attention", 2, 0)]
     card = model_card(plan_of(keys, model=model), "user/kind")
     export, serve = commands(card)[1:]
-    assert f"LoRA {'adapter ' if count <= LORA_RANKS[-1] else ''}of rank {rank}" in card.text
-    if count > LORA_RANKS[-1]:
+    assert f"LoRA {'adapter ' if count <= VLLM_RANKS[-1] else ''}of rank {rank}" in card.text
+    if count > VLLM_RANKS[-1]:
         assert export[:3] == ["austeer", "export", "checkpoint"] and serve == ["vllm", "serve", "kind-folded"]
     elif allowed is None:
         assert "--max-lora-rank" not in serve
@@ -210,8 +213,11 @@ def test_served_by_the_plugin_where_a_lora_cannot(operation, site, why):
     card = model_card(plan, "user/kind")
     assert why in card.text and "lora" not in card.text.replace("LoRA", "")
     serve = commands(card)[1]
-    assert serve[:4] == ["vllm", "serve", HUB_MODEL.name, "--additional-config"]
-    assert json.loads(serve[4]) == {"austeer": {"kind": {"plan": "user/kind", "alpha": 4}}}
+    variable, _, sets = serve[0].partition("=")
+    assert variable == VARIABLE and json.loads(sets) == {"kind": {"plan": "user/kind", "alpha": 4}}
+    assert list(parse(sets)) == ["kind"]
+    options = ["--no-enable-prefix-caching", "--logits-processors", PROCESSOR]
+    assert serve[1:] == ["vllm", "serve", HUB_MODEL.name, *options]
 
 
 # --- strangers' texts ------------------------------------------------------------------------------------------------
