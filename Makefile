@@ -19,7 +19,7 @@ demo: $(READY) ## pairs -> momentum -> plan -> steered SmolLM2-135M, with figure
 test: $(READY) ## all tests that need no GPU
 	$(BIN)/python -m pytest
 
-test-engines: $(ENGINES) ## plans inside vLLM for CPUs: its server, its Python interface (about 5 minutes)
+test-engines: $(ENGINES) ## plans inside vLLM for CPUs: its server, its Python interface (about 10 minutes)
 	$(ENGINES_VENV)/bin/python -m pytest tests/engines -m engine $(if $(EXACTNESS),--exactness $(EXACTNESS))
 
 lint: $(READY) ## ruff and mypy

@@ -79,6 +79,7 @@ class Steered:
             model_type, found, layers = self._steering_tables
             install(self, model_type, found, layers, rows.tensor, part)  # type: ignore[arg-type]
             self._steering_rows = rows
+            del self._steering_tables  # copied to the device
         return self._steering_rows
 
     def forward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 import austeer
 from austeer.vllm import KEY, PROCESSOR, VARIABLE
 from dense_formula import formula_at
-from mixes import Parts
+from mixes import PROMPTS, Parts
 
 #: What every engine with the plugin is started with.
 ENGINE: dict[str, Any] = {"dtype": "float32", "enable_prefix_caching": False, "logits_processors": [PROCESSOR]}
@@ -65,11 +65,20 @@ def run_by_us(model: nn.Module, mix: Mix) -> Iterator[None]:
         yield
 
 
-def writes(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> list[int]:
-    """What the model writes greedily, as Transformers runs it."""
-    ids = tokenizer(prompt, return_tensors="pt")
-    written = model.generate(**ids, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
-    return written[0][ids["input_ids"].shape[1] :].tolist()
+def written_by_us(
+    model: nn.Module, tokenizer: Any, mixes: Mapping[str, Mix], tokens: int
+) -> dict[str | None, list[list[int]]]:
+    """What the model writes greedily for each mix (None: unsteered) after each of PROMPTS, as Transformers runs it."""
+    found: dict[str | None, list[list[int]]] = {name: [] for name in (None, *mixes)}
+    for name, texts in found.items():
+        with nullcontext() if name is None else run_by_us(model, mixes[name]):
+            for prompt in PROMPTS:
+                ids = tokenizer(prompt, return_tensors="pt")
+                output = model.generate(**ids, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
+                texts.append(output[0][ids["input_ids"].shape[1] :].tolist())
+    # Otherwise an engine that ignores sets, or scopes, would pass for one that runs them.
+    assert len(set(map(str, found.values()))) == len(found), found
+    return found
 
 
 def asks(name: str | None, tokens: int, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch
 import austeer
 from dense_formula import formula_at, logits
 from mixes import PROMPTS, TOKENS
-from plugin_sets import ENGINE, Mix, asks, logits_in, named, run_by_us, writes
+from plugin_sets import ENGINE, Mix, asks, logits_in, named, written_by_us
 
 pytestmark = pytest.mark.engine
 TEXT = "The room was larger than in the pictures, and the people at the desk remembered our names."
@@ -44,7 +44,13 @@ def mixes(demo) -> dict[str, Mix]:
 
 
 @pytest.fixture(scope="module")
-def engine(mixes, tmp_path_factory):
+def expected(demo, mixes):
+    """What the model writes greedily for each mix (None: unsteered) after each prompt, run by us before engines are."""
+    return written_by_us(*demo, mixes, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def engine(expected, mixes, tmp_path_factory):
     """Prompts are split over batches and batches are mixed: few tokens go into one."""
     from vllm import LLM
 
@@ -65,18 +71,12 @@ def engine(mixes, tmp_path_factory):
         llm.llm_engine.engine_core.shutdown()
 
 
-def test_a_batch_of_mixed_requests_writes_what_our_own_steering_does(demo, engine, mixes):
-    asked = [(name, prompt) for prompt in PROMPTS for name in (None, *mixes)]
-    outputs = engine.generate([prompt for _, prompt in asked], [asks(name, TOKENS) for name, _ in asked])
-    found = {key: output.outputs[0].token_ids for key, output in zip(asked, outputs, strict=True)}
-    expected = {name: [] for name in (None, *mixes)}
-    for name in expected:
-        with run_by_us(demo[0], mixes[name]) if name else nullcontext():
-            expected[name] = [writes(*demo, prompt, TOKENS) for prompt in PROMPTS]
-        for prompt, tokens in zip(PROMPTS, expected[name], strict=True):
-            assert found[name, prompt] == tokens, (name, demo[1].decode(found[name, prompt]))
-    # Otherwise an engine that ignores sets, or scopes, would pass for one that runs them.
-    assert len(set(map(str, expected.values()))) == 1 + len(mixes), expected
+def test_a_batch_of_mixed_requests_writes_what_our_own_steering_does(demo, expected, engine, mixes):
+    asked = [(name, number) for number in range(len(PROMPTS)) for name in expected]
+    outputs = engine.generate([PROMPTS[number] for _, number in asked], [asks(name, TOKENS) for name, _ in asked])
+    for (name, number), output in zip(asked, outputs, strict=True):
+        found = output.outputs[0].token_ids
+        assert found == expected[name][number], (name, demo[1].decode(found))
 
 
 @pytest.mark.parametrize(
