@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import FileFormatError
 
-#: Makes a header of one version that of the next.
+#: Makes a header of one version that of the next; raises ValueError where it is none of its version.
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
 #: Bytes of a safetensors header: the format's own limit.
@@ -134,8 +134,11 @@ def read(
         raise FileFormatError(f"{path}: its content does not match its checksum; make it anew, or copy it whole")
     if not isinstance(header, dict):
         raise FileFormatError(f"{path}: found a header that is no object; make the file anew")
-    for step in steps:
-        header = step(header)
+    try:
+        for step in steps:
+            header = step(header)
+    except ValueError as error:
+        raise FileFormatError(f"{path}: inconsistent content ({error}); make it anew") from error
     return header, tensors
 
 

@@ -142,12 +142,14 @@ def contents_of(plan: Plan, repo_id: str, *, license: str | None = None, card: s
     """The files that :func:`push` uploads, by name; nobody is asked.
 
     Raises:
-        HubError: not a repository's name. PlanError: more than a file may hold.
+        HubError: not a repository's name, or a license beside a card. PlanError: more than a file may hold.
     """
     from .card import model_card
 
     if split_id(repo_id) != (repo_id, None):
         raise HubError(f"found {repo_id!r}, expected a repository's name as in USER/NAME")
+    if card is not None and license is not None:
+        raise HubError(f"license: found {license!r} beside a card of your own, expected it in that card's metadata")
     text = str(model_card(plan, repo_id, license=license)) if card is None else card
     with tempfile.TemporaryDirectory() as folder:
         return {FILE_NAME: plan_files.write(plan, Path(folder) / FILE_NAME).read_bytes(), CARD_NAME: text.encode()}
@@ -207,7 +209,7 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         cause, reason = error, _answer(error, log_in)
     except (errors.HTTPError, ValueError, OSError) as error:
         # no connection, offline mode, no token saved, a card that the Hub does not take, a full disk
-        cause, reason = error, f"{_one_line(error)}. Check the connection and the arguments"
+        cause, reason = error, f"{_one_line(error).rstrip('.')}. Check the connection and the arguments"
     else:
         return
     raise HubError(f"{repo_id}{_at(revision)}: {reason}") from cause

@@ -32,6 +32,8 @@ LARGEST_FILE = MOST_UNITS * (1 + 4 * 4) + LARGEST_HEADER + 8
 
 
 def _with_evidence(header: dict[str, Any]) -> dict[str, Any]:
+    if "evidence" in header:
+        raise ValueError("found the field 'evidence' in version 1")
     return {**header, "evidence": None}
 
 

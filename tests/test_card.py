@@ -84,6 +84,13 @@ def test_facts():
     assert "revision | not known" in str(model_card(replace(plan, model=replace(HUB_MODEL, revision=None))))
 
 
+def test_many_layers_are_shortened():
+    model = replace(MODEL, layers=13)
+    for layers, end in ((12, ", 11"), (13, ", 11 ...")):
+        facts = table(model_card(plan_of([("ffn", layer, 0) for layer in range(layers)], model=model)), "")
+        assert next(row[1] for row in facts if row[0] == "site ffn").endswith(end)
+
+
 def test_the_most_important_aus():
     rows = table(model_card(PLAN), "site")
     assert [row[:3] for row in rows] == [[site, str(layer), str(index)] for site, layer, index in PLAN.keys()]  # noqa: SIM118

@@ -54,6 +54,16 @@ def test_a_checkpoint(base, tmp_path):
         torch.testing.assert_close(logits(found, BATCH), logits(model, BATCH), rtol=1e-4, atol=1e-5)
 
 
+def test_biases_that_vllm_s_own_code_leaves_out(tmp_path):
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path / "base")
+    random_plan(model, "attention", 5, "shift").save_pretrained(tmp_path / "plan")
+    out = tmp_path / "out"
+    result = run("checkpoint", tmp_path / "plan", "-m", tmp_path / "base", "--out", out, "--quiet")
+    assert "may leave them out without a word" in " ".join(result.stderr.split())
+    assert result.stdout.splitlines()[-1] == f"next: vllm serve {out} --model-impl transformers"
+
+
 def test_a_checkpoint_as_json(base, tmp_path):
     plan(base, "ffn", "scale").save_pretrained(tmp_path / "plan")
     for copy in ([], ["--copy"]):
@@ -95,6 +105,12 @@ def test_gguf(base, tmp_path):
             "bytes": out.stat().st_size,
             "alphas": [3.0],
         }
+    run(
+        "gguf", tmp_path / "scale", "-m", base, "-o", out, "--force", "--dtype", "float16", "--architecture", "mistral3"
+    )
+    reader = gguf.GGUFReader(out)
+    assert {t.tensor_type.name for t in reader.tensors} == {"F16"}
+    assert reader.fields["general.architecture"].contents() == "mistral3"
 
 
 @pytest.mark.parametrize("command, out", [("checkpoint", "out"), ("gguf", "out.gguf")])

@@ -101,6 +101,8 @@ def test_options(place, tmp_path):
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["rank_pattern"] and config["lora_bias"]
     assert "next: peft.PeftModel.from_pretrained(model" in text
+    text = run(place / "kind", "-m", place / "tiny", "-o", out, "--force", "--rank", 16, "--quiet")
+    assert "--enable-lora --lora-modules" in text, "vLLM's own default is enough"
     text = run(place / "kind", "-m", place / "tiny", "-o", out, "--force", "--rank", 513, "--quiet")
     assert "next: austeer export checkpoint (vLLM takes ranks up to 512), or PEFT" in text
 

@@ -114,12 +114,17 @@ def test_a_plan_of_the_hub_goes_to_another_name(hub):
         (("cache", "user/kind"), "no such file; expected an austeer-plan file"),
         (("kind", "user/kind", "--card", "none.md"), "none.md: cannot be read as text"),
         (("kind", "user/kind", "--card", f"kind/{FILE_NAME}"), "cannot be read as text"),
+        (
+            ("kind", "user/kind", "--card", "mine.md", "--license", "mit"),
+            "license: found 'mit' beside a card of your own",
+        ),
         (("kind", "user/kind", "--revision", "a b"), "revision: found 'a b'"),
         (("kind", "user/kind", "--license", "no-such-license"), "Invalid metadata in README.md"),
     ],
 )
 def test_bad_input(hub, tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "mine.md").write_text("# Mine")
     assert message in fails("push", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     for repository in hub.repositories.values():
         assert not any(FILE_NAME in files for files in repository.commits.values())

@@ -103,7 +103,26 @@ def test_the_families_that_vllm_reads_have_such_settings():
     assert set(READ_BY_VLLM) <= SETTINGS.keys()
 
 
-def test_a_setting_that_changes_more_than_biases_is_not_taken(monkeypatch):
+def with_a_norm(mlp):
+    mlp.norm = torch.nn.LayerNorm(32, elementwise_affine=False)
+
+
+def with_fewer_parameters(mlp):
+    del mlp.down_proj.scale
+
+
+def with_another_parameter(mlp):
+    mlp.down_proj.other = torch.nn.Parameter(torch.ones(32))
+
+
+def with_a_bias_that_is_no_linear_layer_s(mlp):
+    mlp.act_fn.bias = torch.nn.Parameter(torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    "change", [with_a_norm, with_fewer_parameters, with_another_parameter, with_a_bias_that_is_no_linear_layer_s]
+)
+def test_a_setting_that_changes_more_than_biases_is_not_taken(change, monkeypatch):
     model = tiny_model("llama")
     edits = edits_of(model, [(random_plan(model, "ffn", 5, "shift"), 1.0)])
     assert new_biases(model, model.config, edits).settings == ("mlp_bias",)
@@ -111,11 +130,13 @@ def test_a_setting_that_changes_more_than_biases_is_not_taken(monkeypatch):
 
     init = modeling_llama.LlamaMLP.__init__
 
-    def with_a_norm(self, config):
+    def changed(self, config):
         init(self, config)
+        self.down_proj.scale = torch.nn.Parameter(torch.ones(32))
         if config.mlp_bias:
-            self.norm = torch.nn.LayerNorm(config.hidden_size)
+            change(self)
 
-    monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", with_a_norm)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", changed)
+    model = tiny_model("llama")
     with pytest.raises(ExportError, match="no setting of the config of 'llama' gives it one"):
         new_biases(model, model.config, edits)

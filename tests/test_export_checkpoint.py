@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import austeer
 from austeer.export.checkpoint import export_checkpoint
-from austeer.export.edits import digest
+from austeer.export.edits import ExportWarning, digest
 from austeer.export.tensors import INDEX
 from austeer.sites import find_sites, layers_path
 from dense_formula import assert_unchanged, logits, random_plan, snapshot
@@ -96,6 +96,8 @@ def test_names_dtypes_and_all_other_tensors_stay(dtype, sharded, operation, tmp_
         assert all(key in load_file(out / file) for key, file in index["weight_map"].items())
         more = sum(after[key].nbytes for key in added)
         assert index["metadata"]["total_size"] == old["metadata"]["total_size"] + more
+        more //= dtype.itemsize
+        assert index["metadata"]["total_parameters"] == old["metadata"]["total_parameters"] + more
     assert loaded(out, model, dtype).dtype == dtype
 
 
@@ -156,6 +158,10 @@ def test_sums_of_plans_with_their_own_alphas(tmp_path):
         (-1.0, digest(b)),
         (0.6, digest(c)),
     ]
+    scales = a + c.with_operation("scale")
+    out = export_checkpoint(scales, tmp_path / "base", tmp_path / "each", alpha={"ffn": 2.0, "attention": 0.6})
+    wanted = expected(model, (a, 2.0), (c.with_operation("scale"), 0.6))
+    assert_steered(model, logits(loaded(out, model), BATCH), wanted)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
@@ -181,14 +187,30 @@ def test_what_goes_along_and_what_does_not(tmp_path):
         "vocab.txt",
         "tokenizer.model",
         "LICENSE",
+        "NOTICE",
+        "modeling_x.py",
+        "x.tiktoken",
     ]
-    left = ["README.md", "params.json", "consolidated.safetensors", "pytorch_model.bin", "other.index.json", "a.gguf"]
+    left = [
+        "README.md",
+        "adapter_config.json",
+        "params.json",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "other.index.json",
+        "a.gguf",
+    ]
     for name in along + left:
         (base / name).write_text(f'{{"{name}": 1}}')
+    templates = "additional_chat_templates"
+    (base / templates).mkdir()
+    (base / templates / "rag.jinja").write_text("1")
+    (base / "original").mkdir()
     plan = random_plan(model, "ffn", 10)
     out = export_checkpoint(plan, base, tmp_path / "out")
     own = ["config.json", "generation_config.json", "model.safetensors", "austeer.json"]
-    assert sorted(file.name for file in out.iterdir()) == sorted(along + own)
+    assert sorted(file.name for file in out.iterdir()) == sorted([*along, *own, templates])
+    along.append(f"{templates}/rag.jinja")
     for name in [*along, "config.json", "generation_config.json"]:
         assert (out / name).read_bytes() == (base / name).read_bytes()
 
@@ -260,5 +282,20 @@ def test_a_model_in_memory(family, offloaded, tmp_path):
     out = export_checkpoint(plan, given, tmp_path / "out", alpha=1.5)
     assert_steered(model, logits(loaded(out, model), BATCH), wanted)
     assert sorted(file.name for file in tmp_path.iterdir()) == [*there, "out"] and not (out / ".source").exists()
+    assert record(out)["model"] == (given.config._name_or_path or type(given).__name__)
     if not offloaded:
         assert_unchanged(given, before)
+
+
+@pytest.mark.filterwarnings("default::austeer.export.edits.ExportWarning")
+def test_a_plan_of_another_model_is_warned_of(tmp_path, recwarn):
+    model = tiny_model("llama")
+    base = saved(model, tmp_path / "tiny")
+    model.config._name_or_path = "someone/tiny"
+    plan = random_plan(model, "ffn", 5)
+    for name, warns in (("tiny", False), ("other", True)):
+        for given, called in ((base, str(base)), (model, "someone/tiny")):
+            recwarn.clear()
+            export_checkpoint(replace(plan, model=replace(plan.model, name=name)), given, tmp_path / "out", force=True)
+            found = [str(w.message) for w in recwarn if w.category is ExportWarning]
+            assert [f"measured on other and is exported for {called}, " in text for text in found] == [True] * warns

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import austeer
 from austeer.errors import PlanError
 from austeer.export.checkpoint import export_checkpoint
 from austeer.export.edits import ExportError
+from austeer.export.tensors import INDEX
 from dense_formula import logits, random_plan
 from tiny_checkpoints import BATCH, assert_steered, expected, loaded, saved
 from tiny_models import tiny_model
@@ -73,10 +75,48 @@ def test_an_output_that_is_there(base, tmp_path):
     assert [file.name for file in out.iterdir()] == ["mine"]
     export_checkpoint(plan, base, out, force=True)
     assert not (out / "mine").exists() and (out / "model.safetensors").exists()
-    for place in (base, tmp_path, base / ".." / "base"):
+    again = export_checkpoint(plan, out, tmp_path / "again")
+    before = sorted(tmp_path.rglob("*"))
+    loaded_ = AutoModelForCausalLM.from_pretrained(out)
+    for source, place in (
+        *((base, place) for place in (base, tmp_path, base / ".." / "base", base / "config.json")),
+        *((out, out / "model.safetensors"), (out, out), (loaded_, out)),
+    ):
         with pytest.raises(ExportError, match="holds the model that is read"):
-            export_checkpoint(plan, base, place, force=True)
-    assert (base / "model.safetensors").exists()
+            export_checkpoint(plan, source, place, force=True)
+    with pytest.raises(ExportError, match=r"found 'config\.json' in it and no austeer"):
+        export_checkpoint(plan, out, base, force=True)
+    assert sorted(tmp_path.rglob("*")) == before and (base / "model.safetensors").is_file()
+    export_checkpoint(plan, base, again, force=True)
+
+
+def test_the_hub_s_cache_is_not_replaced(tmp_path):
+    model, folder = tiny_model("llama"), tmp_path / "snapshots" / "main"
+    blobs = saved(model, tmp_path / "blobs")
+    folder.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (folder / file.name).symlink_to(file)
+    (blobs / "config.json").rename(tmp_path / "config.json")
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(ExportError, match="holds the model that is read"):
+        export_checkpoint(random_plan(model, "ffn", 5), folder, blobs, force=True)
+    assert (blobs / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_an_index_that_names_files_elsewhere(relative, tmp_path):
+    model = tiny_model("llama")
+    base = saved(model, tmp_path / "base", max_shard_size="20KB")
+    index = json.loads((base / INDEX).read_text())
+    first = min(index["weight_map"].values())
+    (base / first).rename(tmp_path / "elsewhere.safetensors")
+    name = "../elsewhere.safetensors" if relative else str(tmp_path / "elsewhere.safetensors")
+    index["weight_map"] = {key: name if file == first else file for key, file in index["weight_map"].items()}
+    (base / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ExportError, match=r"index.json: found '.*elsewhere.safetensors', expected files below its own"):
+        export_checkpoint(random_plan(model, "ffn", 5), base, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
 
 
 def test_no_space(base, tmp_path, monkeypatch):
@@ -84,6 +124,8 @@ def test_no_space(base, tmp_path, monkeypatch):
     plan = random_plan(tiny_model("llama"), "ffn", 5)
     with pytest.raises(ExportError, match=r"needs 0.1 MB and .* has 0.1 MB left|needs 0.\d MB and"):
         export_checkpoint(plan, base, tmp_path / "out")
+    with pytest.raises(ExportError, match=r"needs 0.3 MB and"):  # saved first, then folded
+        export_checkpoint(plan, tiny_model("llama"), tmp_path / "out")
     assert untouched(tmp_path)
     shards = saved(tiny_model("llama"), tmp_path / "shards", max_shard_size="20KB")
     export_checkpoint(plan.top(1), shards, tmp_path / "out")  # what is linked needs none
@@ -140,27 +182,16 @@ def slow(*args):
     write(*args)
     print("writing", flush=True)
     time.sleep(60)
-if sys.argv[4] == "kill":
-    rewrite._write = slow
-else:
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-try:
-    export_checkpoint(Plan.from_pretrained(sys.argv[1]), sys.argv[2], sys.argv[3])
-except Exception as error:
-    print(type(error).__name__, error)
+rewrite._write = slow
+export_checkpoint(Plan.from_pretrained(sys.argv[1]), sys.argv[2], sys.argv[3])
 """
-
-
-def run(plan, base, out, how):
-    command = [sys.executable, "-c", WRITE, str(plan), str(base), str(out), how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_killed_export_leaves_nothing_that_loads(base, tmp_path):
     model = tiny_model("llama")
     plan, out = random_plan(model, "ffn", 5), tmp_path / "out"
-    process = run(plan.save_pretrained(tmp_path / "plan"), base, out, "kill")
+    command = [sys.executable, "-c", WRITE, *map(str, (plan.save_pretrained(tmp_path / "plan"), base, out))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "writing\n"
     finally:
@@ -178,10 +209,14 @@ def test_a_killed_export_leaves_nothing_that_loads(base, tmp_path):
 
 def test_a_disk_that_fills_up(base, tmp_path):
     assert (base / "model.safetensors").stat().st_size > 60_000
-    plan = random_plan(tiny_model("llama"), "ffn", 5).save_pretrained(tmp_path / "plan")
-    found, _ = run(plan, base, tmp_path / "out", "full").communicate(timeout=300)
-    assert found.startswith("ExportError") and "cannot be written (File too large)" in found
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "plan"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
+    try:
+        with pytest.raises(ExportError, match=r"cannot be written \(File too large\)"):
+            export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert untouched(tmp_path)
 
 
 def test_models_in_memory_that_are_refused(tmp_path):
@@ -196,4 +231,12 @@ def test_models_in_memory_that_are_refused(tmp_path):
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     with pytest.raises(ExportError, match=r"PEFT's wrapper.*merge_and_unload"):
         export_checkpoint(plan, wrapped, tmp_path / "out")
+    adapted = tiny_model("llama")
+    adapted.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))  # saved, it would be the adapter alone
+    with pytest.raises(ExportError, match=r"found one with PEFT adapters, expected a plain one"):
+        export_checkpoint(plan, adapted, tmp_path / "out")
+    unsaved = tiny_model("llama")
+    unsaved.generation_config.temperature = 0.5  # which only sampling reads
+    with pytest.raises(ExportError, match=r"Transformers cannot save it \(GenerationConfig is invalid: .*temperature"):
+        export_checkpoint(plan, unsaved, tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["offloaded"]

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from austeer import PlanError
 from austeer.export.edits import (
@@ -175,6 +176,25 @@ def test_a_wrapped_layer_is_refused(model):
         edits_of(wrapped.get_base_model(), [(plan, 1.0)])
 
 
+@pytest.mark.parametrize("kind", ["pruned", "normalised", "bias"])
+def test_weights_that_are_made_anew_are_refused(kind):
+    model = tiny_model("llama", mlp_bias=True)
+    plan, layer = random_plan(model, "ffn", 60), model.model.layers[1].mlp.down_proj
+    if kind == "normalised":
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(layer)
+    else:
+        prune.random_unstructured(layer, "bias" if kind == "bias" else "weight", amount=0.5)
+    name = "bias" if kind == "bias" else "weight"
+    with pytest.raises(
+        ExportError, match=rf"layers\.1\.mlp\.down_proj: found a {name} that is made anew at each .*prun"
+    ):
+        edits_of(model, [(plan, 1.0)])
+    if kind == "pruned":
+        prune.remove(layer, "weight")
+        assert edits_of(model, [(plan, 1.0)])
+
+
 class Doubled(nn.Module):
     """An MLP of an unknown family that does more to its output than its projection does."""
 
@@ -206,6 +226,8 @@ def test_plans_are_given_alone_or_together_with_alphas_or_without(model):
     assert with_alphas(a, 2) == [(a, 2.0)]
     assert with_alphas([a, (b, np.float32(0.5))], 2.0) == [(a, 2.0), (b, 0.5)]
     assert with_alphas((a, b), 3) == [(a, 3.0), (b, 3.0)]
+    assert with_alphas([a + b], {"ffn": 2, "attention": -1}) == [(a, 2.0), (b, -1.0)]
+    assert with_alphas([(a, {"ffn": 2}), b], 3) == [(a, 2.0), (b, 3.0)]
 
 
 @pytest.mark.parametrize(
@@ -218,18 +240,19 @@ def test_plans_are_given_alone_or_together_with_alphas_or_without(model):
         (..., "2", "alpha: found '2', expected a finite number"),
         (..., True, "alpha: found True, expected a finite number"),
         (..., None, "alpha: found None, expected a finite number"),
+        (..., float("nan"), "alpha: found nan, expected a finite number"),
+        (..., float("-inf"), "alpha: found -inf, expected a finite number"),
+        (..., 1e39, "alpha: found 1e+39, expected a finite number"),
+        (..., 10**400, "alpha: found 1000"),
+        (..., {"ffn": 1e39}, "alpha: found 1e+39, expected a finite number"),
+        (..., {"ffn": 1.0, "layer": 1.0}, "alpha: found sites ['ffn', 'layer'], expected ['ffn']"),
+        (..., {}, "alpha: found sites [], expected ['ffn']"),
     ],
 )
 def test_bad_plans_and_alphas_are_named(model, plans, alpha, reason):
     plans = random_plan(model, "ffn", 3) if plans is ... else plans
     with pytest.raises(PlanError, match=re.escape(reason)):
         with_alphas(plans, alpha)
-
-
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e39])
-def test_an_alpha_that_is_no_float32_is_refused(model, alpha):
-    with pytest.raises(PlanError, match=r"alpha: found .*, expected a finite number"):
-        edits_of(model, [(random_plan(model, "ffn", 3), alpha)])
 
 
 def test_another_name_of_the_model_is_a_warning(model, recwarn):

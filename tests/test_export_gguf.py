@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import gguf
@@ -13,10 +14,12 @@ from austeer.errors import PlanError
 from austeer.export.architectures import ARCHITECTURES
 from austeer.export.checkpoint import export_checkpoint
 from austeer.export.control_vector import ADDED_AS_IT_IS
-from austeer.export.edits import ExportError, digest
+from austeer.export.edits import ExportError, ExportWarning, digest
 from austeer.export.gguf import export_gguf
 from austeer.linear import weights_of
+from austeer.models import DEMO_ID
 from austeer.sites import find_sites, text_config
+from austeer.skeleton import load_config, skeleton
 from dense_formula import formula_logits, logits, random_plan
 from tiny_models import FAMILIES, tiny_model
 
@@ -106,12 +109,23 @@ def test_the_file(dtype, tmp_path):
     assert [(p["digest"], p["alpha"]) for p in plans] == [(digest(a), 2.0), (digest(b), -1.0)]
     ranks = {t.shape[0] for name, t in tensors.items() if name.endswith("lora_a")}
     assert ranks == {int(fields["adapter.lora.alpha"])}  # one for all: a reader that knows one factor is right, too
+    places = Counter((site, layer) for site, layer, _ in {*a.keys(), *b.keys()})
+    assert ranks == {max(places.values())}  # and no larger than it has to be
 
 
 def test_a_vision_tower_beside_it(tmp_path):
     model = tiny_model("qwen2_vl")
     _, tensors = read(export_gguf(random_plan(model, "attention", 60), model, tmp_path / "a.gguf"))
     assert {name.rpartition(".")[0] for name in tensors} == {f"blk.{n}.attn_output.weight" for n in range(3)}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_model_without_its_head(family, tmp_path):
+    model = tiny_model(family)
+    plan = random_plan(model, "attention", 20)
+    _, whole = read(export_gguf(plan, model, tmp_path / "a.gguf"))
+    _, bare = read(export_gguf(plan, model.base_model, tmp_path / "b.gguf"))
+    assert whole.keys() == bare.keys() and all(torch.equal(whole[name], bare[name]) for name in whole)
 
 
 # --- control vectors -------------------------------------------------------------------------------------------------
@@ -153,7 +167,7 @@ def reweighted(family):
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_a_shift_is_a_control_vector(family, tmp_path):
     model = reweighted(family)
-    for site in ("layer", "ffn"):
+    for site in ("layer", "ffn") if family in ("llama", "gpt2") else ("ffn",):
         plan = shifted(model, site)
         file = tmp_path / f"{site}.gguf"
         if site == "ffn" and family not in ADDED_AS_IT_IS:
@@ -198,6 +212,13 @@ def test_a_control_vector_needs_no_weights(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.filterwarnings("error::austeer.export.edits.ExportWarning")
+def test_the_demo_model_has_its_own_name(tmp_path):
+    plan = shifted(skeleton(load_config("demo"), torch.float32), "layer")
+    fields, _ = read(export_gguf(plan, "demo", tmp_path / "a.gguf"))
+    assert fields["austeer.model"] == DEMO_ID
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -232,9 +253,34 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert (tmp_path / "a.gguf").read_bytes() == before
     export_gguf(shift, model, tmp_path / "a.gguf", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    for plan in (scale, shift):
+        with pytest.raises(ExportError, match="found a folder, expected an earlier export"):
+            export_gguf(plan, model, tmp_path, force=True)
+        with pytest.raises(ExportError, match="found a file that austeer did not write"):
+            export_gguf(plan, model, tmp_path / "model.gguf", force=True)
+        export_gguf(plan, model, tmp_path / "a.gguf", force=True)
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
+        for plan in (scale, shift):
+            with pytest.raises(ExportError, match=r"b.gguf: needs 0\.0 MB and"):
+                export_gguf(plan, model, tmp_path / "b.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ExportError, match=r"pip install 'austeer\[gguf\]'"):
         export_gguf(scale, model, tmp_path / "b.gguf")
+
+
+@pytest.mark.parametrize("operation", ["scale", "shift"])
+@pytest.mark.filterwarnings("default::austeer.export.edits.ExportWarning")
+def test_a_plan_of_another_model_is_warned_of(operation, tmp_path, recwarn):
+    model = tiny_model("llama")
+    model.config._name_or_path = "someone/tiny"
+    plan = shifted(model, "ffn").with_operation(operation)
+    for number, (name, warns) in enumerate((("tiny", False), ("other", True))):
+        recwarn.clear()
+        export_gguf(replace(plan, model=replace(plan.model, name=name)), model, tmp_path / f"{number}.gguf")
+        found = [str(w.message) for w in recwarn if w.category is ExportWarning]
+        assert ["measured on other and is exported for someone/tiny" in text for text in found] == [True] * warns
 
 
 def test_another_name_of_the_architecture(tmp_path):

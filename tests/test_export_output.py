@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from austeer.export import output
 from austeer.export.edits import ExportError
-from austeer.export.output import check_output, staged, staged_file
+from austeer.export.output import RECORD, check_output, check_replaced, nearest_folder, staged, staged_file
 
 
 def names(folder):
@@ -98,14 +99,62 @@ def test_what_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ExportError, match="is the working directory or above it"):
             check_output(place, True, 0)
     assert names(tmp_path) == ["file", "here"]
+    assert nearest_folder(tmp_path / ("x" * 300) / "out") == tmp_path
+    assert nearest_folder(type(tmp_path)("/")) == type(tmp_path)("/")
+    long = check_output(tmp_path / ("x" * 300), False, 0)  # what cannot be looked for is not there
+    with pytest.raises(ExportError, match=r"cannot be written \(File name too long\)"), staged(long):
+        pass
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ExportError, match="not writable"):
         check_output(tmp_path / "out", False, 0)
 
 
-def test_a_full_disk_is_called_that(tmp_path):
+def test_force_replaces_exports_and_nothing_dearer(tmp_path, monkeypatch):
+    out, file = tmp_path / "out", tmp_path / "file"
+    check_replaced(out)
+    out.mkdir()
+    file.write_bytes(b"GGUF of someone")
+    (out / "notes.txt").touch()
+    check_replaced(out)
+    for name, make in (("config.json", "touch"), ("below", "mkdir")):
+        getattr(out / name, make)()
+        with pytest.raises(ExportError, match=f"out: found '{name}' in it and no austeer.json, expected an earlier ex"):
+            check_replaced(out)
+        (out / RECORD).touch()
+        check_replaced(out)
+        (out / RECORD).unlink()
+        (out / name).rename(tmp_path / name)
+    for place, kind, found in (
+        (out, True, "a folder"),
+        (file, False, "a file,"),
+        (file, True, "a file that austeer did"),
+    ):
+        with pytest.raises(ExportError, match=f"found {found}"):
+            check_replaced(place, file=kind)
+    file.write_bytes(b"GGUF austeer.version")
+    check_replaced(file, file=True)
+    (tmp_path / "link").symlink_to(out)  # only the link would go
+    (out / "config.json").touch()
+    check_replaced(tmp_path / "link")
+    for read in (out, out / "config.json", tmp_path / "link"):
+        for place in (out, tmp_path):
+            with pytest.raises(ExportError, match="holds the model that is read"):
+                check_replaced(place, [file, read])
+    monkeypatch.setattr(type(out), "iterdir", lambda self: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    with pytest.raises(ExportError, match=r"found something that cannot be read \(Permission denied\)"):
+        check_replaced(out)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_called_that(error, tmp_path):
     with pytest.raises(ExportError, match="no space left on the device"), staged(tmp_path / "out"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     assert names(tmp_path) == []
 
 

@@ -373,10 +373,11 @@ def test_exact_ranks_of_experts(family, tmp_path):
     close(logits(adapter, IDS), formula_logits(model, IDS, plan, ALPHA))
 
 
-def test_more_aus_than_a_matrix_has_rank_take_no_more_than_it_has(tmp_path):
-    model = double("llama", intermediate_size=20)  # of 32 outputs and 20 inputs
+@pytest.mark.parametrize("inputs", [20, 48])
+def test_more_aus_than_a_matrix_has_rank_take_no_more_than_it_has(inputs, tmp_path):
+    model = double("llama", intermediate_size=inputs)  # of 32 outputs
     plan = random_plan(model, ("ffn", "neuron"), 55)
     export_lora(plan, model, tmp_path / "a", alpha=ALPHA)
     adapter = load(model, tmp_path / "a")
-    assert adapter.peft_config["default"].r == 20
+    assert adapter.peft_config["default"].r == min(inputs, 32)
     close(logits(adapter, IDS), formula_logits(model, IDS, plan, ALPHA))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import peft
 import pytest
@@ -95,6 +96,14 @@ def test_the_demo_has_its_name(demo):
     assert torch.equal(weights.get(name), demo[0].get_parameter(name))
 
 
+def test_a_checkpoint_of_the_model_without_its_head(model, tmp_path):
+    model.model.save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    stored = StoredWeights(tmp_path)
+    assert name.removeprefix("model.") in stored.keys
+    assert torch.equal(stored.get(name), model.get_parameter(name))
+
+
 def test_a_bias_may_be_missing(model):
     weights = LoadedWeights(model)
     assert weights.optional("model.layers.0.mlp.down_proj.bias") is None
@@ -151,6 +160,32 @@ def test_a_missing_tensor_is_named(folder):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ExportError, match=rf"found no tensor for {name} in its safetensors files; they are incomplete"):
         StoredWeights(folder).get(name)
+
+
+@pytest.mark.parametrize("shape", [(32, 5), (32, 60), (48, 32), (32,)])
+def test_a_tensor_of_another_shape_is_refused(shape, folder):
+    """Its rows and columns would be those of other AUs, or none."""
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert tensors[name].shape == (32, 48)
+    tensors[name] = torch.zeros(shape)
+    save_file(tensors, folder / "model.safetensors")
+    found = re.escape(f"found {name} of shape {list(shape)}, expected [32, 48] by its config.json; they are of two")
+    with pytest.raises(ExportError, match=found):
+        StoredWeights(folder).get(name)
+
+
+def test_a_missing_expert_is_noticed(tmp_path):
+    """The experts behind it would each take the place of the one before."""
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: t for k, t in tensors.items() if ".0.block_sparse_moe.experts.1." not in k}, tmp_path / "model.safetensors"
+    )
+    stored = StoredWeights(tmp_path)
+    with pytest.raises(ExportError, match=r"found 3 experts' tensors for model\.layers\.0\..*, expected 4; its files"):
+        stored.get("model.layers.0.mlp.experts.down_proj")
+    assert len(stored.get("model.layers.1.mlp.experts.down_proj")) == 4
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "index", "none"])

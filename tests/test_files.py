@@ -2,11 +2,13 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from austeer import FileFormatError, files
@@ -59,6 +61,21 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         with pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError)):
             files.write(path, "kind", 1, header, tensors)
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error, raised",
+    [(KeyboardInterrupt("stopped"), KeyboardInterrupt), (SafetensorError("I/O error: No space left"), FileFormatError)],
+)
+def test_a_broken_off_write_leaves_nothing(tmp_path, monkeypatch, error, raised):
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(files, "save_file", fail)
+    with pytest.raises(raised, match=r"stopped|cannot be written \(I/O error: No space left\)"):
+        files.write(tmp_path / "a", "kind", 1, {}, random_tensors(1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_write_onto_a_folder_leaves_nothing_behind(tmp_path):

@@ -136,6 +136,14 @@ def test_neither_in_the_cache_nor_to_be_had(hub, away, how):
         Plan.from_pretrained(ID, revision="v1", **how)
 
 
+def test_no_branch_is_made_for_a_pull_request(hub):
+    PLAN.push_to_hub(ID)
+    hub.requests.clear()
+    with pytest.raises(HubError, match="refs/pr/9"):
+        PLAN.push_to_hub(ID, revision="refs/pr/9")
+    assert hub.requests and not any("/branch/" in path for _, path in hub.requests)
+
+
 def test_offline_mode(hub, monkeypatch):
     PLAN.push_to_hub(ID)
     Plan.from_pretrained(ID)
@@ -144,7 +152,7 @@ def test_offline_mode(hub, monkeypatch):
     assert Plan.from_pretrained(ID) == PLAN
     with pytest.raises(HubError, match=r"user/other: no such folder here.*offline mode is enabled"):
         Plan.from_pretrained("user/other")
-    with pytest.raises(HubError, match=r"user/other: .*offline mode is enabled"):
+    with pytest.raises(HubError, match=r"user/other: .*offline mode is enabled.*[^.]\. Check the connection"):
         PLAN.push_to_hub("user/other")
     assert not hub.requests
 

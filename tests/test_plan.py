@@ -140,6 +140,7 @@ def test_evidence_is_of_this_very_plan():
         assert changed.evidence is None
     other = plan_of([("ffn", 1, 1)]).with_evidence(EVIDENCE)
     assert (known + other).evidence is None
+    assert (PLAN.top(1).with_evidence(EVIDENCE) + other).evidence is None, "in their order"
 
 
 def test_evidence_for_other_sites_is_refused():

@@ -155,11 +155,15 @@ def test_every_older_version_has_a_migration():
     assert sorted(plan_files.MIGRATIONS) == list(range(1, VERSION))
 
 
-def test_a_file_of_version_1_has_no_later_fields(tmp_path):
+@pytest.mark.parametrize(
+    "field, found",
+    [("colour", r"found the fields \['chat_template', 'colour'"), ("evidence", "found the field 'evidence'")],
+)
+def test_a_file_of_version_1_has_no_later_fields(tmp_path, field, found):
     metadata, columns = parts_of(VERSION_1.read_bytes())
-    header = {**json.loads(metadata["header"]), "colour": "red"}
+    header = {**json.loads(metadata["header"]), field: EVIDENCE.to_json()}
     (tmp_path / FILE_NAME).write_bytes(sealed(json.dumps(header), columns, version="1"))
-    with pytest.raises(FileFormatError, match=r"inconsistent content \(found the fields \['chat_template', 'colour'"):
+    with pytest.raises(FileFormatError, match=rf"inconsistent content \({found}"):
         Plan.from_pretrained(tmp_path)
 
 

@@ -47,8 +47,7 @@ def lora(
     """
     from ..export import export_lora
     from ..export.adapter import CONFIG, TENSORS, vllm_rank
-    from ..export.lora import RECORD
-    from ..export.output import gigabytes
+    from ..export.output import RECORD, gigabytes
 
     with warnings_as_notes():
         export_lora(
@@ -96,7 +95,7 @@ def _next(found: dict[str, Any], peft_only: bool) -> str:
     if limit is None:
         return f"austeer export checkpoint (vLLM takes ranks up to {VLLM_RANKS[-1]}), or PEFT"
     more = f" --max-lora-rank {limit}" if limit > VLLM_DEFAULT_RANK else ""
-    module = shlex.quote(f"{out.resolve().name}={out}")
+    module = shlex.quote(f"{out.name}={out}")
     return f"vllm serve {shlex.quote(found['model'])} --enable-lora{more} --lora-modules {module}"
 
 

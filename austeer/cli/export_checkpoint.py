@@ -11,13 +11,15 @@ import typer
 from .common import Json, Model, Quiet, console, emit, note
 from .export_options import Alphas, Force, Out, Plans, read_plans, warnings_as_notes
 
+_COPY = "Copy files that stay as they are; linked otherwise: one file on disk under two names."
+
 
 def checkpoint(
     plan: Plans,
     model: Model,
     out: Out,
     alpha: Alphas = None,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy files that stay as they are; linked otherwise.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help=_COPY)] = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -28,8 +30,9 @@ def checkpoint(
 
     Example: `austeer export checkpoint plans/kind --model meta-llama/Llama-3.1-8B-Instruct --alpha 8 --out kind-8b`
     """
-    from ..export.checkpoint import RECORD, export_checkpoint
-    from ..export.output import gigabytes
+    from ..export.biases import READ_BY_VLLM
+    from ..export.checkpoint import export_checkpoint
+    from ..export.output import RECORD, gigabytes
     from ..export.tensors import INDEX
 
     with warnings_as_notes():
@@ -55,10 +58,12 @@ def checkpoint(
     if json:
         emit(found)
         return
+    family = record["plans"][0]["model"]["model_type"]
+    unread = " --model-impl transformers" if found["settings"] and family not in READ_BY_VLLM else ""
     biases = f", new biases ({', '.join(found['settings'])})" if found["settings"] else ""
     console.print(
         f"{len(files)} files, {found['linked']} of them linked, {gigabytes(found['bytes'])} written{biases}\n"
         f"wrote {out}\n"
-        f"next: vllm serve {shlex.quote(str(out))}",
+        f"next: vllm serve {shlex.quote(str(out))}{unread}",
         markup=False,
     )

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,20 +16,20 @@ from torch import Tensor, nn
 from ..plan import Plan
 from ..progress import Progress
 from .biases import NewBiases, new_biases, warn_of_unread
-from .checkpoint_files import RECORD, along, read_json, write_json
-from .edits import Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
+from .checkpoint_files import along, read_json, write_json
+from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
 from .folding import folded_bias, folded_weight
-from .output import check_output, nearest_folder, staged
+from .output import RECORD, check_output, check_replaced, nearest_folder, staged
 from .rewrite import DTYPES, Entry, Header, link_or_copy, read_header, rewrite
 from .tensors import INDEX, LoadedWeights, Piece, StoredWeights, weights_of_model
 
 
 def export_checkpoint(
-    plans: Plan | Sequence[Plan | tuple[Plan, float]],
+    plans: Plan | Sequence[Plan | tuple[Plan, Alpha]],
     model: nn.Module | str | Path,
     out: str | Path,
     *,
-    alpha: float = 1.0,
+    alpha: Alpha = 1.0,
     force: bool = False,
     link: bool = True,
     progress: bool | None = None,
@@ -45,8 +46,11 @@ def export_checkpoint(
         plans: a plan, or several whose effects are summed, each perhaps with its own alpha: ``[(a, 8.0), (b, 0.5)]``.
         model: a folder or Hub id, read from its safetensors files; or a model in memory, offloaded or not, which is
             saved first (its tokenizer is not known).
-        out: the folder to make. alpha: of plans that come without one.
-        force: replaces ``out``. link: links untouched files where the file system can; False copies them.
+        out: the folder to make.
+        alpha: of plans that come without one; a number, or one for each of a plan's sites.
+        force: replaces ``out``.
+        link: links untouched files where the file system can, so that what later writes into one of the two changes
+            both; False copies them.
         progress: shows a bar; by default if standard error is a terminal.
 
     Returns:
@@ -65,7 +69,8 @@ def export_checkpoint(
     with weights.opened():
         folding = _Folding(weights, pairs)
         needed = folding.bytes(link, Path(out))
-        out = _check_apart(check_output(out, force, needed), weights.folder)
+        out = check_output(out, force, needed)
+        check_replaced(out, (weights.folder, *folding.files, *along(weights.folder)))
         warn_of_another_model(pairs, weights.name)
         warn_of_unread(folding.biases, weights.config.get_text_config().model_type)
         with staged(out) as staging:
@@ -84,6 +89,11 @@ def _of_loaded(
         )
     loaded = LoadedWeights(model)
     network: Any = loaded.network
+    if getattr(network, "_hf_peft_config_loaded", False):  # save_pretrained would save the adapter alone
+        raise ExportError(
+            "model: found one with PEFT adapters, expected a plain one; merge them, or give the folder or Hub id of "
+            "its base"
+        )
     biases = new_biases(network, network.config, edits_of(network, pairs))  # errors come before it is saved
     if any(p.device.type == "meta" for p in network.parameters()) and not hasattr(network, "hf_device_map"):
         raise ExportError(
@@ -92,23 +102,23 @@ def _of_loaded(
         )
     size = sum(p.numel() * p.element_size() for p in network.parameters())
     out = check_output(out, force, 2 * size)
+    check_replaced(out, [Path(loaded.name)] if Path(loaded.name).exists() else [])
     warn_of_another_model(pairs, loaded.name)
     warn_of_unread(biases, network.config.get_text_config().model_type)
     with staged(out) as staging:
         source = staging / ".source"
-        network.save_pretrained(source, max_shard_size="5GB")  # what is offloaded is loaded a shard at a time
+        try:
+            network.save_pretrained(source, max_shard_size="5GB")  # what is offloaded is loaded a shard at a time
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+            raise ExportError(
+                f"model: Transformers cannot save it ({reason}); give its folder or Hub id, or mend what is named"
+            ) from error
         weights = StoredWeights(source)
         with weights.opened():
             weights.name = loaded.name
             _Folding(weights, pairs).write(staging, True, progress)
         shutil.rmtree(source)
-    return out
-
-
-def _check_apart(out: Path, folder: Path) -> Path:
-    place, source = out.resolve(), folder.resolve()
-    if place == source or source.is_relative_to(place):
-        raise ExportError(f"{out}: holds the model that is read; give another place")
     return out
 
 
@@ -124,6 +134,12 @@ class _Folding:
         self.edits = edits_of(weights.network, pairs)
         self.biases: NewBiases = new_biases(weights.network, weights.config, self.edits)
         self.files = sorted(set(weights.keys.values()))
+        for file in self.files:  # an index that names others would have us write beside the checkpoint
+            if not file.is_relative_to(weights.folder) or ".." in file.relative_to(weights.folder).parts:
+                raise ExportError(
+                    f"{weights.folder / INDEX}: found {str(file)!r}, expected files below its own folder; copy the "
+                    "checkpoint anew"
+                )
         self.headers = {file: read_header(file) for file in self.files}
         self.rewritten: dict[Path, dict[str, Entry]] = {}
         self.added: dict[str, Entry] = {}
@@ -146,10 +162,9 @@ class _Folding:
             if scales:
                 yield piece, Entry(shape, dtype, partial(self._weight, edit, piece))
         for bias in biases:
-            weight = pieces[0] if bias.expert is None else pieces[bias.expert]
             if edit.output is not None or edit.shifts:
-                shape, dtype = self._like(bias)
-                yield bias, Entry(shape, dtype, partial(self._bias, edit, weight, bias, dtype))
+                shape, dtype = self._like(bias)  # of experts' weights any will do: their inputs are not shifted
+                yield bias, Entry(shape, dtype, partial(self._bias, edit, pieces[0], bias, dtype))
 
     def _add_biases(self) -> None:
         shifting = {edit.path: edit for edit in self.edits}
@@ -160,13 +175,8 @@ class _Folding:
                 dtype = self._like(self._pieces(f"{self.edits[0].path}.{self.edits[0].weights.weight}")[0])[1]
                 self.added[name] = Entry(shape, dtype, partial(_zeros, shape, dtype))
                 continue
-            pieces = self._pieces(f"{path}.weight")
-            weight = pieces[0]
-            if len(pieces) > 1 or not weight.key.endswith(".weight"):
-                raise ExportError(
-                    f"{self.weights.name}: found {weight.key} for {path}.weight, so the place of a new bias is not "
-                    "known; load the model with Transformers, save_pretrained it, and give that folder"
-                )
+            (weight,) = self._pieces(f"{path}.weight")
+            assert weight.key.endswith(".weight"), weight.key
             dtype = self._like(weight)[1]
             edit = shifting.get(path)
             make = partial(_zeros, shape, dtype) if edit is None else partial(self._bias, edit, weight, None, dtype)
@@ -210,11 +220,10 @@ class _Folding:
         folder, record = self.weights.folder, self.record()
         metadata = {"austeer": json.dumps(record)}
         for file in along(folder):
-            shutil.copyfile(file, staging / file.name)
+            shutil.copyfile(file, _place(file, folder, staging))
         with Progress("folding", len(self.files), "files", progress) as bar:
             for file in self.files:
-                target = staging / file.relative_to(folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
+                target = _place(file, folder, staging)
                 if file in self.rewritten:
                     rewrite(file, target, self.rewritten[file], metadata)
                 else:
@@ -272,6 +281,13 @@ class _Folding:
         if (folder / RECORD).is_file():  # the model was a folded one already
             found["base"] = read_json(folder / RECORD)
         return found
+
+
+def _place(file: Path, folder: Path, staging: Path) -> Path:
+    """Where a file of the checkpoint is written; the folders above it are made."""
+    target = staging / file.relative_to(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

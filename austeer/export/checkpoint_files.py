@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .edits import ExportError
+from .output import RECORD
 from .tensors import INDEX
-
-#: What was folded in, beside the checkpoint's config.json.
-RECORD = "austeer.json"
 
 #: Of the files beside the weights, those that belong to the model; params.json is of Mistral's own format.
 _ALONG = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
@@ -19,9 +17,10 @@ _LEFT = ("params.json", "adapter_config.json", RECORD)
 
 def along(folder: Path) -> list[Path]:
     """The files beside the weights that belong to the model."""
+    here = (*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja"))
     return sorted(
         file
-        for file in folder.iterdir()
+        for file in here
         if file.is_file()
         and (file.suffix in _ALONG or file.name.startswith(("LICENSE", "NOTICE")))
         and file.name not in _LEFT

@@ -19,7 +19,7 @@ from ..steering import check_plan_fits
 from .architectures import ARCHITECTURES
 from .edits import ExportError, warn_of_another_model
 from .gguf_file import add, finish, writer_of
-from .output import check_output, staged_file
+from .output import check_output, check_replaced, staged_file
 
 #: Families whose decoder layers add the MLP's output to their own as it is, so that a shift of the one is a shift of
 #: the other: no norm behind the MLP, no factor.
@@ -42,6 +42,7 @@ def write_control_vector(
         network = skeleton(load_config(str(model)), torch.float32)
     directions = _directions(network, pairs)
     out = check_output(out, force, sum(vector.nbytes for vector in directions.values()))
+    check_replaced(out, file=True)
     warn_of_another_model(pairs, name)
     with staged_file(out) as path:
         writer = writer_of(path, "controlvector", name, pairs)

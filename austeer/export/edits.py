@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 
@@ -89,25 +89,43 @@ class Edit:
         return any(side is not None and side.shifts for side in (self.input, self.output))
 
 
-def with_alphas(plans: Plan | Sequence[Plan | tuple[Plan, float]], alpha: float) -> list[tuple[Plan, float]]:
+#: A strength, or one for each of a plan's sites by name.
+Alpha = float | Mapping[str, float]
+
+
+def with_alphas(plans: Plan | Sequence[Plan | tuple[Plan, Alpha]], alpha: Alpha) -> list[tuple[Plan, float]]:
     """Each plan with its strength: its own where it comes as a pair, otherwise ``alpha``.
 
+    A plan with a strength for each of its sites becomes one plan for each of them.
+
     Raises:
-        PlanError: something else than plans and numbers, or no plan.
+        PlanError: something else than plans and finite float32 numbers, no plan, or other sites than the plan's.
     """
     given = [plans] if isinstance(plans, Plan) else list(plans) if isinstance(plans, Sequence) else [plans]
     if not given:
         raise PlanError("plans: found none, expected at least one")
-    pairs = [one if isinstance(one, tuple) and len(one) == 2 else (one, alpha) for one in given]
-    for plan, strength in pairs:
+    found: list[tuple[Plan, float]] = []
+    for one in given:
+        plan, strength = one if isinstance(one, tuple) and len(one) == 2 else (one, alpha)
         if not isinstance(plan, Plan):
             raise PlanError(
                 f"plans: found {type(plan).__name__}, expected an austeer.Plan, or a sequence of plans or of pairs "
                 "(plan, alpha)"
             )
-        if not isinstance(strength, Real) or isinstance(strength, bool):
-            raise PlanError(f"alpha: found {strength!r}, expected a finite number")
-    return [(plan, float(strength)) for plan, strength in pairs]
+        if not isinstance(strength, Mapping):
+            found.append((plan, _number(strength)))
+            continue
+        if set(strength) != set(plan.sites):
+            raise PlanError(f"alpha: found sites {sorted(map(str, strength))}, expected {sorted(plan.sites)}")
+        found += [(plan.take(plan.of(site)), _number(value)) for site, value in strength.items()]
+    return found
+
+
+def _number(alpha: object) -> float:
+    largest = torch.finfo(torch.float32).max  # strengths are float32
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not abs(alpha) <= largest:  # type: ignore[operator]
+        raise PlanError(f"alpha: found {alpha!r}, expected a finite number")
+    return float(alpha)
 
 
 def warn_of_another_model(plans: Iterable[tuple[Plan, float]], name: str) -> None:
@@ -137,17 +155,14 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
 
     Args:
         model: its structure is read and nothing else; it may be on the meta device.
+        plans: as :func:`with_alphas` gives them.
 
     Raises:
-        PlanError: no plan, one for another model, or an alpha that is not finite.
+        PlanError: a plan for another model.
         ExportError: a plan that is no edit of weights (``push``, the site ``layer``), with the reason.
     """
-    if not plans:
-        raise PlanError("plans: found none, expected at least one")
     sites = find_sites(model, list(dict.fromkeys(name for plan, _ in plans for name in plan.sites)))
-    for plan, alpha in plans:
-        if not torch.isfinite(torch.tensor(alpha, dtype=torch.float32)):
-            raise PlanError(f"alpha: found {alpha!r}, expected a finite number")
+    for plan, _ in plans:
         check_plan_fits(plan, model, sites)
         _check_operation(plan)
     edits: dict[str, Edit] = {}
@@ -219,6 +234,12 @@ def _edit(model: nn.Module, site: Site, path: str) -> Edit:
             f"{path}: {weights}, expected a linear layer whose weights can be edited; give the unquantised, unwrapped "
             "model, or its name"
         )
+    for name in filter(None, (weights.weight, weights.bias)):
+        if name not in module._parameters and getattr(module, name) is not None:
+            raise ExportError(
+                f"{path}: found a {name} that is made anew at each forward pass (pruning, weight normalisation ...), "
+                "expected a parameter; make it permanent first, or give the unwrapped model"
+            )
     experts = getattr(module, weights.weight).dim() == 3
     return Edit(path, site.layer, weights, experts, mixture=site.projection is None)
 

@@ -16,20 +16,20 @@ from ..sites import find_sites, text_config
 from . import factors
 from .architectures import ARCHITECTURES
 from .control_vector import write_control_vector
-from .edits import Edit, ExportError, edits_of, warn_of_another_model, with_alphas
+from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
 from .gguf_file import add, finish, writer_of
-from .output import check_output, staged_file
+from .output import check_output, check_replaced, staged_file
 from .tensors import weights_of_model
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def export_gguf(
-    plans: Plan | Sequence[Plan | tuple[Plan, float]],
+    plans: Plan | Sequence[Plan | tuple[Plan, Alpha]],
     model: nn.Module | str | Path,
     out: str | Path,
     *,
-    alpha: float = 1.0,
+    alpha: Alpha = 1.0,
     dtype: str = "float32",
     architecture: str | None = None,
     force: bool = False,
@@ -46,7 +46,8 @@ def export_gguf(
         plans: a plan, or several whose effects are summed, each perhaps with its own alpha: ``[(a, 8.0), (b, 0.5)]``;
             all ``scale`` or all ``shift``.
         model: the model that the GGUF was converted from: a folder or Hub id, or a model in memory.
-        out: the file to make. alpha: of plans that come without one.
+        out: the file to make.
+        alpha: of plans that come without one; a number, or one for each of a plan's sites.
         dtype: of the adapter, "float32" or "float16"; control vectors are float32.
         architecture: what the model's GGUF calls its architecture, if it is not the one of the model's family.
         force: replaces ``out``.
@@ -103,6 +104,7 @@ def _lora(
     sizes = [getattr(network.get_submodule(e.path), e.weights.weight).shape for e in edits]
     needed = sum(dtype.itemsize * rank * (sum(s[-2:]) * (s[0] if len(s) == 3 else 1)) for s in sizes)
     out = check_output(out, force, needed)
+    check_replaced(out, file=True)
     warn_of_another_model(pairs, weights.name)
     with staged_file(out) as path:
         writer = writer_of(path, architecture, weights.name, pairs)

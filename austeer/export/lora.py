@@ -24,21 +24,19 @@ from ..progress import Progress
 from ..sites import SITE_NAMES, find_sites
 from . import factors
 from .adapter import CONFIG, PREFIX, TENSORS, Target, config_of, taken_for_experts, target_of, tensors_of
-from .edits import Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
-from .output import check_output, staged
-from .tensors import FLOATING, Weights, weights_of_model
+from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
+from .output import RECORD, check_output, check_replaced, staged
+from .tensors import FLOATING, StoredWeights, Weights, weights_of_model
 
-#: What was exported, beside the adapter's own files.
-RECORD = "austeer.json"
 _LARGEST_RANK = 1 << 20
 
 
 def export_lora(
-    plans: Plan | Sequence[Plan | tuple[Plan, float]],
+    plans: Plan | Sequence[Plan | tuple[Plan, Alpha]],
     model: nn.Module | str | Path,
     out: str | Path,
     *,
-    alpha: float = 1.0,
+    alpha: Alpha = 1.0,
     dtype: torch.dtype | str | None = None,
     rank: int | None = None,
     rank_pattern: bool = False,
@@ -67,7 +65,7 @@ def export_lora(
         model: a Transformers model, also offloaded, or with PEFT adapters on other layers; or a folder or Hub id in
             safetensors. Weights have to be floating-point ones.
         out: the folder to make.
-        alpha: the strength of plans that have none of their own.
+        alpha: the strength of plans that have none of their own: one number, or one for each of a plan's sites.
         dtype: of the adapter: float32, bfloat16, float16, float64. By default each layer's own.
         rank: of every layer; by default the smallest that is exact, the largest number of AUs in a layer.
         rank_pattern: give each layer the rank that it needs, and none to layers without AUs. Smaller and faster in
@@ -97,6 +95,8 @@ def export_lora(
     dtypes = [wanted or _weight(network, target).dtype for target in targets]
     size = sum(dtype.itemsize * _numbers(network, target) for dtype, target in zip(dtypes, targets))
     out = check_output(out, force, size)
+    folder = weights.folder if isinstance(weights, StoredWeights) else Path(weights.name)
+    check_replaced(out, [folder] if folder.exists() else [])
     warn_of_another_model(weighted, weights.name)
     tensors: dict[str, Tensor] = {}
     with weights.opened(), Progress("reading weights", len(targets), "layers", progress) as bar:
@@ -167,14 +167,13 @@ def _targets(network: nn.Module, edits: Sequence[Edit], rank: int | None, exact:
 
 def _all_of_their_kinds(network: nn.Module, edits: Sequence[Edit]) -> list[str]:
     """The edited layers and those in their place in other decoder layers."""
-    kinds = {(_kind(edit.path), factors.sizes(network, edit.path, edit.weights)) for edit in edits}
+    kinds = {_kind(edit.path) for edit in edits}
     found: dict[int, dict[str, None]] = {}
     names = {name for edit in edits for name in edit.sites}
     for sites in find_sites(network, [name for name in SITE_NAMES if name in names]).values():
         for site in sites:
             for path in site.parts:
-                weight = weights_of(network.get_submodule(path))
-                if isinstance(weight, Names) and (_kind(path), factors.sizes(network, path, weight)) in kinds:
+                if _kind(path) in kinds and isinstance(weights_of(network.get_submodule(path)), Names):
                     found.setdefault(site.layer, {})[path] = None
     return [path for layer in sorted(found) for path in found[layer]]
 
@@ -194,6 +193,8 @@ def _numbers(network: nn.Module, target: Target) -> int:
 
 
 def _rounded(value: Tensor, dtype: torch.dtype, path: str) -> Tensor:
+    if not value.isfinite().all():
+        raise ExportError(f"{path}: found NaN or infinity in its weights, expected finite numbers; copy the model anew")
     rounded = value.to(dtype).contiguous()
     if not rounded.isfinite().all():
         raise ExportError(

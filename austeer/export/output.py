@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,19 +19,22 @@ try:
 except ImportError:  # not on Windows; there the leftovers of a killed run stay
     fcntl = None  # type: ignore[assignment]
 
+#: What was exported, beside a model's or an adapter's own files.
+RECORD = "austeer.json"
+
 
 def check_output(out: str | Path, force: bool, needed: int) -> Path:
     """The folder (or file) to write as a path, if it can be written; nothing is written yet.
 
     Args:
-        force: whether what is there may be replaced.
+        force: whether what is there may be replaced; see also :func:`check_replaced`.
         needed: bytes.
 
     Raises:
         ExportError: it exists, its place is not writable, or there is too little space.
     """
     out = Path(out)
-    if out.is_symlink() or out.exists():
+    if os.path.lexists(out):
         if not force:
             raise ExportError(f"{out}: exists already; give another place, or force=True (--force) to replace it")
         if out.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -47,9 +50,55 @@ def check_output(out: str | Path, force: bool, needed: int) -> Path:
     return out
 
 
+def check_replaced(out: Path, read: Iterable[Path] = (), *, file: bool = False) -> None:
+    """Makes sure that what ``force`` would take away is an earlier export, and nothing dearer.
+
+    Args:
+        out: as :func:`check_output` gives it; it may not exist.
+        read: files and folders that the export is made from.
+        file: whether a file is written, and not a folder.
+
+    Raises:
+        ExportError: it holds something of ``read``, or a model or folders that were not exported; or is a folder
+            where a file is written, or the other way round.
+    """
+    place = out.resolve()
+    if any(path.resolve().is_relative_to(place) for path in read):
+        raise ExportError(f"{out}: holds the model that is read; give another place")
+    if not os.path.lexists(out) or out.is_symlink():
+        return
+    try:
+        found = _found_file(out) if file else _found_folder(out)
+    except OSError as error:
+        found = f"something that cannot be read ({error.strerror})"
+    if found is not None:
+        raise ExportError(
+            f"{out}: found {found}, expected an earlier export to replace; remove it yourself, or give another place"
+        )
+
+
+def _found_file(out: Path) -> str | None:
+    """What is there instead of a file that was exported."""
+    if not out.is_file():
+        return "a folder"
+    with out.open("rb") as opened:
+        return None if b"austeer.version" in opened.read(4096) else "a file that austeer did not write"
+
+
+def _found_folder(out: Path) -> str | None:
+    """What is there instead of a folder that was exported."""
+    if not out.is_dir():
+        return "a file"
+    if (out / RECORD).is_file():
+        return None
+    dear = sorted(entry.name for entry in out.iterdir() if entry.is_dir() or entry.name == "config.json")
+    return f"{dear[0]!r} in it and no {RECORD}" if dear else None
+
+
 def nearest_folder(out: Path) -> Path:
-    """The first of the folders above ``out`` that exists (it may be a file)."""
-    return next(parent for parent in out.absolute().parents if parent.exists())
+    """The first of the folders above ``out`` that exists, as far as that can be seen (it may be a file)."""
+    out = out.absolute()
+    return next((parent for parent in out.parents if os.access(parent, os.F_OK)), Path(out.anchor))
 
 
 def gigabytes(size: int) -> str:
@@ -143,7 +192,7 @@ _OLD = "replaced"
 
 def _replace(staging: Path, out: Path) -> None:
     """Puts what is finished in its place; what was there goes last."""
-    if not (out.is_symlink() or out.exists()):
+    if not os.path.lexists(out):
         staging.rename(out)
         return
     holder = Path(tempfile.mkdtemp(dir=out.parent, prefix=_prefix(out)))
@@ -157,7 +206,7 @@ def _replace(staging: Path, out: Path) -> None:
             old.rename(out)
             raise
     finally:
-        if out.is_symlink() or out.exists():
+        if os.path.lexists(out):
             shutil.rmtree(holder, ignore_errors=True)
         if lock is not None:
             os.close(lock)

@@ -48,7 +48,7 @@ class Header:
     """Of a safetensors file.
 
     Attributes:
-        entries: a tensor's name -> its dtype, shape and data_offsets, in the order of the data.
+        entries: a tensor's name -> its dtype, shape and data_offsets.
         metadata: strings. start: the first byte of the data.
     """
 
@@ -64,11 +64,10 @@ def read_header(file: Path) -> Header:
             (length,) = struct.unpack("<Q", opened.read(8))
             content = json.loads(opened.read(length))
         metadata = content.pop("__metadata__", {})
-        entries = dict(sorted(content.items(), key=lambda item: item[1]["data_offsets"]))
-        ends = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        ends = max((entry["data_offsets"][1] for entry in content.values()), default=0)
         if file.stat().st_size != 8 + length + ends:
             raise ValueError(f"{file.stat().st_size} bytes, its header names {8 + length + ends}")
-        return Header(entries, metadata, 8 + length)
+        return Header(content, metadata, 8 + length)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError, struct.error) as e:
         raise ExportError(f"{file}: could not be read as safetensors ({e}); copy or download it anew") from e
 

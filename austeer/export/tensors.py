@@ -41,11 +41,13 @@ class Piece:
 
     Attributes:
         key: its name. file: where it is. expert: its place in the parameter's first dimension; None: it is all of it.
+        shape: that it has if it is of this model.
     """
 
     key: str
     file: Path
     expert: int | None
+    shape: tuple[int, ...]
 
 
 class Weights(ABC):
@@ -141,18 +143,32 @@ class StoredWeights(Weights):
                 "another model: copy them anew"
             )
         parts = [_floating(piece.key, self.read(piece)) for piece in pieces]
-        return parts[0] if pieces[0].expert is None else torch.stack(parts)
+        if pieces[0].expert is None:
+            return parts[0]
+        experts = len(self.network.get_parameter(parameter))
+        if len(parts) != experts:
+            raise ExportError(
+                f"{self.name}: found {len(parts)} experts' tensors for {parameter}, expected {experts}; its files "
+                "are incomplete or of another model: copy them anew"
+            )
+        return torch.stack(parts)
 
     def read(self, piece: Piece) -> Tensor:
-        """A tensor as it is stored."""
+        """A tensor as it is stored. Raises ExportError where it cannot be read, or has another shape."""
         try:
             if self._open is None or self._open[0] != piece.file:
                 self._open = piece.file, safe_open(piece.file, framework="pt")
-            return self._open[1].get_tensor(piece.key)
+            found = self._open[1].get_tensor(piece.key)
         except (SafetensorError, OSError) as error:
             raise ExportError(
                 f"{piece.file}: {piece.key} could not be read ({error}); copy or download it anew"
             ) from error
+        if found.shape != piece.shape:
+            raise ExportError(
+                f"{piece.file}: found {piece.key} of shape {list(found.shape)}, expected {list(piece.shape)} by its "
+                "config.json; they are of two models: copy or download both anew"
+            )
+        return found
 
 
 def weights_of_model(model: nn.Module | str | Path) -> Weights:
@@ -237,7 +253,7 @@ def _pieces(network: nn.Module, keys: dict[str, Path]) -> dict[str, list[Piece]]
     transforms = get_model_conversion_mapping(network)  # type: ignore[arg-type]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    names = {name for name, _ in network.named_parameters()}
+    names = {name: tuple(p.shape) for name, p in network.named_parameters()}
     prefix = f"{getattr(network, 'base_model_prefix', '')}."
     found: dict[str, list[Piece]] = {}
     for key in sorted(keys, key=_natural):
@@ -256,7 +272,9 @@ def _pieces(network: nn.Module, keys: dict[str, Path]) -> dict[str, list[Piece]]
         for candidate in (name, name.removeprefix(prefix), f"{prefix}{name}"):
             if candidate in names:
                 pieces = found.setdefault(candidate, [])
-                pieces.append(Piece(key, keys[key], len(pieces) if merged else None))
+                shape = names[candidate]
+                piece = (len(pieces), shape[1:]) if merged else (None, shape)
+                pieces.append(Piece(key, keys[key], *piece))
                 break
     return found
 
