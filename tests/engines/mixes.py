@@ -33,12 +33,16 @@ def steered(model: nn.Module, parts: Parts) -> AbstractContextManager[Any]:
     return austeer.steer(model, sum(rest, first), alpha={plan.sites[0]: alpha for plan, alpha in parts})
 
 
-def engine_logits(engine, ids: torch.Tensor, request) -> torch.Tensor:
-    """The logits of the whole vocabulary at each token: float32 [tokens, vocabulary]."""
+def engine_logits(engine: Any, ids: torch.Tensor, request: Any = None, **options: Any) -> torch.Tensor:
+    """vLLM's logits of the whole vocabulary at each token: float32 [tokens, vocabulary].
+
+    Args:
+        request: a LoRARequest. options: of the sampling parameters.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(
-        temperature=0, max_tokens=1, logprobs=-1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False
+        temperature=0, max_tokens=1, logprobs=-1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False, **options
     )
     (output,) = engine.generate([{"prompt_token_ids": ids[0].tolist()}], params, lora_request=request)
     rows = []

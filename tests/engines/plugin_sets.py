@@ -16,7 +16,7 @@ from torch import nn
 import austeer
 from austeer.vllm import KEY, PROCESSOR, VARIABLE
 from dense_formula import formula_at
-from mixes import PROMPTS, Parts
+from mixes import PROMPTS, Parts, engine_logits
 
 #: What every engine with the plugin is started with.
 ENGINE: dict[str, Any] = {"dtype": "float32", "enable_prefix_caching": False, "logits_processors": [PROCESSOR]}
@@ -90,17 +90,8 @@ def asks(name: str | None, tokens: int, **options: Any) -> Any:
 
 
 def logits_in(engine: Any, ids: torch.Tensor, name: str | None) -> torch.Tensor:
-    """An engine's logits of the whole vocabulary at each token: float32 [tokens, vocabulary]."""
-    params = asks(name, 1, logprobs=-1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
-    (output,) = engine.generate([{"prompt_token_ids": ids[0].tolist()}], params)
-    rows = []
-    for found in (output.prompt_logprobs, output.outputs[0].logprobs):
-        for start, end in zip(found.start_indices, found.end_indices, strict=True):
-            if end > start:  # the first token of a prompt has nothing before it
-                row = torch.full((engine.model_config.get_vocab_size(),), torch.nan)
-                row[torch.tensor(found.token_ids[start:end])] = torch.tensor(found.logprobs[start:end])
-                rows.append(row)
-    return torch.stack(rows)
+    """An engine's logits with a set: float32 [tokens, vocabulary]."""
+    return engine_logits(engine, ids, extra_args=None if name is None else {KEY: name})
 
 
 def random_mixes(model: nn.Module, seed: int = 0) -> dict[str, Mix]:

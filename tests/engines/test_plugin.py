@@ -9,11 +9,10 @@ import torch
 
 import austeer
 from dense_formula import formula_at, logits
-from mixes import PROMPTS, TOKENS
+from mixes import PROMPTS, TEXT, TOKENS
 from plugin_sets import ENGINE, Mix, asks, logits_in, named, written_by_us
 
 pytestmark = pytest.mark.engine
-TEXT = "The room was larger than in the pictures, and the people at the desk remembered our names."
 
 
 @pytest.fixture(scope="module")
