@@ -26,7 +26,7 @@ def load_config(name: str):
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(demo_model()) if name == DEMO else name)
+        return AutoConfig.from_pretrained(str(demo_model()) if name == DEMO else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...").rstrip(".")
         raise ModelError(
@@ -40,7 +40,7 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(demo_model()) if name == DEMO else name)
+        return AutoTokenizer.from_pretrained(str(demo_model()) if name == DEMO else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return None
 

@@ -119,7 +119,7 @@ def test_a_vision_tower_beside_it(tmp_path):
     assert {name.rpartition(".")[0] for name in tensors} == {f"blk.{n}.attn_output.weight" for n in range(3)}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt"])
 def test_a_model_without_its_head(family, tmp_path):
     model = tiny_model(family)
     plan = random_plan(model, "attention", 20)

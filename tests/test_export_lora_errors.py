@@ -210,3 +210,18 @@ def test_a_replaced_adapter_stays_if_the_new_one_fails(model, out, monkeypatch):
         export_lora(plan, model, out, alpha=9, force=True)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_the_hub_s_own_files_are_never_replaced(model, tmp_path):
+    """A snapshot's files are links to others."""
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    model.save_pretrained(blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (blobs / "config.json").rename(blobs / "some-hash")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(blobs / "some-hash")
+    with pytest.raises(ExportError, match="holds the model that is read"):
+        export_lora(random_plan(model, "ffn", 5), snapshot, blobs, force=True)
+    assert (blobs / "model.safetensors").is_file()

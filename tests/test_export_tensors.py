@@ -204,6 +204,24 @@ def test_damaged_files_are_refused(damage, folder):
         StoredWeights(folder)
 
 
+def test_two_forms_of_the_weights_are_refused(folder):
+    """Transformers would read the one file, and others the files of the index."""
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(
+        ExportError, match=r"found model\.safetensors beside model\.safetensors\.index\.json, which does"
+    ):
+        StoredWeights(folder)
+
+
+def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(folder):
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "configuration_other.Other", "AutoModelForCausalLM": "modeling_other.Other"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "other", "auto_map": auto}))
+    (folder / "configuration_other.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(ModelError, match="its config could not be read"):
+        StoredWeights(folder)
+
+
 def test_a_file_that_vanishes_is_named(folder):
     stored = StoredWeights(folder)
     (folder / "model.safetensors").unlink()

@@ -154,7 +154,7 @@ def _names(edits: Sequence[Edit], architecture: str, layers: Sequence[Any]) -> d
         name = next(
             (
                 found
-                for prefix in ("", "model.", "transformer.", "gpt_neox.")  # that a head adds
+                for prefix in ("", "model.", "transformer.")  # that a head adds
                 if (found := table.get_name(f"{prefix}{plain}")) is not None
             ),
             None,

@@ -95,8 +95,9 @@ def export_lora(
     dtypes = [wanted or _weight(network, target).dtype for target in targets]
     size = sum(dtype.itemsize * _numbers(network, target) for dtype, target in zip(dtypes, targets))
     out = check_output(out, force, size)
-    folder = weights.folder if isinstance(weights, StoredWeights) else Path(weights.name)
-    check_replaced(out, [folder] if folder.exists() else [])
+    # In the Hub's cache the files of a folder are links to another.
+    read = (weights.folder, *weights.keys.values()) if isinstance(weights, StoredWeights) else (Path(weights.name),)
+    check_replaced(out, (path for path in read if path.exists()))
     warn_of_another_model(weighted, weights.name)
     tensors: dict[str, Tensor] = {}
     with weights.opened(), Progress("reading weights", len(targets), "layers", progress) as bar:

@@ -221,12 +221,14 @@ def _folder(name: str) -> Path:
 
 def _keys(folder: Path, name: str) -> dict[str, Path]:
     """Every tensor's file, by the index or else by the files' own headers."""
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / "model.safetensors"
     try:
+        files = {path for path in [single] if path.is_file()}
         if index.is_file():
-            files = {folder / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        else:
-            files = {path for path in [folder / "model.safetensors"] if path.is_file()}
+            listed = {folder / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            if files - listed:  # Transformers would read the file, others what is listed
+                raise ExportError(f"{folder}: found {single.name} beside {INDEX}, which does not list it; remove one")
+            files = listed
         found: dict[str, Path] = {}
         for file in sorted(files):
             with safe_open(file, framework="pt") as opened:
