@@ -62,7 +62,8 @@ def checkpoint(
     unread = " --model-impl transformers" if found["settings"] and family not in READ_BY_VLLM else ""
     biases = f", new biases ({', '.join(found['settings'])})" if found["settings"] else ""
     console.print(
-        f"{len(files)} files, {found['linked']} of them linked, {gigabytes(found['bytes'])} written{biases}\n"
+        f"weight files: {len(files) - found['linked']} written ({gigabytes(found['bytes'])}), {found['linked']} linked"
+        f"{biases}\n"
         f"wrote {out}\n"
         f"next: vllm serve {shlex.quote(str(out))}{unread}",
         markup=False,
