@@ -1,10 +1,15 @@
-"""Plans of a few AUs for a model that is not there, and evidence of one."""
+"""Plans of a few AUs for a model that is not there, evidence of one, and plan files that are built by hand."""
+
+import hashlib
+import json
+import struct
 
 import torch
 from hypothesis import strategies as st
 
 from austeer import Plan
 from austeer.evidence import Evidence, Outcome, Overhead
+from austeer.plan_files import FORMAT, VERSION
 from austeer.sites import Fingerprint
 
 MODEL = Fingerprint("llama", 4, {"attention": 6, "ffn": 9}, "user/model – ü", "abc123")
@@ -40,3 +45,37 @@ EVIDENCE = Evidence(
     overhead=(Overhead(0.4, "Xeon, 2 cores", "fold", "float32, batch 1", -1.2, 2.1),),
 )
 KNOWN = PLAN.with_evidence(EVIDENCE)
+
+
+# --- plan files, built by hand ---
+
+TORCH_NAMES = {"U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64", "F32": "float32", "F64": "float64"}
+TORCH_NAMES |= {"F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn"}
+
+
+def outside(tensors, metadata=None):
+    """The beginning of a safetensors file: its header as it is given, with its length before it."""
+    text = json.dumps({"__metadata__": metadata or {"format": FORMAT, "version": "2", "header": "{}"}, **tensors})
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def parts_of(content):
+    """(metadata, columns) of a file's bytes: name -> (dtype, shape, bytes)."""
+    size = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    metadata = header.pop("__metadata__")
+    columns = {name: (t["dtype"], t["shape"], data[slice(*t["data_offsets"])]) for name, t in header.items()}
+    return metadata, columns
+
+
+def sealed(header, columns, **metadata):
+    """A file with a right checksum, built by hand from the format's description."""
+    digest = hashlib.sha256(header.encode())
+    for name, (dtype, shape, content) in sorted(columns.items()):
+        digest.update(f"{name} torch.{TORCH_NAMES[dtype]} {shape}".encode() + content)
+    metadata = {"format": FORMAT, "version": str(VERSION), "header": header, **metadata}
+    tensors, place, data = {}, 0, b""
+    for name, (dtype, shape, content) in columns.items():
+        tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + len(content)]}
+        place, data = place + len(content), data + content
+    return outside(tensors, {**metadata, "checksum": digest.hexdigest()}) + data
