@@ -270,11 +270,17 @@ def layers_path(model: nn.Module, layout: Layout | None = None) -> str:
     return find_sites(model, ["layer"], layout)["layer"][0].path.rpartition(".")[0]
 
 
+def name_of(model: nn.Module) -> str:
+    """What a model was loaded by, a folder or Hub id; of one that was made anew its class."""
+    model = unwrap(model)
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+
+
 def fingerprint(model: nn.Module, sites: dict[str, list[Site]]) -> Fingerprint:
     """What ``sites`` were found on."""
     config = text_config(model)
     full = unwrap(model).config
-    name = str(getattr(full, "_name_or_path", "") or type(unwrap(model)).__name__)
+    name = name_of(model)
     return Fingerprint(
         model_type=config.model_type,
         layers=len(next(iter(sites.values()))),

@@ -74,12 +74,11 @@ def taken_for_experts(network: nn.Module, path: str) -> bool:
 def tensors_of(weights: Weights, target: Target, lora_bias: bool) -> Iterator[tuple[str, Tensor]]:
     """A layer's tensors by their names in PEFT, in float64, padded with zeros to the rank."""
     inputs, outputs = factors.sizes(weights.network, target.path, target.names)
-    down, up = torch.zeros(0, inputs, dtype=torch.float64), torch.zeros(outputs, 0, dtype=torch.float64)
-    if target.edit is not None:
-        down, up = factors.product(weights, target.edit)
-    missing = target.rank - down.shape[-2]
-    down = nn.functional.pad(down, (0, 0, 0, missing))
-    up = nn.functional.pad(up, (0, missing))
+    if target.edit is None:
+        down = torch.zeros(target.rank, inputs, dtype=torch.float64)
+        up = torch.zeros(outputs, target.rank, dtype=torch.float64)
+    else:
+        down, up = factors.product(weights, target.edit, target.rank)
     if target.experts:
         down, up = _as_parameter(weights.network.get_submodule(target.path), target.names, down, up)
     yield "lora_A.weight", down

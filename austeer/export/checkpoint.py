@@ -19,7 +19,7 @@ from .biases import NewBiases, new_biases, warn_of_unread
 from .checkpoint_files import along, read_json, write_json
 from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
 from .folding import folded_bias, folded_weight
-from .output import RECORD, check_output, check_replaced, nearest_folder, staged
+from .output import RECORD, check_output, nearest_folder, staged
 from .rewrite import DTYPES, Entry, Header, link_or_copy, read_header, rewrite
 from .tensors import INDEX, LoadedWeights, Piece, StoredWeights, weights_of_model
 
@@ -69,8 +69,7 @@ def export_checkpoint(
     with weights.opened():
         folding = _Folding(weights, pairs)
         needed = folding.bytes(link, Path(out))
-        out = check_output(out, force, needed)
-        check_replaced(out, (weights.folder, *folding.files, *along(weights.folder)))
+        out = check_output(out, force, needed, (weights.folder, *folding.files, *along(weights.folder)))
         warn_of_another_model(pairs, weights.name)
         warn_of_unread(folding.biases, weights.config.get_text_config().model_type)
         with staged(out) as staging:
@@ -101,8 +100,7 @@ def _of_loaded(
             "its folder or Hub id"
         )
     size = sum(p.numel() * p.element_size() for p in network.parameters())
-    out = check_output(out, force, 2 * size)
-    check_replaced(out, [Path(loaded.name)] if Path(loaded.name).exists() else [])
+    out = check_output(out, force, 2 * size, [Path(loaded.name)] if Path(loaded.name).exists() else [])
     warn_of_another_model(pairs, loaded.name)
     warn_of_unread(biases, network.config.get_text_config().model_type)
     with staged(out) as staging:

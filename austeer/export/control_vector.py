@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..models import DEMO, DEMO_ID
 from ..plan import Plan
-from ..sites import base_of, find_sites, text_config
+from ..sites import base_of, find_sites, name_of, text_config
 from ..skeleton import load_config, skeleton
 from ..steering import check_plan_fits
 from .architectures import ARCHITECTURES
 from .edits import ExportError, warn_of_another_model
 from .gguf_file import add, finish, writer_of
-from .output import check_output, check_replaced, staged_file
+from .output import check_output, staged_file
 
 #: Families whose decoder layers add the MLP's output to their own as it is, so that a shift of the one is a shift of
 #: the other: no norm behind the MLP, no factor.
@@ -36,13 +36,12 @@ def write_control_vector(
     network: Any
     if isinstance(model, nn.Module):
         network = base_of(model)
-        name = str(getattr(network.config, "_name_or_path", "") or type(network).__name__)
+        name = name_of(network)
     else:  # its config is enough
         name = DEMO_ID if str(model) == DEMO else str(model)
         network = skeleton(load_config(str(model)), torch.float32)
     directions = _directions(network, pairs)
-    out = check_output(out, force, sum(vector.nbytes for vector in directions.values()))
-    check_replaced(out, file=True)
+    out = check_output(out, force, sum(vector.nbytes for vector in directions.values()), file=True)
     warn_of_another_model(pairs, name)
     with staged_file(out) as path:
         writer = writer_of(path, "controlvector", name, pairs)

@@ -28,6 +28,7 @@ from ..fold import why_not_the_projection
 from ..plan import Plan
 from ..sites import Site, find_sites, text_config
 from ..steering import check_plan_fits
+from ..strengths import Entry, entries_of
 
 
 class ExportError(AusteerError):
@@ -165,13 +166,15 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
     for plan, _ in plans:
         check_plan_fits(plan, model, sites)
         _check_operation(plan)
+    entries = entries_of([plan for plan, _ in plans], sites)
     edits: dict[str, Edit] = {}
     checked: set[tuple[type, type]] = set()
     for name, found in sites.items():
         for site in found:
-            strengths = _strengths(plans, name, site.layer)
-            if strengths is None:
+            here = entries.get((name, site.layer))
+            if here is None:
                 continue
+            strengths = _strengths(here, plans)
             _check_site(model, site, checked)
             if strengths.shifts and site.projection is None:
                 raise ExportError(
@@ -198,32 +201,14 @@ def _check_operation(plan: Plan) -> None:
         )
 
 
-def _strengths(plans: Sequence[tuple[Plan, float]], site: str, layer: int) -> Strengths | None:
-    """Summed over plans, of the AUs that any of them has at a site of a layer."""
-    parts = []
-    for plan, alpha in plans:
-        rows = plan.of(site)
-        rows = rows[plan.layer[rows] == layer]
-        # gamma is a float32 product, as everywhere (DESIGN: Operation); only the sum over plans is wider.
-        strength = torch.tensor(alpha, dtype=torch.float32)
-        zero = torch.zeros(len(rows))
-        gamma, shift = (
-            (zero, strength * plan.delta[rows])
-            if plan.operation == "shift"
-            else (
-                strength * plan.beta[rows],
-                zero,
-            )
-        )
-        parts.append((plan.index[rows].long(), gamma.double(), shift.double()))
-    index, place = torch.cat([part[0] for part in parts]).unique(return_inverse=True)
-    if not len(index):
-        return None
-    sums = [
-        torch.zeros(len(index), dtype=torch.float64).index_add_(0, place, torch.cat(values))
-        for values in ([part[1] for part in parts], [part[2] for part in parts])
-    ]
-    return Strengths(index, *sums)
+def _strengths(entries: Sequence[Entry], plans: Sequence[tuple[Plan, float]]) -> Strengths:
+    """Summed over the plans that have AUs at a site of a layer."""
+    # Each is a float32 product, as everywhere (DESIGN: Operation); only the sum over plans is wider.
+    parts = [entry.strengths(plans[entry.plan][1], len(plans[entry.plan][0])) for entry in entries]
+    index, place = torch.cat([entry.index.long() for entry in entries]).unique(return_inverse=True)
+    zeros = torch.zeros(len(index), dtype=torch.float64)
+    gamma, shift = (zeros.index_add(0, place, torch.cat(values).double()) for values in zip(*parts))
+    return Strengths(index, gamma, shift)
 
 
 def _edit(model: nn.Module, site: Site, path: str) -> Edit:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..linear import Weights as Names
 from .edits import Edit, Strengths
+from .folding import steered_bias
 from .tensors import Weights
 
 
@@ -34,8 +35,11 @@ def changes_bias(network: nn.Module, edit: Edit) -> bool:
     return edit.shifts or (edit.output is not None and bias is not None)
 
 
-def product(weights: Weights, edit: Edit) -> tuple[Tensor, Tensor]:
+def product(weights: Weights, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
     """The change of a weight, its dimensions as ``nn.Linear`` has them.
+
+    Args:
+        rank: of the result, at least :func:`rank_of` the edit; zeros fill it up.
 
     Returns:
         A float64 [rank, inputs] and B float64 [outputs, rank]; of experts [experts, rank, inputs] and
@@ -53,30 +57,23 @@ def product(weights: Weights, edit: Edit) -> tuple[Tensor, Tensor]:
     of_columns = weight.index_select(-1, columns).double() * column_scales
     down = torch.cat([of_rows * row_scales[:, None], _unit(columns, inputs).expand(*experts, -1, -1)], -2)
     up = torch.cat([_unit(rows, outputs).mT.expand(*experts, -1, -1), of_columns], -1)
-    if down.shape[-2] <= min(outputs, inputs):
-        return down, up
-    change = up @ down
-    unit = torch.eye(min(outputs, inputs), dtype=torch.float64).expand(*experts, -1, -1)
-    return (unit, change) if inputs <= outputs else (change, unit)
+    if down.shape[-2] > min(outputs, inputs):
+        change = up @ down
+        unit = torch.eye(min(outputs, inputs), dtype=torch.float64).expand(*experts, -1, -1)
+        down, up = (unit, change) if inputs <= outputs else (change, unit)
+    missing = rank - down.shape[-2]
+    return nn.functional.pad(down, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing))
 
 
 def bias_change(weights: Weights, edit: Edit) -> Tensor:
     """What is added to the output of a layer that is no set of experts, besides the product: float64 [outputs].
 
-    With a shift s of the inputs and t of the outputs: (1 + gamma) (b + W s) + t - b.
+    The steered bias less the bias that there was.
     """
-    names = edit.weights
-    _, outputs = sizes(weights.network, edit.path, names)
-    bias = weights.optional(f"{edit.path}.{names.bias}" if names.bias else None)
-    before = torch.zeros(outputs, dtype=torch.float64) if bias is None else bias.double()
-    after = before.clone()
-    if edit.input is not None and edit.input.shifts:
-        weight = weights.get(f"{edit.path}.{names.weight}")
-        after += weight.index_select(names.input, edit.input.index).double().movedim(names.input, 1) @ edit.input.shift
-    if edit.output is not None:
-        index = edit.output.index
-        after[index] = after[index] * (1 + edit.output.gamma) + edit.output.shift
-    return after - before
+    weight = weights.get(f"{edit.path}.{edit.weights.weight}")
+    bias = weights.optional(f"{edit.path}.{edit.weights.bias}" if edit.weights.bias else None)
+    steered = steered_bias(edit, weight, bias)
+    return steered if bias is None else steered - bias.double()
 
 
 def _scaled(side: Strengths | None) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,16 @@ def folded_bias(edit: Edit, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     """A steered layer's bias, in ``dtype``: computed in float64, rounded once.
 
     Args:
-        weight: the original one. bias: None if it has none. dtype: the result's.
+        weight, bias: as in :func:`steered_bias`. dtype: the result's.
+    """
+    return _rounded(steered_bias(edit, weight, bias), dtype, edit)
+
+
+def steered_bias(edit: Edit, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same before it is rounded, float64: (1 + gamma) (b + W s) + t, with shifts s of the inputs, t of the outputs.
+
+    Args:
+        weight: the original one. bias: None if it has none.
     """
     dims = _dims(edit)
     width = weight.shape[dims["output"]]
@@ -51,7 +60,7 @@ def folded_bias(edit: Edit, weight: Tensor, bias: Tensor | None, dtype: torch.dt
         strengths = edit.output
         steered = result.index_select(-1, strengths.index) * (1 + strengths.gamma) + strengths.shift
         result = result.index_copy(-1, strengths.index, steered)
-    return _rounded(result, dtype, edit)
+    return result
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, edit: Edit) -> Tensor:

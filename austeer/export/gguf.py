@@ -18,7 +18,7 @@ from .architectures import ARCHITECTURES
 from .control_vector import write_control_vector
 from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
 from .gguf_file import add, finish, writer_of
-from .output import check_output, check_replaced, staged_file
+from .output import check_output, staged_file
 from .tensors import weights_of_model
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -103,8 +103,7 @@ def _lora(
     rank = max(1, *(factors.rank_of(network, edit) for edit in edits))
     sizes = [getattr(network.get_submodule(e.path), e.weights.weight).shape for e in edits]
     needed = sum(dtype.itemsize * rank * (sum(s[-2:]) * (s[0] if len(s) == 3 else 1)) for s in sizes)
-    out = check_output(out, force, needed)
-    check_replaced(out, file=True)
+    out = check_output(out, force, needed, file=True)
     warn_of_another_model(pairs, weights.name)
     with staged_file(out) as path:
         writer = writer_of(path, architecture, weights.name, pairs)
@@ -113,10 +112,7 @@ def _lora(
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))  # llama.cpp scales by alpha / rank
         with weights.opened(), Progress("reading weights", len(edits), "layers", progress) as bar:
             for edit in edits:
-                down, up = factors.product(weights, edit)
-                missing = rank - down.shape[-2]
-                down = nn.functional.pad(down, (0, 0, 0, missing))
-                up = nn.functional.pad(up, (0, missing))
+                down, up = factors.product(weights, edit, rank)
                 for suffix, value in (("lora_a", down), ("lora_b", up)):
                     add(writer, f"{names[edit.path]}.{suffix}", value.to(dtype))
                 bar.advance()

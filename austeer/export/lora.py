@@ -25,7 +25,7 @@ from ..sites import SITE_NAMES, find_sites
 from . import factors
 from .adapter import CONFIG, PREFIX, TENSORS, Target, config_of, taken_for_experts, target_of, tensors_of
 from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
-from .output import RECORD, check_output, check_replaced, staged
+from .output import RECORD, check_output, staged
 from .tensors import FLOATING, StoredWeights, Weights, weights_of_model
 
 _LARGEST_RANK = 1 << 20
@@ -94,10 +94,9 @@ def export_lora(
     targets = _targets(network, edits, rank, rank_pattern)
     dtypes = [wanted or _weight(network, target).dtype for target in targets]
     size = sum(dtype.itemsize * _numbers(network, target) for dtype, target in zip(dtypes, targets))
-    out = check_output(out, force, size)
     # In the Hub's cache the files of a folder are links to another.
     read = (weights.folder, *weights.keys.values()) if isinstance(weights, StoredWeights) else (Path(weights.name),)
-    check_replaced(out, (path for path in read if path.exists()))
+    out = check_output(out, force, size, (path for path in read if path.exists()))
     warn_of_another_model(weighted, weights.name)
     tensors: dict[str, Tensor] = {}
     with weights.opened(), Progress("reading weights", len(targets), "layers", progress) as bar:

@@ -23,15 +23,17 @@ except ImportError:  # not on Windows; there the leftovers of a killed run stay
 RECORD = "austeer.json"
 
 
-def check_output(out: str | Path, force: bool, needed: int) -> Path:
+def check_output(out: str | Path, force: bool, needed: int, read: Iterable[Path] = (), *, file: bool = False) -> Path:
     """The folder (or file) to write as a path, if it can be written; nothing is written yet.
 
     Args:
-        force: whether what is there may be replaced; see also :func:`check_replaced`.
+        force: whether what is there may be replaced.
         needed: bytes.
+        read, file: as in :func:`check_replaced`, which is called last.
 
     Raises:
-        ExportError: it exists, its place is not writable, or there is too little space.
+        ExportError: it exists, its place is not writable, there is too little space, or what is there is none that
+            ``force`` may replace.
     """
     out = Path(out)
     if os.path.lexists(out):
@@ -47,6 +49,7 @@ def check_output(out: str | Path, force: bool, needed: int) -> Path:
         raise ExportError(
             f"{out}: needs {gigabytes(needed)} and {above} has {gigabytes(free)} left; give another place"
         )
+    check_replaced(out, read, file=file)
     return out
 
 

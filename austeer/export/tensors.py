@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..models import DEMO, DEMO_ID, ModelError, demo_model
-from ..sites import base_of
+from ..sites import base_of, name_of
 from ..skeleton import load_config, named_dtype, skeleton
 from ..steering import is_steered
 from ..weights import read_parameter
@@ -90,7 +90,7 @@ class LoadedWeights(Weights):
     def __init__(self, model: nn.Module):
         self.network = base_of(model)
         config = getattr(self.network, "config", None)
-        self.name = str(getattr(config, "_name_or_path", "") or type(self.network).__name__)
+        self.name = name_of(self.network)
         self.revision = getattr(config, "_commit_hash", None)
         if is_steered(model):
             raise ExportError("the model is steered now, so its weights may be folded; export outside the with block")
