@@ -13,6 +13,10 @@ class PairsError(AusteerError):
     """Contrastive pairs that cannot be read or used."""
 
 
+class TaskError(AusteerError):
+    """A labelled task that cannot be read or used, or a search on it that cannot be made."""
+
+
 class SiteError(AusteerError):
     """A site that the model does not have, or a model whose sites are not known."""
 

@@ -10,8 +10,9 @@ from tokenizers.processors import TemplateProcessing
 
 from austeer import Pairs, PairsError
 from austeer.demo import load_data
+from austeer.errors import TaskError
 from austeer.sites import LAYOUTS
-from austeer.tasks import _distinct_contexts, cross_entropy, log_odds
+from austeer.tasks.scoring import _distinct_contexts, cross_entropy, log_odds
 
 SHARED = [
     ("The soup was", " good", " bad"),
@@ -164,7 +165,7 @@ def test_eos_appended_by_the_tokenizer_is_not_scored(demo, small):
 def test_continuation_that_cannot_be_scored(demo, small):
     # "Tea" + "m" is one token: nothing comes before it that it could be scored after.
     assert len(demo[1]("Team")["input_ids"]) == 1
-    with pytest.raises(PairsError, match="memory, pair 1: no token of its own for the continuation"):
+    with pytest.raises(TaskError, match=r"memory, item 1, option .*: found no token of its own after the prompt"):
         log_odds(small, demo[1], Pairs.of([("It is", " fine", " bad"), ("Tea", "m", " is")]))
 
 

@@ -1,0 +1,306 @@
+"""Scoring: what a model thinks of given continuations, and of neutral text, under one steering or many at once.
+
+Several steerings of one model are scored as rows of one batch: each context is there once for each of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import check_vocabulary, evaluating, vocabulary_size
+from ..errors import PairsError, TaskError
+from ..packing import batches
+from ..pairs import Pairs
+from ..sites import decoder_of, input_device, text_config, unwrap
+from ..steering import Steering
+from ..tokens import encode
+from .task import Task
+
+#: Rows of logits that are made at once: 128 rows of a vocabulary of 256,000 in float64 are 262 MB.
+LOGIT_ROWS = 128
+
+#: Names of a steering's plans, and None for the model as it is: what is scored beside each other.
+Names = Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class OptionScores:
+    """Attributes:
+    log_prob: float64 [names, items, most options], log p(option | prompt), summed over its tokens, nats; -inf where
+        an item has fewer options.
+    greedy: bool, the same shape: whether the option is what the model itself would write, token by token.
+    """
+
+    log_prob: Tensor
+    greedy: Tensor
+
+    def margins(self, task: Task) -> Tensor:
+        """Log-odds of the wanted option against the best other one, nats: float64 [names, items]."""
+        label = torch.tensor([item.label for item in task]).expand(len(self.log_prob), -1)[..., None]
+        wanted = self.log_prob.gather(-1, label)[..., 0]
+        others = self.log_prob.scatter(-1, label, -torch.inf).amax(-1)
+        return wanted - others
+
+    def correct(self, task: Task) -> Tensor:
+        """Whether the wanted option has the largest log-probability of the options: bool [names, items]."""
+        return self.margins(task) > 0
+
+    def exact(self, task: Task) -> Tensor:
+        """Exact match (paper): whether the model, writing greedily, writes the wanted option: bool [names, items]."""
+        label = torch.tensor([item.label for item in task]).expand(len(self.greedy), -1)[..., None]
+        return self.greedy.gather(-1, label)[..., 0]
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What steerings do to text that should stay as it is.
+
+    Attributes:
+        kl: float64 [names, texts], KL(unsteered || steered) of the next token, mean over the text's tokens, nats.
+        rise: float64 [names, texts], rise of the cross-entropy, nats a token.
+        tokens: int64 [texts], how many tokens of each text were scored: the weights of a mean over texts.
+    """
+
+    kl: Tensor
+    rise: Tensor
+    tokens: Tensor
+
+    def mean(self) -> list[tuple[float, float]]:
+        """(KL, rise) of each name, nats a token, over all tokens."""
+        weight = self.tokens / self.tokens.sum()
+        return list(zip((self.kl @ weight).tolist(), (self.rise @ weight).tolist()))
+
+
+@torch.no_grad()
+def option_scores(
+    model: nn.Module,
+    tokenizer,
+    task: Task,
+    steering: Steering | None = None,
+    names: Names = (None,),
+    *,
+    batch_tokens: int = 2048,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> OptionScores:
+    """log p(option | prompt) of every option, for every steering.
+
+    Contexts that begin another one are not run again: one-token options of a prompt cost one pass over the prompt.
+
+    Args:
+        task: of kind "choice" or "continuation"; of "choice" every option must be one token.
+        steering: attached, with plans by name. names: which of them to score; None is the unsteered model.
+        on_batch: told the tokens of each forward pass.
+
+    Raises:
+        TaskError: a numeric task, an option without a token of its own, or several tokens where one was promised.
+    """
+    if task.kind == "numeric":
+        raise TaskError(f"{task.name}: found a numeric task, expected options to score; see austeer.tasks.evaluate")
+    texts, starts, place = _tokenise(tokenizer, task)
+    most = max(len(item.options) for item in task)
+    log_prob = torch.full((len(names), len(task), most), -torch.inf, dtype=torch.float64)
+    greedy = torch.zeros(log_prob.shape, dtype=torch.bool)
+    contexts, owner = _distinct_contexts([ids[:-1] for ids in texts])
+    wanted: list[list[int]] = [[] for _ in contexts]  # context -> the texts that read it
+    for text, context in enumerate(owner):
+        wanted[context].append(text)
+    for item, option in place:
+        log_prob[:, item, option], greedy[:, item, option] = 0.0, True
+    for chunk, batch, hidden in _hidden_states(model, contexts, batch_tokens, steering, names, on_batch):
+        reads = [
+            (row, position, place[text], texts[text][position + 1])
+            for row, context in enumerate(batch)
+            for text in wanted[context]
+            for position in range(starts[text] - 1, len(texts[text]) - 1)
+        ]
+        row, position, _, target = zip(*reads)
+        found = hidden[:, list(row), list(position)]  # [chunk, reads, hidden]
+        values, tops = _target_scores(model, found, torch.tensor(target))
+        for i, (_, _, (item, option), _) in enumerate(reads):
+            log_prob[chunk, item, option] += values[:, i]
+            greedy[chunk, item, option] &= tops[:, i]
+    return OptionScores(log_prob, greedy)
+
+
+@torch.no_grad()
+def log_odds(model: nn.Module, tokenizer, pairs: Pairs, *, batch_tokens: int = 2048) -> Tensor:
+    """log p(positive | prompt) - log p(negative | prompt) of each pair, in nats: float64 [pairs].
+
+    0 for a pair of equal sides.
+    """
+    found = torch.zeros(len(pairs), dtype=torch.float64)
+    different = [i for i, pair in enumerate(pairs) if pair.positive != pair.negative]
+    task = Task.of_pairs(pairs)
+    found[different] = option_scores(model, tokenizer, task, batch_tokens=batch_tokens).margins(task)[0]
+    return found
+
+
+@torch.no_grad()
+def cross_entropy(model: nn.Module, tokenizer, texts: Sequence[str], *, batch_tokens: int = 2048) -> float:
+    """Mean cross-entropy of all tokens of ``texts`` but each text's first, in nats a token."""
+    ids = _neutral(tokenizer, texts)
+    total = 0.0
+    for _, batch, hidden in _hidden_states(model, ids, batch_tokens):
+        for row, i in enumerate(batch):
+            target = torch.tensor(ids[i][1:])
+            total -= float(_target_scores(model, hidden[:, row, : len(target)], target)[0].sum())
+    return total / sum(len(row) - 1 for row in ids)
+
+
+@torch.no_grad()
+def side_effects(
+    model: nn.Module,
+    tokenizer,
+    texts: Sequence[str],
+    steering: Steering,
+    names: Sequence[str],
+    *,
+    batch_tokens: int = 2048,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> SideEffects:
+    """KL divergence and rise of the cross-entropy on neutral text, for every steering; arguments as above.
+
+    The unsteered model is a row of the same batch, so nothing but the steering differs.
+    """
+    ids = _neutral(tokenizer, texts)
+    kl = torch.zeros(len(names), len(ids), dtype=torch.float64)
+    rise = torch.zeros_like(kl)
+    step = max(1, batch_tokens // max(map(len, ids)) - 1)  # names beside the unsteered row of one text
+    for first in range(0, len(names), step):
+        part = names[first : first + step]
+        for chunk, batch, hidden in _hidden_states(
+            model, ids, batch_tokens, steering, [None, *part], on_batch, whole=True
+        ):
+            assert chunk == slice(0, len(part) + 1)
+            for row, i in enumerate(batch):
+                target = torch.tensor(ids[i][1:])
+                kl[first : first + len(part), i], rise[first : first + len(part), i] = _divergence(
+                    model, hidden[:, row, : len(target)], target
+                )
+    return SideEffects(kl, rise, torch.tensor([len(row) - 1 for row in ids]))
+
+
+def _divergence(model: nn.Module, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean KL and rise of each steered row against row 0: float64 [rows - 1]; hidden [rows, tokens, width]."""
+    kl = torch.zeros(len(hidden) - 1, dtype=torch.float64)
+    rise = torch.zeros_like(kl)
+    step = max(1, LOGIT_ROWS // 2)
+    for start in range(0, len(target), step):
+        part, wanted = hidden[:, start : start + step], target[start : start + step, None].to(hidden.device)
+        base = _logits(model, part[0]).double().log_softmax(-1)
+        chance = base.exp()
+        for row in range(1, len(part)):
+            steered = _logits(model, part[row]).double().log_softmax(-1)
+            kl[row - 1] += (chance * (base - steered)).sum().cpu()
+            rise[row - 1] += (base.gather(-1, wanted) - steered.gather(-1, wanted)).sum().cpu()
+    return kl / len(target), rise / len(target)
+
+
+def _target_scores(model: nn.Module, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the targets, float64, and whether each is the likeliest token; hidden [rows, targets, width]."""
+    rows, count = hidden.shape[:2]
+    flat, wanted = hidden.flatten(0, 1), target.repeat(rows).to(hidden.device)
+    values, tops = [], []
+    for start in range(0, len(flat), LOGIT_ROWS):
+        logits = _logits(model, flat[start : start + LOGIT_ROWS]).double()
+        part = wanted[start : start + LOGIT_ROWS]
+        values.append(logits.log_softmax(-1).gather(-1, part[:, None])[:, 0].cpu())
+        tops.append((logits.argmax(-1) == part).cpu())
+    return torch.cat(values).view(rows, count), torch.cat(tops).view(rows, count)
+
+
+def _tokenise(tokenizer, task: Task) -> tuple[list[list[int]], list[int], list[tuple[int, int]]]:
+    """Each option's text as ids, where its continuation begins there, and which (item, option) it is."""
+    special = not task.chat_template
+    prompts = encode(tokenizer, [item.prompt for item in task], special)
+    place = [(i, j) for i, item in enumerate(task) for j in range(len(item.options))]
+    texts = encode(tokenizer, [task[i].prompt + task[i].options[j] for i, j in place], special)
+    # Where a token joins prompt and option, all options are scored from before it, so that they compare.
+    start = [len(prompt) for prompt in prompts]
+    for (i, _), ids in zip(place, texts):
+        start[i] = min(start[i], _common_prefix(prompts[i], ids))
+    for (i, j), ids in zip(place, texts):
+        where = f"{task.source}, item {i}, option {task[i].options[j]!r:.40}"
+        if not 0 < start[i] < len(ids):
+            raise TaskError(f"{where}: found no token of its own after the prompt, expected at least one")
+        if task.kind == "choice" and len(ids) - start[i] > 1:
+            raise TaskError(
+                f"{where}: found {len(ids) - start[i]} tokens after the prompt, expected one; choose options that are "
+                'one token with their blank, or the kind "continuation"'
+            )
+    return texts, [start[i] for i, _ in place], place
+
+
+def _neutral(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    ids = [row for row in encode(tokenizer, texts) if len(row) > 1]
+    if not ids:
+        raise PairsError("neutral text: found no text of at least two tokens")
+    return ids
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _distinct_contexts(contexts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The contexts that are no beginning of another, and for each context the number of the one that serves it."""
+    order = sorted(range(len(contexts)), key=contexts.__getitem__)
+    distinct: list[list[int]] = []
+    owner = [0] * len(contexts)
+    for i in reversed(order):  # a beginning sorts right before what it begins
+        if not distinct or distinct[-1][: len(contexts[i])] != contexts[i]:
+            distinct.append(contexts[i])
+        owner[i] = len(distinct) - 1
+    return distinct, owner
+
+
+@torch.no_grad()
+def _hidden_states(
+    model: nn.Module,
+    token_ids: list[list[int]],
+    batch_tokens: int,
+    steering: Steering | None = None,
+    names: Names = (None,),
+    on_batch: Callable[[int], None] = lambda tokens: None,
+    whole: bool = False,
+) -> Iterator[tuple[slice, list[int], Tensor]]:
+    """Last hidden states of texts under each steering, batch by batch: which names, which texts, and
+    [names, texts, length, hidden], padded on the right.
+
+    Args:
+        whole: all names in every batch, though one text of each be more than ``batch_tokens``.
+    """
+    decoder, device = decoder_of(model), input_device(model)
+    accepts = inspect.signature(decoder.forward).parameters
+    check_vocabulary(vocabulary_size(model), token_ids)
+    together = len(names) if whole else max(1, min(len(names), batch_tokens // max(map(len, token_ids))))
+    for first in range(0, len(names), together):
+        part = names[first : first + together]
+        for batch in batches(token_ids, max(1, batch_tokens // len(part)), share=False):
+            texts = batch.texts.tolist()
+            # Causal attention: what is padded on the right cannot reach what is read.
+            lengths = torch.tensor([len(token_ids[i]) for i in texts])
+            ids = batch.ids.to(device)
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
+            cache = {"use_cache": False} if "use_cache" in accepts else {}
+            rows = nullcontext() if steering is None else steering.rows([name for name in part for _ in texts])
+            with evaluating(model), rows:
+                output = decoder(input_ids=ids.repeat(len(part), 1), attention_mask=mask.repeat(len(part), 1), **cache)
+            on_batch(ids.numel() * len(part))
+            hidden = output.last_hidden_state
+            yield slice(first, first + len(part)), texts, hidden.view(len(part), len(texts), *hidden.shape[1:])
+
+
+def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits as the model makes them: some families scale (Cohere, Granite) or cap (Gemma 2) what the head gives."""
+    config = text_config(model)
+    logits = unwrap(model).get_output_embeddings()(hidden)  # type: ignore[operator]
+    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,173 @@
+"""A labelled task in memory: prompts with options and a label, or with a number to be found."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import TaskError
+from ..pair import Pair, check_untemplated, has_lone_surrogate, render_chat
+from ..pairs import Pairs
+
+#: "choice": each option is one token after the prompt. "continuation": options of any length, scored by their
+#: log-probability. "numeric": the model writes, and the number that it gives counts.
+KINDS = ("choice", "continuation", "numeric")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        prompt: what the model reads. options: what may follow it, each joined to the prompt as it is.
+        label: which option is the wanted one. answer: the number that is right, of a numeric task.
+        group: items of one group are alike (variants of one problem) and stay on one side of a split; by default the
+            prompt.
+    """
+
+    prompt: str
+    options: tuple[str, ...] = ()
+    label: int = 0
+    answer: float | None = None
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group", self.group or self.prompt)
+
+
+@dataclass(frozen=True)
+class Task(Sequence[Item]):
+    """An immutable list of items of one kind.
+
+    Attributes:
+        name: for people and results. kind: one of ``KINDS``.
+        source: where the items come from, for messages. chat_template: whether prompts went through one.
+
+    Raises:
+        TaskError: no item; options or labels that do not fit the kind; an empty prompt or option.
+    """
+
+    name: str
+    kind: str
+    items: tuple[Item, ...]
+    source: str = "memory"
+    chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise TaskError(f"{self.name}: kind: found {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if not self.items:
+            raise TaskError(f"{self.source}: found no item, expected at least one")
+        for number, item in enumerate(self.items):
+            where = f"{self.source}, item {number}"
+            if not item.prompt.strip() or has_lone_surrogate(item.prompt + "".join(item.options)):
+                raise TaskError(f"{where}: found the prompt {item.prompt[:40]!r}, expected text")
+            if self.kind == "numeric":
+                if item.answer is None or not math.isfinite(item.answer):
+                    raise TaskError(f"{where}: found the answer {item.answer!r}, expected a number")
+                continue
+            if len(item.options) < 2 or len(set(item.options)) < len(item.options) or not all(item.options):
+                raise TaskError(f"{where}: found the options {item.options!r:.80}, expected two or more, all different")
+            if not 0 <= item.label < len(item.options):
+                raise TaskError(
+                    f"{where}: found the label {item.label!r}, expected 0 to {len(item.options) - 1} for the options "
+                    f"{item.options!r:.80}"
+                )
+
+    @classmethod
+    def of_pairs(cls, pairs: Pairs, name: str = "pairs") -> Task:
+        """Pairs as a task: the positive continuation is the wanted one."""
+        items = tuple(Item(p.prompt, (p.positive, p.negative)) for p in pairs if p.positive != p.negative)
+        return cls(name, "continuation", items, pairs.source, pairs.chat_template)
+
+    def pairs(self) -> Pairs:
+        """Contrastive pairs: the wanted option against each other one, in turn.
+
+        Raises:
+            TaskError: a numeric task, which has no wrong options.
+        """
+        if self.kind == "numeric":
+            raise TaskError(f"{self.name}: found a numeric task, expected options; see austeer.making for its pairs")
+        pairs = tuple(
+            Pair(item.prompt, item.options[item.label], other)
+            for item in self.items
+            for number, other in enumerate(item.options)
+            if number != item.label
+        )
+        return replace(Pairs.of(pairs, self.source), chat_template=self.chat_template)
+
+    def split(self, parts: Mapping[str, float], seed: int = 0) -> dict[str, Task]:
+        """Disjoint parts by name, each with about its fraction of the items; what the fractions leave is left out.
+
+        Which part an item is in depends on its group and the seed alone, not on the order of the items: groups are
+        put in the order of a hash.
+
+        Raises:
+            TaskError: fractions that are not positive or are more than the whole, or a part without an item.
+        """
+        if not parts or min(parts.values()) <= 0 or sum(parts.values()) > 1 + 1e-9:
+            raise TaskError(f"split: found the fractions {dict(parts)}, expected positive ones of a sum of at most 1")
+        members: dict[str, list[int]] = {}
+        for number, item in enumerate(self.items):
+            members.setdefault(item.group, []).append(number)
+        order = sorted(members, key=lambda group: hashlib.sha256(f"{seed}\n{group}".encode()).digest())
+        numbers = [number for group in order for number in members[group]]
+        ends = {members[group][-1] for group in order}
+        found: dict[str, Task] = {}
+        start, share = 0, 0.0
+        for name, fraction in parts.items():
+            share += fraction
+            stop = round(len(numbers) * share)
+            while 0 < stop < len(numbers) and numbers[stop - 1] not in ends:  # a group stays whole
+                stop += 1
+            if stop <= start:
+                raise TaskError(
+                    f"{self.source}: found {len(self.items)} items in {len(members)} groups, too few for the split "
+                    f"{dict(parts)}: no item is left for {name!r}; give more items or other fractions"
+                )
+            found[name] = replace(self, items=tuple(self.items[i] for i in sorted(numbers[start:stop])))
+            start = stop
+        return found
+
+    def take(self, count: int, seed: int = 0) -> Task:
+        """At most ``count`` items, drawn with the seed; a larger count has the smaller one's."""
+        keys = [hashlib.sha256(f"{seed}\n{item.group}\n{i}".encode()).digest() for i, item in enumerate(self.items)]
+        chosen = sorted(range(len(self.items)), key=keys.__getitem__)[:count]
+        return replace(self, items=tuple(self.items[i] for i in chosen))
+
+    def with_chat_template(self, tokenizer, system: str | None = None) -> Task:
+        """Each prompt becomes a user's message in the tokenizer's chat template, up to where the answer begins.
+
+        Options are then joined without the blank that sets them off from a plain prompt.
+
+        Raises:
+            PairsError: the tokenizer has no chat template, or the prompts went through one already.
+        """
+        check_untemplated(self.chat_template, self.source)
+        items = tuple(
+            replace(item, prompt=render_chat(tokenizer, item.prompt, system), options=_stripped(item.options))
+            for item in self.items
+        )
+        return replace(self, items=items, chat_template=True)
+
+    def digest(self) -> str:
+        """Tells tasks of other items, or other prompts, apart."""
+        digest = hashlib.sha256(f"{self.kind} {self.chat_template}".encode())
+        for item in self.items:
+            digest.update(repr((item.prompt, item.options, item.label, item.answer)).encode())
+        return digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return replace(self, items=self.items[i]) if isinstance(i, slice) else self.items[i]
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+
+def _stripped(options: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(option.lstrip(" ") for option in options)
