@@ -71,7 +71,7 @@ setup(
     package_dir={"austeer": "austeer", "austeer_kernels": "kernels/austeer_kernels", "austeer_bench": "bench"},
     package_data={
         "austeer_kernels": ["tables/*.json", "py.typed"],
-        "austeer": ["data/*", "py.typed"],
+        "austeer": ["data/*", "data/tasks/*", "py.typed"],
         "austeer_bench": ["published/*.md"],
     },
     install_requires=REQUIRES,

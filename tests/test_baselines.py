@@ -1,53 +1,136 @@
-"""Random plans: a fair draw, with each AU's own beta and delta."""
+"""Methods behind one interface: every one gives plans that steer accepts, nested where several share one."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+import austeer
 from austeer import SelectionError
-from austeer.baselines import random_plan
+from austeer.baselines import HEADS, METHODS, arms, sites_needed
+from austeer.baselines.ranked import SEEDS
+from baseline_material import PAIRS, material_of
+from dense_formula import formula_at, logits
+
+SITES, OPERATIONS, KS = ("attention", "ffn"), ("scale", "shift"), (3, 20)
 
 
-@pytest.mark.parametrize("operation", ["scale", "shift"])
-def test_units_are_distinct_and_have_their_own_values(demo_momentum, operation):
-    plan = random_plan(demo_momentum, "ffn", 500, seed=3, operation=operation)
-    everything = {(unit.layer, unit.index): unit for unit in demo_momentum.select("ffn", k=30 * 576)}
-    assert len(set(plan.keys())) == len(plan) == 500 and plan.operation == operation
-    assert all(everything[unit.layer, unit.index] == unit for unit in plan)
+@pytest.fixture(scope="module")
+def material(tiny_of, demo):
+    return material_of(tiny_of("llama"), demo[1])
 
 
-def test_seed_decides(demo_momentum):
-    first, again, other = (random_plan(demo_momentum, "ffn", 20, seed) for seed in (1, 1, 2))
-    assert first == again and set(first.keys()) != set(other.keys())
+def made(material, method, **changes):
+    return arms(method, material, **({"sites": SITES, "operations": OPERATIONS, "ks": KS} | changes))
 
 
-def test_global_random_state_is_left_alone(demo_momentum):
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    random_plan(demo_momentum, "ffn", 5, seed=1)
-    assert torch.equal(torch.rand(3), expected)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_arm_steers(material, method):
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 300]])}
+    plain = logits(material.model, ids)
+    found = made(material, method)
+    assert len({arm.name for arm in found}) == len(found) > 0
+    for arm in found:
+        assert arm.method == method and arm.k <= len(arm.plan)
+        with austeer.steer(material.model, arm.plan, 0.5, k=arm.k):
+            steered = logits(material.model, ids)
+        with formula_at(material.model, arm.plan.top(arm.k), 0.5):
+            expected = logits(material.model, ids)
+        assert not torch.equal(steered, plain)
+        torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_draw_is_uniform_over_layers(demo_momentum):
-    # 3,000 AUs over 30 layers: 100 a layer, standard deviation about 9; the best AUs would crowd into a few.
-    plan = random_plan(demo_momentum, "attention", 3000, seed=0)
-    layers = torch.bincount(plan.layer, minlength=30)
-    assert layers.min() > 60 and layers.max() < 140
-    best = set(demo_momentum.select("attention", k=3000).keys())
-    assert len(best & set(plan.keys())) / 3000 == pytest.approx(3000 / 17280, abs=0.03)
+@pytest.mark.parametrize("method", METHODS)
+def test_arms_name_what_can_be_chosen(material, method):
+    chosen = {(arm.site, arm.operation, arm.k, arm.detail) for arm in made(material, method)}
+    grid = {(site, operation, k, "") for site in SITES for operation in OPERATIONS for k in KS}
+    # the tiny Llama: 3 layers, 32 wide, of 4 heads of 12
+    by_heads = {("attention", "shift", 12 * n, f"{n} head{'s' if n > 1 else ''}") for n in HEADS if n <= 12}
+    assert chosen == {
+        "momentum": grid,
+        "difference": grid,
+        "effect": grid,
+        "random": {(*arm[:3], f"seed {seed}") for arm in grid for seed in SEEDS},
+        "all": {("attention", operation, 3 * 48, "") for operation in OPERATIONS}
+        | {("ffn", operation, 3 * 32, "") for operation in OPERATIONS},
+        "caa": {("layer", "shift", 32, f"layer {layer}") for layer in range(3)},
+        "iti": by_heads,
+        "sadi": {("ffn", "scale", k, "") for k in KS} | {(a, "scale", k, d) for a, _, k, d in by_heads},
+    }[method]  # fmt: skip
 
 
-def test_all_units_can_be_drawn(demo_momentum):
-    size = 30 * 576
-    plan = random_plan(demo_momentum, "ffn", size, seed=0)
-    assert set(plan.keys()) == set(demo_momentum.select("ffn", k=size).keys())
+@pytest.mark.parametrize("method", METHODS)
+def test_a_smaller_k_is_the_beginning_of_a_larger_one(material, method):
+    for arm in made(material, method):
+        alike = [
+            other for other in made(material, method) if (other.site, other.operation) == (arm.site, arm.operation)
+        ]
+        together = [other for other in alike if method in ("iti", "sadi") or other.detail == arm.detail]
+        assert all(other.plan == arm.plan for other in together)
+    # the largest alone chooses no other AUs
+    if method not in ("caa", "iti", "all", "sadi"):
+        small, large = (made(material, method, ks=[k]) for k in KS)
+        assert all(a.plan == b.plan.top(KS[0]) for a, b in zip(small, large))
 
 
-@pytest.mark.parametrize("site, k, message", [
-    ("ffn", 0, r"k: found 0, expected an integer from 1 to 17280"),
-    ("ffn", 17281, r"k: found 17281, expected an integer from 1 to 17280 \(AUs of 'ffn'\)"),
-    ("layer", 5, "site 'layer' was not measured"),
-])  # fmt: skip
-def test_complaints(demo_momentum, site, k, message):
+def test_methods_say_what_they_are():
+    assert all(m.what and m.source for m in METHODS.values())
+
+
+def test_sites_needed():
+    assert sites_needed(["momentum", "random"], ["attention", "neuron"]) == ("attention", "neuron")
+    assert set(sites_needed(["momentum", "caa"], ["ffn"])) == {"ffn", "layer"}
+    assert sites_needed(["iti"], ["ffn"]) == ()
+    with pytest.raises(SelectionError, match="method 'cca' is not known; expected one of momentum, random"):
+        sites_needed(["cca"], ["ffn"])
+
+
+@pytest.mark.parametrize(
+    "method, changes, message",
+    [
+        ("best", {}, "method 'best' is not known; expected one of momentum, random"),
+        ("momentum", {"ks": []}, "ks: found none"),
+        ("momentum", {"ks": [0]}, "k: found 0, expected an integer from 1"),
+        (
+            "momentum",
+            {"ks": [1, 97], "sites": ["ffn"]},
+            r"k: found 97, expected an integer from 1 to 96 \(AUs of 'ffn'",
+        ),
+        ("random", {"ks": [97], "sites": ["ffn"]}, "k: found 97"),
+        ("sadi", {"ks": [97], "sites": ["ffn"]}, "k: found 97"),
+        ("difference", {"operations": ["add"]}, "operation: found 'add', expected one of scale, push, shift"),
+        ("caa", {"layers": [3]}, r"method 'caa': found layer 3, expected one that was measured: \[0, 1, 2\]"),
+        ("iti", {"heads": [13]}, r"method 'iti': found \[13\] heads, expected numbers from 1 to 12"),
+        ("sadi", {"heads": [13]}, r"method 'sadi': found \[13\] heads, expected numbers from 1 to 12"),
+    ],
+)
+def test_complaints(material, method, changes, message):
     with pytest.raises(SelectionError, match=message):
-        random_plan(demo_momentum, site, k, seed=0)
+        made(material, method, **changes)
+
+
+@pytest.mark.parametrize("method", ["momentum", "random", "all", "difference", "effect", "caa", "sadi"])
+def test_an_unmeasured_site_is_named_with_the_method(tiny_of, demo, method):
+    few = material_of(tiny_of("llama"), demo[1], PAIRS[:3], ["neuron"])
+    site = "layer" if method == "caa" else "ffn"
+    with pytest.raises(
+        SelectionError, match=f"method '{method}' needs site '{site}', which was not measured; found neu"
+    ):
+        arms(method, few, sites=["ffn"], operations=["scale"], ks=[2])
+
+
+def test_iti_needs_no_measured_site(tiny_of, demo):
+    few = material_of(tiny_of("llama"), demo[1], PAIRS[:6], ["neuron"])
+    found = arms("iti", few, sites=["neuron"], ks=[2], heads=[2])
+    assert [(arm.site, arm.k) for arm in found] == [("attention", 24)]
+    other = made(material_of(tiny_of("llama"), demo[1], PAIRS[:6]), "iti", heads=[2])[0].plan
+    assert list(found[0].plan) == list(other)
+
+
+def test_only_measured_layers_are_chosen(tiny_of, demo):
+    model = tiny_of("llama")
+    part = austeer.measure(model, demo[1], PAIRS, ["attention", "layer"], layers=[0, 2], progress=False)
+    material = replace(material_of(model, demo[1], PAIRS[:2], ["ffn"]), momentum=part, pairs=PAIRS)
+    for method in METHODS:
+        layers = {layer for arm in made(material, method, sites=["attention"]) for layer in arm.plan.layer.tolist()}
+        assert layers <= {0, 2}, method

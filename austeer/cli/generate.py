@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .common import Device, DType, Json, Model, console, emit, load, note
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 
 def generate(
@@ -19,7 +22,10 @@ def generate(
     ],
     model: Model,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue; may be repeated.")],
-    alpha: Annotated[list[float] | None, typer.Option("--alpha", "-a", help="Strength; may be repeated. [1]")] = None,
+    alpha: Annotated[
+        list[float] | None,
+        typer.Option("--alpha", "-a", help="Strength; may be repeated. [default: the plan's own recommendation, or 1]"),
+    ] = None,
     k: Annotated[int | None, typer.Option(help="Only the k most important AUs. [default: all]")] = None,
     scope: Annotated[
         str, typer.Option(help="all, prompt, generation, last_prompt_token, or tokens such as 0:16 or 16:")
@@ -48,7 +54,9 @@ def generate(
 
     plans = dict(zip(_names(plan), map(Plan.from_pretrained, plan)))
     only = next(iter(plans.values())) if len(plans) == 1 else None
-    strengths = alpha or [1.0]
+    recommended = {name: _recommended(loaded) for name, loaded in plans.items()}
+    own = recommended[next(iter(plans))] if only is not None else recommended
+    strengths: list[Any] = list(alpha) if alpha else [own]
     network, tokenizer = load(model, dtype, device)
     for name, loaded in plans.items():
         if loaded.chat_template != chat:
@@ -70,7 +78,7 @@ def generate(
     with steering:
         for strength in strengths:
             steering.alpha = strength
-            label = f"alpha {strength:.12g}"
+            label = _label(strength)
             if only is not None:
                 results[label] = write(prompts=prompt)
                 continue
@@ -96,6 +104,20 @@ def _names(sources: list[str]) -> list[str]:
     """A name for each plan: its folder's or repository's, or all that was given where two are called the same."""
     short = [Path(source).resolve().name for source in sources]
     return short if len(set(short)) == len(short) else sources
+
+
+def _recommended(plan: Plan) -> float | dict[str, float]:
+    """The strength that the plan's evidence says to start with; 1 where there is none."""
+    alpha = plan.evidence.alpha if plan.evidence else None
+    return 1.0 if alpha is None else alpha
+
+
+def _label(alpha: Any) -> str:
+    if not isinstance(alpha, dict):
+        return f"alpha {alpha:.12g}"
+    if len(set(map(str, alpha.values()))) == 1:
+        return _label(next(iter(alpha.values())))
+    return "alpha " + ", ".join(f"{name} {_label(value).removeprefix('alpha ')}" for name, value in alpha.items())
 
 
 def _scope(text: str) -> str | tuple[int, int | None]:

@@ -61,20 +61,7 @@ class Task(Sequence[Item]):
         if not self.items:
             raise TaskError(f"{self.source}: found no item, expected at least one")
         for number, item in enumerate(self.items):
-            where = f"{self.source}, item {number}"
-            if not item.prompt.strip() or has_lone_surrogate(item.prompt + "".join(item.options)):
-                raise TaskError(f"{where}: found the prompt {item.prompt[:40]!r}, expected text")
-            if self.kind == "numeric":
-                if item.answer is None or not math.isfinite(item.answer):
-                    raise TaskError(f"{where}: found the answer {item.answer!r}, expected a number")
-                continue
-            if len(item.options) < 2 or len(set(item.options)) < len(item.options) or not all(item.options):
-                raise TaskError(f"{where}: found the options {item.options!r:.80}, expected two or more, all different")
-            if not 0 <= item.label < len(item.options):
-                raise TaskError(
-                    f"{where}: found the label {item.label!r}, expected 0 to {len(item.options) - 1} for the options "
-                    f"{item.options!r:.80}"
-                )
+            check_item(item, self.kind, f"{self.source}, item {number}")
 
     @classmethod
     def of_pairs(cls, pairs: Pairs, name: str = "pairs") -> Task:
@@ -127,15 +114,19 @@ class Task(Sequence[Item]):
                     f"{self.source}: found {len(self.items)} items in {len(members)} groups, too few for the split "
                     f"{dict(parts)}: no item is left for {name!r}; give more items or other fractions"
                 )
-            found[name] = replace(self, items=tuple(self.items[i] for i in sorted(numbers[start:stop])))
+            found[name] = self.pick(sorted(numbers[start:stop]))
             start = stop
         return found
+
+    def pick(self, numbers: Sequence[int]) -> Task:
+        """The items of these numbers, in this order."""
+        return replace(self, items=tuple(self.items[i] for i in numbers))
 
     def take(self, count: int, seed: int = 0) -> Task:
         """At most ``count`` items, drawn with the seed; a larger count has the smaller one's."""
         keys = [hashlib.sha256(f"{seed}\n{item.group}\n{i}".encode()).digest() for i, item in enumerate(self.items)]
         chosen = sorted(range(len(self.items)), key=keys.__getitem__)[:count]
-        return replace(self, items=tuple(self.items[i] for i in chosen))
+        return self.pick(chosen)
 
     def with_chat_template(self, tokenizer, system: str | None = None) -> Task:
         """Each prompt becomes a user's message in the tokenizer's chat template, up to where the answer begins.
@@ -167,6 +158,23 @@ class Task(Sequence[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
+
+
+def check_item(item: Item, kind: str, where: str) -> None:
+    """Raises TaskError, which names the place, if an item does not fit the kind or has an empty prompt or option."""
+    if not item.prompt.strip() or has_lone_surrogate(item.prompt + "".join(item.options)):
+        raise TaskError(f"{where}: found the prompt {item.prompt[:40]!r}, expected text")
+    if kind == "numeric":
+        if item.answer is None or not math.isfinite(item.answer):
+            raise TaskError(f"{where}: found the answer {item.answer!r}, expected a number")
+        return
+    if len(item.options) < 2 or len(set(item.options)) < len(item.options) or not all(item.options):
+        raise TaskError(f"{where}: found the options {item.options!r:.80}, expected two or more, all different")
+    if not 0 <= item.label < len(item.options):
+        raise TaskError(
+            f"{where}: found the label {item.label!r}, expected 0 to {len(item.options) - 1} for the options "
+            f"{item.options!r:.80}"
+        )
 
 
 def _stripped(options: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Choosing which AUs, how many and how strongly, on data that was not measured, and comparing methods fairly."""
 
-from .arms import Arm, Material
+from .arms import Arm, Candidate, Material
+from .compare import CompareResult, compare
+from .tune import TuneResult, tune
 
-__all__ = ["Arm", "Material"]
+__all__ = ["Arm", "Candidate", "CompareResult", "Material", "TuneResult", "compare", "tune"]

@@ -1,0 +1,107 @@
+"""The strength at which an arm has a given side effect: what makes methods comparable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .arms import Arm, Candidate
+from .scorer import Scorer
+
+#: The weakest and the strongest alpha that is tried.
+WEAKEST, STRONGEST = 2.0**-10, 2.0**14
+
+#: A side effect from this part of the limit up to the limit is near enough to it.
+NEAR = 0.8
+
+#: Forward passes for an arm, at most.
+STEPS = 9
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Where an arm reaches the limit.
+
+    Attributes:
+        alpha: the strongest that was seen to stay within; None if no strength that was tried did.
+        kl, rise: its side effects, nats a token.
+        reached: whether the side effect is near the limit, and not merely below it.
+    """
+
+    alpha: float | None
+    kl: float = math.nan
+    rise: float = math.nan
+    reached: bool = False
+
+
+def calibrate(
+    scorer: Scorer,
+    arms: Sequence[Arm],
+    max_kl: float,
+    texts: int | None = None,
+    start: Callable[[Arm], float] = lambda arm: 1.0,
+    on_arm: Callable[[], None] = lambda: None,
+) -> dict[str, Limit]:
+    """For each arm, by its digest, the strongest alpha whose KL divergence on neutral text is within ``max_kl``.
+
+    For small alpha the divergence is proportional to alpha squared, so the next alpha is extrapolated on logarithmic
+    axes with slope 2, or interpolated between two that lie on either side. All arms take a step together, as rows.
+
+    Args:
+        texts: how many of the scorer's neutral texts are run. start: the first alpha of an arm.
+        on_arm: called once for each arm that is done.
+    """
+    seen: dict[str, dict[float, tuple[float, float]]] = {arm.digest: {} for arm in arms}
+    waiting = {arm.digest: arm for arm in arms}
+    alphas = {arm.digest: start(arm) for arm in waiting.values()}
+    for _ in range(STEPS):
+        if not waiting:
+            break
+        candidates = [Candidate(arm, alphas[digest]) for digest, arm in waiting.items()]
+        for candidate, (kl, rise) in zip(candidates, scorer.side_effects(candidates, texts)):
+            digest = candidate.arm.digest
+            seen[digest][candidate.alpha] = (kl if kl >= 0 else math.inf, rise)  # NaN: the model is broken
+            following = _next(seen[digest], max_kl)
+            if following is None:
+                del waiting[digest]
+                on_arm()
+            else:
+                alphas[digest] = following
+    for _ in waiting:
+        on_arm()
+    return {digest: _limit(values, max_kl) for digest, values in seen.items()}
+
+
+def _next(seen: dict[float, tuple[float, float]], max_kl: float) -> float | None:
+    """The alpha to try now; None if one is near enough, or none that is left would change anything."""
+    within = {alpha: kl for alpha, (kl, _) in seen.items() if kl <= max_kl}
+    beyond = {alpha: kl for alpha, (kl, _) in seen.items() if not kl <= max_kl}
+    low, high = max(within, default=None), min(beyond, default=None)
+    if low is not None and (within[low] >= NEAR * max_kl or low >= STRONGEST):
+        return None
+    if high is not None and high <= WEAKEST:
+        return None
+    target = math.log(0.9 * max_kl)
+    if low is None or high is None:
+        alpha = low if low is not None else high
+        assert alpha is not None
+        kl = within.get(alpha, beyond.get(alpha, math.inf))
+        factor = math.exp((target - math.log(kl)) / 2) if 0 < kl < math.inf else (1 / 16 if kl else 16)
+        return min(max(alpha * min(max(factor, 1 / 16), 16.0), WEAKEST), STRONGEST)
+    if low >= high:  # not monotonous: the strongest within stands
+        return None
+    place = 0.5
+    if within[low] > 0 and beyond[high] < math.inf:
+        ends = math.log(within[low]), math.log(beyond[high])
+        place = min(max((target - ends[0]) / (ends[1] - ends[0]), 0.1), 0.9)
+    following = low * (high / low) ** place
+    return following if low < following < high else None
+
+
+def _limit(seen: dict[float, tuple[float, float]], max_kl: float) -> Limit:
+    within = [alpha for alpha, (kl, _) in seen.items() if kl <= max_kl]
+    if not within:
+        return Limit(None)
+    kl, rise = seen[max(within)]
+    return Limit(max(within), kl, rise, kl >= NEAR * max_kl)

@@ -1,0 +1,191 @@
+"""compare(): methods side by side, each tuned alike, at equal side effect, on data that nothing was chosen by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..baselines import METHODS, sites_needed
+from ..baselines import arms as arms_of
+from ..environment import environment
+from ..errors import TaskError
+from ..momentum import Momentum
+from ..pairs import Pairs
+from ..plan import OPERATIONS
+from ..steering import steer
+from ..tasks.task import Task
+from ..timing import Timing, decode_times
+from .arms import Arm, Material
+from .data import digest_of, halved, neutral_texts, split
+from .held_out import HeldOut, Unsteered, hold_out
+from .record import Record
+from .scorer import Scorer
+from .search import Step, search, silent
+from .tune import MAX_KL, SITES, Trial, fitting, measured, trials_of
+
+KS = (10, 100)
+
+#: Rounds of decoding that the cost is taken from, and the tokens of each.
+ROUNDS, TOKENS = 10, 8
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """What came of each method.
+
+    Attributes:
+        settings: all that the comparison depended on. schedule: how much of what was run.
+        unsteered, held_out: on the test part: the best setting of each method and operation, best on the tuning part
+            first.
+        cost: time a token of each row by its name, as ``steer`` runs it, decoding at batch 1; beside "unsteered" and
+            "unsteered again", whose distance is noise. Empty if it was not timed.
+        trials: every setting on the tuning part. seconds: of this run. environment: of the machine.
+    """
+
+    settings: dict[str, Any]
+    schedule: dict[str, Any]
+    unsteered: Unsteered
+    held_out: list[HeldOut]
+    cost: dict[str, Timing]
+    trials: list[Trial]
+    seconds: float
+    environment: dict[str, object]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_methods(names: Iterable[str], operations: Sequence[str] = OPERATIONS) -> dict[str, tuple[str, ...]]:
+    """The operations that each method is tried with: "random" with all of them, "random:shift" with one.
+
+    Raises:
+        TaskError: an unknown method or operation, or none.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        method, _, operation = name.partition(":")
+        if method not in METHODS or (operation and operation not in OPERATIONS):
+            raise TaskError(
+                f"methods: found {name!r}, expected METHOD or METHOD:OPERATION of {', '.join(METHODS)} and "
+                f"{', '.join(OPERATIONS)}"
+            )
+        found[method] = tuple(dict.fromkeys((*found.get(method, ()), *([operation] if operation else operations))))
+    if not found:
+        raise TaskError(f"methods: found none, expected some of {', '.join(METHODS)}")
+    return found
+
+
+def compare(
+    model: nn.Module,
+    tokenizer,
+    data: Task | Pairs,
+    *,
+    methods: Iterable[str] = tuple(METHODS),
+    momentum: Momentum | None = None,
+    sites: Sequence[str] = SITES,
+    operations: Sequence[str] = OPERATIONS,
+    ks: Iterable[int] = KS,
+    layers: Sequence[int] | None = None,
+    max_kl: float = MAX_KL,
+    budget: float | None = None,
+    neutral: Sequence[str] | None = None,
+    timed: bool = True,
+    most: tuple[int | None, int | None, int | None] = (400, 200, 400),
+    seed: int = 0,
+    folder: str | Path | None = None,
+    step: Step = silent,
+    progress: bool | None = False,
+) -> CompareResult:
+    """Tunes every method alike and reports the best of each, and of each operation, on the test part.
+
+    All methods get the same pairs, the same limit on the side effect and the same search; see :func:`tune` for both.
+
+    Args:
+        methods: names of :data:`austeer.baselines.METHODS`, or ``NAME:OPERATION`` for one operation only.
+        momentum: of the measured part; only with a ``data`` that it was not counted on.
+        layers: where "caa" adds its vector; by default ten that are evenly spread.
+        timed: also time decoding with each method's best setting.
+        Others as for :func:`tune`.
+
+    Raises:
+        TaskError: an unknown method, and what :func:`tune` raises. SelectionError: a site that ``momentum`` lacks.
+    """
+    started = time.perf_counter()
+    wanted = parse_methods(methods, operations)
+    parts = split(data, measured=False, most=most, seed=seed)
+    chosen_on, reported_on = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
+    settings = {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "data": {"name": getattr(data, "name", "pairs"), "source": data.source, **parts.to_json()},
+        "methods": {method: list(names) for method, names in wanted.items()},
+        "sites": list(sites),
+        "ks": list(ks),
+        "layers": None if layers is None else list(layers),
+        "max_kl": max_kl,
+        "budget": budget,
+        "neutral": {"tune": digest_of(chosen_on), "test": digest_of(reported_on)},
+    }
+    record = Record(None if folder is None else Path(folder, "search.jsonl"), settings)
+    if momentum is None:
+        needed = sorted(sites_needed(wanted, sites))
+        momentum = measured(model, tokenizer, parts, needed, folder, progress)
+    assert parts.measure is not None
+    material = Material(model, tokenizer, parts.measure, momentum)
+    ks = fitting(ks, momentum, sites)
+    arms = [
+        arm
+        for method, names in wanted.items()
+        for arm in arms_of(method, material, sites=sites, operations=names, ks=ks, layers=layers)
+    ]
+    scorer = Scorer(model, tokenizer, parts.tune, chosen_on, record)
+    found = search(scorer, arms, group=_group, max_kl=max_kl, budget=budget, started=started, step=step)
+    groups = dict.fromkeys(_group(s.candidate.arm) for s in found.standings)
+    best = sorted((found.best_in(group) for group in groups), key=lambda s: -s.effect)
+    test = Scorer(model, tokenizer, parts.test, reported_on, record, name="test")
+    unsteered, held_out = hold_out(test, [s.candidate for s in best], step)
+    variants = {
+        s.candidate.arm.name: partial(steer, model, s.candidate.arm.plan, s.candidate.strength, k=s.candidate.arm.k)
+        for s in best
+    }
+    cost = _cost(model, tokenizer, variants, reported_on[0], record, step) if timed else {}
+    return CompareResult(
+        settings,
+        found.schedule.to_json(),
+        unsteered,
+        held_out,
+        cost,
+        trials_of(found, parts.tune),
+        time.perf_counter() - started,
+        environment(),
+    )
+
+
+def _group(arm: Arm) -> str:
+    return f"{arm.method}: {arm.operation}"
+
+
+def _cost(
+    model: nn.Module,
+    tokenizer,
+    steered: Mapping[str, Callable[[], AbstractContextManager]],
+    text: str,
+    record: Record,
+    step: Step,
+) -> dict[str, Timing]:
+    known = record.get("cost")
+    if known is None:
+        variants = {"unsteered": nullcontext, "unsteered again": nullcontext, **steered}
+        with step(f"time a token, {len(variants)} ways", ROUNDS + 1) as advance:
+            timings = decode_times(
+                model, tokenizer, variants, prompt=text, tokens=TOKENS, rounds=ROUNDS, on_round=lambda: advance(1)
+            )
+        known = {name: asdict(timing) for name, timing in timings.items()}
+        record.put("cost", known)
+    return {name: Timing(**timing) for name, timing in known.items()}

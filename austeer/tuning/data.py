@@ -1,0 +1,85 @@
+"""What is measured, what is tuned on and what is only looked at in the end; and text that should stay as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from ..pairs import Pairs
+from ..tasks.task import Task
+
+#: Fractions of the data.
+PARTS = {"measure": 0.5, "tune": 0.25, "test": 0.25}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Disjoint parts of the data; items of one group are in one part.
+
+    Attributes:
+        measure: momentum is counted on its pairs; None where there was a momentum already.
+        tune: everything is chosen on it. test: it is looked at once, for the figures.
+        seed: of the split.
+    """
+
+    measure: Pairs | None
+    tune: Task
+    test: Task
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What anyone needs to tell the parts apart again: sizes and digests."""
+        parts = {"tune": self.tune, "test": self.test}
+        found: dict[str, Any] = {name: {"items": len(task), "digest": task.digest()} for name, task in parts.items()}
+        if self.measure is not None:
+            found["measure"] = {"pairs": len(self.measure), "digest": Task.of_pairs(self.measure).digest()}
+        return {"seed": self.seed, **found}
+
+
+def split(
+    data: Task | Pairs,
+    *,
+    measured: bool = False,
+    most: tuple[int | None, int | None, int | None] = (None, None, None),
+    seed: int = 0,
+) -> Parts:
+    """Parts of the data.
+
+    Args:
+        data: pairs, or a task with options. measured: a momentum of other data is there, so none is needed of these.
+        most: at most so many items in each part, drawn with the seed.
+
+    Raises:
+        TaskError: too few items for the parts. PairsError: fewer than two pairs to measure.
+    """
+    task = data if isinstance(data, Task) else Task.of_pairs(data)
+    fractions = {name: part for name, part in PARTS.items() if not (measured and name == "measure")}
+    total = sum(fractions.values())
+    found = task.split({name: part / total for name, part in fractions.items()}, seed)
+    limits = dict(zip(PARTS, most))
+    cut = {name: part if limits[name] is None else part.take(limits[name] or 0, seed) for name, part in found.items()}
+    return Parts(None if measured else cut["measure"].pairs(), cut["tune"], cut["test"], seed)
+
+
+def neutral_texts(part: str = "selection") -> list[str]:
+    """The packaged neutral texts: short encyclopaedic paragraphs.
+
+    Args:
+        part: "selection", for what is chosen; "heldout", for what is reported.
+    """
+    lines = (files("austeer") / "data" / "neutral.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["text"] for row in map(json.loads, lines) if row["split"] == part]
+
+
+def halved(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A user's neutral texts for tuning and for the report: every second one each."""
+    return list(texts[::2]), list(texts[1::2]) or list(texts)
+
+
+def digest_of(texts: Sequence[str]) -> str:
+    """Tells texts apart, in a record's settings."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

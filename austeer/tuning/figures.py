@@ -1,0 +1,82 @@
+"""Figures of searches: k by strength as a heat map, settings tried, and methods side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..figures import BLUE, GREY, ORANGE, new_figure, save_figure
+from .compare import CompareResult
+from .held_out import HeldOut
+from .tune import Trial, TuneResult
+
+COLORS = {"scale": GREY, "push": ORANGE, "shift": BLUE}
+
+
+def draw_tune(result: TuneResult, path: Path) -> None:
+    """A heat map of k and strength for each site and operation, and the settings on held-out data."""
+    single = [t for t in result.trials if not t.detail]
+    pairs = [(site, operation) for operation in COLORS for site in result.settings["sites"]]
+    panels = [(pair, cells) for pair in pairs if (cells := [t for t in single if (t.site, t.operation) == pair])]
+    columns = min(3, len(panels) + 1)
+    rows = math.ceil((len(panels) + 1) / columns)
+    figure, axes = new_figure(columns, rows)
+    largest = max((abs(t.effect) for t in single if math.isfinite(t.effect)), default=1.0) or 1.0
+    for axis, ((site, operation), cells) in zip(axes, panels):
+        _heat_map(axis, cells, largest)
+        axis.set(title=f"{operation} at {site}", xlabel="alpha, as part of its limit", ylabel="k")
+    _forest(axes[len(panels)], result.held_out, "on held-out data")
+    for axis in axes[len(panels) + 1 :]:
+        axis.axis("off")
+    save_figure(figure, path)
+
+
+def _heat_map(axis, cells: Sequence[Trial], largest: float) -> None:
+    """Mean change of log-odds, with alpha in each cell; cells judged by fewer items than the best are in grey text."""
+    ks = sorted({t.k for t in cells})
+    fractions = sorted({t.fraction for t in cells})
+    table = [[math.nan] * len(fractions) for _ in ks]
+    most = max(t.items for t in cells)
+    for t in cells:
+        row, column = ks.index(t.k), fractions.index(t.fraction)
+        table[row][column] = t.effect
+        assert not isinstance(t.alpha, dict)
+        text = f"{t.effect:+.2f}\nalpha {t.alpha:.3g}, n {t.items}"
+        axis.text(
+            column, row, text, ha="center", va="center", fontsize=7, color="black" if t.items == most else "dimgrey"
+        )
+    axis.imshow(table, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto", origin="lower")
+    axis.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
+    axis.set_yticks(range(len(ks)), [str(k) for k in ks])
+
+
+def draw_compare(result: CompareResult, path: Path) -> None:
+    """Effect and accuracy of every method on held-out data, with intervals, and what it does to neutral text."""
+    figure, axes = new_figure(3)
+    figure.set_figheight(1.2 + 0.32 * len(result.held_out))
+    _forest(axes[0], result.held_out, "effect")
+    rows = result.held_out[::-1]
+    values = [row.accuracy for row in rows]
+    spread = [[row.accuracy - row.accuracy_low for row in rows], [row.accuracy_high - row.accuracy for row in rows]]
+    axes[1].errorbar(values, range(len(rows)), xerr=spread, fmt="o", color=BLUE, ecolor=GREY, capsize=2)
+    axes[1].axvline(result.unsteered.accuracy, color="#333333", linewidth=0.8, linestyle="--")
+    axes[1].set(title="accuracy (dashed: unsteered)", xlabel="share of items", yticks=[])
+    axes[2].barh(range(len(rows)), [row.kl for row in rows], color=GREY)
+    axes[2].axvline(result.settings["max_kl"], color="#333333", linewidth=0.8, linestyle="--")
+    axes[2].set(title="side effect (dashed: the limit)", xlabel="KL on held-out neutral text, nats a token", yticks=[])
+    save_figure(figure, path)
+
+
+def _forest(axis, held_out: Sequence[HeldOut], title: str) -> None:
+    rows = held_out[::-1]
+    low = [row.effect - (row.effect if row.low is None else row.low) for row in rows]
+    high = [(row.effect if row.high is None else row.high) - row.effect for row in rows]
+    colors = [COLORS[row.operation] for row in rows]
+    for y, row in enumerate(rows):
+        axis.errorbar(row.effect, y, xerr=[[low[y]], [high[y]]], fmt="o", color=colors[y], ecolor=colors[y], capsize=2)
+    names = [f"{row.name}" for row in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=7)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.axvline(0, color="#333333", linewidth=0.8)
+    axis.set(title=title, xlabel="change of log-odds, nats, 95 % interval")

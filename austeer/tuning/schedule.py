@@ -1,0 +1,136 @@
+"""How much of what is run: all that there is, or as much as a time budget allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import TaskError
+
+#: A rung of successive halving keeps one in so many candidates, and the next has so many times the items.
+ETA = 3
+
+#: Candidates of a group that are scored on all items.
+FINALISTS = 3
+
+#: Strengths of an arm, as parts of the one at which the side effect reaches its limit.
+FRACTIONS = (1.0, 0.5)
+
+#: The fewest items a candidate is judged by.
+FEWEST = 4
+
+#: Neutral texts that calibration runs, if time allows.
+TEXTS = 6
+
+#: Of a time budget, what is kept for mixing sites and for held-out items; and what calibration may take of the rest.
+RESERVE, CALIBRATION = 0.3, 0.4
+
+#: Steps of calibration that an arm takes on average, and what a neutral token costs next to one of an item: its logits
+#: are made at every token.
+STEPS, NEUTRAL_COST = 4.0, 1.5
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that one candidate takes for an item, and for a neutral text.
+
+    Attributes:
+        spent: what has gone of the budget.
+    """
+
+    item: float
+    text: float
+    spent: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Attributes:
+    arms: numbers of the arms that are tried. texts: neutral texts that each is calibrated on.
+    fractions: see ``FRACTIONS``.
+    items: how many items each rung has; the last one has all that are used.
+    """
+
+    arms: tuple[int, ...]
+    texts: int
+    fractions: tuple[float, ...]
+    items: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Schedule:
+        return cls(tuple(data["arms"]), data["texts"], tuple(data["fractions"]), tuple(data["items"]))
+
+
+def make_schedule(
+    groups: Sequence[str], items: int, texts: int, budget: float | None = None, costs: Costs | None = None
+) -> Schedule:
+    """What to run.
+
+    Args:
+        groups: each arm's group; halving keeps the best of each. items, texts: how many there are.
+        budget: seconds in all; None for as long as it takes. costs: what things take, if there is a budget.
+
+    Raises:
+        TaskError: the budget is too small for one candidate (says what is needed).
+    """
+    everything = tuple(range(len(groups)))
+    texts = min(texts, TEXTS)
+    if budget is None:
+        return Schedule(everything, texts, FRACTIONS, _rungs(groups, everything, FRACTIONS, items, math.inf))
+    assert costs is not None
+    left = (budget - costs.spent) * (1 - RESERVE)
+    for stride in range(1, len(groups) + 1):
+        arms = _every(groups, stride)
+        for fractions in (FRACTIONS, FRACTIONS[:1]):
+            for count in range(texts, 0, -1):
+                calibration = len(arms) * count * STEPS * NEUTRAL_COST * costs.text
+                if calibration <= (CALIBRATION if count > 1 else 1 - CALIBRATION) * left:
+                    break
+            else:
+                continue
+            afford = (left - calibration) / costs.item if costs.item else math.inf
+            rungs = _rungs(groups, arms, fractions, items, afford)
+            if rungs:
+                return Schedule(arms, count, fractions, rungs)
+    needed = costs.spent + (STEPS * NEUTRAL_COST * costs.text + FEWEST * costs.item) * len(set(groups)) / (1 - RESERVE)
+    raise TaskError(
+        f"budget: found {budget:.0f} s, too little for one candidate of each of {len(set(groups))} kinds; expected at "
+        f"least {math.ceil(needed)} s here, or fewer sites and operations"
+    )
+
+
+def _every(groups: Sequence[str], stride: int) -> tuple[int, ...]:
+    """Every ``stride``-th arm of each group, the first of each included."""
+    seen: dict[str, int] = {}
+    chosen = []
+    for number, group in enumerate(groups):
+        place = seen.get(group, 0)
+        seen[group] = place + 1
+        if place % stride == 0:
+            chosen.append(number)
+    return tuple(chosen)
+
+
+def _rungs(
+    groups: Sequence[str], arms: Sequence[int], fractions: Sequence[float], items: int, afford: float
+) -> tuple[int, ...]:
+    """Items of each rung, so that all rungs take at most ``afford`` candidates times items; empty if that cannot be."""
+    sizes = [len(fractions) * sum(groups[arm] == group for arm in arms) for group in dict.fromkeys(groups)]
+    counts = [sum(sizes)]
+    while max(sizes) > FINALISTS:
+        sizes = [max(1, math.ceil(size / ETA)) for size in sizes]
+        counts.append(sum(sizes))
+    last = items
+    while True:
+        rungs = [max(min(FEWEST, last), math.ceil(last / ETA**back)) for back in reversed(range(len(counts)))]
+        new = [n - before for n, before in zip(rungs, [0, *rungs])]
+        if sum(count * n for count, n in zip(counts, new)) <= afford:
+            return tuple(rungs)
+        if last <= FEWEST:
+            return ()
+        last = max(FEWEST, math.floor(last * 0.9))

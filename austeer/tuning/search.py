@@ -1,0 +1,183 @@
+"""The search: strengths from a limit on the side effect, then successive halving on items, group by group."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import TaskError
+from ..intervals import mean_interval
+from .arms import Arm, Candidate
+from .calibrate import Limit, calibrate
+from .schedule import ETA, Schedule, make_schedule
+from .scorer import Scorer
+
+#: Opens a bar of so many units, and gives what moves it.
+Step = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda by: None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One candidate, and what it did to the items that it was judged by.
+
+    Attributes:
+        fraction: its alpha, as part of the one at which the side effect reaches the limit.
+        limit: where that is.
+        items: numbers of the items. change: float64 [items], of the log-odds, nats.
+    """
+
+    candidate: Candidate
+    group: str
+    fraction: float
+    limit: Limit
+    items: tuple[int, ...]
+    change: Tensor
+
+    @property
+    def effect(self) -> float:
+        """Mean change of the log-odds, nats; minus infinity where the model gave no number."""
+        mean = float(self.change.mean())
+        return mean if math.isfinite(mean) else -math.inf
+
+    def interval(self, groups: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
+        """The effect's 95 % interval over the items' groups; None where there are not two of them."""
+        return mean_interval(self.change, groups) if len(set(groups)) > 1 else (None, None)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Attributes:
+    standings: every candidate as it stood when it was last judged, best first among those judged by as many items.
+    limits: of each arm, by its digest. schedule: what was run.
+    """
+
+    standings: list[Standing]
+    limits: dict[str, Limit]
+    schedule: Schedule
+
+    def best_of(self, **fixed: object) -> Standing | None:
+        """The best among those judged by the most items, of the arms with these attributes; None if there is none."""
+        fitting = [s for s in self.standings if all(getattr(s.candidate.arm, n) == v for n, v in fixed.items())]
+        return max(fitting, key=lambda s: (len(s.items), s.effect), default=None)
+
+    def best_in(self, group: str) -> Standing:
+        """The same of one group, which has to be there."""
+        return max((s for s in self.standings if s.group == group), key=lambda s: (len(s.items), s.effect))
+
+    def best(self) -> Standing:
+        """The best of all."""
+        found = self.best_of()
+        assert found is not None
+        return found
+
+
+def search(
+    scorer: Scorer,
+    arms: Sequence[Arm],
+    *,
+    group: Callable[[Arm], str],
+    max_kl: float,
+    budget: float | None = None,
+    started: float | None = None,
+    step: Step = silent,
+) -> Found:
+    """Finds the best candidate of each group.
+
+    Every arm is first brought to the limit on the side effect (:func:`calibrate`), so that candidates compare at equal
+    side effect. Then all are scored on a few items, the best third of each group on three times as many, and so on.
+
+    Args:
+        max_kl: the limit on KL(unsteered || steered) on the scorer's neutral texts, nats a token.
+        budget: seconds in all, from ``started`` (:func:`time.perf_counter`) on.
+
+    Raises:
+        TaskError: no arm, a limit that is no positive number, a budget too small for one candidate, or no strength of
+            any arm within the limit.
+    """
+    if not arms:
+        raise TaskError("search: found no arm, expected at least one; give sites, operations and numbers of AUs")
+    if isinstance(max_kl, bool) or not 0 < max_kl < math.inf:
+        raise TaskError(f"max_kl: found {max_kl!r}, expected a positive number of nats a token, for example 0.1")
+    started = time.perf_counter() if started is None else started
+    order = _order(scorer)
+    schedule = _schedule(scorer, [group(arm) for arm in arms], budget, started, order, step)
+    arms = [arms[number] for number in schedule.arms]
+    with step("strengths at the limit", len(arms)) as advance:
+        limits = calibrate(scorer, arms, max_kl, schedule.texts, on_arm=lambda: advance(1))
+    candidates = [
+        (Candidate(arm, limit.alpha * fraction), group(arm), fraction, limit)
+        for arm in arms
+        for limit in [limits[arm.digest]]
+        if limit.alpha is not None
+        for fraction in schedule.fractions
+    ]
+    if not candidates:
+        raise TaskError(
+            f"max_kl: no strength of any of {len(arms)} arms stayed within {max_kl:g} nats a token on neutral text; "
+            "give a larger limit, or fewer AUs"
+        )
+    done: list[Standing] = []
+    for number, count in enumerate(schedule.items):
+        items = order[:count]
+        total = count * len(candidates)
+        with step(f"round {number + 1} of {len(schedule.items)}: {len(candidates)} candidates", total) as advance:
+            changes = scorer.changes([c for c, *_ in candidates], items, advance)
+        standings = [Standing(*candidate, tuple(items), change) for candidate, change in zip(candidates, changes)]
+        standings.sort(key=lambda s: -s.effect)
+        if number == len(schedule.items) - 1:
+            done = standings + done
+            break
+        kept = _keep(standings)
+        done = [s for s in standings if s not in kept] + done
+        candidates = [(s.candidate, s.group, s.fraction, s.limit) for s in kept]
+    return Found(done, limits, schedule)
+
+
+def _keep(standings: Sequence[Standing]) -> list[Standing]:
+    """The best third of each group, one at least; ``standings`` are sorted."""
+    sizes: dict[str, int] = {}
+    for standing in standings:
+        sizes[standing.group] = sizes.get(standing.group, 0) + 1
+    room = {name: max(1, math.ceil(size / ETA)) for name, size in sizes.items()}
+    kept = []
+    for standing in standings:
+        if room[standing.group]:
+            room[standing.group] -= 1
+            kept.append(standing)
+    return kept
+
+
+def _order(scorer: Scorer) -> list[int]:
+    """The items' numbers in the order of a hash: a beginning of it is a sample."""
+    keys = [hashlib.sha256(f"{item.group}\n{i}".encode()).digest() for i, item in enumerate(scorer.task)]
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+def _schedule(
+    scorer: Scorer, groups: list[str], budget: float | None, started: float, order: list[int], step: Step
+) -> Schedule:
+    """From the record, or made now: with a budget from what the unsteered model takes for all items."""
+    key = f"{scorer.name} schedule"
+    known = scorer.record.get(key)
+    if known is not None:
+        return Schedule.from_json(known)
+    with step("unsteered", len(order)) as advance:
+        base = scorer.base(order, advance)
+    if not torch.isfinite(base.margin).all():
+        raise TaskError(f"{scorer.task.name}: the unsteered model gives no finite log-odds; expected a working model")
+    costs = None if budget is None else replace(scorer.costs(order), spent=time.perf_counter() - started)
+    schedule = make_schedule(groups, len(order), len(scorer.neutral), budget, costs)
+    scorer.record.put(key, schedule.to_json())
+    return schedule

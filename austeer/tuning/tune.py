@@ -1,0 +1,303 @@
+"""tune(): from pairs or a labelled task to a plan with its strength, and what it does to data that was not used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..baselines import arms as arms_of
+from ..environment import environment
+from ..errors import TaskError
+from ..evidence import Evidence, Outcome
+from ..measuring import measure
+from ..momentum import Momentum
+from ..pairs import Pairs
+from ..plan import OPERATIONS, Plan
+from ..tasks.task import Task
+from .arms import Arm, Candidate, Material
+from .calibrate import calibrate
+from .data import Parts, digest_of, halved, neutral_texts, split
+from .held_out import HeldOut, Unsteered, hold_out
+from .record import Record
+from .scorer import Scorer
+from .search import Found, Standing, Step, search, silent
+
+SITES = ("attention", "ffn")
+KS = (3, 10, 30, 100, 300)
+MAX_KL = 0.1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting as it stood when it was last judged, on the tuning part.
+
+    Attributes:
+        alpha: the strength; one a site where they differ. fraction: of the alpha at which the limit is reached.
+        items: by how many items it was judged. effect: mean change of the log-odds, nats, with its 95 % interval.
+        share: share of items that moved the wanted way.
+        kl: at the limit, of this setting's arm; a fraction of alpha has about its square of it.
+    """
+
+    method: str
+    detail: str
+    site: str
+    operation: str
+    k: int
+    alpha: float | dict[str, float]
+    fraction: float
+    items: int
+    effect: float
+    low: float | None
+    high: float | None
+    share: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a search found.
+
+    Attributes:
+        plan: the chosen AUs, with the evidence. alpha: the strength to steer with.
+        settings: all that the search depended on, the split in it. schedule: how much of what was run.
+        trials: every setting, best first among those judged by as many items. chosen: the best of all.
+        unsteered, held_out: on the test part: the chosen setting first, then the best of each other operation.
+        seconds: of this run. environment: of the machine.
+    """
+
+    plan: Plan
+    alpha: float | dict[str, float]
+    settings: dict[str, Any]
+    schedule: dict[str, Any]
+    trials: list[Trial]
+    chosen: Trial
+    unsteered: Unsteered
+    held_out: list[HeldOut]
+    seconds: float
+    environment: dict[str, object]
+
+    def to_json(self) -> dict[str, Any]:
+        found = {name: value for name, value in vars(self).items() if name not in ("plan", "trials", "chosen")}
+        found |= {"unsteered": asdict(self.unsteered), "held_out": [row.to_json() for row in self.held_out]}
+        return {**found, "trials": [asdict(t) for t in self.trials], "chosen": asdict(self.chosen)}
+
+
+def tune(
+    model: nn.Module,
+    tokenizer,
+    data: Task | Pairs,
+    *,
+    momentum: Momentum | None = None,
+    sites: Sequence[str] = SITES,
+    operations: Sequence[str] = OPERATIONS,
+    ks: Iterable[int] = KS,
+    max_kl: float = MAX_KL,
+    budget: float | None = None,
+    neutral: Sequence[str] | None = None,
+    mix: bool = True,
+    most: tuple[int | None, int | None, int | None] = (400, 200, 400),
+    seed: int = 0,
+    folder: str | Path | None = None,
+    step: Step = silent,
+    progress: bool | None = False,
+) -> TuneResult:
+    """Chooses site, operation, k and alpha on data that was not measured, under a limit on the side effect.
+
+    A part of the data is measured, a part is tuned on, and a part is looked at once, in the end. Every setting is first
+    brought to the limit on the side effect (KL divergence from the unsteered model on neutral text), so that settings
+    compare at equal side effect; then successive halving finds the best. All settings of a batch run as its rows, and
+    rankings are nested, so one momentum serves every k.
+
+    Args:
+        data: pairs, or a task with options (:func:`austeer.tasks.load_task`).
+        momentum: of other pairs than ``data``'s; by default counted on a part of the data.
+        sites, operations, ks: what is searched.
+        max_kl: the limit on KL(unsteered || steered), nats a token.
+        budget: seconds for all of it; by default as long as it takes.
+        neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
+        mix: also try the best two sites together, each with its own strength.
+        most: at most so many items to measure, tune and test.
+        folder: where ``momentum.safetensors`` and ``search.jsonl`` are kept; an interrupted search goes on from them.
+        step: opens progress bars. progress: as of :func:`austeer.measure`.
+
+    Raises:
+        TaskError: a numeric task, too little data or budget, or no setting within the limit.
+        SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
+        FileFormatError: ``folder`` holds another search.
+    """
+    started = time.perf_counter()
+    parts = split(data, measured=momentum is not None, most=most, seed=seed)
+    chosen_on, reported_on = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
+    settings = {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "data": {"name": getattr(data, "name", "pairs"), "source": data.source, **parts.to_json()},
+        "sites": list(sites),
+        "operations": list(operations),
+        "ks": list(ks),
+        "max_kl": max_kl,
+        "budget": budget,
+        "mix": mix,
+        "neutral": {"tune": digest_of(chosen_on), "test": digest_of(reported_on)},
+    }
+    record = Record(None if folder is None else Path(folder, "search.jsonl"), settings)
+    if momentum is None:
+        momentum = measured(model, tokenizer, parts, sites, folder, progress)
+    material = Material(model, tokenizer, parts.measure or Pairs(()), momentum)
+    arms = arms_of("momentum", material, sites=sites, operations=operations, ks=fitting(ks, momentum, sites))
+    scorer = Scorer(model, tokenizer, parts.tune, chosen_on, record)
+    found = search(
+        scorer,
+        arms,
+        group=lambda arm: f"{arm.operation} at {arm.site}",
+        max_kl=max_kl,
+        budget=budget,
+        started=started,
+        step=step,
+    )
+    if mix and len(sites) > 1:
+        found = replace(found, standings=[*_mixed(scorer, found, max_kl, step), *found.standings])
+    best = found.best()
+    others = [found.best_of(operation=o) for o in operations]
+    rows = [best, *(s for s in others if s is not None and s.candidate.arm.operation != best.candidate.arm.operation)]
+    test = Scorer(model, tokenizer, parts.test, reported_on, record, name="test")
+    unsteered, held_out = hold_out(test, [s.candidate for s in rows], step)
+    trials = trials_of(found, parts.tune)
+    chosen = _trial(best, parts.tune)
+    plan = best.candidate.arm.plan.top(best.candidate.arm.k)
+    return TuneResult(
+        plan.with_evidence(_evidence(chosen, trials, held_out[0], parts)),
+        chosen.alpha,
+        settings,
+        found.schedule.to_json(),
+        trials,
+        chosen,
+        unsteered,
+        held_out,
+        time.perf_counter() - started,
+        environment(),
+    )
+
+
+def measured(
+    model: nn.Module,
+    tokenizer,
+    parts: Parts,
+    sites: Sequence[str],
+    folder: str | Path | None,
+    progress: bool | None,
+) -> Momentum:
+    """The momentum of the measure part; from ``folder`` if it was counted there before."""
+    assert parts.measure is not None
+    path = None if folder is None else Path(folder, "momentum.safetensors")
+    if path is not None and path.exists():
+        return Momentum.load(path)
+    checkpoint = None if path is None else path.with_name("momentum.checkpoint")
+    momentum = measure(
+        model, tokenizer, parts.measure, sites, checkpoint=checkpoint, resume=checkpoint is not None, progress=progress
+    )
+    if path is not None and checkpoint is not None:
+        momentum.save(path)
+        checkpoint.unlink(missing_ok=True)
+    return momentum
+
+
+def fitting(ks: Iterable[int], momentum: Momentum, sites: Sequence[str]) -> list[int]:
+    """The numbers of AUs that every site has; a small model has fewer than the default's largest."""
+    ks = list(ks)
+    if not ks:
+        raise TaskError("ks: found none, expected numbers of AUs, for example (10, 100)")
+    smallest = min(momentum.counters(site).positive.numel() for site in sites)
+    return [k for k in ks if k <= smallest] or [smallest]
+
+
+def _mixed(scorer: Scorer, found: Found, max_kl: float, step: Step) -> list[Standing]:
+    """The best of each site, two sites together: their strengths keep the ratio that each has alone at the limit."""
+    best: list[Standing] = []
+    for operation in dict.fromkeys(s.candidate.arm.operation for s in found.standings):
+        by_site = [
+            found.best_of(operation=operation, site=site)
+            for site in dict.fromkeys(s.candidate.arm.site for s in found.standings)
+        ]
+        members = sorted((s for s in by_site if s is not None and s.effect > 0), key=lambda s: -s.effect)
+        if len(members) > 1:
+            best += members[:2]
+    arms = [_together(first, second) for first, second in zip(best[::2], best[1::2])]
+    if not arms:
+        return []
+    with step("two sites together", len(arms)) as advance:
+        limits = calibrate(scorer, arms, max_kl, found.schedule.texts, on_arm=lambda: advance(1))
+    items = max((s.items for s in found.standings), key=len)
+    within = [arm for arm in arms if limits[arm.digest].alpha is not None]
+    candidates = [Candidate(arm, limits[arm.digest].alpha) for arm in within]  # type: ignore[arg-type]
+    if not candidates:
+        return []
+    changes = scorer.changes(candidates, items)
+    return [
+        Standing(c, f"{c.arm.operation} at {c.arm.site}", 1.0, limits[c.arm.digest], items, change)
+        for c, change in zip(candidates, changes)
+    ]
+
+
+def _together(first: Standing, second: Standing) -> Arm:
+    plans = [s.candidate.arm.plan.top(s.candidate.arm.k) for s in (first, second)]
+    weights = {s.candidate.arm.site: s.candidate.alpha / 2**0.5 for s in (first, second)}
+    plan = plans[0] + plans[1]
+    detail = " + ".join(f"{len(part)} at {part.sites[0]}" for part in plans)
+    return Arm(first.candidate.arm.method, plan, len(plan), detail, weights)
+
+
+def trials_of(found: Found, task: Task) -> list[Trial]:
+    """All settings, best first among those judged by as many items."""
+    trials = [_trial(standing, task) for standing in found.standings]
+    return sorted(trials, key=lambda t: (-t.items, -t.effect))
+
+
+def _trial(standing: Standing, task: Task) -> Trial:
+    arm = standing.candidate.arm
+    low, high = standing.interval([task[i].group for i in standing.items])
+    return Trial(
+        method=arm.method,
+        detail=arm.detail,
+        site=arm.site,
+        operation=arm.operation,
+        k=arm.k,
+        alpha=standing.candidate.strength,
+        fraction=standing.fraction,
+        items=len(standing.items),
+        effect=float(standing.change.mean()),
+        low=low,
+        high=high,
+        share=float((standing.change > 0).double().mean()),
+        kl=standing.limit.kl,
+    )
+
+
+def _evidence(chosen: Trial, trials: Sequence[Trial], held_out: HeldOut, parts: Parts) -> Evidence:
+    """What is known of the chosen plan, to travel with it: every strength that was tried of it."""
+    kind = (chosen.site, chosen.operation, chosen.k, chosen.detail)
+    tuned = [t for t in trials if (t.site, t.operation, t.k, t.detail) == kind]
+    return Evidence(
+        effect="mean change of log-odds, nats",
+        side_effect="KL(unsteered || steered) on neutral text, nats a token",
+        tested=(
+            *(
+                Outcome(t.alpha, f"{t.items} tuning items of {parts.tune.name}", t.effect, t.low, t.high, t.share)
+                for t in sorted(tuned, key=lambda t: t.fraction)
+            ),
+            Outcome(
+                held_out.alpha,
+                f"{len(parts.test)} held-out items of {parts.test.name}",
+                held_out.effect,
+                held_out.low,
+                held_out.high,
+                held_out.share,
+                held_out.kl,
+            ),
+        ),
+        alpha=chosen.alpha,
+    )

@@ -1,0 +1,44 @@
+"""Material for methods on a tiny model, and activations read text by text with plain hooks: the reference."""
+
+import torch
+
+import austeer
+from austeer.demo import load_data
+from austeer.sites import SITE_NAMES, find_sites
+from austeer.tuning import Material
+
+PAIRS = load_data().tuning[:14]
+
+
+def material_of(model, tokenizer, pairs=PAIRS, sites=SITE_NAMES):
+    return Material(model, tokenizer, pairs, austeer.measure(model, tokenizer, pairs, sites, progress=False))
+
+
+def reference_activations(model, tokenizer, pairs, site):
+    """(positive, negative): float64 [pairs, layers, width], of each text's last token, one text at a time."""
+    found = find_sites(model, [site])[site]
+
+    def read(text):
+        rows = [None] * len(found)
+        handles = []
+        for number, place in enumerate(found):
+            module = model.get_submodule(place.path)
+
+            def keep(x, number=number):
+                rows[number] = x[0, -1].clone().double()
+
+            if place.side == "input":
+                handles.append(module.register_forward_pre_hook(lambda m, args, keep=keep: keep(args[0])))
+            else:
+                handles.append(
+                    module.register_forward_hook(
+                        lambda m, args, out, keep=keep: keep(out[0] if isinstance(out, tuple) else out)
+                    )
+                )
+        with torch.no_grad():
+            model(**tokenizer(text, return_tensors="pt"))
+        for handle in handles:
+            handle.remove()
+        return torch.stack(rows)
+
+    return tuple(torch.stack([read(p.prompt + getattr(p, side)) for p in pairs]) for side in ("positive", "negative"))
