@@ -46,7 +46,8 @@ def calibrate(
     """For each arm, by its digest, the strongest alpha whose KL divergence on neutral text is within ``max_kl``.
 
     For small alpha the divergence is proportional to alpha squared, so the next alpha is extrapolated on logarithmic
-    axes with slope 2, or interpolated between two that lie on either side. All arms take a step together, as rows.
+    axes, with slope 2 at first and then that of the last two, or interpolated between two that lie on either side. All
+    arms take a step together, as rows.
 
     Args:
         texts: how many of the scorer's neutral texts are run. start: the first alpha of an arm.
@@ -86,8 +87,8 @@ def _next(seen: dict[float, tuple[float, float]], max_kl: float) -> float | None
     if low is None or high is None:
         alpha = low if low is not None else high
         assert alpha is not None
-        kl = within.get(alpha, beyond.get(alpha, math.inf))
-        factor = math.exp((target - math.log(kl)) / 2) if 0 < kl < math.inf else (1 / 16 if kl else 16)
+        kl = seen[alpha][0]
+        factor = math.exp((target - math.log(kl)) / _slope(seen)) if 0 < kl < math.inf else (1 / 16 if kl else 16)
         return min(max(alpha * min(max(factor, 1 / 16), 16.0), WEAKEST), STRONGEST)
     if low >= high:  # not monotonous: the strongest within stands
         return None
@@ -97,6 +98,15 @@ def _next(seen: dict[float, tuple[float, float]], max_kl: float) -> float | None
         place = min(max((target - ends[0]) / (ends[1] - ends[0]), 0.1), 0.9)
     following = low * (high / low) ** place
     return following if low < following < high else None
+
+
+def _slope(seen: dict[float, tuple[float, float]]) -> float:
+    """How steep the divergence is on logarithmic axes, by the last two strengths tried; 2 where there is one."""
+    points = [(alpha, kl) for alpha, (kl, _) in seen.items() if 0 < kl < math.inf]
+    if len(points) < 2:
+        return 2.0
+    (one, first), (other, second) = points[-2:]
+    return min(max(math.log(second / first) / math.log(other / one), 0.5), 4.0)
 
 
 def _limit(seen: dict[float, tuple[float, float]], max_kl: float) -> Limit:

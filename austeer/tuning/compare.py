@@ -23,7 +23,7 @@ from ..steering import steer
 from ..tasks.task import Task
 from ..timing import Timing, decode_times
 from .arms import Arm, Material
-from .data import digest_of, halved, neutral_texts, split
+from .data import Parts, digest_of, halved, neutral_texts, split
 from .held_out import HeldOut, Unsteered, hold_out
 from .record import Record
 from .scorer import Scorer
@@ -85,7 +85,7 @@ def parse_methods(names: Iterable[str], operations: Sequence[str] = OPERATIONS) 
 def compare(
     model: nn.Module,
     tokenizer,
-    data: Task | Pairs,
+    data: Task | Pairs | Parts,
     *,
     methods: Iterable[str] = tuple(METHODS),
     momentum: Momentum | None = None,
@@ -123,7 +123,7 @@ def compare(
     chosen_on, reported_on = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
     settings = {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "data": {"name": getattr(data, "name", "pairs"), "source": data.source, **parts.to_json()},
+        "data": {"name": parts.name, "source": parts.source, **parts.to_json()},
         "methods": {method: list(names) for method, names in wanted.items()},
         "sites": list(sites),
         "ks": list(ks),

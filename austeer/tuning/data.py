@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from ..errors import TaskError
 from ..pairs import Pairs
 from ..tasks.task import Task
 
@@ -23,13 +24,32 @@ class Parts:
     Attributes:
         measure: momentum is counted on its pairs; None where there was a momentum already.
         tune: everything is chosen on it. test: it is looked at once, for the figures.
-        seed: of the split.
+        seed: of the split; None where the parts were given.
+
+    Raises:
+        TaskError: items of one group in both ``tune`` and ``test``.
     """
 
     measure: Pairs | None
     tune: Task
     test: Task
-    seed: int
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        shared = {item.group for item in self.tune} & {item.group for item in self.test}
+        if shared:
+            raise TaskError(
+                f"{self.test.source}: found {len(shared)} groups in the test part that are tuned on, first "
+                f"{min(shared)[:60]!r}; expected none"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.tune.name
+
+    @property
+    def source(self) -> str:
+        return self.tune.source
 
     def to_json(self) -> dict[str, Any]:
         """What anyone needs to tell the parts apart again: sizes and digests."""
@@ -41,7 +61,7 @@ class Parts:
 
 
 def split(
-    data: Task | Pairs,
+    data: Task | Pairs | Parts,
     *,
     measured: bool = False,
     most: tuple[int | None, int | None, int | None] = (None, None, None),
@@ -50,12 +70,17 @@ def split(
     """Parts of the data.
 
     Args:
-        data: pairs, or a task with options. measured: a momentum of other data is there, so none is needed of these.
+        data: pairs, or a task with options; or parts that were made elsewhere, which stay as they are.
+        measured: a momentum of other data is there, so none is needed of these.
         most: at most so many items in each part, drawn with the seed.
 
     Raises:
         TaskError: too few items for the parts. PairsError: fewer than two pairs to measure.
     """
+    if isinstance(data, Parts):
+        if not measured and data.measure is None:
+            raise TaskError(f"{data.source}: found parts without pairs to measure, expected them, or a momentum")
+        return data
     task = data if isinstance(data, Task) else Task.of_pairs(data)
     fractions = {name: part for name, part in PARTS.items() if not (measured and name == "measure")}
     total = sum(fractions.values())

@@ -89,18 +89,18 @@ def make_schedule(
         for fractions in (FRACTIONS, FRACTIONS[:1]):
             for count in range(texts, 0, -1):
                 calibration = len(arms) * count * STEPS * NEUTRAL_COST * costs.text
-                if calibration <= (CALIBRATION if count > 1 else 1 - CALIBRATION) * left:
-                    break
-            else:
-                continue
-            afford = (left - calibration) / costs.item if costs.item else math.inf
-            rungs = _rungs(groups, arms, fractions, items, afford)
-            if rungs:
-                return Schedule(arms, count, fractions, rungs)
-    needed = costs.spent + (STEPS * NEUTRAL_COST * costs.text + FEWEST * costs.item) * len(set(groups)) / (1 - RESERVE)
+                if calibration > (CALIBRATION if count > 1 else 1 - CALIBRATION) * left:
+                    continue
+                afford = (left - calibration) / costs.item if costs.item else math.inf
+                rungs = _rungs(groups, arms, fractions, items, afford)
+                if rungs:
+                    return Schedule(arms, count, fractions, rungs)
+    kinds = len(set(groups))
+    calibration, scoring = kinds * STEPS * NEUTRAL_COST * costs.text, kinds * min(FEWEST, items) * costs.item
+    needed = costs.spent + max(calibration + scoring, calibration / (1 - CALIBRATION)) / (1 - RESERVE)
     raise TaskError(
-        f"budget: found {budget:.0f} s, too little for one candidate of each of {len(set(groups))} kinds; expected at "
-        f"least {math.ceil(needed)} s here, or fewer sites and operations"
+        f"budget: found {budget:.0f} s, too little for one candidate of each of {kinds} kinds; expected at "
+        f"least {math.ceil(1.01 * needed)} s here, or fewer sites and operations"
     )
 
 

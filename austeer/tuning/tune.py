@@ -90,7 +90,7 @@ class TuneResult:
 def tune(
     model: nn.Module,
     tokenizer,
-    data: Task | Pairs,
+    data: Task | Pairs | Parts,
     *,
     momentum: Momentum | None = None,
     sites: Sequence[str] = SITES,
@@ -114,7 +114,7 @@ def tune(
     rankings are nested, so one momentum serves every k.
 
     Args:
-        data: pairs, or a task with options (:func:`austeer.tasks.load_task`).
+        data: pairs, or a task with options (:func:`austeer.tasks.load_task`); or parts of them, split elsewhere.
         momentum: of other pairs than ``data``'s; by default counted on a part of the data.
         sites, operations, ks: what is searched.
         max_kl: the limit on KL(unsteered || steered), nats a token.
@@ -135,7 +135,7 @@ def tune(
     chosen_on, reported_on = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
     settings = {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "data": {"name": getattr(data, "name", "pairs"), "source": data.source, **parts.to_json()},
+        "data": {"name": parts.name, "source": parts.source, **parts.to_json()},
         "sites": list(sites),
         "operations": list(operations),
         "ks": list(ks),
@@ -253,8 +253,8 @@ def _together(first: Standing, second: Standing) -> Arm:
 
 def trials_of(found: Found, task: Task) -> list[Trial]:
     """All settings, best first among those judged by as many items."""
-    trials = [_trial(standing, task) for standing in found.standings]
-    return sorted(trials, key=lambda t: (-t.items, -t.effect))
+    standings = sorted(found.standings, key=lambda s: (-len(s.items), -s.effect))
+    return [_trial(standing, task) for standing in standings]
 
 
 def _trial(standing: Standing, task: Task) -> Trial:
