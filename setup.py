@@ -40,6 +40,8 @@ EXTRAS = {
     # Adapters and control vectors for llama.cpp. Those for PEFT and vLLM need nothing.
     "gguf": ["gguf>=0.17"],
     "peft": ["peft>=0.18"],
+    # Its tasks and metrics on a steered model: `austeer evaluate --lm-eval`.
+    "lm-eval": ["lm_eval>=0.4.13,<0.5"],
     "bench": BENCH,
     "peers": [*BENCH, *PEERS],
     "dev": [

@@ -7,8 +7,11 @@ pairs -> momentum -> plan -> steering, or a plan exported for another engine::
     plan     = momentum.select(site="attention", k=10, operation="shift")
     with austeer.steer(model, plan, alpha=8):
         model.generate(**inputs)
+    result   = austeer.tune(model, tokenizer, pairs)                  # or all of that chosen on held-out pairs
     austeer.export_checkpoint(plan, "meta-llama/Llama-3.1-8B-Instruct", "models/kind", alpha=8)
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .activations import momentum_from_activations
 from .errors import (
@@ -21,6 +24,7 @@ from .errors import (
     SiteError,
     SteeringError,
     SteeringWarning,
+    TaskError,
 )
 from .estimate import Estimate, estimate
 from .evidence import Evidence, Outcome, Overhead
@@ -33,6 +37,9 @@ from .plan import AtomicUnit, Plan
 from .sites import Layout, Site, find_sites
 from .steering import Steering, is_steered, steer
 from .stream import PairStream, stream_pairs
+
+if TYPE_CHECKING:
+    from .tuning import compare, tune
 
 __version__ = "0.1.0"
 
@@ -63,6 +70,8 @@ __all__ = [
     "Steering",
     "SteeringError",
     "SteeringWarning",
+    "TaskError",
+    "compare",
     "estimate",
     "export_checkpoint",
     "export_gguf",
@@ -74,4 +83,14 @@ __all__ = [
     "momentum_from_activations",
     "steer",
     "stream_pairs",
+    "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The search is loaded when it is asked for: it brings scipy.stats, and who only steers need not wait for that."""
+    if name in ("compare", "tune"):
+        from . import tuning
+
+        return getattr(tuning, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ from .stored import StoredActivations
 CHUNK_BYTES, CHUNK_ROWS = 64 * 2**20, 32
 
 #: Bytes of an AU's counters while counting, and in a file.
-COUNTER_BYTES, SAVED_BYTES = 40, 32
+COUNTER_BYTES, SAVED_BYTES = 80, 64
 
 #: Between two looks for NaN (each waits for the device) and two checkpoints: bytes read, and times a checkpoint's size.
 _EVERY_BYTES, _EVERY_CHECKPOINTS = 2**30, 100
@@ -74,7 +74,7 @@ def momentum_from_activations(
 class ActivationCount:
     """One pass over stored activations; a thread reads the next chunk while one is counted.
 
-    The memory taken is that of the counters (40 bytes an AU) and of three chunks, whatever the shards' size.
+    The memory taken is that of the counters (80 bytes an AU) and of three and a half chunks, whatever the shards' size.
 
     Args:
         stored: what to count.
@@ -113,6 +113,7 @@ class ActivationCount:
         self._offsets = [0, *accumulate(shard.rows for shard in self.shards)]
         self._counting = {site: Counting(*shape, self.device) for site, shape in stored.shapes.items()}
         self._done = (0, 0)  # the shard and row up to which everything is counted
+        self._half_pairs = 0
         self._checkpoint: Checkpoint | None = None
         if checkpoint is not None:
             settings = {
@@ -144,8 +145,9 @@ class ActivationCount:
                 "were not reached may differ), or start anew"
             )
         for site, counting in self._counting.items():
-            counting.restore(state.sites[site])
+            counting.restore(state.sites[site], state.half[site])
         self._done, self.report.resumed = done, self._offsets[done[0]] + done[1]
+        self._half_pairs = state.half_pairs
 
     def _digest(self, done: tuple[int, int]) -> str:
         """A hash of the names, sizes and headers of all shards that are counted, in whole or in part."""
@@ -166,7 +168,7 @@ class ActivationCount:
             columns=columns,
             bytes=total,
             counters=COUNTER_BYTES * columns,
-            chunks=BUFFERS * size,
+            chunks=BUFFERS * size + size // 2,
             device_chunks=2 * size if on_gpu else 0,
             result=SAVED_BYTES * columns,
             read_rate=reads or 0.0,
@@ -202,6 +204,8 @@ class ActivationCount:
             identical=pairs - self._offsets[-1],
             sources=tuple(sorted({header.source if header else str(shard.path.parent) for shard, header in headers})),
             layers=self.stored.layers,
+            half={site: counting.half_counters() for site, counting in self._counting.items()},
+            half_pairs=self._half_pairs,
         )
 
     def _chunks(self) -> Chunks:
@@ -241,11 +245,20 @@ class ActivationCount:
 
     def _add(self, chunk: Chunk, data: Tensor) -> None:
         rows, shard = chunk.stop - chunk.start, self.shards[chunk.shard]
+        half = self._half(chunk)
         for site, values in chunk.values(data):
-            self._counting[site].add(values, rows, self._offsets[chunk.shard] + chunk.start)
+            self._counting[site].add(values, rows, self._offsets[chunk.shard] + chunk.start, half=half)
+        self._half_pairs += len(half)
         self._done = (chunk.shard + 1, 0) if chunk.stop == shard.rows else (chunk.shard, chunk.stop)
         self.report.rows += rows
         self.report.bytes += len(chunk.data)
+
+    def _half(self, chunk: Chunk) -> Tensor:
+        shard = self.shards[chunk.shard]
+        try:
+            return shard.half(chunk.start, chunk.stop)
+        except OSError as error:
+            raise FileFormatError(f"{shard.path}: cannot be read ({error.strerror or error})") from error
 
     def _save(self) -> bool:
         """Looks for NaN and infinities, then writes the checkpoint; whether there is one now."""
@@ -255,14 +268,15 @@ class ActivationCount:
         self.report.seconds_count += now - start
         if self._checkpoint is None:
             return False
-        sites = {site: counting.counters() for site, counting in self._counting.items()}
         state = State(
             block=self._done[0],
             digest=self._digest(self._done),
             pairs=self.report.resumed + self.report.rows,
+            half_pairs=self._half_pairs,
             cut=0,
             identical=0,
-            sites=sites,
+            sites={site: counting.counters() for site, counting in self._counting.items()},
+            half={site: counting.half_counters() for site, counting in self._counting.items()},
             extra={"row": self._done[1]},
         )
         try:
@@ -301,11 +315,11 @@ class ActivationCount:
                 return 0.0
             upload = Upload(self.device, chunks.size) if self.device.type == "cuda" else None
             counting = {site: Counting(*shape, self.device) for site, shape in self.stored.shapes.items()}
-            seconds = []
+            seconds, half = [], self._half(chunk)
             for _ in range(2):
                 start = time.perf_counter()
                 for site, values in chunk.values(chunk.data if upload is None else upload(chunk)):
-                    counting[site].add(values, chunk.stop - chunk.start, 0)
+                    counting[site].add(values, chunk.stop - chunk.start, 0, half=half)
                 if upload is not None:
                     torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - start)

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
 
+from torch import Tensor
+
 from .capture import check_vocabulary
 from .errors import PairsError
+from .halves import half_rows
 from .measured import Seconds
 from .packing import Batch, batches
 from .pairs import Pair
@@ -29,6 +32,7 @@ class Block:
         number: 0 for the first block. offset: the place of its first pair among all pairs. size: its pairs.
         pairs: how many of them contrast: their two texts differ. Text r and text r + pairs are a pair, positive first.
         numbers: the place of each of these among all pairs.
+        half: which of these are in the half that is counted by itself (:mod:`austeer.halves`): int64, from 0.
         batches: the texts.
         cut: texts cut to fit. texts_tokens: tokens of all texts, as if each ran by itself.
         digest: a hash of this and all earlier pairs.
@@ -39,6 +43,7 @@ class Block:
     size: int
     pairs: int
     numbers: list[int]
+    half: Tensor
     batches: list[Batch]
     cut: int
     texts_tokens: int
@@ -122,8 +127,9 @@ class Blocks:
         now = time.perf_counter()
         self.seconds.tokenise += now - start
         packed = list(batches(texts, self.batch_tokens, self.share, self.apart))
+        half = half_rows([pairs[i].prompt for i in found.number])
         if self.pin:
-            packed = [batch.pinned() for batch in packed]
+            packed, half = [batch.pinned() for batch in packed], half.pin_memory()
         self.seconds.pack += time.perf_counter() - now
         return Block(
             number=number,
@@ -131,6 +137,7 @@ class Blocks:
             size=len(pairs),
             pairs=len(found.number),
             numbers=[offset + i for i in found.number],
+            half=half,
             batches=packed,
             cut=found.cut,
             texts_tokens=sum(map(len, texts)),

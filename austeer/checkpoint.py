@@ -14,7 +14,7 @@ from . import scratch as hidden
 from .errors import FileFormatError
 from .momentum import Counters, counters_from, tensors_of
 
-FORMAT, VERSION = "austeer-checkpoint", 1
+FORMAT, VERSION = "austeer-checkpoint", 2
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,19 @@ class State:
 
     Attributes:
         block: the number of the next block. digest: hash of all pairs before it. pairs: how many of this
-            process' pairs are counted (cut, identical likewise).
-        sites: site name -> counters so far.
+            process' pairs are counted (half_pairs, cut, identical likewise).
+        sites: site name -> counters so far. half: those of one half, of ``half_pairs`` pairs.
         extra: what else has to be the same, and is found out at run time (for example the batch size).
     """
 
     block: int
     digest: str
     pairs: int
+    half_pairs: int
     cut: int
     identical: int
     sites: Mapping[str, Counters]
+    half: Mapping[str, Counters]
     extra: Mapping[str, Any]
 
 
@@ -55,9 +57,9 @@ class Checkpoint:
 
     def save(self, state: State) -> None:
         """Raises FileFormatError where the file cannot be written; what it held before is still there."""
-        header = {name: value for name, value in vars(state).items() if name != "sites"}
+        header = {name: value for name, value in vars(state).items() if name not in ("sites", "half")}
         header |= {"settings": self.settings, "sites": list(state.sites)}
-        files.write(self.path, FORMAT, VERSION, header, tensors_of(state.sites))
+        files.write(self.path, FORMAT, VERSION, header, tensors_of(state.sites, state.half))
 
     def load(self) -> State:
         """Raises FileFormatError if the file is missing, damaged, or of a run with other settings (one is named)."""
@@ -72,8 +74,9 @@ class Checkpoint:
                     "Give the same model, pairs and options, or another file, or start anew"
                 )
         try:
-            sites = counters_from(tensors, header["sites"])
-            return State(sites=sites, **{name: header[name] for name in State.__dataclass_fields__ if name != "sites"})
+            sites, half = (counters_from(tensors, header["sites"], half=part) for part in (False, True))
+            rest = {name: header[name] for name in State.__dataclass_fields__ if name not in ("sites", "half")}
+            return State(sites=sites, half=half, **rest)
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"{self.path}: inconsistent content ({error}); start anew") from error
 

@@ -1,77 +1,70 @@
 """The demonstration: sentiment pairs steer SmolLM2-135M-Instruct, and everything about it is measured.
 
-The data (austeer/data) has two parts. Everything is chosen on the selection part: momentum on 85 % of it, and
-site, operation, k and alpha on the rest, under a limit on the side effect. The held-out part, which shares no topic,
-template or evaluative word with it, is looked at once, for the figures.
+The data (austeer/data) has two parts. Everything is chosen on the selection part: momentum on 85 % of it, and site,
+operation, k and alpha on the rest, each setting within the same limit on the side effect. The held-out part, which
+shares no topic, template or evaluative word with it, is looked at once, for the figures.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-import torch
-
-from .baselines import random_plan
+from .baselines import arms, random_plan
 from .environment import environment
-from .errors import SelectionError
 from .evidence import Evidence, Outcome, Overhead
 from .generation import continue_prompts
 from .measuring import measure
 from .momentum import Momentum
 from .pairs import Pairs, load_pairs
-from .plan import Plan
+from .plan import OPERATIONS, Plan
+from .statistics import stability
 from .steering import steer
+from .tasks.task import Task
 from .timing import Timing, decode_times
-from .tune import Scorer, Trial, best, mean_interval, search, top_overlap
+from .tuning.arms import Arm, Candidate, Material
+from .tuning.calibrate import calibrate
+from .tuning.data import neutral_texts
+from .tuning.held_out import HeldOut, Unsteered, hold_out
+from .tuning.scorer import Scorer
+from .tuning.search import Found, Step, search, silent
+from .tuning.tune import MAX_KL, Trial, trials_of
 
 SITES = ("attention", "ffn")
 KS = (10, 100)
-OPERATIONS = ("scale", "push", "shift")
-MAX_SIDE_EFFECT = 0.1
-RANDOM_SEEDS = 5
+RANDOM_SEEDS = 3
 TIMED_K = 100
 PROMPTS = ("The weekend trip was", "I read the report this morning and thought it was")
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """One steering on the held-out part.
+class DemoResult:
+    """All that the demo found; ``to_json`` is what it writes.
 
     Attributes:
-        effect: mean change of log-odds, nats. share: share of pairs whose log-odds rose.
-        low, high: the effect's 95 % interval over topics; for random AUs the least and the greatest seed's.
-        side_effect: rise of the cross-entropy on held-out neutral text, nats a token.
+        pairs: how many in each part. stability: overlap of the top k between halves of the pairs, by site and k.
+        max_kl: the limit on KL(unsteered || steered) on the neutral texts that strengths were chosen on, nats a token.
+        trials: every setting on the tuning pairs, best first. chosen: the best of them.
+        unsteered, held_out: on the held-out pairs, with intervals over topics: the chosen setting first, then the best
+            of each other operation, then draws of random AUs at the chosen one's site, operation, k and side effect.
+        generations: continuations of ``PROMPTS`` by strength. timings: time a token by variant.
     """
-
-    name: str
-    alpha: float
-    effect: float
-    low: float
-    high: float
-    share: float
-    side_effect: float
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """All that the demo found; ``to_json`` is what it writes."""
 
     model: str
     pairs: dict[str, int]
     stability: dict[str, float]
     measure_seconds: float
+    max_kl: float
     trials: list[Trial]
     chosen: Trial
-    base_log_odds: float
+    unsteered: Unsteered
     held_out: list[HeldOut]
     generations: dict[str, list[str]]
     timings: dict[str, Timing]
@@ -84,34 +77,27 @@ class DemoResult:
 
 @dataclass(frozen=True)
 class Data:
+    """The demo's pairs, in three parts, and the topic of each prompt."""
+
     momentum: Pairs
     tuning: Pairs
     held_out: Pairs
-    held_out_topics: list[str]
-    neutral_selection: list[str]
-    neutral_held_out: list[str]
+    topics: Mapping[str, str]
+
+    def task(self, pairs: Pairs) -> Task:
+        """Pairs as items, of which those of one topic are alike."""
+        task = Task.of_pairs(pairs, "demo pairs")
+        return replace(task, items=tuple(replace(item, group=self.topics[item.prompt]) for item in task))
 
 
 def load_data() -> Data:
-    """The demo's pairs and neutral texts, as packaged."""
-    folder = files("austeer") / "data"
-    with as_file(folder / "demo_pairs.jsonl") as path:
+    """The demo's pairs, as packaged."""
+    with as_file(files("austeer") / "data" / "demo_pairs.jsonl") as path:
         selection = load_pairs(path, where={"split": "selection"})
         held_out = load_pairs(path, where={"split": "heldout"})
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for_momentum, for_tuning = (replace(p, source="demo pairs") for p in selection.split(0.85))
-
-    def column(name: str, field: str, split: str) -> list[str]:
-        rows = map(json.loads, (folder / name).read_text(encoding="utf-8").splitlines())
-        return [row[field] for row in rows if row["split"] == split]
-
-    return Data(
-        for_momentum,
-        for_tuning,
-        held_out,
-        column("demo_pairs.jsonl", "topic", "heldout"),
-        column("neutral.jsonl", "text", "selection"),
-        column("neutral.jsonl", "text", "heldout"),
-    )
+    return Data(for_momentum, for_tuning, held_out, {row["prompt"]: row["topic"] for row in rows})
 
 
 def run(
@@ -120,142 +106,118 @@ def run(
     out: Path,
     *,
     say: Callable[[str], None] = lambda text: None,
-    step: Callable[[str, int], AbstractContextManager[Callable[[], None]]] | None = None,
+    step: Step = silent,
     progress: bool | None = False,
 ) -> tuple[DemoResult, Momentum, Plan]:
     """Runs the whole demo and writes ``momentum.safetensors`` and ``plan/`` into ``out``.
 
     Args:
-        say: told each result as it comes. step: opens a progress bar of so many units and gives what advances it.
-        progress: as of :func:`austeer.measure`.
+        say: told each result as it comes. step: opens progress bars. progress: as of :func:`austeer.measure`.
+
+    Raises:
+        TaskError: no setting stays within the limit on the side effect.
     """
     start = time.perf_counter()
-    step = step or _silent
     data = load_data()
 
-    # Two halves are measured apart, to see how stable the ranking is, and merged: counters add up.
     measure_start = time.perf_counter()
-    halves = [measure(model, tokenizer, part, SITES, progress=progress) for part in data.momentum.split(0.5)]
-    momentum = halves[0].merge(halves[1])
+    momentum = measure(model, tokenizer, data.momentum, SITES, progress=progress)
     measure_seconds = time.perf_counter() - measure_start
-    stability = {f"{site}, k={k}": top_overlap(halves[0], halves[1], site, k) for site in SITES for k in KS}
     momentum.save(out / "momentum.safetensors")
+    overlaps = {
+        f"{site}, k={k}": share
+        for site in SITES
+        for found in [stability(momentum, site, KS)]
+        for k, share in zip(found.k, found.overlap)
+    }
     say(
         f"momentum  {momentum.pairs} pairs, sites {' and '.join(SITES)}, all layers, in {measure_seconds:.1f} s; "
-        "overlap of the top k between halves: " + ", ".join(f"{name} {value:.2f}" for name, value in stability.items())
+        "overlap of the top k between halves: " + ", ".join(f"{name} {value:.2f}" for name, value in overlaps.items())
     )
 
-    trials = _choose(model, tokenizer, momentum, data, step)
-    chosen = best(trials)
-    if chosen is None:
-        raise SelectionError(
-            f"no setting stayed within a side effect of {MAX_SIDE_EFFECT} nats on {momentum.model.name}; "
-            "expected at least one. The demo's strengths suit small instruction-tuned models"
-        )
-    plan = chosen.plan(momentum)
+    scorer = Scorer(model, tokenizer, data.task(data.tuning), neutral_texts())
+    found = _choose(scorer, Material(model, tokenizer, data.momentum, momentum), step)
+    trials = trials_of(found, scorer.task)
+    best, chosen = found.best().candidate, trials[0]
+    plan = best.arm.plan.top(best.arm.k)
     plan.save_pretrained(out / "plan")
     say(
-        f"chosen    {chosen.operation} of {chosen.k} AUs at site {chosen.site}, alpha {chosen.alpha:.3g}: "
-        f"{chosen.effect:+.2f} nats on {len(data.tuning)} tuning pairs, side effect {chosen.side_effect:+.3f} "
-        f"(of {len(trials)} settings within {MAX_SIDE_EFFECT})"
+        f"chosen    {plan.operation} of {len(plan)} AUs at site {chosen.site}, alpha {best.alpha:.3g}: "
+        f"{chosen.effect:+.2f} nats on {chosen.items} tuning pairs "
+        f"(best of {len(trials)} settings within a KL divergence of {MAX_KL:g} nats a token on neutral text)"
     )
 
-    base, held_out = _hold_out(model, tokenizer, momentum, data, trials, chosen, step)
+    candidates = [*_best_of_each(found), *_random(scorer, found, momentum, step)]
+    test = Scorer(model, tokenizer, data.task(data.held_out), neutral_texts("heldout"), name="held-out")
+    unsteered, held_out = hold_out(test, candidates, step)
     generations = {"unsteered": continue_prompts(model, tokenizer, PROMPTS, max_new_tokens=24)}
-    with steer(model, plan, chosen.alpha) as steering:
+    with steer(model, plan, best.alpha) as steering:
         for factor in (0.5, 1.0, -1.0):
-            steering.alpha = factor * chosen.alpha
+            steering.alpha = factor * best.alpha
             text = continue_prompts(model, tokenizer, PROMPTS, max_new_tokens=24)
             generations[f"alpha {steering.alpha:.3g}"] = text
-    timings = _time(model, tokenizer, momentum, plan, chosen, step)
+    timings = _time(model, tokenizer, momentum, plan, best.alpha, step)
     plan = plan.with_evidence(_evidence(plan, chosen, trials, held_out[0], timings, data))
     plan.save_pretrained(out / "plan")
-    seconds = time.perf_counter() - start
-    sizes = {"momentum": len(data.momentum), "tuning": len(data.tuning), "held-out": len(data.held_out)}
     result = DemoResult(
-        momentum.model.name,
-        sizes,
-        stability,
-        measure_seconds,
-        trials,
-        chosen,
-        base,
-        held_out,
-        generations,
-        timings,
-        seconds,
-        environment(),
+        model=momentum.model.name,
+        pairs={"momentum": len(data.momentum), "tuning": len(data.tuning), "held-out": len(data.held_out)},
+        stability=overlaps,
+        measure_seconds=measure_seconds,
+        max_kl=MAX_KL,
+        trials=trials,
+        chosen=chosen,
+        unsteered=unsteered,
+        held_out=held_out,
+        generations=generations,
+        timings=timings,
+        seconds=time.perf_counter() - start,
+        environment=environment(),
     )
     return result, momentum, plan
 
 
-def _choose(model, tokenizer, momentum: Momentum, data: Data, step) -> list[Trial]:
-    scorer = Scorer(model, tokenizer, data.tuning, data.neutral_selection)
-    with step("choosing site, operation, k, alpha", len(SITES) * len(OPERATIONS) * len(KS)) as advance:
-        return search(
-            scorer,
-            momentum,
-            sites=SITES,
-            operations=OPERATIONS,
-            ks=KS,
-            max_side_effect=MAX_SIDE_EFFECT,
-            on_series=advance,
-        )
+def _choose(scorer: Scorer, material: Material, step: Step) -> Found:
+    """The search; the best of each operation reaches all tuning pairs."""
+    found = arms("momentum", material, sites=SITES, operations=OPERATIONS, ks=KS)
+    return search(scorer, found, group=lambda arm: arm.operation, max_kl=MAX_KL, step=step)
 
 
-def _hold_out(
-    model, tokenizer, momentum: Momentum, data: Data, trials: list[Trial], chosen: Trial, step
-) -> tuple[float, list[HeldOut]]:
-    """The best setting of each operation, and random AUs in the place of the chosen one's.
+def _best_of_each(found: Found) -> list[Candidate]:
+    """The best setting of each operation, best first."""
+    best = [s for s in (found.best_of(operation=operation) for operation in OPERATIONS) if s is not None]
+    return [s.candidate for s in sorted(best, key=lambda s: (-len(s.items), -s.effect))]
 
-    Random AUs have smaller betas and deltas than chosen ones, so at the same alpha they would also be pushed less:
-    their alpha is raised until the plan's strengths have the chosen plan's norm.
+
+def _random(scorer: Scorer, found: Found, momentum: Momentum, step: Step) -> list[Candidate]:
+    """Random AUs in the place of the chosen ones, brought to the same side effect.
+
+    Random AUs have smaller betas and deltas than chosen ones, so at the same alpha they would also be pushed less.
     """
-    scorer = Scorer(model, tokenizer, data.held_out, data.neutral_held_out)
-    shown = [trial for trial in (best(trials, operation=name) for name in OPERATIONS) if trial]
-    shown.sort(key=lambda trial: -trial.effect)
-    rows = []
-    with step("held-out pairs", len(shown) + RANDOM_SEEDS) as advance:
-
-        def score(plan: Plan, alpha: float) -> tuple[torch.Tensor, float]:
-            scored = scorer.change(plan, alpha), scorer.side_effect(plan, alpha)
-            advance()
-            return scored
-
-        for trial in shown:
-            change, side_effect = score(trial.plan(momentum), trial.alpha)
-            paper = " (paper)" if trial.operation == "scale" else ""
-            name = f"{trial.operation}{paper}, {trial.site} k={trial.k}"
-            interval = mean_interval(change, data.held_out_topics)
-            rows.append(HeldOut(name, trial.alpha, float(change.mean()), *interval, _share_up(change), side_effect))
-        norm = _strengths(chosen.plan(momentum)).norm()
-        plans = [random_plan(momentum, chosen.site, chosen.k, seed, chosen.operation) for seed in range(RANDOM_SEEDS)]
-        alphas = [chosen.alpha * float(norm / _strengths(plan).norm()) for plan in plans]
-        scores = [score(plan, alpha) for plan, alpha in zip(plans, alphas)]
-    effects = [float(change.mean()) for change, _ in scores]
-    rows.append(
-        HeldOut(
-            f"random AUs x{RANDOM_SEEDS}, same norm",
-            mean(alphas),
-            mean(effects),
-            min(effects),
-            max(effects),
-            _share_up(torch.cat([change for change, _ in scores])),
-            mean(side_effect for _, side_effect in scores),
+    best = found.best()
+    chosen = best.candidate.arm
+    drawn = [
+        Arm("random", random_plan(momentum, chosen.site, chosen.k, seed, chosen.operation), chosen.k, f"seed {seed}")
+        for seed in range(RANDOM_SEEDS)
+    ]
+    with step("random AUs, strengths at the limit", len(drawn)) as advance:
+        limits = calibrate(
+            scorer,
+            drawn,
+            MAX_KL,
+            found.schedule.texts,
+            start=lambda arm: best.limit.alpha or 1.0,
+            on_arm=lambda: advance(1),
         )
-    )
-    return float(scorer.base_log_odds.mean()), rows
+    return [
+        Candidate(arm, limit.alpha * best.fraction)
+        for arm in drawn
+        for limit in [limits[arm.digest]]
+        if limit.alpha is not None
+    ]
 
 
-def _strengths(plan: Plan) -> torch.Tensor:
-    return plan.delta if plan.operation == "shift" else plan.beta
-
-
-def _share_up(change: torch.Tensor) -> float:
-    return float((change > 0).double().mean())
-
-
-def _time(model, tokenizer, momentum: Momentum, plan: Plan, chosen: Trial, step) -> dict[str, Timing]:
+def _time(model, tokenizer, momentum: Momentum, plan: Plan, alpha: float, step: Step) -> dict[str, Timing]:
     """Every path with the paper's operation (which all can take), and the chosen plan as auto runs it.
 
     On a CPU the fused path runs its definition in PyTorch, not the Triton kernel.
@@ -268,15 +230,17 @@ def _time(model, tokenizer, momentum: Momentum, plan: Plan, chosen: Trial, step)
             f"{mode}, scale, k={TIMED_K}": partial(steer, model, paper, 1.0, mode=mode)
             for mode in ("fold", "fused", "columns", "dense")
         },
-        f"auto, {plan.operation}, k={len(plan)}": partial(steer, model, plan, chosen.alpha),
+        f"auto, {plan.operation}, k={len(plan)}": partial(steer, model, plan, alpha),
     }
     rounds = 10
     with step("timing", rounds + 1) as advance:
-        return decode_times(model, tokenizer, variants, prompt=PROMPTS[0], tokens=8, rounds=rounds, on_round=advance)
+        return decode_times(
+            model, tokenizer, variants, prompt=PROMPTS[0], tokens=8, rounds=rounds, on_round=lambda: advance(1)
+        )
 
 
 def _evidence(
-    plan: Plan, chosen: Trial, trials: list[Trial], held_out: HeldOut, timings: dict[str, Timing], data: Data
+    plan: Plan, chosen: Trial, trials: Sequence[Trial], held_out: HeldOut, timings: Mapping[str, Timing], data: Data
 ) -> Evidence:
     """What was found out about the chosen plan, to travel with it.
 
@@ -289,16 +253,19 @@ def _evidence(
     percent, low, high = (100 * (ratio - 1) for ratio in (timing.ratio, timing.low, timing.high))
     return Evidence(
         effect="mean change of log-odds, nats",
-        side_effect="rise of the cross-entropy on neutral text, nats a token",
+        side_effect="KL(unsteered || steered) on neutral text, nats a token",
         tested=(
             *(
-                Outcome(t.alpha, f"{len(data.tuning)} tuning pairs", t.effect, share=t.share, side_effect=t.side_effect)
-                for t in tuned
+                Outcome(
+                    *(t.alpha, f"{t.items} tuning pairs (95 % interval over topics)", t.effect, t.low, t.high, t.share),
+                    side_effect=t.kl if t.fraction == 1 else None,  # it was taken at the limit only
+                )
+                for t in sorted(tuned, key=lambda t: t.fraction)
             ),
             Outcome(
                 held_out.alpha,
                 f"{len(data.held_out)} held-out pairs (95 % interval over topics)",
-                *(held_out.effect, held_out.low, held_out.high, held_out.share, held_out.side_effect),
+                *(held_out.effect, held_out.low, held_out.high, held_out.share, held_out.kl),
             ),
         ),
         alpha=chosen.alpha,
@@ -309,8 +276,3 @@ def _evidence(
             ),
         ),
     )
-
-
-@contextmanager
-def _silent(what: str, total: int) -> Iterator[Callable[[], None]]:
-    yield lambda: None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .capture import check_vocabulary, vocabulary_size
 from .errors import PairsError
@@ -24,11 +25,15 @@ def continue_prompts(
     chat: bool = False,
     temperature: float | None = None,
     seed: int = 0,
+    special: bool = True,
+    stop: Callable[[str], bool] | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, without the prompt; one batch, padded on the left.
 
     Args:
         chat: put the prompts through the tokenizer's chat template. temperature: sample at it; greedy if None.
+        special: whether the tokenizer adds its special tokens; a prompt that went through a chat template has them.
+        stop: told each text as it grows, token by token; where it says True no more is written.
 
     Raises:
         PairsError: no prompt or an empty one, or no chat template.
@@ -41,7 +46,7 @@ def continue_prompts(
         if has_lone_surrogate(prompt):
             raise PairsError(f"prompt {number}: found bytes that are not UTF-8, expected text")
     texts = [render_chat(tokenizer, p) for p in prompts] if chat else list(prompts)
-    ids = encode(tokenizer, texts, add_special_tokens=not chat)
+    ids = encode(tokenizer, texts, add_special_tokens=special and not chat)
     check_vocabulary(vocabulary_size(model), ids)
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next(
@@ -51,10 +56,27 @@ def continue_prompts(
     device = input_device(model)
     input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
-    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    sampling: dict[str, Any] = (
+        {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    )
+    if stop is not None:
+        from transformers import StoppingCriteriaList  # two seconds to import
+
+        sampling["stopping_criteria"] = StoppingCriteriaList([_StopAt(stop, tokenizer, length)])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model.generate(  # type: ignore[operator]
             input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
         )
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+
+class _StopAt:
+    """Ends each row where its text, without the prompt's ``length`` tokens, says so."""
+
+    def __init__(self, stop: Callable[[str], bool], tokenizer, length: int):
+        self._stop, self._tokenizer, self._length = stop, tokenizer, length
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._length :], skip_special_tokens=True)
+        return torch.tensor([self._stop(text) for text in texts], device=input_ids.device)

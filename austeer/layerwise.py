@@ -194,7 +194,7 @@ class Layerwise:
                         on_batch(batch)
                 if block.pairs:
                     for name, row in rows.items():
-                        counting[name].add(layer.buffers[name], block.pairs, block.offset, row=row)
+                        counting[name].add(layer.buffers[name], block.pairs, block.offset, row=row, half=block.half)
 
     def _digest(self, batches: Sequence[Batch]) -> str:
         """Of what the hidden states depend on, but the weights."""

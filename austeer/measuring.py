@@ -66,7 +66,8 @@ def measure(
     """Counts activation momentum over contrastive pairs (paper, section on activation momentum).
 
     Every text runs through the model without its head; the activations of its last token at each site are kept for
-    ``block_pairs`` pairs at a time and counted by one kernel call a site. Values are compared as the model made them.
+    ``block_pairs`` pairs at a time and counted by one kernel call a site, and by one more for the pairs of one half
+    (:mod:`austeer.halves`). Values are compared as the model made them.
     What texts have in common (the prompt of a pair; a prompt that pairs share) runs once. Texts of like length share
     a batch. ``momentum.report`` says how it went.
 
@@ -343,16 +344,18 @@ class Measurement:
         self.tally.check(self.blocks)
         start = time.perf_counter()
         tally = self.tally
-        everyone = self.processes.gather((tally.pairs, tally.cut, tally.identical, self.report, self.blocks.digest))
-        other = next((i for i, one in enumerate(everyone) if one[4] != everyone[0][4]), None)
+        numbers = (tally.pairs, tally.cut, tally.identical, tally.half_pairs)
+        everyone = self.processes.gather((*numbers, self.report, self.blocks.digest))
+        other = next((i for i, one in enumerate(everyone) if one[5] != everyone[0][5]), None)
         if other is not None:
             raise PairsError(
                 f"{self.pairs.source}: process {other} read other pairs than process 0, or in another order; give all "
                 "processes the same (a set, or a shuffle without a seed, has an order of its own in each)"
             )
-        pairs, cut, identical = (sum(one[i] for one in everyone) for i in range(3))
-        self.report.add(one[3] for i, one in enumerate(everyone) if i != self.processes.index)
-        sums = self.processes.add(tensors_of(tally.state().sites))
+        pairs, cut, identical, half_pairs = (sum(one[i] for one in everyone) for i in range(4))
+        self.report.add(one[4] for i, one in enumerate(everyone) if i != self.processes.index)
+        state = tally.state()
+        sums = self.processes.add(tensors_of(state.sites, state.half))
         self.report.seconds.reduce = time.perf_counter() - start
         if identical == pairs:
             raise PairsError(
@@ -370,5 +373,7 @@ class Measurement:
             identical=identical,
             sources=(self.pairs.source,),
             layers=self.layers,
+            half=counters_from(sums, self.sites, half=True),
+            half_pairs=half_pairs,
             report=self.report,
         )

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from .measured import MeasureReport
     from .plan import Plan
 
-FORMAT, VERSION = "austeer-momentum", 1
+FORMAT, VERSION = "austeer-momentum", 2
+
+
+def _without_half(header: dict[str, Any]) -> dict[str, Any]:
+    if "half_pairs" in header:
+        raise ValueError("found the field 'half_pairs' in version 1")
+    return {**header, "half_pairs": None}
+
+
+#: For each older version, what makes its header one of the next version.
+MIGRATIONS: dict[int, files.Migration] = {1: _without_half}
 
 
 @dataclass(eq=False)
@@ -41,16 +51,23 @@ class Counters:
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(a + b for a, b in zip(self.tensors().values(), other.tensors().values())))
 
+    def __sub__(self, part: Counters) -> Counters:
+        """The counters of all pairs but those of ``part``; sums are 0, and not nearly so, where no pair is left."""
+        positive, negative, *sums = (a - b for a, b in zip(self.tensors().values(), part.tensors().values()))
+        none = (positive == 0) & (negative == 0)
+        return Counters(positive, negative, *(t.masked_fill(none, 0.0) for t in sums))
 
-def tensors_of(sites: Mapping[str, Counters]) -> dict[str, Tensor]:
-    """All counters by ``SITE.NAME``, as files hold them."""
-    return {f"{site}.{name}": t for site, c in sites.items() for name, t in c.tensors().items()}
+
+def tensors_of(sites: Mapping[str, Counters], half: Mapping[str, Counters] | None = None) -> dict[str, Tensor]:
+    """All counters by ``SITE.NAME``, and those of a half by ``half.SITE.NAME``, as files hold them."""
+    found = {f"{site}.{name}": t for site, c in sites.items() for name, t in c.tensors().items()}
+    return found | {f"half.{name}": t for name, t in tensors_of(half).items()} if half else found
 
 
-def counters_from(tensors: Mapping[str, Tensor], sites: Iterable[str]) -> dict[str, Counters]:
-    """The counters of some sites from :func:`tensors_of`; raises KeyError where one is missing."""
-    names = Counters.__dataclass_fields__
-    return {site: Counters(**{name: tensors[f"{site}.{name}"] for name in names}) for site in sites}
+def counters_from(tensors: Mapping[str, Tensor], sites: Iterable[str], half: bool = False) -> dict[str, Counters]:
+    """The counters of some sites, or of their halves, from :func:`tensors_of`; raises KeyError where one is missing."""
+    names, prefix = Counters.__dataclass_fields__, "half." if half else ""
+    return {site: Counters(**{name: tensors[f"{prefix}{site}.{name}"] for name in names}) for site in sites}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +83,8 @@ class Momentum:
         identical: pairs whose two texts have the same tokens (they add to ``pairs`` only).
         sources: where the pairs come from.
         layers: which layer each row of the counters is; all of the model's where not given.
+        half: the counters of one half of the pairs (:mod:`austeer.halves`), which are in ``sites``, too; None where
+            they are not known. half_pairs: how many pairs that half has; pairs with equal sides are in the other.
         report: how the measurement went (:class:`austeer.measured.MeasureReport`), if this is a fresh one. Not saved.
     """
 
@@ -77,6 +96,8 @@ class Momentum:
     identical: int = 0
     sources: tuple[str, ...] = field(default=())
     layers: tuple[int, ...] = ()
+    half: Mapping[str, Counters] | None = None
+    half_pairs: int = 0
     report: MeasureReport | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -90,22 +111,47 @@ class Momentum:
             )
         return self.sites[site]
 
+    def halves(self) -> tuple[Momentum, Momentum]:
+        """The momentum of each of two disjoint halves of the pairs, of nearly the same size where prompts are many.
+
+        Raises:
+            SelectionError: the halves are not known, or one of them is empty.
+        """
+        if self.half is None:
+            raise SelectionError(
+                "halves: found momentum without halves, from an older version or merged with such; expected the "
+                "counters of two halves of the pairs. Measure again"
+            )
+        sizes = (self.half_pairs, self.pairs - self.half_pairs)
+        if min(sizes) < 1:
+            raise SelectionError(
+                f"halves: found all {self.pairs} pairs in one half, expected some in each: pairs of one prompt stay "
+                "together. Give pairs of more prompts"
+            )
+        rest = {site: counters - self.half[site] for site, counters in self.sites.items()}
+        plain = replace(self, half=None, half_pairs=0, cut=0, report=None)
+        return (
+            replace(plain, sites=self.half, pairs=sizes[0], identical=0),
+            replace(plain, sites=rest, pairs=sizes[1]),
+        )
+
     def select(
         self,
         site: str,
         k: int | None = None,
         *,
         max_fdr: float | None = None,
+        min_stability: float | None = None,
         ties: str = "effect",
         operation: str = "scale",
     ) -> Plan:
         """The plan of the most consistent AUs of ``site``; see :func:`austeer.selection.select`."""
         from .selection import select
 
-        return select(self, site, k, max_fdr=max_fdr, ties=ties, operation=operation)
+        return select(self, site, k, max_fdr=max_fdr, min_stability=min_stability, ties=ties, operation=operation)
 
     def merge(self, other: Momentum) -> Momentum:
-        """The momentum of both sets of pairs; counts do not depend on the order.
+        """The momentum of both sets of pairs; counts do not depend on the order. It has halves if both have.
 
         Raises:
             SelectionError: the two are of different models, sites, layers or prompt forms.
@@ -116,9 +162,14 @@ class Momentum:
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like momentum adds up")
+        half = None
+        if self.half is not None and other.half is not None:
+            half = {name: self.half[name] + other.half[name] for name in self.half}
         return replace(
             self,
             sites={name: self.sites[name] + other.sites[name] for name in self.sites},
+            half=half,
+            half_pairs=0 if half is None else self.half_pairs + other.half_pairs,
             pairs=self.pairs + other.pairs,
             cut=self.cut + other.cut,
             identical=self.identical + other.identical,
@@ -133,20 +184,35 @@ class Momentum:
         }
         header |= {"model": self.model.to_json(), "sites": list(self.sites)}
         header |= {"sources": list(self.sources), "layers": list(self.layers)}
-        files.write(Path(path), FORMAT, VERSION, header, tensors_of(self.sites))
+        header["half_pairs"] = None if self.half is None else self.half_pairs
+        files.write(Path(path), FORMAT, VERSION, header, tensors_of(self.sites, self.half))
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Momentum:
         """Raises FileFormatError if the file is missing, truncated, foreign or inconsistent."""
-        header, tensors = files.read(Path(path), FORMAT, VERSION)
+        header, tensors = files.read(Path(path), FORMAT, VERSION, migrations=MIGRATIONS)
         try:
             model = Fingerprint.from_json(header.pop("model"))
             layers = _layers(header.pop("layers", None), model.layers)
-            sites = counters_from(tensors, header.pop("sites"))
+            sites, half = counters_from(tensors, header.pop("sites")), None
             for site, counters in sites.items():
                 _check_counters(counters, (len(layers), model.widths[site]), header["pairs"])
-            return cls(sites=sites, model=model, sources=tuple(header.pop("sources")), layers=layers, **header)
+            half_pairs = header.pop("half_pairs")
+            if half_pairs is not None:
+                half = counters_from(tensors, sites, half=True)
+                for site, counters in half.items():
+                    _check_counters(counters, (len(layers), model.widths[site]), half_pairs)
+                    _check_counters(sites[site] - counters, counters.positive.shape, header["pairs"] - half_pairs)
+            return cls(
+                sites=sites,
+                model=model,
+                sources=tuple(header.pop("sources")),
+                layers=layers,
+                half=half,
+                half_pairs=half_pairs or 0,
+                **header,
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); measure again") from error
 
@@ -163,7 +229,7 @@ def _layers(found: Any, count: int) -> tuple[int, ...]:
     return layers
 
 
-def _check_counters(counters: Counters, shape: tuple[int, int], pairs: int) -> None:
+def _check_counters(counters: Counters, shape: tuple[int, ...], pairs: int) -> None:
     for name, t in counters.tensors().items():
         expected = torch.int64 if name in ("positive", "negative") else torch.float64
         if tuple(t.shape) != shape or t.dtype != expected:

@@ -62,7 +62,14 @@ class ActivationWriter:
             raise FileFormatError(f"{present[0]}: is of another run; give another folder, or remove what is there")
 
     def add(
-        self, buffers: Mapping[str, Tensor], numbers: Sequence[int], *, first: int, pairs: int, cut: int = 0
+        self,
+        buffers: Mapping[str, Tensor],
+        numbers: Sequence[int],
+        *,
+        first: int,
+        pairs: int,
+        cut: int = 0,
+        half: Tensor | None = None,
     ) -> Path:
         """Writes a block.
 
@@ -72,6 +79,8 @@ class ActivationWriter:
             numbers: the place of each of the m pairs among all pairs.
             first, pairs: the block is pairs ``first`` to ``first + pairs - 1``; those without a row have equal texts.
             cut: how many texts were cut.
+            half: which of the m pairs are in the half that is counted by itself (:mod:`austeer.halves`), int64, if
+                their texts are known.
 
         Returns:
             The shard's path.
@@ -81,6 +90,8 @@ class ActivationWriter:
         """
         m = len(numbers)
         tensors = {"numbers": torch.tensor(list(numbers), dtype=torch.int64)}
+        if half is not None:
+            tensors["half"] = torch.zeros(m, dtype=torch.uint8).index_fill_(0, half, 1)
         for site, buffer in buffers.items():
             tensors[f"{site}.positive"], tensors[f"{site}.negative"] = buffer[:m].cpu(), buffer[m : 2 * m].cpu()
         path = self.folder / f"{first:012d}.safetensors"

@@ -1,68 +1,28 @@
-"""Scores, ties, significance: Momentum -> Plan."""
+"""Momentum -> Plan: the k AUs of largest |beta|, with k given, or found by significance or stability."""
 
 from __future__ import annotations
 
-from numbers import Real
-
-import numpy as np
 import torch
-from scipy import stats
-from torch import Tensor
 
 from .errors import SelectionError, check_count
 from .momentum import Counters, Momentum
-from .plan import OPERATIONS, TIES, Plan
+from .plan import OPERATIONS, Plan
+from .statistics import (
+    adjusted_p_values,
+    detectable_rate,
+    discoveries,
+    effect_size,
+    p_values,
+    pairs_needed,
+    ranking,
+    signed_rate,
+    smallest_pairs,
+)
+from .statistics.stability import stable_k
 
+__all__ = ["adjusted_p_values", "effect_size", "p_values", "ranking", "select", "signed_rate"]
 
-def signed_rate(counters: Counters, pairs: int) -> Tensor:
-    """beta of each AU, float64 [layers, width] (paper: the score s with the winner's sign).
-
-    +positive / pairs where positive >= negative, else -negative / pairs; so a tie gives +, as in the public code.
-    """
-    wins = counters.positive >= counters.negative
-    return torch.where(wins, counters.positive, -counters.negative).double() / pairs
-
-
-def effect_size(counters: Counters, pairs: int) -> Tensor:
-    """|mean(m)| / std(m) of each AU over the pairs, float64 [layers, width]; infinite where m never varies, 0 if m = 0.
-
-    The standard deviation is the sample's (n - 1), without the pairs' share that cancels in the square sum.
-    """
-    mean = counters.delta_sum / pairs
-    variance = (counters.delta_square_sum - pairs * mean.square()).clamp(min=0) / max(pairs - 1, 1)
-    return torch.where(mean == 0, 0.0, mean.abs() / variance.sqrt())
-
-
-def p_values(counters: Counters) -> Tensor:
-    """Two-sided exact sign test of each AU, float64 [layers, width]: zeros are left out, as the test prescribes.
-
-    The null hypothesis is that positive and negative are equally likely; p = 1 where no pair differs.
-    """
-    most = torch.maximum(counters.positive, counters.negative).numpy()
-    decided = (counters.positive + counters.negative).numpy()
-    return torch.from_numpy(np.minimum(1.0, 2 * stats.binom.sf(most - 1, decided, 0.5)))
-
-
-def adjusted_p_values(counters: Counters) -> Tensor:
-    """:func:`p_values` after Benjamini-Hochberg's correction over the whole site, float64 [layers, width]."""
-    p = p_values(counters)
-    return torch.from_numpy(stats.false_discovery_control(p.flatten().numpy())).view_as(p)
-
-
-def ranking(momentum: Momentum, site: str, ties: str = "effect") -> Tensor:
-    """All AUs of a site, best first: int64 [layers * width], row * width + index in the counters.
-
-    Ordered by |beta|. ``ties="public"`` then takes the earlier layer and the lower index, as the public code does;
-    ``"effect"`` takes the larger effect size first. Deterministic: integer counts decide, and a stable sort.
-    """
-    if ties not in TIES:
-        raise SelectionError(f"ties: found {ties!r}, expected one of {', '.join(TIES)}")
-    counters = momentum.counters(site)
-    score = torch.maximum(counters.positive, counters.negative).flatten().numpy()  # |beta| * pairs, exact
-    keys = [np.arange(score.size), -score]
-    if ties == "effect":
-        keys.insert(1, -effect_size(counters, momentum.pairs).flatten().numpy())
-    return torch.from_numpy(np.lexsort(keys))
+EXACTLY_ONE = "select: expected exactly one of k, max_fdr and min_stability, for example k=100"
 
 
 def select(
@@ -71,6 +31,7 @@ def select(
     k: int | None = None,
     *,
     max_fdr: float | None = None,
+    min_stability: float | None = None,
     ties: str = "effect",
     operation: str = "scale",
 ) -> Plan:
@@ -82,24 +43,32 @@ def select(
         k: how many AUs.
         max_fdr: instead of k, all AUs that a two-sided sign test with Benjamini-Hochberg's correction over the site
             keeps at this false discovery rate.
-        ties: "effect" or "public", see :func:`ranking`.
+        min_stability: instead of k, the largest k (ten to a factor of ten, from 10 to a tenth of the site) of which the
+            two halves of the pairs agree on at least this share, corrected for chance: the score of
+            :class:`austeer.statistics.Stability`. All pairs together agree on more than their halves do.
+        ties: "effect" or "public", see :func:`austeer.statistics.ranking`.
         operation: what steering does with them: "scale" (the paper), "push" or "shift".
 
     Raises:
-        SelectionError: k or max_fdr out of range, both or neither given, a site that was not measured, or no AU
-            that passes.
+        SelectionError: k, max_fdr or min_stability out of range, not exactly one of them given, a site that was not
+            measured, no AU that passes (with the number of pairs that it takes), momentum without halves, or no k that
+            is as stable (with the most stable one).
     """
     counters = momentum.counters(site)
     if operation not in OPERATIONS:
         raise SelectionError(f"operation: found {operation!r}, expected one of {', '.join(OPERATIONS)}")
-    if (k is None) == (max_fdr is None):
-        raise SelectionError("select: expected exactly one of k and max_fdr, for example k=100")
+    if sum(value is not None for value in (k, max_fdr, min_stability)) != 1:
+        raise SelectionError(EXACTLY_ONE)
     order = ranking(momentum, site, ties)
-    if k is not None:
-        chosen = order[: check_count("k", k, order.numel(), f"AUs of {site!r}", SelectionError)]
+    if max_fdr is not None:
+        passing = discoveries(counters, max_fdr).flatten()
+        if not passing.any():
+            raise SelectionError(_too_few(momentum, counters, site, max_fdr))
+        chosen = order[passing[order]]
     else:
-        assert max_fdr is not None
-        chosen = order[_discoveries(counters, max_fdr, site)[order]]
+        if min_stability is not None:
+            k = stable_k(momentum, site, min_stability, ties)
+        chosen = order[: check_count("k", k, order.numel(), f"AUs of {site!r}", SelectionError)]
     width = counters.positive.shape[1]
     beta = signed_rate(counters, momentum.pairs).flatten()
     return Plan(
@@ -116,14 +85,19 @@ def select(
     )
 
 
-def _discoveries(counters: Counters, max_fdr: float, site: str) -> Tensor:
-    if isinstance(max_fdr, bool) or not isinstance(max_fdr, Real) or not 0 < max_fdr < 1:
-        raise SelectionError(f"max_fdr: found {max_fdr!r}, expected a rate between 0 and 1, for example 0.05")
-    adjusted = adjusted_p_values(counters).flatten()
-    keep = adjusted <= max_fdr
-    if not keep.any():
-        raise SelectionError(
-            f"max_fdr: no AU of site {site!r} passes {max_fdr}; the smallest adjusted p-value is {adjusted.min():.3g}. "
-            "Give more pairs, or a larger rate"
+def _too_few(momentum: Momentum, counters: Counters, site: str, max_fdr: float) -> str:
+    """Why no AU passes, and how many pairs it takes."""
+    size, pairs = counters.positive.numel(), momentum.pairs - momentum.identical
+    found = f"max_fdr: no AU of site {site!r} passes {max_fdr}; "
+    needed = smallest_pairs(size, max_fdr)
+    if pairs < needed:
+        return (
+            f"{found}found {pairs} pairs with different texts, on which not even an AU with one sign on all of them "
+            f"could, alone among {size}: expected at least {needed} pairs, or a larger rate"
         )
-    return keep
+    level, rate = max_fdr / size, 0.7
+    found += f"the smallest adjusted p-value is {float(adjusted_p_values(counters).min()):.3g}. "
+    detectable = detectable_rate(pairs, level)
+    if detectable is not None:
+        found += f"{pairs} pairs find (power 0.8) AUs with one sign in {100 * detectable:.0f} % of the pairs or more; "
+    return f"{found}{100 * rate:.0f} % takes {pairs_needed(rate, level)} pairs. Give more pairs, or a larger rate"

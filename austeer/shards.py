@@ -6,6 +6,8 @@ Files with no more than that can be read when the model is named by hand.
 :class:`austeer.recording.ActivationWriter` adds:
 
 - the int64 tensor ``"numbers"`` [rows]: the place of each row's pair among all pairs;
+- the uint8 tensor ``"half"`` [rows]: 1 where its prompt puts a pair into the half that is counted by itself
+  (:mod:`austeer.halves`); shards without it have blocks of rows for halves;
 - metadata ``format`` ("austeer-activations"), ``version`` ("1") and ``header``, a JSON object: ``model`` (a
   :class:`austeer.sites.Fingerprint`), ``layers`` (which ones the tensors hold), ``chat_template``, ``source`` (where
   the pairs come from), ``first`` and ``pairs`` (the shard covers pairs ``first`` to ``first + pairs - 1``; those whose
@@ -25,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import FileFormatError
+from .halves import half_rows_without_texts
 from .sites import SITE_NAMES, Fingerprint
 
 FORMAT, VERSION = "austeer-activations", 1
@@ -99,6 +103,17 @@ class Shard:
         with self.path.open("rb") as file:
             file.seek(self.starts["numbers"] + 8 * row)
             return int.from_bytes(file.read(8), "little")
+
+    def half(self, start: int, stop: int) -> Tensor:
+        """Which of the rows ``start`` to ``stop - 1`` are in the half that is counted by itself: int64, from 0."""
+        if self.header is None or "half" not in self.starts:
+            return half_rows_without_texts(self.path.name, start, stop)
+        with self.path.open("rb") as file:
+            file.seek(self.starts["half"] + start)
+            flags = file.read(stop - start)
+        if len(flags) < stop - start:
+            raise FileFormatError(f"{self.path}: cut off while it was read; copy the shard whole, or make it anew")
+        return torch.tensor([i for i, flag in enumerate(flags) if flag], dtype=torch.int64)
 
 
 def read_shard(path: Path) -> Shard:
@@ -220,11 +235,12 @@ def _check_against_header(shard: Shard, tensors: Mapping[str, Any]) -> None:
     if header is None:
         return
     expected = {site: (len(header.layers), header.model.widths.get(site)) for site in shard.shapes}
-    numbers = tensors.get("numbers", {})
+    numbers, half = tensors.get("numbers", {}), tensors.get("half")
     if (
         dict(shard.shapes) != expected
         or shard.rows > header.pairs
         or (numbers.get("dtype"), numbers.get("shape")) != ("I64", [shard.rows])
+        or (half is not None and (half["dtype"], half["shape"]) != ("U8", [shard.rows]))
     ):
         raise FileFormatError(
             f"{shard.path}: its tensors are not those that its header tells of; copy the shard whole, or make it anew"

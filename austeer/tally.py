@@ -26,19 +26,20 @@ class Tally:
         self.sites = sites
         self.counting = {name: Counting(len(found), found[0].width, device) for name, found in sites.items()}
         self.block, self.digest = 0, ""
-        self.pairs = self.cut = self.identical = 0
+        self.pairs = self.half_pairs = self.cut = self.identical = 0
 
     def add(self, block: Block, buffers: Mapping[str, Tensor]) -> None:
-        """Counts a whole block: one kernel call a site."""
+        """Counts a whole block: two kernel calls a site, one of them over the pairs of a half."""
         if block.pairs:
             for name, counting in self.counting.items():
-                counting.add(buffers[name], block.pairs, block.offset)
+                counting.add(buffers[name], block.pairs, block.offset, half=block.half)
         self.done(block)
 
     def done(self, block: Block) -> None:
         """Notes a block whose activations are counted."""
         self.block, self.digest = block.number + 1, block.digest
         self.pairs += block.size
+        self.half_pairs += len(block.half)
         self.cut += block.cut
         self.identical += block.size - block.pairs
 
@@ -63,11 +64,21 @@ class Tally:
         )
 
     def state(self, **extra: Any) -> State:
-        sites = {name: counting.counters() for name, counting in self.counting.items()}
-        return State(self.block, self.digest, self.pairs, self.cut, self.identical, sites, extra)
+        return State(
+            block=self.block,
+            digest=self.digest,
+            pairs=self.pairs,
+            half_pairs=self.half_pairs,
+            cut=self.cut,
+            identical=self.identical,
+            sites={name: counting.counters() for name, counting in self.counting.items()},
+            half={name: counting.half_counters() for name, counting in self.counting.items()},
+            extra=extra,
+        )
 
     def restore(self, state: State) -> None:
         for name, counting in self.counting.items():
-            counting.restore(state.sites[name])
+            counting.restore(state.sites[name], state.half[name])
         self.block, self.digest = state.block, state.digest
-        self.pairs, self.cut, self.identical = state.pairs, state.cut, state.identical
+        self.pairs, self.half_pairs = state.pairs, state.half_pairs
+        self.cut, self.identical = state.cut, state.identical

@@ -32,6 +32,7 @@ def blocks_of(sizes=(5, 3), tokens=60, share=False, seed=0):
                 size,
                 size,
                 numbers,
+                torch.arange(number % 2, size, 2),
                 list(batches(texts, tokens, share and not number)),
                 0,
                 sum(map(len, texts)),
@@ -47,7 +48,14 @@ def counting_for(sites, device="cpu"):
 
 
 def counters_of(counting):
-    return {name: c.counters().tensors() for name, c in counting.items()}
+    """Of all pairs, and of one half of them."""
+    found = {name: c.counters().tensors() for name, c in counting.items()}
+    return found | {f"half of {name}": c.half_counters().tensors() for name, c in counting.items()}
+
+
+def tensors_by_name(counting):
+    """The running counters themselves, flat, by the names of :func:`counters_of`."""
+    return {name: c.totals for name, c in counting.items()} | {f"half of {n}": c.half for n, c in counting.items()}
 
 
 def in_plain_order(model, sites, blocks, tree="tensor"):
@@ -60,7 +68,7 @@ def in_plain_order(model, sites, blocks, tree="tensor"):
             for batch in block.batches:
                 capture.run(batch)
             for name in sites:
-                counting[name].add(capture.buffers[name], block.pairs, block.offset)
+                counting[name].add(capture.buffers[name], block.pairs, block.offset, half=block.half)
     return counters_of(counting)
 
 

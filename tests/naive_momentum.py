@@ -54,10 +54,13 @@ def assert_like(found, expected):
         expected.sources,
     )
     assert set(found.sites) == set(expected.sites)
+    assert (found.half is None, found.half_pairs) == (expected.half is None, expected.half_pairs)
+    everything = [(found.sites, expected.sites), *([(found.half, expected.half)] if expected.half else [])]
     for name in expected.sites:
-        mine, theirs = found.counters(name).tensors(), expected.counters(name).tensors()
-        for what, t in theirs.items():
-            if what in COUNTS:
-                assert torch.equal(mine[what], t), (name, what)
-            else:
-                torch.testing.assert_close(mine[what], t, rtol=1e-9, atol=1e-12)
+        for of_found, of_expected in everything:
+            mine, theirs = of_found[name].tensors(), of_expected[name].tensors()
+            for what, t in theirs.items():
+                if what in COUNTS:
+                    assert torch.equal(mine[what], t), (name, what)
+                else:
+                    torch.testing.assert_close(mine[what], t, rtol=1e-9, atol=1e-12)

@@ -61,9 +61,11 @@ def assert_counts(momentum, sides):
 
 def assert_same(a, b):
     """Bit for bit."""
-    assert (a.pairs, a.model, a.layers, a.cut, a.identical, a.sources) == (
-        *(b.pairs, b.model, b.layers, b.cut, b.identical, b.sources),
+    assert (a.pairs, a.model, a.layers, a.cut, a.identical, a.sources, a.half_pairs) == (
+        *(b.pairs, b.model, b.layers, b.cut, b.identical, b.sources, b.half_pairs),
     )
-    for site in a.sites:
-        for x, y in zip(a.sites[site].tensors().values(), b.sites[site].tensors().values(), strict=True):
-            assert torch.equal(x, y)
+    for one, other in ((a.sites, b.sites), (a.half, b.half)):
+        assert one.keys() == other.keys()
+        for site in one:
+            for x, y in zip(one[site].tensors().values(), other[site].tensors().values(), strict=True):
+                assert torch.equal(x, y)

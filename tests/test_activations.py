@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import austeer
-from austeer import AusteerError, CaptureError, FileFormatError, activations
+from austeer import AusteerError, CaptureError, FileFormatError, Momentum, activations
 from austeer.activations import ActivationCount, momentum_from_activations
+from austeer.halves import half_rows_without_texts
 from austeer.interrupt import MeasurementInterrupted
 from austeer.recording import ActivationWriter
 from austeer.sites import Fingerprint, find_sites, fingerprint
@@ -84,6 +85,16 @@ def test_counts_do_not_depend_on_shards_chunks_and_parts(tmp_path_factory, rows,
         total = total.merge(other)
     assert_counts(total, sides)
     assert total.pairs == rows
+    # The file and the place in it say which half a row is in, and nothing else.
+    starts = range(0, rows, block)
+    inside = [
+        start + int(i)
+        for start in starts
+        for i in half_rows_without_texts(f"{start:012d}.safetensors", 0, min(block, rows - start))
+    ]
+    assert total.half_pairs == len(inside)
+    half = Momentum(total.half, max(len(inside), 1), total.model, layers=total.layers)
+    assert_counts(half, {site: tuple(t[inside] for t in pair) for site, pair in sides.items()})
 
 
 def test_stored_while_measuring_gives_what_was_measured(tiny, demo, tmp_path, monkeypatch):
@@ -93,13 +104,13 @@ def test_stored_while_measuring_gives_what_was_measured(tiny, demo, tmp_path, mo
     count = Tally.add
 
     def store_and_count(self, block, buffers):
-        writer.add(buffers, block.numbers, first=block.offset, pairs=block.size, cut=block.cut)
+        writer.add(buffers, block.numbers, first=block.offset, pairs=block.size, cut=block.cut, half=block.half)
         count(self, block, buffers)
 
     monkeypatch.setattr(Tally, "add", store_and_count)
     measured = austeer.measure(tiny, demo[1], pairs, block_pairs=8, max_length=5)
     writer.finish(len(pairs))
-    assert measured.cut and measured.identical == 1
+    assert measured.cut and measured.identical == 1 and 0 < measured.half_pairs < 26
     assert_same(momentum_from_activations(tmp_path, device="cpu"), measured)
 
 
@@ -342,7 +353,7 @@ def test_needs_are_those_of_the_run(tmp_path):
     count = ActivationCount(StoredActivations.open(tmp_path), device="cpu", chunk_bytes=10 * ROW)
     needs = count.needs()
     assert (needs.shards, needs.rows, needs.columns, needs.bytes) == (3, 100, 36, 100 * ROW // 2)
-    assert (needs.counters, needs.chunks, needs.device_chunks, needs.result) == (36 * 40, 3 * 10 * ROW, 0, 36 * 32)
+    assert (needs.counters, needs.chunks, needs.device_chunks, needs.result) == (36 * 80, 35 * ROW, 0, 36 * 64)
     assert needs.count_rate > 0 and needs.read_rate > 0
     assert needs.seconds == pytest.approx(needs.bytes / min(needs.count_rate, needs.read_rate))
     counts, saved = count.run(), tmp_path / "kind.momentum"
@@ -373,8 +384,8 @@ def test_millions_of_rows_of_100_000_columns(tmp_path):
     stored = StoredActivations.open(path, model=Fingerprint("llama", 1, {}, "by hand", None))
     count = ActivationCount(stored, device="cpu")
     needs = count.needs()
-    assert needs.bytes == 1_200_000_000_000 and needs.counters == 4_000_000
-    assert needs.chunks < 210_000_000, "memory does not grow with the rows"
+    assert needs.bytes == 1_200_000_000_000 and needs.counters == 8_000_000
+    assert needs.chunks < 250_000_000, "memory does not grow with the rows"
     assert needs.seconds > 10
     got = [
         values.clone().view(2, -1, 1, width)

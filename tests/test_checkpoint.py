@@ -21,22 +21,24 @@ SETTINGS = {
 
 def state_of(seed=0, **changes):
     generator = torch.Generator().manual_seed(seed)
-    counts = [torch.randint(0, 9, (2, 3), generator=generator) for _ in range(2)]
-    sums = [torch.randn(2, 3, dtype=torch.float64, generator=generator) for _ in range(2)]
-    found = {"block": 3, "digest": "ab" * 32, "pairs": 384, "cut": 2, "identical": 1, "extra": {"tree": "tensor"}}
-    return State(**(found | {"sites": {"ffn": Counters(*counts, *sums)}} | changes))
+
+    def counters():
+        counts = [torch.randint(0, 9, (2, 3), generator=generator) for _ in range(2)]
+        return Counters(*counts, *(torch.randn(2, 3, dtype=torch.float64, generator=generator) for _ in range(2)))
+
+    found = {"block": 3, "digest": "ab" * 32, "pairs": 384, "half_pairs": 190, "cut": 2, "identical": 1}
+    found |= {"sites": {"ffn": counters()}, "half": {"ffn": counters()}, "extra": {"tree": "tensor"}}
+    return State(**(found | changes))
 
 
 def assert_same(state, other):
-    assert {k: v for k, v in vars(state).items() if k != "sites"} == {
-        k: v for k, v in vars(other).items() if k != "sites"
-    }
-    for name, counters in other.sites.items():
-        for what, t in counters.tensors().items():
-            assert (
-                torch.equal(state.sites[name].tensors()[what], t) and state.sites[name].tensors()[what].dtype == t.dtype
-            )
-    assert state.sites.keys() == other.sites.keys()
+    plain = [{k: v for k, v in vars(s).items() if k not in ("sites", "half")} for s in (state, other)]
+    assert plain[0] == plain[1]
+    for mine, theirs in ((state.sites, other.sites), (state.half, other.half)):
+        assert mine.keys() == theirs.keys()
+        for name, counters in theirs.items():
+            for what, t in counters.tensors().items():
+                assert torch.equal(mine[name].tensors()[what], t) and mine[name].tensors()[what].dtype == t.dtype
 
 
 @settings(max_examples=30, deadline=None)
@@ -133,20 +135,23 @@ def test_damage_anywhere_is_noticed(tmp_path_factory, data):
         assert_same(found, state_of())
 
 
-@pytest.mark.parametrize("format_, version, message", [("austeer-momentum", VERSION, "format"), (FORMAT, 2, "version")])
+@pytest.mark.parametrize(
+    "format_, version, message",
+    [("austeer-momentum", VERSION, "format"), (FORMAT, VERSION + 1, "version"), (FORMAT, 1, "version '1', expected 2")],
+)
 def test_another_kind_of_file(tmp_path, format_, version, message):
     files.write(tmp_path / "c", format_, version, {}, {})
     with pytest.raises(FileFormatError, match=f"c: found .*{message}"):
         Checkpoint(tmp_path / "c", SETTINGS).load()
 
 
-@pytest.mark.parametrize("change", ["settings", "sites", "block", "extra", "tensor"])
+@pytest.mark.parametrize("change", ["settings", "sites", "block", "extra", "half_pairs", "tensor", "half tensor"])
 def test_something_is_missing(tmp_path, change):
     checkpoint = Checkpoint(tmp_path / "c", SETTINGS)
     checkpoint.save(state_of())
     header, tensors = files.read(tmp_path / "c", FORMAT, VERSION)
-    if change == "tensor":
-        del tensors["ffn.delta_sum"]
+    if change.endswith("tensor"):
+        del tensors["half.ffn.positive" if "half" in change else "ffn.delta_sum"]
     else:
         del header[change]
     files.write(tmp_path / "c", FORMAT, VERSION, header, tensors)

@@ -115,8 +115,11 @@ def test_generate_runs_several_plans_in_one_batch(demo, files):
     ("arguments", "message"),
     [
         (("select", "{m}", "--k", "0", "--out", "{new}"), "k: found 0, expected an integer from 1 to 17280"),
-        (("select", "{m}", "--out", "{new}"), "expected exactly one of k and max_fdr"),
+        (("select", "{m}", "--out", "{new}"), "expected exactly one of k, max_fdr and min_stability"),
         (("select", "{m}", "--k", "5", "--site", "layer", "--out", "{new}"), "site 'layer' was not measured"),
+        (("select", "{m}", "--min-stability", "2", "--out", "{new}"), "min_stability: found 2.0, expected a share"),
+        (("select", "{m}", "--min-stability", "1", "--out", "{new}"), "no k of site 'attention' reaches 1"),
+        (("select", "{m}", "--max-fdr", "0.01", "--out", "{new}"), "expected at least 22 pairs, or a larger rate"),
         (("select", "{m}", "--k", "5", "--out", "{plan}"), "exists already"),
         (("select", "{pairs}", "--k", "5", "--out", "{new}"), "not an austeer-momentum file"),
         (("inspect", "{new}"), "no such file"),

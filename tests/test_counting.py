@@ -59,6 +59,33 @@ def test_buffers_add_up(sizes, seed):
     assert_counts(counting, expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(0, 99))
+def test_a_half_is_a_count_of_its_own_and_changes_no_total(flags, seed):
+    counting, plain, expected = Counting(LAYERS, WIDTH, "cpu"), Counting(LAYERS, WIDTH, "cpu"), None
+    for i, inside in enumerate(flags):
+        pairs, rows = len(inside), [j for j, flag in enumerate(inside) if flag]
+        buffer = texts(pairs, seed + i, dtype=torch.bfloat16)
+        counting.add(buffer, pairs, 0, half=torch.tensor(rows, dtype=torch.int64))
+        plain.add(buffer, pairs, 0)
+        part = naive(torch.cat([buffer[:pairs][rows], buffer[pairs:][rows]]), len(rows))
+        expected = part if expected is None else [a + b for a, b in zip(expected, part)]
+    for mine, theirs in zip(counting.half_counters().tensors().values(), expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+    for mine, theirs in zip(counting.totals, plain.totals):
+        assert torch.equal(mine, theirs), "the totals do not change, sums neither, bit for bit"
+
+
+def test_the_half_of_one_layer():
+    buffer, half = texts(9), torch.tensor([0, 3, 4])
+    whole, parts = Counting(LAYERS, WIDTH, "cpu"), Counting(LAYERS, WIDTH, "cpu")
+    whole.add(buffer, 9, 0, half=half)
+    for row in range(LAYERS):
+        parts.add(buffer[:, row : row + 1].contiguous(), 9, 0, row, half)
+    for mine, theirs in zip(parts.half, whole.half):
+        assert torch.equal(mine, theirs) and mine.any()
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
 def test_one_layer_at_a_time_is_all_at_once(order):
     buffer = texts(9)
@@ -97,14 +124,14 @@ def test_one_layer_that_is_not_finite_is_named():
 def test_going_on_from_earlier_counters():
     first, second = texts(8, 1), texts(5, 2)
     whole, half, rest = (Counting(LAYERS, WIDTH, "cpu") for _ in range(3))
-    whole.add(first, 8, 0)
-    half.add(first, 8, 0)
-    saved = half.counters()
-    rest.restore(saved)
+    rows = torch.tensor([0, 2])
+    whole.add(first, 8, 0, half=rows)
+    half.add(first, 8, 0, half=rows)
+    rest.restore(half.counters(), half.half_counters())
     for counting in (whole, rest):
-        counting.add(second, 5, 8)
-    for mine, theirs in zip(rest.counters().tensors().values(), whole.counters().tensors().values()):
-        assert torch.equal(mine, theirs), "sums too, bit for bit"
+        counting.add(second, 5, 8, half=rows)
+    for mine, theirs in zip([*rest.totals, *rest.half], [*whole.totals, *whole.half]):
+        assert torch.equal(mine, theirs) and mine.any(), "sums too, bit for bit"
 
 
 def test_counters_are_a_copy():
@@ -114,6 +141,6 @@ def test_counters_are_a_copy():
     counting.add(buffer, 3, 3)
     assert_counts(counting, [2 * t for t in before.tensors().values()])
     other = Counting(LAYERS, WIDTH, "cpu")
-    other.restore(before)
+    other.restore(before, counting.half_counters())
     other.add(buffer, 3, 3)
     assert not torch.equal(before.positive + before.negative, other.counters().positive + other.counters().negative)

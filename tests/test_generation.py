@@ -56,6 +56,32 @@ def test_low_temperature_is_greedy(tiny, demo):
     assert cold == continue_prompts(tiny, demo[1], PROMPTS, max_new_tokens=5)
 
 
+def test_each_row_ends_where_it_is_told_to(tiny, demo):
+    told = []
+
+    def stop(text):
+        told.append(text)
+        return len(text) >= 12
+
+    whole = continue_prompts(tiny, demo[1], PROMPTS, max_new_tokens=12)
+    found = continue_prompts(tiny, demo[1], PROMPTS, max_new_tokens=12, stop=stop)
+    for text, cut in zip(whole, found):
+        assert text.startswith(cut) and text != cut and len(cut) >= 12
+        assert all(len(seen) < 12 for seen in told if cut.startswith(seen) and seen != cut)
+    assert continue_prompts(tiny, demo[1], PROMPTS, max_new_tokens=12, stop=lambda text: False) == whole
+
+
+def test_rendered_prompts_get_no_special_tokens(tiny, demo):
+    tokenizer = copy.deepcopy(demo[1])
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    expected = continue_prompts(tiny, demo[1], PROMPTS, max_new_tokens=5)
+    assert continue_prompts(tiny, tokenizer, PROMPTS, max_new_tokens=5, special=False) == expected
+    assert continue_prompts(tiny, tokenizer, PROMPTS, max_new_tokens=5) != expected
+
+
 def test_tokenizer_without_pad_token(tiny, demo):
     tokenizer = copy.deepcopy(demo[1])
     tokenizer.pad_token = None

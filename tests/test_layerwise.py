@@ -31,6 +31,7 @@ from layer_runs import (
     in_plain_order,
     layer_by_layer,
     snapshot,
+    tensors_by_name,
 )
 from tiny_models import FAMILIES, MULTIMODAL, ids_of_rows, tiny_model
 
@@ -298,9 +299,10 @@ def test_goes_on_behind_the_last_complete_layer(tmp_path, stop, read):
     # What was counted after the last complete layer is of a layer that runs again: only whole layers are kept.
     kept = {name: {what: t.clone() for what, t in c.items()} for name, c in counters_of(counting).items()}
     again = counting_for(sites)
-    for name, c in again.items():
-        for mine, theirs in zip(c.totals, kept[name].values()):
-            mine[: (stop - 1) * c.shape[1]].copy_(theirs.flatten()[: (stop - 1) * c.shape[1]])
+    for name, tensors in tensors_by_name(again).items():
+        for mine, theirs in zip(tensors, kept[name].values()):
+            whole = (stop - 1) * theirs.shape[1]
+            mine[:whole].copy_(theirs.flatten()[:whole])
     Layerwise(offloaded, sites, **options).run(blocks, again, first_layer=len(done))
     assert_equal(counters_of(again), in_plain_order(model, sites, blocks))
     assert {int(name.split(".")[2]) for _, name in read if ".h." in name} == set(range(len(done), 3))
@@ -383,8 +385,8 @@ def test_killed_and_gone_on(tmp_path):
     sites, blocks = find_sites(model), blocks_of()
     first, counters = torch.load(tmp_path / "counters.pt")
     counting = counting_for(sites)
-    for name, values in counters.items():
-        for mine, theirs in zip(counting[name].totals, values.values()):
+    for name, tensors in tensors_by_name(counting).items():
+        for mine, theirs in zip(tensors, counters[name].values()):
             mine.copy_(theirs.flatten())
     assert first == 2
     Layerwise(model, sites, persistent=True, scratch=tmp_path / "scratch").run(blocks, counting, first_layer=first)

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,19 @@ def test_the_whole_from_its_parts_in_any_order(parts):
         momentum = merge_files(order, progress=False)
         assert_counts(momentum, sides)
         assert (momentum.pairs, momentum.cut) == (30, 3)
+        halves = [Momentum.load(file) for file in files]
+        assert momentum.half_pairs == sum(part.half_pairs for part in halves)
+        assert momentum.half["ffn"].positive.equal(sum(part.half["ffn"].positive for part in halves))
+
+
+def test_a_file_without_halves_gives_a_sum_without(parts, tmp_path):
+    files, sides = parts
+    momentum = Momentum.load(files[1])
+    replace(momentum, half=None, half_pairs=0).save(tmp_path / "old.momentum")
+    for order in itertools.permutations([files[0], tmp_path / "old.momentum", files[2]]):
+        found = merge_files(order, progress=False)
+        assert_counts(found, sides)
+        assert (found.half, found.half_pairs) == (None, 0)
 
 
 def test_nothing_counts_twice(parts, tmp_path):

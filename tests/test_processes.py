@@ -100,12 +100,14 @@ def folder(demo, tmp_path_factory):
 
 def assert_same(found: Momentum, expected: Momentum) -> None:
     assert (found.pairs, found.cut, found.identical) == (expected.pairs, expected.cut, expected.identical)
-    for name, counters in expected.sites.items():
-        for what, t in counters.tensors().items():
-            if what in COUNTS:
-                assert torch.equal(found.sites[name].tensors()[what], t)
-            else:
-                torch.testing.assert_close(found.sites[name].tensors()[what], t, rtol=1e-12, atol=1e-12)
+    assert found.half_pairs == expected.half_pairs > 0
+    for mine, theirs in ((found.sites, expected.sites), (found.half, expected.half)):
+        for name, counters in theirs.items():
+            for what, t in counters.tensors().items():
+                if what in COUNTS:
+                    assert torch.equal(mine[name].tensors()[what], t)
+                else:
+                    torch.testing.assert_close(mine[name].tensors()[what], t, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from austeer import FileFormatError
 from austeer.recording import ActivationWriter
-from austeer.shards import find_shards
+from austeer.shards import find_shards, read_shard
 from austeer.sites import Fingerprint
 from stored_activations import LAYERS, MODEL, random_rows, write_blocks
 
@@ -32,6 +32,13 @@ def test_a_buffer_may_have_rows_to_spare(tmp_path):
     loaded = load_file(writer.add(buffers, [4, 6, 7], first=4, pairs=4))
     assert loaded["ffn.positive"][:, 0, 0].tolist() == [0, 1, 2]
     assert loaded["ffn.negative"][:, 0, 0].tolist() == [3, 4, 5]
+
+
+def test_which_half_a_pair_is_in_is_kept(tmp_path):
+    writer = ActivationWriter(tmp_path, MODEL, layers=LAYERS)
+    path = writer.add({"ffn": torch.ones(10, 3, 5)}, [0, 1, 3, 4, 5], first=0, pairs=6, half=torch.tensor([1, 4]))
+    shard = read_shard(path)
+    assert [shard.half(*span).tolist() for span in ((0, 5), (1, 4), (2, 4), (4, 5))] == [[1, 4], [0], [], [0]]
 
 
 def test_block_of_equal_pairs_has_no_row(tmp_path):

@@ -78,9 +78,11 @@ def start(folder, strategy):
 def assert_identical(found: Momentum, expected: Momentum) -> None:
     """Bit for bit, the sums too."""
     assert (found.pairs, found.cut, found.identical) == (expected.pairs, expected.cut, expected.identical)
-    for name, counters in expected.sites.items():
-        for what, t in counters.tensors().items():
-            assert torch.equal(found.sites[name].tensors()[what], t), (name, what)
+    assert found.half_pairs == expected.half_pairs > 0
+    for mine, theirs in ((found.sites, expected.sites), (found.half, expected.half)):
+        for name, counters in theirs.items():
+            for what, t in counters.tensors().items():
+                assert torch.equal(mine[name].tensors()[what], t), (name, what)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "layerwise"])

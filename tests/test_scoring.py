@@ -1,6 +1,7 @@
 """Scores: equal to those of the full model, text by text, also where contexts are shared."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from austeer import Pairs, PairsError
+from austeer import Pairs, PairsError, steer
 from austeer.demo import load_data
 from austeer.errors import TaskError
 from austeer.sites import LAYOUTS
-from austeer.tasks.scoring import _distinct_contexts, cross_entropy, log_odds
+from austeer.tasks import Item, Task, side_effects
+from austeer.tasks.scoring import OptionScores, _distinct_contexts, cross_entropy, log_odds, option_scores
+from dense_formula import formula_at, random_plan
 
 SHARED = [
     ("The soup was", " good", " bad"),
@@ -126,6 +129,143 @@ def test_a_shared_prompt_runs_once(small, demo):
     log_odds(small, demo[1], pairs)
     handle.remove()
     assert sizes == [(1, 3)], "four one-token continuations of one prompt of three tokens"
+
+
+# --- many steerings at once ------------------------------------------------------------------------------------------
+
+
+def with_options(rows, kind="continuation"):
+    return Task("t", kind, tuple(Item(prompt, tuple(options), i % 2) for i, (prompt, options) in enumerate(rows)))
+
+
+#: Prompts of unlike length, options of one to six tokens, two or three of them, and contexts that begin another one.
+OPTIONS = [
+    ("The soup was", [" good", " good and warm", " bad, thin and cold"]),
+    ("The soup was good and", [" warm", " cold and thin and old"]),
+    ("It is, as all of us who were there would say,", [" fine", " awful", " a day"]),
+    ("It was fin", ["ally done", "e"]),
+]
+
+
+@torch.no_grad()
+def naive_options(model, tokenizer, task):
+    """log p of each option, and whether each of its tokens is the likeliest, from one pass of the full model each.
+
+    Options are scored from the first token that not all texts of the item share with the prompt.
+    """
+    log_prob = torch.full((len(task), 3), -torch.inf, dtype=torch.float64)
+    greedy = torch.zeros(len(task), 3, dtype=torch.bool)
+    for i, item in enumerate(task):
+        prompt = tokenizer(item.prompt)["input_ids"]
+        texts = [tokenizer(item.prompt + option)["input_ids"] for option in item.options]
+        start = len(prompt)
+        while any(ids[:start] != prompt[:start] for ids in texts):
+            start -= 1
+        for j, ids in enumerate(texts):
+            scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            log_prob[i, j] = sum(scores[t - 1, ids[t]] for t in range(start, len(ids)))
+            greedy[i, j] = all(int(scores[t - 1].argmax()) == ids[t] for t in range(start, len(ids)))
+    return log_prob, greedy
+
+
+def steered_by(model, count=4):
+    """Plans of every operation at two sites, and their strengths."""
+    operations = ("scale", "push", "shift", "shift")
+    plans = {
+        f"plan {i}": random_plan(model, ("attention", "ffn"), 6 + i, operations[i % 4], seed=i) for i in range(count)
+    }
+    return plans, {name: 3.0 - 2 * i for i, name in enumerate(plans)}
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 2048])
+def test_options_under_many_steerings_are_those_of_the_full_model(small, demo, batch_tokens):
+    task = with_options(OPTIONS)
+    plans, alphas = steered_by(small)
+    names = ["plan 2", None, "plan 0", "plan 1", "plan 3"]
+    with steer(small, plans, alphas) as steering:
+        found = option_scores(small, demo[1], task, steering, names, batch_tokens=batch_tokens)
+    assert found.log_prob.shape == (5, 4, 3) and found.log_prob.dtype == torch.float64
+    for name, log_prob, greedy in zip(names, found.log_prob, found.greedy):
+        with nullcontext() if name is None else formula_at(small, plans[name], alphas[name]):
+            expected = naive_options(small, demo[1], task)
+        torch.testing.assert_close(log_prob, expected[0], rtol=1e-9, atol=1e-9)
+        assert torch.equal(greedy, expected[1])
+    assert (found.log_prob[:, 0] - found.log_prob[1, 0]).abs().amax(-1)[[0, 2, 3, 4]].min() > 1e-3
+
+
+def test_options_under_steerings_on_a_real_model(demo):
+    task = with_options(OPTIONS)
+    plans, alphas = steered_by(demo[0], 2)
+    with steer(demo[0], plans, alphas) as steering:
+        found = option_scores(*demo, task, steering, ["plan 0", None, "plan 1"])
+    for i, name in enumerate(["plan 0", None, "plan 1"]):
+        with nullcontext() if name is None else formula_at(demo[0], plans[name], alphas[name]):
+            expected = naive_options(*demo, task)
+        torch.testing.assert_close(found.log_prob[i], expected[0], rtol=1e-4, atol=2e-3)
+        assert torch.equal(found.greedy[i], expected[1])
+
+
+def test_what_the_model_writes_is_greedy(demo):
+    """An option is a greedy one where it begins the model's own text."""
+    from austeer.generation import continue_prompts
+
+    prompts = ["The capital of France is", "One, two, three, four,"]
+    written = continue_prompts(*demo, prompts, max_new_tokens=3)
+    task = Task("t", "continuation", tuple(Item(p, (" not so", text)) for p, text in zip(prompts, written)))
+    assert option_scores(*demo, task).greedy.tolist() == [[[False, True], [False, True]]]
+    assert not option_scores(*demo, task).exact(task).any()
+    right = Task("t", "continuation", tuple(Item(p, (" not so", text), 1) for p, text in zip(prompts, written)))
+    assert option_scores(*demo, right).exact(right).all()
+
+
+def test_margins_are_against_the_best_other_option():
+    log_prob = torch.tensor([[[-1.0, -2.0, -3.0], [-5.0, -4.5, -torch.inf]]], dtype=torch.float64)
+    scores = OptionScores(log_prob, torch.tensor([[[True, False, False], [False, True, False]]]))
+    task = Task("t", "choice", (Item("P", (" a", " b", " c"), 2), Item("Q", (" a", " b"), 1)))
+    assert scores.margins(task).tolist() == [[-2.0, 0.5]]
+    assert scores.correct(task).tolist() == [[False, True]]
+    assert scores.exact(task).tolist() == [[False, True]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_tokens", [1, 60, 2048])
+def test_side_effects_are_those_of_the_full_model(small, demo, batch_tokens):
+    plans, alphas = steered_by(small)
+    names = ["plan 3", "plan 0", "plan 1"]
+    with steer(small, plans, alphas) as steering:
+        found = side_effects(small, demo[1], TEXTS, steering, names, batch_tokens=batch_tokens)
+    ids = [i for i in (torch.tensor([demo[1](text)["input_ids"]]) for text in TEXTS) if i.shape[1] > 1]
+    base = [small(i).logits[0, :-1].log_softmax(-1) for i in ids]
+    assert found.tokens.tolist() == [len(b) for b in base]
+    for name, kl, rise, (mean_kl, mean_rise) in zip(names, found.kl, found.rise, found.mean()):
+        with formula_at(small, plans[name], alphas[name]):
+            steered = [small(i).logits[0, :-1].log_softmax(-1) for i in ids]
+        of_token = [(b.exp() * (b - s)).sum(-1) for b, s in zip(base, steered)]
+        torch.testing.assert_close(kl, torch.stack([k.mean() for k in of_token]), rtol=1e-8, atol=1e-10)
+        lost = [(b - s).gather(-1, i[0, 1:, None])[:, 0] for b, s, i in zip(base, steered, ids)]
+        torch.testing.assert_close(rise, torch.stack([r.mean() for r in lost]), rtol=1e-8, atol=1e-10)
+        assert mean_kl == pytest.approx(float(torch.cat(of_token).mean()))
+        assert mean_rise == pytest.approx(float(torch.cat(lost).mean()))
+        assert mean_kl > 1e-6
+
+
+def test_tokens_of_every_pass_are_told(small, demo):
+    told, ran = [], []
+    handle = small.model.register_forward_hook(lambda m, args, output: ran.append(output[0].shape[:2].numel()))
+    option_scores(small, demo[1], with_options(OPTIONS), batch_tokens=20, on_batch=told.append)
+    handle.remove()
+    assert told == ran and len(told) > 1
+
+
+def test_numeric_task_has_no_options(small, demo):
+    with pytest.raises(TaskError, match="found a numeric task, expected options to score"):
+        option_scores(small, demo[1], Task("t", "numeric", (Item("Q", answer=1.0),)))
+
+
+def test_several_tokens_where_one_was_promised(small, demo):
+    task = with_options(OPTIONS, "choice")
+    with pytest.raises(TaskError, match=r"memory, item 0, option ' good and warm': found 3 tokens .*, expected one"):
+        option_scores(small, demo[1], task)
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------

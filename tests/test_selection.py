@@ -1,5 +1,7 @@
 """Selection: scores, the public code's order, significance, and plans."""
 
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +13,8 @@ from scipy import stats
 
 from austeer import Counters, Momentum, SelectionError
 from austeer.counting import Counting
-from austeer.selection import effect_size, p_values, ranking, signed_rate
 from austeer.sites import Fingerprint
+from austeer.statistics import effect_size, p_values, pairs_needed, power, ranking, signed_rate, stability
 
 LAYERS, WIDTH = 4, 37
 
@@ -20,9 +22,11 @@ LAYERS, WIDTH = 4, 37
 def momentum_of(delta):
     """Momentum of given differences [pairs, layers, width]."""
     pairs, layers, width = delta.shape
-    counting = Counting(layers, width, torch.device("cpu"))
-    counting.add(torch.cat([delta, torch.zeros_like(delta)]), pairs, 0)
-    return Momentum({"ffn": counting.counters()}, pairs, Fingerprint("llama", layers, {"ffn": width}, "random", None))
+    counting, half = Counting(layers, width, torch.device("cpu")), torch.arange(0, pairs, 2)
+    counting.add(torch.cat([delta, torch.zeros_like(delta)]), pairs, 0, half=half)
+    model = Fingerprint("llama", layers, {"ffn": width}, "random", None)
+    halves = {"half": {"ffn": counting.half_counters()}, "half_pairs": len(half)}
+    return Momentum({"ffn": counting.counters()}, pairs, model, **halves)
 
 
 def random_momentum(pairs, seed=0, layers=LAYERS, width=WIDTH, bias=0.0):
@@ -66,14 +70,6 @@ def test_effect_size_at_its_limits():
     delta = torch.tensor([[[0.0, 1.0, 1.0]], [[0.0, 1.0, -1.0]]])  # never differs, always alike, cancels
     assert effect_size(momentum_of(delta).counters("ffn"), 2).tolist() == [[0.0, float("inf"), 0.0]]
     assert effect_size(momentum_of(delta[:1]).counters("ffn"), 1).tolist() == [[0.0, float("inf"), float("inf")]]
-
-
-def test_p_values_are_scipys_binomial_test():
-    counts = [(p, n) for p in range(14) for n in range(14)] + [(500, 400), (0, 1000), (1000, 1000), (1, 1000)]
-    positive, negative = (torch.tensor([column]) for column in zip(*counts))
-    found = p_values(Counters(positive, negative, positive.double(), positive.double()))[0]
-    expected = [stats.binomtest(p, p + n).pvalue if p + n else 1.0 for p, n in counts]
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -167,6 +163,74 @@ def test_noise_gives_few_discoveries_and_signal_many():
     assert (plan.layer == 2).sum() == WIDTH and (plan.layer != 2).sum() <= 0.2 * WIDTH
 
 
+@pytest.mark.parametrize("pairs", [1, 10, 12])
+def test_too_few_pairs_for_any_au_say_how_many_it_takes(pairs):
+    """148 AUs at 5 %: one sign on 13 pairs is the first that passes alone, 148 * 2 / 2 ** 13 < 0.05."""
+    message = (
+        rf"no AU of site 'ffn' passes 0\.05; found {pairs} pairs with different texts, on which not even an AU with "
+        r"one sign on all of them could, alone among 148: expected at least 13 pairs"
+    )
+    alone = torch.zeros(pairs, LAYERS, WIDTH)
+    alone[:, 1, 1] = 1
+    with pytest.raises(SelectionError, match=message):
+        momentum_of(alone).select("ffn", max_fdr=0.05)
+    enough = torch.zeros(13, LAYERS, WIDTH)
+    enough[:, 1, 1] = 1
+    assert positions(momentum_of(enough).select("ffn", max_fdr=0.05)) == [(1, 1)]
+
+
+def test_pairs_of_equal_texts_are_no_pairs_to_test_on():
+    momentum = replace(random_momentum(20), identical=9)
+    with pytest.raises(SelectionError, match="found 11 pairs with different texts, on which not even"):
+        momentum.select("ffn", max_fdr=0.05)
+
+
+def test_what_was_not_found_says_what_would_be():
+    level = 0.05 / 148
+    with pytest.raises(SelectionError, match="60 pairs find") as caught:
+        random_momentum(60, 1).select("ffn", max_fdr=0.05)
+    message = r"60 pairs find \(power 0\.8\) AUs with one sign in (\d+) % of .*; 70 % takes (\d+) pairs"
+    found = re.search(message, str(caught.value))
+    assert power(60, int(found[1]) / 100 + 0.006, level) >= 0.8 > power(60, int(found[1]) / 100 - 0.006, level)
+    assert int(found[2]) == pairs_needed(0.7, level)
+
+
+# --- stability -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", ["effect", "public"])
+@pytest.mark.parametrize("asked", [0.05, 0.2, 0.35])
+def test_min_stability_is_the_largest_k_that_the_halves_agree_on(asked, ties):
+    spread = torch.randn(20, 200, generator=torch.Generator().manual_seed(1)) * 0.4
+    momentum = random_momentum(60, layers=20, width=200, bias=spread)
+    plan = momentum.select("ffn", min_stability=asked, ties=ties, operation="push")
+    found = stability(momentum, "ffn", ties=ties)
+    reaching = [k for k, score in zip(found.k, found.score) if score >= asked]
+    assert len(plan) == max(reaching) <= 400 and plan.ties == ties and plan.operation == "push"
+    assert plan == momentum.select("ffn", k=max(reaching), ties=ties, operation="push")
+
+
+def test_no_k_is_stable_enough():
+    momentum = random_momentum(60, layers=20, width=200)
+    found = stability(momentum, "ffn")
+    k, score = found.best()
+    message = (
+        rf"min_stability: no k of site 'ffn' reaches 0\.5; found at most {score:.2f}, at k = {k}, between halves of 30 "
+        r"and 30 pairs\. Give more pairs, another site, or a smaller share"
+    )
+    with pytest.raises(SelectionError, match=message):
+        momentum.select("ffn", min_stability=0.5)
+    assert score == max(found.score) < 0.5
+
+
+def test_stability_needs_halves():
+    momentum = random_momentum(60)
+    with pytest.raises(SelectionError, match=r"halves: found momentum without halves.* Measure again"):
+        replace(momentum, half=None).select("ffn", min_stability=0.5)
+    with pytest.raises(SelectionError, match="halves: found all 60 pairs in one half"):
+        replace(momentum, half=momentum.sites, half_pairs=60).select("ffn", min_stability=0.5)
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
@@ -191,8 +255,14 @@ def test_plan_tells_where_it_comes_from(demo_momentum, operation):
         ({"k": True}, "k: found True"),
         ({"k": 2.0}, "k: found 2.0"),
         ({"k": "3"}, "k: found '3'"),
-        ({}, "expected exactly one of k and max_fdr"),
-        ({"k": 3, "max_fdr": 0.1}, "expected exactly one of k and max_fdr"),
+        ({}, "expected exactly one of k, max_fdr and min_stability"),
+        ({"k": 3, "max_fdr": 0.1}, "expected exactly one of k, max_fdr and min_stability"),
+        ({"min_stability": 0.5, "max_fdr": 0.1}, "expected exactly one of k, max_fdr and min_stability"),
+        ({"min_stability": 0}, "min_stability: found 0, expected a share above 0 up to 1, for example 0.5"),
+        ({"min_stability": 1.1}, "min_stability: found 1.1,"),
+        ({"min_stability": True}, "min_stability: found True,"),
+        ({"min_stability": float("nan")}, "min_stability: found nan,"),
+        ({"min_stability": "0.5"}, "min_stability: found '0.5',"),
         ({"max_fdr": 0}, "max_fdr: found 0, expected a rate between 0 and 1"),
         ({"max_fdr": 1}, "max_fdr: found 1,"),
         ({"max_fdr": float("nan")}, "max_fdr: found nan"),

@@ -1,13 +1,15 @@
 """Shards: what is read of them, and every kind of file that is refused before anything is counted."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from austeer import FileFormatError
+from austeer.halves import half_rows_without_texts
 from austeer.shards import COMPLETE, find_shards, read_shard
 from stored_activations import LAYERS, MODEL, SHAPES, random_rows, write_blocks, write_plain
 
@@ -29,6 +31,27 @@ def test_two_dimensions_are_one_layer(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"ffn.positive": torch.zeros(4, 9), "ffn.negative": torch.ones(4, 9)}, path)
     assert dict(read_shard(path).shapes) == {"ffn": (1, 9)}
+
+
+def test_halves_of_shards_that_do_not_say(tmp_path):
+    """Blocks of 16 rows take turns, and where a reader begins does not matter."""
+    shard = read_shard(write_plain(tmp_path / "a.safetensors", random_rows(70), half=torch.ones(70, dtype=torch.uint8)))
+    flags = torch.zeros(70, dtype=torch.bool).index_fill_(0, shard.half(0, 70), True).tolist()
+    assert [len(list(run)) for _, run in itertools.groupby(flags)] == [16, 16, 16, 16, 6]
+    for start, stop in ((0, 1), (15, 17), (33, 70)):
+        assert shard.half(start, stop).tolist() == [i - start for i in range(start, stop) if flags[i]]
+    names = [f"{n}.safetensors" for n in range(40)]
+    assert 5 < sum(bool(len(half_rows_without_texts(name, 0, 16))) for name in names) < 35, "also of one block a file"
+
+
+@pytest.mark.parametrize("half", [torch.ones(5, dtype=torch.uint8), torch.ones(7), torch.ones(7, 1).byte()])
+def test_a_half_of_another_shape_is_no_shard_of_ours(tmp_path, half):
+    path = write_blocks(tmp_path, random_rows(7), 7)[0]
+    header, _ = header_of(path)
+    tensors = load_file(path) | {"half": half}
+    save_file(tensors, path, metadata=header["__metadata__"])
+    with pytest.raises(FileFormatError, match="its tensors are not those that its header tells of"):
+        read_shard(path)
 
 
 def test_shard_says_what_it_is_of(tmp_path):

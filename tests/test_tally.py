@@ -9,6 +9,7 @@ from austeer import CaptureError, Pair, Pairs
 from austeer.blocks import Blocks
 from austeer.capture import LastTokens
 from austeer.checkpoint import Checkpoint
+from austeer.halves import half_of
 from austeer.sites import find_sites
 from austeer.tally import Tally
 from letter_tokens import Letters, letter_pairs
@@ -46,11 +47,12 @@ def run(model, tally, blocks):
 
 
 def assert_same(state, other):
-    assert replace(state, sites={}) == replace(other, sites={})
-    assert list(state.sites) == list(other.sites)
-    for name, counters in state.sites.items():
-        for what, t in counters.tensors().items():
-            assert torch.equal(t, other.sites[name].tensors()[what]), (name, what, "sums too, bit for bit")
+    assert replace(state, sites={}, half={}) == replace(other, sites={}, half={})
+    for mine, theirs in ((state.sites, other.sites), (state.half, other.half)):
+        assert list(mine) == list(theirs)
+        for name, counters in mine.items():
+            for what, t in counters.tensors().items():
+                assert torch.equal(t, theirs[name].tensors()[what]), (name, what, "sums too, bit for bit")
 
 
 def test_pairs_are_counted(model, sites):
@@ -63,6 +65,18 @@ def test_pairs_are_counted(model, sites):
     for counters in tally.state().sites.values():
         assert counters.positive.shape[0] == 2 and ((counters.positive + counters.negative) <= 24).all()
         assert (counters.positive + counters.negative).max() == 24
+
+
+def test_the_half_is_that_of_the_prompts(model, sites):
+    """As if its pairs were measured alone; pairs of equal texts are in neither count of it."""
+    tally = run(model, Tally(sites, CPU), blocks_of())
+    chosen = [pair for pair in PAIRS if half_of(pair.prompt) and pair is not SAME]
+    assert tally.half_pairs == len(chosen) and 0 < len(chosen) < 24
+    alone = run(model, Tally(sites, CPU), blocks_of(chosen)).state()
+    for name, counters in tally.state().half.items():
+        assert torch.equal(counters.positive, alone.sites[name].positive)
+        assert torch.equal(counters.negative, alone.sites[name].negative)
+        torch.testing.assert_close(counters.delta_sum, alone.sites[name].delta_sum, rtol=1e-4, atol=1e-5)
 
 
 def test_a_block_of_equal_texts_alone(model, sites):

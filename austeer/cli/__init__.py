@@ -8,7 +8,22 @@ from importlib.metadata import entry_points
 import typer
 
 from ..errors import AusteerError
-from . import cost, demo, export, generate, inspect, measure, momentum, push, select
+from . import (
+    causal,
+    compare,
+    cost,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    measure,
+    momentum,
+    pairs,
+    push,
+    select,
+    tune,
+)
 from .common import fail
 
 app = typer.Typer(
@@ -32,10 +47,11 @@ austeer push plans/kind USER/kind
 `--model demo` is SmolLM2-135M-Instruct; `austeer demo` shows everything on it.
 """,
 )
-for module in (measure, select, inspect, generate, push, demo, cost):
+for module in (measure, select, inspect, tune, compare, evaluate, generate, push, demo, cost, causal):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
 app.add_typer(momentum.app, name="momentum")
 app.add_typer(export.app, name="export")
+app.add_typer(pairs.app, name="pairs")
 # What measures imports this package, and nothing here imports it: it is found by its installed name.
 for command in entry_points(group="austeer.commands"):
     app.add_typer(command.load(), name=command.name)

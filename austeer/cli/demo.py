@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .common import DType, Json, Quiet, check_writable, console, emit, load, to_json
+from .common import DType, Json, Quiet, check_writable, console, emit, load
+from .search_options import LEGEND, bars, held_out_table, show_alpha, write_result
 
 if TYPE_CHECKING:
     from ..demo import DemoResult
@@ -34,12 +33,6 @@ def demo(
     """
     from .. import demo as demonstration
     from ..figures import draw_demo, require_matplotlib
-    from ..progress import Progress
-
-    @contextmanager
-    def step(what: str, total: int) -> Iterator[Callable[[], None]]:
-        with Progress(what, total, "steps", False if quiet or json else None) as bar:
-            yield bar.advance
 
     require_matplotlib()  # before minutes of work, not after
     check_writable(out / "result.json", force=True)
@@ -47,10 +40,9 @@ def demo(
     start = time.perf_counter()
     network, tokenizer = load(model, dtype, "cpu")
     say(f"model     {network.config._name_or_path}, loaded in {time.perf_counter() - start:.1f} s")
-    result, _, _ = demonstration.run(
-        network, tokenizer, out, say=say, step=step, progress=False if quiet or json else None
-    )
-    (out / "result.json").write_text(to_json(result.to_json()) + "\n", encoding="utf-8")
+    show_bars = False if quiet or json else None
+    result, _, _ = demonstration.run(network, tokenizer, out, say=say, step=bars(show_bars), progress=show_bars)
+    write_result(out, result.to_json())
     draw_demo(result, out / "demo.png")
     if json:
         emit({"out": out, **result.to_json()})
@@ -58,38 +50,29 @@ def demo(
     show(result, console)
     console.print(
         f"\n{result.seconds:.0f} s; wrote momentum.safetensors, plan, result.json and demo.png in {out}\n"
-        f"try: austeer generate {out}/plan --model {model} --alpha {result.chosen.alpha:.3g} "
+        f"try: austeer generate {out}/plan --model {model} --alpha {show_alpha(result.chosen.alpha)} "
         '--prompt "My new neighbour is"'
     )
 
 
 def show(result: DemoResult, console: Console) -> None:
     """The result's figures."""
-    from ..demo import MAX_SIDE_EFFECT, PROMPTS
+    from ..demo import PROMPTS
 
-    pairs = result.pairs
+    first = result.held_out[0]
     console.print(
-        f"\n[bold]Effect on {pairs['held-out']} held-out pairs[/]: mean change of log p(positive) - log p(negative), "
-        f"nats\n(unsteered {result.base_log_odds:+.2f}). up: share of pairs; side effect: rise of the cross-entropy on "
-        "held-out neutral text, nats a token"
+        f"\n[bold]Effect on {result.pairs['held-out']} held-out pairs[/]: mean change of log p(positive) - "
+        f"log p(negative), nats (unsteered {result.unsteered.log_odds:+.2f})"
     )
-    table = Table("steering", "alpha", escape("effect [interval]"), "up", "side effect", box=None, pad_edge=False)
-    for row in result.held_out:
-        table.add_row(
-            row.name,
-            f"{row.alpha:.3g}",
-            escape(f"{row.effect:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"),
-            f"{row.share:.0%}",
-            f"{row.side_effect:+.3f}",
-        )
-    console.print(table)
+    console.print(held_out_table(result.unsteered, result.held_out))
+    console.print(LEGEND)
     console.print(
-        "intervals: 95 % over topics; random AUs, with strengths of the same norm: the least and greatest seed"
+        f"groups: topics; every setting's strength was chosen within a KL of {result.max_kl:g} on other neutral text;\n"
+        "scale: the paper's operation; random: AUs of the first row's site and number, brought to its side effect"
     )
-    if result.held_out[0].side_effect > MAX_SIDE_EFFECT:
+    if first.kl > result.max_kl:
         console.print(
-            f"the limit of {MAX_SIDE_EFFECT} on the side effect held on the selection part, and on this text it is "
-            f"{result.held_out[0].side_effect:.3f}"
+            f"the limit of {result.max_kl:g} held on the selection part; on held-out text it is {first.kl:.3f}"
         )
 
     console.print("\n[bold]Generations[/], greedy")

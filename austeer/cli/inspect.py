@@ -12,40 +12,69 @@ from .common import Json, console, emit
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A momentum file, or a plan's folder.")],
+    source: Annotated[str, typer.Argument(help="A momentum file, a plan's folder, or a plan on the Hub (USER/NAME).")],
     site: Annotated[str | None, typer.Option(help="One site. [default: the first]")] = None,
     k: Annotated[int, typer.Option(help="How many AUs are looked at.", min=1)] = 100,
     rows: Annotated[int, typer.Option(help="How many of them are listed.", min=1)] = 10,
     png: Annotated[Path | None, typer.Option(help="Also draw a figure here.")] = None,
     json: Json = False,
 ) -> None:
-    """Show the top AUs and how they spread over the layers.
+    """Show the top AUs, how far they stand out from chance, and whether other pairs would choose them again.
 
     Example: `austeer inspect kind.momentum --site attention --png kind.png`
-    """
-    from .. import overview
 
-    summary = overview.of_file(path, site, k)
+    *beta* is the signed share of pairs, with its exact 95 % interval; *effect* the mean over the standard deviation;
+    *p* of a two-sided sign test; *q* the same, corrected for all AUs of the site.
+    """
+    from .. import overview, overview_text
+
+    summary = overview.of_file(source, site, k)
     if png:
-        from ..figures import draw_overview
+        from ..overview_figures import draw_overview
 
         draw_overview(summary, png)
     if json:
         emit({**summary.to_json(), "png": png})
         return
-    console.print(f"[bold]{path}[/]  {summary.origin}")
-    table = Table("rank", "layer", "AU", "beta", "delta", *(["effect", "p"] if summary.p else []), box=None)
-    for i, unit in enumerate(summary.units[:rows]):
-        cells = [str(i), str(unit.layer), str(unit.index), f"{unit.beta:+.3f}", f"{unit.delta:+.4f}"]
-        if summary.p:
-            cells += [f"{summary.effect[i]:.2f}", f"{summary.p[i]:.1e}"]
-        table.add_row(*cells)
-    console.print(table)
+    console.print(f"[bold]{source}[/]  {summary.origin}\n")
+    show(overview_text.unit_table(summary, rows))
     console.print(f"\ntop {len(summary.units)} AUs of site {summary.site} by layer")
-    most = max(summary.by_layer)
-    for layer, count in enumerate(summary.by_layer):
-        console.print(f"  {layer:>3} {count:>5} {'█' * round(40 * count / most)}")
+    for line in overview_text.layer_lines(summary, console.width):
+        console.print(line)
+    console.print()
+    for line in overview_text.summary_lines(summary):
+        paragraph(line)
+    if summary.stability is not None:
+        console.print()
+        show(overview_text.stability_table(summary.stability))
+    if summary.verdict:
+        console.print()
+        paragraph(summary.verdict, "bold")
+    if len(summary.sites) > 1:
+        console.print()
+        show(overview_text.site_table(summary))
+    if summary.evidence is not None:
+        console.print()
+        if summary.evidence.tested:
+            show(overview_text.evidence_table(summary.evidence))
+        for line in overview_text.evidence_lines(summary.evidence):
+            paragraph(line)
     for note in summary.notes:
-        console.print(note)
+        paragraph(note)
     if png:
         console.print(f"wrote {png}")
+
+
+def show(rows: list[list[str]]) -> None:
+    """A table without lines: names on the left, numbers on the right."""
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def paragraph(text: str, style: str | None = None) -> None:
+    """Text broken into lines at the terminal's width."""
+    console.print(text, style=style, soft_wrap=False, markup=False)

@@ -16,6 +16,10 @@ def select(
     site: Annotated[str, typer.Option(help="attention, ffn, layer or neuron.")] = "attention",
     k: Annotated[int | None, typer.Option(help="How many AUs.")] = None,
     max_fdr: Annotated[float | None, typer.Option(help="Instead of --k: all AUs at this false discovery rate.")] = None,
+    min_stability: Annotated[
+        float | None,
+        typer.Option(help="Instead of --k: as many AUs as halves of the pairs agree on to this share, say 0.5."),
+    ] = None,
     ties: Annotated[str, typer.Option(help="effect (size), or public (as the public code).")] = "effect",
     operation: Annotated[str, typer.Option(help="scale (the paper), push or shift.")] = "scale",
     force: Annotated[bool, typer.Option("--force", help="Overwrite the plan in --out.")] = False,
@@ -29,7 +33,9 @@ def select(
     from ..plan import FILE_NAME
 
     check_writable(out / FILE_NAME, force)
-    plan = Momentum.load(momentum).select(site, k, max_fdr=max_fdr, ties=ties, operation=operation)
+    plan = Momentum.load(momentum).select(
+        site, k, max_fdr=max_fdr, min_stability=min_stability, ties=ties, operation=operation
+    )
     path = plan.save_pretrained(out)
     layers = sorted(set(plan.layer.tolist()))
     if json:

@@ -1,20 +1,32 @@
 """Labelled tasks: what a model should answer, read from data through templates, and how well it does."""
 
+from .evaluating import Variant, check_options, evaluate
+from .evaluation import Comparison, Estimate, Evaluation, VariantResult
 from .load import load_task
+from .numeric import last_number, numeric_answers
 from .scoring import SideEffects, cross_entropy, log_odds, option_scores, side_effects
 from .task import KINDS, Item, Task
 from .templates import Template, load_template, shipped
 
 __all__ = [
     "KINDS",
+    "Comparison",
+    "Estimate",
+    "Evaluation",
     "Item",
     "SideEffects",
     "Task",
     "Template",
+    "Variant",
+    "VariantResult",
+    "check_options",
     "cross_entropy",
+    "evaluate",
+    "last_number",
     "load_task",
     "load_template",
     "log_odds",
+    "numeric_answers",
     "option_scores",
     "shipped",
     "side_effects",

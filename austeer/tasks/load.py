@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import TaskError
+from ..pair import FIELDS, pair_of
 from ..readers import open_source
 from ..source import Row, Source
 from ..stream import _equals
+from .numeric import parse_number
 from .task import Item, Task, check_item
 from .templates import DUPLICATES, Template, _listed, label_of, load_template
+
+Make = Callable[[Mapping[str, Any], str], Item | None]
 
 #: The neutral format: a row is one of these, told by its fields; "group" may stand beside them.
 NEUTRAL = {
@@ -35,18 +40,19 @@ def load_task(
     """A labelled task from a file, several, or a dataset.
 
     Args:
-        source: as of :func:`austeer.load_pairs`: JSONL, JSON, CSV (each also ``.gz`` or ``.zst``), Parquet, a pattern, or
-            ``hf:ORG/NAME``.
+        source: as of :func:`austeer.load_pairs`: JSONL, JSON, CSV (each also ``.gz`` or ``.zst``), Parquet, a
+            pattern, or ``hf:ORG/NAME``.
         template: a shipped template's name (:func:`shipped`), a user's JSON file, or None for the neutral format, in
             which a row has the fields prompt, options and label (the option's text, or its number from 0); prompt and
-            answer (a number); or prompt, positive and negative; and, if wanted, group.
+            answer (a number); or prompt, positive and negative, of which pairs of equal sides are left out; and, if
+            wanted, group.
         where: keep only rows in which these fields have these values.
         limit: read at most so many items, the first ones; see also :meth:`Task.take`.
         split: which split of a dataset; needed if it has several.
         kind: of a file in the neutral format with options: "continuation" (the default), or "choice", which promises
             options of one token each.
         duplicates: what to do with a question that comes twice with the same answer: "error", or "drop" the later one;
-            by default as the template says, otherwise "error".
+            by default as the template says; without one "error", for pairs "drop".
 
     Raises:
         TaskError: a row that lacks fields or has unknown ones, a label outside the options, a question that comes
@@ -59,26 +65,34 @@ def load_task(
         raise TaskError(f"duplicates: found {duplicates!r}, expected one of {', '.join(DUPLICATES)}")
     opened = open_source(source, split)
     wanted = where or {}
+    make: Make
     if template is not None:
         if kind is not None:
             raise TaskError(f"kind: found {kind!r} beside a template, which has its own; expected it in the template")
         form = load_template(template)
         name, found_kind, make, columns = form.name, form.kind, form.item, {*form.required, *wanted}
-        duplicates = duplicates or form.duplicates
+        repeated = form.duplicates
     else:
-        name, found_kind, make, columns = _neutral(opened, kind, set(wanted))
+        name, found_kind, make, columns, repeated = _neutral(opened, kind, set(wanted))
+    repeated = duplicates or repeated
     items: list[Item] = []
     first_seen: dict[tuple, tuple[str, Any]] = {}
     for place, row in _rows(opened, columns, wanted):
         item = make(row, place)
+        if item is None:
+            continue
         answer = item.answer if found_kind == "numeric" else item.options[item.label]
         before = first_seen.setdefault((item.prompt, frozenset(item.options)), (place, answer))
-        if before[0] != place:
-            if before[1] != answer or duplicates != "drop":
-                same = "the same answer" if before[1] == answer else f"the answer {answer!r:.40} and not {before[1]!r:.40}"
+        if before != (place, answer):
+            if before[1] != answer:
                 raise TaskError(
-                    f"{place}: found the question of {before[0]} again, with {same}; expected each once: remove one"
-                    + (', or drop the later ones (duplicates="drop", --drop-duplicates)' if before[1] == answer else "")
+                    f"{place}: found the question of {before[0]} again, with the answer {answer!r:.40} and not "
+                    f"{before[1]!r:.40}; expected one answer: remove the wrong row"
+                )
+            if repeated != "drop":
+                raise TaskError(
+                    f"{place}: found the question and answer of {before[0]} again, expected each once: remove one, or "
+                    'drop the later ones (duplicates="drop", --drop-duplicates)'
                 )
             continue
         items.append(item)
@@ -97,17 +111,17 @@ def _rows(source: Source, columns: set[str], where: Mapping[str, Any]) -> Iterat
                 yield place, row
 
 
-def _neutral(
-    source: Source, kind: str | None, extra: set[str]
-) -> tuple[str, str, Callable[[Mapping[str, Any], str], Item], set[str]]:
-    """Name, kind, what makes an item of a row, and the columns to be read, by the first row's fields."""
+def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, str, Make, set[str], str]:
+    """Name, kind, what makes an item of a row, the columns to be read, and what to do with duplicates, by the first
+    row's fields."""
     columns = {name for names in NEUTRAL.values() for name in names}  # no file has all, so all of its own are read
     with closing(source.read(columns)) as rows:
         place, row = next(rows, (source.name, {}))
     if not row:
         raise TaskError(f"{place}: found no row, expected at least one")
     forms = [form for form, names in NEUTRAL.items() if set(names) <= set(row)]
-    allowed = {"group"} | extra
+    # Files of pairs may have further fields, as for load_pairs. Elsewhere a field may be a misspelt "group".
+    allowed = {*row, "group"} if forms == ["pairs"] else {"group"} | extra
     if len(forms) != 1 or not set(row) <= set(NEUTRAL[forms[0]]) | allowed:
         expected = "; or ".join(_listed(names) for names in NEUTRAL.values())
         raise TaskError(
@@ -118,32 +132,40 @@ def _neutral(
     if kind is not None and (form == "numeric" or kind not in ("choice", "continuation")):
         raise TaskError(f"kind: found {kind!r}, expected choice or continuation, for a file with options")
     task_kind = "numeric" if form == "numeric" else kind or "continuation"
+    needed = set(NEUTRAL[form])
 
-    def make(row: Mapping[str, Any], place: str) -> Item:
-        if not set(NEUTRAL[form]) <= {name for name, value in row.items() if value is not None} <= set(NEUTRAL[form]) | allowed:
-            raise TaskError(f"{place}: found the fields {_listed(row)}, expected {_listed(NEUTRAL[form])}, as in {source.name}'s first row")
-        item = _neutral_item(form, row, place)
+    def make(row: Mapping[str, Any], place: str) -> Item | None:
+        given = {name for name, value in row.items() if value is not None}
+        if form == "pairs":
+            pair = pair_of(row, {name: name for name in FIELDS}, place)
+            if pair.positive == pair.negative:  # says nothing
+                return None
+            item = Item(pair.prompt, (pair.positive, pair.negative))
+        elif not needed <= given <= needed | allowed:
+            raise TaskError(
+                f"{place}: found the fields {_listed(given)}, expected {_listed(NEUTRAL[form])}, as in the first row"
+            )
+        else:
+            item = _item(form, row, place)
+        if row.get("group") is not None:
+            item = replace(item, group=str(row["group"]))
         check_item(item, task_kind, place)
         return item
 
-    return source.name.rsplit("/", 1)[-1].split(".")[0], task_kind, make, columns
+    duplicates = "drop" if form == "pairs" else "error"
+    return Path(source.name).name.split(".")[0], task_kind, make, columns, duplicates
 
 
-def _neutral_item(form: str, row: Mapping[str, Any], where: str) -> Item:
-    from .numeric import parse_number
-
-    group = "" if row.get("group") is None else str(row["group"])
-    for name in ("prompt",) if form != "pairs" else NEUTRAL["pairs"]:
-        if not isinstance(row[name], str):
-            raise TaskError(f"{where}: {name}: found {row[name]!r:.60}, expected text")
-    if form == "pairs":
-        return Item(row["prompt"], (row["positive"], row["negative"]), 0, None, group)
+def _item(form: str, row: Mapping[str, Any], where: str) -> Item:
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        raise TaskError(f"{where}: prompt: found {prompt!r:.60}, expected text")
     if form == "numeric":
         answer = parse_number(str(row["answer"]))
         if isinstance(row["answer"], bool) or answer is None:
             raise TaskError(f"{where}: answer: found {row['answer']!r:.60}, expected a number")
-        return Item(row["prompt"], (), 0, answer, group)
+        return Item(prompt, answer=answer)
     options = row["options"]
     if isinstance(options, str) or not isinstance(options, Sequence) or not all(isinstance(o, str) for o in options):
         raise TaskError(f"{where}: options: found {options!r:.60}, expected a list of texts")
-    return Item(row["prompt"], tuple(options), label_of(row["label"], options, where), None, group)
+    return Item(prompt, tuple(options), label_of(row["label"], options, where))

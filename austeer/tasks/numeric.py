@@ -15,6 +15,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from torch import nn
+
+from ..capture import evaluating
+from ..errors import TaskError
+from ..generation import continue_prompts
+from ..steering import Steering
+from .scoring import Names
+from .task import Task
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.)\]])\.[0-9]+"
 _NUMBER = re.compile(rf"((?<![\w.)\]])[-\u2212]?[$\u00a3\u20ac]?[-\u2212]?)?({_DIGITS})")
@@ -60,3 +71,48 @@ def parse_number(text: str) -> float | None:
     if not re.fullmatch(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", text):
         return None
     return float(text) if math.isfinite(float(text)) else None
+
+
+def numeric_answers(
+    model: nn.Module,
+    tokenizer,
+    task: Task,
+    steering: Steering | None = None,
+    names: Names = (None,),
+    *,
+    max_new_tokens: int = 128,
+    batch_rows: int = 32,
+    on_items: Callable[[int], None] = lambda items: None,
+) -> list[list[str]]:
+    """What the model writes, greedily, for each item under each steering: [names][items].
+
+    All steerings of an item are rows of one batch. A row stops where :func:`is_answered` says that it may.
+
+    Args:
+        task: of kind "numeric". steering, names: as of :func:`austeer.tasks.option_scores`.
+        batch_rows: rows of a batch; at least one item under all steerings. on_items: told the items of each batch.
+
+    Raises:
+        TaskError: a task with options.
+    """
+    if task.kind != "numeric":
+        raise TaskError(f"{task.name}: found a task of kind {task.kind!r}, expected numeric; see option_scores")
+    texts = [[""] * len(task) for _ in names]
+    order = sorted(range(len(task)), key=lambda i: len(task[i].prompt))  # of like lengths, so there is little padding
+    step = max(1, batch_rows // len(names))
+    for first in range(0, len(order), step):
+        part = order[first : first + step]
+        rows = nullcontext() if steering is None else steering.rows([name for name in names for _ in part])
+        with evaluating(model), rows:
+            written = continue_prompts(
+                model,
+                tokenizer,
+                [task[i].prompt for i in part] * len(names),
+                max_new_tokens=max_new_tokens,
+                special=not task.chat_template,
+                stop=is_answered,
+            )
+        for number, text in enumerate(written):
+            texts[number // len(part)][part[number % len(part)]] = text
+        on_items(len(part))
+    return texts

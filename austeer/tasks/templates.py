@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import TaskError
+from .numeric import parse_number
 from .task import KINDS, Item, check_item
 
 DUPLICATES = ("error", "drop")
@@ -55,8 +56,8 @@ class Template:
 
     def __post_init__(self) -> None:
         where = f"template {self.name!r}"
-        for key, expected in (("name", str), ("prompt", str), ("answer", str), ("group", str), ("description", str)):
-            if not isinstance(getattr(self, key), expected):
+        for key in ("name", "prompt", "answer", "group", "description"):
+            if not isinstance(getattr(self, key), str):
                 raise TaskError(f"{where}: {key}: found {getattr(self, key)!r:.60}, expected text")
         for key in ("options", "fields"):
             value = getattr(self, key)
@@ -70,14 +71,18 @@ class Template:
         numeric = self.kind == "numeric"
         for key, wanted in (("prompt", True), ("options", not numeric), ("label", not numeric), ("answer", numeric)):
             if bool(getattr(self, key)) != wanted:
-                expected_text = "one" if wanted else "none"
-                raise TaskError(f"{where}: {key}: found {getattr(self, key)!r:.60}, expected {expected_text} for the kind {self.kind!r}")
+                expected = "one" if wanted else "none"
+                raise TaskError(
+                    f"{where}: {key}: found {getattr(self, key)!r:.60}, expected {expected} for {self.kind!r}"
+                )
         if isinstance(self.label, Mapping) and not (
             set(self.label) == {"field", "values"}
             and isinstance(self.label["field"], str)
             and isinstance(self.label["values"], Mapping)
         ):
-            raise TaskError(f'{where}: label: found {self.label!r:.60}, expected {{"field": ..., "values": {{...}}}} or text')
+            raise TaskError(
+                f'{where}: label: found {self.label!r:.60}, expected {{"field": ..., "values": {{...}}}} or text'
+            )
         if not isinstance(self.label, (str, Mapping)):
             raise TaskError(f"{where}: label: found {self.label!r:.60}, expected text or an object")
         _ = self._compiled
@@ -93,7 +98,9 @@ class Template:
             try:
                 found[name] = _ENVIRONMENT.from_string(text)
             except TemplateError as error:
-                raise TaskError(f"template {self.name!r}: {name}: not a jinja2 template ({error}): {text!r:.80}") from error
+                raise TaskError(
+                    f"template {self.name!r}: {name}: not a jinja2 template ({error}): {text!r:.80}"
+                ) from error
         return found
 
     @cached_property
@@ -120,8 +127,6 @@ class Template:
         Raises:
             TaskError: a missing field, a label outside the options, an answer that is no number ...
         """
-        from .numeric import parse_number
-
         missing = [name for name in self.required if row.get(name) is None]
         if missing:
             raise TaskError(
@@ -146,7 +151,9 @@ class Template:
             value, known = row[self.label["field"]], self.label["values"]
             key = value if isinstance(value, str) else json.dumps(value)
             if key not in known:
-                raise TaskError(f"{where}: found {key!r:.60} in the field {self.label['field']!r}, expected {_listed(known)}")
+                raise TaskError(
+                    f"{where}: found {key!r:.60} in the field {self.label['field']!r}, expected {_listed(known)}"
+                )
             label = label_of(known[key], options, where)
         item = Item(text["prompt"], options, label, answer, text["group"].strip())
         check_item(item, self.kind, where)
@@ -178,7 +185,9 @@ def label_of(label: Any, options: Sequence[str], where: str) -> int:
 def shipped() -> dict[str, Template]:
     """The templates that come with the package, by name."""
     folder = files("austeer") / "data" / "tasks"
-    found = (_parse(file.read_text(encoding="utf-8"), file.name) for file in folder.iterdir() if file.name.endswith(".json"))
+    found = (
+        _parse(file.read_text(encoding="utf-8"), file.name) for file in folder.iterdir() if file.name.endswith(".json")
+    )
     return {template.name: template for template in sorted(found, key=lambda template: template.name)}
 
 
@@ -197,11 +206,14 @@ def load_template(source: str | Path | Mapping[str, Any] | Template) -> Template
         try:
             return _parse(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise TaskError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path") from error
+            raise TaskError(
+                f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
+            ) from error
     known = shipped()
     if str(source) not in known:
         raise TaskError(
-            f"template: found {str(source)!r}, expected one of {', '.join(known)}, or the path of a .json file (docs/tasks.md)"
+            f"template: found {str(source)!r}, expected one of {', '.join(known)}, or the path of a .json "
+            "file (docs/tasks.md)"
         )
     return known[str(source)]
 
@@ -220,7 +232,9 @@ def _of_fields(found: Mapping[str, Any], where: str) -> Template:
     known = [field.name for field in fields(Template)]
     unknown, missing = set(found) - set(known), {"kind", "prompt"} - set(found)
     if unknown or missing:
-        raise TaskError(f"{where}: found the fields {_listed(found)}, expected kind, prompt and others of {_listed(known)}")
+        raise TaskError(
+            f"{where}: found the fields {_listed(found)}, expected kind, prompt and others of {_listed(known)}"
+        )
     return Template(**{"name": where, **found})
 
 

@@ -22,7 +22,7 @@ FRACTIONS = (1.0, 0.5)
 FEWEST = 4
 
 #: Neutral texts that calibration runs, if time allows.
-TEXTS = 6
+TEXTS = 4
 
 #: Of a time budget, what is kept for mixing sites and for held-out items; and what calibration may take of the rest.
 RESERVE, CALIBRATION = 0.3, 0.4

@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 
 from austeer.cli.demo import show
-from austeer.demo import DemoResult, HeldOut
+from austeer.demo import DemoResult
 from austeer.measured import MeasureReport, Seconds
 from austeer.timing import Timing
-from austeer.tune import Trial
+from austeer.tuning.held_out import HeldOut, Unsteered
+from austeer.tuning.tune import Trial
 
 
 def printed(content: dict[str, Any]) -> str:
@@ -20,6 +21,7 @@ def printed(content: dict[str, Any]) -> str:
     own = {field.name: content[field.name] for field in fields(DemoResult)} | {
         "trials": [Trial(**trial) for trial in content["trials"]],
         "chosen": Trial(**content["chosen"]),
+        "unsteered": Unsteered(**content["unsteered"]),
         "held_out": [HeldOut(**row) for row in content["held_out"]],
         "timings": {name: Timing(**row) for name, row in content["timings"].items()},
     }

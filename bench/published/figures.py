@@ -16,7 +16,7 @@ from typing import Any
 from austeer.figures import require_matplotlib
 
 from ..cases import COLUMNS, FUSED, PLAIN
-from . import tables
+from . import study, tables
 from .inference import AGAIN, METRICS, Case, Inference, in_sweeps, sweeps, variants_of
 from .load import Result, Results
 
@@ -69,6 +69,8 @@ def figures(results: Results) -> list[Figure]:
             found.append(Figure(f"{result.name}-kernels", "forms", _kernels(result)))
         elif result.kind == "dispatch":
             found.append(Figure(f"{result.name}-dispatch", "lines", _dispatch(result)))
+        elif result.kind == "study":
+            found.append(Figure(f"{result.name}-study", "bars", study.drawn(result)))
     return found
 
 

@@ -2,7 +2,10 @@
 
 <device>.demo|host|momentum.source      the result file, as a link
 <device>.demo.seconds, .cores           of the whole run
-<device>.demo.<shift|push|scale|random>.effect, .low, .high, .side_effect, .over.<another>
+<device>.demo.max_kl, .unsteered.log_odds, .unsteered.accuracy
+<device>.demo.<chosen|shift|push|scale>.operation, .site, .k, .alpha, .effect, .low, .high, .accuracy, .kl, .rise
+<device>.demo.random.effect, .low, .high, .kl, .rise, .draws        means; the least and the greatest effect of a draw
+<device>.demo.<chosen|shift|push|scale|random>.over.<another>       of effects
 <device>.demo.time.<variant>.ms, .percent, .low, .high      over unsteered, quartiles
 <device>.demo.printed                   a block: what the demo prints
 <device>.host.<variant>.us, .low, .high by itself; .noise in the whole model; .table a block
@@ -14,6 +17,8 @@
 <device>.inference.<model>.table        a block
 <device>.inference.<model>.<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
                                         percent over unsteered; with .low and .high behind it the interval's ends
+<device>.study.source, .seconds, .minutes; .tasks, .stability, .operations, .methods, .causal, .cost   blocks
+<device>.study.<task>.table             a block; .<method>.<operation>.effect, .low, .high, .accuracy, .kl, .k
 serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
 efficiency.<section>, efficiency.summary, efficiency.cpu, efficiency.gpu      blocks: see efficiency.py
 """
@@ -21,11 +26,12 @@ efficiency.<section>, efficiency.summary, efficiency.cpu, efficiency.gpu      bl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import mean
 
 from ..compare import MANY
 from ..offloaded import CACHED, FROM_DISK, LAYERWISE
 from ..ways import STACKED, UNSHARED
-from . import demo, efficiency, serving, tables
+from . import demo, efficiency, serving, study, tables
 from .inference import METRICS, Inference
 from .load import Result, Results, slug
 
@@ -35,7 +41,7 @@ Named = Iterator[tuple[str, object]]
 def values(results: Results) -> dict[str, object]:
     """Everything that a span may hold, by name."""
     found: dict[str, object] = {}
-    makers = {"demo": _demo, "host": _host, "momentum": _momentum, "inference": _inference}
+    makers = {"demo": _demo, "host": _host, "momentum": _momentum, "inference": _inference, "study": study.values}
     for result in results:
         if result.kind in makers:
             prefix = f"{result.device}.{result.kind}"
@@ -52,10 +58,22 @@ def _demo(result: Result) -> Named:
     yield "seconds", content["seconds"]
     yield "cores", content["environment"]["cores"]
     yield "printed", demo.printed(content)
-    rows = {row["name"].split()[0].rstrip(","): row for row in content["held_out"]}
+    yield "max_kl", content["max_kl"]
+    for key in ("log_odds", "accuracy"):
+        yield f"unsteered.{key}", content["unsteered"][key]
+    chosen, *_ = held_out = content["held_out"]
+    rows = {"chosen": chosen, **{row["operation"]: row for row in held_out if row["method"] == "momentum"}}
     for name, row in rows.items():
-        for key in ("effect", "low", "high", "side_effect"):
+        for key in ("operation", "site", "k", "alpha", "effect", "low", "high", "accuracy", "kl", "rise"):
             yield f"{name}.{key}", row[key]
+    drawn = [row for row in held_out if row["method"] == "random"]
+    if drawn:
+        rows["random"] = {key: mean(row[key] for row in drawn) for key in ("effect", "kl", "rise")}
+        yield from ((f"random.{key}", value) for key, value in rows["random"].items())
+        yield "random.low", min(row["effect"] for row in drawn)
+        yield "random.high", max(row["effect"] for row in drawn)
+        yield "random.draws", len(drawn)
+    for name, row in rows.items():
         for other, beside in rows.items():
             if other != name and beside["effect"]:
                 yield f"{name}.over.{other}", row["effect"] / beside["effect"]

@@ -1,0 +1,334 @@
+"""Does momentum cause anything? Single AUs are steered alone, and the change of held-out log-odds is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..baselines.reading import pair_activations
+from ..environment import environment
+from ..errors import SelectionError, TaskError
+from ..momentum import Momentum
+from ..plan import Plan
+from ..progress import Progress
+from ..selection import signed_rate
+from ..sites import find_sites, fingerprint, floating_dtype
+from ..steering import check_plan_fits, steer
+from ..tasks import Task, option_scores
+from ..tuning.record import Record
+from ..weights import signature
+from .sample import Sample, Scale, draw
+from .statistics import Findings, findings, verdict
+
+#: How an AU is steered alone: each way has two sides, and half of their difference is the effect.
+WAYS = {
+    "scale": "x doubled, against x set to 0",
+    "shift": "x plus its mean difference, against x minus it",
+    "deviation": "x plus its standard deviation, against x minus it",
+}
+
+#: Plans that one steering carries: each has a row in the strength tables of the layers that it touches.
+TOGETHER = 60
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One AU and what steering it alone did.
+
+    Attributes:
+        size, deviation: mean |x| and standard deviation at the last token of the held-out texts.
+        groups: of "top", "matched" and "spread", those that it is in. match: of a top AU, which one is its match.
+        raised: for each way half the difference of the log-odds between its two sides, mean over items, nats: the
+            effect of raising the AU (of amplifying it, under "scale"). For "shift" the side that raises it counts.
+    """
+
+    layer: int
+    index: int
+    beta: float
+    delta: float
+    size: float
+    deviation: float
+    groups: tuple[str, ...]
+    match: tuple[int, int] | None
+    raised: dict[str, float]
+
+    def wanted(self, way: str) -> float:
+        """The effect in the direction that momentum predicts: of raising where beta (shift: delta) is positive."""
+        value = self.delta if way == "shift" else self.beta
+        return self.raised[way] * (1 if value >= 0 else -1)
+
+
+@dataclass(frozen=True)
+class CausalResult:
+    """Attributes:
+    items: held-out items. log_odds: their mean, unsteered, nats. pairs: that were measured.
+    findings, verdict: for each way.
+    """
+
+    model: str
+    dtype: str
+    site: str
+    task: str
+    items: int
+    log_odds: float
+    pairs: int
+    n: int
+    seed: int
+    units: list[Unit]
+    findings: dict[str, Findings]
+    verdict: dict[str, list[str]]
+    notes: list[str]
+    seconds: float
+    environment: dict[str, object]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def causal_check(
+    model: nn.Module,
+    tokenizer,
+    task: Task,
+    momentum: Momentum,
+    site: str,
+    *,
+    n: int = 25,
+    sample: int = 75,
+    ways: Sequence[str] = tuple(WAYS),
+    seed: int = 0,
+    batch_tokens: int = 2048,
+    record: str | Path | None = None,
+    progress: bool | None = None,
+) -> CausalResult:
+    """Steers the top AUs, matched random AUs, and AUs of every |beta|, each alone, and compares what that does.
+
+    Args:
+        task: held-out items, that momentum was not measured on, of kind "choice" or "continuation".
+        site: a measured site. n: top AUs, each with a match. sample: AUs over the whole range of |beta|.
+        ways: of ``WAYS``. seed: of what is drawn.
+        batch_tokens: tokens in a batch; candidates are its rows.
+        record: a file in which finished AUs are kept; with the same model, task and momentum it is gone on with, also
+            for another ``n`` or ``sample``.
+        progress: a progress bar on standard error; by default if that is a terminal.
+
+    Raises:
+        SelectionError: a site that was not measured, an unknown way, more AUs than the site has.
+        TaskError: a numeric task, or options that cannot be scored. PlanError: the momentum is of another model.
+        FileFormatError: the record is of another check.
+    """
+    start = time.perf_counter()
+    ways = tuple(dict.fromkeys(ways))
+    if not ways or not set(ways) <= set(WAYS):
+        raise SelectionError(f"ways: found {list(ways)}, expected some of {', '.join(WAYS)}")
+    if task.kind == "numeric":
+        raise TaskError(f"{task.name}: found a numeric task, expected options, whose log-odds can change")
+    counters = momentum.counters(site)
+    found = find_sites(model, [site])
+    check_plan_fits(momentum.select(site, k=1), model, found)
+    sites = [place for place in found[site] if place.layer in momentum.layers]
+    held_out = pair_activations(model, tokenizer, task.pairs(), sites)
+    scale = Scale.of(torch.cat([held_out.positive, held_out.negative]))
+    chosen = draw(momentum, site, scale, n, sample, seed)
+    settings = {
+        "check": "causal",
+        "site": site,
+        "model": fingerprint(model, found).to_json(),
+        "weights": signature(model),
+        "dtype": str(floating_dtype(model)),
+        "task": task.digest(),
+        "momentum": _digest(momentum, site),
+    }
+    runner = _Runner(model, tokenizer, task, momentum, site, scale, Record(record, settings), batch_tokens)
+    units = chosen.units()
+    with Progress("steering AUs alone", len(units) * len(ways), "effects", progress) as bar:
+        raised = runner.run(units, ways, bar)
+    beta = signed_rate(counters, momentum.pairs).flatten()[units].numpy()
+    delta = (counters.delta_sum.flatten()[units] / momentum.pairs).numpy()
+    width = counters.positive.shape[1]
+    size, deviation = scale.size.flatten()[units].numpy(), scale.deviation.flatten()[units].numpy()
+    layers = np.array(momentum.layers)[(units // width).numpy()]
+    places = {unit: place for place, unit in enumerate(units.tolist())}
+    places_of = {
+        name: np.array([places[unit] for unit in getattr(chosen, name).tolist()])
+        for name in ("top", "matched", "spread")
+    }
+    results = {
+        way: findings(
+            raised=raised[way],
+            sign=np.where((delta if way == "shift" else beta) >= 0, 1.0, -1.0),
+            beta=beta,
+            given=np.column_stack([layers, size, deviation]),
+            groups=[item.group for item in task],
+            seed=seed,
+            **places_of,
+        )
+        for way in ways
+    }
+    rows = _units(units, width, layers, beta, delta, size, deviation, chosen, raised)
+    return CausalResult(
+        model=momentum.model.name,
+        dtype=str(floating_dtype(model)).removeprefix("torch."),
+        site=site,
+        task=task.name,
+        items=len(task),
+        log_odds=runner.unsteered(),
+        pairs=momentum.pairs,
+        n=n,
+        seed=seed,
+        units=rows,
+        findings=results,
+        verdict={way: verdict(found) for way, found in results.items()},
+        notes=notes(model, task, momentum),
+        seconds=time.perf_counter() - start,
+        environment=environment(),
+    )
+
+
+class _Runner:
+    """Scores of single AUs, as rows of one batch, kept in a record."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        task: Task,
+        momentum: Momentum,
+        site: str,
+        scale: Scale,
+        record: Record,
+        batch_tokens: int,
+    ):
+        self.model, self.tokenizer, self.task, self.record = model, tokenizer, task, record
+        self.momentum, self.site, self.scale, self.batch_tokens = momentum, site, scale, batch_tokens
+        self._delta = momentum.counters(site).delta_sum.flatten() / momentum.pairs
+        self._width = momentum.counters(site).positive.shape[1]
+
+    def run(self, units: Tensor, ways: Sequence[str], bar: Progress) -> dict[str, np.ndarray]:
+        """For each way the effect of raising each AU: [AUs, items], nats."""
+        jobs = [(unit, way) for unit in units.tolist() for way in ways]
+        missing = [job for job in jobs if self.record.get(self._key(*job)) is None]
+        bar.advance(len(jobs) - len(missing))
+        for part in _parts(missing, TOGETHER // 2):
+            self._measure(part)
+            bar.advance(len(part))
+        return {way: np.array([self.record.get(self._key(unit, way)) for unit in units.tolist()]) for way in ways}
+
+    def unsteered(self) -> float:
+        """Mean log-odds of the model as it is, nats."""
+        if self.record.get("unsteered") is None:
+            scores = option_scores(self.model, self.tokenizer, self.task, batch_tokens=self.batch_tokens)
+            self.record.put("unsteered", float(scores.margins(self.task).mean()))
+        return float(self.record.get("unsteered"))
+
+    def _key(self, unit: int, way: str) -> str:
+        return f"{way} {self.momentum.layers[unit // self._width]} {unit % self._width}"
+
+    def _measure(self, jobs: Sequence[tuple[int, str]]) -> None:
+        """Scores some AUs, each steered in one way."""
+        plans, alphas = {}, {}
+        for job in jobs:
+            # The two sides lie side by side, so that they share a batch.
+            for side, alpha in (("raised", 1.0), ("lowered", -1.0)):
+                name = f"{self._key(*job)} {side}"
+                plans[name], alphas[name] = self._plan(*job), alpha
+        with steer(self.model, plans, alphas, check=False) as steering:
+            scores = option_scores(
+                self.model, self.tokenizer, self.task, steering, list(plans), batch_tokens=self.batch_tokens
+            )
+        sides = scores.margins(self.task).unflatten(0, (len(jobs), 2))
+        effect = (sides[:, 0] - sides[:, 1]) / 2  # [jobs, items]
+        for job, values in zip(jobs, effect):
+            if not values.isfinite().all():
+                raise TaskError(
+                    f"{self.task.name}: found log-odds that are no number with one AU steered alone (way, layer, "
+                    f"index: {self._key(*job)}), expected finite ones; load the model in float32"
+                )
+        for job, values in zip(jobs, effect.tolist()):
+            self.record.put(self._key(*job), values)
+
+    def _plan(self, unit: int, way: str) -> Plan:
+        """A plan of one AU that raises it with alpha 1, and lowers it with -1."""
+        row, index = divmod(unit, self._width)
+        push = abs(self._delta[unit]) if way == "shift" else self.scale.deviation[row, index]
+        return Plan(
+            site=(self.site,),
+            layer=torch.tensor([self.momentum.layers[row]], dtype=torch.int32),
+            index=torch.tensor([index], dtype=torch.int32),
+            beta=torch.ones(1),
+            delta=torch.tensor([float(push)]),
+            operation="scale" if way == "scale" else "shift",
+            model=self.momentum.model,
+            pairs=self.momentum.pairs,
+            chat_template=self.momentum.chat_template,
+        )
+
+
+def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
+    """What can be seen to weaken the check."""
+    found = []
+    if task.source in momentum.sources:
+        found.append(
+            f"the items come from {task.source}, which the momentum was also measured on; unless they are other rows "
+            "of it, nothing here is held out"
+        )
+    if task.chat_template != momentum.chat_template:
+        said = {True: "went through a chat template", False: "did not go through a chat template"}
+        found.append(
+            f"the items' prompts {said[task.chat_template]}, and the measured pairs' {said[momentum.chat_template]}"
+        )
+    if floating_dtype(model).itemsize < 4:
+        found.append(
+            f"the model runs in {str(floating_dtype(model)).removeprefix('torch.')}, in which the effects of single "
+            "AUs may be lost in rounding; float32 shows them"
+        )
+    return found
+
+
+def _digest(momentum: Momentum, site: str) -> str:
+    """Tells momenta apart whose AUs would be steered or ranked differently."""
+    digest = hashlib.sha256(f"{momentum.pairs} {momentum.layers}".encode())
+    for tensor in momentum.counters(site).tensors().values():
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _parts(values: Sequence[tuple[int, str]], size: int) -> Iterator[Sequence[tuple[int, str]]]:
+    return (values[i : i + size] for i in range(0, len(values), size))
+
+
+def _units(
+    units: Tensor,
+    width: int,
+    layers: np.ndarray,
+    beta: np.ndarray,
+    delta: np.ndarray,
+    size: np.ndarray,
+    deviation: np.ndarray,
+    chosen: Sample,
+    raised: dict[str, np.ndarray],
+) -> list[Unit]:
+    numbers = units.tolist()
+    member = {name: set(getattr(chosen, name).tolist()) for name in ("top", "matched", "spread")}
+    place = {unit: (int(layers[i]), unit % width) for i, unit in enumerate(numbers)}
+    match = {top: place[other] for top, other in zip(chosen.top.tolist(), chosen.matched.tolist())}
+    return [
+        Unit(
+            *place[unit],
+            float(beta[i]),
+            float(delta[i]),
+            float(size[i]),
+            float(deviation[i]),
+            tuple(name for name, members in member.items() if unit in members),
+            match.get(unit),
+            {way: float(values[i].mean()) for way, values in raised.items()},
+        )
+        for i, unit in enumerate(numbers)
+    ]

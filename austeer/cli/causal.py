@@ -1,0 +1,167 @@
+"""``austeer causal``: whether what momentum ranks high does more than what it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .common import Device, DType, Json, Model, Quiet, check_writable, console, emit, load, note, split_names, to_json
+
+if TYPE_CHECKING:
+    from ..causal import CausalResult, Correlation, Difference
+    from ..tasks import Task
+
+
+def causal(
+    held_out: Annotated[
+        str,
+        typer.Argument(
+            help="Pairs, or a labelled task (with --template if it is not in the neutral format), that the momentum "
+            "was not measured on.",
+            show_default=False,
+        ),
+    ],
+    momentum: Annotated[Path, typer.Option(help="A file of austeer measure, of other pairs.", show_default=False)],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the result.", show_default=False)],
+    site: Annotated[str, typer.Option(help="attention, ffn, layer or neuron.")] = "attention",
+    template: Annotated[str | None, typer.Option(help="The task's template, for example boolq.")] = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="Top AUs, each beside a matched random one.", min=2)] = 25,
+    sample: Annotated[int, typer.Option(help="AUs over the whole range of |beta|, for the correlations.", min=4)] = 75,
+    items: Annotated[int, typer.Option(help="Held-out items, drawn with the seed.", min=2)] = 32,
+    ways: Annotated[str, typer.Option(help="scale, shift, deviation; comma-separated.")] = "scale,shift,deviation",
+    where: Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of a dataset.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch.", min=1)] = 2048,
+    dtype: DType = "float32",
+    device: Device = None,
+    force: Annotated[bool, typer.Option("--force", help="Start anew over what is in --out.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Steer the top AUs, and random AUs that match them, each alone, and compare what that does.
+
+    Give pairs or items that the momentum was **not** measured on: on its own pairs everything ranked high looks good.
+
+    Example: `austeer causal rest.jsonl --momentum kind.momentum --model demo --site attention --out causal/`
+
+    An interrupted check goes on where it was with the same command; more AUs (-n, --sample) go on, too.
+    """
+    from importlib.util import find_spec
+
+    from ..causal import causal_check
+    from ..momentum import Momentum
+
+    result_file, record = out / "causal.json", out / "record.jsonl"
+    check_writable(result_file, force=True)
+    measured = Momentum.load(momentum)
+    measured.counters(site)
+    task = read_held_out(held_out, template, conditions(where), split).take(items, seed)
+    if force:
+        record.unlink(missing_ok=True)
+    network, tokenizer = load(model, dtype, device)
+    if chat:
+        task = task.with_chat_template(tokenizer)
+    try:
+        result = causal_check(
+            network,
+            tokenizer,
+            task,
+            measured,
+            site,
+            n=n,
+            sample=sample,
+            ways=split_names(ways),
+            seed=seed,
+            batch_tokens=batch_tokens,
+            record=record,
+            progress=False if quiet or json else None,
+        )
+    except KeyboardInterrupt:
+        note(f"what is finished is in {record}: the same command goes on")
+        raise
+    temporary = result_file.with_name(f".{result_file.name}.part")
+    temporary.write_text(to_json(result.to_json()) + "\n", encoding="utf-8")
+    temporary.replace(result_file)
+    figure = None
+    if find_spec("matplotlib") is not None:
+        from ..causal.figures import draw_causal
+
+        draw_causal(result, figure := out / "causal.png")
+    for text in result.notes:
+        note(text)
+    if json:
+        emit({"out": out, "figure": figure, **result.to_json()})
+        return
+    show(result)
+    console.print(f"\n{result.seconds:.0f} s; wrote {result_file.name}{' and causal.png' if figure else ''} in {out}")
+    if figure is None:
+        note("no figure: it needs matplotlib (pip install 'austeer[plots]')")
+
+
+def conditions(where: list[str] | None) -> dict[str, str]:
+    """FIELD=VALUE options as a mapping."""
+    from ..errors import TaskError
+
+    for condition in where or ():
+        if "=" not in condition:
+            raise TaskError(f"--where: found {condition!r}, expected FIELD=VALUE")
+    return dict(condition.split("=", 1) for condition in where or ())
+
+
+def read_held_out(source: str, template: str | None, where: dict[str, str], split: str | None) -> Task:
+    """A labelled task, or pairs as one: a file whose rows have a positive and a negative side holds pairs."""
+    from contextlib import closing
+
+    from ..pairs import load_pairs
+    from ..readers import open_source
+    from ..tasks import Task
+    from ..tasks.load import load_task
+
+    if template is None:
+        fields = {"prompt", "positive", "negative"}
+        with closing(open_source(source, split).read(fields)) as rows:
+            _, first = next(rows, ("", {}))
+        if fields <= set(first):
+            return Task.of_pairs(load_pairs(source, where=where, split=split))
+    return load_task(source, template, where=where, split=split)
+
+
+def show(result: CausalResult) -> None:
+    """The result's figures and what follows from them."""
+    from ..causal import WAYS
+
+    console.print(
+        f"[bold]{result.n} top AUs of site {result.site} beside {result.n} matched random ones[/], each steered alone, "
+        f"on {result.items} held-out items (unsteered log-odds {result.log_odds:+.2f} nats)"
+    )
+    table = Table("steered", "mean, millinats", "top", "matched", escape("difference [95 %]"), "p", box=None)
+    for way, found in result.findings.items():
+        for name, row in (("|effect|", found.size), ("wanted direction", found.wanted)):
+            table.add_row(way, name, *_cells(row))
+    console.print(table)
+    console.print("\n[bold]Rank correlation with the effect[/], AUs over the whole range of |beta|")
+    table = Table("steered", "beta, effect", "|beta|, |effect|", "the same, layer and scale held constant", box=None)
+    for way, found in result.findings.items():
+        table.add_row(way, *(_rho(c) for c in (found.signed, found.absolute, found.absolute_given)))
+    console.print(table)
+    for way, sentences in result.verdict.items():
+        console.print(f"\n[bold]{way}[/] ({WAYS[way]})")
+        for sentence in sentences:
+            console.print(f"  {sentence}")
+
+
+def _cells(row: Difference) -> list[str]:
+    values = [1000 * value for value in (row.top, row.matched, row.difference, row.low, row.high)]
+    spread = escape(f"{values[2]:+.2f} [{values[3]:+.2f}, {values[4]:+.2f}]")
+    return [f"{values[0]:+.2f}", f"{values[1]:+.2f}", spread, f"{row.p:.2g}"]
+
+
+def _rho(found: Correlation) -> str:
+    return escape(f"{found.rho:+.2f} [{found.low:+.2f}, {found.high:+.2f}]")

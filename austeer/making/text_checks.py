@@ -1,0 +1,124 @@
+"""What texts tell of pairs, without tokens: sides that are blank or equal, prompts that come again."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import sparse
+
+from ..pair import Pair
+from .findings import Finding, share
+
+#: Prompts that are compared with each other, at most; more are drawn from.
+COMPARED = 3000
+
+#: Share of the words of two prompts that both have, from which on they are nearly the same.
+ALIKE = 0.8
+
+
+def is_blank(text: str) -> bool:
+    return not text.strip()
+
+
+def check_blank(pairs: Sequence[Pair]) -> Finding:
+    sides = {"positive": [p.positive for p in pairs], "negative": [p.negative for p in pairs]}
+    blank = {side: sum(map(is_blank, texts)) for side, texts in sides.items()}
+    bare = {side: sum(not is_blank(t) and not re.search(r"\w", t) for t in texts) for side, texts in sides.items()}
+    pairs_hit = sum(any(not re.search(r"\w", text) for text in (p.positive, p.negative)) for p in pairs)
+    numbers = {"blank": blank, "without_words": bare, "pairs": pairs_hit}
+    if not pairs_hit:
+        return Finding("blank sides", "ok", "every side has at least a word", numbers=numbers)
+    verdict = (
+        f"{share(pairs_hit, len(pairs))} pairs have a side without a word (blank: {blank['positive']} positive, "
+        f"{blank['negative']} negative): such pairs contrast something with nothing"
+    )
+    remedy = "write a wrong answer of the same form (austeer pairs make task does), or leave these pairs out"
+    if any(blank.values()):
+        remedy += "; austeer measure refuses blank sides"
+    return Finding("blank sides", "grave" if pairs_hit > 0.05 * len(pairs) else "warning", verdict, remedy, numbers)
+
+
+def check_identical(identical: int, pairs: int) -> Finding:
+    verdict = f"{share(identical, pairs)} pairs have the same tokens on both sides"
+    numbers = {"identical": identical}
+    if not identical:
+        return Finding("equal sides", "ok", verdict, numbers=numbers)
+    level = "grave" if identical > 0.5 * pairs else "warning" if identical > 0.05 * pairs else "note"
+    return Finding("equal sides", level, f"{verdict} and count for nothing", "leave them out", numbers)
+
+
+def check_prompts(pairs: Sequence[Pair]) -> Finding:
+    counts = Counter(p.prompt for p in pairs)
+    most = max(counts.values(), default=0)
+    again = len(pairs) - len(set(pairs))
+    similar, compared = near_duplicates(list(counts))
+    numbers = {
+        "distinct": len(counts),
+        "most_pairs_of_one": most,
+        "repeated_pairs": again,
+        "nearly_the_same": similar,
+        "compared": compared,
+    }
+    verdict = (
+        f"{len(counts)} different prompts for {len(pairs)} pairs (one has {most}); {again} pairs are there again; "
+        f"{share(similar, compared)} prompts are nearly the same as another"
+    )
+    few, alike = len(counts) < 0.5 * len(pairs), similar > 0.3 * compared
+    if again > 0.01 * len(pairs) or few or alike:
+        return Finding(
+            "prompts",
+            "warning",
+            f"{verdict}: pairs count as independent, and these are not",
+            "remove what comes again; give more different prompts; keep variants of one prompt on one side of a split",
+            numbers,
+        )
+    return Finding("prompts", "ok", verdict, numbers=numbers)
+
+
+def check_contradictions(pairs: Sequence[Pair]) -> Finding:
+    positive = {p.prompt + p.positive for p in pairs}
+    both = sum(p.prompt + p.negative in positive for p in pairs if p.positive != p.negative)
+    numbers = {"pairs": both}
+    if not both:
+        return Finding(
+            "contradictions", "ok", "no text is positive in one pair and negative in another", numbers=numbers
+        )
+    return Finding(
+        "contradictions",
+        "grave" if both > 0.05 * len(pairs) else "warning",
+        f"the negative text of {share(both, len(pairs))} pairs is the positive one of another",
+        "decide which side these texts belong to, and leave the other pair out",
+        numbers,
+    )
+
+
+def near_duplicates(prompts: Sequence[str]) -> tuple[int, int]:
+    """How many prompts share nearly all their words with another one, and among how many that was asked.
+
+    Words that more than half of the prompts have (a template's) are left aside, numbers are taken as equal, and prompts
+    of fewer than 3 other words are not asked.
+    """
+    if len(prompts) > COMPARED:
+        prompts = random.Random(0).sample(prompts, COMPARED)
+    sets = [set(re.findall(r"\w+", re.sub(r"\d+", "0", prompt.casefold()))) for prompt in prompts]
+    frequent = {word for word, count in Counter(w for words in sets for w in words).items() if 2 * count > len(sets)}
+    sets = [words for words in (words - frequent for words in sets) if len(words) >= 3]
+    if len(sets) < 2:
+        return 0, len(prompts)
+    column = {word: i for i, word in enumerate(dict.fromkeys(w for words in sets for w in sorted(words)))}
+    sizes = np.array([len(words) for words in sets])
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    columns = np.array([column[word] for words in sets for word in sorted(words)])
+    table = sparse.csr_matrix((np.ones(len(columns)), columns, ends), shape=(len(sets), len(column)))
+    found = 0
+    for start in range(0, len(sets), 256):  # a block of rows at a time: few MB
+        common = (table[start : start + 256] @ table.T).toarray()
+        either = sizes[start : start + 256, None] + sizes[None, :] - common
+        near = common >= ALIKE * either
+        near[np.arange(len(near)), start + np.arange(len(near))] = False  # itself
+        found += int(near.any(1).sum())
+    return found, len(prompts)

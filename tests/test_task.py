@@ -1,0 +1,167 @@
+"""Tasks in memory: what an item must be, pairs of it, and splits that keep groups whole."""
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from austeer import Pairs, PairsError
+from austeer.errors import TaskError
+from austeer.tasks import Item, Task
+
+
+def numbered(count, groups=None):
+    """Items 0, 1, 2 ..., each in the group of its number, or in ``groups[i]``."""
+    items = (Item(f"Q{i}", (" a", " b"), i % 2, group="" if groups is None else str(groups[i])) for i in range(count))
+    return Task("numbers", "choice", tuple(items))
+
+
+def prompts(task):
+    return {item.prompt for item in task}
+
+
+@pytest.mark.parametrize(
+    "kind, item, message",
+    [
+        ("guess", Item("Q", (" a", " b")), "kind: found 'guess', expected one of choice, continuation, numeric"),
+        ("choice", Item(" \n", (" a", " b")), "found the prompt ' .n', expected text"),
+        ("choice", Item("Q\ud800", (" a", " b")), "expected text"),
+        ("choice", Item("Q", (" a",)), r"found the options \(' a',\), expected two or more, all different"),
+        ("choice", Item("Q", (" a", " a")), "expected two or more, all different"),
+        ("continuation", Item("Q", (" a", "")), "expected two or more, all different"),
+        ("choice", Item("Q", (" a", " b"), 2), "found the label 2, expected 0 to 1"),
+        ("choice", Item("Q", (" a", " b"), -1), "found the label -1, expected 0 to 1"),
+        ("numeric", Item("Q"), "found the answer None, expected a number"),
+        ("numeric", Item("Q", answer=float("nan")), "found the answer nan, expected a number"),
+    ],
+)
+def test_what_is_no_item(kind, item, message):
+    fine = Item("Q", (" a", " b"), answer=1.0)
+    with pytest.raises(TaskError, match=message):
+        Task("t", kind, (fine, item), "here")
+
+
+def test_no_items():
+    with pytest.raises(TaskError, match="here: found no item, expected at least one"):
+        Task("t", "choice", (), "here")
+
+
+def test_pairs_set_the_wanted_option_against_each_other_one():
+    task = Task("t", "continuation", (Item("Q", (" a", " b", " c"), 1), Item("R", (" x", " y"), 0)), "here")
+    pairs = task.pairs()
+    assert [(p.prompt, p.positive, p.negative) for p in pairs] == [
+        ("Q", " b", " a"),
+        ("Q", " b", " c"),
+        ("R", " x", " y"),
+    ]
+    assert pairs.source == "here" and not pairs.chat_template
+
+
+def test_pairs_and_back():
+    pairs = Pairs.of([("Q", " a", " b"), ("R", " x", " x"), ("S", " c", " d")])
+    task = Task.of_pairs(pairs)
+    assert task.kind == "continuation" and [item.label for item in task] == [0, 0], "equal sides say nothing"
+    assert [vars(p) for p in task.pairs()] == [vars(pairs[0]), vars(pairs[2])]
+
+
+def test_numeric_tasks_have_no_pairs():
+    with pytest.raises(TaskError, match="found a numeric task, expected options"):
+        Task("t", "numeric", (Item("Q", answer=1.0),)).pairs()
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+fractions = st.lists(st.floats(0.05, 0.5), min_size=1, max_size=4).map(
+    lambda values: {f"part {i}": value / max(1, sum(values)) for i, value in enumerate(values)}
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), fractions, st.integers(0, 5), st.randoms())
+def test_parts_are_disjoint_keep_groups_whole_and_do_not_depend_on_the_order(groups, parts, seed, random):
+    task = numbered(len(groups), groups)
+    try:
+        found = task.split(parts, seed)
+    except TaskError as error:
+        # Said rightly: some part can have no group of its own.
+        assert "too few for the split" in str(error)
+        return
+    assert list(found) == list(parts)
+    of_part = {name: {item.group for item in part} for name, part in found.items()}
+    for name, part in found.items():
+        assert len(part) and list(part) == [item for item in task if item in part.items], "in the task's own order"
+        assert prompts(part) == {item.prompt for item in task if item.group in of_part[name]}, "whole groups"
+    assert sum(map(len, of_part.values())) == len(set().union(*of_part.values())), "disjoint"
+    if sum(parts.values()) > 1 - 1e-9:
+        assert sum(map(len, found.values())) == len(task), "complete"
+    shuffled = list(task)
+    random.shuffle(shuffled)
+    again = Task("numbers", "choice", tuple(shuffled)).split(parts, seed)
+    assert {name: prompts(part) for name, part in again.items()} == {name: prompts(p) for name, p in found.items()}
+
+
+def test_parts_have_their_fractions_and_depend_on_the_seed():
+    task = numbered(1000)
+    found = task.split({"a": 0.5, "b": 0.2}, seed=1)
+    assert [len(part) for part in found.values()] == [500, 200]
+    assert prompts(task.split({"a": 0.5, "b": 0.2}, seed=2)["a"]) != prompts(found["a"])
+    assert prompts(task.split({"a": 0.5}, seed=1)["a"]) == prompts(found["a"])
+
+
+def test_one_group_is_never_divided():
+    task = numbered(6, [0] * 6)
+    with pytest.raises(TaskError, match=r"memory: found 6 items in 1 groups, too few for the split .*no item .*'b'"):
+        task.split({"a": 0.5, "b": 0.5})
+
+
+@pytest.mark.parametrize("parts", [{}, {"a": 0.0}, {"a": 0.7, "b": 0.4}, {"a": -0.5, "b": 0.5}])
+def test_fractions_that_are_none(parts):
+    with pytest.raises(TaskError, match=r"split: found the fractions .* expected positive ones of a sum of at most 1"):
+        numbered(10).split(parts)
+
+
+# --- samples, chat, digests ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
+def test_a_larger_sample_has_the_smaller_one(a, b, seed):
+    task = numbered(30)
+    small, large = (task.take(count, seed) for count in sorted((a, b)))
+    assert len(small) == min(a, b, 30) and prompts(small) <= prompts(large)
+    assert len(prompts(small)) == len(small)
+
+
+def test_pick_takes_these_items_in_this_order():
+    assert [item.prompt for item in numbered(5).pick([3, 0])] == ["Q3", "Q0"]
+
+
+def test_chat_template_opens_the_answer_and_options_lose_their_blank(demo):
+    tokenizer = demo[1]
+    task = numbered(2).with_chat_template(tokenizer)
+    message = [{"role": "user", "content": "Q0"}]
+    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert task[0].prompt == rendered and task[0].options == ("a", "b") and task.chat_template
+    assert task[0].group == "Q0", "a group does not depend on the template"
+    assert task.pairs().chat_template
+    with pytest.raises(PairsError, match="put through a chat template already"):
+        task.with_chat_template(tokenizer)
+
+
+def test_chat_without_a_template(demo):
+    tokenizer = copy.deepcopy(demo[1])
+    tokenizer.chat_template = None
+    with pytest.raises(PairsError, match="the tokenizer has no chat template"):
+        numbered(2).with_chat_template(tokenizer)
+
+
+def test_digests_tell_other_items_apart():
+    task = numbered(3)
+    others = [
+        task.pick([0, 1]),
+        task.pick([1, 0, 2]),
+        Task("t", "continuation", task.items),
+        Task("t", "choice", (*task.items[:2], Item("Q2", (" a", " b"), 1))),
+    ]
+    assert len({t.digest() for t in [task, *others]}) == 5
+    assert Task("another name", "choice", task.items, "elsewhere").digest() == task.digest()
