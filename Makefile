@@ -8,7 +8,7 @@ PEERS := $(VENV)/.peers
 ENGINES_VENV ?= .venv-engines
 ENGINES := $(ENGINES_VENV)/.ready
 
-.PHONY: demo test test-engines lint aot peers bench bench-host bench-momentum bench-gpu table clean help
+.PHONY: demo test test-engines lint aot peers study bench bench-host bench-momentum bench-gpu table clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,9 @@ test: $(READY) ## all tests that need no GPU
 
 test-engines: $(ENGINES) ## plans inside vLLM for CPUs: its server, its Python interface (about 10 minutes)
 	$(ENGINES_VENV)/bin/python -m pytest tests/engines -m engine $(if $(EXACTNESS),--exactness $(EXACTNESS))
+
+study: $(READY) ## momentum beside every baseline on five tasks (DATA=FOLDER; docs/study.md)
+	PYTHONPATH=.:kernels $(BIN)/python -m bench.study $(if $(DATA),--data $(DATA)) --out runs/study
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -52,9 +52,6 @@ MOST = (150, 36, 90)
 #: The longest prompt, in words: what keeps the study within its time on two cores.
 WORDS = 90
 
-#: Where CAA adds its vector.
-LAYERS = (5, 10, 15, 20, 25)
-
 #: Numbers of AUs whose split-half stability is reported; and the site and AUs of the causal check.
 STABLE_KS, CAUSAL_SITE, CAUSAL_N, CAUSAL_SAMPLE, CAUSAL_ITEMS = (10, 100), "attention", 15, 45, 24
 
@@ -127,6 +124,7 @@ def run(
     result = found.to_json()
     for name in ("environment", "seconds"):
         del result[name]
+    result["settings"]["data"]["source"] = subject.file or "packaged"  # not where it lies on this machine
     result["layer"] = {"held_out": residual.to_json()["held_out"], "trials": residual.to_json()["trials"]}
     result["stability"] = {site: _stability(momentum, site) for site in (*SITES, *RESIDUAL)}
     if subject.causal:

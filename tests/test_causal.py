@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import austeer
 from austeer import FileFormatError, Pairs, PlanError, SelectionError
-from austeer.causal import WAYS, causal_check, check
+from austeer.causal import WAYS, causal_check, check, runner
 from austeer.causal.figures import draw_causal
 from austeer.cli import app
 from austeer.demo import load_data
@@ -129,7 +129,7 @@ class Stopped(Exception):
 def counted(monkeypatch):
     """How many plans were scored; raises after as many calls as ``counted["stop"]`` says."""
     seen = {"names": 0, "calls": 0, "stop": None}
-    real = check.option_scores
+    real = runner.option_scores
 
     def score(model, tokenizer, task, steering=None, names=(None,), **options):
         if steering is not None:
@@ -139,7 +139,7 @@ def counted(monkeypatch):
             seen["names"] += len(names)
         return real(model, tokenizer, task, steering, names, **options)
 
-    monkeypatch.setattr(check, "option_scores", score)
+    monkeypatch.setattr(runner, "option_scores", score)
     return seen
 
 
@@ -148,7 +148,7 @@ def same(result, other):
 
 
 def test_an_interrupted_check_goes_on(model, demo, momentum, counted, tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "TOGETHER", 12)  # two AUs at a time
+    monkeypatch.setattr(runner, "TOGETHER", 12)  # two AUs at a time
     whole = checked(model, demo, momentum)
     total, calls = counted["names"], counted["calls"]
     assert total == 6 * len(whole.units) and calls > 3

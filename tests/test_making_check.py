@@ -63,6 +63,8 @@ def test_a_note_of_a_stream_is_one_line(demo, tmp_path):
     assert "answer words" in note and "\n" not in note and "austeer pairs check" in note
     assert grave_note(PAIRS[:1], demo[1]) is None
     assert grave_note(PAIRS, demo[1], limit=1) is None
+    path.write_text(path.read_text() + "{}\n")
+    assert grave_note(stream_pairs(path), demo[1]) == note, "a row that cannot be read is told elsewhere"
     chat = stream_pairs(path, chat_template=demo[1])
     assert "answer words" in grave_note(chat, demo[1], chat_template=True)
 

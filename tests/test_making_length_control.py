@@ -65,23 +65,25 @@ def test_a_set_that_is_all_length_is_found_out(demo, base):
     rng = random.Random(1)
     pairs = Pairs.of([(p.prompt, longer(p.positive, rng), p.positive) for p in base])
     momentum = austeer.measure(*demo, pairs, "attention", layers=range(10), progress=False)
-    found = length_control(*demo, pairs, momentum, k=60, count=30, progress=False)
+    found = length_control(*demo, pairs, momentum, k=60, count=40, progress=False)
     site = found.sites["attention"]
     assert not found.balanced and found.longer_is == "positive" and found.tokens >= 8
-    assert site.k == 60 and site.same_sign == len(site.reacting) > 0.6 * 60 > 2 * site.expected
+    assert site.k == 60 and site.same_sign == len(site.reacting) > 2 * site.expected
+    assert site.excess > 0.2
     assert site.depends is None and site.longer == 0, "no pair has the negative side longer"
     top = momentum.select("attention", 60)
     units = {(u.layer, u.index): u.beta for u in top}
     for unit in site.reacting:
         assert units[unit.layer, unit.index] == pytest.approx(unit.beta) and unit.beta * unit.control > 0
-    report = check_pairs(pairs, demo[1], demo[0], momentum, k=60, control_count=30, progress=False)
-    assert report["length alone, attention"].level == "grave" == report["length"].level
+    report = check_pairs(pairs, demo[1], demo[0], momentum, k=60, control_count=40, progress=False)
+    assert report["length"].level == "grave"
+    assert report["length alone, attention"].level in ("warning", "grave")
     assert report.control == found
 
 
 def test_a_set_of_equal_lengths_is_not(demo, base):
     momentum = austeer.measure(*demo, base, "attention", layers=range(10), progress=False)
-    report = check_pairs(base, demo[1], demo[0], momentum, k=60, control_count=30, progress=False)
+    report = check_pairs(base, demo[1], demo[0], momentum, k=60, control_count=40, progress=False)
     site = report.control.sites["attention"]
     assert report.control.balanced and abs(site.excess) < 0.2
     assert report["length alone, attention"].level in ("ok", "note")

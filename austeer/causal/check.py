@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from ..baselines.reading import pair_activations
 from ..environment import environment
 from ..errors import SelectionError, TaskError
 from ..momentum import Momentum
-from ..plan import Plan
 from ..progress import Progress
 from ..selection import signed_rate
 from ..sites import find_sites, fingerprint, floating_dtype
-from ..steering import check_plan_fits, steer
-from ..tasks import Task, option_scores
+from ..steering import check_plan_fits
+from ..tasks import Task
 from ..tuning.record import Record
 from ..weights import signature
+from .runner import Runner
 from .sample import Sample, Scale, draw
 from .statistics import Findings, findings, verdict
 
@@ -34,9 +34,6 @@ WAYS = {
     "shift": "x plus its mean difference, against x minus it",
     "deviation": "x plus its standard deviation, against x minus it",
 }
-
-#: Plans that one steering carries: each has a row in the strength tables of the layers that it touches.
-TOGETHER = 60
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ def causal_check(
         "task": task.digest(),
         "momentum": _digest(momentum, site),
     }
-    runner = _Runner(model, tokenizer, task, momentum, site, scale, Record(record, settings), batch_tokens)
+    runner = Runner(model, tokenizer, task, momentum, site, scale, Record(record, settings), batch_tokens)
     units = chosen.units()
     with Progress("steering AUs alone", len(units) * len(ways), "effects", progress) as bar:
         raised = runner.run(units, ways, bar)
@@ -192,85 +189,6 @@ def causal_check(
     )
 
 
-class _Runner:
-    """Scores of single AUs, as rows of one batch, kept in a record."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer,
-        task: Task,
-        momentum: Momentum,
-        site: str,
-        scale: Scale,
-        record: Record,
-        batch_tokens: int,
-    ):
-        self.model, self.tokenizer, self.task, self.record = model, tokenizer, task, record
-        self.momentum, self.site, self.scale, self.batch_tokens = momentum, site, scale, batch_tokens
-        self._delta = momentum.counters(site).delta_sum.flatten() / momentum.pairs
-        self._width = momentum.counters(site).positive.shape[1]
-
-    def run(self, units: Tensor, ways: Sequence[str], bar: Progress) -> dict[str, np.ndarray]:
-        """For each way the effect of raising each AU: [AUs, items], nats."""
-        jobs = [(unit, way) for unit in units.tolist() for way in ways]
-        missing = [job for job in jobs if self.record.get(self._key(*job)) is None]
-        bar.advance(len(jobs) - len(missing))
-        for part in _parts(missing, TOGETHER // 2):
-            self._measure(part)
-            bar.advance(len(part))
-        return {way: np.array([self.record.get(self._key(unit, way)) for unit in units.tolist()]) for way in ways}
-
-    def unsteered(self) -> float:
-        """Mean log-odds of the model as it is, nats."""
-        if self.record.get("unsteered") is None:
-            scores = option_scores(self.model, self.tokenizer, self.task, batch_tokens=self.batch_tokens)
-            self.record.put("unsteered", float(scores.margins(self.task).mean()))
-        return float(self.record.get("unsteered"))
-
-    def _key(self, unit: int, way: str) -> str:
-        return f"{way} {self.momentum.layers[unit // self._width]} {unit % self._width}"
-
-    def _measure(self, jobs: Sequence[tuple[int, str]]) -> None:
-        """Scores some AUs, each steered in one way."""
-        plans, alphas = {}, {}
-        for job in jobs:
-            # The two sides lie side by side, so that they share a batch.
-            for side, alpha in (("raised", 1.0), ("lowered", -1.0)):
-                name = f"{self._key(*job)} {side}"
-                plans[name], alphas[name] = self._plan(*job), alpha
-        with steer(self.model, plans, alphas, check=False) as steering:
-            scores = option_scores(
-                self.model, self.tokenizer, self.task, steering, list(plans), batch_tokens=self.batch_tokens
-            )
-        sides = scores.margins(self.task).unflatten(0, (len(jobs), 2))
-        effect = (sides[:, 0] - sides[:, 1]) / 2  # [jobs, items]
-        for job, values in zip(jobs, effect):
-            if not values.isfinite().all():
-                raise TaskError(
-                    f"{self.task.name}: found log-odds that are no number with one AU steered alone (way, layer, "
-                    f"index: {self._key(*job)}), expected finite ones; load the model in float32"
-                )
-        for job, values in zip(jobs, effect.tolist()):
-            self.record.put(self._key(*job), values)
-
-    def _plan(self, unit: int, way: str) -> Plan:
-        """A plan of one AU that raises it with alpha 1, and lowers it with -1."""
-        row, index = divmod(unit, self._width)
-        push = abs(self._delta[unit]) if way == "shift" else self.scale.deviation[row, index]
-        return Plan(
-            site=(self.site,),
-            layer=torch.tensor([self.momentum.layers[row]], dtype=torch.int32),
-            index=torch.tensor([index], dtype=torch.int32),
-            beta=torch.ones(1),
-            delta=torch.tensor([float(push)]),
-            operation="scale" if way == "scale" else "shift",
-            model=self.momentum.model,
-            pairs=self.momentum.pairs,
-            chat_template=self.momentum.chat_template,
-        )
-
-
 def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
     """What can be seen to weaken the check."""
     found = []
@@ -298,10 +216,6 @@ def _digest(momentum: Momentum, site: str) -> str:
     for tensor in momentum.counters(site).tensors().values():
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _parts(values: Sequence[tuple[int, str]], size: int) -> Iterator[Sequence[tuple[int, str]]]:
-    return (values[i : i + size] for i in range(0, len(values), size))
 
 
 def _units(

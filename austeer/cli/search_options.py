@@ -132,9 +132,12 @@ def write_result(out: Path, data: dict[str, Any]) -> None:
 def held_out_table(
     unsteered: Unsteered, rows: Sequence[HeldOut], extra: Callable[[HeldOut], str] | None = None
 ) -> Table:
-    columns = ["setting", "alpha", "AUs", escape("effect, nats [95 %]"), "up", "accuracy", "p", "KL", "rise"]
-    table = Table(*columns, *(["time"] if extra else []), box=None, pad_edge=False)
-    table.add_row("unsteered", "", "", "", "", f"{unsteered.accuracy:.1%}", "", "", "")
+    table = Table(box=None, pad_edge=False)
+    names = ["alpha", "AUs", escape("effect, nats [95 %]"), "up", "accuracy", "p", "KL", *(["time"] if extra else [])]
+    table.add_column("setting")
+    for name in names:  # only what a setting is called may be broken
+        table.add_column(name, no_wrap=True)
+    table.add_row("unsteered", "", "", "", "", f"{unsteered.accuracy:.1%}")
     for row in rows:
         interval = "" if row.low is None else f" [{row.low:+.2f}, {row.high:+.2f}]"
         cells = [
@@ -146,7 +149,6 @@ def held_out_table(
             f"{row.accuracy:.1%}",
             f"{row.p:.2g}",
             f"{row.kl:.3f}",
-            f"{row.rise:+.3f}",
         ]
         table.add_row(*cells, *([extra(row)] if extra else []))
     return table
@@ -154,12 +156,12 @@ def held_out_table(
 
 def show_alpha(alpha: float | dict[str, float]) -> str:
     if isinstance(alpha, dict):
-        return " ".join(f"{site} {value:.3g}" for site, value in alpha.items())
+        return "\n".join(f"{site} {value:.3g}" for site, value in alpha.items())
     return f"{alpha:.3g}"
 
 
 LEGEND = (
     "effect: mean change of log p(wanted) - log p(best other option), with its 95 % interval over groups of items; up: "
-    "share of items that moved the wanted way;\np: McNemar's exact test of the accuracy against unsteered; KL, rise: "
-    "KL divergence and rise of the cross-entropy on held-out neutral text, nats a token"
+    "share of items that moved the wanted way;\np: McNemar's exact test of the accuracy against unsteered; KL: of the "
+    "next token on held-out neutral text against unsteered, nats a token"
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -103,7 +103,10 @@ def grave_note(pairs: Iterable[Pair], tokenizer, *, chat_template: bool = False,
     Args:
         chat_template: whether the prompts hold a chat template.
     """
-    some = Pairs(tuple(islice(pairs, limit)), chat_template=chat_template)
+    read: list[Pair] = []
+    with suppress(PairsError):  # a row that cannot be read is for the measurement to tell
+        read.extend(islice(pairs, limit))
+    some = Pairs(tuple(read), chat_template=chat_template)
     if len(some) < 2:
         return None
     grave = [finding for finding in _texts(some, tokenizer, None)[0] if finding.level == "grave"]

@@ -2,6 +2,7 @@
 
 from .arms import Arm, Candidate, Material
 from .compare import CompareResult, compare
+from .data import Parts
 from .tune import TuneResult, tune
 
-__all__ = ["Arm", "Candidate", "CompareResult", "Material", "TuneResult", "compare", "tune"]
+__all__ = ["Arm", "Candidate", "CompareResult", "Material", "Parts", "TuneResult", "compare", "tune"]

@@ -22,13 +22,13 @@ from ..plan import OPERATIONS
 from ..steering import steer
 from ..tasks.task import Task
 from ..timing import Timing, decode_times
-from .arms import Arm, Material
-from .data import Parts, digest_of, halved, neutral_texts, split
+from .arms import Arm
+from .data import Most, Parts
+from .ground import fitting, prepare
 from .held_out import HeldOut, Unsteered, hold_out
 from .record import Record
-from .scorer import Scorer
 from .search import Step, search, silent
-from .tune import MAX_KL, SITES, Trial, fitting, measured, trials_of
+from .tune import MAX_KL, SITES, Trial, trials_of
 
 KS = (10, 100)
 
@@ -97,7 +97,7 @@ def compare(
     budget: float | None = None,
     neutral: Sequence[str] | None = None,
     timed: bool = True,
-    most: tuple[int | None, int | None, int | None] = (400, 200, 400),
+    most: Most = (400, 200, 400),
     seed: int = 0,
     folder: str | Path | None = None,
     step: Step = silent,
@@ -109,7 +109,8 @@ def compare(
 
     Args:
         methods: names of :data:`austeer.baselines.METHODS`, or ``NAME:OPERATION`` for one operation only.
-        momentum: of the measured part; only with a ``data`` that it was not counted on.
+        momentum: of other pairs than ``data``'s. "iti" looks at the pairs themselves: with a momentum it needs
+            ``data`` as :class:`austeer.tuning.Parts`, with those pairs in them.
         layers: where "caa" adds its vector; by default ten that are evenly spread.
         timed: also time decoding with each method's best setting.
         Others as for :func:`tune`.
@@ -119,44 +120,45 @@ def compare(
     """
     started = time.perf_counter()
     wanted = parse_methods(methods, operations)
-    parts = split(data, measured=False, most=most, seed=seed)
-    chosen_on, reported_on = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
-    settings = {
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "data": {"name": parts.name, "source": parts.source, **parts.to_json()},
-        "methods": {method: list(names) for method, names in wanted.items()},
-        "sites": list(sites),
-        "ks": list(ks),
-        "layers": None if layers is None else list(layers),
-        "max_kl": max_kl,
-        "budget": budget,
-        "neutral": {"tune": digest_of(chosen_on), "test": digest_of(reported_on)},
-    }
-    record = Record(None if folder is None else Path(folder, "search.jsonl"), settings)
-    if momentum is None:
-        needed = sorted(sites_needed(wanted, sites))
-        momentum = measured(model, tokenizer, parts, needed, folder, progress)
-    assert parts.measure is not None
-    material = Material(model, tokenizer, parts.measure, momentum)
-    ks = fitting(ks, momentum, sites)
+    ks = list(ks)
+    ground = prepare(
+        model,
+        tokenizer,
+        data,
+        momentum=momentum,
+        sites=sites_needed(wanted, sites),
+        neutral=neutral,
+        most=most,
+        seed=seed,
+        folder=folder,
+        progress=progress,
+        settings={
+            "methods": {method: list(names) for method, names in wanted.items()},
+            "sites": list(sites),
+            "ks": ks,
+            "layers": None if layers is None else list(layers),
+            "max_kl": max_kl,
+            "budget": budget,
+        },
+    )
+    parts, scorer, material = ground.parts, ground.tune, ground.material
+    ks = fitting(ks, material.momentum, sites)
     arms = [
         arm
         for method, names in wanted.items()
         for arm in arms_of(method, material, sites=sites, operations=names, ks=ks, layers=layers)
     ]
-    scorer = Scorer(model, tokenizer, parts.tune, chosen_on, record)
     found = search(scorer, arms, group=_group, max_kl=max_kl, budget=budget, started=started, step=step)
     groups = dict.fromkeys(_group(s.candidate.arm) for s in found.standings)
     best = sorted((found.best_in(group) for group in groups), key=lambda s: -s.effect)
-    test = Scorer(model, tokenizer, parts.test, reported_on, record, name="test")
-    unsteered, held_out = hold_out(test, [s.candidate for s in best], step)
+    unsteered, held_out = hold_out(ground.test, [s.candidate for s in best], step)
     variants = {
         s.candidate.arm.name: partial(steer, model, s.candidate.arm.plan, s.candidate.strength, k=s.candidate.arm.k)
         for s in best
     }
-    cost = _cost(model, tokenizer, variants, reported_on[0], record, step) if timed else {}
+    cost = _cost(model, tokenizer, variants, ground.test.neutral[0], scorer.record, step) if timed else {}
     return CompareResult(
-        settings,
+        ground.settings,
         found.schedule.to_json(),
         unsteered,
         held_out,

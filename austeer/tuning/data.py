@@ -13,6 +13,9 @@ from ..errors import TaskError
 from ..pairs import Pairs
 from ..tasks.task import Task
 
+#: At most so many items to measure, tune and test.
+Most = tuple[int | None, int | None, int | None]
+
 #: Fractions of the data.
 PARTS = {"measure": 0.5, "tune": 0.25, "test": 0.25}
 
@@ -64,7 +67,7 @@ def split(
     data: Task | Pairs | Parts,
     *,
     measured: bool = False,
-    most: tuple[int | None, int | None, int | None] = (None, None, None),
+    most: Most = (None, None, None),
     seed: int = 0,
 ) -> Parts:
     """Parts of the data.

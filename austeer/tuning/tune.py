@@ -12,18 +12,16 @@ from torch import nn
 
 from ..baselines import arms as arms_of
 from ..environment import environment
-from ..errors import TaskError
 from ..evidence import Evidence, Outcome
-from ..measuring import measure
 from ..momentum import Momentum
 from ..pairs import Pairs
 from ..plan import OPERATIONS, Plan
 from ..tasks.task import Task
-from .arms import Arm, Candidate, Material
+from .arms import Arm, Candidate
 from .calibrate import calibrate
-from .data import Parts, digest_of, halved, neutral_texts, split
+from .data import Most, Parts
+from .ground import fitting, prepare
 from .held_out import HeldOut, Unsteered, hold_out
-from .record import Record
 from .scorer import Scorer
 from .search import Found, Standing, Step, search, silent
 
@@ -100,7 +98,7 @@ def tune(
     budget: float | None = None,
     neutral: Sequence[str] | None = None,
     mix: bool = True,
-    most: tuple[int | None, int | None, int | None] = (400, 200, 400),
+    most: Most = (400, 200, 400),
     seed: int = 0,
     folder: str | Path | None = None,
     step: Step = silent,
@@ -131,25 +129,30 @@ def tune(
         FileFormatError: ``folder`` holds another search.
     """
     started = time.perf_counter()
-    parts = split(data, measured=momentum is not None, most=most, seed=seed)
-    chosen_on, reported_on = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
-    settings = {
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "data": {"name": parts.name, "source": parts.source, **parts.to_json()},
-        "sites": list(sites),
-        "operations": list(operations),
-        "ks": list(ks),
-        "max_kl": max_kl,
-        "budget": budget,
-        "mix": mix,
-        "neutral": {"tune": digest_of(chosen_on), "test": digest_of(reported_on)},
-    }
-    record = Record(None if folder is None else Path(folder, "search.jsonl"), settings)
-    if momentum is None:
-        momentum = measured(model, tokenizer, parts, sites, folder, progress)
-    material = Material(model, tokenizer, parts.measure or Pairs(()), momentum)
-    arms = arms_of("momentum", material, sites=sites, operations=operations, ks=fitting(ks, momentum, sites))
-    scorer = Scorer(model, tokenizer, parts.tune, chosen_on, record)
+    ks = list(ks)
+    ground = prepare(
+        model,
+        tokenizer,
+        data,
+        momentum=momentum,
+        sites=sites,
+        neutral=neutral,
+        most=most,
+        seed=seed,
+        folder=folder,
+        progress=progress,
+        settings={
+            "sites": list(sites),
+            "operations": list(operations),
+            "ks": ks,
+            "max_kl": max_kl,
+            "budget": budget,
+            "mix": mix,
+        },
+    )
+    parts, scorer = ground.parts, ground.tune
+    ks = fitting(ks, ground.material.momentum, sites)
+    arms = arms_of("momentum", ground.material, sites=sites, operations=operations, ks=ks)
     found = search(
         scorer,
         arms,
@@ -164,15 +167,14 @@ def tune(
     best = found.best()
     others = [found.best_of(operation=o) for o in operations]
     rows = [best, *(s for s in others if s is not None and s.candidate.arm.operation != best.candidate.arm.operation)]
-    test = Scorer(model, tokenizer, parts.test, reported_on, record, name="test")
-    unsteered, held_out = hold_out(test, [s.candidate for s in rows], step)
+    unsteered, held_out = hold_out(ground.test, [s.candidate for s in rows], step)
     trials = trials_of(found, parts.tune)
     chosen = _trial(best, parts.tune)
     plan = best.candidate.arm.plan.top(best.candidate.arm.k)
     return TuneResult(
         plan.with_evidence(_evidence(chosen, trials, held_out[0], parts)),
         chosen.alpha,
-        settings,
+        ground.settings,
         found.schedule.to_json(),
         trials,
         chosen,
@@ -181,38 +183,6 @@ def tune(
         time.perf_counter() - started,
         environment(),
     )
-
-
-def measured(
-    model: nn.Module,
-    tokenizer,
-    parts: Parts,
-    sites: Sequence[str],
-    folder: str | Path | None,
-    progress: bool | None,
-) -> Momentum:
-    """The momentum of the measure part; from ``folder`` if it was counted there before."""
-    assert parts.measure is not None
-    path = None if folder is None else Path(folder, "momentum.safetensors")
-    if path is not None and path.exists():
-        return Momentum.load(path)
-    checkpoint = None if path is None else path.with_name("momentum.checkpoint")
-    momentum = measure(
-        model, tokenizer, parts.measure, sites, checkpoint=checkpoint, resume=checkpoint is not None, progress=progress
-    )
-    if path is not None and checkpoint is not None:
-        momentum.save(path)
-        checkpoint.unlink(missing_ok=True)
-    return momentum
-
-
-def fitting(ks: Iterable[int], momentum: Momentum, sites: Sequence[str]) -> list[int]:
-    """The numbers of AUs that every site has; a small model has fewer than the default's largest."""
-    ks = list(ks)
-    if not ks:
-        raise TaskError("ks: found none, expected numbers of AUs, for example (10, 100)")
-    smallest = min(momentum.counters(site).positive.numel() for site in sites)
-    return [k for k in ks if k <= smallest] or [smallest]
 
 
 def _mixed(scorer: Scorer, found: Found, max_kl: float, step: Step) -> list[Standing]:

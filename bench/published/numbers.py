@@ -17,7 +17,7 @@
 <device>.inference.<model>.table        a block
 <device>.inference.<model>.<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
                                         percent over unsteered; with .low and .high behind it the interval's ends
-<device>.study.source, .seconds, .minutes; .tasks, .stability, .operations, .methods, .causal, .cost   blocks
+<device>.study.source, .seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost  blocks
 <device>.study.<task>.table             a block; .<method>.<operation>.effect, .low, .high, .accuracy, .kl, .k
 serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
 efficiency.<section>, efficiency.summary, efficiency.cpu, efficiency.gpu      blocks: see efficiency.py
@@ -31,7 +31,7 @@ from statistics import mean
 from ..compare import MANY
 from ..offloaded import CACHED, FROM_DISK, LAYERWISE
 from ..ways import STACKED, UNSHARED
-from . import demo, efficiency, serving, study, tables
+from . import demo, efficiency, figures, serving, study, tables
 from .inference import METRICS, Inference
 from .load import Result, Results, slug
 
@@ -41,7 +41,7 @@ Named = Iterator[tuple[str, object]]
 def values(results: Results) -> dict[str, object]:
     """Everything that a span may hold, by name."""
     found: dict[str, object] = {}
-    makers = {"demo": _demo, "host": _host, "momentum": _momentum, "inference": _inference, "study": study.values}
+    makers = {"demo": _demo, "host": _host, "momentum": _momentum, "inference": _inference, "study": _study}
     for result in results:
         if result.kind in makers:
             prefix = f"{result.device}.{result.kind}"
@@ -82,6 +82,11 @@ def _demo(result: Result) -> Named:
         yield f"{at}.ms", 1000 * row["seconds"]
         for key, ratio in (("percent", "ratio"), ("low", "low"), ("high", "high")):
             yield f"{at}.{key}", 100 * (row[ratio] - 1)
+
+
+def _study(result: Result) -> Named:
+    yield "figure", figures.picture(f"{result.name}-study", "Held-out effect of every method, task by task")
+    yield from study.values(result)
 
 
 def _host(result: Result) -> Named:

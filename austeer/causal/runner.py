@@ -1,0 +1,104 @@
+"""Scores of single AUs, each steered alone, as rows of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import TaskError
+from ..momentum import Momentum
+from ..plan import Plan
+from ..progress import Progress
+from ..steering import steer
+from ..tasks import Task, option_scores
+from ..tuning.record import Record
+from .sample import Scale
+
+#: Plans that one steering carries: each has a row in the strength tables of the layers that it touches.
+TOGETHER = 60
+
+
+class Runner:
+    """Measures what is not in the record yet, and keeps it there."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        task: Task,
+        momentum: Momentum,
+        site: str,
+        scale: Scale,
+        record: Record,
+        batch_tokens: int,
+    ):
+        self.model, self.tokenizer, self.task, self.record = model, tokenizer, task, record
+        self.momentum, self.site, self.scale, self.batch_tokens = momentum, site, scale, batch_tokens
+        self._delta = momentum.counters(site).delta_sum.flatten() / momentum.pairs
+        self._width = momentum.counters(site).positive.shape[1]
+
+    def run(self, units: Tensor, ways: Sequence[str], bar: Progress) -> dict[str, np.ndarray]:
+        """For each way the effect of raising each AU: [AUs, items], nats."""
+        jobs = [(unit, way) for unit in units.tolist() for way in ways]
+        missing = [job for job in jobs if self.record.get(self._key(*job)) is None]
+        bar.advance(len(jobs) - len(missing))
+        for part in _parts(missing, TOGETHER // 2):
+            self._measure(part)
+            bar.advance(len(part))
+        return {way: np.array([self.record.get(self._key(unit, way)) for unit in units.tolist()]) for way in ways}
+
+    def unsteered(self) -> float:
+        """Mean log-odds of the model as it is, nats."""
+        if self.record.get("unsteered") is None:
+            scores = option_scores(self.model, self.tokenizer, self.task, batch_tokens=self.batch_tokens)
+            self.record.put("unsteered", float(scores.margins(self.task).mean()))
+        return float(self.record.get("unsteered"))
+
+    def _key(self, unit: int, way: str) -> str:
+        return f"{way} {self.momentum.layers[unit // self._width]} {unit % self._width}"
+
+    def _measure(self, jobs: Sequence[tuple[int, str]]) -> None:
+        """Scores some AUs, each steered in one way."""
+        plans, alphas = {}, {}
+        for job in jobs:
+            # The two sides lie side by side, so that they share a batch.
+            for side, alpha in (("raised", 1.0), ("lowered", -1.0)):
+                name = f"{self._key(*job)} {side}"
+                plans[name], alphas[name] = self._plan(*job), alpha
+        with steer(self.model, plans, alphas, check=False) as steering:
+            scores = option_scores(
+                self.model, self.tokenizer, self.task, steering, list(plans), batch_tokens=self.batch_tokens
+            )
+        sides = scores.margins(self.task).unflatten(0, (len(jobs), 2))
+        effect = (sides[:, 0] - sides[:, 1]) / 2  # [jobs, items]
+        for job, values in zip(jobs, effect):
+            if not values.isfinite().all():
+                raise TaskError(
+                    f"{self.task.name}: found log-odds that are no number with one AU steered alone (way, layer, "
+                    f"index: {self._key(*job)}), expected finite ones; load the model in float32"
+                )
+        for job, values in zip(jobs, effect.tolist()):
+            self.record.put(self._key(*job), values)
+
+    def _plan(self, unit: int, way: str) -> Plan:
+        """A plan of one AU that raises it with alpha 1, and lowers it with -1."""
+        row, index = divmod(unit, self._width)
+        push = abs(self._delta[unit]) if way == "shift" else self.scale.deviation[row, index]
+        return Plan(
+            site=(self.site,),
+            layer=torch.tensor([self.momentum.layers[row]], dtype=torch.int32),
+            index=torch.tensor([index], dtype=torch.int32),
+            beta=torch.ones(1),
+            delta=torch.tensor([float(push)]),
+            operation="scale" if way == "scale" else "shift",
+            model=self.momentum.model,
+            pairs=self.momentum.pairs,
+            chat_template=self.momentum.chat_template,
+        )
+
+
+def _parts(values: Sequence[tuple[int, str]], size: int) -> Iterator[Sequence[tuple[int, str]]]:
+    return (values[i : i + size] for i in range(0, len(values), size))

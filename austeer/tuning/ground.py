@@ -1,0 +1,107 @@
+"""What a search stands on: the parts of the data, neutral texts, the record, and the momentum of the measured part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import TaskError
+from ..measuring import measure
+from ..momentum import Momentum
+from ..pairs import Pairs
+from ..tasks.task import Task
+from .arms import Material
+from .data import Most, Parts, digest_of, halved, neutral_texts, split
+from .record import Record
+from .scorer import Scorer
+
+FILE_NAME = "momentum.safetensors"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Attributes:
+    parts: of the data. settings: all that the search depends on, for its record and its result.
+    material: what methods make their plans from.
+    tune, test: score on the tuning part, and on the test part with other neutral texts.
+    """
+
+    parts: Parts
+    settings: dict[str, Any]
+    material: Material
+    tune: Scorer
+    test: Scorer
+
+
+def prepare(
+    model: nn.Module,
+    tokenizer,
+    data: Task | Pairs | Parts,
+    *,
+    momentum: Momentum | None,
+    sites: Iterable[str],
+    neutral: Sequence[str] | None,
+    most: Most,
+    seed: int,
+    folder: str | Path | None,
+    progress: bool | None,
+    settings: dict[str, Any],
+) -> Ground:
+    """
+    Args:
+        sites: those to measure, where there is no momentum. settings: what else the search depends on.
+        Others as for :func:`austeer.tune`.
+
+    Raises:
+        TaskError: a numeric task, or too little data. FileFormatError: ``folder`` holds another search.
+    """
+    given = isinstance(data, Parts) and data.measure is not None
+    parts = split(data, measured=momentum is not None and not given, most=most, seed=seed)
+    chosen_on, reported_on = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
+    settings = {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "data": {"name": parts.name, "source": parts.source, **parts.to_json()},
+        "neutral": {"tune": digest_of(chosen_on), "test": digest_of(reported_on)},
+        **settings,
+    }
+    record = Record(None if folder is None else Path(folder, "search.jsonl"), settings)
+    tune = Scorer(model, tokenizer, parts.tune, chosen_on, record)
+    test = Scorer(model, tokenizer, parts.test, reported_on, record, name="test")
+    if momentum is None:
+        momentum = _measured(model, tokenizer, parts, sorted(sites), folder, progress)
+    return Ground(parts, settings, Material(model, tokenizer, parts.measure or Pairs(()), momentum), tune, test)
+
+
+def _measured(
+    model: nn.Module, tokenizer, parts: Parts, sites: Sequence[str], folder: str | Path | None, progress: bool | None
+) -> Momentum:
+    """The momentum of the measured part; from ``folder`` if it was counted there before."""
+    assert parts.measure is not None
+    path = None if folder is None else Path(folder, FILE_NAME)
+    if path is not None and path.exists():
+        return Momentum.load(path)
+    checkpoint = None if path is None else path.with_name("momentum.checkpoint")
+    momentum = measure(
+        model, tokenizer, parts.measure, sites, checkpoint=checkpoint, resume=checkpoint is not None, progress=progress
+    )
+    if path is not None and checkpoint is not None:
+        momentum.save(path)
+        checkpoint.unlink(missing_ok=True)
+    return momentum
+
+
+def fitting(ks: Iterable[int], momentum: Momentum, sites: Sequence[str]) -> list[int]:
+    """The numbers of AUs that every site has; a small model has fewer than the default's largest.
+
+    Raises:
+        TaskError: none are given. SelectionError: a site that was not measured.
+    """
+    ks = list(ks)
+    if not ks:
+        raise TaskError("ks: found none, expected numbers of AUs, for example (10, 100)")
+    smallest = min(momentum.counters(site).positive.numel() for site in sites)
+    return [k for k in ks if k <= smallest] or [smallest]
