@@ -81,9 +81,7 @@ def _count(
                     "all, expected some activations to keep; leave these pairs out"
                 )
             buffers = {name: capture.buffers[name] for name in m.sites}
-            m.writer.add(
-                buffers, block.numbers, first=block.offset, pairs=block.size, cut=block.cut, half=block.half
-            )
+            m.writer.add(buffers, block.numbers, first=block.offset, pairs=block.size, cut=block.cut, half=block.half)
         unsaved += 1
         if unsaved == m.every or block.number == m.processes.index:  # a NaN in the first block should not take long
             m.save()
