@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from scipy import stats
 from torch import Tensor
 
 
 def mean_interval(values: Tensor, groups: Sequence[str], level: float = 0.95) -> tuple[float, float]:
-    """A confidence interval of the mean when values of one group are alike (Student's t over the groups' means).
+    """A confidence interval around the mean of all values when those of one group are alike.
+
+    Student's t with the cluster-robust error of the mean: the sum of a group's deviations is what varies. With groups
+    of equal size that is the interval of the groups' means.
 
     Args:
         values: [n]. groups: the group of each value, for example a pair's topic; at least two different ones.
     """
-    members: dict[str, list[float]] = {}
+    mean = float(values.double().mean())
+    sums: dict[str, float] = {}
     for value, group in zip(values.tolist(), groups, strict=True):
-        members.setdefault(group, []).append(value)
-    means = torch.tensor([sum(m) / len(m) for m in members.values()], dtype=torch.float64)
-    error = float(means.std()) / len(means) ** 0.5
-    reach = float(stats.t.ppf((1 + level) / 2, len(means) - 1)) * error
-    return float(means.mean()) - reach, float(means.mean()) + reach
+        sums[group] = sums.get(group, 0.0) + value - mean
+    count = len(sums)
+    error = (count / (count - 1) * sum(u * u for u in sums.values())) ** 0.5 / len(values)
+    reach = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
+    return mean - reach, mean + reach
 
 
 def share_interval(hits: int, total: int, level: float = 0.95) -> tuple[float, float]:

@@ -49,7 +49,7 @@ COMPARED = (
 #: Items measured, tuned on and held out, at most.
 MOST = (150, 36, 90)
 
-#: The longest prompt, in words: what keeps the study within its time on two cores.
+#: The longest prompt, in words, unless a task says otherwise: what keeps the study within its time on two cores.
 WORDS = 90
 
 #: Numbers of AUs whose split-half stability is reported; and the site and AUs of the causal check.
@@ -62,12 +62,15 @@ class Subject:
 
     Attributes:
         file, template: where its items are, in the folder of data; none of the packaged pairs.
+        words, most: in place of ``WORDS`` and ``MOST``, for a task of long prompts.
         causal: whether the causal check is made on it. timed: whether decoding is timed with what is chosen on it.
     """
 
     name: str
     file: str = ""
     template: str = ""
+    words: int = WORDS
+    most: tuple[int, int, int] = MOST
     causal: bool = False
     timed: bool = False
 
@@ -76,7 +79,7 @@ class Subject:
 SUBJECTS = (
     Subject("persona_agreeableness", "persona_agreeableness.jsonl", "persona"),
     Subject("copa", "copa_dev.jsonl", "copa_text", causal=True),
-    Subject("caa_sycophancy", "caa_sycophancy_generate.jsonl", "caa"),
+    Subject("caa_sycophancy", "caa_sycophancy_generate.jsonl", "caa", 130, (100, 28, 60)),
     Subject("boolq", "boolq_a.jsonl", "boolq"),
     Subject("sentiment", causal=True, timed=True),
 )
@@ -97,8 +100,8 @@ def parts_of(subject: Subject, data: Path | None) -> Parts:
     if data is None:
         raise TaskError(f"--data: found none, expected the folder with {subject.file}; see docs/study.md")
     task = load_task(data / subject.file, subject.template)
-    short = [i for i, item in enumerate(task) if len(item.prompt.split()) <= WORDS]
-    return split(replace(task.pick(short), name=subject.name), most=MOST)
+    short = [i for i, item in enumerate(task) if len(item.prompt.split()) <= subject.words]
+    return split(replace(task.pick(short), name=subject.name), most=subject.most)
 
 
 def run(

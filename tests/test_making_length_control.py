@@ -12,6 +12,7 @@ from austeer.demo import load_data
 from austeer.making import check_pairs, control_pairs
 from austeer.making.length_control import FILLERS, LEAST, length_control
 from austeer.making.side_checks import Sides
+from austeer.pair import Pair
 from naive_momentum import numbered_pairs
 
 PHRASES = ("very much so", "without any doubt", "all in all", "after some days", "to be exact", "on that day")
@@ -56,6 +57,8 @@ def test_the_longer_side_is_the_one_that_is_longer_in_the_pairs(demo, base):
     rng = random.Random(0)
     short = Pairs.of([(p.prompt, p.positive, longer(p.negative, rng)) for p in base])
     assert max(Sides.of(demo[1], control_pairs(short, demo[1]), True).differences) < 0
+    blank = Pairs((*base[:5], Pair("It is", " ", " bad")))
+    assert len(control_pairs(blank, demo[1])) == 5, "nothing is no continuation"
     equal = Sides.of(demo[1], control_pairs(base, demo[1]), True).differences
     assert min(equal) >= LEAST, "of equal length: a filler's length"
 

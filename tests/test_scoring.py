@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from austeer import Pairs, PairsError, steer
 from austeer.demo import load_data
 from austeer.errors import TaskError
+from austeer.generation import continue_prompts
 from austeer.sites import LAYOUTS
 from austeer.tasks import Item, Task, side_effects
 from austeer.tasks.scoring import OptionScores, _distinct_contexts, cross_entropy, log_odds, option_scores
@@ -194,7 +195,7 @@ def test_options_under_many_steerings_are_those_of_the_full_model(small, demo, b
 
 
 def test_options_under_steerings_on_a_real_model(demo):
-    task = with_options(OPTIONS)
+    task = with_options(OPTIONS[:1])
     plans, alphas = steered_by(demo[0], 2)
     with steer(demo[0], plans, alphas) as steering:
         found = option_scores(*demo, task, steering, ["plan 0", None, "plan 1"])
@@ -205,17 +206,17 @@ def test_options_under_steerings_on_a_real_model(demo):
         assert torch.equal(found.greedy[i], expected[1])
 
 
-def test_what_the_model_writes_is_greedy(demo):
+def test_what_the_model_writes_is_greedy(lively, demo):
     """An option is a greedy one where it begins the model's own text."""
-    from austeer.generation import continue_prompts
-
     prompts = ["The capital of France is", "One, two, three, four,"]
-    written = continue_prompts(*demo, prompts, max_new_tokens=3)
-    task = Task("t", "continuation", tuple(Item(p, (" not so", text)) for p, text in zip(prompts, written)))
-    assert option_scores(*demo, task).greedy.tolist() == [[[False, True], [False, True]]]
-    assert not option_scores(*demo, task).exact(task).any()
-    right = Task("t", "continuation", tuple(Item(p, (" not so", text), 1) for p, text in zip(prompts, written)))
-    assert option_scores(*demo, right).exact(right).all()
+    written = continue_prompts(lively, demo[1], prompts, max_new_tokens=3)
+    wrong, right = (
+        Task("t", "continuation", tuple(Item(p, (" not so", text), label) for p, text in zip(prompts, written)))
+        for label in (0, 1)
+    )
+    scores = option_scores(lively, demo[1], wrong)
+    assert scores.greedy.tolist() == [[[False, True], [False, True]]]
+    assert not scores.exact(wrong).any() and scores.exact(right).all()
 
 
 def test_margins_are_against_the_best_other_option():
@@ -241,9 +242,9 @@ def test_side_effects_are_those_of_the_full_model(small, demo, batch_tokens):
         with formula_at(small, plans[name], alphas[name]):
             steered = [small(i).logits[0, :-1].log_softmax(-1) for i in ids]
         of_token = [(b.exp() * (b - s)).sum(-1) for b, s in zip(base, steered)]
-        torch.testing.assert_close(kl, torch.stack([k.mean() for k in of_token]), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(kl, torch.stack([k.mean() for k in of_token]), rtol=1e-6, atol=1e-9)
         lost = [(b - s).gather(-1, i[0, 1:, None])[:, 0] for b, s, i in zip(base, steered, ids)]
-        torch.testing.assert_close(rise, torch.stack([r.mean() for r in lost]), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(rise, torch.stack([r.mean() for r in lost]), rtol=1e-6, atol=1e-9)
         assert mean_kl == pytest.approx(float(torch.cat(of_token).mean()))
         assert mean_rise == pytest.approx(float(torch.cat(lost).mean()))
         assert mean_kl > 1e-6

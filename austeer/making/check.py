@@ -30,7 +30,7 @@ from .side_checks import (
     check_length,
     check_truncation,
 )
-from .text_checks import check_blank, check_contradictions, check_identical, check_prompts, is_blank
+from .text_checks import check_blank, check_contradictions, check_identical, check_prompts, with_sides
 
 #: More of the top AUs than expected that react to length alone, as a share of k; and share of k that follow length.
 WARNING, GRAVE = 0.1, 0.3
@@ -79,7 +79,7 @@ def check_pairs(
     findings += _enough(len(sides), config, momentum)
     control = None
     if model is not None and len(sides) >= 2:
-        kept = replace(pairs, items=_with_sides(pairs))
+        kept = replace(pairs, items=with_sides(pairs))
         if momentum is None:
             momentum = measure(model, tokenizer, kept, max_length=max_length, progress=progress)
         control = length_control(
@@ -142,7 +142,7 @@ def read_unchecked(source: Any, names: Mapping[str, str] | None = None, limit: i
 
 
 def _texts(pairs: Pairs, tokenizer, limit: int | None) -> tuple[list[Finding], Sides]:
-    whole = _with_sides(pairs)
+    whole = with_sides(pairs)
     sides = Sides.of(tokenizer, whole, not pairs.chat_template)
     findings = [
         check_blank(pairs),
@@ -167,10 +167,6 @@ def _as_pairs(pairs: Pairs | PairStream | Iterable[Pair | Mapping[str, str]]) ->
     listed = list(pairs)
     made = tuple(pair for pair in listed if isinstance(pair, Pair))
     return Pairs(made) if len(made) == len(listed) else Pairs.of(listed)
-
-
-def _with_sides(pairs: Pairs) -> tuple[Pair, ...]:
-    return tuple(p for p in pairs if not (is_blank(p.positive) or is_blank(p.negative)))
 
 
 def _context(config: Any, tokenizer) -> int | None:

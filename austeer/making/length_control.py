@@ -27,6 +27,7 @@ from ..statistics import discoveries, ranking, signed_rate
 from ..tokens import encode, tokenise
 from .side_checks import Sides
 from .signs import following, momentum_signs
+from .text_checks import with_sides
 from .told import sign_test
 
 #: Neutral in tone, and true of anything.
@@ -127,7 +128,7 @@ def control_pairs(pairs: Pairs, tokenizer, *, count: int = 200, seed: int = 0) -
         PairsError: fewer than 2 pairs whose sides differ.
     """
     check_count("count", count, 2**20, "pairs of the control", PairsError)
-    return _control(pairs, Sides.of(tokenizer, tuple(pairs), not pairs.chat_template), tokenizer, count, seed)
+    return _control(pairs, Sides.of(tokenizer, with_sides(pairs), not pairs.chat_template), tokenizer, count, seed)
 
 
 def length_control(
@@ -154,7 +155,7 @@ def length_control(
     """
     _check_same(model, pairs, momentum)
     check_count("k", k, 2**40, "AUs", SelectionError)
-    sides = Sides.of(tokenizer, tuple(pairs), not pairs.chat_template)
+    sides = Sides.of(tokenizer, with_sides(pairs), not pairs.chat_template)
     control = _control(pairs, sides, tokenizer, count, seed)
     found = measure(
         model,

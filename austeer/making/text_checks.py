@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -22,6 +22,11 @@ ALIKE = 0.8
 
 def is_blank(text: str) -> bool:
     return not text.strip()
+
+
+def with_sides(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
+    """The pairs of which neither side is blank."""
+    return tuple(p for p in pairs if not (is_blank(p.positive) or is_blank(p.negative)))
 
 
 def check_blank(pairs: Sequence[Pair]) -> Finding:
