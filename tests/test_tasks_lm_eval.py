@@ -72,7 +72,7 @@ def log_probs(lm_eval, lm, folder):
     """lm-eval's own log-probability of each option."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(folder))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = lm_eval.simple_evaluate(model=lm, tasks=["austeer_colours"], task_manager=manager, bootstrap_iters=0)
     samples = sorted(found["samples"]["austeer_colours"], key=lambda sample: sample["doc_id"])
     return torch.tensor([[float(option[0]) for option in sample["filtered_resps"]] for sample in samples])

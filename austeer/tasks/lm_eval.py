@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def check_tasks(names: Sequence[str], include_path: str | Path | None = None) ->
     Raises:
         TaskError: lm-eval is not installed, no name, or one that it does not know.
     """
-    manager = _manager(include_path)
+    manager = _manager(None if include_path is None else str(include_path))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
         raise TaskError(
@@ -100,7 +101,7 @@ def lm_evaluate(
     """
     chosen = checked_variants(variants or {})
     names = check_tasks(tasks, include_path)
-    manager = _manager(include_path)
+    manager = _manager(None if include_path is None else str(include_path))
     import lm_eval
 
     try:
@@ -136,13 +137,14 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
     return {name.removesuffix(",none"): float(value) for name, value in numbers.items() if "," in name}
 
 
-def _manager(include_path: str | Path | None) -> Any:
+@lru_cache(maxsize=2)  # it reads thousands of files
+def _manager(include_path: str | None) -> Any:
     _require()
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
         raise TaskError(f"lm-eval: {include_path}: no such folder, expected one with tasks as YAML")
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+    return TaskManager(include_path=include_path)
 
 
 def _require() -> None:
