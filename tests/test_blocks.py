@@ -33,8 +33,9 @@ def blocks(pairs=PAIRS, **options):
 def assert_same(block, other):
     """Whatever a model could see of two blocks, and all that is counted."""
     assert vars(block).keys() == vars(other).keys()
+    assert block.half.tolist() == other.half.tolist()
     for name, value in vars(block).items():
-        if name != "batches":
+        if name not in ("batches", "half"):
             assert value == getattr(other, name), name
     assert len(block.batches) == len(other.batches)
     for mine, theirs in zip(block.batches, other.batches):

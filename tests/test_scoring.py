@@ -245,8 +245,8 @@ def test_side_effects_are_those_of_the_full_model(small, demo, batch_tokens):
         torch.testing.assert_close(kl, torch.stack([k.mean() for k in of_token]), rtol=1e-6, atol=1e-9)
         lost = [(b - s).gather(-1, i[0, 1:, None])[:, 0] for b, s, i in zip(base, steered, ids)]
         torch.testing.assert_close(rise, torch.stack([r.mean() for r in lost]), rtol=1e-6, atol=1e-6)
-        assert mean_kl == pytest.approx(float(torch.cat(of_token).mean()))
-        assert mean_rise == pytest.approx(float(torch.cat(lost).mean()))
+        assert mean_kl == pytest.approx(float(torch.cat(of_token).mean()), rel=1e-5)
+        assert mean_rise == pytest.approx(float(torch.cat(lost).mean()), abs=1e-6)
         assert mean_kl > 1e-6
 
 

@@ -33,11 +33,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Steer language models by scaling a few single activation dimensions (atomic units, AUs).
 
-Pairs of texts become counters, counters become a plan, a plan steers a model:
+Pairs of texts become counters, counters become a plan, a plan steers a model; `tune` does all of it:
 
 ```
 austeer measure pairs.jsonl --model MODEL --out kind.momentum
 austeer inspect kind.momentum
+austeer tune pairs.jsonl --model MODEL --budget 5m --out runs/kind
 austeer select kind.momentum --site attention --k 10 --operation shift --out plans/kind
 austeer generate plans/kind --model MODEL --alpha 8 --prompt "The weekend trip was"
 austeer export checkpoint plans/kind --model MODEL --alpha 8 --out models/kind

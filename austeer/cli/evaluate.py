@@ -80,8 +80,8 @@ def evaluate(
     """
     from ..errors import AusteerError
     from ..plan import Plan
+    from ..tasks import checked_variants, load_task
     from ..tasks import evaluate as evaluate_task
-    from ..tasks import load_task
     from ..tasks.lm_eval import check_tasks, lm_evaluate
 
     if templates:
@@ -98,7 +98,7 @@ def evaluate(
     if out is not None:
         check_writable(out, force)
     texts = read_neutral(neutral)
-    variants = make_variants(plan or [], alpha or [], k or [], Plan.from_pretrained)
+    variants = checked_variants(make_variants(plan or [], alpha or [], k or [], Plan.from_pretrained))
     if lm_eval is not None:
         ignored = {"--template": template, "--where": where, "--split": split, "--neutral": neutral}
         for name, value in ignored.items():

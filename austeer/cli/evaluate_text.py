@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from ..tasks import Estimate, Evaluation
 
 LEGEND = (
-    "exact match: what the model itself writes, greedily, is {what}; p: McNemar's exact test against unsteered, of the "
-    "exact match{of}\nintervals: 95 %, Wilson's for shares, Student's over groups of items for the rest; KL, rise: KL "
+    "exact match: what the model itself writes, greedily, is {what}; p: McNemar's exact test{of}\nintervals: 95 %, Wilson's for shares, Student's over groups of items for the rest; KL, rise: KL "
     "divergence and rise of the cross-entropy on neutral text, nats a token"
 )
 OPTIONS = (
@@ -57,7 +56,7 @@ def show(result: Evaluation) -> None:
             p = [value for value in (pair.accuracy_p, pair.exact_p) if value is not None]
             tests.add_row(escape(pair.first), escape(pair.second), " ".join(f"{value:.2g}" for value in p))
         console.print(tests)
-    what, of = ("the right number", "") if numeric else ("the wanted option", ", before it of the accuracy")
+    what, of = ("the right number", "") if numeric else ("the wanted option", ", of accuracy and of exact match")
     console.print(("" if numeric else OPTIONS) + LEGEND.format(what=what, of=of))
 
 

@@ -69,6 +69,7 @@ def measure(
     """
     from ..checkpoint import check_path, remove, written
     from ..errors import AusteerError, PairsError
+    from ..making import grave_note
     from ..measuring import measure as measure_momentum
     from ..processes import Processes
     from ..stream import stream_pairs
@@ -128,6 +129,8 @@ def measure(
     load_seconds = time.perf_counter() - start
     if chat:
         loaded = loaded.with_chat_template(tokenizer)
+    if main and (grave := grave_note(loaded, tokenizer, chat_template=chat)):
+        note(grave)
     momentum = measure_momentum(
         network,
         tokenizer,

@@ -1,6 +1,6 @@
 """Labelled tasks: what a model should answer, read from data through templates, and how well it does."""
 
-from .evaluating import Variant, check_options, evaluate
+from .evaluating import Variant, check_options, checked_variants, evaluate
 from .evaluation import Comparison, Estimate, Evaluation, VariantResult
 from .load import load_task
 from .numeric import last_number, numeric_answers
@@ -20,6 +20,7 @@ __all__ = [
     "Variant",
     "VariantResult",
     "check_options",
+    "checked_variants",
     "cross_entropy",
     "evaluate",
     "last_number",

@@ -143,7 +143,8 @@ def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, st
             item = Item(pair.prompt, (pair.positive, pair.negative))
         elif not needed <= given <= needed | allowed:
             raise TaskError(
-                f"{place}: found the fields {_listed(given)}, expected {_listed(NEUTRAL[form])}, as in the first row"
+                f"{place}: found the fields {_listed(name for name in row if name in given)}, expected "
+                f"{_listed(NEUTRAL[form])}, as in the first row"
             )
         else:
             item = _item(form, row, place)
