@@ -183,8 +183,8 @@ def batch_bytes(
 
 
 def counter_bytes(sites: Mapping[str, Sequence[Site]]) -> int:
-    """Of the counters of all sites: 40 an AU."""
-    return 40 * sum(site.width for found in sites.values() for site in found)
+    """Of the counters of all sites: 40 an AU, and as many for one half of the pairs."""
+    return 80 * sum(site.width for found in sites.values() for site in found)
 
 
 def buffer_bytes(sites: Mapping[str, Sequence[Site]], block_pairs: int, itemsize: int) -> int:

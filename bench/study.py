@@ -143,7 +143,8 @@ def run(
             record=folder / "causal.jsonl",
             progress=progress,
         ).to_json()
-        result["causal"] = {name: value for name, value in causal.items() if name not in ("environment", "seconds")}
+        left_out = ("environment", "seconds", "notes")
+        result["causal"] = {name: value for name, value in causal.items() if name not in left_out}
     result["seconds"] = time.perf_counter() - start
     _show(subject, found)
     return result

@@ -1,4 +1,4 @@
-"""`austeer evaluate` as a user runs it: variants, tables, result files, and what it refuses before a model is loaded."""
+"""`austeer evaluate` as a user runs it: variants, tables, result files, what it refuses before loading a model."""
 
 import json
 import sys

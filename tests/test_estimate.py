@@ -51,7 +51,9 @@ def test_everything_that_can_be_exact_is(tiny_of, demo, family, share):
 
     sites = {name: found_[:2] for name, found_ in find_sites(model, ["attention", "neuron"]).items()}
     counting = [Counting(2, found_[0].width, "cpu") for found_ in sites.values()]
-    assert found.resident.counters == sum(t.nbytes for c in counting for t in (*c.totals, c.first_nonfinite))
+    assert found.resident.counters == sum(
+        t.nbytes for c in counting for t in (*c.totals, *c.half, c.first_nonfinite, c._ignored)
+    )
     capture = LastTokens(model, sites, 32)
     with capture.attached():
         capture.run(next(iter(batches([[5, 6]], 100))))
@@ -237,7 +239,7 @@ def test_a_70b_model_in_3_gb():
     assert run.returncode == 0, run.stderr[-2000:]
     [llama, deepseek] = eval(run.stdout)
     total, matrices = 70_553_706_496, 128256 * 8192
-    assert llama == (total, "layerwise", 2 * (total - matrices), 40 * 80 * 2 * 8192)
+    assert llama == (total, "layerwise", 2 * (total - matrices), 80 * 80 * 2 * 8192)
     assert deepseek[0] == 671_026_404_352 and deepseek[1] == "layerwise"
 
 

@@ -127,3 +127,23 @@ def test_data_that_cannot_be_loaded(lm_eval, local, lively, demo):
         TaskError, match=r"lm-eval: austeer_elsewhere: cannot be loaded \(.*takes its data from the Hug"
     ):
         lm_evaluate(lively, demo[1], ["austeer_elsewhere"], include_path=local)
+
+
+def test_command(lm_eval, local, lively, demo, tmp_path, monkeypatch, capsys):
+    from austeer.cli import main
+
+    lively.save_pretrained(tmp_path / "model")
+    demo[1].save_pretrained(tmp_path / "model")
+    plan = random_plan(lively, "attention", 20, "shift")
+    plan.save_pretrained(tmp_path / "plan")
+    arguments = ["--lm-eval", "austeer_colours", "--lm-eval-path", str(local), "--plan", str(tmp_path / "plan")]
+    common = ["--alpha", "30", "--model", str(tmp_path / "model"), "--device", "cpu", "--out", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", ["austeer", "evaluate", *arguments, *common])
+    with pytest.raises(SystemExit) as stop:
+        main()
+        sys.exit(0)
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert "austeer_colours" in out and "unsteered" in out and "acc" in out
+    found = json.loads((tmp_path / "r.json").read_text())["lm_eval"]
+    assert found == lm_evaluate(lively, demo[1], ["austeer_colours"], {"plan": (plan, 30.0)}, include_path=local)

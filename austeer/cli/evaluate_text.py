@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from ..tasks import Estimate, Evaluation
 
 LEGEND = (
-    "exact match: what the model itself writes, greedily, is {what}; p: McNemar's exact test{of}\nintervals: 95 %, Wilson's for shares, Student's over groups of items for the rest; KL, rise: KL "
-    "divergence and rise of the cross-entropy on neutral text, nats a token"
+    "exact match: what the model itself writes, greedily, is {what}; p: McNemar's exact test{of}\n"
+    "intervals: 95 %, Wilson's for shares, Student's over groups of items for the rest; KL, rise: KL divergence and "
+    "rise of the cross-entropy on neutral text, nats a token"
 )
 OPTIONS = (
     "accuracy: the wanted option is the likeliest; log-odds: of the wanted option against the best other one, nats, "

@@ -9,7 +9,11 @@ from .load import Result
 from .tables import table
 
 #: Words for the ways of the causal check.
-WAYS = {"scale": "doubled and zeroed", "shift": "shifted by the mean difference"}
+WAYS = {
+    "scale": "doubled and zeroed",
+    "shift": "shifted by the mean difference",
+    "deviation": "shifted by a standard deviation",
+}
 
 
 def values(result: Result) -> Iterator[tuple[str, object]]:
@@ -145,7 +149,8 @@ def drawn(result: Result) -> dict[str, Any]:
             [label(row), *(row[key] for key in ("effect", "low", "high"))] for row in rows if row["low"] is not None
         ]
         panels.append({"title": f"{name}, {task['settings']['data']['test']['items']} held-out items", "bars": bars})
-    return {"x": "change of log-odds, nats, with its 95 % interval", "panels": panels}
+    title = f"Every method at one limit on the side effect, {result.machine}"
+    return {"title": title, "x": "change of log-odds, nats", "panels": panels}
 
 
 def _causal(tasks: dict[str, Any]) -> Iterator[list[str]]:
@@ -172,7 +177,7 @@ def _cost(task: dict[str, Any]) -> str:
         row = names.get(name)
         if name == "unsteered":
             continue
-        where = "" if row is None else f"{row['k']} AUs in {row['layers']} layers"
+        where = "" if row is None else f"{row['k']} AUs, {row['layers']} of the layers"
         percent = [100 * (timing[key] - 1) for key in ("ratio", "low", "high")]
         text = f"{percent[0]:+.1f} [{percent[1]:+.1f}, {percent[2]:+.1f}]"
         rows.append([name if row is None else label(row), where, text])
