@@ -27,11 +27,11 @@ from .pairs import Pairs, load_pairs
 from .plan import OPERATIONS, Plan
 from .statistics import stability
 from .steering import steer
+from .tasks.neutral import neutral_texts
 from .tasks.task import Task
 from .timing import Timing, decode_times
 from .tuning.arms import Arm, Candidate, Material
 from .tuning.calibrate import calibrate
-from .tuning.data import neutral_texts
 from .tuning.held_out import HeldOut, Unsteered, hold_out
 from .tuning.scorer import Scorer
 from .tuning.search import Found, Step, search, silent

@@ -27,6 +27,11 @@ def mean_interval(values: Tensor, groups: Sequence[str], level: float = 0.95) ->
     return mean - reach, mean + reach
 
 
+def group_interval(values: Tensor, groups: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
+    """:func:`mean_interval`, or twice None where all values are of one group."""
+    return mean_interval(values, groups) if len(set(groups)) > 1 else (None, None)
+
+
 def share_interval(hits: int, total: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of a share, for example an accuracy."""
     found = stats.binomtest(hits, total).proportion_ci(level, method="wilson")

@@ -11,16 +11,12 @@ from .statistics import (
     adjusted_p_values,
     detectable_rate,
     discoveries,
-    effect_size,
-    p_values,
     pairs_needed,
     ranking,
     signed_rate,
     smallest_pairs,
 )
 from .statistics.stability import stable_k
-
-__all__ = ["adjusted_p_values", "effect_size", "p_values", "ranking", "select", "signed_rate"]
 
 EXACTLY_ONE = "select: expected exactly one of k, max_fdr and min_stability, for example k=100"
 

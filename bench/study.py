@@ -123,12 +123,12 @@ def run(
         timed=False,
         folder=folder / "layer",
         **same,
-    )
+    ).to_json()
     result = found.to_json()
     for name in ("environment", "seconds"):
         del result[name]
     result["settings"]["data"]["source"] = subject.file or "packaged"  # not where it lies on this machine
-    result["layer"] = {"held_out": residual.to_json()["held_out"], "trials": residual.to_json()["trials"]}
+    result["layer"] = {name: residual[name] for name in ("held_out", "trials")}
     result["stability"] = {site: _stability(momentum, site) for site in (*SITES, *RESIDUAL)}
     if subject.causal:
         tested = parts.tune.take(CAUSAL_ITEMS)

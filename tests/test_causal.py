@@ -15,7 +15,7 @@ from austeer.cli import app
 from austeer.demo import load_data
 from austeer.errors import TaskError
 from austeer.sites import find_sites
-from austeer.tasks import Item, Task
+from austeer.tasks import Item, Task, load_task
 from baseline_material import reference_activations
 from test_scoring import naive_log_odds
 
@@ -331,11 +331,9 @@ def test_interruption_says_how_to_go_on(files, tmp_path, monkeypatch):
 
 
 def test_pairs_of_equal_sides_are_left_out(files, tmp_path):
-    from austeer.cli.causal import read_held_out
-
     rows = [("A", " x", " y"), ("B", " z", " z"), ("C", " x", " y")]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(dict(zip(("prompt", "positive", "negative"), row))) + "\n" for row in rows))
-    task = read_held_out(str(path), None, {}, None)
+    task = load_task(path)
     assert [item.prompt for item in task] == ["A", "C"]
     assert Task.of_pairs(Pairs.of(rows)).digest() == task.digest()

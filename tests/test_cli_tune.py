@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from austeer.cli import app
-from austeer.cli.search_options import open_folder, parse_budget, parse_counts, read_neutral, show_alpha, write_result
+from austeer.cli.search_options import open_folder, parse_budget, parse_counts, read_neutral, show_alpha
 from austeer.errors import AusteerError, PairsError, TaskError
 
 
@@ -51,12 +51,6 @@ def test_force_removes_an_earlier_search_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(AusteerError, match="found a file, expected a folder"):
         open_folder(tmp_path / "notes.txt", force=True)
-
-
-def test_a_result_is_written_whole(tmp_path):
-    write_result(tmp_path / "new", {"effect": float("nan"), "k": 3})
-    (path,) = (tmp_path / "new").iterdir()
-    assert path.read_text() == '{\n  "effect": null,\n  "k": 3\n}\n'
 
 
 def test_strengths_in_print():

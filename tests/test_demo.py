@@ -14,7 +14,7 @@ from austeer.figures import draw_demo
 from austeer.intervals import mean_interval
 from austeer.steering import is_steered
 from austeer.tasks import log_odds, side_effects
-from austeer.tuning.data import neutral_texts
+from austeer.tasks.neutral import neutral_texts
 from bench.published import demo as published
 from bench.published import numbers
 from bench.published.load import load

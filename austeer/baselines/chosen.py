@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import SelectionError, check_count
 from ..momentum import Counters, Momentum
 from ..plan import Plan
-from ..selection import effect_size, ranking, signed_rate
+from ..statistics import effect_size, ranking, signed_rate
 
 
 def plan_of(momentum: Momentum, site: str, order: Tensor, operation: str, beta: float | None = None) -> Plan:

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..errors import SelectionError
 from ..pairs import Pairs
 from ..plan import Plan
-from ..selection import signed_rate
+from ..statistics import signed_rate
 from ..tuning.arms import Arm, Material
 from .heads import SITE, attention_sites, head_size
 from .probes import fit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import SelectionError, check_count
 from ..momentum import Momentum
-from ..selection import ranking
+from ..statistics import ranking
 from ..tuning.arms import Arm
 from .chosen import by_difference, by_effect, plan_of, random_plan
 

@@ -18,8 +18,8 @@ from ..environment import environment
 from ..errors import SelectionError, TaskError
 from ..momentum import Momentum
 from ..progress import Progress
-from ..selection import signed_rate
 from ..sites import find_sites, fingerprint, floating_dtype
+from ..statistics import signed_rate
 from ..steering import check_plan_fits
 from ..tasks import Task
 from ..tuning.record import Record

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import SelectionError, check_count
 from ..momentum import Momentum
-from ..selection import ranking, signed_rate
+from ..statistics import ranking, signed_rate
 
 #: A match is drawn among so many AUs of the layer that are nearest in scale: near enough to be alike, many enough to
 #: be random.

@@ -9,11 +9,24 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import Device, DType, Json, Model, Quiet, check_writable, console, emit, load, note, split_names, to_json
+from .common import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Quiet,
+    check_writable,
+    console,
+    emit,
+    load,
+    note,
+    parse_where,
+    split_names,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from ..causal import CausalResult, Correlation, Difference
-    from ..tasks import Task
 
 
 def causal(
@@ -57,12 +70,13 @@ def causal(
 
     from ..causal import causal_check
     from ..momentum import Momentum
+    from ..tasks import load_task
 
     result_file, record = out / "causal.json", out / "record.jsonl"
     check_writable(result_file, force=True)
     measured = Momentum.load(momentum)
     measured.counters(site)
-    task = read_held_out(held_out, template, conditions(where), split).take(items, seed)
+    task = load_task(held_out, template, where=parse_where(where), split=split).take(items, seed)
     if force:
         record.unlink(missing_ok=True)
     network, tokenizer = load(model, dtype, device)
@@ -86,9 +100,7 @@ def causal(
     except KeyboardInterrupt:
         note(f"what is finished is in {record}: the same command goes on")
         raise
-    temporary = result_file.with_name(f".{result_file.name}.part")
-    temporary.write_text(to_json(result.to_json()) + "\n", encoding="utf-8")
-    temporary.replace(result_file)
+    write_json(result_file, result.to_json())
     figure = None
     if find_spec("matplotlib") is not None:
         from ..causal.figures import draw_causal
@@ -103,34 +115,6 @@ def causal(
     console.print(f"\n{result.seconds:.0f} s; wrote {result_file.name}{' and causal.png' if figure else ''} in {out}")
     if figure is None:
         note("no figure: it needs matplotlib (pip install 'austeer[plots]')")
-
-
-def conditions(where: list[str] | None) -> dict[str, str]:
-    """FIELD=VALUE options as a mapping."""
-    from ..errors import TaskError
-
-    for condition in where or ():
-        if "=" not in condition:
-            raise TaskError(f"--where: found {condition!r}, expected FIELD=VALUE")
-    return dict(condition.split("=", 1) for condition in where or ())
-
-
-def read_held_out(source: str, template: str | None, where: dict[str, str], split: str | None) -> Task:
-    """A labelled task, or pairs as one: a file whose rows have a positive and a negative side holds pairs."""
-    from contextlib import closing
-
-    from ..pairs import load_pairs
-    from ..readers import open_source
-    from ..tasks import Task
-    from ..tasks.load import load_task
-
-    if template is None:
-        fields = {"prompt", "positive", "negative"}
-        with closing(open_source(source, split).read(fields)) as rows:
-            _, first = next(rows, ("", {}))
-        if fields <= set(first):
-            return Task.of_pairs(load_pairs(source, where=where, split=split))
-    return load_task(source, template, where=where, split=split)
 
 
 def show(result: CausalResult) -> None:

@@ -69,6 +69,24 @@ def check_writable(path: Path, force: bool) -> None:
         raise AusteerError(f"{path}: cannot be written, {existing} is no folder or not writable; give another --out")
 
 
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """A result as JSON; the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(to_json(data) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def parse_where(conditions: list[str] | None) -> dict[str, str]:
+    """The FIELD=VALUE of ``--where`` as a mapping."""
+    from ..errors import PairsError
+
+    for condition in conditions or ():
+        if "=" not in condition:
+            raise PairsError(f"--where: found {condition!r}, expected FIELD=VALUE")
+    return dict(condition.split("=", 1) for condition in conditions or ())
+
+
 def split_names(value: str) -> list[str]:
     """Names of a comma-separated option."""
     return [name.strip() for name in value.split(",") if name.strip()]

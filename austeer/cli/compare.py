@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from .common import Device, DType, Json, Model, Quiet, console, emit, load, split_names
+from .common import Device, DType, Json, Model, Quiet, console, emit, load, split_names, write_json
 from .search_options import (
     LEGEND,
     Budget,
@@ -29,7 +29,6 @@ from .search_options import (
     parse_budget,
     parse_counts,
     read_neutral,
-    write_result,
 )
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def compare(
         step=bars(show),
         progress=show,
     )
-    write_result(out, result.to_json())
+    write_json(out / "result.json", result.to_json())
     draw_compare(result, out / "compare.png")
     if json:
         emit({"out": out, **result.to_json()})

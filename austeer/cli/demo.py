@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .common import DType, Json, Quiet, check_writable, console, emit, load
-from .search_options import LEGEND, bars, held_out_table, show_alpha, write_result
+from .common import DType, Json, Quiet, check_writable, console, emit, load, write_json
+from .search_options import LEGEND, bars, held_out_table, show_alpha
 
 if TYPE_CHECKING:
     from ..demo import DemoResult
@@ -42,7 +42,7 @@ def demo(
     say(f"model     {network.config._name_or_path}, loaded in {time.perf_counter() - start:.1f} s")
     show_bars = False if quiet or json else None
     result, _, _ = demonstration.run(network, tokenizer, out, say=say, step=bars(show_bars), progress=show_bars)
-    write_result(out, result.to_json())
+    write_json(out / "result.json", result.to_json())
     draw_demo(result, out / "demo.png")
     if json:
         emit({"out": out, **result.to_json()})

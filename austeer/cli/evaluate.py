@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, DType, Json, Quiet, check_writable, console, emit, load, note, split_names, to_json
+from .common import (
+    Device,
+    DType,
+    Json,
+    Quiet,
+    check_writable,
+    console,
+    emit,
+    load,
+    note,
+    parse_where,
+    split_names,
+    write_json,
+)
 from .evaluate_text import list_templates, show, show_lm_eval
 from .search_options import Chat, Neutral, Template, read_neutral
 
@@ -92,9 +105,7 @@ def evaluate(
         raise AusteerError(f"found {found} a task's file and --lm-eval, expected one of them")
     if model is None:
         raise AusteerError("--model: found none, expected a folder, a Hub id, or demo")
-    for condition in where or ():
-        if "=" not in condition:
-            raise AusteerError(f"--where: found {condition!r}, expected FIELD=VALUE")
+    conditions = parse_where(where)
     if out is not None:
         check_writable(out, force)
     texts = read_neutral(neutral)
@@ -109,13 +120,13 @@ def evaluate(
         scores = lm_evaluate(network, tokenizer, names, variants, limit=limit, chat=chat, include_path=lm_eval_path)
         data: dict[str, Any] = {"model": model, "lm_eval": scores}
         if out is not None:
-            _write(out, data)
+            write_json(out, data)
         emit(data) if json else show_lm_eval(scores)
         return
     loaded = load_task(
         task,
         template,
-        where=dict(condition.split("=", 1) for condition in where or ()),
+        where=conditions,
         split=split,
         duplicates="drop" if drop_duplicates else None,
     )
@@ -138,7 +149,7 @@ def evaluate(
         progress=False if quiet or json else None,
     )
     if out is not None:
-        _write(out, result.to_json())
+        write_json(out, result.to_json())
     if json:
         emit(result.to_json(rows=False))
         return
@@ -186,11 +197,3 @@ def make_variants(
 def _spread(values: Sequence[Any], count: int) -> list[Any]:
     """One value for all, or one for each; None for none."""
     return list(values) if len(values) == count else [values[0] if values else None] * count
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    """Writes JSON; the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(to_json(data) + "\n", encoding="utf-8")
-    part.replace(path)

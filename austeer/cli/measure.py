@@ -10,7 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Device, DType, Json, Model, Quiet, check_writable, console, emit, load, note, split_names
+from .common import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Quiet,
+    check_writable,
+    console,
+    emit,
+    load,
+    note,
+    parse_where,
+    split_names,
+)
 
 
 def measure(
@@ -68,15 +81,13 @@ def measure(
     On several GPUs: `accelerate launch -m austeer measure ...` splits the pairs over the processes.
     """
     from ..checkpoint import check_path, remove, written
-    from ..errors import AusteerError, PairsError
+    from ..errors import AusteerError
     from ..making import grave_note
     from ..measuring import measure as measure_momentum
     from ..processes import Processes
     from ..stream import stream_pairs
 
-    for condition in where or ():
-        if "=" not in condition:
-            raise PairsError(f"--where: found {condition!r}, expected FIELD=VALUE")
+    conditions = parse_where(where)
     if out is None and not dry_run:
         raise AusteerError("--out: found none, expected the momentum file to write")
     loaded = stream_pairs(
@@ -84,7 +95,7 @@ def measure(
         prompt=prompt_field,
         positive=positive_field,
         negative=negative_field,
-        where=dict(condition.split("=", 1) for condition in where or ()),
+        where=conditions,
         limit=limit,
         split=split,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Device, DType, Json, Model, Quiet, check_writable, console, emit, load, note
+from .common import Device, DType, Json, Model, Quiet, check_writable, console, emit, load, note, parse_where
 
 if TYPE_CHECKING:
     from ..making import Made
@@ -50,19 +50,16 @@ def task(
 
     Example: `austeer pairs make task boolq.jsonl --template boolq --balance --out pairs.jsonl`
     """
-    from ..errors import PairsError
     from ..making import pairs_from_task
     from ..making.made import check_out
     from ..tasks.load import load_task
 
     check_writable(check_out(out), force)
-    for condition in where or ():
-        if "=" not in condition:
-            raise PairsError(f"--where: found {condition!r}, expected FIELD=VALUE")
+    conditions = parse_where(where)
     found = load_task(
         source[0] if len(source) == 1 else source,
         template,
-        where=dict(condition.split("=", 1) for condition in where or ()),
+        where=conditions,
         limit=limit,
         split=split,
         duplicates="drop" if drop_duplicates else None,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -117,16 +117,6 @@ def open_folder(out: Path, force: bool) -> None:
     if force:
         for name in ("search.jsonl", "momentum.safetensors", "momentum.checkpoint", "result.json"):
             (out / name).unlink(missing_ok=True)
-
-
-def write_result(out: Path, data: dict[str, Any]) -> None:
-    from .common import to_json
-
-    path = out / "result.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(".result.json.part")
-    part.write_text(to_json(data) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def held_out_table(

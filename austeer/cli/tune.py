@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import Device, DType, Json, Model, Quiet, console, emit, load, split_names
+from .common import Device, DType, Json, Model, Quiet, console, emit, load, split_names, write_json
 from .search_options import (
     LEGEND,
     Budget,
@@ -32,7 +32,6 @@ from .search_options import (
     parse_counts,
     read_neutral,
     show_alpha,
-    write_result,
 )
 
 
@@ -97,7 +96,7 @@ def tune(
         progress=show,
     )
     result.plan.save_pretrained(out / "plan")
-    write_result(out, result.to_json())
+    write_json(out / "result.json", result.to_json())
     draw_tune(result, out / "tune.png")
     if json:
         emit({"out": out, **result.to_json()})

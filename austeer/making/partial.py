@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import journal
 from ..errors import FileFormatError, PairsError
 
 FORMAT, VERSION = "austeer-pairs-partial", 1
@@ -37,25 +37,23 @@ class Partial:
             PairsError: there are some, and ``resume`` was not asked for.
             FileFormatError: they are damaged, or of a run with other settings (one is named).
         """
-        head = _line({"format": FORMAT, "version": VERSION, "settings": self.settings})
-        if not self.path.exists() or (resume and head.startswith(self.path.read_bytes())):
+        head = {"format": FORMAT, "version": VERSION, "settings": self.settings}
+        if not self.path.exists() or (resume and journal.line(head).startswith(self.path.read_bytes())):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
-            self._append(head)
+            journal.append(self.path, head)
             return []
         if not resume:
             raise PairsError(
                 f"{self.path}: found what an earlier run wrote; go on from it with resume (--resume), or remove it "
                 "(--force) to start anew"
             )
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
         try:
-            first, *batches = map(json.loads, whole.decode().splitlines())
+            (first, *batches), length = journal.read(self.path)
             found = first["settings"] if first["format"] == FORMAT and first["version"] == VERSION else None
             right = [batch["batch"] for batch in batches] == list(range(len(batches)))
         except (ValueError, KeyError, TypeError):
-            found, right = None, False
+            found, right, length = None, False, 0
         if not isinstance(found, dict) or not right:
             raise FileFormatError(f"{self.path}: damaged, or no unfinished run; remove it (--force) to start anew")
         for name, expected in self.settings.items():
@@ -64,25 +62,12 @@ class Partial:
                     f"{self.path}: is of another run: found {name} {str(found.get(name))[:60]!r}, expected "
                     f"{str(expected)[:60]!r}. Give the same settings, another file, or start anew (--force)"
                 )
-        if len(whole) < len(raw):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+        journal.cut(self.path, length)
         return batches
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Puts a batch behind the others."""
-        self._append(_line(batch))
+        journal.append(self.path, batch)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-
-    def _append(self, line: bytes) -> None:
-        # One write of a whole line, which is on the disk before the next batch begins.
-        with self.path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"

@@ -15,6 +15,7 @@ from ..progress import Progress
 from ..sites import name_of
 from ..steering import Steering, steer
 from .evaluation import UNSTEERED, Evaluation, Observed, summarise
+from .neutral import neutral_texts
 from .numeric import TOLERANCE, equal_numbers, last_number, numeric_answers
 from .scoring import Names, _tokenise, option_scores, side_effects
 from .task import Task
@@ -66,8 +67,6 @@ def evaluate(
     if task.kind != "numeric":
         check_options(tokenizer, task)
     if neutral is None:
-        from ..tuning.data import neutral_texts  # which imports this package
-
         neutral = neutral_texts("heldout")
     names: list[str | None] = [None, *chosen]
     about: dict[str, dict[str, Any]] = {name: _about(variant) for name, variant in chosen.items()}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..intervals import mcnemar, mean_interval, share_interval
+from ..intervals import group_interval, mcnemar, share_interval
 
 UNSTEERED = "unsteered"
 
@@ -168,5 +168,5 @@ def _share(right: Tensor) -> Estimate:
 
 
 def _mean(values: Tensor, groups: Sequence[str]) -> Estimate:
-    interval = mean_interval(values, groups) if len(set(groups)) > 1 else (None, None)
+    interval = group_interval(values, groups)
     return Estimate(float(values.double().mean()), *interval)

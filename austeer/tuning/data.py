@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from ..errors import TaskError
@@ -91,16 +89,6 @@ def split(
     limits = dict(zip(PARTS, most))
     cut = {name: part if limits[name] is None else part.take(limits[name] or 0, seed) for name, part in found.items()}
     return Parts(None if measured else cut["measure"].pairs(), cut["tune"], cut["test"], seed)
-
-
-def neutral_texts(part: str = "selection") -> list[str]:
-    """The packaged neutral texts: short encyclopaedic paragraphs.
-
-    Args:
-        part: "selection", for what is chosen; "heldout", for what is reported.
-    """
-    lines = (files("austeer") / "data" / "neutral.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row["text"] for row in map(json.loads, lines) if row["split"] == part]
 
 
 def halved(texts: Sequence[str]) -> tuple[list[str], list[str]]:

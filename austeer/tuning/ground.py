@@ -13,9 +13,10 @@ from ..errors import TaskError
 from ..measuring import measure
 from ..momentum import Momentum
 from ..pairs import Pairs
+from ..tasks.neutral import neutral_texts
 from ..tasks.task import Task
 from .arms import Material
-from .data import Most, Parts, digest_of, halved, neutral_texts, split
+from .data import Most, Parts, digest_of, halved, split
 from .record import Record
 from .scorer import Scorer
 

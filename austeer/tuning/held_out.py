@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..intervals import mcnemar, mean_interval, share_interval
+from ..intervals import group_interval, mcnemar, mean_interval, share_interval
 from .arms import Candidate
 from .scorer import Scorer
 from .search import Step, silent
@@ -75,7 +75,7 @@ def hold_out(scorer: Scorer, candidates: Sequence[Candidate], step: Step = silen
     found = []
     for number, (candidate, (kl, rise)) in enumerate(zip(candidates, side_effects)):
         arm, change, correct = candidate.arm, changes[number], scores.correct[number]
-        low, high = mean_interval(change, groups) if len(set(groups)) > 1 else (None, None)
+        low, high = group_interval(change, groups)
         accuracy_low, accuracy_high = share_interval(int(correct.sum()), len(items))
         behind = None
         if number and len(set(groups)) > 1:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import journal
 from ..errors import FileFormatError
 
 FORMAT, VERSION = "austeer-search", 1
@@ -40,15 +41,13 @@ class Record:
                 self._read(self._path, header)
             else:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+                journal.append(self._path, header)
         except OSError as error:
             raise FileFormatError(f"{self._path}: cannot be used ({error.strerror}); give another place") from error
 
     def _read(self, path: Path, header: dict[str, Any]) -> None:
-        text = path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
         try:
-            first, *rest = [json.loads(line) for line in whole.decode().splitlines()]
+            (first, *rest), length = journal.read(path)
             found = {name: first.get(name) for name in ("format", "version")}
         except (ValueError, AttributeError) as error:
             raise FileFormatError(f"{path}: not the record of a search ({error}); remove it, or --force") from error
@@ -67,8 +66,7 @@ class Record:
         except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); remove it, or --force") from error
         self.lines = len(rest)
-        if len(whole) < len(text):  # a line that was cut off
-            path.write_bytes(whole)
+        journal.cut(path, length)
 
     def get(self, key: str) -> Any:
         """What was written under ``key``; None if nothing was."""
@@ -92,7 +90,6 @@ class Record:
         self._take(line)
         if self._path is not None:
             try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                journal.append(self._path, line)
             except OSError as error:
                 raise FileFormatError(f"{self._path}: cannot be written ({error.strerror})") from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TaskError
-from ..intervals import mean_interval
+from ..intervals import group_interval
 from .arms import Arm, Candidate
 from .calibrate import Limit, calibrate
 from .schedule import ETA, Schedule, make_schedule
@@ -28,7 +28,7 @@ def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda by: None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Standing:
     """One candidate, and what it did to the items that it was judged by.
 
@@ -53,7 +53,7 @@ class Standing:
 
     def interval(self, groups: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
         """The effect's 95 % interval over the items' groups; None where there are not two of them."""
-        return mean_interval(self.change, groups) if len(set(groups)) > 1 else (None, None)
+        return group_interval(self.change, groups)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,29 @@
+"""What the commands share: results that are written whole, and conditions on rows."""
+
+import pytest
+
+from austeer import PairsError
+from austeer.cli.common import parse_where, write_json
+
+
+def test_a_result_is_written_whole(tmp_path):
+    write_json(tmp_path / "new" / "result.json", {"effect": float("nan"), "k": 3})
+    (path,) = (tmp_path / "new").iterdir()
+    assert path.read_text() == '{\n  "effect": null,\n  "k": 3\n}\n'
+
+
+def test_a_result_takes_the_place_of_an_earlier_one_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "result.json"
+    write_json(path, {"k": 3})
+    endless: list = []
+    endless.append(endless)
+    with pytest.raises(RecursionError):
+        write_json(path, {"k": endless})
+    assert path.read_text() == '{\n  "k": 3\n}\n'
+
+
+def test_conditions():
+    assert parse_where(None) == {}
+    assert parse_where(["label=1", "why=a=b"]) == {"label": "1", "why": "a=b"}
+    with pytest.raises(PairsError, match="--where: found 'label', expected FIELD=VALUE"):
+        parse_where(["a=b", "label"])
