@@ -152,7 +152,8 @@ def expected_overlap(score: float, k: int, size: int, factor: float) -> float:
     else:
         correlation = float(optimize.brentq(lambda r: _agreement(r, k, size)[1] - score, low, high))
     correlation = factor * correlation / (1 + (factor - 1) * correlation)
-    return _agreement(min(correlation, high), k, size)[0]
+    # Nearer to 1 than the largest correlation gives, the score itself: an overlap is never less.
+    return max(_agreement(min(correlation, high), k, size)[0], score)
 
 
 def _agreement(correlation: float, k: int, size: int) -> tuple[float, float]:
