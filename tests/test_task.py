@@ -148,6 +148,11 @@ def test_chat_template_opens_the_answer_and_options_lose_their_blank(demo):
         task.with_chat_template(tokenizer)
 
 
+def test_a_lead_that_the_prompt_does_not_end_with():
+    with pytest.raises(TaskError, match=r"item 0: found the lead ' \(', expected the end of 'Q'"):
+        Task("t", "choice", (Item("Q", ("A", "B"), lead=" ("),))
+
+
 def test_chat_without_a_template(demo):
     tokenizer = copy.deepcopy(demo[1])
     tokenizer.chat_template = None

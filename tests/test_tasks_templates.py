@@ -23,7 +23,12 @@ ROWS = {
     "copa": (
         {"id": "1", "asks-for": "cause", "most-plausible-alternative": "2", "p": "It rained.", "a1": "X.", "a2": "Y."},
         Item(
-            "It rained. What was the cause of this?\n (A) X.\n (B) Y.\n\nAnswer: (", ("A", "B"), 1, None, "It rained."
+            "It rained. What was the cause of this?\n (A) X.\n (B) Y.\n\nAnswer: (",
+            ("A", "B"),
+            1,
+            None,
+            "It rained.",
+            "\n\nAnswer: (",
         ),
     ),
     "copa_text": (
@@ -38,6 +43,7 @@ ROWS = {
             0,
             None,
             "Al Bo",
+            "\n\nAnswer: (",
         ),
     ),
     "winogrande_text": (
@@ -60,11 +66,18 @@ ROWS = {
             "answer_matching_behavior": "(B)",
             "answer_not_matching_behavior": "(A)",
         },
-        Item("I am Al. Is it so?\n (A) Yes\n (B) No\n\nAnswer: (", ("A", "B"), 1, None, "i am al is it so"),
+        Item(
+            "I am Al. Is it so?\n (A) Yes\n (B) No\n\nAnswer: (",
+            ("A", "B"),
+            1,
+            None,
+            "i am al is it so",
+            "\n\nAnswer: (",
+        ),
     ),
     "truthfulqa_ab": (
         {"prompt": "Is it?\n\nChoices:\n(A) Yes\n(B) No", "correct": "(A)", "incorrect": "(B)", "category": "X"},
-        Item("Is it?\n\nChoices:\n(A) Yes\n(B) No\n\nAnswer: (", ("A", "B"), 0, None, "is it"),
+        Item("Is it?\n\nChoices:\n(A) Yes\n(B) No\n\nAnswer: (", ("A", "B"), 0, None, "is it", "\n\nAnswer: ("),
     ),
     "svamp": (
         {"ID": "1", "Body": "Al had 3 eggs. He ate 1.", "Question": "How many now?", "Equation": "", "Answer": 2.0},
@@ -116,6 +129,27 @@ def test_options_of_shipped_choices_are_one_token(demo, name):
     ids = [demo[1](item.prompt + option)["input_ids"] for option in item.options]
     prompt = demo[1](item.prompt)["input_ids"]
     assert [i[: len(prompt)] for i in ids] == [prompt] * 2, "no token joins prompt and option"
+
+
+@pytest.mark.parametrize("name", ["caa", "copa", "winogrande", "truthfulqa_ab"])
+def test_in_chat_form_what_leads_to_the_letter_is_the_models(demo, name):
+    from austeer.tasks import Task
+
+    plain = ROWS[name][1]
+    (item,) = Task(name, "choice", (plain,)).with_chat_template(demo[1])
+    message = [{"role": "user", "content": plain.prompt.removesuffix("\n\nAnswer: (")}]
+    assert item.prompt == demo[1].apply_chat_template(message, tokenize=False, add_generation_prompt=True) + "Answer: ("
+    assert item.prompt.endswith("assistant\nAnswer: (") and item.options == ("A", "B")
+
+
+def test_a_lead_is_a_template_too():
+    template = load_template(
+        {"kind": "choice", "prompt": "{{ q }}?", "lead": " {{ a }}:", "options": ["x", "y"]} | {"label": "0"}
+    )
+    item = template.item({"q": "Why", "a": "So"}, "here")
+    assert (item.prompt, item.lead) == ("Why? So:", " So:")
+    with pytest.raises(TaskError, match=r"here: found the fields q, expected a, q .* a missing"):
+        template.item({"q": "Why"}, "here")
 
 
 def test_variants_of_one_problem_are_one_group():

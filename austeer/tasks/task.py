@@ -25,6 +25,8 @@ class Item:
         label: which option is the wanted one. answer: the number that is right, of a numeric task.
         group: items of one group are alike (variants of one problem) and stay on one side of a split; by default the
             prompt.
+        lead: the end of the prompt that begins the answer, such as "Answer: (" before a letter: in chat form
+            it is the model's to say, not the user's.
     """
 
     prompt: str
@@ -32,6 +34,7 @@ class Item:
     label: int = 0
     answer: float | None = None
     group: str = ""
+    lead: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", self.group or self.prompt)
@@ -131,17 +134,14 @@ class Task(Sequence[Item]):
     def with_chat_template(self, tokenizer, system: str | None = None) -> Task:
         """Each prompt becomes a user's message in the tokenizer's chat template, up to where the answer begins.
 
-        Options are then joined without the blank that sets them off from a plain prompt.
+        An item's lead begins the model's own turn. It, or the option where there is none, is joined without the blank
+        or line break that sets it off from a plain prompt.
 
         Raises:
             PairsError: the tokenizer has no chat template, or the prompts went through one already.
         """
         check_untemplated(self.chat_template, self.source)
-        items = tuple(
-            replace(item, prompt=render_chat(tokenizer, item.prompt, system), options=_stripped(item.options))
-            for item in self.items
-        )
-        return replace(self, items=items, chat_template=True)
+        return replace(self, items=tuple(_as_chat(item, tokenizer, system) for item in self.items), chat_template=True)
 
     def digest(self) -> str:
         """Tells tasks of other items, or other prompts, apart."""
@@ -162,6 +162,8 @@ class Task(Sequence[Item]):
 
 def check_item(item: Item, kind: str, where: str) -> None:
     """Raises TaskError, which names the place, if an item does not fit the kind or has an empty prompt or option."""
+    if not item.prompt.endswith(item.lead):
+        raise TaskError(f"{where}: found the lead {item.lead!r:.40}, expected the end of {item.prompt[-40:]!r}")
     if not item.prompt.strip() or has_lone_surrogate(item.prompt + "".join(item.options)):
         raise TaskError(f"{where}: found the prompt {item.prompt[:40]!r}, expected text")
     if kind == "numeric":
@@ -177,5 +179,9 @@ def check_item(item: Item, kind: str, where: str) -> None:
         )
 
 
-def _stripped(options: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(option.lstrip(" ") for option in options)
+def _as_chat(item: Item, tokenizer, system: str | None) -> Item:
+    asked = render_chat(tokenizer, item.prompt.removesuffix(item.lead), system)
+    if item.lead:
+        lead = item.lead.lstrip()
+        return replace(item, prompt=asked + lead, lead=lead)
+    return replace(item, prompt=asked, options=tuple(option.lstrip(" ") for option in item.options))

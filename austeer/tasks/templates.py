@@ -30,7 +30,8 @@ class Template:
 
     Attributes:
         name: for people and results. kind: one of ``KINDS``. description: one line.
-        prompt: what the model reads.
+        prompt: what the model reads. lead: how the answer begins, behind the prompt; in chat form it is in the model's
+            turn.
         options: what may follow it, each joined to the prompt as it is.
         label: which option is the wanted one: a template that gives the option's text, or its number from 0; or
             ``{"field": name, "values": {value: option}}``, with the value as JSON writes it (or the text itself).
@@ -53,10 +54,11 @@ class Template:
     fields: tuple[str, ...] = ()
     duplicates: str = "error"
     description: str = ""
+    lead: str = ""
 
     def __post_init__(self) -> None:
         where = f"template {self.name!r}"
-        for key in ("name", "prompt", "answer", "group", "description"):
+        for key in ("name", "prompt", "answer", "group", "description", "lead"):
             if not isinstance(getattr(self, key), str):
                 raise TaskError(f"{where}: {key}: found {getattr(self, key)!r:.60}, expected text")
         for key in ("options", "fields"):
@@ -89,7 +91,7 @@ class Template:
 
     @cached_property
     def _compiled(self) -> dict[str, Any]:
-        texts = {"prompt": self.prompt, "answer": self.answer, "group": self.group}
+        texts = {"prompt": self.prompt, "lead": self.lead, "answer": self.answer, "group": self.group}
         texts |= {f"option {i}": option for i, option in enumerate(self.options)}
         if isinstance(self.label, str):
             texts["label"] = self.label
@@ -108,7 +110,7 @@ class Template:
         """The fields that a row must have, in the order of the alphabet."""
         if self.fields:
             return self.fields
-        texts = [self.prompt, self.answer, self.group, *self.options]
+        texts = [self.prompt, self.lead, self.answer, self.group, *self.options]
         used: set[str] = set()
         if isinstance(self.label, str):
             texts.append(self.label)
@@ -155,7 +157,7 @@ class Template:
                     f"{where}: found {key!r:.60} in the field {self.label['field']!r}, expected {_listed(known)}"
                 )
             label = label_of(known[key], options, where)
-        item = Item(text["prompt"], options, label, answer, text["group"].strip())
+        item = Item(text["prompt"] + text["lead"], options, label, answer, text["group"].strip(), text["lead"])
         check_item(item, self.kind, where)
         return item
 
