@@ -205,7 +205,7 @@ def _random(scorer: Scorer, found: Found, momentum: Momentum, step: Step) -> lis
             scorer,
             drawn,
             MAX_KL,
-            found.schedule.texts,
+            found.schedule.final_texts,
             start=lambda arm: best.limit.alpha or 1.0,
             on_arm=lambda: advance(1),
         )

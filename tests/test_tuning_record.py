@@ -62,11 +62,11 @@ def test_another_search_is_refused_and_untouched(tmp_path):
     [
         ("", "not the record of a search"),
         ("pairs\n", "not the record of a search"),
-        ('{"prompt": "x"}\n', "expected 'austeer-search' version 1"),
+        ('{"prompt": "x"}\n', "expected 'austeer-search' version 2"),
         ("[1]\n", "not the record of a search"),
-        (json.dumps({"format": "austeer-search", "version": 2}) + "\n", "expected 'austeer-search' version 1"),
+        (json.dumps({"format": "austeer-search", "version": 1}) + "\n", "expected 'austeer-search' version 2"),
         (
-            json.dumps({"format": "austeer-search", "version": 1, "settings": {"model": "m", "ks": [1, 2]}}) + "\n{}\n",
+            json.dumps({"format": "austeer-search", "version": 2, "settings": {"model": "m", "ks": [1, 2]}}) + "\n{}\n",
             "inconsistent content",
         ),
     ],

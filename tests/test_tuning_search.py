@@ -11,6 +11,7 @@ import austeer
 from austeer.errors import FileFormatError, TaskError
 from austeer.tasks import Item, Task, option_scores
 from austeer.tuning import calibrate as calibration
+from austeer.tuning import schedule
 from austeer.tuning import scorer as scoring
 from austeer.tuning.arms import Arm, Candidate
 from austeer.tuning.calibrate import NEAR, STRONGEST, WEAKEST, calibrate
@@ -193,9 +194,28 @@ def test_the_best_of_every_group_is_found(small, scorer):
     assert found.best().effect == max(s.effect for s in finalists)
     assert sorted(found.best().items) == list(everything)
     for standing in found.standings:
-        assert standing.candidate.alpha == found.limits[standing.candidate.arm.digest].alpha * standing.fraction
+        assert standing.candidate.alpha == standing.limit.alpha * standing.fraction
     effects = [s.effect for s in finalists]
     assert effects == sorted(effects, reverse=True)
+
+
+def test_those_of_the_last_round_are_at_the_limit_on_more_texts(small, scorer, monkeypatch):
+    """A first calibration on one text of three; the last round's candidates keep to the limit on all of them."""
+    monkeypatch.setattr(schedule, "TEXTS", 1)
+    found = search(scorer, arms_of(small, ks=(1, 2, 4, 8, 16)), group=by_operation, max_kl=0.02)
+    assert (found.schedule.texts, found.schedule.final_texts) == (1, len(NEUTRAL))
+    last = [s for s in found.standings if len(s.items) == len(scorer.task)]
+    assert last and len(last) < len(found.standings)
+    for standing in last:
+        whole = Candidate(standing.candidate.arm, standing.limit.alpha)
+        assert standing.limit.kl == pytest.approx(naive_kl(small, whole)[0], abs=2e-6, rel=1e-3)
+        assert standing.limit.kl <= 0.02 and (standing.limit.reached or standing.limit.alpha == STRONGEST)
+        assert standing.candidate.alpha == standing.limit.alpha * standing.fraction
+        change = scorer.changes([standing.candidate], standing.items)[0]
+        torch.testing.assert_close(standing.change, change, atol=0, rtol=0)
+    rough = [standing for standing in found.standings if standing not in last]
+    texts = {s.limit.kl == scorer.side_effects([Candidate(s.candidate.arm, s.limit.alpha)], 1)[0][0] for s in rough}
+    assert texts == {True}, "those that fell out before were brought to it on the first text alone"
 
 
 def test_an_interrupted_search_goes_on_and_finds_the_same(small, tmp_path, monkeypatch):

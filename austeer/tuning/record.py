@@ -10,7 +10,7 @@ from typing import Any
 from .. import journal
 from ..errors import FileFormatError
 
-FORMAT, VERSION = "austeer-search", 1
+FORMAT, VERSION = "austeer-search", 2
 
 
 class Record:

@@ -21,15 +21,15 @@ FRACTIONS = (1.0, 0.5)
 #: The fewest items a candidate is judged by.
 FEWEST = 4
 
-#: Neutral texts that calibration runs, if time allows.
-TEXTS = 4
+#: Neutral texts that calibration runs, if time allows: of all arms, and of those in the last round.
+TEXTS, FINAL_TEXTS = 4, 16
 
 #: Of a time budget, what is kept for mixing sites and for held-out items; and what calibration may take of the rest.
 RESERVE, CALIBRATION = 0.3, 0.4
 
-#: Steps of calibration that an arm takes on average, and what a neutral token costs next to one of an item: its logits
-#: are made at every token.
-STEPS, NEUTRAL_COST = 4.0, 1.5
+#: Steps of calibration that an arm takes on average, from nothing and from a strength that is near; and what a neutral
+#: token costs next to one of an item: its logits are made at every token.
+STEPS, FINAL_STEPS, NEUTRAL_COST = 4.0, 2.0, 1.5
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class Costs:
 class Schedule:
     """Attributes:
     arms: numbers of the arms that are tried. texts: neutral texts that each is calibrated on.
+    final_texts: on how many those in the last round are calibrated again; not again if they are no more than ``texts``.
     fractions: see ``FRACTIONS``.
     items: how many items each rung has; the last one has all that are used.
     """
 
     arms: tuple[int, ...]
     texts: int
+    final_texts: int
     fractions: tuple[float, ...]
     items: tuple[int, ...]
 
@@ -63,7 +65,8 @@ class Schedule:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Schedule:
-        return cls(tuple(data["arms"]), data["texts"], tuple(data["fractions"]), tuple(data["items"]))
+        arms, fractions, items = (tuple(data[name]) for name in ("arms", "fractions", "items"))
+        return cls(arms, data["texts"], data["final_texts"], fractions, items)
 
 
 def make_schedule(
@@ -79,22 +82,27 @@ def make_schedule(
         TaskError: the budget is too small for one candidate (says what is needed).
     """
     everything = tuple(range(len(groups)))
-    texts = min(texts, TEXTS)
+    texts, final_texts = min(texts, TEXTS), min(texts, FINAL_TEXTS)
     if budget is None:
-        return Schedule(everything, texts, FRACTIONS, _rungs(groups, everything, FRACTIONS, items, math.inf))
+        rungs = _rungs(_candidates(groups, everything, FRACTIONS), items, math.inf)
+        return Schedule(everything, texts, final_texts, FRACTIONS, rungs)
     assert costs is not None
     left = (budget - costs.spent) * (1 - RESERVE)
     for stride in range(1, len(groups) + 1):
         arms = _every(groups, stride)
         for fractions in (FRACTIONS, FRACTIONS[:1]):
-            for count in range(texts, 0, -1):
-                calibration = len(arms) * count * STEPS * NEUTRAL_COST * costs.text
-                if calibration > (CALIBRATION if count > 1 else 1 - CALIBRATION) * left:
+            candidates = _candidates(groups, arms, fractions)
+            pairs = [(few, more) for few in range(texts, 0, -1) for more in dict.fromkeys((final_texts, few))]
+            for count, final in pairs:
+                again = final > count
+                steps = len(arms) * count * STEPS + again * candidates[-1] * final * FINAL_STEPS
+                calibration = steps * NEUTRAL_COST * costs.text
+                if calibration > (1 - CALIBRATION if count == final == 1 else CALIBRATION) * left:
                     continue
                 afford = (left - calibration) / costs.item if costs.item else math.inf
-                rungs = _rungs(groups, arms, fractions, items, afford)
+                rungs = _rungs(candidates, items, afford, again)
                 if rungs:
-                    return Schedule(arms, count, fractions, rungs)
+                    return Schedule(arms, count, final, fractions, rungs)
     kinds = len(set(groups))
     calibration, scoring = kinds * STEPS * NEUTRAL_COST * costs.text, kinds * min(FEWEST, items) * costs.item
     needed = costs.spent + max(calibration + scoring, calibration / (1 - CALIBRATION)) / (1 - RESERVE)
@@ -116,19 +124,29 @@ def _every(groups: Sequence[str], stride: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def _rungs(
-    groups: Sequence[str], arms: Sequence[int], fractions: Sequence[float], items: int, afford: float
-) -> tuple[int, ...]:
-    """Items of each rung, so that all rungs take at most ``afford`` candidates times items; empty if that cannot be."""
+def _candidates(groups: Sequence[str], arms: Sequence[int], fractions: Sequence[float]) -> list[int]:
+    """How many candidates each rung has."""
     sizes = [len(fractions) * sum(groups[arm] == group for arm in arms) for group in dict.fromkeys(groups)]
     counts = [sum(sizes)]
     while max(sizes) > FINALISTS:
         sizes = [max(1, math.ceil(size / ETA)) for size in sizes]
         counts.append(sum(sizes))
+    return counts
+
+
+def _rungs(counts: Sequence[int], items: int, afford: float, again: bool = False) -> tuple[int, ...]:
+    """Items of each rung, so that all rungs take at most ``afford`` candidates times items; empty if that cannot be.
+
+    Args:
+        counts: candidates of each rung. again: those of the last one have other strengths by then, so that no score of
+            an earlier one is theirs.
+    """
     last = items
     while True:
         rungs = [max(min(FEWEST, last), math.ceil(last / ETA**back)) for back in reversed(range(len(counts)))]
         new = [n - before for n, before in zip(rungs, [0, *rungs])]
+        if again:
+            new[-1] = rungs[-1]
         if sum(count * n for count, n in zip(counts, new)) <= afford:
             return tuple(rungs)
         if last <= FEWEST:

@@ -60,11 +60,10 @@ class Standing:
 class Found:
     """Attributes:
     standings: every candidate as it stood when it was last judged, best first among those judged by as many items.
-    limits: of each arm, by its digest. schedule: what was run.
+    schedule: what was run.
     """
 
     standings: list[Standing]
-    limits: dict[str, Limit]
     schedule: Schedule
 
     def best_of(self, **fixed: object) -> Standing | None:
@@ -96,7 +95,8 @@ def search(
     """Finds the best candidate of each group.
 
     Every arm is first brought to the limit on the side effect (:func:`calibrate`), so that candidates compare at equal
-    side effect. Then all are scored on a few items, the best third of each group on three times as many, and so on.
+    side effect. Then all are scored on a few items, the best third of each group on three times as many, and so on. On
+    a few neutral texts the limit is a rough one, so those of the last round are brought to it anew on more of them.
 
     Args:
         max_kl: the limit on KL(unsteered || steered) on the scorer's neutral texts, nats a token.
@@ -116,33 +116,51 @@ def search(
     arms = [arms[number] for number in schedule.arms]
     with step("strengths at the limit", len(arms)) as advance:
         limits = calibrate(scorer, arms, max_kl, schedule.texts, on_arm=lambda: advance(1))
-    candidates = [
-        (Candidate(arm, limit.alpha * fraction), group(arm), fraction, limit)
-        for arm in arms
-        for limit in [limits[arm.digest]]
-        if limit.alpha is not None
-        for fraction in schedule.fractions
-    ]
-    if not candidates:
-        raise TaskError(
-            f"max_kl: no strength of any of {len(arms)} arms stayed within {max_kl:g} nats a token on neutral text; "
-            "give a larger limit, or fewer AUs"
-        )
+    remaining = [(arm, fraction) for arm in arms for fraction in schedule.fractions]
     done: list[Standing] = []
     for number, count in enumerate(schedule.items):
-        items = order[:count]
+        last, items = number == len(schedule.items) - 1, order[:count]
+        if last and schedule.final_texts > schedule.texts:
+            limits |= _limits_on_more(scorer, [arm for arm, _ in remaining], limits, max_kl, schedule.final_texts, step)
+        candidates = [
+            (Candidate(arm, limit.alpha * fraction), group(arm), fraction, limit)
+            for arm, fraction in remaining
+            for limit in [limits[arm.digest]]
+            if limit.alpha is not None
+        ]
+        if not candidates:
+            raise TaskError(
+                f"max_kl: no strength of any of {len(arms)} arms stayed within {max_kl:g} nats a token on neutral "
+                "text; give a larger limit, or fewer AUs"
+            )
         total = count * len(candidates)
         with step(f"round {number + 1} of {len(schedule.items)}: {len(candidates)} candidates", total) as advance:
             changes = scorer.changes([c for c, *_ in candidates], items, advance)
         standings = [Standing(*candidate, tuple(items), change) for candidate, change in zip(candidates, changes)]
         standings.sort(key=lambda s: -s.effect)
-        if number == len(schedule.items) - 1:
+        if last:
             done = standings + done
             break
         kept = _keep(standings)
         done = [s for s in standings if s not in kept] + done
-        candidates = [(s.candidate, s.group, s.fraction, s.limit) for s in kept]
-    return Found(done, limits, schedule)
+        remaining = [(s.candidate.arm, s.fraction) for s in kept]
+    return Found(done, schedule)
+
+
+def _limits_on_more(
+    scorer: Scorer, arms: Sequence[Arm], limits: dict[str, Limit], max_kl: float, texts: int, step: Step
+) -> dict[str, Limit]:
+    """The limits of arms that have one, found again on so many texts."""
+    within = {arm.digest: arm for arm in arms if limits[arm.digest].alpha is not None}
+    with step(f"strengths at the limit, on {texts} texts", len(within)) as advance:
+        return calibrate(
+            scorer,
+            list(within.values()),
+            max_kl,
+            texts,
+            start=lambda arm: limits[arm.digest].alpha or 1.0,
+            on_arm=lambda: advance(1),
+        )
 
 
 def _keep(standings: Sequence[Standing]) -> list[Standing]:

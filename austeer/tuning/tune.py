@@ -200,7 +200,7 @@ def _mixed(scorer: Scorer, found: Found, max_kl: float, step: Step) -> list[Stan
     if not arms:
         return []
     with step("two sites together", len(arms)) as advance:
-        limits = calibrate(scorer, arms, max_kl, found.schedule.texts, on_arm=lambda: advance(1))
+        limits = calibrate(scorer, arms, max_kl, found.schedule.final_texts, on_arm=lambda: advance(1))
     items = max((s.items for s in found.standings), key=len)
     within = [arm for arm in arms if limits[arm.digest].alpha is not None]
     candidates = [Candidate(arm, limits[arm.digest].alpha) for arm in within]  # type: ignore[arg-type]
