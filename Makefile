@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 ENGINES_VENV ?= .venv-engines
 ENGINES := $(ENGINES_VENV)/.ready
+WORKERS ?= 2
 
 .PHONY: demo test test-engines lint aot peers study bench bench-host bench-momentum bench-gpu table clean help
 
@@ -16,8 +17,9 @@ help: ## show this list
 demo: $(READY) ## pairs -> momentum -> plan -> steered SmolLM2-135M, with figures (under 3 minutes on 2 cores)
 	$(BIN)/austeer demo --out runs/demo
 
-test: $(READY) ## all tests that need no GPU
-	$(BIN)/python -m pytest
+# Small tensors gain little from threads of torch: two processes of one thread each are through sooner.
+test: $(READY) ## all tests that need no GPU (WORKERS=2 processes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-engines: $(ENGINES) ## plans inside vLLM for CPUs: its server, its Python interface (about 10 minutes)
 	$(ENGINES_VENV)/bin/python -m pytest tests/engines -m engine $(if $(EXACTNESS),--exactness $(EXACTNESS))

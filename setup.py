@@ -48,6 +48,7 @@ EXTRAS = {
         *DATA,
         *BENCH,
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "bitsandbytes>=0.48; platform_system == 'Linux'",
         "ruff>=0.14",

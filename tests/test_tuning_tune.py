@@ -13,6 +13,7 @@ from austeer.tuning import compare, tune
 from austeer.tuning import scorer as scoring
 from austeer.tuning.compare import parse_methods
 from austeer.tuning.data import PARTS, Parts, halved, split
+from austeer.tuning.schedule import Costs
 from searches import NEUTRAL, NOUNS, material_of, words
 
 FEW = {"ks": (1, 4), "max_kl": 0.05, "neutral": NEUTRAL}
@@ -112,6 +113,35 @@ def test_nothing_is_chosen_by_the_test_part(loaded, monkeypatch):
     assert results[0].chosen == results[1].chosen and results[0].trials == results[1].trials
     assert results[0].plan.keys() == results[1].plan.keys() and results[0].alpha == results[1].alpha
     assert results[0].held_out[0].effect == pytest.approx(-results[1].held_out[0].effect, abs=1e-5)
+
+
+def cost(monkeypatch, token):
+    """So many seconds for a token of an item; everything else takes no time."""
+    monkeypatch.setattr(scoring.Scorer, "costs", Costs(0.0, 0.0, token))
+
+
+def test_a_budget_measures_as_many_pairs_as_it_allows(loaded, tmp_path, monkeypatch):
+    task = task_of(96)
+    pairs = split(task).measure
+    length = sum(len(loaded[1](p.prompt + p.positive)["input_ids"]) for p in pairs) / len(pairs)
+    cost(monkeypatch, 30 / (2 * length * 30.5))  # 30 s of 100, for 30 pairs
+    results = [tune(*loaded, task, **FEW, budget=100, folder=tmp_path)]
+    cost(monkeypatch, 1e-9)  # goes on with as many, whatever the machine does by then
+    results.append(tune(*loaded, task, **FEW, budget=100, folder=tmp_path))
+    for result in results:
+        assert result.settings["data"]["measure"]["pairs"] == 30 < len(pairs)
+        assert result.settings["data"]["tune"]["items"] == 24
+    momentum = austeer.Momentum.load(tmp_path / "momentum.safetensors")
+    assert momentum.pairs == 30 and results[0].chosen == results[1].chosen
+    everything = tune(*loaded, task, **FEW, budget=100)
+    assert everything.settings["data"]["measure"] == split(task, most=(400, 200, 400)).to_json()["measure"]
+
+
+def test_a_budget_too_small_to_measure_is_refused_before_it_is_spent(loaded, tmp_path, monkeypatch):
+    cost(monkeypatch, 1.0)
+    monkeypatch.setattr("austeer.tuning.ground.measure", None)
+    with pytest.raises(TaskError, match=r"budget: found 60 s, too little to measure 20 pairs; expected at least \d+ s"):
+        tune(*loaded, task_of(), **FEW, budget=60, folder=tmp_path)
 
 
 def test_a_mix_of_two_sites_is_tried_with_a_strength_each(loaded):

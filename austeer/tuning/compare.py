@@ -127,6 +127,7 @@ def compare(
         data,
         momentum=momentum,
         sites=sites_needed(wanted, sites),
+        budget=budget,
         neutral=neutral,
         most=most,
         seed=seed,

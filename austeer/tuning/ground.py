@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from ..momentum import Momentum
 from ..pairs import Pairs
 from ..tasks.neutral import neutral_texts
 from ..tasks.task import Task
+from ..tokens import encode
 from .arms import Material
 from .data import Most, Parts, digest_of, halved, split
 from .record import Record
 from .scorer import Scorer
 
 FILE_NAME = "momentum.safetensors"
+
+#: Of a time budget, what measuring may take; and on how many pairs, at least, there is something to search with.
+MEASURING, FEWEST_PAIRS = 0.3, 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ def prepare(
     *,
     momentum: Momentum | None,
     sites: Iterable[str],
+    budget: float | None,
     neutral: Sequence[str] | None,
     most: Most,
     seed: int,
@@ -55,10 +61,11 @@ def prepare(
     """
     Args:
         sites: those to measure, where there is no momentum. settings: what else the search depends on.
-        Others as for :func:`austeer.tune`.
+        budget: what measures as many pairs as a part of it allows. Others as for :func:`austeer.tune`.
 
     Raises:
-        TaskError: a numeric task, or too little data. FileFormatError: ``folder`` holds another search.
+        TaskError: a numeric task, too little data, or a budget too small to measure.
+        FileFormatError: ``folder`` holds another search.
     """
     given = isinstance(data, Parts) and data.measure is not None
     parts = split(data, measured=momentum is not None and not given, most=most, seed=seed)
@@ -73,8 +80,33 @@ def prepare(
     tune = Scorer(model, tokenizer, parts.tune, chosen_on, record)
     test = Scorer(model, tokenizer, parts.test, reported_on, record, name="test")
     if momentum is None:
+        if budget is not None and parts.measure is not None:
+            parts = replace(parts, measure=_affordable(parts.measure, tune, budget))
+            settings["data"] |= parts.to_json()
         momentum = _measured(model, tokenizer, parts, sorted(sites), folder, progress)
     return Ground(parts, settings, Material(model, tokenizer, parts.measure or Pairs(()), momentum), tune, test)
+
+
+def _affordable(pairs: Pairs, scorer: Scorer, budget: float) -> Pairs:
+    """As many of the pairs as can be measured within a part of the budget, from all over them.
+
+    Raises:
+        TaskError: they are too few for a search.
+    """
+    count = scorer.record.get("pairs to measure")
+    if count is None:
+        some = pairs[:: max(1, len(pairs) // 100)]
+        texts = [pair.prompt + side for pair in some for side in (pair.positive, pair.negative)]
+        seconds = scorer.costs.token * sum(map(len, encode(scorer.tokenizer, texts))) / len(some)
+        least = min(FEWEST_PAIRS, len(pairs))
+        if MEASURING * budget < least * seconds:
+            raise TaskError(
+                f"budget: found {budget:.0f} s, too little to measure {least} pairs; expected at least "
+                f"{math.ceil(least * seconds / MEASURING)} s here, or a momentum that was measured before"
+            )
+        count = min(len(pairs), int(MEASURING * budget / seconds))
+        scorer.record.put("pairs to measure", count)
+    return replace(pairs, items=tuple(pairs[i * len(pairs) // count] for i in range(count)))
 
 
 def _measured(

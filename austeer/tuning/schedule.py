@@ -34,7 +34,7 @@ STEPS, FINAL_STEPS, NEUTRAL_COST = 4.0, 2.0, 1.5
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that one candidate takes for an item, and for a neutral text.
+    """Seconds that one candidate takes for an item, for a neutral text, and for a token of an item.
 
     Attributes:
         spent: what has gone of the budget.
@@ -42,6 +42,7 @@ class Costs:
 
     item: float
     text: float
+    token: float = 0.0
     spent: float = 0.0
 
 

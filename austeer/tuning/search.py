@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +110,7 @@ def search(
     if isinstance(max_kl, bool) or not 0 < max_kl < math.inf:
         raise TaskError(f"max_kl: found {max_kl!r}, expected a positive number of nats a token, for example 0.1")
     started = time.perf_counter() if started is None else started
-    order = _order(scorer)
+    order = scorer.order
     schedule = _schedule(scorer, [group(arm) for arm in arms], budget, started, order, step)
     arms = [arms[number] for number in schedule.arms]
     with step("strengths at the limit", len(arms)) as advance:
@@ -177,12 +176,6 @@ def _keep(standings: Sequence[Standing]) -> list[Standing]:
     return kept
 
 
-def _order(scorer: Scorer) -> list[int]:
-    """The items' numbers in the order of a hash: a beginning of it is a sample."""
-    keys = [hashlib.sha256(f"{item.group}\n{i}".encode()).digest() for i, item in enumerate(scorer.task)]
-    return sorted(range(len(keys)), key=keys.__getitem__)
-
-
 def _schedule(
     scorer: Scorer, groups: list[str], budget: float | None, started: float, order: list[int], step: Step
 ) -> Schedule:
@@ -195,7 +188,7 @@ def _schedule(
         base = scorer.base(order, advance)
     if not torch.isfinite(base.margin).all():
         raise TaskError(f"{scorer.task.name}: the unsteered model gives no finite log-odds; expected a working model")
-    costs = None if budget is None else replace(scorer.costs(order), spent=time.perf_counter() - started)
+    costs = None if budget is None else replace(scorer.costs, spent=time.perf_counter() - started)
     schedule = make_schedule(groups, len(order), len(scorer.neutral), budget, costs)
     scorer.record.put(key, schedule.to_json())
     return schedule

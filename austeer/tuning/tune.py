@@ -136,6 +136,7 @@ def tune(
         data,
         momentum=momentum,
         sites=sites,
+        budget=budget,
         neutral=neutral,
         most=most,
         seed=seed,
