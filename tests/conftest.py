@@ -1,6 +1,8 @@
 """Shared fixtures. Triton's interpreter is chosen here, before anything imports triton."""
 
+import contextlib
 import copy
+import importlib
 import os
 import zlib
 
@@ -12,6 +14,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Runs kernels in Triton's interpreter, on the CPU, unless this run is for a GPU (``-m gpu``)."""
     if config.option.markexpr != "gpu" or not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.pop("COLUMNS", None)  # a width of the terminal outside is none of a test's
+
+
+@pytest.fixture(scope="session", autouse=True)
+def console_of_any_width():
+    """Makes the commands' console before a test sets COLUMNS: rich keeps the width that it finds then, for good."""
+    with contextlib.suppress(ImportError):  # an engine's environment has no command line
+        importlib.import_module("austeer.cli.common")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
