@@ -55,6 +55,8 @@ def values(result: Result) -> Iterator[tuple[str, object]]:
             at = f"{name}.{row['method']}.{row['operation']}"
             for key in ("effect", "low", "high", "accuracy", "kl", "k"):
                 yield f"{at}.{key}", row[key]
+            if row["behind"] is not None:
+                yield f"{at}.behind", row["behind"][0]
 
 
 def _task(item: tuple[str, dict[str, Any]]) -> list[str]:
