@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PairsError
-from .pair import FIELDS, Pair, check_enough, check_untemplated, pair_of, render_chat
+from .pair import FIELDS, Pair, check_enough, check_untemplated, pair_as_chat, pair_of
 from .stream import PairStream, stream_pairs
 
 
@@ -98,13 +98,15 @@ class Pairs(Sequence[Pair]):
     def with_chat_template(self, tokenizer, system: str | None = None) -> Pairs:
         """Each prompt becomes a user's message in the tokenizer's chat template, up to where the answer begins.
 
+        A pair's lead begins the model's own turn. Continuations are joined as they are.
+
         Raises:
             PairsError: the tokenizer has no chat template, or the pairs went through one already.
         """
         check_untemplated(self.chat_template, self.source)
         return replace(
             self,
-            items=tuple(replace(p, prompt=render_chat(tokenizer, p.prompt, system)) for p in self.items),
+            items=tuple(pair_as_chat(tokenizer, pair, system) for pair in self.items),
             chat_template=True,
         )
 

@@ -24,9 +24,9 @@ class Reading(Iterator[Row]):
             list, of the rows of Parquet and datasets; None if it cannot be known before the end.
     """
 
-    def __init__(self, source: Source, columns: Collection[str]):
+    def __init__(self, source: Source, columns: Collection[str], optional: Collection[str] = ()):
         self.fraction: float | None = 0.0
-        self._rows = source._rows(columns, self)
+        self._rows = source._rows(columns, optional, self)
 
     def __next__(self) -> Row:
         try:
@@ -50,16 +50,27 @@ class Source(ABC):
     name: str
     size: int
 
-    def read(self, columns: Collection[str]) -> Reading:
-        """A new pass over the rows, from the first. What stores columns apart reads only ``columns``, if it has all.
+    def read(self, columns: Collection[str], optional: Collection[str] = ()) -> Reading:
+        """A new pass over the rows, from the first.
+
+        What stores columns apart reads only ``columns``, if it has all, and those of ``optional`` that it has.
 
         Raises (while reading):
             PairsError: the source is gone, damaged, cut off, or not what its name says.
         """
-        return Reading(self, columns)
+        return Reading(self, columns, optional)
 
     @abstractmethod
-    def _rows(self, columns: Collection[str], reading: Reading) -> Generator[Row, None, None]: ...
+    def _rows(
+        self, columns: Collection[str], optional: Collection[str], reading: Reading
+    ) -> Generator[Row, None, None]: ...
+
+
+def present(columns: Collection[str], optional: Collection[str], names: Collection[str]) -> list[str] | None:
+    """Which of a source's columns are read: None for all, if it lacks one of ``columns``."""
+    if not set(columns) <= set(names):
+        return None
+    return [*columns, *(name for name in optional if name in names and name not in columns)]
 
 
 def object_of(row: Any, where: str) -> Mapping[str, Any]:

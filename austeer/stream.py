@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PairsError
-from .pair import Pair, check_enough, check_untemplated, pair_of, render_chat
+from .pair import LEAD, Pair, check_enough, check_untemplated, has_lead, pair_as_chat, pair_of, render_chat
 from .readers import Reading, Source, open_source
 
 
@@ -58,7 +58,7 @@ class PairStream:
         return max(self._reading.fraction, limited)
 
     def with_chat_template(self, tokenizer, system: str | None = None) -> PairStream:
-        """The same pairs, each prompt a user's message in the tokenizer's chat template, rendered when it is read.
+        """The same pairs in the tokenizer's chat template, rendered when one is read; as ``Pairs.with_chat_template``.
 
         Raises:
             PairsError: the tokenizer has no chat template or it takes no system message, or the pairs have one already.
@@ -69,7 +69,8 @@ class PairStream:
 
     def __iter__(self) -> Iterator[Pair]:
         found = identical = 0
-        with closing(self._rows.read({*self._names.values(), *self._where})) as reading:
+        optional = {LEAD} if has_lead(self._names) else set()
+        with closing(self._rows.read({*self._names.values(), *self._where}, optional)) as reading:
             self._reading, self._found = reading, found
             for place, row in reading:
                 if not all(_equals(row.get(field), value) for field, value in self._where.items()):
@@ -77,7 +78,7 @@ class PairStream:
                 pair = pair_of(row, self._names, place)
                 if self._chat is not None:
                     tokenizer, system = self._chat
-                    pair = Pair(render_chat(tokenizer, pair.prompt, system), pair.positive, pair.negative)
+                    pair = pair_as_chat(tokenizer, pair, system)
                 found += 1
                 identical += pair.positive == pair.negative
                 if self._reading is reading:
@@ -112,7 +113,8 @@ def stream_pairs(
             - ``"hf:ORG/NAME"`` or ``"hf:ORG/NAME:CONFIG"``, a dataset of the Hugging Face Hub, streamed;
             - a folder that ``Dataset.save_to_disk`` wrote;
             - a ``datasets.Dataset`` or ``IterableDataset``, or a dictionary of them by split.
-        prompt, positive, negative: the names that the fields have in the source.
+        prompt, positive, negative: the names that the fields have in the source. If they are these, a field ``lead``
+            may say with which end of the prompt the answer begins (:class:`austeer.pair.Pair`).
         where: keep only rows in which these fields have these values, for example ``{"split": "selection"}``.
         limit: read at most so many pairs.
         split: which split of a dataset; needed if it has several.

@@ -69,7 +69,7 @@ def test_a_template_to_a_file(run, tmp_path):
     out = tmp_path / "p.jsonl"
     code, text, _ = run(*TEMPLATE, *VALUES, "--out", out)
     assert code == 0 and "4 pairs" in text and f"next: austeer pairs check {out}" in text
-    assert vars(austeer.load_pairs(out)[0]) == {"prompt": "The film was", "positive": " fine", "negative": " poor"}
+    assert austeer.load_pairs(out)[0] == austeer.Pair("The film was", " fine", " poor")
     before = out.read_bytes()
     code, _, error = run(*TEMPLATE, *VALUES, "--out", out)
     assert code == 2 and "exists already" in error and out.read_bytes() == before
@@ -95,6 +95,23 @@ def test_a_task_in_the_neutral_format(run, tmp_path):
         "pairs", "make", "task", tmp_path / "task.jsonl", "--out", tmp_path / "q.jsonl", "--where", "a"
     )
     assert code == 2 and "expected FIELD=VALUE" in error
+
+
+def test_what_leads_to_a_letter_reaches_the_momentum(run, place, tmp_path):
+    row = {"asks-for": "cause", "a1": "It rained.", "a2": "It was dry."}
+    rows = [row | {"p": f"There were {i}.", "most-plausible-alternative": i % 2 + 1} for i in range(6)]
+    (tmp_path / "copa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "p.jsonl"
+    assert run("pairs", "make", "task", tmp_path / "copa.jsonl", "--template", "copa", "--out", out)[0] == 0
+    model, momentum = place / "model", tmp_path / "m.momentum"
+    assert run("measure", out, "--model", model, "--chat", "--out", momentum, "--quiet")[0] == 0
+    network, tokenizer = once(str(model), "auto", None)
+    task = austeer.tasks.load_task(tmp_path / "copa.jsonl", "copa").with_chat_template(tokenizer)
+    expected = austeer.measure(network, tokenizer, task.pairs(), progress=False)
+    found = austeer.Momentum.load(momentum)
+    for name, counters in expected.sites.items():
+        assert torch.equal(found.sites[name].positive, counters.positive)
+        assert torch.equal(found.sites[name].negative, counters.negative)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")

@@ -40,7 +40,7 @@ def test_the_prompt_is_kept_without_the_instruction(answers, tmp_path):
     out = tmp_path / "pairs.jsonl"
     made = answers(lambda prompt, instruction: f" {instruction.split()[1]} said {prompt}", out, same_length=False)
     assert rows(out) == [(prompt, f" kindly. said {prompt}", f" rudely. said {prompt}") for prompt in PROMPTS]
-    assert [tuple(vars(p).values()) for p in made.pairs] == rows(out)
+    assert [(p.prompt, p.positive, p.negative) for p in made.pairs] == rows(out)
     assert not made.dropped and "plain prompts" in made.notes[0]
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
     assert list(austeer.load_pairs(out)) == list(made.pairs)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import austeer
 from austeer import Pair, Pairs, PairsError, load_pairs
 from austeer.pair import render_chat
+from austeer.tasks import Task
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 ROWS = [
@@ -93,7 +94,9 @@ def test_real_data_by_field_mapping(name):
     fields = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
     pairs = load_pairs(DATA / name, **dict(zip(("prompt", "positive", "negative"), fields)))
     with (DATA / name).open(encoding="utf-8") as file:
-        assert [tuple(json.loads(line)[f] for f in fields) for line in file] == [tuple(vars(p).values()) for p in pairs]
+        assert [tuple(json.loads(line)[f] for f in fields) for line in file] == [
+            (p.prompt, p.positive, p.negative) for p in pairs
+        ]
     assert len(pairs) == 1000
 
 
@@ -199,7 +202,7 @@ def test_any_damage_gives_pairs_or_a_pairs_error(tmp_path_factory, suffix, data)
     except PairsError as error:
         assert str(path) in str(error)
     else:
-        assert all(text.strip() for pair in pairs for text in vars(pair).values())
+        assert all(text.strip() for pair in pairs for text in (pair.prompt, pair.positive, pair.negative))
 
 
 def test_suffix_must_be_known(tmp_path):
@@ -247,8 +250,13 @@ def test_a_csv_that_would_be_misread_is_refused(tmp_path, text, message):
 
 def test_of_takes_pairs_mappings_and_triples():
     expected = Pairs(tuple(EXPECTED))
-    assert Pairs.of(EXPECTED) == Pairs.of(ROWS) == Pairs.of([tuple(vars(p).values()) for p in EXPECTED]) == expected
-    assert Pairs.of(list(vars(p).values()) for p in EXPECTED) == expected, "a generator of lists"
+    assert (
+        Pairs.of(EXPECTED)
+        == Pairs.of(ROWS)
+        == Pairs.of([(p.prompt, p.positive, p.negative) for p in EXPECTED])
+        == expected
+    )
+    assert Pairs.of([p.prompt, p.positive, p.negative] for p in EXPECTED) == expected, "a generator of lists"
     assert Pairs.of(expected) is expected
 
 
@@ -315,6 +323,23 @@ def test_chat_template_wraps_the_prompt_and_opens_the_answer(demo):
         assert after.prompt.endswith(f"<|im_start|>user\n{before.prompt}<|im_end|>\n<|im_start|>assistant\n")
         assert (after.positive, after.negative) == (before.positive, before.negative)
     assert pairs.chat_template and len(pairs) == len(EXPECTED)
+
+
+@pytest.mark.parametrize("lead", ["\n\nAnswer: (", " Answer:"])
+def test_pairs_and_the_task_of_them_read_the_same_in_a_chat_template(demo, lead):
+    pairs = Pairs.of([Pair(f"Q{i}?{lead}", " a\n", " b", lead) for i in range(3)])
+    made = Task.of_pairs(pairs)
+    assert made.pairs() == pairs
+    assert made.with_chat_template(demo[1]).pairs() == pairs.with_chat_template(demo[1])
+    text = pairs.with_chat_template(demo[1])[0]
+    assert (text.prompt + text.positive).endswith(f"user\nQ0?<|im_end|>\n<|im_start|>assistant\n{lead.strip()} a\n")
+
+
+@pytest.mark.parametrize("lead", ["A:", 3, ["?"]])
+def test_a_lead_that_is_not_the_prompts_end(lead):
+    rows = [{"prompt": "Q0?", "positive": "a", "negative": "b", "lead": lead}] * 2
+    with pytest.raises(PairsError, match=r"memory, pair 0: found .* in the field 'lead', expected that end .* 'Q0\?'"):
+        Pairs.of(rows)
 
 
 def test_system_message_comes_first(demo):

@@ -274,6 +274,18 @@ def test_what_is_refused_before_anything_is_read(tmp_path, options, message):
         stream_pairs(tmp_path / "missing.jsonl")
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.parquet"])
+def test_a_lead_is_read_from_every_format(tmp_path, name):
+    rows = [
+        {"prompt": f"Q{i} (", "positive": "A", "negative": "B", "worse": "C", "lead": lead}
+        for i, lead in enumerate([" (", ""])
+    ]
+    assert [pair.lead for pair in stream_pairs(write(tmp_path / name, rows))] == [" (", ""]
+    # Where fields have names of their own, the file is somebody else's, and so is what it calls a lead.
+    rows[0]["lead"] = "Ada Lovelace"
+    assert [pair.lead for pair in stream_pairs(write(tmp_path / name, rows), negative="worse")] == ["", ""]
+
+
 # --- chat templates, and into memory ---------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Rows of Parquet files and Hugging Face datasets: only what is needed, in order, and damage named by its row."""
 
 import json
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -83,6 +84,18 @@ def test_only_the_columns_that_are_needed_are_read(tmp_path):
 def test_all_columns_are_told_where_one_is_missing(tmp_path):
     path = parquet(tmp_path / "p.parquet", rows_of(2, more=1))
     assert set(read(path, ["prompt", "absent"])[0][1]) == {*FIELDS, "more"}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_optional_columns_are_read_where_there_are_any(tmp_path, kind):
+    def fields(rows, wanted):
+        source = parquet(tmp_path / "p.parquet", rows) if kind == "parquet" else datasets.Dataset.from_list(rows)
+        with closing(open_source(source).read(wanted, ["lead", "prompt"])) as reading:
+            return set(next(reading)[1])
+
+    assert fields(rows_of(2, more=1), ["prompt", "positive"]) == {"prompt", "positive"}
+    assert fields(rows_of(2, more=1, lead=""), ["prompt", "positive"]) == {"prompt", "positive", "lead"}
+    assert fields(rows_of(2, more=1, lead=""), ["absent"]) == {*FIELDS, "more", "lead"}
 
 
 def test_bytes_that_are_not_utf8_tell_their_row(tmp_path):

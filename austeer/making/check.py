@@ -14,7 +14,7 @@ from ..choices import length_limit
 from ..errors import PairsError
 from ..measuring import measure
 from ..momentum import Momentum
-from ..pair import FIELDS, Pair
+from ..pair import FIELDS, LEAD, Pair, has_lead, lead_of
 from ..pairs import Pairs
 from ..readers import open_source
 from ..sites import text_config
@@ -128,7 +128,7 @@ def read_unchecked(source: Any, names: Mapping[str, str] | None = None, limit: i
     names = dict(zip(FIELDS, FIELDS)) | dict(names or {})
     found = []
     opened = open_source(source, None)
-    with closing(opened.read(set(names.values()))) as rows:
+    with closing(opened.read(set(names.values()), {LEAD} if has_lead(names) else set())) as rows:
         for place, row in islice(rows, limit):
             values = {field: row.get(name) for field, name in names.items()}
             for field, value in values.items():
@@ -137,7 +137,7 @@ def read_unchecked(source: Any, names: Mapping[str, str] | None = None, limit: i
                         f"{place}: found {value!r:.40} in the field {names[field]!r}, expected text; the row has "
                         f"{', '.join(map(str, row)) or 'no field'} (name the {field} field with --{field}-field)"
                     )
-            found.append(Pair(**values))  # type: ignore[arg-type]
+            found.append(Pair(**values, lead=lead_of(row, names, str(values["prompt"]), place)))  # type: ignore[arg-type]
     return Pairs(tuple(found), opened.name)
 
 

@@ -49,7 +49,8 @@ def pairs_from_task(task: Task, *, seed: int = 0, balance: bool = False, ending:
         kept = balanced(found, seed)
         dropped["left out to balance"] = len(found) - len(kept)
         found = kept
-    pairs = Pairs.of([Pair(p.prompt, p.positive + ending, p.negative + ending) for p in found], task.source)
+    found = [replace(p, positive=p.positive + ending, negative=p.negative + ending) for p in found]
+    pairs = Pairs.of(found, task.source)
     pairs = replace(pairs, chat_template=task.chat_template)
     return Made(pairs, {reason: count for reason, count in dropped.items() if count}, tuple(notes))
 
@@ -69,9 +70,10 @@ def _numeric(task: Task, seed: int) -> tuple[list[Pair], int]:
         )
     pairs = []
     for number, other in sorted(partner.items()):
-        prompt = task.items[number].prompt
-        blank = "" if task.chat_template or prompt[-1].isspace() else " "
-        pairs.append(Pair(prompt, blank + texts[number], blank + texts[other]))
+        prompt, lead = task.items[number].prompt, task.items[number].lead
+        opened = task.chat_template and not lead  # by the turn's header
+        blank = "" if opened or prompt[-1].isspace() else " "
+        pairs.append(Pair(prompt, blank + texts[number], blank + texts[other], lead))
     return pairs, len(texts) - len(partner)
 
 

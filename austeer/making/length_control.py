@@ -20,7 +20,6 @@ from ..choices import length_limit
 from ..errors import PairsError, SelectionError, check_count
 from ..measuring import measure
 from ..momentum import Momentum
-from ..pair import Pair
 from ..pairs import Pairs
 from ..sites import find_sites, fingerprint
 from ..statistics import discoveries, ranking, signed_rate
@@ -228,7 +227,8 @@ def _control(pairs: Pairs, sides: Sides, tokenizer, count: int, seed: int) -> Pa
         pair = usable[number]
         side = rng.choice((pair.positive, pair.negative))
         long = _with_filler(tokenizer, side, tokens, rng)
-        made.append(Pair(pair.prompt, *((long, side) if long_first else (side, long))))
+        first, second = (long, side) if long_first else (side, long)
+        made.append(replace(pair, positive=first, negative=second))
     control = Pairs.of(made, f"length control of {pairs.source}")
     return replace(control, chat_template=pairs.chat_template)
 

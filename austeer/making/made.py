@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import PairsError
-from ..pair import Pair
+from ..pair import LEAD, Pair
 from ..pairs import Pairs
 
 #: Suffixes of files in which pairs are written, one object a line.
@@ -52,7 +52,10 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> Path:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(vars(pair), ensure_ascii=False) + "\n" for pair in pairs)
+                for pair in pairs:
+                    # A lead is an exception: pairs without one have the fields that everybody's pairs have.
+                    row = {name: value for name, value in vars(pair).items() if value or name != LEAD}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
             mask = os.umask(0)
             os.umask(mask)
             Path(temporary).chmod(0o666 & ~mask)

@@ -140,7 +140,7 @@ def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, st
             pair = pair_of(row, {name: name for name in FIELDS}, place)
             if pair.positive == pair.negative:  # says nothing
                 return None
-            item = Item(pair.prompt, (pair.positive, pair.negative))
+            item = Item(pair.prompt, (pair.positive, pair.negative), lead=pair.lead)
         elif not needed <= given <= needed | allowed:
             raise TaskError(
                 f"{place}: found the fields {_listed(name for name in row if name in given)}, expected "

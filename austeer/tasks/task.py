@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import TaskError
-from ..pair import Pair, check_untemplated, has_lone_surrogate, render_chat
+from ..pair import Pair, check_untemplated, has_lone_surrogate, prompt_as_chat
 from ..pairs import Pairs
 
 #: "choice": each option is one token after the prompt. "continuation": options of any length, scored by their
@@ -69,7 +69,7 @@ class Task(Sequence[Item]):
     @classmethod
     def of_pairs(cls, pairs: Pairs, name: str = "pairs") -> Task:
         """Pairs as a task: the positive continuation is the wanted one."""
-        items = tuple(Item(p.prompt, (p.positive, p.negative)) for p in pairs if p.positive != p.negative)
+        items = tuple(Item(p.prompt, (p.positive, p.negative), lead=p.lead) for p in pairs if p.positive != p.negative)
         return cls(name, "continuation", items, pairs.source, pairs.chat_template)
 
     def pairs(self) -> Pairs:
@@ -81,7 +81,7 @@ class Task(Sequence[Item]):
         if self.kind == "numeric":
             raise TaskError(f"{self.name}: found a numeric task, expected options; see austeer.making for its pairs")
         pairs = tuple(
-            Pair(item.prompt, item.options[item.label], other)
+            Pair(item.prompt, item.options[item.label], other, item.lead)
             for item in self.items
             for number, other in enumerate(item.options)
             if number != item.label
@@ -180,8 +180,7 @@ def check_item(item: Item, kind: str, where: str) -> None:
 
 
 def _as_chat(item: Item, tokenizer, system: str | None) -> Item:
-    asked = render_chat(tokenizer, item.prompt.removesuffix(item.lead), system)
-    if item.lead:
-        lead = item.lead.lstrip()
-        return replace(item, prompt=asked + lead, lead=lead)
-    return replace(item, prompt=asked, options=tuple(option.lstrip(" ") for option in item.options))
+    prompt, lead = prompt_as_chat(tokenizer, item.prompt, item.lead, system)
+    # The turn's header ends with what belongs before an answer; behind a lead options are joined as they are.
+    options = item.options if lead else tuple(option.lstrip(" ") for option in item.options)
+    return replace(item, prompt=prompt, lead=lead, options=options)
