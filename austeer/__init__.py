@@ -13,7 +13,8 @@ pairs -> momentum -> plan -> steering, or a plan exported for another engine::
 
 from typing import TYPE_CHECKING, Any
 
-from .activations import momentum_from_activations
+from .costs.estimate import Estimate, estimate
+from .counters import Counters
 from .errors import (
     AusteerError,
     CaptureError,
@@ -26,22 +27,23 @@ from .errors import (
     SteeringWarning,
     TaskError,
 )
-from .estimate import Estimate, estimate
-from .evidence import Evidence, Outcome, Overhead
 from .export import ExportError, ExportWarning, export_checkpoint, export_gguf, export_lora
-from .hub import HubError
-from .measuring import measure
-from .momentum import Counters, Momentum
-from .pairs import Pair, Pairs, load_pairs
-from .plan import AtomicUnit, Plan
-from .sites import Layout, Site, find_sites
-from .steering import Steering, is_steered, steer
-from .stream import PairStream, stream_pairs
+from .measuring.measure import measure
+from .measuring.stored.count import momentum_from_activations
+from .models.sites import Layout, Site, find_sites
+from .models.structure import is_steered
+from .momentum.momentum import Momentum
+from .pairs.pairs import Pair, Pairs, load_pairs
+from .pairs.stream import PairStream, stream_pairs
+from .plans.evidence import Evidence, Outcome, Overhead
+from .plans.hub import HubError
+from .plans.plan import Plan
+from .plans.table import AtomicUnit
+from .steering.steering import Steering, steer
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .tuning import compare, tune
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AtomicUnit",
@@ -85,6 +87,11 @@ __all__ = [
     "stream_pairs",
     "tune",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names; a package's folders are in its namespace, too."""
+    return [*__all__, "__doc__", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

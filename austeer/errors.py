@@ -54,3 +54,7 @@ def check_count(name: str, value: object, largest: int, of: str, error: type[Aus
     if isinstance(value, bool) or not 1 <= number <= largest:
         raise error(f"{name}: found {value!r}, expected an integer from 1 to {largest} ({of})")
     return number
+
+
+class ModelError(AusteerError):
+    """A model that cannot be loaded."""

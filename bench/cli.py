@@ -67,7 +67,7 @@ def bench(
         return
     from austeer.cli.common import load
     from austeer.errors import AusteerError
-    from austeer.models import fits
+    from austeer.models.load import fits
 
     from .catalogue import chosen
 
@@ -191,7 +191,7 @@ def _measure(
     json: bool,
     quiet: bool,
 ) -> None:
-    from austeer.progress import Progress
+    from austeer.utils.progress import Progress
 
     from . import files
     from .inference import Effort, run

@@ -1,6 +1,6 @@
 """Counts what a real forward pass does: operations that do work, the bytes they read and write, their arithmetic.
 
-The definitions are those of :mod:`austeer.path_work`, so that its predictions can be held against the counts. Views,
+The definitions are those of :mod:`austeer.costs.work`, so that its predictions can be held against the counts. Views,
 allocations and metadata are no work. Each operation reads each tensor that it is given once (as many values as it has,
 repeated ones once) and writes each that it makes or changes; of a gather or scatter only the selected values count.
 On a CPU this library's operations are counted as the PyTorch operations that they consist of.
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from austeer.unsteered import does_work
+from austeer.costs.unsteered import does_work
 from austeer_kernels import reference
 
 #: Of their first argument they read as many values as they give.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from austeer.environment import environment
+from austeer.utils.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from austeer import Plan
 from austeer.errors import AusteerError
-from austeer.scratch import free_memory
-from austeer.sites import input_device
+from austeer.models.structure import input_device
+from austeer.utils.machine import free_memory
 
 from .plain_ways import Formula
 from .steered import Steered, twin

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import austeer
-from austeer.sites import find_sites, fingerprint
-from austeer.steering import Steering
+from austeer.models.sites import find_sites, fingerprint
+from austeer.steering.steering import Steering
 
 from . import files, report
 from .graphs import no_collection, spread, wait

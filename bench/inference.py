@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from austeer.ceilings import Ceilings, ceilings
+from austeer.costs.ceilings import Ceilings, ceilings
+from austeer.costs.steering import steering_cost
 from austeer.errors import AusteerError
-from austeer.overhead import steering_cost
-from austeer.sites import find_sites, fingerprint, input_device, text_config
+from austeer.models.sites import find_sites, fingerprint
+from austeer.models.structure import input_device, text_config
 
 from . import breakdown, counts, files, footprint, steps, turns
 from .catalogue import AGAIN, UNSTEERED

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from austeer import Pairs
-from austeer.models import ModelError, load_model
+from austeer.errors import ModelError
+from austeer.models.load import load_model
 
 from . import pair_sets
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from austeer.measuring import BLOCK_PAIRS
+from austeer.measuring.measurement import BLOCK_PAIRS
 
 from . import files, models, pair_sets
 from .ways import WAYS, tokens_of

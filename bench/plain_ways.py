@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from austeer import Plan
-from austeer.sites import Site, find_sites, input_device
+from austeer.models.sites import Site, find_sites
+from austeer.models.structure import input_device
 
 from .steered import Steered, Way
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from austeer import Plan
+from austeer.costs.steering import spread
 from austeer.errors import PlanError, check_count
-from austeer.overhead import spread
-from austeer.sites import find_sites, fingerprint
+from austeer.models.sites import find_sites, fingerprint
 
 
 def spread_plan(model: nn.Module, site: str, k: int, layers: int | None = None, seed: int = 0) -> Plan:

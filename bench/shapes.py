@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from austeer.errors import AusteerError
-from austeer.scratch import free_memory
+from austeer.utils.machine import free_memory
 
 GIB = 1 << 30
 #: Beside the weights: caches, graphs and adapters of every way to steer, logits in float64, libraries' workspaces.

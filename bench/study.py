@@ -18,14 +18,14 @@ from austeer.baselines import METHODS
 from austeer.causal import causal_check
 from austeer.cli.common import console, load, to_json
 from austeer.cli.search_options import bars, held_out_table
-from austeer.demo import load_data
-from austeer.environment import environment
+from austeer.demo.demo import load_data
 from austeer.errors import TaskError
-from austeer.momentum import Momentum
+from austeer.momentum.momentum import Momentum
 from austeer.statistics import discoveries, stability
 from austeer.tasks import load_task
 from austeer.tuning import CompareResult, compare
 from austeer.tuning.data import Parts, split
+from austeer.utils.environment import environment
 
 MODEL = "demo"
 SITES = ("attention", "ffn")

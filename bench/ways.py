@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import austeer
 from austeer import Pairs
-from austeer.measuring import BLOCK_PAIRS
+from austeer.measuring.measurement import BLOCK_PAIRS
 
 from .peers import SITES, Counts, public_momentum, stacked_momentum
 

@@ -3,8 +3,8 @@
 import torch
 
 import austeer
-from austeer.demo import load_data
-from austeer.sites import SITE_NAMES, find_sites
+from austeer.demo.demo import load_data
+from austeer.models.sites import SITE_NAMES, find_sites
 from austeer.tuning import Material
 
 PAIRS = load_data().tuning[:14]

@@ -74,7 +74,7 @@ def assert_errs_no_more():
 @pytest.fixture(scope="session")
 def demo():
     """(model, tokenizer): SmolLM2-135M-Instruct in float32, converted once into the user's cache; needs no network."""
-    from austeer.models import load_model
+    from austeer.models.load import load_model
 
     return load_model("demo", "float32", "cpu")
 
@@ -127,7 +127,7 @@ def tiny64(demo):
 def demo_momentum(demo):
     """Momentum of the demo's first 64 pairs at the sites attention and ffn."""
     import austeer
-    from austeer.demo import load_data
+    from austeer.demo.demo import load_data
 
     return austeer.measure(*demo, load_data().momentum[:64], ["attention", "ffn"])
 
@@ -136,8 +136,8 @@ def demo_momentum(demo):
 def measured(demo):
     """Momentum of a few real pairs at every site."""
     import austeer
-    from austeer.demo import load_data
-    from austeer.sites import SITE_NAMES
+    from austeer.demo.demo import load_data
+    from austeer.models.sites import SITE_NAMES
 
     return austeer.measure(*demo, load_data().tuning[:24], SITE_NAMES, progress=False)
 

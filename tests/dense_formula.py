@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
-from austeer.plan import Plan
-from austeer.sites import find_sites, fingerprint
+from austeer.models.sites import find_sites, fingerprint
+from austeer.plans.plan import Plan
 
 SITES = ("attention", "ffn", "layer", "neuron")
 OPERATIONS = ("scale", "push", "shift")

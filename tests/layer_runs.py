@@ -5,12 +5,12 @@ import random
 import torch
 from torch import nn
 
-from austeer.blocks import Block
-from austeer.capture import LastTokens
-from austeer.counting import Counting
-from austeer.hooks import hooks_on
-from austeer.layerwise import Layerwise
-from austeer.packing import batches
+from austeer.forward.capture import LastTokens
+from austeer.forward.packing import batches
+from austeer.measuring.blocks import Block
+from austeer.measuring.layerwise.layerwise import Layerwise
+from austeer.measuring.tally import Counting
+from austeer.models.hooks import hooks_on
 
 
 def blocks_of(sizes=(5, 3), tokens=60, share=False, seed=0):

@@ -1,7 +1,7 @@
 """What tests of the search share: a task of words, neutral texts, and momentum with the demo's tokenizer."""
 
 import austeer
-from austeer.pairs import Pairs
+from austeer.pairs.pairs import Pairs
 from austeer.tasks import Item, Task
 from austeer.tuning import Arm, Material
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import strategies as st
 
 from austeer import Plan
-from austeer.evidence import Evidence, Outcome, Overhead
-from austeer.plan_files import FORMAT, VERSION
-from austeer.sites import Fingerprint
+from austeer.models.sites import Fingerprint
+from austeer.plans.evidence import Evidence, Outcome, Overhead
+from austeer.plans.files import FORMAT, VERSION
 
 MODEL = Fingerprint("llama", 4, {"attention": 6, "ffn": 9}, "user/model – ü", "abc123")
 

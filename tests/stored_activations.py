@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from austeer.recording import ActivationWriter
-from austeer.sites import Fingerprint
+from austeer.measuring.stored.writer import ActivationWriter
+from austeer.models.sites import Fingerprint
 
 SHAPES = {"attention": (3, 7), "ffn": (3, 5)}
 MODEL = Fingerprint("llama", 4, {site: width for site, (_, width) in SHAPES.items()}, "tiny", None)

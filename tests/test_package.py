@@ -5,11 +5,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import austeer
-
-ROOT = Path(__file__).parents[1]
+from places import ROOT
 
 
 def test_it_imports_and_steers_tensors_without_triton():

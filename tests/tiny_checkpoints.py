@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 from safetensors.torch import load_file
 
-from austeer.sites import find_sites
+from austeer.models.sites import find_sites
 from dense_formula import formula_at, logits
 
 BATCH = {"input_ids": torch.tensor([[3, 1, 40, 22, 9], [7, 7, 12, 50, 2]])}

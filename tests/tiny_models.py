@@ -6,7 +6,7 @@ Weights are larger than a fresh model's and biases are not zero, so that a mista
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from austeer.families import LAYOUTS
+from austeer.models.families import LAYOUTS
 
 #: For every family that has them under these names.
 SIZES = {

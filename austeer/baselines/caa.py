@@ -17,9 +17,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import SelectionError
-from ..momentum import Momentum
-from ..tuning.arms import Arm
-from .chosen import plan_of
+from ..momentum.momentum import Momentum, plan_of
+from .arm import Arm
 
 SITE = "layer"
 

@@ -5,32 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..counters import Counters
 from ..errors import SelectionError, check_count
-from ..momentum import Counters, Momentum
-from ..plan import Plan
-from ..statistics import effect_size, ranking, signed_rate
-
-
-def plan_of(momentum: Momentum, site: str, order: Tensor, operation: str, beta: float | None = None) -> Plan:
-    """The AUs at ``order`` as a plan, with their own delta, and their own beta unless one is given.
-
-    Args:
-        order: int64 [k], row * width + index in the site's counters, most important first.
-    """
-    counters = momentum.counters(site)
-    width = counters.positive.shape[1]
-    own = signed_rate(counters, momentum.pairs).flatten()[order]
-    return Plan(
-        site=(site,) * len(order),
-        layer=torch.tensor(momentum.layers)[order // width].int(),
-        index=(order % width).int(),
-        beta=(own if beta is None else torch.full_like(own, beta)).float(),
-        delta=(counters.delta_sum.flatten()[order] / momentum.pairs).float(),
-        operation=operation,
-        model=momentum.model,
-        pairs=momentum.pairs,
-        chat_template=momentum.chat_template,
-    )
+from ..momentum.momentum import Momentum, plan_of
+from ..plans.plan import Plan
+from ..statistics import effect_size, ranking
 
 
 def random_plan(momentum: Momentum, site: str, k: int, seed: int, operation: str = "scale") -> Plan:

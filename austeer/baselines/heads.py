@@ -7,8 +7,9 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import SelectionError
-from ..momentum import Momentum
-from ..sites import Site, find_sites, text_config
+from ..models.sites import Site, find_sites
+from ..models.structure import text_config
+from ..momentum.momentum import Momentum
 
 SITE = "attention"
 

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
-from ..pairs import Pairs
-from ..plan import Plan
+from ..pairs.pairs import Pairs
+from ..plans.plan import Plan
 from ..statistics import signed_rate
-from ..tuning.arms import Arm, Material
+from .arm import Arm, Material
 from .heads import SITE, attention_sites, head_size
 from .probes import fit
 from .reading import PairActivations, pair_activations

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from ..errors import SelectionError, check_count
-from ..momentum import Momentum
+from ..momentum.momentum import Momentum, plan_of
 from ..statistics import ranking
-from ..tuning.arms import Arm
-from .chosen import by_difference, by_effect, plan_of, random_plan
+from .arm import Arm
+from .chosen import by_difference, by_effect, random_plan
 
 #: Draws of random AUs, each an arm of its own.
 SEEDS = (0, 1, 2)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..capture import LastTokens, check_vocabulary, evaluating, vocabulary_size
-from ..choices import length_limit
+from ..counters import Counters
 from ..errors import CaptureError
-from ..memory import automatic_batch_tokens
-from ..momentum import Counters
-from ..packing import batches
-from ..pairs import Pairs
-from ..sites import Site, input_device
-from ..tokens import tokenise
+from ..forward.batch_size import automatic_batch_tokens
+from ..forward.capture import LastTokens
+from ..forward.packing import batches
+from ..forward.tokens import check_vocabulary, length_limit, tokenise
+from ..models.sites import Site
+from ..models.structure import evaluating, input_device, vocabulary_size
+from ..pairs.pairs import Pairs
 
 
 @dataclass(frozen=True)

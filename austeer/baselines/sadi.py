@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError, check_count
-from ..tuning.arms import Arm, Material
-from .chosen import by_difference, plan_of
+from ..momentum.momentum import plan_of
+from .arm import Arm, Material
+from .chosen import by_difference
 from .heads import SITE as HEAD_SITE
 from .heads import head_size
 

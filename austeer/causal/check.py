@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..baselines.reading import pair_activations
-from ..environment import environment
 from ..errors import SelectionError, TaskError
-from ..momentum import Momentum
-from ..progress import Progress
-from ..sites import find_sites, fingerprint, floating_dtype
+from ..models.sites import find_sites, fingerprint
+from ..models.structure import floating_dtype
+from ..models.weights import signature
+from ..momentum.momentum import Momentum
+from ..plans.fit import check_plan_fits
 from ..statistics import signed_rate
-from ..steering import check_plan_fits
 from ..tasks import Task
 from ..tuning.record import Record
-from ..weights import signature
+from ..utils.environment import environment
+from ..utils.progress import Progress
 from .runner import Runner
 from .sample import Sample, Scale, draw
 from .statistics import Findings, findings, verdict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..figures import BLUE, GREY, ORANGE, new_figure, save_figure
+from ..utils.figures import BLUE, GREY, ORANGE, new_figure, save_figure
 from .check import WAYS, CausalResult
 
 COLORS = {"spread": GREY, "matched": ORANGE, "top": BLUE}

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TaskError
-from ..momentum import Momentum
-from ..plan import Plan
-from ..progress import Progress
-from ..steering import steer
+from ..momentum.momentum import Momentum
+from ..plans.plan import Plan
+from ..steering.steering import steer
 from ..tasks import Task, option_scores
 from ..tuning.record import Record
+from ..utils.progress import Progress
 from .sample import Scale
 
 #: Plans that one steering carries: each has a row in the strength tables of the layers that it touches.

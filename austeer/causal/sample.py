@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError, check_count
-from ..momentum import Momentum
+from ..momentum.momentum import Momentum
 from ..statistics import ranking, signed_rate
 
 #: A match is drawn among so many AUs of the layer that are nearest in scale: near enough to be alike, many enough to

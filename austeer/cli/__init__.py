@@ -63,7 +63,7 @@ def version(
     show: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
 ) -> None:
     if show:
-        from .. import __version__
+        from ..version import __version__
 
         print(__version__)
         raise typer.Exit

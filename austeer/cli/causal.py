@@ -69,7 +69,7 @@ def causal(
     from importlib.util import find_spec
 
     from ..causal import causal_check
-    from ..momentum import Momentum
+    from ..momentum.momentum import Momentum
     from ..tasks import load_task
 
     result_file, record = out / "causal.json", out / "record.jsonl"

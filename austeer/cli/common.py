@@ -100,7 +100,7 @@ def load(name: str, dtype: str, device: str | None, strategy: str = "resident"):
     """
     from transformers.utils import logging
 
-    from ..models import fits, load_model, load_offloaded
+    from ..models.load import fits, load_model, load_offloaded
 
     logging.disable_progress_bar()
     if device is None and "LOCAL_RANK" in os.environ:

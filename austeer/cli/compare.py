@@ -69,9 +69,9 @@ def compare(
     Methods: momentum (the paper), random, all (AUs, softly weighted), difference and effect (other rankings), caa
     (a block's vector), iti (heads), sadi (masked elements).
     """
-    from ..figures import require_matplotlib
     from ..tuning import compare as compare_methods
     from ..tuning.figures import draw_compare
+    from ..utils.figures import require_matplotlib
 
     seconds, counts, texts = parse_budget(budget), parse_counts("--ks", ks), read_neutral(neutral)
     require_matplotlib()

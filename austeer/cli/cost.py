@@ -10,7 +10,7 @@ from rich.table import Table
 from .common import Json, console, emit, note
 
 if TYPE_CHECKING:
-    from ..overhead import Pass, SteeringCost
+    from ..costs.steering import Pass, SteeringCost
 
 
 def cost(
@@ -50,7 +50,7 @@ def cost(
     import torch
     from transformers.utils import logging
 
-    from ..overhead import steering_cost
+    from ..costs.steering import steering_cost
 
     logging.set_verbosity_error()  # details of the config would stand in the table
     found = steering_cost(

@@ -15,7 +15,7 @@ from .common import DType, Json, Quiet, check_writable, console, emit, load, wri
 from .search_options import LEGEND, bars, held_out_table, show_alpha
 
 if TYPE_CHECKING:
-    from ..demo import DemoResult
+    from ..demo.demo import DemoResult
 
 
 def demo(
@@ -31,8 +31,9 @@ def demo(
 
     Example: `austeer demo --out runs/demo`
     """
-    from .. import demo as demonstration
-    from ..figures import draw_demo, require_matplotlib
+    from ..demo import demo as demonstration
+    from ..demo.figures import draw_demo
+    from ..utils.figures import require_matplotlib
 
     require_matplotlib()  # before minutes of work, not after
     check_writable(out / "result.json", force=True)
@@ -57,7 +58,7 @@ def demo(
 
 def show(result: DemoResult, console: Console) -> None:
     """The result's figures."""
-    from ..demo import PROMPTS
+    from ..demo.demo import PROMPTS
 
     first = result.held_out[0]
     console.print(

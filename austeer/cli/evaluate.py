@@ -26,7 +26,7 @@ from .evaluate_text import list_templates, show, show_lm_eval
 from .search_options import Chat, Neutral, Template, read_neutral
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..plans.plan import Plan
     from ..tasks import Variant
 
 
@@ -92,7 +92,7 @@ def evaluate(
     answer) needs none.
     """
     from ..errors import AusteerError
-    from ..plan import Plan
+    from ..plans.plan import Plan
     from ..tasks import checked_variants, load_task
     from ..tasks import evaluate as evaluate_task
     from ..tasks.lm_eval import check_tasks, lm_evaluate

@@ -46,8 +46,9 @@ def lora(
     Example: `austeer export lora plans/kind --model meta-llama/Llama-3.1-8B-Instruct --alpha 8 --out adapters/kind`
     """
     from ..export import export_lora
-    from ..export.adapter import CONFIG, TENSORS, vllm_rank
+    from ..export.adapter import CONFIG, TENSORS
     from ..export.output import RECORD, gigabytes
+    from ..plans.serving import vllm_rank
 
     with warnings_as_notes():
         export_lora(
@@ -87,7 +88,7 @@ def lora(
 
 def _next(found: dict[str, Any], peft_only: bool) -> str:
     """What to do with an adapter."""
-    from ..export.adapter import VLLM_DEFAULT_RANK, VLLM_RANKS
+    from ..plans.serving import VLLM_DEFAULT_RANK, VLLM_RANKS
 
     out, limit = found["folder"], found["vllm_max_lora_rank"]
     if peft_only:

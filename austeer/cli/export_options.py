@@ -23,7 +23,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is in --out."
 def read_plans(names: Sequence[str], alphas: Sequence[float] | None) -> list:
     """Plans from folders or the Hub, each with its strength."""
     from ..errors import PlanError
-    from ..plan import Plan
+    from ..plans.plan import Plan
 
     given = list(alphas or [1.0])
     if len(given) not in (1, len(names)):

@@ -12,7 +12,7 @@ import typer
 from .common import Device, DType, Json, Model, console, emit, load, note
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..plans.plan import Plan
 
 
 def generate(
@@ -48,9 +48,9 @@ def generate(
     With several plans every prompt is one row of a batch for each plan and one for none:
     `austeer generate plans/kind plans/brief --model demo --prompt "The weekend trip was"`
     """
-    from ..generation import continue_prompts
-    from ..plan import Plan
-    from ..steering import steer
+    from ..forward.generation import continue_prompts
+    from ..plans.plan import Plan
+    from ..steering.steering import steer
 
     plans = dict(zip(_names(plan), map(Plan.from_pretrained, plan)))
     only = next(iter(plans.values())) if len(plans) == 1 else None

@@ -26,11 +26,12 @@ def inspect(
     *beta* is the signed share of pairs, with its exact 95 % interval; *effect* the mean over the standard deviation;
     *p* of a two-sided sign test; *q* the same, corrected for all AUs of the site.
     """
-    from .. import overview, overview_text
+    from ..overview import overview
+    from ..overview import text as overview_text
 
     summary = overview.of_file(source, site, k)
     if png:
-        from ..overview_figures import draw_overview
+        from ..overview.figures import draw_overview
 
         draw_overview(summary, png)
     if json:

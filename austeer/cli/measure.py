@@ -80,12 +80,12 @@ def measure(
 
     On several GPUs: `accelerate launch -m austeer measure ...` splits the pairs over the processes.
     """
-    from ..checkpoint import check_path, remove, written
     from ..errors import AusteerError
     from ..making import grave_note
-    from ..measuring import measure as measure_momentum
-    from ..processes import Processes
-    from ..stream import stream_pairs
+    from ..measuring.checkpoint import check_path, remove, written
+    from ..measuring.measure import measure as measure_momentum
+    from ..measuring.processes import Processes
+    from ..pairs.stream import stream_pairs
 
     conditions = parse_where(where)
     if out is None and not dry_run:
@@ -194,8 +194,8 @@ def measure(
 
 def estimate_only(model: str, pairs: Any, sites: list[str], chat: bool, json: bool, **options: Any) -> None:
     """Prints what the same command without ``--dry-run`` will take."""
-    from ..estimate import estimate
-    from ..skeleton import load_tokenizer
+    from ..costs.estimate import estimate
+    from ..models.skeleton import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     found = estimate(model, pairs.with_chat_template(tokenizer) if chat else pairs, sites, **options)
@@ -223,8 +223,8 @@ def parse_layers(text: str | None) -> list[int] | None:
 
 def save(momentum, out: Path, checkpoint: Path, scratch: Path | None) -> None:
     """Writes the result and drops the checkpoint; where the disk is full, saves what can be saved and says where."""
-    from ..checkpoint import remove, written
     from ..errors import AusteerError, FileFormatError
+    from ..measuring.checkpoint import remove, written
 
     try:
         momentum.save(out)

@@ -66,10 +66,10 @@ def from_activations(
     Arrays of other tools: `... shards/*.safetensors --model Qwen/Qwen3-8B --out kind.momentum` (only its config is
     read).
     """
-    from ..activations import ActivationCount
-    from ..checkpoint import check_path, remove
     from ..errors import AusteerError
-    from ..stored import StoredActivations
+    from ..measuring.checkpoint import check_path, remove
+    from ..measuring.stored.count import ActivationCount
+    from ..measuring.stored.folder import StoredActivations
 
     if out is None and not dry_run:
         raise AusteerError("--out: found none, expected the momentum file to write")
@@ -123,7 +123,7 @@ def merge(
 
     Example: `austeer momentum merge monday.momentum tuesday.momentum --out both.momentum`
     """
-    from ..merging import merge_files
+    from ..momentum.merging import merge_files
 
     check_writable(out, force)
     momentum = merge_files(files, progress=False if quiet else None)
@@ -138,8 +138,8 @@ def merge(
 def described(model: str | None, model_type: str | None, layers: int | None, name: str | None):
     """The fingerprint of the model that the options name; None if they name none."""
     from ..errors import AusteerError
-    from ..sites import Fingerprint
-    from ..stored import fingerprint_of
+    from ..measuring.stored.folder import fingerprint_of
+    from ..models.sites import Fingerprint
 
     by_hand = {"--model-type": model_type, "--model-layers": layers, "--name": name}
     given = [option for option, value in by_hand.items() if value is not None]

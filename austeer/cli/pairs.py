@@ -57,13 +57,13 @@ def check(
 
     Without --momentum and --control only the tokenizer is loaded.
     """
+    from ..errors import ModelError
     from ..making import check_pairs, write_pairs
     from ..making import control_pairs as control_set
     from ..making.check import read_unchecked
     from ..making.made import check_out
-    from ..models import ModelError
-    from ..momentum import Momentum
-    from ..skeleton import load_config, load_tokenizer
+    from ..models.skeleton import load_config, load_tokenizer
+    from ..momentum.momentum import Momentum
 
     names = {"prompt": prompt_field, "positive": positive_field, "negative": negative_field}
     found = read_unchecked(pairs, names, limit)

@@ -29,9 +29,10 @@ def push(
     """
     from huggingface_hub.utils import disable_progress_bars
 
-    from .. import hub
     from ..errors import FileFormatError
-    from ..plan import Plan
+    from ..plans.hub import CARD_NAME
+    from ..plans.plan import Plan
+    from ..plans.repository import contents_of
 
     disable_progress_bars()
     try:
@@ -39,8 +40,8 @@ def push(
     except (OSError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{card}: cannot be read as text ({error}); expected a Markdown file") from error
     loaded = Plan.from_pretrained(plan)
-    contents = hub.contents_of(loaded, repo, license=license, card=text)
-    written = contents[hub.CARD_NAME].decode()
+    contents = contents_of(loaded, repo, license=license, card=text)
+    written = contents[CARD_NAME].decode()
     sizes = {name: len(content) for name, content in contents.items()}
     if dry_run:
         if json:

@@ -98,7 +98,7 @@ def parse_counts(name: str, text: str) -> list[int]:
 
 def bars(show: bool | None) -> Step:
     """Progress bars for the stages of a search."""
-    from ..progress import Progress
+    from ..utils.progress import Progress
 
     @contextmanager
     def step(what: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -29,8 +29,8 @@ def select(
 
     Example: `austeer select kind.momentum --site attention --k 10 --operation shift --out plans/kind`
     """
-    from ..momentum import Momentum
-    from ..plan import FILE_NAME
+    from ..momentum.momentum import Momentum
+    from ..plans.files import FILE_NAME
 
     check_writable(out / FILE_NAME, force)
     plan = Momentum.load(momentum).select(

@@ -67,10 +67,10 @@ def tune(
     Half of the data is measured, a quarter tuned on, and a quarter looked at once, for the figures. An interrupted
     search goes on where it was when the same command is given again.
     """
-    from ..figures import require_matplotlib
-    from ..momentum import Momentum as Counted
+    from ..momentum.momentum import Momentum as Counted
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
+    from ..utils.figures import require_matplotlib
 
     seconds, counts = parse_budget(budget), parse_counts("--ks", ks)
     texts, counted = read_neutral(neutral), None if momentum is None else Counted.load(momentum)

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linear import Weights as Names
-from ..linear import weights_of
-from ..sites import find_sites
+from ..models.linear import Weights as Names
+from ..models.linear import weights_of
+from ..models.sites import find_sites
 from . import factors
 from .edits import Edit
 from .tensors import Weights
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-#: What vLLM's --max-lora-rank takes, and what it is by itself.
-VLLM_RANKS, VLLM_DEFAULT_RANK = (8, 16, 32, 64, 128, 256, 320, 512), 16
 #: Where PEFT has the model that it wraps.
 PREFIX = "base_model.model."
 #: In models with mixtures, PEFT takes modules of these names for experts of a checkpoint in an older format.
@@ -49,11 +47,6 @@ class Target:
     def key(self) -> str:
         """What it is called in PEFT's config."""
         return f"{self.path}.{self.names.weight}" if self.parameter else self.path
-
-
-def vllm_rank(rank: int) -> int | None:
-    """The smallest ``--max-lora-rank`` of vLLM that is enough; None if there is none."""
-    return next((one for one in VLLM_RANKS if one >= rank), None)
 
 
 def target_of(network: nn.Module, path: str, edit: Edit | None, rank: int) -> Target:

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from .. import linear
-from ..sites import floating_dtype
-from ..skeleton import named_dtype, skeleton
+from ..models import linear
+from ..models.skeleton import named_dtype, skeleton
+from ..models.structure import floating_dtype
 from .edits import Edit, ExportError, ExportWarning
 
 

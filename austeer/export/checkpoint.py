@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan
-from ..progress import Progress
+from ..plans.plan import Plan
+from ..utils.progress import Progress
 from .biases import NewBiases, new_biases, warn_of_unread
-from .checkpoint_files import along, read_json, write_json
 from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
 from .folding import folded_bias, folded_weight
 from .output import RECORD, check_output, nearest_folder, staged
@@ -263,7 +262,7 @@ class _Folding:
 
     def record(self) -> dict[str, Any]:
         """What was done to which model, as JSON."""
-        from .. import __version__
+        from ..version import __version__
 
         folder = self.weights.folder
         found: dict[str, Any] = {
@@ -290,3 +289,32 @@ def _place(file: Path, folder: Path, staging: Path) -> Path:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
+
+
+#: Of the files beside the weights, those that belong to the model; params.json is of Mistral's own format.
+_ALONG = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+_LEFT = ("params.json", "adapter_config.json", RECORD)
+
+
+def along(folder: Path) -> list[Path]:
+    """The files beside the weights that belong to the model."""
+    here = (*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja"))
+    return sorted(
+        file
+        for file in here
+        if file.is_file()
+        and (file.suffix in _ALONG or file.name.startswith(("LICENSE", "NOTICE")))
+        and file.name not in _LEFT
+        and (file.name == INDEX or not file.name.endswith(".index.json"))
+    )
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: could not be read ({error}); copy or download it anew") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import DEMO, DEMO_ID
-from ..plan import Plan
-from ..sites import base_of, find_sites, name_of, text_config
-from ..skeleton import load_config, skeleton
-from ..steering import check_plan_fits
-from .architectures import ARCHITECTURES
+from ..models.demo_model import DEMO, DEMO_ID
+from ..models.sites import find_sites
+from ..models.skeleton import load_config, skeleton
+from ..models.structure import base_of, name_of, text_config
+from ..plans.fit import check_plan_fits
+from ..plans.plan import Plan
 from .edits import ExportError, warn_of_another_model
-from .gguf_file import add, finish, writer_of
+from .gguf_file import ARCHITECTURES, add, finish, writer_of
 from .output import check_output, staged_file
 
 #: Families whose decoder layers add the MLP's output to their own as it is, so that a shift of the one is a shift of

@@ -21,14 +21,14 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .. import linear
 from ..errors import AusteerError, PlanError
-from ..families import LAYOUTS
-from ..fold import why_not_the_projection
-from ..plan import Plan
-from ..sites import Site, find_sites, text_config
-from ..steering import check_plan_fits
-from ..strengths import Entry, entries_of
+from ..models import linear
+from ..models.families import LAYOUTS
+from ..models.projection import why_not_the_projection
+from ..models.sites import Site, find_sites
+from ..models.structure import text_config
+from ..plans.fit import Entry, check_plan_fits, entries_of
+from ..plans.plan import Plan
 
 
 class ExportError(AusteerError):

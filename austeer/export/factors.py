@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..linear import Weights as Names
+from ..models.linear import Weights as Names
 from .edits import Edit, Strengths
 from .folding import steered_bias
 from .tensors import Weights

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..plan import Plan
-from ..progress import Progress
-from ..sites import find_sites, text_config
+from ..models.sites import find_sites
+from ..models.structure import text_config
+from ..plans.plan import Plan
+from ..utils.progress import Progress
 from . import factors
-from .architectures import ARCHITECTURES
 from .control_vector import write_control_vector
 from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
-from .gguf_file import add, finish, writer_of
+from .gguf_file import ARCHITECTURES, add, finish, writer_of
 from .output import check_output, staged_file
 from .tensors import weights_of_model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..plan import Plan
+from ..plans.plan import Plan
 from .edits import ExportError, describe
 
 
@@ -16,7 +16,7 @@ def writer_of(path: Path, architecture: str, name: str, pairs: list[tuple[Plan, 
     """A ``GGUFWriter`` that says what it was made of."""
     from gguf import GGUFWriter
 
-    from .. import __version__
+    from ..version import __version__
 
     writer = GGUFWriter(path, architecture)
     writer.add_string("austeer.version", __version__)
@@ -38,3 +38,48 @@ def finish(writer: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+#: ``model_type`` of the text config -> ``general.architecture``; conversion leaves their projections' weights as they
+#: are, or turns them from [in, out] to [out, in].
+ARCHITECTURES = {
+    "bloom": "bloom",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "deepseek_v3": "deepseek2",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "exaone4": "exaone4",
+    "falcon": "falcon",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "glm4": "glm4",
+    "glm4_moe": "glm4moe",
+    "gpt2": "gpt2",
+    "gpt_neox": "gptneox",
+    "gpt_oss": "gpt-oss",
+    "granite": "granite",
+    "granitemoe": "granitemoe",
+    "llama": "llama",
+    "llama4_text": "llama4",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "mpt": "mpt",
+    "nemotron": "nemotron",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "olmoe": "olmoe",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "phimoe": "phimoe",
+    "qwen2": "qwen2",
+    "qwen2_5_vl_text": "qwen2vl",
+    "qwen2_moe": "qwen2moe",
+    "qwen2_vl_text": "qwen2vl",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "qwen3_vl_text": "qwen3vl",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+}

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import check_count
-from ..linear import Weights as Names
-from ..linear import weights_of
-from ..plan import Plan
-from ..progress import Progress
-from ..sites import SITE_NAMES, find_sites
+from ..models.linear import Weights as Names
+from ..models.linear import weights_of
+from ..models.sites import SITE_NAMES, find_sites
+from ..plans.plan import Plan
+from ..utils.progress import Progress
 from . import factors
 from .adapter import CONFIG, PREFIX, TENSORS, Target, config_of, taken_for_experts, target_of, tensors_of
 from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
@@ -205,7 +205,7 @@ def _rounded(value: Tensor, dtype: torch.dtype, path: str) -> Tensor:
 
 
 def _record(weights: Weights, plans: Sequence[tuple[Plan, float]], targets: Sequence[Target]) -> dict[str, Any]:
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "austeer": __version__,

@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..models import DEMO, DEMO_ID, ModelError, demo_model
-from ..sites import base_of, name_of
-from ..skeleton import load_config, named_dtype, skeleton
-from ..steering import is_steered
-from ..weights import read_parameter
+from ..errors import ModelError
+from ..models.demo_model import DEMO, DEMO_ID, demo_model
+from ..models.skeleton import load_config, named_dtype, skeleton
+from ..models.structure import base_of, is_steered, name_of
+from ..models.weights import read_parameter
 from .edits import ExportError
 
 #: What is edited; anything else is quantised.

@@ -5,8 +5,8 @@ Pairs are made from a labelled task (:mod:`.from_task`), written by the model it
 of pairs apart besides their meaning: lengths, last tokens, prompts.
 """
 
-from .check import check_pairs, grave_note
-from .findings import Finding, PairsReport
+from .check import PairsReport, check_pairs, grave_note
+from .findings import Finding
 from .from_task import pairs_from_task
 from .instructions import pairs_from_instructions
 from .length_control import LengthControl, control_pairs

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from torch import nn
 
-from ..choices import length_limit
 from ..errors import PairsError
-from ..measuring import measure
-from ..momentum import Momentum
-from ..pair import FIELDS, LEAD, Pair, has_lead, lead_of
-from ..pairs import Pairs
-from ..readers import open_source
-from ..sites import text_config
+from ..forward.tokens import length_limit
+from ..measuring.measure import measure
+from ..models.structure import text_config
+from ..momentum.momentum import Momentum
+from ..pairs.pair import FIELDS, LEAD, Pair, has_lead, lead_of
+from ..pairs.pairs import Pairs
+from ..pairs.readers import open_source
+from ..pairs.stream import PairStream
 from ..statistics import smallest_pairs
-from ..stream import PairStream
-from .findings import Finding, PairsReport, worst
+from .findings import Finding, worst
 from .length_control import LengthControl, SiteControl, length_control
-from .side_checks import (
-    Sides,
-    check_answer_words,
-    check_boundary,
-    check_last_token,
-    check_length,
-    check_truncation,
-)
+from .side_checks import Sides, check_answer_words, check_boundary, check_last_token, check_length, check_truncation
 from .text_checks import check_blank, check_contradictions, check_identical, check_prompts, with_sides
 
 #: More of the top AUs than expected that react to length alone, as a share of k; and share of k that follow length.
@@ -219,3 +212,40 @@ def _of_control(control: LengthControl, site: SiteControl) -> Finding:
     remedy = "" if level == "ok" else "make both sides equally long, measure again, and compare the two plans"
     numbers = {name: value for name, value in site.to_json().items() if name != "reacting"}
     return Finding(f"length alone, {site.site}", level, verdict, remedy, numbers)
+
+
+@dataclass(frozen=True)
+class PairsReport:
+    """What :func:`austeer.making.check_pairs` found.
+
+    Attributes:
+        source: where the pairs are from. pairs: how many. usable: how many of them have two sides that differ.
+        findings: one for each thing that was looked at.
+        control: what the AUs do with length alone, if the model was asked.
+    """
+
+    source: str
+    pairs: int
+    usable: int
+    findings: tuple[Finding, ...]
+    control: LengthControl | None = None
+
+    def of(self, level: str) -> tuple[Finding, ...]:
+        """The findings of a level."""
+        return tuple(found for found in self.findings if found.level == level)
+
+    def __getitem__(self, name: str) -> Finding:
+        """The finding of a name; raises KeyError if that was not looked at."""
+        found = next((finding for finding in self.findings if finding.name == name), None)
+        if found is None:
+            raise KeyError(f"{name!r}; found {', '.join(finding.name for finding in self.findings)}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "pairs": self.pairs,
+            "usable": self.usable,
+            "findings": [finding.to_json() for finding in self.findings],
+            "length_control": None if self.control is None else self.control.to_json(),
+        }

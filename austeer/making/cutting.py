@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..tokens import encode
+from ..forward.tokens import encode
 
 #: A word with what may be inside it, or one mark.
 _PIECE = re.compile(r"\w+(?:['’.,-]\w+)*|[^\w\s]")

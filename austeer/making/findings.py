@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .length_control import LengthControl
+    pass
 
 #: From harmless to grave. "note": to be known, and in some pairs meant so.
 LEVELS = ("ok", "note", "warning", "grave")
@@ -30,43 +30,6 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "numbers": dict(self.numbers)}
-
-
-@dataclass(frozen=True)
-class PairsReport:
-    """What :func:`austeer.making.check_pairs` found.
-
-    Attributes:
-        source: where the pairs are from. pairs: how many. usable: how many of them have two sides that differ.
-        findings: one for each thing that was looked at.
-        control: what the AUs do with length alone, if the model was asked.
-    """
-
-    source: str
-    pairs: int
-    usable: int
-    findings: tuple[Finding, ...]
-    control: LengthControl | None = None
-
-    def of(self, level: str) -> tuple[Finding, ...]:
-        """The findings of a level."""
-        return tuple(found for found in self.findings if found.level == level)
-
-    def __getitem__(self, name: str) -> Finding:
-        """The finding of a name; raises KeyError if that was not looked at."""
-        found = next((finding for finding in self.findings if finding.name == name), None)
-        if found is None:
-            raise KeyError(f"{name!r}; found {', '.join(finding.name for finding in self.findings)}")
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "pairs": self.pairs,
-            "usable": self.usable,
-            "findings": [finding.to_json() for finding in self.findings],
-            "length_control": None if self.control is None else self.control.to_json(),
-        }
 
 
 def share(part: int, whole: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import PairsError
-from ..pair import has_lone_surrogate, render_chat
-from ..tokens import encode
+from ..forward.tokens import encode
+from ..pairs.pair import has_lone_surrogate, render_chat
 
 
 class Instructed:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import PairsError
-from ..pair import Pair
-from ..pairs import Pairs
+from ..pairs.pair import Pair
+from ..pairs.pairs import Pairs
 from .made import Made
 
 if TYPE_CHECKING:

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from ..choices import tokenizer_signature
 from ..errors import AusteerError, PairsError, check_count
-from ..generation import continue_prompts
-from ..pair import Pair, render_chat
-from ..pairs import Pairs
-from ..progress import Progress
-from ..sites import name_of
-from ..tokens import encode
-from ..weights import signature
+from ..forward.generation import continue_prompts
+from ..forward.tokens import encode
+from ..measuring.choices import tokenizer_signature
+from ..models.structure import name_of
+from ..models.weights import signature
+from ..pairs.pair import Pair, render_chat
+from ..pairs.pairs import Pairs
+from ..utils.progress import Progress
 from .cutting import even, whole_words
 from .forms import drops_blank, instructed, instruction_form, join
 from .made import Made, check_out, write_pairs

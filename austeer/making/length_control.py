@@ -16,14 +16,13 @@ from statistics import mean, median
 import torch
 from torch import nn
 
-from ..choices import length_limit
 from ..errors import PairsError, SelectionError, check_count
-from ..measuring import measure
-from ..momentum import Momentum
-from ..pairs import Pairs
-from ..sites import find_sites, fingerprint
+from ..forward.tokens import encode, length_limit, tokenise
+from ..measuring.measure import measure
+from ..models.sites import find_sites, fingerprint
+from ..momentum.momentum import Momentum
+from ..pairs.pairs import Pairs
 from ..statistics import discoveries, ranking, signed_rate
-from ..tokens import encode, tokenise
 from .side_checks import Sides
 from .signs import following, momentum_signs
 from .text_checks import with_sides

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import PairsError
-from ..pair import LEAD, Pair
-from ..pairs import Pairs
+from ..pairs.pair import LEAD, Pair
+from ..pairs.pairs import Pairs
 
 #: Suffixes of files in which pairs are written, one object a line.
 SUFFIXES = (".jsonl", ".ndjson")

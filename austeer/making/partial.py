@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import journal
 from ..errors import FileFormatError, PairsError
+from ..utils import journal
 
 FORMAT, VERSION = "austeer-pairs-partial", 1
 

@@ -7,8 +7,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from ..errors import PairsError
-from ..lines import TextFile
-from ..readers import open_source
+from ..pairs.readers import open_source
+from ..pairs.text_file import TextFile
 
 
 def read_prompts(source: str | Path | None = None, *, field: str = "prompt", limit: int | None = None) -> list[str]:

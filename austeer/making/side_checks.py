@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from ..pair import Pair
-from ..tokens import encode
+from ..forward.tokens import encode
+from ..pairs.pair import Pair
 from .findings import Finding, percent, share, worst
 from .told import sign_test, told_by, told_by_longer
 

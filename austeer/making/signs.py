@@ -10,11 +10,12 @@ import torch
 from scipy import stats
 from torch import nn
 
-from ..capture import LastTokens, evaluating
-from ..memory import automatic_batch_tokens
-from ..packing import batches
-from ..progress import Progress
-from ..sites import find_sites, input_device
+from ..forward.batch_size import automatic_batch_tokens
+from ..forward.capture import LastTokens
+from ..forward.packing import batches
+from ..models.sites import find_sites
+from ..models.structure import evaluating, input_device
+from ..utils.progress import Progress
 
 #: Pairs whose activations are held at a time.
 BLOCK = 64

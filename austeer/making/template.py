@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import PairsError
-from ..lines import TextFile
-from ..pair import Pair
-from ..pairs import Pairs
+from ..pairs.pair import Pair
+from ..pairs.pairs import Pairs
+from ..pairs.text_file import TextFile
 from .made import Made
 
 #: More combinations than these are not made unless their number is asked for.

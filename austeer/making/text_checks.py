@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import sparse
 
-from ..pair import Pair
+from ..pairs.pair import Pair
 from .findings import Finding, share
 
 #: Prompts that are compared with each other, at most; more are drawn from.

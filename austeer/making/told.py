@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from ..halves import half_of
+from ..pairs.halves import half_of
 
 #: A side is told by something simple in so many pairs of a hundred: worth a warning, or grave. 50 is chance.
 WARNING, GRAVE = 0.6, 0.75

@@ -5,15 +5,8 @@ activations themselves. Pairs are taken to be independent: pairs that repeat eac
 """
 
 from .power import Finding, critical_count, detectable_rate, pairs_needed, power, smallest_pairs
-from .scores import effect_size, ranking, signed_rate
-from .significance import (
-    adjusted_p_values,
-    beta_histogram,
-    chance_below,
-    discoveries,
-    p_values,
-    rate_interval,
-)
+from .ranking import effect_size, ranking, signed_rate
+from .significance import adjusted_p_values, beta_histogram, chance_below, discoveries, p_values, rate_interval
 from .stability import Stability, Ties, expected_overlap, geometric, overlap, stability, ties_at_cut
 
 __all__ = [

@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ..counters import Counters
 from ..errors import SelectionError
-from ..momentum import Counters
 from .power import critical_count
 
 

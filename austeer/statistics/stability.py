@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from scipy import optimize, stats
 
+from ..counters import Counted
 from ..errors import SelectionError, check_count
-from ..momentum import Momentum
-from .scores import ranking
+from .ranking import ranking
 
 #: Below so many AUs one more or less is a tenth and more, and an overlap mostly luck.
 LEAST_K = 10
@@ -25,7 +25,7 @@ _NODES = _NODES + 0.5  # of an integral from 0 to 1
 _MOST = 0.99999
 
 
-def overlap(first: Momentum, second: Momentum, site: str, k: int, ties: str = "effect") -> float:
+def overlap(first: Counted, second: Counted, site: str, k: int, ties: str = "effect") -> float:
     """Share of the top k AUs of ``first`` that are also in the top k of ``second``; k / size by chance.
 
     Raises:
@@ -68,7 +68,7 @@ class Stability:
         return self.k[place], self.score[place]
 
 
-def stability(momentum: Momentum, site: str, k: tuple[int, ...] | None = None, ties: str = "effect") -> Stability:
+def stability(momentum: Counted, site: str, k: tuple[int, ...] | None = None, ties: str = "effect") -> Stability:
     """How much of the top k the two halves of the pairs agree on.
 
     Args:
@@ -118,7 +118,7 @@ def geometric(size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(series.round().astype(int).tolist()))
 
 
-def stable_k(momentum: Momentum, site: str, min_stability: float, ties: str = "effect") -> int:
+def stable_k(momentum: Counted, site: str, min_stability: float, ties: str = "effect") -> int:
     """The largest k of the series whose score (:class:`Stability`) is at least ``min_stability``.
 
     Raises:
@@ -179,7 +179,7 @@ class Ties:
     inside: int
 
 
-def ties_at_cut(momentum: Momentum, site: str, k: int) -> Ties:
+def ties_at_cut(momentum: Counted, site: str, k: int) -> Ties:
     """How much of the top k the tie rule decides.
 
     Raises:

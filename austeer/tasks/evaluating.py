@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import TaskError
-from ..plan import Plan
-from ..progress import Progress
-from ..sites import name_of
-from ..steering import Steering, steer
+from ..models.structure import name_of
+from ..plans.plan import Plan
+from ..steering.steering import Steering, steer
+from ..utils.progress import Progress
 from .evaluation import UNSTEERED, Evaluation, Observed, summarise
 from .neutral import neutral_texts
 from .numeric import TOLERANCE, equal_numbers, last_number, numeric_answers

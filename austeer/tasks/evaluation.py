@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..intervals import group_interval, mcnemar, share_interval
+from ..statistics.intervals import group_interval, mcnemar, share_interval
 
 UNSTEERED = "unsteered"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from ..capture import evaluating
 from ..errors import TaskError
-from ..levels import Alpha
-from ..plan import Plan
-from ..steering import steer
+from ..models.structure import evaluating
+from ..plans.plan import Plan
+from ..steering.levels import Alpha
+from ..steering.steering import steer
 from .evaluating import Variant, checked_variants
 from .evaluation import UNSTEERED
 

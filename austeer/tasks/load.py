@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TaskError
-from ..pair import FIELDS, pair_of
-from ..readers import open_source
-from ..source import Row, Source
-from ..stream import _equals
+from ..pairs.pair import FIELDS, pair_of
+from ..pairs.readers import open_source
+from ..pairs.source import Row, Source
+from ..pairs.stream import _equals
 from .numeric import parse_number
 from .task import Item, Task, check_item
 from .templates import DUPLICATES, Template, _listed, label_of, load_template

@@ -20,10 +20,10 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from ..capture import evaluating
 from ..errors import TaskError
-from ..generation import continue_prompts
-from ..steering import Steering
+from ..forward.generation import continue_prompts
+from ..models.structure import evaluating
+from ..steering.steering import Steering
 from .scoring import Names
 from .task import Task
 

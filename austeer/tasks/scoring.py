@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..capture import check_vocabulary, evaluating, vocabulary_size
 from ..errors import PairsError, TaskError
-from ..packing import batches
-from ..pairs import Pairs
-from ..sites import decoder_of, input_device, text_config, unwrap
-from ..steering import Steering
-from ..tokens import encode
+from ..forward.packing import batches
+from ..forward.tokens import check_vocabulary, encode
+from ..models.structure import decoder_of, evaluating, input_device, text_config, unwrap, vocabulary_size
+from ..pairs.pairs import Pairs
+from ..steering.steering import Steering
 from .task import Task
 
 #: Rows of logits that are made at once: 128 rows of a vocabulary of 256,000 in float32 are 131 MB.

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import TaskError
-from ..pair import Pair, check_untemplated, has_lone_surrogate, prompt_as_chat
-from ..pairs import Pairs
+from ..pairs.pair import Pair, check_untemplated, has_lone_surrogate, prompt_as_chat
+from ..pairs.pairs import Pairs
 
 #: "choice": each option is one token after the prompt. "continuation": options of any length, scored by their
 #: log-probability. "numeric": the model writes, and the number that it gives counts.

@@ -1,6 +1,6 @@
 """Choosing which AUs, how many and how strongly, on data that was not measured, and comparing methods fairly."""
 
-from .arms import Arm, Candidate, Material
+from ..baselines.arm import Arm, Candidate, Material
 from .compare import CompareResult, compare
 from .data import Parts
 from .tune import TuneResult, tune

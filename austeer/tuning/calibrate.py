@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .arms import Arm, Candidate
+from ..baselines.arm import Arm, Candidate
 from .scorer import Scorer
 
 #: The weakest and the strongest alpha that is tried.

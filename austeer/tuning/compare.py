@@ -14,15 +14,15 @@ from torch import nn
 
 from ..baselines import METHODS, sites_needed
 from ..baselines import arms as arms_of
-from ..environment import environment
+from ..baselines.arm import Arm
 from ..errors import TaskError
-from ..momentum import Momentum
-from ..pairs import Pairs
-from ..plan import OPERATIONS
-from ..steering import steer
+from ..forward.timing import Timing, decode_times
+from ..momentum.momentum import Momentum
+from ..pairs.pairs import Pairs
+from ..plans.table import OPERATIONS
+from ..steering.steering import steer
 from ..tasks.task import Task
-from ..timing import Timing, decode_times
-from .arms import Arm
+from ..utils.environment import environment
 from .data import Most, Parts
 from .ground import fitting, prepare
 from .held_out import HeldOut, Unsteered, hold_out

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TaskError
-from ..pairs import Pairs
+from ..pairs.pairs import Pairs
 from ..tasks.task import Task
 
 #: At most so many items to measure, tune and test.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..figures import BLUE, GREY, ORANGE, new_figure, save_figure
+from ..utils.figures import BLUE, GREY, ORANGE, new_figure, save_figure
 from .compare import CompareResult
 from .held_out import HeldOut
 from .tune import Trial, TuneResult

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from ..baselines.arm import Material
 from ..errors import TaskError
-from ..measuring import measure
-from ..momentum import Momentum
-from ..pairs import Pairs
+from ..forward.tokens import encode
+from ..measuring.measure import measure
+from ..momentum.momentum import Momentum
+from ..pairs.pairs import Pairs
 from ..tasks.neutral import neutral_texts
 from ..tasks.task import Task
-from ..tokens import encode
-from .arms import Material
 from .data import Most, Parts, digest_of, halved, split
 from .record import Record
 from .scorer import Scorer

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..intervals import group_interval, mcnemar, mean_interval, share_interval
-from .arms import Candidate
+from ..baselines.arm import Candidate
+from ..statistics.intervals import group_interval, mcnemar, mean_interval, share_interval
 from .scorer import Scorer
 from .search import Step, silent
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import journal
 from ..errors import FileFormatError
+from ..utils import journal
 
 FORMAT, VERSION = "austeer-search", 2
 

@@ -13,12 +13,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..baselines.arm import Candidate
 from ..errors import TaskError
-from ..steering import Steering, steer
+from ..forward.tokens import encode
+from ..steering.steering import Steering, steer
 from ..tasks.scoring import option_scores, side_effects
 from ..tasks.task import Task
-from ..tokens import encode
-from .arms import Candidate
 from .record import Record
 from .schedule import Costs
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..baselines.arm import Arm, Candidate
 from ..errors import TaskError
-from ..intervals import group_interval
-from .arms import Arm, Candidate
+from ..statistics.intervals import group_interval
 from .calibrate import Limit, calibrate
 from .schedule import ETA, Schedule, make_schedule
 from .scorer import Scorer

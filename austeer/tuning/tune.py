@@ -11,13 +11,14 @@ from typing import Any
 from torch import nn
 
 from ..baselines import arms as arms_of
-from ..environment import environment
-from ..evidence import Evidence, Outcome
-from ..momentum import Momentum
-from ..pairs import Pairs
-from ..plan import OPERATIONS, Plan
+from ..baselines.arm import Arm, Candidate
+from ..momentum.momentum import Momentum
+from ..pairs.pairs import Pairs
+from ..plans.evidence import Evidence, Outcome
+from ..plans.plan import Plan
+from ..plans.table import OPERATIONS
 from ..tasks.task import Task
-from .arms import Arm, Candidate
+from ..utils.environment import environment
 from .calibrate import calibrate
 from .data import Most, Parts
 from .ground import fitting, prepare

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError, SiteError
-from ..families import LAYOUTS, alternatives
-from ..plan import Plan
-from ..sites import SITE_NAMES
+from ..models.families import LAYOUTS, alternatives
+from ..models.sites import SITE_NAMES
+from ..plans.plan import Plan
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 INPUT_SIDES = ("attention", "neuron")

@@ -12,29 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ARCHITECTURES, KEY, VARIABLE
+from ..plans.serving import KEY, VARIABLE
 from .layers import check_fits, install, structure
-from .sets import ServingError, load, parse, tables
-from .slots import RowBuffer, Slots
+from .plugin import ARCHITECTURES
+from .sets import load, parse, tables
+from .slots import RowBuffer, slots_of
 from .support import check_engine
 
 _logger = logging.getLogger("vllm.austeer")
-_slots: dict[str, Slots] = {}
-
-
-def slots_of(config: Any) -> Slots:
-    """The request slots of a ``VllmConfig``'s engine in this process, which its model and its logits processor share.
-
-    Raises:
-        ServingError: AUSTEER_SETS is not set in this process, or cannot be read.
-    """
-    if config.instance_id not in _slots:
-        value = os.environ.get(VARIABLE)
-        if value is None:
-            raise ServingError(f"{VARIABLE} is not set in a process of the engine; set it for all of them")
-        scopes = {name: spec.scope for name, spec in parse(value).items()}
-        _slots[config.instance_id] = Slots(scopes, config.scheduler_config.max_num_seqs)
-    return _slots[config.instance_id]
 
 
 class Steered:

@@ -8,14 +8,10 @@ from typing import Any
 from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 
-from . import ARCHITECTURES, KEY, VARIABLE
-from .models import slots_of
-from .sets import ServingError, parse
-
-
-def set_of(params: Any) -> str | None:
-    """The name of the set that a request's ``SamplingParams`` ask for."""
-    return None if params is None else (params.extra_args or {}).get(KEY)
+from ..plans.serving import KEY, VARIABLE
+from .plugin import ARCHITECTURES
+from .sets import ServingError, parse, set_of
+from .slots import slots_of
 
 
 class Requests(ProcessorV1, ProcessorV2):

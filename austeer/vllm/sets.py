@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from ..errors import AusteerError, SteeringError
-from ..plan import Plan
-from ..scope import Scope, parse_scope
-from . import VARIABLE
+from ..plans.plan import Plan
+from ..plans.serving import KEY, VARIABLE
+from ..steering.scope import Scope, parse_scope
 
 
 class ServingError(AusteerError):
@@ -158,3 +158,8 @@ def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int]
                 terms[plan.operation][row, index] += strength[i]
     ordered = {key: {term: found[key][term] for term in TERMS if term in found[key]} for key in sorted(found)}
     return ordered
+
+
+def set_of(params: Any) -> str | None:
+    """The name of the set that a request's ``SamplingParams`` ask for."""
+    return None if params is None else (params.extra_args or {}).get(KEY)

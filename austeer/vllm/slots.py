@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..scope import END, Scope
-from .sets import ServingError
+from ..plans.serving import VARIABLE
+from ..steering.scope import END, Scope
+from .sets import ServingError, parse
 
 
 class Slots:
@@ -100,3 +103,21 @@ class RowBuffer:
         else:
             target.copy_(source)
         self._written = rows.copy()
+
+
+_slots: dict[str, Slots] = {}
+
+
+def slots_of(config: Any) -> Slots:
+    """The request slots of a ``VllmConfig``'s engine in this process, which its model and its logits processor share.
+
+    Raises:
+        ServingError: AUSTEER_SETS is not set in this process, or cannot be read.
+    """
+    if config.instance_id not in _slots:
+        value = os.environ.get(VARIABLE)
+        if value is None:
+            raise ServingError(f"{VARIABLE} is not set in a process of the engine; set it for all of them")
+        scopes = {name: spec.scope for name, spec in parse(value).items()}
+        _slots[config.instance_id] = Slots(scopes, config.scheduler_config.max_num_seqs)
+    return _slots[config.instance_id]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from .requests import set_of
+from .sets import set_of
 
 
 class SteeringState(DefaultModelState):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from . import PROCESSOR, VARIABLE
+from ..plans.serving import PROCESSOR, VARIABLE
 from .sets import ServingError
 
 #: The version that the plugin is tested with.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from austeer import Plan
-from austeer.capture import first_tensor
+from austeer.models.structure import first_tensor
 
 from ..plain_ways import dense, strengths
 from ..steered import Steered, Way

@@ -12,7 +12,7 @@ from torch import nn
 
 from austeer import Plan
 from austeer.export import export_lora
-from austeer.sites import Site
+from austeer.models.sites import Site
 
 from ..plain_ways import strengths
 from ..steered import Steered, UnavailableError, Way

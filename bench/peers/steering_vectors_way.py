@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from austeer import Plan
-from austeer.sites import find_sites
+from austeer.models.sites import find_sites
 
 from ..plain_ways import dense, strengths
 from ..steered import Steered, UnavailableError, Way

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from austeer.cli.demo import show
-from austeer.demo import DemoResult
-from austeer.measured import MeasureReport, Seconds
-from austeer.timing import Timing
+from austeer.demo.demo import DemoResult
+from austeer.forward.timing import Timing
+from austeer.momentum.report import MeasureReport, Seconds
 from austeer.tuning.held_out import HeldOut, Unsteered
 from austeer.tuning.tune import Trial
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from austeer.figures import require_matplotlib
+from austeer.utils.figures import require_matplotlib
 
 #: Page, text, and lines of little weight: GitHub's own.
 _THEMES = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from austeer.figures import require_matplotlib
+from austeer.utils.figures import require_matplotlib
 
 from ..cases import COLUMNS, FUSED, PLAIN
 from . import study, tables

@@ -92,7 +92,7 @@ class Exactness:
 @pytest.fixture(scope="session")
 def exactness(request: pytest.FixtureRequest) -> Iterator[Exactness]:
     """``exactness(target, operation, site, difference, effect)``; written to the file of ``--exactness`` at the end."""
-    from austeer.models import DEMO_ID
+    from austeer.models.demo_model import DEMO_ID
 
     found = Exactness()
     yield found
@@ -104,7 +104,7 @@ def exactness(request: pytest.FixtureRequest) -> Iterator[Exactness]:
 @pytest.fixture(scope="session")
 def momentum(demo) -> austeer.Momentum:
     """Of a few real pairs, at the sites that a LoRA adapter can carry."""
-    from austeer.demo import load_data
+    from austeer.demo.demo import load_data
 
     return austeer.measure(*demo, load_data().momentum[:24], ["attention", "ffn"], progress=False)
 

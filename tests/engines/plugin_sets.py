@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import austeer
-from austeer.vllm import KEY, PROCESSOR, VARIABLE
+from austeer.plans.serving import KEY, PROCESSOR, VARIABLE
 from dense_formula import formula_at
 from mixes import PROMPTS, Parts, engine_logits
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from austeer.export import export_checkpoint
-from austeer.models import demo_model
+from austeer.models.demo_model import demo_model
 from dense_formula import formula_at, logits
 from mixes import PROMPTS, TEXT, TOKENS, engine_logits, steered
 

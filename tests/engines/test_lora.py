@@ -21,7 +21,7 @@ def engine(demo):
     """One engine with room for every adapter in one batch, that gives the logits of the whole vocabulary."""
     from vllm import LLM
 
-    from austeer.models import demo_model
+    from austeer.models.demo_model import demo_model
 
     llm = LLM(
         str(demo_model()),
@@ -100,7 +100,7 @@ def test_the_server_may_choose_alpha_by_the_adapters_scaling(engine, requests, e
     """An adapter of strength 1 whose ``lora_alpha`` is multiplied by alpha is the adapter of strength alpha."""
     from vllm.lora.request import LoRARequest
 
-    from austeer.models import demo_model
+    from austeer.models.demo_model import demo_model
 
     ((plan, alpha),) = mixes["attention"]
     folder = export_lora(plan, demo_model(), tmp_path / "one")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def mixes(demo) -> dict[str, Mix]:
     """Measured plans. The strengths are such that each mix writes something else."""
-    from austeer.demo import load_data
+    from austeer.demo.demo import load_data
 
     momentum = austeer.measure(
         *demo, load_data().momentum[:24], ["attention", "ffn", "layer", "neuron"], progress=False
@@ -53,7 +53,7 @@ def engine(expected, mixes, tmp_path_factory):
     """Prompts are split over batches and batches are mixed: few tokens go into one."""
     from vllm import LLM
 
-    from austeer.models import demo_model
+    from austeer.models.demo_model import demo_model
 
     with named(mixes, tmp_path_factory.mktemp("sets")):
         llm = LLM(

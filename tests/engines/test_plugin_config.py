@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from austeer.vllm import ARCHITECTURES, KEY, PROCESSOR, VARIABLE
+from austeer.plans.serving import KEY, PROCESSOR, VARIABLE
+from austeer.vllm.plugin import ARCHITECTURES
 from austeer.vllm.sets import ServingError
 from austeer.vllm.support import check_engine
 
@@ -23,7 +24,7 @@ def configure():
     """vLLM's configuration of the demo model with some options."""
     from vllm import EngineArgs
 
-    from austeer.models import demo_model
+    from austeer.models.demo_model import demo_model
 
     return lambda **options: EngineArgs(str(demo_model()), **(OPTIONS | options)).create_engine_config()
 
@@ -87,8 +88,8 @@ def state(configure, monkeypatch):
     """The steered model's state in model runner V2, with a model that has nothing but its slots and rows."""
     from vllm.v1.worker.gpu.model_states import init_model_state
 
-    from austeer.vllm.models import Steered, slots_of
-    from austeer.vllm.slots import RowBuffer
+    from austeer.vllm.models import Steered
+    from austeer.vllm.slots import RowBuffer, slots_of
 
     sets = {"all": {"plan": "a", "alpha": 1}, "generation": {"plan": "a", "alpha": 1, "scope": "generation"}}
     monkeypatch.setenv(VARIABLE, json.dumps(sets))

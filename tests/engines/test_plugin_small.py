@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from austeer.vllm import KEY, PROCESSOR
+from austeer.plans.serving import KEY, PROCESSOR
 from mixes import PROMPTS
 from plugin_sets import ENGINE, Mix, asks, named, random_mixes, written_by_us
 from serving import Server

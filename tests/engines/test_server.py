@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def server(adapters, tmp_path_factory: pytest.TempPathFactory):
     """Serves the demo model as "base" and the attention plan as "kind"."""
-    from austeer.models import demo_model
+    from austeer.models.demo_model import demo_model
 
     arguments = [str(demo_model()), "--served-model-name", "base", "--dtype", "float32", "--max-model-len", "128"]
     lora = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "16"]

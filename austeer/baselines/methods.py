@@ -1,0 +1,158 @@
+"""The methods that momentum is compared with, by name, and their arms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..errors import SelectionError, check_count
+from ..plans.table import OPERATIONS
+from .arm import Arm, Material
+from .caa import caa_arms
+from .iti import iti_arms
+from .ranked import all_arms, random_arms, ranked_arms
+from .sadi import sadi_arms
+
+#: Numbers of attention heads that are tried by methods that choose heads.
+HEADS = (1, 4, 16, 48)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a method; each takes of it what it has a choice in.
+
+    Attributes:
+        sites, operations, ks: as in a plan. layers: of CAA. heads: of ITI, and of SADI at "attention".
+    """
+
+    sites: tuple[str, ...]
+    operations: tuple[str, ...]
+    ks: tuple[int, ...]
+    layers: tuple[int, ...] | None
+    heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Attributes:
+    what: in one line. source: where it is from.
+    make: its arms. measured: the sites that have to be measured for it; None: those that are asked for.
+    """
+
+    what: str
+    source: str
+    make: Callable[[Material, Wanted], Iterator[Arm]]
+    measured: tuple[str, ...] | None = None
+
+
+def _ranked(method: str) -> Callable[[Material, Wanted], Iterator[Arm]]:
+    return lambda material, w: ranked_arms(material.momentum, method, w.sites, w.operations, w.ks)
+
+
+_PAPER = "AUSteer (ICLR 2026)"
+
+METHODS: dict[str, Method] = {
+    "momentum": Method("the AUs of largest |beta|, the share of consistent pairs", _PAPER, _ranked("momentum")),
+    "random": Method(
+        "AUs drawn uniformly, with their own beta and delta; three draws",
+        f"{_PAPER}, ablation",
+        lambda material, w: random_arms(material.momentum, w.sites, w.operations, w.ks),
+    ),
+    "all": Method(
+        "all AUs of a site together, softly weighted by beta (shift: by delta)",
+        f"{_PAPER}, ablation and reviews",
+        lambda material, w: all_arms(material.momentum, w.sites, w.operations),
+    ),
+    # The paper's ablation replaces the score that ranks; strengths stay beta's, so that only the choice differs.
+    "difference": Method(
+        "the AUs of largest |mean difference|; strengths still from beta", f"{_PAPER}, ablation", _ranked("difference")
+    ),
+    "effect": Method(
+        "the AUs of largest |mean difference| / standard deviation; strengths still from beta",
+        "the standardised difference, not in the paper",
+        _ranked("effect"),
+    ),
+    "caa": Method(
+        "the mean difference of the residual stream, added at one layer",
+        "Rimsky et al. (ACL 2024)",
+        lambda material, w: caa_arms(material.momentum, w.layers),
+        ("layer",),
+    ),
+    "iti": Method(
+        "the attention heads whose linear probes are best, shifted along the mean difference",
+        "Li et al. (NeurIPS 2023)",
+        lambda material, w: iti_arms(material, w.heads),
+        (),
+    ),
+    "sadi": Method(
+        "the elements (at attention: heads) of largest mean difference, amplified",
+        "Wang et al. (ICLR 2025)",
+        lambda material, w: sadi_arms(material, w.sites, w.ks, w.heads),
+    ),
+}
+
+
+def arms(
+    method: str,
+    material: Material,
+    *,
+    sites: Iterable[str],
+    operations: Iterable[str] = OPERATIONS,
+    ks: Iterable[int],
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] = HEADS,
+) -> list[Arm]:
+    """A method's candidates: plans, each with a number of AUs.
+
+    Arms of one ranking share a plan: the AUs of a smaller k are the first of a larger one's.
+
+    Args:
+        method: one of ``METHODS``.
+        sites, operations, ks: what the AUs are chosen for; methods that leave no choice take no notice: "caa" and
+            "iti" have a site and an operation of their own, "sadi" an operation, and "all" no k.
+        layers: those at which "caa" adds its vector; by default ten that are evenly spread.
+        heads: how many heads "iti" and, at "attention", "sadi" take.
+
+    Raises:
+        SelectionError: an unknown method; a site that was not measured; a k, layer or number of heads that the model
+            does not have; too few pairs.
+    """
+    wanted = Wanted(
+        tuple(dict.fromkeys(sites)),
+        tuple(dict.fromkeys(operations)),
+        tuple(dict.fromkeys(ks)),
+        None if layers is None else tuple(dict.fromkeys(layers)),
+        tuple(dict.fromkeys(heads)),
+    )
+    for name, found in (("sites", wanted.sites), ("operations", wanted.operations), ("ks", wanted.ks)):
+        if not found:
+            raise SelectionError(f"{name}: found none, expected at least one")
+    for operation in wanted.operations:
+        if operation not in OPERATIONS:
+            raise SelectionError(f"operation: found {operation!r}, expected one of {', '.join(OPERATIONS)}")
+    for what, counts in (("k", wanted.ks), ("heads", wanted.heads)):
+        for count in counts:
+            check_count(what, count, 2**31, "how many are steered", SelectionError)
+    needed = sites_needed([method], wanted.sites)
+    for site in needed:
+        if site not in material.momentum.sites:
+            raise SelectionError(
+                f"method {method!r} needs site {site!r}, which was not measured; found "
+                f"{', '.join(material.momentum.sites)}. Measure it too: measure(..., sites={sorted(needed)})"
+            )
+    return list(METHODS[method].make(material, wanted))
+
+
+def sites_needed(methods: Iterable[str], sites: Iterable[str]) -> tuple[str, ...]:
+    """The sites that have to be measured for some methods to choose at ``sites``.
+
+    Raises:
+        SelectionError: an unknown method.
+    """
+    asked, found = tuple(sites), dict[str, None]()
+    for method in methods:
+        if method not in METHODS:
+            raise SelectionError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
+        measured = METHODS[method].measured
+        found |= dict.fromkeys(asked if measured is None else measured)
+    return tuple(found)

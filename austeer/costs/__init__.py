@@ -1,0 +1,1 @@
+"""What measuring and steering cost, predicted from a config."""

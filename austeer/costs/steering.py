@@ -1,0 +1,273 @@
+"""The analytic cost model: what steering costs on each path, from a model's config alone, beside the model itself.
+
+Nothing is run with values and no weights are read; a model of any size takes a second or so. The predictions are held
+against counts of real forward passes in tests/test_overhead.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import PlanError, SiteError, SteeringError, check_count
+from ..models.families import Layout
+from ..models.sites import find_sites
+from ..models.skeleton import dtypes, load_config, skeleton
+from ..models.structure import unwrap
+from ..plans.table import OPERATIONS
+from .ceilings import Ceilings, ceilings
+from .shapes import LayerWork, layer_work
+from .unsteered import Unsteered, unsteered
+from .work import WAYS, Target, Work, kept_bytes, place_of, why_not
+
+UNSTEERED = "unsteered"
+
+#: The dtypes that predictions are made for: all that the kernels have on every device.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What one way to steer adds to a forward pass.
+
+    Attributes:
+        work: over all its sites. seconds: the floor of it, by the ceilings.
+        overhead: the floor over the unsteered model's, as a fraction: 0.01 is 1 %.
+    """
+
+    work: Work
+    seconds: float
+    overhead: float
+
+    def to_json(self) -> dict[str, Any]:
+        work = {**asdict(self.work), "bytes": self.work.bytes}
+        return {**work, "seconds": self.seconds, "overhead_percent": 100 * self.overhead}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: of the prompt (prefill), or of one new token a row (decode).
+
+    Attributes:
+        tokens: of all rows. past: tokens a row that are in the cache before.
+        unsteered: the model itself. seconds: its floor. extra: what each way adds.
+    """
+
+    tokens: int
+    past: int
+    unsteered: Unsteered
+    seconds: float
+    extra: dict[str, Extra]
+
+    def to_json(self) -> dict[str, Any]:
+        itself = {**self.unsteered.to_json(), "seconds": self.seconds}
+        extra = {way: found.to_json() for way, found in self.extra.items()}
+        return {"tokens": self.tokens, "past": self.past, UNSTEERED: itself, "extra": extra}
+
+
+@dataclass(frozen=True)
+class SteeringCost:
+    """What steering costs; made by :func:`steering_cost`.
+
+    Attributes:
+        model: its type. site, k, operation, dtype, device, batch: what was asked about.
+        layers: of the model. aus: layer -> how many AUs are steered there; other layers are not touched.
+        decode, prefill: one forward pass each.
+        memory: bytes that each way keeps on the device: tables, and for fold the weights' saved rows.
+        refused: ways that are not possible here, and why.
+        ceilings: what the seconds were worked out with. notes: what is not known of the model.
+    """
+
+    model: str
+    site: str
+    k: int
+    operation: str
+    dtype: str
+    device: str
+    batch: int
+    layers: int
+    aus: dict[int, int]
+    decode: Pass
+    prefill: Pass
+    memory: dict[str, int]
+    refused: dict[str, str]
+    ceilings: Ceilings
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        passes = {"decode": self.decode.to_json(), "prefill": self.prefill.to_json()}
+        plain = {
+            name: getattr(self, name)
+            for name in ("model", "site", "k", "operation", "dtype", "device", "batch", "layers", "aus")
+        }
+        rest = {"memory": self.memory, "refused": self.refused, "ceilings": self.ceilings.to_json()}
+        return {**plain, **passes, **rest, "notes": list(self.notes)}
+
+    def conclusion(self) -> str:
+        """One plain sentence."""
+
+        def percent(way: str) -> str:
+            found = 100 * self.decode.extra[way].overhead
+            return "nothing" if found == 0 else f"{found:.2g} %" if found >= 0.005 else "less than 0.01 %"
+
+        fold = "fold" in self.decode.extra
+        told = f"{'fold adds nothing, columns' if fold else 'columns adds'} {percent('columns')}"
+        other = "public" if "public" in self.decode.extra else "dense"
+        what = "the public code's arithmetic" if other == "public" else "the dense form"
+        return (
+            f"Steering {self.k} AUs in {len(self.aus)} of {self.layers} layers: to the floor of a decoded token "
+            f"{told}, and {what} {percent(other)}."
+        )
+
+
+def spread(k: int, touched: int, layers: int) -> dict[int, int]:
+    """Layer -> AUs: k of them over ``touched`` of ``layers`` layers, which lie as far apart as can be; evenly."""
+    chosen = [round((i + 0.5) * layers / touched - 0.5) for i in range(touched)]
+    starts = [-(-i * k // touched) for i in range(touched + 1)]
+    return {layer: starts[i + 1] - starts[i] for i, layer in enumerate(chosen)}
+
+
+def steering_cost(
+    model: Any,
+    site: str = "ffn",
+    k: int = 100,
+    *,
+    layers: int | None = None,
+    batch: int = 1,
+    prompt_tokens: int = 512,
+    context: int = 512,
+    operation: str = "scale",
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device = "cuda",
+    bandwidth: float | None = None,
+    flops: float | None = None,
+    launch: float | None = None,
+    layout: Layout | None = None,
+) -> SteeringCost:
+    """Predicts what each way to steer adds to a forward pass: bytes, operations, launches, memory, a floor in seconds.
+
+    The ways: this library's ``fold``, ``columns``, ``fused`` and ``dense`` (docs/steering.md); ``public``, the paper's
+    code, at every layer; ``dense hook`` and ``sparse hook``, what one writes with PyTorch hooks; and ``lora``, the same
+    edit as a PEFT adapter that is not merged.
+
+    The seconds are a floor of device time: every byte goes through memory at full speed, the launches follow each
+    other at the ceilings' cost. What the host takes to call an operation in eager mode is not in them; it may be ten
+    times as much on a GPU, and decides there. Small tensors that stay in a cache cost less than their bytes say, and
+    the product of ``fused`` is taken to be as fast as the library's, which only a measurement can tell.
+
+    Args:
+        model: a Transformers config, what :func:`austeer.models.skeleton.load_config` takes (a folder, a config.json,
+            a Hub id, "demo"), or a model, of which only the config is looked at. A quantised one counts as before it
+            was.
+        site, k: the AUs, spread evenly. layers: how many layers they are in; by default as many as there are, or k.
+        batch: rows. prompt_tokens: of each row, in the prefill. context: of each row, at the decoded token.
+        dtype: of weights and activations: float16, bfloat16 or float32, or "auto", as the model was saved.
+        device: "cpu" or "cuda"; an H100 if there is no GPU here.
+        bandwidth, flops, launch: see :class:`austeer.costs.ceilings.Ceilings`; measured on the device by default, in
+            about a second, or an H100's.
+
+    Raises:
+        ModelError: no such config, or no decoder that Transformers has.
+        SiteError: a site or layers that the model does not have. PlanError: more AUs than there are, or than layers.
+        SteeringError: an operation, dtype, device or number that cannot be.
+    """
+    batch = check_count("batch", batch, 2**20, "rows of a batch", SteeringError)
+    prompt_tokens = check_count("prompt_tokens", prompt_tokens, 2**24, "tokens of a row", SteeringError)
+    context = check_count("context", context, 2**24, "tokens of a row", SteeringError)
+    if operation not in OPERATIONS:
+        raise SteeringError(f"operation: found {operation!r}, expected one of {', '.join(OPERATIONS)}")
+    device, config = _device(device), _config(model)
+    dtype = dtypes(config, dtype)[1] if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES:
+        raise SteeringError(f"dtype: found {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    network = skeleton(config, dtype)
+    found = find_sites(network, list(dict.fromkeys([site, "layer", "attention"])), layout)
+    places, width = found[site], found[site][0].width
+    count = len(places)
+    k = check_count("k", k, count * width, f"the AUs of site {site!r}: {count} layers of {width}", PlanError)
+    if layers is None:
+        layers = min(k, count)
+    layers = check_count("layers", layers, count, "the model's layers", SiteError)
+    if not layers <= k <= layers * width:
+        raise PlanError(
+            f"k: found {k} AUs for {layers} layers, expected {layers} to {layers * width} (each layer that is touched "
+            f"has at least one AU and at most {width}); change k or layers"
+        )
+    aus = spread(k, layers, count)
+    target = Target.of(device)
+    limits = ceilings(device, dtype, bandwidth, flops, launch)
+    works = [layer_work(network, *pair) for pair in zip(found["layer"], found["attention"])]
+    touched = [places[layer] for layer in aus]
+    reasons = {way: why_not(network, way, touched, operation) for way in WAYS}
+    ways = [way for way in WAYS if not reasons[way]]
+
+    def one(length: int, past: int) -> Pass:
+        itself = unsteered(network, found["layer"], works, batch, length, past)
+        seconds = limits.seconds(itself.bytes, itself.operations, itself.launches or 0)
+        extra = {}
+        for way in ways:
+            work = Work()
+            for at in places if way == "public" else touched:
+                work += WAYS[way](place_of(network, at, batch * length, aus, dtype, operation), target)
+            floor = limits.seconds(work.moved, work.operations, work.launches)
+            extra[way] = Extra(work, floor, floor / seconds)
+        return Pass(batch * length, past, itself, seconds, extra)
+
+    decode = one(1, context - 1)
+    return SteeringCost(
+        model=network.config.model_type,  # type: ignore[union-attr,arg-type]
+        site=site,
+        k=k,
+        operation=operation,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        batch=batch,
+        layers=count,
+        aus=aus,
+        decode=decode,
+        prefill=one(prompt_tokens, 0),
+        memory={way: kept_bytes(network, way, places, aus, dtype, operation, target) for way in ways},
+        refused={way: reason for way, reason in reasons.items() if reason},
+        ceilings=limits,
+        notes=tuple(_notes(config, works, decode)),
+    )
+
+
+def _notes(config: Any, works: Sequence[LayerWork], decode: Pass) -> Iterator[str]:
+    if getattr(config, "quantization_config", None) is not None:
+        yield "the checkpoint is quantised, and counted as the model before it was"
+    if decode.unsteered.launches is None:
+        yield (
+            "the model's code cannot be followed without values: its own launches are not known and not in its floor, "
+            "so the overheads are too high"
+        )
+    mixture = next((work.experts for work in works if work.experts), None)
+    if mixture and mixture[0] == mixture[1]:
+        yield f"all {mixture[1]} experts run for every token, or nothing says how many do"
+    if getattr(config.get_text_config(), "kv_lora_rank", None):
+        yield "what Transformers does to make keys and values anew from cached latents is not counted"
+    if any(not work.attention for work in works):
+        yield "the recurrence of linear attention layers is not among the model's operations"
+
+
+def _config(model: Any) -> Any:
+    if isinstance(model, nn.Module):
+        return unwrap(model).config
+    return load_config(str(model)) if isinstance(model, str) or hasattr(model, "__fspath__") else model
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise SteeringError(f"device: found {str(device)!r}, expected cpu or cuda")
+    gpus = torch.cuda.device_count()
+    if found.type == "cuda" and gpus and (found.index or 0) >= gpus:
+        raise SteeringError(f"device: found {str(device)!r}, expected cuda:0 to cuda:{gpus - 1}, which are here")
+    return found

@@ -1,0 +1,1 @@
+"""The demo: pairs to a steered model in one command."""

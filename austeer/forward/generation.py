@@ -1,0 +1,81 @@
+"""Text that a model writes after a prompt: for the command line and the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PairsError
+from ..models.structure import input_device, vocabulary_size
+from ..pairs.pair import has_lone_surrogate, render_chat
+from .tokens import check_vocabulary, encode
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 40,
+    chat: bool = False,
+    temperature: float | None = None,
+    seed: int = 0,
+    special: bool = True,
+    stop: Callable[[str], bool] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, without the prompt; one batch, padded on the left.
+
+    Args:
+        chat: put the prompts through the tokenizer's chat template. temperature: sample at it; greedy if None.
+        special: whether the tokenizer adds its special tokens; a prompt that went through a chat template has them.
+        stop: told each text as it grows, token by token; where it says True no more is written.
+
+    Raises:
+        PairsError: no prompt or an empty one, or no chat template.
+    """
+    if not prompts:
+        raise PairsError("found no prompt, expected at least one")
+    for number, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise PairsError(f"prompt {number}: found an empty text, expected something to continue")
+        if has_lone_surrogate(prompt):
+            raise PairsError(f"prompt {number}: found bytes that are not UTF-8, expected text")
+    texts = [render_chat(tokenizer, p) for p in prompts] if chat else list(prompts)
+    ids = encode(tokenizer, texts, add_special_tokens=special and not chat)
+    check_vocabulary(vocabulary_size(model), ids)
+    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next(
+        (i for i in ends if i is not None and i < vocabulary_size(model)), 0
+    )  # a pad token may have been added afterwards
+    length = max(map(len, ids))
+    device = input_device(model)
+    input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
+    sampling: dict[str, Any] = (
+        {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    )
+    if stop is not None:
+        from transformers import StoppingCriteriaList  # two seconds to import
+
+        sampling["stopping_criteria"] = StoppingCriteriaList([_StopAt(stop, tokenizer, length)])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(  # type: ignore[operator]
+            input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
+        )
+    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+
+class _StopAt:
+    """Ends each row where its text, without the prompt's ``length`` tokens, says so."""
+
+    def __init__(self, stop: Callable[[str], bool], tokenizer, length: int):
+        self._stop, self._tokenizer, self._length = stop, tokenizer, length
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._length :], skip_special_tokens=True)
+        return torch.tensor([self._stop(text) for text in texts], device=input_ids.device)

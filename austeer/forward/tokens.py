@@ -1,0 +1,101 @@
+"""Token ids of texts and pairs, without what a tokenizer appends of itself, cut so that the answer stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import PairsError
+from ..models.structure import text_config
+from ..pairs.pairs import Pair
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids of the positive and negative texts of the pairs whose two texts differ.
+
+    Attributes:
+        positive, negative: one list of ids a pair.
+        number: the pair's place among those given.
+        cut: how many texts were cut to fit.
+        identical: how many pairs have the same tokens on both sides, and are left out.
+    """
+
+    positive: list[list[int]]
+    negative: list[list[int]]
+    number: list[int]
+    cut: int
+    identical: int
+
+
+def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of texts, without an end-of-text token that the tokenizer appends of itself."""
+    if not texts:
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    for i, (text, tokens) in enumerate(zip(texts, ids)):
+        if len(tokens) > 1 and tokens[-1] == eos and not text.endswith(tokenizer.eos_token):
+            ids[i] = tokens[:-1]
+    return ids
+
+
+def tokenise(
+    tokenizer,
+    pairs: Sequence[Pair],
+    max_length: int,
+    *,
+    special: bool = True,
+    source: str = "memory",
+    first: int = 0,
+) -> Tokenised:
+    """Token ids of each pair's two texts, cut on the left to ``max_length`` so that the answer stays.
+
+    A leading beginning-of-text token survives the cut, and the last token is the answer's (:func:`encode`).
+
+    Args:
+        special: whether the tokenizer adds its special tokens; a rendered chat template holds its own.
+        source, first: where the pairs are from, and the first one's number there, for messages.
+
+    Raises:
+        PairsError: a text without a token.
+    """
+    texts = [p.prompt + p.positive for p in pairs] + [p.prompt + p.negative for p in pairs]
+    ids = encode(tokenizer, texts, add_special_tokens=special)
+    bos = tokenizer.bos_token_id
+    cut = 0
+    for i, tokens in enumerate(ids):
+        if not tokens:
+            raise PairsError(f"{source}, pair {first + i % len(pairs)}: found no token in {texts[i]!r:.60}")
+        if len(tokens) > max_length:
+            cut += 1
+            head = [bos] if bos is not None and tokens[0] == bos and max_length > 1 else []
+            ids[i] = head + tokens[len(tokens) - max_length + len(head) :]
+    positive, negative = ids[: len(pairs)], ids[len(pairs) :]
+    # Equal texts would differ by the rounding of the batches that they happen to be in, and count as evidence.
+    number = [i for i in range(len(pairs)) if positive[i] != negative[i]]
+    return Tokenised(
+        [positive[i] for i in number], [negative[i] for i in number], number, cut, len(pairs) - len(number)
+    )
+
+
+def check_vocabulary(size: int, token_ids: Sequence[Sequence[int]]) -> None:
+    """Raises PairsError if a token is not among the ``size`` of the model: the tokenizer is another one's."""
+    largest = max((max(ids, default=0) for ids in token_ids), default=0)
+    if largest >= size:
+        raise PairsError(
+            f"found token {largest}, and the model's vocabulary has {size}; expected the model's own tokenizer"
+        )
+
+
+def length_limit(model: nn.Module, max_length: int | None) -> int:
+    """The longest text, in tokens: what is asked for, within the model's context."""
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise PairsError(f"max_length: found {max_length!r}, expected an integer of at least 1")
+    limit = min((n for n in (max_length, context) if n is not None), default=None)
+    if limit is None:
+        raise PairsError("the model's config names no context length; give max_length")
+    return limit

@@ -1,0 +1,113 @@
+"""Checkpoints of a measurement: counters on disk every so many blocks, to go on from after any interruption."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..counters import Counters, counters_from, tensors_of
+from ..errors import FileFormatError
+from ..utils import files
+from .layerwise import hidden_states as hidden
+
+FORMAT, VERSION = "austeer-checkpoint", 2
+
+
+@dataclass(frozen=True)
+class State:
+    """What has been counted: every block of this process before ``block``.
+
+    Attributes:
+        block: the number of the next block. digest: hash of all pairs before it. pairs: how many of this
+            process' pairs are counted (half_pairs, cut, identical likewise).
+        sites: site name -> counters so far. half: those of one half, of ``half_pairs`` pairs.
+        extra: what else has to be the same, and is found out at run time (for example the batch size).
+    """
+
+    block: int
+    digest: str
+    pairs: int
+    half_pairs: int
+    cut: int
+    identical: int
+    sites: Mapping[str, Counters]
+    half: Mapping[str, Counters]
+    extra: Mapping[str, Any]
+
+
+class Checkpoint:
+    """One file, written whole or not at all.
+
+    Args:
+        path: the file; each of several processes has its own, with its number behind the name.
+        settings: what a run must have in common with the one that it goes on from (JSON).
+        part: this process' number, and how many there are.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], part: tuple[int, int] = (0, 1)):
+        check_path(path)
+        self.base, self.path = Path(path), Path(path)
+        if part[1] > 1:
+            self.path = self.path.with_name(f"{self.path.name}.{part[0]}-of-{part[1]}")
+        self.settings = json.loads(json.dumps({**settings, "processes": part[1], "process": part[0]}))
+
+    def save(self, state: State) -> None:
+        """Raises FileFormatError where the file cannot be written; what it held before is still there."""
+        header = {name: value for name, value in vars(state).items() if name not in ("sites", "half")}
+        header |= {"settings": self.settings, "sites": list(state.sites)}
+        files.write(self.path, FORMAT, VERSION, header, tensors_of(state.sites, state.half))
+
+    def load(self) -> State:
+        """Raises FileFormatError if the file is missing, damaged, or of a run with other settings (one is named)."""
+        header, tensors = files.read(self.path, FORMAT, VERSION)
+        settings = header.get("settings")
+        if not isinstance(settings, dict):
+            raise FileFormatError(f"{self.path}: found no settings; start anew, without resuming")
+        for name, expected in self.settings.items():
+            if settings.get(name) != expected:
+                raise FileFormatError(
+                    f"{self.path}: is of another run: found {name} {settings.get(name)!r}, expected {expected!r}. "
+                    "Give the same model, pairs and options, or another file, or start anew"
+                )
+        try:
+            sites, half = (counters_from(tensors, header["sites"], half=part) for part in (False, True))
+            rest = {name: header[name] for name in State.__dataclass_fields__ if name not in ("sites", "half")}
+            return State(sites=sites, half=half, **rest)
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{self.path}: inconsistent content ({error}); start anew") from error
+
+    def others(self) -> list[Path]:
+        """Checkpoints of the same name by another number of processes."""
+        mine = self.path.name.removeprefix(self.base.name).rpartition("-")[2]
+        return [p for p in written(self.base) if p.name.removeprefix(self.base.name).rpartition("-")[2] != mine]
+
+
+def check_path(path: str | Path) -> None:
+    """Raises FileFormatError where a checkpoint cannot be a file."""
+    if not Path(path).name or Path(path).is_dir():
+        raise FileFormatError(f"checkpoint: found the folder {str(path)!r}, expected a file name")
+
+
+def written(path: str | Path) -> list[Path]:
+    """The checkpoints of a name that are there: one, or one of each process."""
+    path = Path(path)
+    form = re.compile(re.escape(path.name) + r"(\.\d+-of-\d+)?")
+    if not path.parent.is_dir():
+        return []
+    found = [entry for entry in path.parent.iterdir() if form.fullmatch(entry.name) and entry.is_file()]
+    return sorted(entry for entry in found if files.kind_of(entry) == FORMAT)
+
+
+def remove(path: str | Path, scratch: str | Path | None = None) -> None:
+    """Removes the checkpoints of a name, and the hidden states that are kept for them; nothing else.
+
+    Args:
+        scratch: where hidden states are kept, if not beside the checkpoint.
+    """
+    for file in written(path):
+        hidden.remove(Path(scratch or file.parent, f"{file.name}.hidden"))
+        file.unlink()

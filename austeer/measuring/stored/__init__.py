@@ -1,0 +1,1 @@
+"""Last-token activations in files: writing them while measuring, and counting them without the model."""

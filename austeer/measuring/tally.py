@@ -1,0 +1,147 @@
+"""What a measurement has counted so far, and its safe-keeping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from austeer_kernels import NO_PAIR, momentum_counters, momentum_update
+
+from ..counters import Counters
+from ..errors import CaptureError
+from ..models.sites import Site
+from .blocks import Block, Blocks
+from .checkpoint import State
+
+
+class Tally:
+    """Counters of all sites of one process, and how many pairs they hold.
+
+    Args:
+        sites: what is read, the measured layers only. device: where activations come from.
+    """
+
+    def __init__(self, sites: Mapping[str, Sequence[Site]], device: torch.device):
+        self.sites = sites
+        self.counting = {name: Counting(len(found), found[0].width, device) for name, found in sites.items()}
+        self.block, self.digest = 0, ""
+        self.pairs = self.half_pairs = self.cut = self.identical = 0
+
+    def add(self, block: Block, buffers: Mapping[str, Tensor]) -> None:
+        """Counts a whole block: two kernel calls a site, one of them over the pairs of a half."""
+        if block.pairs:
+            for name, counting in self.counting.items():
+                counting.add(buffers[name], block.pairs, block.offset, half=block.half)
+        self.done(block)
+
+    def done(self, block: Block) -> None:
+        """Notes a block whose activations are counted."""
+        self.block, self.digest = block.number + 1, block.digest
+        self.pairs += block.size
+        self.half_pairs += len(block.half)
+        self.cut += block.cut
+        self.identical += block.size - block.pairs
+
+    def check(self, blocks: Blocks) -> None:
+        """Raises CaptureError if an activation was NaN or infinite; waits for the device."""
+        found = []
+        for name, counting in self.counting.items():
+            place = counting.nonfinite()
+            if place is not None:
+                found.append((*place, name))
+        if not found:
+            return
+        value, row, au, name = min(found)
+        offset = value // blocks.block_pairs * blocks.block_pairs
+        number, pair = blocks.pair(value - offset, offset)
+        # Attention spreads a NaN over all texts of a row, masked or not.
+        together = " or one that begins like it (share_prompts=False tells which)" if blocks.share else ""
+        raise CaptureError(
+            f"site {name!r}, layer {self.sites[name][row].layer}, AU {au}: found NaN or infinity on pair {number} of "
+            f"{blocks.source} ({pair.prompt!r:.60}){together}; expected finite activations. Load the model in bfloat16 "
+            "or float32, or leave the pair out"
+        )
+
+    def state(self, **extra: Any) -> State:
+        return State(
+            block=self.block,
+            digest=self.digest,
+            pairs=self.pairs,
+            half_pairs=self.half_pairs,
+            cut=self.cut,
+            identical=self.identical,
+            sites={name: counting.counters() for name, counting in self.counting.items()},
+            half={name: counting.half_counters() for name, counting in self.counting.items()},
+            extra=extra,
+        )
+
+    def restore(self, state: State) -> None:
+        for name, counting in self.counting.items():
+            counting.restore(state.sites[name], state.half[name])
+        self.block, self.digest = state.block, state.digest
+        self.pairs, self.half_pairs = state.pairs, state.half_pairs
+        self.cut, self.identical = state.cut, state.identical
+
+
+class Counting:
+    """Counters of one site, flat over layers and width, fed buffer by buffer.
+
+    Args:
+        layers: how many layers are measured. width: AUs a layer. device: where activations come from.
+
+    Attributes:
+        totals: the counters of all pairs. half: those of one half of them (:mod:`austeer.pairs.halves`).
+    """
+
+    def __init__(self, layers: int, width: int, device: torch.device | str):
+        self.shape = (layers, width)
+        *self.totals, self.first_nonfinite = momentum_counters(layers * width, device)
+        *self.half, self._ignored = momentum_counters(layers * width, device)  # of NaN the totals know
+
+    def add(self, buffer: Tensor, pairs: int, offset: int, row: int | None = None, half: Tensor | None = None) -> None:
+        """A kernel call over a buffer of activations, and one over the rows of a half; none waits for the device.
+
+        Args:
+            buffer: [texts, layers, width]; text r and text r + ``pairs`` are a pair, positive first.
+            offset: the number of the first pair, for :meth:`nonfinite`.
+            row: the row of the counters that the buffer's one layer belongs to; by default it has all.
+            half: which of the pairs are in the half, int64, from 0; on the CPU. None of them by default.
+        """
+        rows = buffer.flatten(1)  # [texts, layers * width]
+        positive, negative = rows[:pairs], rows[pairs : 2 * pairs]
+        width = self.shape[1]
+        part = slice(None) if row is None else slice(row * width, (row + 1) * width)
+        self._update(self.totals, self.first_nonfinite, positive, negative, part, offset)
+        if half is not None and len(half):
+            chosen = half.to(rows.device, non_blocking=True)
+            positive, negative = positive.index_select(0, chosen), negative.index_select(0, chosen)
+            self._update(self.half, self._ignored, positive, negative, part, offset)
+
+    @staticmethod
+    def _update(
+        counters: list[Tensor], first_nonfinite: Tensor, positive: Tensor, negative: Tensor, part: slice, offset: int
+    ) -> None:
+        wins, losses, delta_sum, delta_square_sum = (t[part] for t in counters)
+        momentum_update(positive, negative, wins, losses, delta_sum, delta_square_sum, first_nonfinite[part], offset)
+
+    def nonfinite(self) -> tuple[int, int, int] | None:
+        """The first pair with a NaN or an infinity, its row of layers and its AU; waits for the device."""
+        pair, column = (int(v) for v in self.first_nonfinite.min(0))
+        return None if pair == NO_PAIR else (pair, *divmod(column, self.shape[1]))
+
+    def counters(self) -> Counters:
+        """A copy on the CPU, [layers, width]."""
+        return Counters(*(t.view(self.shape).clone().cpu() for t in self.totals))
+
+    def half_counters(self) -> Counters:
+        """A copy of those of the half on the CPU, [layers, width]."""
+        return Counters(*(t.view(self.shape).clone().cpu() for t in self.half))
+
+    def restore(self, counters: Counters, half: Counters) -> None:
+        """Goes on from earlier counters."""
+        for kept, earlier in ((self.totals, counters), (self.half, half)):
+            for mine, theirs in zip(kept, earlier.tensors().values()):
+                mine.copy_(theirs.flatten())

@@ -1,0 +1,74 @@
+"""What counts as a linear layer here, and which dimension of its weight is which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+#: Subclasses of ``nn.Linear`` whose forward was read: the same product, written another way.
+_PLAIN_SUBCLASSES = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+
+#: GPT-2's linear layer keeps its weight as [in, out].
+_TRANSPOSED = {"transformers.pytorch_utils.Conv1D"}
+
+#: Experts modules whose forward was read and which do not say their orientation: weights [experts, in, out], no bias.
+_TRANSPOSED_EXPERTS = {"transformers.models.llama4.modeling_llama4.Llama4TextExperts"}
+
+#: Ways in which transformers runs an experts module; all of them multiply by ``down_proj`` as it is stored.
+_EXPERTS_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a module keeps its weight and bias.
+
+    Attributes:
+        weight, bias: names of its parameters; a bias counts the outputs in its last dimension.
+        output, input: the dimensions of the weight that count the outputs and the inputs.
+    """
+
+    weight: str
+    bias: str | None
+    output: int
+    input: int
+
+
+def sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, also of a quantised or wrapped one; None of anything else."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # the second is GPT-2's
+        inputs, outputs = (getattr(module, name, None) for name in names)
+        if isinstance(inputs, int) and isinstance(outputs, int):
+            return inputs, outputs
+    return None
+
+
+def weights_of(module: nn.Module) -> Weights | str:
+    """The weights of a linear layer, or of the down projections of a set of experts; or why they are not known."""
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind is nn.Linear or name in _PLAIN_SUBCLASSES:
+        return Weights("weight", "bias", 0, 1)
+    if name in _TRANSPOSED:
+        return Weights("weight", "bias", 1, 0)
+    down = module._parameters.get("down_proj")
+    if not isinstance(down, torch.Tensor) or down.dim() != 3:
+        return f"{kind.__name__} is not a plain linear layer"
+    if name in _TRANSPOSED_EXPERTS:
+        return Weights("down_proj", None, 2, 1)
+    # Set by transformers' @use_experts_implementation. The shape would not tell where width and inner width are equal.
+    transposed, biased = getattr(module, "is_transposed", None), getattr(module, "has_bias", None)
+    if not kind.__module__.startswith("transformers.models.") or transposed is None or biased is None:
+        return f"{kind.__name__}'s computation is not known"
+    if getattr(module, "has_post_expert_norm", False) or hasattr(module, "post_expert_norm"):
+        return f"{kind.__name__} normalises what its experts make"
+    if getattr(module, "_is_expert_parallel", False):
+        return "the experts are spread over processes"
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if implementation not in _EXPERTS_IMPLEMENTATIONS:
+        return f"the experts run as {implementation!r}, which is not known"
+    return Weights("down_proj", "down_proj_bias" if biased else None, *((2, 1) if transposed else (1, 2)))
+
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,0 +1,247 @@
+"""Where atomic units live in a model.
+
+A site is one activation tensor of each decoder layer; its last dimension counts the atomic units (AUs). The paper's
+public code steers three of them; ``neuron`` is the strict reading of its definition for the feed-forward block:
+
+=========== ======================================== ======
+name        tensor                                   side
+=========== ======================================== ======
+attention   input of the attention output projection input
+ffn         output of the MLP module, before the     output
+            residual is added
+layer       output of the decoder layer              output
+neuron      input of the MLP's down projection       input
+=========== ======================================== ======
+
+In a mixture of experts ``ffn`` is the block's summed output, and there is no ``neuron``: each expert has its own.
+A tensor is [batch, tokens, width], or [batch * tokens, width] in the families that flatten it (OPT and Llama 4's
+mixtures at ``ffn``, OPT at ``neuron``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import SiteError
+from . import linear
+from .detect import detect
+from .families import LAYOUTS, Layout, Paths, alternatives
+from .structure import decoder_of, name_of, text_config, unwrap
+
+SITE_NAMES = ("attention", "ffn", "layer", "neuron")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One steerable tensor: the input or the output of ``path``.
+
+    Attributes:
+        name: one of ``SITE_NAMES``.
+        layer: counted from 0 at the first decoder layer.
+        path: the module whose input or output it is, from the model's root.
+        side: "input" or "output".
+        width: the number of AUs.
+        projection: path of the linear layer that reads (input side) or makes (output side) the tensor, if one alone
+            does: its product can be fused. Otherwise None.
+        parts: paths of all the modules whose weights can be scaled in place of the tensor: the projection, or in a
+            mixture of experts the routed experts' module and the shared experts' down projections. None at ``layer``.
+    """
+
+    name: str
+    layer: int
+    path: str
+    side: str
+    width: int
+    projection: str | None
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a momentum or a plan was made for. ``name`` and ``revision`` inform; the rest must match to steer."""
+
+    model_type: str
+    layers: int
+    widths: dict[str, int]
+    name: str
+    revision: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Fingerprint:
+        """Raises TypeError or ValueError where ``data`` is not a fingerprint."""
+        fingerprint = cls(**data)
+        if not isinstance(fingerprint.widths, dict):
+            raise ValueError("widths must be an object: site -> width")
+        sizes = [fingerprint.layers, *fingerprint.widths.values()]
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or not isinstance(fingerprint.model_type, str):
+            raise ValueError("sizes must be positive integers and model_type a string")
+        return fingerprint
+
+
+class _NotHere(SiteError):
+    """The model is understood, and has no such site."""
+
+
+def find_sites(
+    model: nn.Module, names: str | Iterable[str] | None = None, layout: Layout | None = None
+) -> dict[str, list[Site]]:
+    """The sites of a model: for each name, one ``Site`` a layer, first layer first.
+
+    Args:
+        model: a Transformers model, with or without its head, also one that reads images and text.
+        names: any of ``SITE_NAMES``; by default those that the model has.
+        layout: attribute paths by hand. By default those of the model's family, or, if that is not known, what
+            :func:`austeer.models.detect.detect` finds.
+
+    Raises:
+        SiteError: an unknown site, one that this model does not have (``neuron`` in a mixture of experts, or one whose
+            width differs between layers), a family that is not known and was not understood, or modules that are not
+            where the layout says.
+    """
+    wanted = SITE_NAMES if names is None else [names] if isinstance(names, str) else names
+    for name in (wanted := list(dict.fromkeys(wanted))):
+        if name not in SITE_NAMES:
+            raise SiteError(f"site {name!r} is not known; expected one of {', '.join(SITE_NAMES)}")
+    model = unwrap(model)
+    config = text_config(model)
+    family = f"{type(model).__name__} ({config.model_type})"
+    if layout is not None and not isinstance(layout, Layout):
+        raise SiteError(
+            f"layout: found {type(layout).__name__}, expected austeer.Layout(layers=..., attention=..., ...)"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise SiteError(f"{family}: found an encoder and a decoder, expected a decoder alone")
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        raise SiteError(f"{family}: found slow_but_exact, which bypasses the projections; set it to False")
+    decoder = decoder_of(model)
+    layout = layout or LAYOUTS.get(config.model_type)
+    detected = layout is None
+    layout = layout or detect(decoder, config, family)
+    layers = decoder.get_submodule(_first(decoder, layout.layers, family))
+    root = next(path for path, module in model.named_modules() if module is layers)
+    sites: dict[str, list[Site]] = {}
+    for name in wanted:
+        try:
+            sites[name] = [
+                _site(
+                    *(name, number, f"{root}.{number}", layer, layout, config.hidden_size),
+                    *(f"layer {number} of {family}", detected),
+                )
+                for number, layer in enumerate(layers._modules.values())  # children() would leave out repeated ones
+                if layer is not None
+            ]
+            _check_widths(name, sites[name], family)
+            _check_distinct(model, sites[name], family)
+        except _NotHere:
+            if names is not None:
+                raise
+            sites.pop(name, None)
+    return sites
+
+
+def _site(
+    name: str,
+    number: int,
+    base: str,
+    layer: nn.Module,
+    layout: Layout,
+    hidden_size: int,
+    where: str,
+    detected: bool,
+) -> Site:
+    if name == "layer":
+        return Site(name, number, base, "output", hidden_size, None)
+    if name == "attention":
+        path = _first(layer, layout.attention, where)
+        width, projection = in_features(layer.get_submodule(path)), f"{base}.{path}"
+        return Site(name, number, projection, "input", width, projection, (projection,))
+    ffn = _first(layer, layout.ffn, where)
+    experts = [path for path in alternatives(layout.experts) if _has(layer, path)]
+    if not any(_has(layer, path) for path in alternatives(layout.down)) and (experts or not layout.down or detected):
+        if name == "neuron":
+            why = "its feed-forward block is a mixture of experts" if experts else "its layout names none"
+            raise _NotHere(
+                f"site 'neuron': {where} has no one down projection ({why}), expected one in every layer; "
+                "use 'ffn', the block's summed output"
+            )
+        return Site(name, number, f"{base}.{ffn}", "output", hidden_size, None, tuple(f"{base}.{p}" for p in experts))
+    down = _first(layer, layout.down, where)
+    width, projection = in_features(layer.get_submodule(down)), f"{base}.{down}"
+    if name == "neuron":
+        return Site(name, number, projection, "input", width, projection, (projection,))
+    return Site(name, number, f"{base}.{ffn}", "output", hidden_size, projection, (projection,))
+
+
+def _check_widths(name: str, sites: list[Site], family: str) -> None:
+    for site in sites:
+        if site.width != sites[0].width:
+            raise _NotHere(
+                f"site {name!r} of {family}: found a width of {sites[0].width} in layer 0 and {site.width} in layer "
+                f"{site.layer}, expected one width in all layers; use another site"
+            )
+
+
+def _check_distinct(model: nn.Module, sites: list[Site], family: str) -> None:
+    first: dict[nn.Module, Site] = {}
+    for site in sites:
+        other = first.setdefault(model.get_submodule(site.path), site)
+        if other is not site:
+            raise SiteError(
+                f"site {site.name!r} of {family}: found one module in layers {other.layer} and {site.layer} "
+                f"({site.path}), expected each layer to have its own; its AUs would be those of both"
+            )
+
+
+def in_features(module: nn.Module) -> int:
+    """The input width of a linear layer, also of a quantised or wrapped one."""
+    found = linear.sizes(module)
+    if found is None:
+        raise SiteError(f"{type(module).__name__}: found no in_features, expected a linear layer")
+    return found[0]
+
+
+def _has(parent: nn.Module, path: str) -> bool:
+    try:
+        parent.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _first(parent: nn.Module, paths: Paths, where: str) -> str:
+    """The first of the alternatives that ``parent`` has."""
+    for path in alternatives(paths):
+        if _has(parent, path):
+            return path
+    found = ", ".join(name for name, _ in parent.named_children())
+    raise SiteError(
+        f"{where} has no module {' or '.join(map(repr, alternatives(paths)))}; found {found}. "
+        "Give this model's paths with layout=austeer.Layout(...)"
+    )
+
+
+def layers_path(model: nn.Module, layout: Layout | None = None) -> str:
+    """The path of the list of decoder layers, from the model's root."""
+    return find_sites(model, ["layer"], layout)["layer"][0].path.rpartition(".")[0]
+
+
+def fingerprint(model: nn.Module, sites: dict[str, list[Site]]) -> Fingerprint:
+    """What ``sites`` were found on."""
+    config = text_config(model)
+    full = unwrap(model).config
+    name = name_of(model)
+    return Fingerprint(
+        model_type=config.model_type,
+        layers=len(next(iter(sites.values()))),
+        widths={name: found[0].width for name, found in sites.items()},
+        name=Path(name).name if Path(name).exists() else name,  # a local folder's place says nothing elsewhere
+        revision=getattr(full, "_commit_hash", None),
+    )

@@ -1,0 +1,108 @@
+"""A model without its weights, built from its config alone.
+
+The skeleton is a real Transformers model on torch's meta device, where a tensor has a shape and no storage. So sites,
+masks and layer kinds are found on it as on the model itself, and a model of any size takes a second.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from .demo_model import DEMO, demo_model
+
+
+def load_config(name: str):
+    """The config of a model: a folder or Hub id, or "demo". Nothing else is read or downloaded.
+
+    Raises:
+        ModelError: there is none, or Transformers does not know it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(demo_model()) if name == DEMO else name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...").rstrip(".")
+        raise ModelError(
+            f"model {name!r}: its config could not be read: {reason}. "
+            f"Expected a folder with config.json, a Hub id, or {DEMO!r}"
+        ) from error
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model, as :func:`load_config` names it; None if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(demo_model()) if name == DEMO else name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def named_dtype(config) -> torch.dtype | None:
+    """The dtype that a checkpoint was saved in, by its config; None if it names none."""
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return getattr(torch, named) if isinstance(named, str) else named
+
+
+def dtypes(config, wanted: str = "auto") -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of a checkpoint (float32 if its config names none), and the one that ``wanted`` loads it in.
+
+    Raises:
+        ModelError: ``wanted`` is no dtype that models are loaded in.
+    """
+    loaded = parse_dtype(wanted)
+    saved = named_dtype(config) or torch.float32
+    return saved, loaded if isinstance(loaded, torch.dtype) else saved
+
+
+def checkpoint_files(name: str) -> list[Path]:
+    """The safetensors files of a model, as far as they are on this machine; nothing is downloaded."""
+    folder = demo_model() if name == DEMO else Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError):  # not in the Hub's cache, or no name of the Hub's
+            return []
+    return sorted(folder.glob("*.safetensors"))
+
+
+def skeleton(config, dtype: torch.dtype) -> nn.Module:
+    """The model of a config on the meta device, as ``from_pretrained(..., dtype=dtype)`` would build it.
+
+    A quantised checkpoint's is that of the model before it was quantised.
+
+    Raises:
+        ModelError: Transformers has no causal language model for this config.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = copy.deepcopy(config)  # from_config writes the dtype into it
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    auto: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype).eval()
+    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError, KeyError) as error:
+        reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...").rstrip(".")
+        raise ModelError(
+            f"config of {config.model_type!r}: no model could be built from it: {reason}. "
+            "Expected the config of a decoder that Transformers has"
+        ) from error
+
+
+def parse_dtype(dtype: str) -> torch.dtype | str:
+    """A dtype that models are loaded in, by its name; "auto" stays."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ModelError(f"dtype: found {dtype!r}, expected auto, float32, bfloat16 or float16")
+    return dtype if dtype == "auto" else getattr(torch, dtype)

@@ -1,0 +1,1 @@
+"""Activation momentum: the result of a measurement, its merging and its report."""

@@ -1,0 +1,250 @@
+"""Activation momentum: mergeable counters, and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..counters import Counters, counters_from, tensors_of
+from ..errors import FileFormatError, SelectionError
+from ..models.sites import Fingerprint
+from ..plans.plan import Plan
+from ..plans.table import OPERATIONS
+from ..utils import files
+from .report import MeasureReport
+
+FORMAT, VERSION = "austeer-momentum", 2
+
+
+def _without_half(header: dict[str, Any]) -> dict[str, Any]:
+    if "half_pairs" in header:
+        raise ValueError("found the field 'half_pairs' in version 1")
+    return {**header, "half_pairs": None}
+
+
+#: For each older version, what makes its header one of the next version.
+MIGRATIONS: dict[int, files.Migration] = {1: _without_half}
+
+
+@dataclass(frozen=True, eq=False)
+class Momentum:
+    """Activation momentum of every AU at one or more sites (paper: r_pos and r_neg, before the division).
+
+    Attributes:
+        sites: site name -> ``Counters``.
+        pairs: the number of pairs counted.
+        model: what it was measured on.
+        chat_template: whether the prompts went through a chat template.
+        cut: texts that were cut on the left to fit the model.
+        identical: pairs whose two texts have the same tokens (they add to ``pairs`` only).
+        sources: where the pairs come from.
+        layers: which layer each row of the counters is; all of the model's where not given.
+        half: the counters of one half of the pairs (:mod:`austeer.pairs.halves`), which are in ``sites``, too; None
+            where they are not known. half_pairs: how many pairs that half has; pairs with equal sides are in the other.
+        report: how the measurement went (:class:`austeer.momentum.report.MeasureReport`), if this is a fresh one. Not
+            saved.
+    """
+
+    sites: Mapping[str, Counters]
+    pairs: int
+    model: Fingerprint
+    chat_template: bool = False
+    cut: int = 0
+    identical: int = 0
+    sources: tuple[str, ...] = field(default=())
+    layers: tuple[int, ...] = ()
+    half: Mapping[str, Counters] | None = None
+    half_pairs: int = 0
+    report: MeasureReport | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers) or tuple(range(self.model.layers)))
+
+    def counters(self, site: str) -> Counters:
+        """Raises SelectionError if ``site`` was not measured."""
+        if site not in self.sites:
+            raise SelectionError(
+                f"site {site!r} was not measured; found {', '.join(self.sites)}. Measure it: sites=[{site!r}]"
+            )
+        return self.sites[site]
+
+    def halves(self) -> tuple[Momentum, Momentum]:
+        """The momentum of each of two disjoint halves of the pairs, of nearly the same size where prompts are many.
+
+        Raises:
+            SelectionError: the halves are not known, or one of them is empty.
+        """
+        if self.half is None:
+            raise SelectionError(
+                "halves: found momentum without halves, from an older version or merged with such; expected the "
+                "counters of two halves of the pairs. Measure again"
+            )
+        sizes = (self.half_pairs, self.pairs - self.half_pairs)
+        if min(sizes) < 1:
+            raise SelectionError(
+                f"halves: found all {self.pairs} pairs in one half, expected some in each: pairs of one prompt stay "
+                "together. Give pairs of more prompts"
+            )
+        rest = {site: counters - self.half[site] for site, counters in self.sites.items()}
+        plain = replace(self, half=None, half_pairs=0, cut=0, report=None)
+        return (
+            replace(plain, sites=self.half, pairs=sizes[0], identical=0),
+            replace(plain, sites=rest, pairs=sizes[1]),
+        )
+
+    def select(
+        self,
+        site: str,
+        k: int | None = None,
+        *,
+        max_fdr: float | None = None,
+        min_stability: float | None = None,
+        ties: str = "effect",
+        operation: str = "scale",
+    ) -> Plan:
+        """The k AUs of largest |beta| over all layers of one site together (paper, selection), as a plan.
+
+        Args:
+            site: a measured site.
+            k: how many AUs.
+            max_fdr: instead of k, all AUs that a two-sided sign test with Benjamini-Hochberg's correction over the site
+                keeps at this false discovery rate.
+            min_stability: instead of k, the largest k (ten to a factor of ten, from 10 to a tenth of the site) of
+                which the two halves of the pairs agree on at least this share, corrected for chance: the score of
+                :class:`austeer.statistics.Stability`. All pairs together agree on more than their halves do.
+            ties: "effect" or "public", see :func:`austeer.statistics.ranking`.
+            operation: what steering does with them: "scale" (the paper), "push" or "shift".
+
+        Raises:
+            SelectionError: k, max_fdr or min_stability out of range, not exactly one of them given, a site that was not
+                measured, no AU that passes (with the number of pairs that it takes), momentum without halves, or no k
+                that is as stable (with the most stable one).
+        """
+        from ..statistics.selection import select  # brings scipy
+
+        self.counters(site)
+        if operation not in OPERATIONS:
+            raise SelectionError(f"operation: found {operation!r}, expected one of {', '.join(OPERATIONS)}")
+        chosen = select(self, site, k, max_fdr=max_fdr, min_stability=min_stability, ties=ties)
+        return plan_of(self, site, chosen, operation, ties=ties)
+
+    def merge(self, other: Momentum) -> Momentum:
+        """The momentum of both sets of pairs; counts do not depend on the order. It has halves if both have.
+
+        Raises:
+            SelectionError: the two are of different models, sites, layers or prompt forms.
+        """
+        if set(self.sites) != set(other.sites):
+            raise SelectionError(f"merge: found sites {sorted(other.sites)}, expected {sorted(self.sites)}")
+        for what in ("model", "layers", "chat_template"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like momentum adds up")
+        half = None
+        if self.half is not None and other.half is not None:
+            half = {name: self.half[name] + other.half[name] for name in self.half}
+        return replace(
+            self,
+            sites={name: self.sites[name] + other.sites[name] for name in self.sites},
+            half=half,
+            half_pairs=0 if half is None else self.half_pairs + other.half_pairs,
+            pairs=self.pairs + other.pairs,
+            cut=self.cut + other.cut,
+            identical=self.identical + other.identical,
+            sources=tuple(sorted({*self.sources, *other.sources})),
+            report=None,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a ``.safetensors`` file (counters, and a JSON header with the rest)."""
+        header: dict[str, Any] = {
+            name: value for name, value in vars(self).items() if name in ("pairs", "chat_template", "cut", "identical")
+        }
+        header |= {"model": self.model.to_json(), "sites": list(self.sites)}
+        header |= {"sources": list(self.sources), "layers": list(self.layers)}
+        header["half_pairs"] = None if self.half is None else self.half_pairs
+        files.write(Path(path), FORMAT, VERSION, header, tensors_of(self.sites, self.half))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Momentum:
+        """Raises FileFormatError if the file is missing, truncated, foreign or inconsistent."""
+        header, tensors = files.read(Path(path), FORMAT, VERSION, migrations=MIGRATIONS)
+        try:
+            model = Fingerprint.from_json(header.pop("model"))
+            layers = _layers(header.pop("layers", None), model.layers)
+            sites, half = counters_from(tensors, header.pop("sites")), None
+            for site, counters in sites.items():
+                _check_counters(counters, (len(layers), model.widths[site]), header["pairs"])
+            half_pairs = header.pop("half_pairs")
+            if half_pairs is not None:
+                half = counters_from(tensors, sites, half=True)
+                for site, counters in half.items():
+                    _check_counters(counters, (len(layers), model.widths[site]), half_pairs)
+                    _check_counters(sites[site] - counters, counters.positive.shape, header["pairs"] - half_pairs)
+            return cls(
+                sites=sites,
+                model=model,
+                sources=tuple(header.pop("sources")),
+                layers=layers,
+                half=half,
+                half_pairs=half_pairs or 0,
+                **header,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: inconsistent content ({error}); measure again") from error
+
+
+def plan_of(
+    momentum: Momentum, site: str, order: Tensor, operation: str, *, beta: float | None = None, ties: str = "effect"
+) -> Plan:
+    """The AUs at ``order`` as a plan, with the delta that was measured, and with their own beta unless one is given.
+
+    Args:
+        order: int64 [k], row * width + index in the site's counters, most important first.
+        ties: the rule that ``order`` was made by.
+    """
+    from ..statistics import signed_rate  # brings scipy
+
+    counters = momentum.counters(site)
+    width = counters.positive.shape[1]
+    own = signed_rate(counters, momentum.pairs).flatten()[order]
+    return Plan(
+        site=(site,) * len(order),
+        layer=torch.tensor(momentum.layers)[order // width].int(),
+        index=(order % width).int(),
+        beta=(own if beta is None else torch.full_like(own, beta)).float(),
+        delta=(counters.delta_sum.flatten()[order] / momentum.pairs).float(),
+        operation=operation,
+        model=momentum.model,
+        pairs=momentum.pairs,
+        ties=ties,
+        chat_template=momentum.chat_template,
+    )
+
+
+def _layers(found: Any, count: int) -> tuple[int, ...]:
+    """The rows' layers from a file; older files have none, and all layers."""
+    layers = tuple(range(count)) if found is None else tuple(found)
+    if (
+        not layers
+        or any(type(n) is not int or not 0 <= n < count for n in layers)
+        or list(layers) != sorted(set(layers))
+    ):
+        raise ValueError(f"layers {list(layers)} are not ascending numbers below {count}")
+    return layers
+
+
+def _check_counters(counters: Counters, shape: tuple[int, ...], pairs: int) -> None:
+    for name, t in counters.tensors().items():
+        expected = torch.int64 if name in ("positive", "negative") else torch.float64
+        if tuple(t.shape) != shape or t.dtype != expected:
+            raise ValueError(f"{name} is {t.dtype} {list(t.shape)}, expected {expected} {list(shape)}")
+    both = counters.positive + counters.negative
+    if not isinstance(pairs, int) or both.max() > pairs or min(counters.positive.min(), counters.negative.min()) < 0:
+        raise ValueError(f"counts do not fit {pairs} pairs")

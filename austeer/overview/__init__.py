@@ -1,0 +1,1 @@
+"""What `austeer inspect` shows of a momentum or a plan."""

@@ -1,0 +1,1 @@
+"""Contrastive pairs of texts and where they come from; no model."""

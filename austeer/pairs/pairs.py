@@ -1,0 +1,143 @@
+"""Contrastive pairs in memory: checked, split, put through a chat template.
+
+A pair is a prompt with a desired and an undesired continuation (paper: positive and negative samples). The texts that
+a model reads are ``prompt + positive`` and ``prompt + negative``, joined as they are: put the space between prompt and
+continuation where the tokenizer expects it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import PairsError
+from .pair import FIELDS, Pair, check_enough, check_untemplated, pair_as_chat, pair_of
+from .stream import PairStream, stream_pairs
+
+
+@dataclass(frozen=True)
+class Pairs(Sequence[Pair]):
+    """An immutable list of pairs, with what is known of where they come from.
+
+    Attributes:
+        items: the pairs.
+        source: file name or other origin, for messages and provenance.
+        chat_template: whether the prompts were put through a chat template (and so hold their special tokens).
+    """
+
+    items: tuple[Pair, ...]
+    source: str = "memory"
+    chat_template: bool = False
+
+    @classmethod
+    def of(
+        cls, pairs: PairStream | Iterable[Pair | Mapping[str, str] | Sequence[str]], source: str = "memory"
+    ) -> Pairs:
+        """Pairs from (prompt, positive, negative) tuples, mappings with these keys, or ``Pair`` objects.
+
+        ``Pairs`` are returned as they are; a ``PairStream`` is read to its end.
+
+        Raises:
+            PairsError: a field is missing, empty or no text; fewer than 2 pairs; all pairs have equal sides.
+        """
+        if isinstance(pairs, Pairs):
+            return pairs
+        if isinstance(pairs, PairStream):
+            return cls(tuple(pairs), pairs.source, pairs.chat_template)
+        if not isinstance(pairs, Iterable):
+            raise PairsError(f"pairs: found {type(pairs).__name__}, expected pairs; see austeer.load_pairs")
+        items = []
+        for number, entry in enumerate(pairs):
+            where = f"{source}, pair {number}"
+            if isinstance(entry, Pair):
+                row: Mapping[str, Any] = vars(entry)
+            elif isinstance(entry, Mapping):
+                row = entry
+            elif isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 3:
+                row = dict(zip(FIELDS, entry))
+            else:
+                raise PairsError(f"{where}: found {entry!r:.80}, expected (prompt, positive, negative)")
+            items.append(pair_of(row, dict(zip(FIELDS, FIELDS)), where))
+        check_enough(len(items), sum(pair.positive == pair.negative for pair in items), source)
+        return cls(tuple(items), source)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return replace(self, items=self.items[i]) if isinstance(i, slice) else self.items[i]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.items)
+
+    @property
+    def identical(self) -> int:
+        """How many pairs have the same text on both sides."""
+        return sum(p.positive == p.negative for p in self.items)
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[Pairs, Pairs]:
+        """Two disjoint parts, shuffled with ``seed``; the first has ``fraction`` of the pairs, rounded.
+
+        Raises:
+            PairsError: a part would have fewer than 2 pairs.
+        """
+        order = list(range(len(self)))
+        random.Random(seed).shuffle(order)
+        cut = round(len(self) * fraction)
+        if min(cut, len(self) - cut) < 2:
+            raise PairsError(
+                f"split of {len(self)} pairs at {fraction}: found parts of {cut} and {len(self) - cut}, "
+                "expected at least 2 in each; give more pairs or another fraction"
+            )
+        pick = [tuple(self.items[i] for i in sorted(part)) for part in (order[:cut], order[cut:])]
+        return replace(self, items=pick[0]), replace(self, items=pick[1])
+
+    def with_chat_template(self, tokenizer, system: str | None = None) -> Pairs:
+        """Each prompt becomes a user's message in the tokenizer's chat template, up to where the answer begins.
+
+        A pair's lead begins the model's own turn. Continuations are joined as they are.
+
+        Raises:
+            PairsError: the tokenizer has no chat template, or the pairs went through one already.
+        """
+        check_untemplated(self.chat_template, self.source)
+        return replace(
+            self,
+            items=tuple(pair_as_chat(tokenizer, pair, system) for pair in self.items),
+            chat_template=True,
+        )
+
+
+def load_pairs(
+    source: str | Path | Sequence[str | Path] | Any,
+    *,
+    prompt: str = "prompt",
+    positive: str = "positive",
+    negative: str = "negative",
+    where: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    split: str | None = None,
+    chat_template=None,
+) -> Pairs:
+    """The pairs of a file, of several, or of a dataset, in memory; arguments as for :func:`stream_pairs`.
+
+    Raises:
+        PairsError: no such source, an unknown format, a package that is not installed, a damaged row, a missing or
+            empty field (source, row and field are named), no row that matches ``where``, fewer than 2 pairs, or pairs
+            whose sides are all the same.
+    """
+    return Pairs.of(
+        stream_pairs(
+            source,
+            prompt=prompt,
+            positive=positive,
+            negative=negative,
+            where=where,
+            limit=limit,
+            split=split,
+            chat_template=chat_template,
+        )
+    )

@@ -1,0 +1,140 @@
+"""Pairs read from a source as they are wanted, so that there may be any number of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from ..errors import PairsError
+from .pair import LEAD, Pair, check_enough, check_untemplated, has_lead, pair_as_chat, pair_of, render_chat
+from .readers import Reading, Source, open_source
+
+
+class PairStream:
+    """Pairs of a source that is opened anew and read once by every iteration; see :func:`stream_pairs`.
+
+    An iteration raises PairsError at a row that is damaged, or has a missing or empty field (the source, the row and
+    the field are named), and at its end if no row matched, if there were fewer than 2 pairs, or if all had equal sides.
+
+    Attributes:
+        source: file name or other origin, for messages and provenance.
+        chat_template: whether the prompts are put through a chat template (and so hold their special tokens).
+    """
+
+    def __init__(
+        self,
+        rows: Source,
+        names: Mapping[str, str],
+        where: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+        chat: tuple[Any, str | None] | None = None,
+    ):
+        self._rows, self._names, self._where, self._limit, self._chat = rows, names, where or {}, limit, chat
+        self._reading: Reading | None = None
+        self._found = 0
+
+    @property
+    def source(self) -> str:
+        return self._rows.name
+
+    @property
+    def chat_template(self) -> bool:
+        return self._chat is not None
+
+    @property
+    def fraction(self) -> float | None:
+        """How far the newest iteration is, from 0 to 1, in the bytes or rows of the source (or up to the limit).
+
+        None if it cannot be known before the end: an iterable dataset whose length is not known.
+        """
+        if self._reading is None:
+            return 0.0
+        limited = self._found / self._limit if self._limit else 0.0
+        if self._reading.fraction is None:
+            return limited or None
+        return max(self._reading.fraction, limited)
+
+    def with_chat_template(self, tokenizer, system: str | None = None) -> PairStream:
+        """The same pairs in the tokenizer's chat template, rendered when one is read; as ``Pairs.with_chat_template``.
+
+        Raises:
+            PairsError: the tokenizer has no chat template or it takes no system message, or the pairs have one already.
+        """
+        check_untemplated(self.chat_template, self.source)
+        render_chat(tokenizer, "text", system)
+        return PairStream(self._rows, self._names, self._where, self._limit, (tokenizer, system))
+
+    def __iter__(self) -> Iterator[Pair]:
+        found = identical = 0
+        optional = {LEAD} if has_lead(self._names) else set()
+        with closing(self._rows.read({*self._names.values(), *self._where}, optional)) as reading:
+            self._reading, self._found = reading, found
+            for place, row in reading:
+                if not all(_equals(row.get(field), value) for field, value in self._where.items()):
+                    continue
+                pair = pair_of(row, self._names, place)
+                if self._chat is not None:
+                    tokenizer, system = self._chat
+                    pair = pair_as_chat(tokenizer, pair, system)
+                found += 1
+                identical += pair.positive == pair.negative
+                if self._reading is reading:
+                    self._found = found
+                yield pair
+                if found == self._limit:
+                    break
+        if self._where and not found:
+            raise PairsError(f"{self.source}: found no row with {dict(self._where)}; check the names and values")
+        check_enough(found, identical, self.source)
+
+
+def stream_pairs(
+    source: str | Path | Sequence[str | Path] | Any,
+    *,
+    prompt: str = "prompt",
+    positive: str = "positive",
+    negative: str = "negative",
+    where: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    split: str | None = None,
+    chat_template=None,
+) -> PairStream:
+    """Pairs that are read as they are wanted, as often as wanted: a source of any length takes little memory.
+
+    Args:
+        source: one of
+
+            - a file of JSONL (``.jsonl``, ``.ndjson``), JSON (``.json``: a list of objects, which is read whole) or CSV
+              (``.csv``, with a header), each also with ``.gz`` or ``.zst`` after it, or of Parquet (``.parquet``);
+            - a pattern of files (``"pairs/*.jsonl.gz"``) or a sequence of files, read in the order of their names;
+            - ``"hf:ORG/NAME"`` or ``"hf:ORG/NAME:CONFIG"``, a dataset of the Hugging Face Hub, streamed;
+            - a folder that ``Dataset.save_to_disk`` wrote;
+            - a ``datasets.Dataset`` or ``IterableDataset``, or a dictionary of them by split.
+        prompt, positive, negative: the names that the fields have in the source. If they are these, a field ``lead``
+            may say with which end of the prompt the answer begins (:class:`austeer.pairs.pair.Pair`).
+        where: keep only rows in which these fields have these values, for example ``{"split": "selection"}``.
+        limit: read at most so many pairs.
+        split: which split of a dataset; needed if it has several.
+        chat_template: a tokenizer whose chat template the prompts are put through
+            (:meth:`PairStream.with_chat_template`).
+
+    Raises:
+        PairsError: no such file or dataset, an unknown format, a package that is not installed
+            (``pip install 'austeer[data]'`` for Zstandard, Parquet and datasets), or a split that is not named or does
+            not exist. What is wrong in the rows is told by the iteration (:class:`PairStream`).
+    """
+    if limit is not None and limit < 2:
+        raise PairsError(f"limit: found {limit}, expected at least 2 pairs")
+    names = {"prompt": prompt, "positive": positive, "negative": negative}
+    stream = PairStream(open_source(source, split), names, where, limit)
+    return stream if chat_template is None else stream.with_chat_template(chat_template)
+
+
+def _equals(found: Any, wanted: Any) -> bool:
+    """Whether a field has a value that may have been typed on a command line: true, True or 3 for what is no text."""
+    if isinstance(found, str) or not isinstance(wanted, str):
+        return found == wanted
+    return wanted in (str(found), json.dumps(found, default=str))

@@ -1,0 +1,191 @@
+"""The table of a plan: which AUs, how strongly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError, check_count
+from ..models.sites import SITE_NAMES, Fingerprint
+from .evidence import Evidence
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+OPERATIONS = ("scale", "push", "shift")
+TIES = ("effect", "public")
+
+
+@dataclass(frozen=True)
+class AtomicUnit:
+    """One row of a plan."""
+
+    site: str
+    layer: int
+    index: int
+    beta: float
+    delta: float
+
+
+@dataclass(frozen=True, eq=False)
+class PlanTable:
+    """The rows of a :class:`austeer.Plan` and what is done with them: all of it but files and the Hub."""
+
+    site: tuple[str, ...]
+    layer: Tensor
+    index: Tensor
+    beta: Tensor
+    delta: Tensor
+    operation: str
+    model: Fingerprint
+    pairs: int
+    ties: str = "effect"
+    chat_template: bool = False
+    evidence: Evidence | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, names in (("operation", self.operation, OPERATIONS), ("ties", self.ties, TIES)):
+            if value not in names:
+                raise PlanError(f"{name}: found {value!r}, expected one of {', '.join(names)}")
+        for what, kind in (("site", tuple), ("model", Fingerprint), ("pairs", int), ("chat_template", bool)):
+            if type(getattr(self, what)) is not kind:
+                raise PlanError(f"{what}: found {type(getattr(self, what)).__name__}, expected {kind.__name__}")
+        if self.pairs < 0 or not all(isinstance(name, str) for name in self.site):
+            raise PlanError(f"found {self.pairs} pairs and sites {set(map(type, self.site))}, expected 0 or more, str")
+        if not self.site:
+            raise PlanError("a plan needs at least one AU; found none")
+        for name, dtype in (
+            ("layer", torch.int32),
+            ("index", torch.int32),
+            ("beta", torch.float32),
+            ("delta", torch.float32),
+        ):
+            t = getattr(self, name)
+            if not isinstance(t, Tensor) or t.dtype != dtype or tuple(t.shape) != (len(self.site),):
+                found = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+                raise PlanError(f"{name}: found {found}, expected {dtype} [{len(self.site)}]")
+            if not torch.isfinite(t).all():
+                raise PlanError(f"{name}: found NaN or infinity, expected finite numbers")
+        if self.beta.abs().max() > 1:
+            raise PlanError(f"beta: found {float(self.beta.abs().max())}, expected -1 to 1")
+        for name in self.sites:
+            if name not in self.model.widths:
+                raise PlanError(f"site {name!r} has no width in the plan's model; found {sorted(self.model.widths)}")
+            rows = self.of(name)
+            layer, index = self.layer[rows], self.index[rows]
+            for what, values, size in (("layer", layer, self.model.layers), ("index", index, self.model.widths[name])):
+                least, greatest = int(values.min()), int(values.max())
+                if least < 0 or greatest >= size:
+                    raise PlanError(f"{what}: found {least} to {greatest} at site {name!r}, expected 0 to {size - 1}")
+            if (layer.long() * self.model.widths[name] + index).unique().numel() < len(rows):
+                raise PlanError("found the same AU twice; a plan names each AU once")
+        if self.evidence is not None:
+            if not isinstance(self.evidence, Evidence):
+                raise PlanError(f"evidence: found {type(self.evidence).__name__}, expected Evidence")
+            if self.evidence.sites() - set(self.sites):
+                raise PlanError(
+                    f"evidence: found an alpha for sites {sorted(self.evidence.sites())}, expected {list(self.sites)}"
+                )
+
+    def __repr__(self) -> str:
+        where = ", ".join(f"{self.site.count(name)} at {name}" for name in self.sites)
+        return f"Plan({len(self)} AUs: {where}; {self.operation}; {self.model.name}, {self.pairs} pairs)"
+
+    def __len__(self) -> int:
+        return len(self.site)
+
+    def __iter__(self) -> Iterator[AtomicUnit]:
+        columns = (self.layer.tolist(), self.index.tolist(), self.beta.tolist(), self.delta.tolist())
+        return (AtomicUnit(*row) for row in zip(self.site, *columns))
+
+    def __eq__(self, other: object) -> bool:
+        names = ("operation", "model", "pairs", "ties", "chat_template", "evidence")
+        return (
+            isinstance(other, PlanTable)
+            and all(getattr(self, name) == getattr(other, name) for name in names)
+            and list(self) == list(other)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def keys(self) -> list[tuple[str, int, int]]:
+        """(site, layer, index) of each AU."""
+        return list(zip(self.site, self.layer.tolist(), self.index.tolist()))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the plan's sites, in the order of ``SITE_NAMES``; unknown ones last."""
+        order = {name: i for i, name in enumerate(SITE_NAMES)}
+        return tuple(sorted(set(self.site), key=lambda name: (order.get(name, len(order)), name)))
+
+    def of(self, site: str) -> Tensor:
+        """Positions of a site's AUs in the plan: int64 [k of the site]."""
+        return torch.tensor([i for i, name in enumerate(self.site) if name == site], dtype=torch.int64)
+
+    def take(self, positions: Tensor) -> Self:
+        """The plan of the AUs at ``positions``, in that order; with the evidence only if that is all, in this order."""
+        same = positions.tolist() == list(range(len(self)))
+        return replace(
+            self,
+            evidence=self.evidence if same else None,
+            site=tuple(self.site[i] for i in positions.tolist()),
+            layer=self.layer[positions],
+            index=self.index[positions],
+            beta=self.beta[positions],
+            delta=self.delta[positions],
+        )
+
+    def top(self, k: int) -> Self:
+        """The k most important AUs.
+
+        Raises:
+            PlanError: k is not from 1 to the plan's length.
+        """
+        return self.take(torch.arange(check_count("k", k, len(self), "the plan's AUs", PlanError)))
+
+    def with_operation(self, operation: str) -> Self:
+        """The same AUs under another operation, of which there is no evidence."""
+        return replace(self, operation=operation, evidence=self.evidence if operation == self.operation else None)
+
+    def with_evidence(self, evidence: Evidence | None) -> Self:
+        """The same plan with what is known of its effect and cost, for its file and its card.
+
+        Raises:
+            PlanError: the evidence names a site that the plan does not have.
+        """
+        return replace(self, evidence=evidence)
+
+    def __add__(self, other: Self) -> Self:
+        """Both plans' AUs, alternating by rank, so that a prefix still holds the most important of each.
+
+        Raises:
+            PlanError: the plans differ in model, operation or prompt form, or share an AU.
+        """
+        if not isinstance(other, PlanTable):
+            return NotImplemented
+        mine, theirs = self.model, other.model
+        same_widths = all(theirs.widths.get(name, width) == width for name, width in mine.widths.items())
+        if (mine.model_type, mine.layers) != (theirs.model_type, theirs.layers) or not same_widths:
+            raise PlanError(f"found a plan for {theirs}, expected one for {mine}; plans of one model add up")
+        for what in ("operation", "chat_template"):
+            if getattr(self, what) != getattr(other, what):
+                raise PlanError(
+                    f"{what}: found {getattr(other, what)!r} and {getattr(self, what)!r}, expected the same in both"
+                )
+        rank = torch.cat([torch.arange(len(self)), torch.arange(len(other))])
+        joined = replace(
+            self,
+            evidence=None,
+            site=self.site + other.site,
+            layer=torch.cat([self.layer, other.layer]),
+            index=torch.cat([self.index, other.index]),
+            beta=torch.cat([self.beta, other.beta]),
+            delta=torch.cat([self.delta, other.delta]),
+            model=replace(mine, widths={**theirs.widths, **mine.widths}),
+            pairs=min(self.pairs, other.pairs),
+        )
+        return joined.take(torch.argsort(rank, stable=True))

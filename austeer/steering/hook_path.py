@@ -1,0 +1,166 @@
+"""The ways in which a site can be steered while it runs: fused, columns, dense.
+
+Each puts its strength tables on one module and takes them off again, leaving no trace, as an accelerate hook, so that
+it composes with device maps and offload. fold.py has the way that runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SteeringError
+from ..models.hooks import Attachment, Hook, is_hooked
+from ..models.sites import Site
+from ..models.structure import first_tensor
+from .path import Path
+from .routing import NOBODY, Routing, capturing
+from .selfcheck import checked_tensor
+from .tables import StrengthTable
+
+
+class _Hook(Hook):
+    """Calls back into its path; accelerate calls it around the module's forward."""
+
+    def __init__(self, path: HookPath):
+        super().__init__()
+        self.path = path
+
+    def bind(self, module: nn.Module) -> None:
+        self.path.bind(module)
+
+    def release(self, module: nn.Module) -> None:
+        self.path.release(module)
+
+    def pre_forward(self, module: nn.Module, *args, **kwargs):
+        path = self.path
+        if path.reads_input:
+            if args:
+                args = (path.steer(args[0]), *args[1:])
+            else:  # every module that has an input-side site takes one tensor, whatever its name
+                name = next(iter(kwargs))
+                kwargs = {**kwargs, name: path.steer(kwargs[name])}
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output):
+        path = self.path
+        if not path.reads_output:
+            return output
+        if type(output) is Tensor:
+            return path.steer(output)
+        if isinstance(output, (tuple, list)):
+            steered = [path.steer(first_tensor(output)), *output[1:]]
+            return steered if isinstance(output, list) else tuple(steered)
+        return path.steer(output)
+
+
+def expect_free(path: Path) -> None:
+    """
+    Raises:
+        SteeringError: a hook of some steering is on the path's module.
+    """
+    if is_hooked(path.module, _Hook):
+        raise SteeringError(
+            f"{path.site.path}: found a module that is steered already (another model shares it, or the model was "
+            "copied while it was steered), expected one that is not; copy before steering"
+        )
+
+
+class HookPath(Path):
+    """A path that is an accelerate hook on ``module``.
+
+    Args:
+        tables: one, or two where plans with and without magnitude meet.
+        routing: which tokens are steered; None for all of them.
+        check: whether the first call is compared with the formula.
+    """
+
+    reads_input = reads_output = False
+
+    def __init__(
+        self,
+        site: Site,
+        tables: Sequence[StrengthTable],
+        module: nn.Module,
+        routing: Routing | None = None,
+        check: bool = False,
+    ):
+        super().__init__(site, tables[0], module)
+        self.tables = tuple(tables)
+        self.routing = routing
+        self._check = check
+        self._elements = 0
+        self._attachment = Attachment(module, _Hook(self))
+
+    @property
+    def tokens(self) -> int | None:
+        return self._elements // self.table.width if self.routing is None else self.routing.tokens
+
+    def attach(self) -> None:
+        self._attachment.attach()
+
+    def detach(self) -> None:
+        self._attachment.detach()
+
+    def bind(self, module: nn.Module) -> None:
+        """Called when the hook is put on the module."""
+
+    def release(self, module: nn.Module) -> None:
+        """Called when the hook is taken off."""
+
+    def steer(self, x: Tensor) -> Tensor:
+        """The steered tensor, may be ``x`` itself; called if ``reads_input`` or ``reads_output``."""
+        raise TypeError(f"{type(self).__name__} does not steer a tensor")
+
+    def begin(self, x: Tensor):
+        """Counts a call, follows ``x`` to its device, and gives each token's row of the tables (see ``rows_for``)."""
+        if torch.compiler.is_compiling():
+            self.traced = True  # a count would be a guard, and so a recompilation at every call
+        else:
+            self.calls += 1  # type: ignore[operator]
+            if self.routing is None:
+                self._elements += x.numel()
+        if x.device != self.table.device:
+            for table in self.tables:
+                table.to(x.device)
+        return None if self.routing is None else self.routing.rows_for(x)
+
+    def checks_now(self, x: Tensor) -> bool:
+        """Whether this call is to be compared with the formula: the first outside compiled and captured graphs."""
+        if not self._check or torch.compiler.is_compiling() or capturing(x.device):
+            return False
+        self._check = False
+        return True
+
+
+class TensorPath(HookPath):
+    """A hook that steers the module's input or output and leaves its computation alone."""
+
+    def __init__(self, site: Site, *args, **kwargs):
+        super().__init__(site, *args, **kwargs)
+        self.reads_input, self.reads_output = site.side == "input", site.side == "output"
+
+    def steer(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.table.width:
+            raise SteeringError(
+                f"site {self.site.name!r} of layer {self.site.layer} ({self.site.path}): found a tensor of width "
+                f"{x.shape[-1]}, expected {self.table.width}. A model split over processes is steered if Transformers "
+                "split it (DistributedConfig(tp_plan='auto'))"
+            )
+        rows = self.begin(x)
+        if rows is NOBODY:
+            return x
+        if self._check and self.checks_now(x):
+            check = checked_tensor(self, x, rows)
+            return check(self.apply(x, rows))
+        return self.apply(x, rows)
+
+    def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Steers ``x`` [..., width], in place where nothing is differentiated.
+
+        Args:
+            rows: int32 [tokens], each token's row of the tables, -1 for none; None: the first row for all.
+        """
+        raise TypeError(f"{type(self).__name__} is abstract")

@@ -1,0 +1,253 @@
+"""Which tokens of the forward pass at hand are steered, and with whose strengths.
+
+One hook on the decoder works it out once a forward pass, for all sites: everything, nothing, or for each token the row
+of the strength tables (-1: none).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SteeringError
+from ..models.hooks import Attachment, Hook
+from .prompt import PACKED, Prompt, padding
+from .rows import Rows
+from .scope import END, Scope
+
+#: No token of this forward pass is steered. (None stands for every token.)
+NOBODY = object()
+
+#: What only continuous batching passes to a decoder: its tokens are those of many requests in one row.
+_PACKED = ("cu_seq_lens_q", "block_table")
+
+
+class _Begin(Hook):
+    def __init__(self, routing: Routing):
+        super().__init__()
+        self.routing = routing
+
+    def pre_forward(self, module: nn.Module, *args, **kwargs):
+        self.routing.begin(args, kwargs)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output):
+        self.routing.end()
+        return output
+
+
+class Routing:
+    """The tokens to steer, for a scope and for rows with plans of their own.
+
+    Args:
+        scope: the positions.
+        rows: each row's plan; None where there is one plan for every row.
+        prompt: how long the prompt is.
+        decoder: the model without its head.
+    """
+
+    def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module):
+        self.scope, self.rows, self.prompt, self._decoder = scope, rows, prompt, decoder
+        self._attachment = Attachment(decoder, _Begin(self))
+        self._names = list(inspect.signature(decoder.forward).parameters)
+        self._state: Any = NOBODY
+        self._table_rows: Tensor | None = None
+        self._key: tuple[int, int, int] | None = None  # of the rows of this forward pass, where they are as chosen
+        self._tokens = 0
+        self._counted: Tensor | None = None
+        self._ours = False  # whether the forward pass at hand has to give its turn back: it is outside generate
+
+    def attach(self) -> None:
+        self._state, self._tokens, self._counted = NOBODY, 0, None
+        self._attachment.attach()
+        self.prompt.attach()
+
+    def detach(self) -> None:
+        self.prompt.detach()
+        self._attachment.detach()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of forward passes outside compiled graphs were steered so far, padding included."""
+        return self._tokens + (0 if self._counted is None else int(self._counted))
+
+    # --- a forward pass ----------------------------------------------------------------------------------------------
+
+    def begin(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Called before each forward pass of the decoder with its arguments."""
+        if not torch.compiler.is_compiling():
+            self._ours = self.prompt.turn.take_for_forward()
+        given = {**dict(zip(self._names, args)), **kwargs}
+        x = given.get("input_ids")
+        if x is None:
+            x = given.get("inputs_embeds")
+        if x is None:
+            raise SteeringError("found neither input_ids nor inputs_embeds; expected one of them")
+        if any(given.get(name) is not None for name in _PACKED):
+            raise SteeringError(PACKED)
+        if self._recomputed():
+            raise SteeringError(
+                "found activation checkpointing together with a scope or rows: what is computed anew in the backward "
+                "pass cannot tell which forward pass it belongs to; expected one plan with scope='all', or "
+                "model.gradient_checkpointing_disable()"
+            )
+        cache = given.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        batch, length = x.shape[0], x.shape[1]
+        on_device = torch.compiler.is_compiling() or capturing(x.device)
+        first, last = self._interval(given, past, batch, length, on_device)
+        rows = None if self.rows is None else self.rows.of(batch, self.prompt.batch, on_device)
+        self._table_rows = self._key = None
+        if on_device or any(isinstance(n, Tensor) for n in (past, first, last)):
+            self._state = _tensor_state(rows, past, first, last, batch, length, x.device)
+            if not on_device and isinstance(self._state, Tensor):
+                count = (self._state >= 0).sum()
+                self._counted = count if self._counted is None else self._counted.to(count.device) + count
+        else:
+            begin, end = max(first - past, 0), min(last - past, length)
+            self._state = self._host_state(rows, begin, end, batch, length, x.device)
+
+    def _recomputed(self) -> bool:
+        """Whether parts of this forward pass will run once more in its backward pass."""
+        if not self._decoder.training or not torch.is_grad_enabled():
+            return False
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
+
+    def end(self) -> None:
+        """Called after each forward pass of the decoder."""
+        if not torch.compiler.is_compiling() and self._ours:
+            self._ours = False
+            self.prompt.turn.give_back()
+
+    def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
+        scope, prompt = self.scope, self.prompt
+        if scope.name == "all":
+            return 0, END
+        if prompt.known:
+            end = prompt.end(on_device)
+        else:  # outside generate a call of several tokens is prompt, and a call of one on a filled cache is not
+            fresh = length > 1 or (not isinstance(past, Tensor) and past == 0)
+            if not fresh and scope.name == "last_prompt_token":
+                return 0, 0
+            end = past + length if fresh else past
+        before, after = 0, 0
+        if scope.name in ("range", "last_prompt_token"):
+            before, after = self._padding(given, past, batch, length, on_device)
+        return scope.interval(end, before, after)
+
+    def _padding(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
+        """Columns of padding before and after each row's prompt, [batch] each, or zeros if nothing tells."""
+        if self.prompt.padding is not None:
+            times = batch // self.prompt.padding[0].shape[0]  # beams, return sequences
+            return tuple(p if times == 1 else p.repeat_interleave(times) for p in self.prompt.padding)
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            end = past + length  # the mask may be longer, for what a static cache will hold
+            if self.prompt.known:
+                end = _least(self.prompt.end(on_device), end)
+            return padding(mask, _on(end, mask.device))
+        if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[0] == batch:
+            before = (past + length - 1 - positions[:, -1]).clamp(min=0)
+            if length > 1 and not on_device:
+                _expect_one_sequence(positions, before, past)
+            return before, 0
+        if mask is not None:
+            raise SteeringError(
+                f"scope {self.scope}: found an attention mask of {type(mask).__name__} that does not show the padding, "
+                "expected one of [batch, tokens], or position_ids"
+            )
+        return 0, 0
+
+    def _host_state(self, rows: Tensor | None, begin: int, end: int, batch: int, length: int, device: torch.device):
+        """The state where the scope is the columns ``begin`` to ``end`` of this forward pass, in every row."""
+        steered = batch if self.rows is None else self.rows.steered(batch)
+        if begin >= end or steered == 0:
+            return NOBODY
+        self._tokens += steered * (end - begin)
+        whole = begin == 0 and end == length
+        if rows is None or (self.rows is not None and self.rows.everywhere is not None and len(self.rows.plans) == 1):
+            if whole:
+                return None
+            rows = torch.zeros(batch, dtype=torch.int32, device=device)
+        if whole:
+            if self.rows is not None and length == 1:  # a prompt's would be large, and is not run twice
+                self._key = (self.rows.version, batch, length)
+            return _each_token(rows.to(device), length)
+        inside = rows.to(device)[:, None].expand(batch, end - begin)
+        return torch.nn.functional.pad(inside, (begin, length - end), value=-1).reshape(-1)
+
+    # --- for the sites -----------------------------------------------------------------------------------------------
+
+    def rows_for(self, x: Tensor):
+        """int32 [tokens], the table's row of each token of ``x`` [..., width] or -1; None: all row 0; or NOBODY."""
+        state = self._state
+        if state is None or state is NOBODY:
+            return state
+        if state.device != x.device:
+            self._state = state = state.to(x.device)  # the next site is most likely on the same device
+        if state.shape[0] * x.shape[-1] != x.numel():
+            raise SteeringError(
+                f"a site has {x.numel() // x.shape[-1]} tokens in a forward pass of {state.shape[0]}, expected as "
+                "many: this model's tokens do not keep their places there, so rows and scopes cannot be told apart; "
+                "use one plan with scope='all'"
+            )
+        return state
+
+    def table_rows(self, rows: Tensor) -> tuple[Tensor, object]:
+        """For what ``rows_for`` gave, what ``StrengthTable.for_rows`` takes.
+
+        int64 [tokens], the row of tables whose last row, of zeros, is for no plan; and a key, or None.
+        """
+        found = self._table_rows
+        if found is None or found.device != rows.device:
+            found = torch.where(rows < 0, 1 if self.rows is None else len(self.rows.plans), rows).long()
+            if not torch.compiler.is_compiling():  # where the compiler sees to it
+                self._table_rows = found
+        return found, None if torch.compiler.is_compiling() else self._key
+
+
+def _expect_one_sequence(positions: Tensor, before: Tensor, past) -> None:
+    column = torch.arange(positions.shape[1], device=positions.device) + past
+    before = before[:, None]
+    right = torch.where(column < before, positions == positions[:, :1], positions == column - before)
+    if not bool(right.all()):
+        raise SteeringError(
+            "position_ids: found some that do not rise by one (several sequences packed in a row?), expected one "
+            "sequence a row; or use scope='all'"
+        )
+
+
+def _tensor_state(rows: Tensor | None, past, first, last, batch: int, length: int, device: torch.device):
+    """The state where something is only known on the device, or must be read there at each replay."""
+    if isinstance(first, int) and isinstance(last, int) and (first, last) == (0, END):
+        return None if rows is None else _each_token(rows.to(device), length)
+    column = torch.arange(length, device=device) + _on(past, device)
+    first, last = (n[:, None] if isinstance(n, Tensor) and n.dim() else n for n in (first, last))
+    first, last = _on(first, device), _on(last, device)
+    inside = ((column >= first) & (column < last)).expand(batch, length)
+    chosen = torch.zeros((), dtype=torch.int32, device=device) if rows is None else rows.to(device)[:, None]
+    return torch.where(inside, chosen, -1).to(torch.int32).reshape(-1)
+
+
+def _least(a: int | Tensor, b: int | Tensor) -> int | Tensor:
+    if isinstance(a, int):
+        return min(a, b) if isinstance(b, int) else b.clamp(max=a)
+    return a.clamp(max=_on(b, a.device))
+
+
+def _each_token(rows: Tensor, length: int) -> Tensor:
+    """[batch] -> [batch * length], contiguous also where ``rows`` only repeats one entry."""
+    return rows[:, None].expand(-1, length).reshape(-1).contiguous()
+
+
+def _on(n: int | Tensor, device: torch.device) -> int | Tensor:
+    return n.to(device) if isinstance(n, Tensor) else n
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is called now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,368 @@
+"""steer(): puts plans on a model and takes them off again; live alpha, k and rows; a report of what was done."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+
+from ..errors import PlanError, SteeringError, SteeringWarning
+from ..models.sites import Layout, find_sites
+from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap
+from ..plans.fit import check_plan_fits
+from ..plans.plan import Plan
+from .choose import MODES, plan_paths
+from .fold import Fold
+from .hook_path import expect_free
+from .levels import Alpha, Levels
+from .path import Path
+from .prompt import Prompt
+from .report import Report, complaint, make_report
+from .routing import Routing
+from .rows import NO_NAMES, Rows
+from .scope import parse_scope
+from .selfcheck import FoldProbe
+
+#: The modules with folded weights, of all models: two models may share some.
+_folded: WeakSet[nn.Module] = WeakSet()
+
+#: Two threads that put plans on one model at once would each save what the other has changed.
+_lock = threading.RLock()
+
+
+class Steering:
+    """Plans on a model. Made by :func:`steer`; steers inside ``with``, or between ``attach`` and ``detach``.
+
+    Attributes:
+        plans: name -> plan; one without a name is under "".
+        scope: which tokens are steered.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan | Mapping[str, Plan],
+        alpha: Alpha,
+        k: int | Mapping[str, int] | None,
+        scope: str | tuple[int, int | None],
+        mode: str,
+        layout: Layout | None,
+        check: bool,
+    ):
+        if mode not in MODES:
+            raise SteeringError(f"mode: found {mode!r}, expected one of {', '.join(MODES)}")
+        self.plans = _plans(plan)
+        self.scope = parse_scope(scope)
+        self._named = isinstance(plan, Mapping)
+        self._levels = Levels(self.plans, self._named)
+        self._levels.set_alpha(alpha)
+        self._levels.set_k(k)
+        self._model = unwrap(model)
+        self._mode, self._layout, self._check = mode, layout, check
+        self._decoder = decoder_of(self._model)
+        self._attached = False
+        self._parts: set[nn.Module] = set()
+        self._routing: Routing | None = None
+        if self._named or self.scope.name != "all":
+            if self.scope.name != "all" and has_virtual_tokens(model):
+                raise SteeringError(
+                    f"scope {self.scope}: found a PEFT model with virtual tokens (prompt or prefix tuning), in which "
+                    "positions count differently; expected scope='all', or an adapter of another kind"
+                )
+            device = input_device(self._model)
+            rows = Rows(list(self.plans), device) if self._named else None
+            scoped = self.scope.name != "all"
+            prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped)
+            self._routing = Routing(self.scope, rows, prompt, self._decoder)
+        with _lock:  # planning may run a block once, with a hook on it
+            self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
+        self._expect_finite()
+
+    def __repr__(self) -> str:
+        plans = ", ".join(f"{name!r}: {plan!r}" if self._named else repr(plan) for name, plan in self.plans.items())
+        state = "on" if self._attached else "off"
+        return f"Steering({type(self._model).__name__}, {plans}, alpha={self.alpha}, k={self.k}, {self.scope}, {state})"
+
+    def _plan_paths(self) -> tuple[list[Path], list[str]]:
+        """A path for each site and layer of the plans, for the model as it is now."""
+        plans = list(self.plans.values())
+        sites = find_sites(self._model, [name for plan in plans for name in plan.sites], self._layout)
+        for plan in plans:
+            check_plan_fits(plan, self._model, sites)
+        at_run_time = "plans are chosen row by row" if self._named else ""
+        if self.scope.name != "all":
+            at_run_time = f"only some tokens are steered ({self.scope})"
+        return plan_paths(self._model, plans, sites, self._mode, at_run_time, self._routing, self._check)
+
+    # --- strength, live ----------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, where there is one."""
+        if len(self.plans) > 1:
+            raise SteeringError(f"found {len(self.plans)} plans, expected one; see steering.plans")
+        return next(iter(self.plans.values()))
+
+    @property
+    def alpha(self) -> float | dict[str, Any]:
+        """The strength: one number, or one for each site, or either of them for each plan by name.
+
+        Setting it takes effect at the next forward pass.
+        """
+        return self._levels.alpha()
+
+    @alpha.setter
+    def alpha(self, value: Alpha) -> None:
+        before = self._levels.alpha()
+        self._levels.set_alpha(value)
+        try:
+            self._expect_finite()
+        except SteeringError:
+            self._levels.set_alpha(before)
+            raise
+        self._refresh()
+
+    @property
+    def k(self) -> int | dict[str, int]:
+        """How many AUs of each plan are steered, the most important first. Setting it takes effect at once."""
+        return self._levels.k()
+
+    @k.setter
+    def k(self, value: int | Mapping[str, int]) -> None:
+        self._levels.set_k(value)
+        self._refresh()
+
+    def _expect_finite(self) -> None:
+        for path in self._paths:
+            for entry in (entry for table in path.tables for entry in table.entries):
+                alpha, _ = self._levels.of(path.site.name)[entry.plan]
+                if not all(bool(t.isfinite().all()) for t in entry.strengths(alpha, sys.maxsize)):
+                    raise SteeringError(
+                        f"alpha: found {alpha:g} for site {path.site.name!r}, with which a strength of layer "
+                        f"{path.site.layer} is no float32 number any more; expected a smaller one"
+                    )
+
+    def _refresh_tables(self) -> None:
+        for path in self._paths:
+            for table in path.tables:
+                table.fill(self._levels.of(path.site.name))
+
+    def _refresh(self) -> None:
+        with _lock:
+            self._refresh_tables()
+            if self._attached:
+                # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
+                folds = [path for path in self._paths if isinstance(path, Fold)]
+                for path in reversed(folds):
+                    path.detach()
+                for path in folds:
+                    path.attach()
+
+    # --- rows and prompt, live ---------------------------------------------------------------------------------------
+
+    def rows(self, rows: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
+        """Chooses each row's plan for the forward passes that follow, for plans given by name.
+
+        ::
+
+            with austeer.steer(model, {"kind": a, "brief": b}) as steering, steering.rows(["kind", None, "brief"]):
+                model.generate(**batch)
+
+        Takes effect at once; used as a context manager it takes the choice back on leaving. Only buffers on the device
+        change while the number of rows stays the same: nothing is compiled or captured again.
+
+        Args:
+            rows: for each row of the batch, as it is given to ``generate`` or to the model, a plan's name, or None for
+                a row that is left as it is. Beams and return sequences follow their row. One name: for all rows of
+                any batch. None: no choice.
+
+        Raises:
+            SteeringError: an unknown name, or a plan that was given without one. A batch of another size raises when
+                it is run.
+        """
+        if self._routing is None or self._routing.rows is None:
+            raise SteeringError(NO_NAMES)
+        before = self._routing.rows.chosen
+        self._routing.rows.choose(rows)
+        return _chosen(self._routing.rows, rows, before)
+
+    @property
+    def prompt_length(self) -> int | None:
+        """How many columns of the batch are prompt, padding included, for scopes that depend on it.
+
+        ``generate`` sets it by itself. Where the model is called directly and this is None, a call of several tokens is
+        taken as prompt and a call of one token on a filled cache as generation: set it for a prompt that is given in
+        pieces, or for several generated tokens at once.
+        """
+        return None if self._routing is None else self._routing.prompt.length
+
+    @prompt_length.setter
+    def prompt_length(self, length: int | None) -> None:
+        if self._routing is None:
+            raise SteeringError("prompt_length: found scope 'all', expected a scope that depends on the prompt")
+        self._routing.prompt.length = length
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> Steering:
+        """Starts steering.
+
+        Raises:
+            SteeringError: the model is steered already, or a folded layer fails the self-check.
+        """
+        with _lock:
+            if self._decoder in steered:
+                raise SteeringError(
+                    f"{type(self._model).__name__} is steered already, with {steered[self._decoder]} AUs. "
+                    "Leave that context first, steer with the sum of both plans (plan_a + plan_b), or give each row "
+                    'its own (steer(model, {"a": plan_a, "b": plan_b}))'
+                )
+            self._paths, self._reasons = self._plan_paths()  # the model may have changed since
+            for path in self._paths:
+                expect_free(path)
+            folded = {part for path in self._paths if isinstance(path, Fold) for part in path.parts}
+            if any(part in _folded for part in folded):
+                raise SteeringError(
+                    f"{type(self._model).__name__} shares modules with another model that is steered by folding now; "
+                    "leave that context first, or use mode='columns'"
+                )
+            steered[self._decoder] = sum(map(len, self.plans.values()))
+            self._attached = True
+            self._parts = folded
+            _folded.update(folded)
+            try:
+                self._refresh_tables()
+                probe = FoldProbe.of(self._paths, self._model) if self._check else None
+                if self._routing is not None:
+                    self._routing.attach()
+                for path in self._paths:
+                    path.attach()
+                if probe is not None:
+                    probe.check()
+            except BaseException:
+                self.detach()
+                raise
+        return self
+
+    def detach(self) -> None:
+        """Stops steering; the model is what it was, bit for bit. Does nothing if it does not steer.
+
+        Raises:
+            SteeringError: a module could not be restored (it was replaced, say); all others are.
+        """
+        with _lock:
+            if not self._attached:
+                return
+            failed = []
+            for path in reversed(self._paths):
+                try:
+                    path.detach()
+                except Exception as error:  # one module must not keep the others steered
+                    failed.append(f"{path.site.path} ({error})")
+            if self._routing is not None:
+                self._routing.detach()
+            self._attached = False
+            _folded.difference_update(self._parts)
+            steered.pop(self._decoder, None)
+        if failed:
+            raise SteeringError(f"{len(failed)} of {len(self._paths)} modules could not be restored: {failed[0]}")
+
+    def __enter__(self) -> Steering:
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+        if kind is None:
+            message = complaint(self._paths, self._model, self.scope)
+            if message:
+                warnings.warn(message, SteeringWarning, stacklevel=2)
+
+    def report(self) -> Report:
+        """Which path each site took and why, how often it ran, how many tokens it steered, and each AU's share."""
+        return make_report(self._paths, self._reasons, list(self.plans), self._levels)
+
+
+def steer(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Plan],
+    alpha: Alpha = 1.0,
+    *,
+    k: int | Mapping[str, int] | None = None,
+    scope: str | tuple[int, int | None] = "all",
+    mode: str = "auto",
+    layout: Layout | None = None,
+    check: bool = True,
+) -> Steering:
+    """Steers a model with a plan, inside a ``with`` block (paper: x + alpha * beta * x at every position).
+
+    ::
+
+        with austeer.steer(model, plan, alpha=15) as steering:
+            model.generate(**inputs)
+            steering.alpha = 5
+
+    Everything is checked before anything is touched, and on leaving the block the model is restored bit for bit, also
+    after an exception. Only layers in which the plan has AUs are touched.
+
+    Inside the block the model *is* the steered one: a copy or a checkpoint made there may hold steered weights (fold),
+    and a training step on folded weights is lost for the steered rows on leaving; train with ``mode="columns"``. A
+    compiled model is compiled again in each new block (not under fold): stay in one, and set ``alpha`` to 0.
+
+    Args:
+        model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.
+        plan: from ``Momentum.select`` or ``Plan.from_pretrained``; or several by name, of which
+            :meth:`Steering.rows` then gives each row of a batch its own, or none.
+        alpha: the strength; a number, or one for each site of the plan by name, or either of them for each plan by
+            name. 0 steers nothing, and a negative number steers the other way (not under "scale", see Plan).
+        k: steer only the k most important AUs, of each plan or by name; all by default.
+        scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
+            or a half-open range such as (0, 16) or (16, None), counted from each row's first token after its padding.
+            See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
+        mode: the path, see ``report()``: "fold" edits weights in place and costs nothing at run time, "fused" runs our
+            projection kernel, "columns" runs the sparse kernel after the model's own computation, "dense" is the
+            public code's arithmetic. "auto" takes fold where it is exact and possible, fused where it was measured to
+            be faster on this device, otherwise columns.
+        layout: attribute paths of a model whose family is not known.
+        check: compare one site of each path with the formula, once.
+
+    Raises:
+        PlanError: the plan is for another architecture, or k does not fit.
+        SiteError: the model lacks a site.
+        SteeringError: alpha is not finite, ``scope`` is none, or ``mode`` is not possible at a site (which is named
+            with the reason).
+    """
+    return Steering(model, plan, alpha, k, scope, mode, layout, check)
+
+
+@contextmanager
+def _chosen(
+    rows: Rows, choice: Sequence[str | None] | str | None, before: Sequence[str | None] | str | None
+) -> Iterator[None]:
+    if rows.chosen != (choice if choice is None or isinstance(choice, str) else list(choice)):
+        before = rows.chosen  # another choice was made since this context was made
+        rows.choose(choice)
+    try:
+        yield
+    finally:
+        rows.choose(before)
+
+
+def _plans(plan: Plan | Mapping[str, Plan]) -> dict[str, Plan]:
+    plans = dict(plan) if isinstance(plan, Mapping) else {"": plan}
+    if not plans:
+        raise PlanError("plan: found an empty dictionary, expected at least one plan by name")
+    for name, one in plans.items():
+        if not isinstance(name, str):
+            raise PlanError(f"plan: found {name!r} as a plan's name, expected a string")
+        if not isinstance(one, Plan):
+            raise PlanError(f"plan: found {type(one).__name__}, expected an austeer.Plan, or a dictionary name -> Plan")
+    return plans

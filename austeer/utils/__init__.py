@@ -1,0 +1,1 @@
+"""Files, progress, interruptions, the machine: nothing of steering."""

@@ -1,0 +1,39 @@
+"""vLLM's way in: the entry point that it calls in each of its processes, and the architectures that it can steer."""
+
+from __future__ import annotations
+
+import os
+
+from ..plans.serving import VARIABLE
+from .sets import parse
+
+#: Architectures that can be steered, and the module of vLLM that has each. Their decoder layers return a pair
+#: (hidden states, residual) that is not added up yet.
+ARCHITECTURES = {
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+def register() -> None:
+    """Puts the steered model classes into vLLM's registry, by name: nothing is imported until one is used.
+
+    Does nothing where AUSTEER_SETS is not set.
+
+    Raises:
+        ServingError: AUSTEER_SETS cannot be read.
+    """
+    value = os.environ.get(VARIABLE)
+    if value is None:
+        return
+    from vllm import ModelRegistry
+
+    parse(value)
+    for architecture in ARCHITECTURES:
+        ModelRegistry.register_model(architecture, f"austeer.vllm.models:{architecture}")

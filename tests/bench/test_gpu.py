@@ -1,0 +1,382 @@
+"""The GPU suite: its parts on a CPU with tiny models, what becomes of failures, of processes that end, and of time."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from austeer.costs.ceilings import Ceilings
+from bench import gpu, gpu_models, gpu_parts, gpu_suite, inference, report, shapes
+from bench.gpu_suite import DONE, FAILED, PARTIAL, RUNNING, SKIPPED, BrokenDeviceError, Clock, Part, Suite
+from places import ROOT
+
+CPU = torch.device("cpu")
+#: What the measurements can do without: a machine with a GPU may have none of it.
+OPTIONAL = (
+    *("greenlet", "peft", "typer", "matplotlib", "pyvene", "nnsight", "repeng", "steering_vectors", "gguf"),
+    *("datasets", "pyarrow", "zstandard", "hypothesis", "bitsandbytes", "sklearn", "pytest_benchmark"),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch, request):
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    report.quiet = False
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """A suite of no parts."""
+    settings = {"quick": True, "models": ["Llama-3.1-8B"], "skip": [], "budget": 100.0, "dtype": "bfloat16"}
+    content = {"settings": settings, "environment": {"commit": None}, "parts": {}}
+    suite = Suite(tmp_path / "cpu" / "gpu-quick.json", content, CPU)
+    suite.save()
+    return suite
+
+
+def part_of(run, name="part", least=1.0, most=10.0):
+    return Part(name, least, most, run)
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_suite_on_a_cpu(tmp_path, capsys):
+    assert gpu.main(["--quick", "--models", "Qwen3-30B-A3B", "--out", str(tmp_path), "--commit", "abc"]) == 0
+    printed = capsys.readouterr().out
+    (path,) = (tmp_path / "cpu").glob("gpu-quick-*.json")
+    content = json.loads(path.read_text())
+    assert (content["kind"], content["schema"], content["complete"]) == ("gpu", 1, True)
+    assert content["environment"]["commit"] == "abc" and content["environment"]["packages"]["torch"]
+    parts = content["parts"]
+    assert list(parts) == ["tests", "ceilings", "kernels", "counting", "Qwen3-30B-A3B", "momentum"]
+    assert parts.pop("tests")["status"] == SKIPPED
+    assert {entry["status"] for entry in parts.values()} == {DONE}, parts
+    assert parts["ceilings"]["result"]["copy"] > 0 and parts["counting"]["result"]["of_copy_bandwidth"] > 0
+
+    def file_of(part, kind):
+        (name,) = parts[part]["files"]
+        assert name.startswith(f"{kind}-quick-")
+        return json.loads((tmp_path / "cpu" / name).read_text())
+
+    kernels = file_of("kernels", "dispatch")
+    assert kernels["complete"] and kernels["environment"]["commit"] == "abc"
+    found = file_of("Qwen3-30B-A3B", "inference")
+    cases, _ = gpu_models.cases_of(True, False)
+    assert found["complete"] and found["kind"] == "inference" and found["model"]["dtype"] == "bfloat16"
+    assert found["model"]["name"] == "tiny Qwen3-30B-A3B, random weights"
+    assert [case["site"] for case in found["cases"]] == [case.site for case in cases] == ["ffn", "ffn", "attention"]
+    assert found["series"] == {"main": [1, 0], "site": [1, 2]}
+    for case in found["cases"]:
+        assert {"unsteered", "unsteered again", *gpu_models.WAYS} == set(case["variants"])
+        measured = {name for name, row in case["variants"].items() if row["status"] == "measured"}
+        assert {"public", "dense hook", "sparse hook", "columns", "fold"} <= measured
+        assert {"token", "first_token"} <= set(case["variants"]["columns"])
+    assert found["cases"][0]["variants"]["fused"]["status"] == "skipped", "no projection makes a mixture's output"
+    assert found["cases"][2]["variants"]["fused"]["status"] == "measured"
+    momentum = file_of("momentum", "momentum")
+    assert momentum["large"]["sets"] and momentum["kernel"] == parts["counting"]["result"] and "goals" in momentum
+    for text in ("ceilings: copy", "time over the floor", "counting kernel", "overhead over unsteered", "written: "):
+        assert text in printed
+    assert f"{found['cases'][0]['variants']['public']['token']['ratio']['median'] * 100 - 100:+.2f}" in printed
+
+
+def test_it_runs_where_only_what_it_needs_is_installed(tmp_path):
+    """In a process in which no optional package can be imported."""
+    command = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); from bench import gpu; sys.exit(gpu.main())"
+    arguments = ["--quick", "--json", "--models", "Llama-3.1-8B", "--out", str(tmp_path), "--skip", "counting"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout)["parts"]
+    assert {name: entry["status"] for name, entry in parts.items() if entry["status"] != DONE} == {"tests": SKIPPED}
+    (name,) = parts["Llama-3.1-8B"]["files"]
+    rows = json.loads((tmp_path / "cpu" / name).read_text())["cases"][0]["variants"]
+    assert [name for name, row in rows.items() if row["status"] != "measured"] == ["lora"]
+    assert "peft" in rows["lora"]["reason"] and "install" in rows["lora"]["reason"]
+
+
+def test_without_a_gpu_it_says_what_to_do(capsys):
+    with pytest.raises(SystemExit) as error:
+        gpu.main([])
+    assert error.value.code == 2
+    message = "found no GPU, expected one; --quick runs tiny models on the CPU to see that everything works"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--budget", "0"], ["--models", "GPT-5"], ["--skip", "everything"]])
+def test_options_that_make_no_sense_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(["--quick", *arguments])
+    assert arguments[1] in capsys.readouterr().err
+
+
+def test_what_is_asked_for_in_order():
+    names = [part.name for part in gpu_parts.parts({"models": list(shapes.SHAPES), "skip": []})]
+    assert names == ["tests", "ceilings", "kernels", "counting", *shapes.SHAPES, "momentum"]
+    assert [p.name for p in gpu_parts.parts({"models": ["Qwen3-8B"], "skip": ["tests", "kernels", "momentum"]})] == [
+        *("ceilings", "counting", "Qwen3-8B")
+    ]
+    assert not {p.name for p in gpu_parts.parts({"models": ["Qwen3-8B"], "skip": ["models"]})} & set(shapes.SHAPES)
+
+
+# --- failures and time -----------------------------------------------------------------------------------------------
+
+
+def test_a_failing_part_is_recorded_and_the_rest_runs(suite, monkeypatch):
+    seen = []
+
+    def fails(suite, entry, clock):
+        entry["reason"] = "one case failed before"
+        raise ZeroDivisionError("a made-up error\nin two lines")
+
+    def too_large(suite, entry, clock):
+        raise shapes.TooLargeError("needs more")
+
+    def writes(suite, entry, clock):
+        on_disk = json.loads(suite.path.read_text())["parts"]
+        seen.append({name: found["status"] for name, found in on_disk.items()})
+        entry["result"] = {"x": 1}
+
+    parts = [part_of(run, name) for name, run in (("a", fails), ("b", too_large), ("c", writes))]
+    monkeypatch.setattr(gpu_parts, "parts", lambda settings: parts)
+    assert gpu.work(suite.path, 100) == 0
+    assert seen == [{"a": FAILED, "b": SKIPPED, "c": RUNNING}], "the file is written after each part"
+    found = gpu.read(suite.path)["parts"]
+    assert found["a"]["reason"].startswith("one case failed before; ZeroDivisionError: a made-up error [")
+    assert "tests/test_bench_gpu.py:" in found["a"]["reason"] and "/work" not in found["a"]["reason"]
+    assert found["b"]["reason"] == "needs more"
+    assert (found["c"]["status"], found["c"]["result"]) == (DONE, {"x": 1})
+    seen.clear()
+    assert gpu.work(suite.path, 100) == 0 and not seen, "what is there is not measured again"
+
+
+def test_parts_get_the_time_that_later_ones_do_not_need(suite, monkeypatch):
+    given = []
+    needs = {"a": (1, 5), "b": (10, 100), "c": (50, 60), "d": (10, 10)}
+    parts = [part_of(lambda suite, entry, clock: given.append(clock.left), name, *of) for name, of in needs.items()]
+    monkeypatch.setattr(gpu_parts, "parts", lambda settings: parts)
+    gpu.work(suite.path, 90)  # made-up parts take no time
+    assert given == [pytest.approx(seconds, abs=1) for seconds in (5, 30, 60, 10)]
+    suite.save()  # without the parts
+    gpu.work(suite.path, 55)
+    found = gpu.read(suite.path)["parts"]
+    assert [name for name, entry in found.items() if entry["status"] == SKIPPED] == ["a", "b", "c"]
+    assert found["c"]["reason"] in [f"{n} s were left for it, expected at least 50 s" for n in (44, 45)]
+
+
+def test_after_an_error_that_breaks_the_gpu_another_process_is_asked_for(suite, monkeypatch):
+    def broken(device):
+        if suite_parts[0] in gpu.read(suite.path)["parts"]:
+            raise BrokenDeviceError("the GPU answers no more")
+
+    suite_parts = ["a", "b"]
+    monkeypatch.setattr(gpu_parts, "parts", lambda settings: [part_of(lambda *_: None, name) for name in suite_parts])
+    monkeypatch.setattr(gpu_suite, "check_device", broken)
+    assert gpu.work(suite.path, 100) == gpu.BROKEN
+    assert list(gpu.read(suite.path)["parts"]) == ["a"]
+
+
+WORKER = """
+import json, os, sys, time
+path, how = sys.argv[sys.argv.index("--work") + 1], sys.argv[1]
+content = json.load(open(path))
+def put(name, status):
+    content["parts"][name] = {"status": status, "reason": "", "files": [], "result": None}
+    json.dump(content, open(path, "w"))
+first = not content["parts"]
+if how == "import" or how == "broken" and "b" in content["parts"]:
+    sys.exit(1)
+if first:
+    put("a", "running")
+    if how == "abort":
+        os.abort()
+    if how == "hang":
+        time.sleep(60)
+    put("a", "done")
+    if how == "broken":
+        sys.exit(3)
+put("b", "done")
+"""
+
+
+@pytest.mark.parametrize(
+    "how, statuses, reason, stopped",
+    [
+        ("abort", {"a": FAILED, "b": DONE}, "its process ended with signal 6 (SIGABRT)", None),
+        ("hang", {"a": FAILED}, "stopped, since it was still running 1 s after the time was up", None),
+        ("broken", {"a": DONE, "b": DONE}, "", None),
+        ("import", {}, "", "the measuring process did not begin: it ended with status 1"),
+    ],
+)
+def test_a_process_that_ends_costs_its_part_alone(suite, monkeypatch, how, statuses, reason, stopped):
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    gpu.supervise(suite.path, time.perf_counter() + (20 if how != "hang" else 0), [sys.executable, "-c", WORKER, how])
+    content = gpu.read(suite.path)
+    assert {name: entry["status"] for name, entry in content["parts"].items()} == statuses
+    assert content.get("stopped") == stopped
+    if statuses:
+        assert content["parts"]["a"]["reason"] == reason
+
+
+def test_a_process_for_the_rest_is_started_with_the_options_that_it_needs(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "_device", lambda: CPU)
+    monkeypatch.setattr(
+        gpu.files, "about", lambda device, commit: {"commit": commit, "device": "a GPU", "packages": {}}
+    )
+    monkeypatch.setattr(gpu, "supervise", lambda path, end, command: called.append((path, end, command)))
+    begin = time.perf_counter()
+    assert gpu.main(["--out", str(tmp_path), "--budget", "77", "--skip", "tests", "--json"]) == 0
+    ((path, end, command),) = called
+    assert command == [sys.executable, "-m", "bench.gpu", "--json"] and end - begin == pytest.approx(77, abs=1)
+    assert path.name.startswith("gpu-2") and gpu.read(path)["settings"]["skip"] == ["tests"]
+
+
+# --- tests as a part -------------------------------------------------------------------------------------------------
+
+
+def test_results_of_tests_are_counted_and_those_that_fail_named(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_good(x): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "@pytest.fixture\ndef broken(): raise ValueError\n"
+        "def test_error(broken): pass\n"
+        "@pytest.mark.skip(reason='no')\ndef test_skipped(): pass\n"
+    )
+    entry = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path)], 60)
+    assert entry["status"] == FAILED and entry["reason"] == "2 of 5 tests failed"
+    assert entry["result"]["counts"] == {"passed": 2, "failed": 1, "error": 1, "skipped": 1}
+    assert [name.split("::")[1] for name in entry["result"]["failing"]] == ["test_bad", "test_error"]
+    assert any("assert 1 == 2" in line for line in entry["result"]["end"])
+    good = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path), "-k", "good"], 60)
+    assert good == {"result": {"counts": {"passed": 2}, "failing": [], "end": []}}
+    none = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path), "-k", "nothing"], 60)
+    assert none["status"] == FAILED and none["reason"] == "pytest ended with status 5 after 0 tests"
+
+
+def test_tests_that_take_too_long_are_stopped_and_what_ran_is_counted(tmp_path):
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n")
+    begin = time.perf_counter()
+    entry = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path)], 5)
+    assert time.perf_counter() - begin < 30
+    assert entry["status"] == PARTIAL and entry["reason"] == "stopped after 5 s and 1 tests"
+    assert entry["result"]["counts"] == {"passed": 1}
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_cases_on_a_gpu_vary_one_thing_at_a_time():
+    cases, series = gpu_models.cases_of(False, True)
+    eager, base = cases[:2]
+    assert (base.execution, base.batch, base.site, base.k) == ("graph", 1, "ffn", 100)
+    assert (eager.execution, eager.prompt_tokens, eager.k) == ("eager", 512, 100)
+    assert series["main"] == [base, eager]
+    assert [case.k for case in series["k"]] == [1, 10, 100, 1000]
+    assert [case.site for case in series["site"]] == ["ffn", "attention", "layer"]
+    assert [case.batch for case in series["batch"]] == [1, 16]
+    assert {case.execution for case in cases[2:]} == {"graph"} and len(cases) == len(set(cases)) == 8
+    for name in ("k", "site", "batch"):
+        assert {dataclasses.replace(case, **{name: None}) for case in series[name]} == {
+            dataclasses.replace(base, **{name: None})
+        }
+
+
+def made_up(case, k_that_fails=None):
+    if case.k == k_that_fails:
+        raise torch.OutOfMemoryError("made up")
+    return dataclasses.asdict(case) | {"variants": {}}
+
+
+def measure_with(suite, monkeypatch, measure, clock):
+    """The entry and file of a model whose cases are made up, as on a GPU."""
+    monkeypatch.setattr(gpu_models, "cases_of", lambda quick, gpu: eager_cases())
+    monkeypatch.setattr(inference, "measure", lambda *args: measure(next(a for a in args if type(a) is inference.Case)))
+    monkeypatch.setattr(inference.breakdown, "measure", lambda *_: {})
+    monkeypatch.setattr(inference, "ceilings", lambda *_: Ceilings(1.0, 1.0, 0.0, "made up"))
+    monkeypatch.setattr(inference.files, "about", lambda *_: {})
+    entry = {"status": RUNNING, "reason": "", "files": [], "result": None}
+    gpu_models.model_part("Llama-3.1-8B")(suite, entry, clock)
+    found = json.loads((suite.path.parent / entry["files"][0]).read_text()) if entry["files"] else None
+    return entry, found
+
+
+def eager_cases():
+    cases, series = inference.sweep(inference.Case(k=4), k=(1, 2, 4, 8), site=("ffn", "layer"))
+    return cases, {name: [cases[i] for i in own] for name, own in series.items()}
+
+
+def test_a_case_that_fails_costs_itself_alone(suite, monkeypatch):
+    entry, found = measure_with(suite, monkeypatch, lambda case: made_up(case, k_that_fails=2), Clock(100))
+    assert entry["status"] == PARTIAL, entry["reason"]
+    assert entry["reason"].startswith(f"{inference.Case(k=2)}: OutOfMemoryError: made up [")
+    assert [(case["k"], case["site"]) for case in found["cases"]] == [(4, "ffn"), (1, "ffn"), (8, "ffn"), (4, "layer")]
+    assert found["series"] == {"main": [0], "k": [1, 0, 2], "site": [0, 3]} and not found["complete"]
+
+
+def test_without_any_case_a_model_has_failed_and_no_file(suite, monkeypatch):
+    entry, found = measure_with(suite, monkeypatch, lambda case: 1 / 0, Clock(100))
+    assert entry["status"] == FAILED and found is None and entry["reason"].count("ZeroDivisionError") == 5
+
+
+def test_cases_for_which_no_time_is_left_are_left_out(suite, monkeypatch):
+    clock = Clock(100)
+
+    def measure(case):
+        time.sleep(0.2)
+        if case.k == 1:
+            clock._end = time.perf_counter() + 0.1
+        return made_up(case)
+
+    entry, found = measure_with(suite, monkeypatch, measure, clock)
+    assert [case["k"] for case in found["cases"]] == [4, 1]
+    assert not found["complete"] and found["series"] == {"main": [0], "k": [1, 0]}
+    assert entry["status"] == PARTIAL and entry["reason"] == "3 of 5 cases left out, since its time was up"
+
+
+def test_a_model_that_does_not_fit_is_skipped_and_named(suite, monkeypatch):
+    monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
+    gpu_suite.run_part(suite, part_of(gpu_models.model_part("Llama-3.1-8B"), "Llama-3.1-8B"), 100)
+    entry = gpu.read(suite.path)["parts"]["Llama-3.1-8B"]
+    assert entry["status"] == SKIPPED and "tiny Llama-3.1-8B: needs 0.0 GB" in entry["reason"]
+
+
+def test_pythons_collector_is_as_before_after_a_model(suite, monkeypatch):
+    import gc
+
+    assert gc.get_freeze_count() == 0
+    frozen = []
+
+    def noting(case):
+        frozen.append(gc.get_freeze_count())
+        return made_up(case)
+
+    measure_with(suite, monkeypatch, noting, Clock(100))
+    assert min(frozen) > 10_000 and gc.get_freeze_count() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Gemma2-9B", "Qwen3-30B-A3B"])
+def test_decoding_steps_are_captured_on_a_gpu(name, tmp_path):
+    device = torch.device("cuda", torch.cuda.current_device())
+    model = shapes.build(shapes.tiny(shapes.SHAPES[name]), device)
+    case = inference.Case("graph", k=10)
+    ways = gpu_models.catalogue.chosen(["public", "columns", "fold"])
+    (content,) = inference.run(model, name, [case], {"main": [0]}, ways, gpu_models.QUICK_EFFORT)
+    rows = content["cases"][0]["variants"]
+    assert {row["status"] for row in rows.values()} == {"measured"}, rows

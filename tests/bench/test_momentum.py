@@ -1,0 +1,413 @@
+"""The momentum benchmark: no time for a wrong count, what it counts and compares, and its goals."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+
+from austeer import Pair
+from bench import compare, large, models, momentum, naive, offloaded, pair_sets, peak, report, ways
+from bench.graphs import WrongResultError
+from bench.peers import SITES
+from bench.ways import OURS, PUBLIC, STACKED, UNSHARED, WAYS, Moved, Run, Way
+from places import SHARED_DATA as DATA
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return models.small(True, CPU)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return pair_sets.demo_pairs().pairs[:12]
+
+
+@pytest.fixture(scope="module")
+def gate(loaded, pairs):
+    return naive.Gate(*loaded, pairs)
+
+
+@pytest.fixture(autouse=True)
+def loud():
+    yield
+    report.quiet = False
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(WAYS))
+def test_every_way_passes_on_all_pairs_and_on_fewer(loaded, pairs, gate, name):
+    for count in (5, 12):
+        assert gate.check(name, WAYS[name].run(*loaded, pairs[:count]).counts, range(count)) <= 2
+
+
+def test_a_count_that_no_near_tie_explains_is_refused(loaded, pairs, gate):
+    counts = WAYS[STACKED].run(*loaded, pairs).counts
+    for side, what in enumerate(("positive", "negative")):
+        wrong = copy.deepcopy(counts)
+        wrong["ffn"][side][1, 7] += 1 + int(gate.near["ffn"].sum(0)[1, 7])
+        with pytest.raises(WrongResultError, match=rf"mine: ffn, layer 1, AU 7: found a {what} count of \d+, expected"):
+            gate.check("mine", wrong, range(12))
+    with pytest.raises(WrongResultError, match="a wrong result gets no time"):
+        gate.check("other pairs", counts, range(11))
+
+
+def test_counts_may_differ_by_their_near_ties_but_not_everywhere(loaded, pairs):
+    gate = naive.Gate(*loaded, pairs)
+    right = {site: ((d > 0).sum(0), (d < 0).sum(0)) for site, d in gate.delta.items()}
+    assert gate.check("mine", right, range(12)) == 0
+    gate.near["ffn"][3, 1, 7] = True
+    one = copy.deepcopy(right)
+    one["ffn"][0][1, 7] += 1 if gate.delta["ffn"][3, 1, 7] <= 0 else -1
+    assert gate.check("mine", one, range(12)) == 1
+    for site in SITES:
+        gate.near[site][:] = True
+    all_of_them = {site: tuple((t + 1).clamp(max=12) for t in sides) for site, sides in right.items()}
+    with pytest.raises(WrongResultError, match=r"mine: \d+ of 256 counts differ"):
+        gate.check("mine", all_of_them, range(12))
+
+
+def test_a_batch_that_moves_activations_is_refused(loaded, pairs, monkeypatch):
+    real = naive.stacked_momentum.activations
+
+    def first_not_last(model, tokenizer, pairs):
+        turned = [Pair(p.prompt, p.positive + " and", p.negative + " and") for p in pairs]
+        return real(model, tokenizer, turned)
+
+    monkeypatch.setattr(naive.stacked_momentum, "activations", first_not_last)
+    with pytest.raises(WrongResultError, match=r"a batch moves activations by up to .* more than rounding"):
+        naive.Gate(*loaded, pairs)
+
+
+def test_pairs_that_tell_nothing_are_refused(loaded):
+    # In a batch of sixteen the same text differs from itself by rounding, and everything is a near tie.
+    same = [Pair("The soup was", " good", " good")] * 9 + [
+        Pair("Everyone at our table thought that it", " was", " was")
+    ]
+    with pytest.raises(WrongResultError, match="these pairs cannot tell right from wrong"):
+        naive.Gate(*loaded, same)
+
+
+def test_no_time_for_a_way_that_is_wrong_only_when_it_is_timed(loaded, pairs, gate):
+    runs = []
+
+    def sloppy(model, tokenizer, some):
+        runs.append(1)
+        run = WAYS[STACKED].run(model, tokenizer, some)
+        if len(runs) > 1:
+            run.counts["attention"][0][0, 0] = 13
+        return run
+
+    pair_set = pair_sets.PairSet("some", pairs, False, 12, 12)
+    listed = {STACKED: WAYS[STACKED], "sloppy": Way(sloppy, WAYS[STACKED].moved)}
+    with pytest.raises(WrongResultError, match="sloppy: attention, layer 0, AU 0: found a positive count of 13"):
+        compare.compare(*loaded, pair_set, listed, dict.fromkeys(listed, 12), gate, 2, (STACKED,))
+
+
+# --- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_rates_with_a_fixed_cost():
+    run = Run({}, seconds=3.0, fixed=1.0)
+    assert run.a_pair(4) == pytest.approx(0.75)
+    assert run.a_pair(4, at=1000) == pytest.approx(0.5 + 0.001)
+    assert Run({}, 3.0).a_pair(4, at=1000) == run.a_pair(4)
+
+
+def test_ratios_are_taken_round_by_round(loaded, pairs, monkeypatch):
+    """With made-up times: public 4 s for 2 pairs, its loop 1 s of them; ours 3 s for 12, of which 0.6 s are fixed."""
+    times = {PUBLIC: (4.0, 1.0), STACKED: (6.0, 0.0), OURS: (3.0, 0.6)}
+    made_up = {name: Way(lambda m, t, p, s=s: Run({}, *s), lambda *_: Moved(7, 8)) for name, s in times.items()}
+
+    class Lenient:
+        near_share = 0.0
+
+        def check(self, *_):
+            return 0
+
+    pair_set = pair_sets.PairSet("some", pairs, False, 2, 12)
+    found = compare.compare(
+        *loaded, pair_set, made_up, {PUBLIC: 2, STACKED: 12, OURS: 12}, Lenient(), 3, (PUBLIC, STACKED)
+    )
+    row = found["ways"][OURS]
+    assert row["pairs_a_second"] == pytest.approx(4)
+    assert row["faster_than"][PUBLIC]["median"] == pytest.approx(2 / 0.25)
+    assert row["faster_than"][STACKED]["median"] == pytest.approx(2)
+    assert row["faster_than_at_1000"][PUBLIC]["median"] == pytest.approx((1.5 + 0.001) / (0.2 + 0.0006))
+    assert (row["to_host"], row["kept"], row["tokens_run"]) == (7, 8, 0)
+    assert found["ways"][PUBLIC]["pairs"] == 2 and set(found["ways"][PUBLIC]["faster_than"]) == {STACKED}
+
+
+def test_fewer_pairs_are_as_long_as_all():
+    assert compare.evenly([9, 1, 5, 3, 7], 5) == [0, 1, 2, 3, 4]
+    lengths = [(7 * i) % 100 for i in range(100)]
+    chosen = compare.evenly(lengths, 4)
+    assert chosen == sorted(set(chosen)) and sorted(lengths[i] for i in chosen) == [12, 37, 62, 87]
+
+
+def test_tokens_that_run(loaded, pairs):
+    model, tokenizer = loaded
+    many = pair_sets.demo_pairs().pairs[:60]
+    lengths = ways.tokens_of(tokenizer, pairs)
+    assert len(lengths) == 24
+
+    def run(name, some=pairs):
+        with ways.TokensRun(model) as counted:
+            WAYS[name].run(model, tokenizer, some)
+        return counted.count
+
+    assert run(PUBLIC) == sum(lengths)
+    assert sum(lengths) < run(STACKED) <= 24 * max(lengths)
+    assert sum(lengths) <= run(UNSHARED) <= 24 * max(lengths)
+    assert run(OURS, many) < 0.8 * run(UNSHARED, many)
+    assert WAYS[UNSHARED].run(model, tokenizer, pairs).report["tokens_padded"] == run(UNSHARED)
+    assert not model.get_input_embeddings()._forward_pre_hooks
+
+
+def test_bytes_that_are_kept(loaded, pairs):
+    model, tokenizer = loaded
+    sizes = ways.Sizes.of(model)
+    tokens = sum(ways.tokens_of(tokenizer, pairs))
+    assert (sizes.token, sizes.hidden, sizes.counters) == (2 * 2 * 32 * 4, 3 * 32 * 4, 5 * 8 * 2 * 2 * 32)
+    activations = naive.stacked_momentum.activations(model, tokenizer, pairs)
+    kept = sum(side.nbytes for sides in activations.values() for side in sides)
+    assert WAYS[STACKED].moved(sizes, tokens, len(pairs)).kept == kept
+    texts = [p.prompt + side for p in pairs for side in (p.positive, p.negative)]
+    views = ways.public_momentum.collect(model, tokenizer, texts)
+    storages = sum(x.untyped_storage().nbytes() for site in views.values() for text in site for x in text)
+    assert WAYS[PUBLIC].moved(sizes, tokens, len(pairs)).kept == storages
+    assert WAYS[PUBLIC].moved(sizes, tokens, len(pairs)).to_host == storages + tokens * sizes.hidden
+    ours = WAYS[OURS].moved
+    assert ours(sizes, tokens, 12).kept < ours(sizes, tokens, 128).kept == ours(sizes, 9 * tokens, 10**6).kept
+
+
+def test_peak_memory_sees_what_a_way_allocates(monkeypatch):
+    def hungry(model, tokenizer, pairs):
+        torch.ones(len(pairs), 4 << 20)
+        return Run({}, 0.0)
+
+    monkeypatch.setitem(peak.WAYS, "hungry", Way(hungry, WAYS[OURS].moved))
+    found = peak.extra("hungry", 6, quick=True)
+    assert found["pairs"] == 6 and found["tokens"] > 60
+    assert 0.98 <= found["bytes"] / (6 * 16 << 20) < 1.2
+
+
+def test_peak_memory_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", "kernels"]))  # as from a checkout without installation
+    found = peak.measured(OURS, 3, quick=True)
+    assert found["pairs"] == 3 and found["bytes"] >= 0
+
+
+@pytest.mark.parametrize("each_pass", [True, False])
+def test_weights_are_forgotten_before_a_run_or_before_each_pass(loaded, pairs, tmp_path, monkeypatch, each_pass):
+    forgotten = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: forgotten.append(rest))
+    weights = [tmp_path / name for name in "ab"]
+    for path in weights:
+        path.write_bytes(b"weights")
+    way = offloaded.forgetful(WAYS[STACKED], weights, each_pass)
+    way.run(*loaded, pairs)  # 24 texts are two passes
+    assert forgotten == [(0, 0, os.POSIX_FADV_DONTNEED)] * 2 * (3 if each_pass else 1)
+    assert not loaded[0].get_decoder()._forward_pre_hooks
+
+
+# --- the pairs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data sets beside the checkout")
+def test_every_set_has_pairs_that_fit(demo):
+    found = {s.name: s for s in pair_sets.load_all(pair_sets.NAMES, DATA)}
+    assert list(found) == list(pair_sets.NAMES)
+    lengths = {name: ways.tokens_of(demo[1], s.pairs) for name, s in found.items()}
+    assert max(map(max, lengths.values())) <= 512, "the public algorithm would cut them"
+    for name, s in found.items():
+        assert len(s.pairs) > 350 and s.pairs.identical == 0
+        assert s.long == (sum(lengths[name]) / len(lengths[name]) > 100)
+    assert "ethanol" in found["boolq"].pairs[0].prompt and found["boolq"].pairs[0].positive == " no"
+    assert found["boolq"].pairs[1].positive == " yes"
+    assert found["persona"].pairs[1].positive == " No"
+
+
+def test_without_the_data_the_demos_own_pairs_serve(demo, tmp_path):
+    short, long = pair_sets.load_all(["boolq"], tmp_path / "none")
+    assert (short.name, short.long, long.name, long.long) == ("demo", False, "long demo", True)
+    for a, b in zip(short.pairs, long.pairs):
+        assert b.prompt.endswith(a.prompt) and b.positive == a.positive
+    lengths = ways.tokens_of(demo[1], long.pairs)
+    assert min(lengths) > 90 and max(lengths) < 512
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_is_timed_beside_eager_operations():
+    found = large.kernel(7, 130, torch.bfloat16, CPU, 2)
+    assert found["bytes"] == 2 * 7 * 130 * 2 + 2 * 5 * 8 * 130
+    assert set(found["seconds"]) == {large.KERNEL, large.EAGER}
+    expected = found["bytes"] / found["seconds"][large.KERNEL]["median"] / found["copy_bandwidth"]
+    assert found["of_copy_bandwidth"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("counter, message", [(0, "counts differ"), (1, "counts differ"), (2, "a sum"), (3, "a sum")])
+def test_a_wrong_kernel_gets_no_time(monkeypatch, counter, message):
+    real = large.eager_update
+
+    def wrong(positive, negative, counters):
+        real(positive, negative, counters)
+        counters[counter][-1] += 1
+
+    monkeypatch.setattr(large, "eager_update", wrong)
+    with pytest.raises(WrongResultError, match=f"eager: .*{message}"):
+        large.kernel(7, 130, torch.float32, CPU, 2)
+
+
+# --- goals -----------------------------------------------------------------------------------------------------------
+
+
+def a_set(name, long, public, stacked, unshared):
+    def over(value):
+        return {"median": value}
+
+    def way(public, stacked):
+        ratios = {PUBLIC: over(public), STACKED: over(stacked)}
+        return {
+            "faster_than": ratios,
+            "faster_than_at_1000": {PUBLIC: over(public - 1), STACKED: over(stacked + 0.1)},
+        }
+
+    return {"set": name, "long": long, "ways": {OURS: way(public, stacked), UNSHARED: way(public, unshared)}}
+
+
+def content(**parts):
+    return {"sets": [], "memory": [], "offloaded": None, "large": None, "kernel": None} | parts
+
+
+def verdicts(found):
+    return {(goal["text"].split(" the")[0].split(" accelerate")[0], goal["case"]): goal["met"] for goal in found}
+
+
+def test_goals_of_speed():
+    found = momentum.goals(
+        content(sets=[a_set("short", False, 8.5, 1.6, 1.0), a_set("long", True, 5.0, 1.4, 0.99)]), gpu=False
+    )
+    assert verdicts(found) == {
+        ("ours >= 8x", "short, as run"): True,
+        ("ours >= 8x", "short, at 1000 pairs"): False,
+        ("ours >= 4x", "long, as run"): True,
+        ("ours >= 4x", "long, at 1000 pairs"): True,
+        ("ours >= 1.5x", "short, as run"): True,
+        ("ours >= 1.5x", "short, at 1000 pairs"): True,
+        ("ours >= 1.5x", "long, as run"): False,
+        ("ours >= 1.5x", "long, at 1000 pairs"): True,
+    } | {
+        ("never slower than", f"{name}, {where}, {way}"): (name, where, way) != ("long", "as run", UNSHARED)
+        for name in ("short", "long")
+        for where in ("as run", "at 1000 pairs")
+        for way in (OURS, UNSHARED)
+    }
+
+
+@pytest.mark.parametrize("more, met", [(100, True), (110, True), (111, False)])
+def test_goal_of_memory(more, met):
+    runs = [{"pairs": 128, "bytes": 100}, {"pairs": 384, "bytes": more}]
+    found = momentum.goals(content(memory=[{"way": STACKED, "runs": runs}, {"way": OURS, "runs": runs}]), gpu=False)
+    assert [(goal["met"], goal["case"]) for goal in found] == [(met, "384 pairs beside 128")]
+
+
+def test_goal_of_weights_on_disk():
+    cases = {
+        case: {"ways": {offloaded.LAYERWISE: {"faster_than": {offloaded.RESIDENT: {"median": value}}}}}
+        for case, value in (("cached", 1.2), ("from disk", 5.0))
+    }
+    found = momentum.goals(content(offloaded={"cases": cases}), gpu=False)
+    assert {goal["case"]: goal["met"] for goal in found} == {"cached": False, "from disk": True}
+
+
+def test_goals_of_a_gpu_are_for_a_gpu():
+    parts = content(
+        kernel={
+            "pairs": 9,
+            "columns": 8,
+            "dtype": "bfloat16",
+            "of_copy_bandwidth": 0.86,
+            "faster_than_eager": {"median": 3},
+        },
+        large={
+            "sets": [a_set("long", True, 1.0, 1.6, 1.1)],
+            "memory": [{"way": OURS, "set": "long", "bytes": {"128": 100, "384": 150}}],
+        },
+    )
+    assert momentum.goals(parts, gpu=False) == []
+    assert [(goal["case"], goal["met"]) for goal in momentum.goals(parts, gpu=True)] == [
+        ("8B, long, as run", True),
+        ("8B, long, as run, ours", True),
+        ("8B, long, as run, ours, prompts twice", True),
+        ("8B, long, at 1000 pairs", True),
+        ("8B, long, at 1000 pairs, ours", True),
+        ("8B, long, at 1000 pairs, ours, prompts twice", True),
+        ("8B, long, 384 pairs beside 128", False),
+        ("[9, 8] bfloat16", True),
+        ("[9, 8] bfloat16", False),
+    ]
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(peak, "measured", peak.extra)  # in this process: another test starts one
+    assert momentum.main(["--quick", "--out", str(tmp_path), "--data", str(tmp_path / "none")]) == 0
+    printed = capsys.readouterr()
+    assert "no such folder; the demo's own pairs are used" in printed.err
+    for text in (
+        "never slower than the stacked version",
+        "peak memory",
+        "these times mean nothing",
+        "1.00x the decoder's",
+    ):
+        assert text in printed.out
+    assert "copy bandwidth:" not in printed.out, "goals for a GPU are for a GPU"
+    (file,) = (tmp_path / "cpu").glob("momentum-quick-*.json")
+    found = json.loads(file.read_text())
+    assert found["quick"] and found["data"] == "demo pairs" and found["environment"]["packages"]["torch"]
+    assert [s["set"] for s in found["sets"]] == ["demo", "long demo"]
+    for row in (*found["sets"], *found["large"]["sets"], *found["offloaded"]["cases"].values()):
+        for way in row["ways"].values():
+            seconds = way["seconds"]
+            assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"] and seconds["rounds"] == 2
+            assert way["tokens_run"] >= way["tokens"] / 2
+    assert set(found["sets"][0]["ways"]) == set(WAYS)
+    assert set(found["offloaded"]["cases"]) == {offloaded.CACHED, offloaded.FROM_DISK}
+    assert {goal["met"] for goal in found["goals"]} <= {True, False}
+
+
+def test_no_result_from_a_wrong_way(tmp_path, capsys, monkeypatch):
+    def wrong(*arguments):
+        run = WAYS[STACKED].run(*arguments)
+        run.counts["ffn"][1][0] = -1
+        return run
+
+    monkeypatch.setitem(momentum.WAYS, OURS, Way(wrong, WAYS[OURS].moved))
+    with pytest.raises(WrongResultError, match="ours: ffn, layer 0, AU 0: found a negative count of -1"):
+        momentum.main(["--quick", "--out", str(tmp_path), "--data", str(tmp_path)[:-1] + "none"])
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_without_the_demo_model_is_told_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(models, "small", lambda quick, device: None)
+    assert momentum.main(["--out", str(tmp_path), "--data", str(tmp_path / "none")]) == 0
+    assert "the demo model is not installed: nothing is measured on it" in capsys.readouterr().err
+
+
+def test_too_few_rounds(capsys):
+    with pytest.raises(SystemExit):
+        momentum.parse(["--rounds", "1"])
+    assert "expected at least 2" in capsys.readouterr().err

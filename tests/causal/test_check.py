@@ -1,0 +1,339 @@
+"""The causal check: equal to hooks by hand, resumable, and plain about what it cannot do."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_scoring import naive_log_odds
+from typer.testing import CliRunner
+
+import austeer
+from austeer import FileFormatError, Pairs, PlanError, SelectionError
+from austeer.causal import WAYS, causal_check, check, runner
+from austeer.causal.figures import draw_causal
+from austeer.cli import app
+from austeer.demo.demo import load_data
+from austeer.errors import TaskError
+from austeer.models.sites import find_sites
+from austeer.tasks import Item, Task, load_task
+from baseline_material import reference_activations
+
+MEASURED, HELD_OUT = load_data().tuning[:10], Task.of_pairs(load_data().held_out[:5])
+FEW = {"n": 3, "sample": 6, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr("austeer.causal.statistics.RESAMPLES", 200)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_of):
+    return tiny_of("llama")
+
+
+@pytest.fixture(scope="module")
+def momentum(model, demo):
+    return austeer.measure(model, demo[1], MEASURED, ["attention", "ffn", "layer"], progress=False)
+
+
+def checked(model, demo, momentum, **changes):
+    return causal_check(model, demo[1], HELD_OUT, momentum, **({"site": "attention"} | FEW | changes))
+
+
+@pytest.mark.parametrize("site", ["attention", "layer"])
+def test_effects_equal_hooks_by_hand(model, demo, momentum, site):
+    result = checked(model, demo, momentum, site=site)
+    pairs = load_data().held_out[:5]
+    texts = torch.cat(reference_activations(model, demo[1], pairs, site))  # [texts, layers, width]
+    deviation, size = texts.std(0, correction=0), texts.abs().mean(0)
+    places = find_sites(model, [site])[site]
+    delta = momentum.counters(site).delta_sum / momentum.pairs
+
+    def log_odds(unit, change):
+        def steer(x):
+            x = x.clone()
+            x[..., unit.index] = change(x[..., unit.index])
+            return x
+
+        module = model.get_submodule(places[unit.layer].path)
+        if places[unit.layer].side == "input":
+            handle = module.register_forward_pre_hook(lambda m, args: (steer(args[0]),))
+        else:
+            handle = module.register_forward_hook(
+                lambda m, args, out: (steer(out[0]), *out[1:]) if isinstance(out, tuple) else steer(out)
+            )
+        with handle:
+            return float(naive_log_odds(model, demo[1], pairs).mean())
+
+    assert len(result.units) >= 9
+    for unit in result.units[::3]:
+        here = (unit.layer, unit.index)
+        assert unit.deviation == pytest.approx(float(deviation[here]), rel=1e-4)
+        assert unit.size == pytest.approx(float(size[here]), rel=1e-4)
+        assert unit.delta == pytest.approx(float(delta[here]))
+        step, spread = abs(unit.delta), unit.deviation
+        for way, raise_, lower in (
+            ("scale", lambda x: 2 * x, lambda x: 0 * x),
+            ("shift", lambda x, s=step: x + s, lambda x, s=step: x - s),
+            ("deviation", lambda x, s=spread: x + s, lambda x, s=spread: x - s),
+        ):
+            expected = (log_odds(unit, raise_) - log_odds(unit, lower)) / 2
+            assert unit.raised[way] == pytest.approx(expected, rel=1e-2, abs=2e-5), (way, unit)
+    assert result.log_odds == pytest.approx(float(naive_log_odds(model, demo[1], pairs).mean()), abs=1e-4)
+
+
+def test_groups_and_findings_belong_together(model, demo, momentum):
+    result = checked(model, demo, momentum)
+    top = [unit for unit in result.units if "top" in unit.groups]
+    by_place = {(unit.layer, unit.index): unit for unit in result.units}
+    assert {("attention", *place) for place in ((u.layer, u.index) for u in top)} == set(
+        momentum.select("attention", k=3).keys()
+    )
+    matched = [by_place[unit.match] for unit in top]
+    assert all("matched" in unit.groups and unit.layer == own.layer for unit, own in zip(matched, top))
+    assert sum("spread" in unit.groups for unit in result.units) == 6
+    for way in WAYS:
+        found = result.findings[way]
+        assert found.size.top == pytest.approx(sum(abs(u.raised[way]) for u in top) / 3)
+        assert found.size.matched == pytest.approx(sum(abs(u.raised[way]) for u in matched) / 3)
+        signs = [1 if (u.delta if way == "shift" else u.beta) >= 0 else -1 for u in top]
+        assert found.wanted.top == pytest.approx(sum(s * u.raised[way] for s, u in zip(signs, top)) / 3)
+        assert found.wanted.top == pytest.approx(sum(u.wanted(way) for u in top) / 3)
+        assert len(result.verdict[way]) == 4
+
+
+def test_the_model_is_as_before(model, demo, momentum):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    checked(model, demo, momentum, ways=["scale"])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_on_the_real_model_the_top_aus_act_as_momentum_says(demo, demo_momentum):
+    task = Task.of_pairs(load_data().held_out[:4])
+    result = causal_check(*demo, task, demo_momentum, "attention", n=4, sample=4, ways=["shift"], progress=False)
+    found = result.findings["shift"].wanted
+    assert found.top > 0.01 > abs(found.matched) and found.low > 0
+    assert result.verdict["shift"][1] == "top AUs act in the wanted direction more than matched random AUs"
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many plans were scored; raises after as many calls as ``counted["stop"]`` says."""
+    seen = {"names": 0, "calls": 0, "stop": None}
+    real = runner.option_scores
+
+    def score(model, tokenizer, task, steering=None, names=(None,), **options):
+        if steering is not None:
+            if seen["calls"] == seen["stop"]:
+                raise Stopped
+            seen["calls"] += 1
+            seen["names"] += len(names)
+        return real(model, tokenizer, task, steering, names, **options)
+
+    monkeypatch.setattr(runner, "option_scores", score)
+    return seen
+
+
+def same(result, other):
+    return (result.units, result.findings, result.verdict) == (other.units, other.findings, other.verdict)
+
+
+def test_an_interrupted_check_goes_on(model, demo, momentum, counted, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "TOGETHER", 12)  # two AUs at a time
+    whole = checked(model, demo, momentum)
+    total, calls = counted["names"], counted["calls"]
+    assert total == 6 * len(whole.units) and calls > 3
+    counted |= {"names": 0, "calls": 0, "stop": 2}
+    record = tmp_path / "new" / "record.jsonl"
+    with pytest.raises(Stopped):
+        checked(model, demo, momentum, record=record)
+    with record.open("a") as file:
+        file.write('{"key": "scale 0 1", "val')  # a line that was being written
+    counted["stop"] = None
+    again = checked(model, demo, momentum, record=record)
+    assert same(again, whole) and counted["names"] == total
+    counted["names"] = 0
+    assert same(checked(model, demo, momentum, record=record), whole) and counted["names"] == 0
+
+
+def test_more_aus_and_ways_go_on_from_fewer(model, demo, momentum, counted, tmp_path):
+    record = tmp_path / "record.jsonl"
+    small = checked(model, demo, momentum, record=record, ways=["shift"])
+    before, counted["names"] = counted["names"], 0
+    large = checked(model, demo, momentum, record=record, n=6)
+    known = {(unit.layer, unit.index): unit.raised["shift"] for unit in small.units}
+    again = [unit for unit in large.units if (unit.layer, unit.index) in known]
+    assert len(again) >= 6 and counted["names"] == 6 * len(large.units) - 2 * len(again)
+    for unit in again:
+        assert unit.raised["shift"] == known[unit.layer, unit.index]
+    fresh = checked(model, demo, momentum, n=6)
+    # rows of other batches differ by rounding
+    for unit, other in zip(large.units, fresh.units):
+        assert (unit.layer, unit.index) == (other.layer, other.index)
+        assert unit.raised == pytest.approx(other.raised, abs=1e-5)
+    assert before == 2 * len(small.units) > 0
+
+
+@pytest.mark.parametrize("what", ["task", "momentum", "weights", "site"])
+def test_another_check_is_refused(model, demo, momentum, tmp_path, tiny_of, what):
+    record = tmp_path / "record.jsonl"
+    checked(model, demo, momentum, record=record, ways=["shift"])
+    before = record.read_bytes()
+    task, other, network, site = HELD_OUT, momentum, model, "attention"
+    if what == "task":
+        task = HELD_OUT[:4]
+    elif what == "momentum":
+        other = austeer.measure(model, demo[1], MEASURED[:8], ["attention"], progress=False)
+    elif what == "weights":
+        network = tiny_of("llama")
+        with torch.no_grad():
+            network.model.layers[0].mlp.down_proj.weight[0, 0] += 1
+    else:
+        site = "ffn"
+    with pytest.raises(FileFormatError, match=f"record.jsonl: is of another .*: found {what}"):
+        causal_check(network, demo[1], task, other, site, **FEW, record=record)
+    assert record.read_bytes() == before
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"ways": ["knock"]}, SelectionError, r"ways: found \['knock'\], expected some of scale, shift, deviation"),
+        ({"ways": []}, SelectionError, "ways: found"),
+        ({"n": 1000}, SelectionError, r"n: found 1000, expected an integer from 1 to 72"),
+        ({"sample": 145}, SelectionError, "sample: found 145, expected an integer from 1 to 144"),
+        ({"site": "neuron"}, SelectionError, "site 'neuron' was not measured"),
+    ],
+)
+def test_complaints(model, demo, momentum, tmp_path, changes, error, message):
+    record = tmp_path / "record.jsonl"
+    with pytest.raises(error, match=message):
+        checked(model, demo, momentum, record=record, **changes)
+    assert not record.exists()
+
+
+def test_a_numeric_task_and_another_model_are_refused(model, demo, momentum, tiny_of):
+    numeric = Task("sums", "numeric", (Item("1 + 1 =", (), 0, 2.0),))
+    with pytest.raises(TaskError, match="sums: found a numeric task, expected options"):
+        causal_check(model, demo[1], numeric, momentum, "attention", **FEW)
+    with pytest.raises(PlanError, match="measure and select on this model"):
+        causal_check(tiny_of("llama", num_hidden_layers=2), demo[1], HELD_OUT, momentum, "attention", **FEW)
+
+
+def test_notes_say_what_weakens_the_check(model, demo, momentum, tiny_of):
+    assert check.notes(model, HELD_OUT, replace(momentum, sources=("elsewhere",))) == []
+    assert "which the momentum was also measured on" in check.notes(
+        model, HELD_OUT, replace(momentum, sources=(HELD_OUT.source,))
+    )[0]  # fmt: skip
+    (note,) = check.notes(model, HELD_OUT, replace(momentum, sources=(), chat_template=True))
+    assert note.startswith("the items' prompts did not go through a chat template, and the measured pairs' went")
+    (note,) = check.notes(tiny_of("llama").bfloat16(), HELD_OUT, replace(momentum, sources=()))
+    assert "bfloat16" in note and "float32" in note
+
+
+def test_log_odds_that_are_no_number(tiny_of, demo, momentum):
+    broken = tiny_of("llama")
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TaskError, match="log-odds that are no number"):
+        checked(broken, demo, momentum)
+
+
+# --- figure and command ----------------------------------------------------------------------------------------------
+
+
+def test_figure(model, demo, momentum, tmp_path):
+    result = checked(model, demo, momentum)
+    draw_causal(result, tmp_path / "a.png")
+    draw_causal(replace(result, findings={"shift": result.findings["shift"]}), tmp_path / "a.svg")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.fixture(scope="module")
+def files(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("causal")
+    data = load_data()
+    austeer.measure(*demo, data.momentum[:24], ["attention"], progress=False).save(folder / "m.momentum")
+    rows = [{**vars(pair), "topic": "x"} for pair in data.held_out[:3]]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = [{"prompt": r["prompt"], "options": [r["negative"], r["positive"]], "label": 1} for r in rows]
+    (folder / "task.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["causal", *map(str, arguments)], catch_exceptions=True, env={"COLUMNS": "200"})
+
+
+def options(files, out):
+    few = ("-n", 2, "--sample", 4, "--ways", "shift", "--device", "cpu")
+    return ("--momentum", files / "m.momentum", "--model", "demo", "--out", out, *few)
+
+
+def test_command(files, tmp_path, counted, demo, monkeypatch):
+    monkeypatch.setattr("austeer.cli.causal.load", lambda *options: demo)
+    done = run(files / "pairs.jsonl", *options(files, tmp_path / "out"), "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["items"] == 3 and found["n"] == 2 and set(found["findings"]) == {"shift"}
+    assert len(found["verdict"]["shift"]) == 4
+    kept = json.loads((tmp_path / "out" / "causal.json").read_text())
+    assert kept["findings"] == found["findings"]
+    assert (tmp_path / "out" / "causal.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    # again, from the record, as text; the same items as a task in the neutral format are another task's
+    counted["names"] = 0
+    again = run(files / "pairs.jsonl", *options(files, tmp_path / "out"))
+    assert again.exit_code == 0 and counted["names"] == 0
+    assert "2 top AUs of site attention beside 2 matched random ones, each steered alone, on 3 held-out" in again.stdout
+    assert found["verdict"]["shift"][0] in again.stdout
+    refused = run(files / "task.jsonl", *options(files, tmp_path / "out"))
+    assert isinstance(refused.exception, FileFormatError) and "another" in str(refused.exception)
+    forced = run(files / "task.jsonl", *options(files, tmp_path / "out"), "--force", "--json")
+    assert forced.exit_code == 0 and counted["names"] > 0
+    swapped = json.loads(forced.stdout)["findings"]["shift"]["wanted"]
+    assert swapped["top"] == pytest.approx(found["findings"]["shift"]["wanted"]["top"], abs=1e-4)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--where", "topic"), "--where: found 'topic', expected FIELD=VALUE"),
+    (("--where", "topic=y"), "found no row"),
+    (("--site", "ffn"), "site 'ffn' was not measured"),
+    (("--template", "nonsense"), "nonsense"),
+])  # fmt: skip
+def test_command_complaints(files, tmp_path, arguments, message):
+    done = run(files / "pairs.jsonl", *options(files, tmp_path / "out"), *arguments)
+    assert isinstance(done.exception, austeer.AusteerError) and message in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_interruption_says_how_to_go_on(files, tmp_path, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("austeer.causal.causal_check", stop)
+    done = run(files / "pairs.jsonl", *options(files, tmp_path / "out"))
+    assert done.exit_code == 130
+    assert "record.jsonl: the same command goes on" in done.output.replace("\n", "")
+
+
+def test_pairs_of_equal_sides_are_left_out(files, tmp_path):
+    rows = [("A", " x", " y"), ("B", " z", " z"), ("C", " x", " y")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(dict(zip(("prompt", "positive", "negative"), row))) + "\n" for row in rows))
+    task = load_task(path)
+    assert [item.prompt for item in task] == ["A", "C"]
+    assert Task.of_pairs(Pairs.of(rows)).digest() == task.digest()

@@ -1,0 +1,211 @@
+"""The command line as a user runs it: real files, real model, exit codes, what is printed where."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import austeer
+from austeer.cli import app
+from austeer.demo.demo import load_data
+from austeer.forward.generation import continue_prompts
+
+PAIRS = Path(austeer.__file__).parent / "data" / "demo_pairs.jsonl"
+
+
+def run(*arguments, ok=True):
+    """The command in a process of its own; standard output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "austeer", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"},
+        check=False,
+    )
+    if ok:
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    return done
+
+
+@pytest.fixture(scope="module")
+def files(demo, tmp_path_factory):
+    """A momentum file and a plan, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("cli")
+    measured = run(
+        *("measure", PAIRS, "--model", "demo", "--out", folder / "m.momentum", "--where", "split=selection"),
+        *("--limit", 12, "--sites", "attention,ffn", "--dtype", "float32", "--device", "cpu", "--json"),
+    )
+    selected = run(
+        "select", folder / "m.momentum", "--k", 20, "--operation", "shift", "--out", folder / "plan", "--json"
+    )
+    return folder, json.loads(measured), json.loads(selected)
+
+
+def test_measure_and_select_equal_the_library(demo, files):
+    folder, measured, selected = files
+    momentum = austeer.Momentum.load(folder / "m.momentum")
+    assert measured["pairs"] == momentum.pairs == 12
+    assert measured["sites"] == {"attention": [30, 576], "ffn": [30, 576]}
+    pairs = austeer.load_pairs(PAIRS, where={"split": "selection"}, limit=12)
+    own = austeer.measure(*demo, pairs, ["attention", "ffn"], progress=False)
+    assert own.sites["ffn"].positive.equal(momentum.sites["ffn"].positive)
+    plan = austeer.Plan.from_pretrained(folder / "plan")
+    assert plan == momentum.select("attention", k=20, operation="shift")
+    assert selected["k"] == 20 and selected["operation"] == "shift"
+
+
+def test_inspect_shows_top_aus_layers_and_a_figure(files):
+    folder = files[0]
+    text = run("inspect", folder / "m.momentum", "--site", "ffn", "--k", 30, "--png", folder / "f.png")
+    plan = austeer.Momentum.load(folder / "m.momentum").select("ffn", k=30)
+    first = next(iter(plan))
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["0"])
+    assert row.split()[:4] == ["0", str(first.layer), str(first.index), f"{first.beta:+.3f}"]
+    assert "top 30 AUs of site ffn by layer" in text
+    assert (folder / "f.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads(run("inspect", folder / "plan", "--json"))
+    assert len(data["units"]) == 20 and sum(data["by_layer"]) == 20
+
+
+def test_generate_sets_steered_beside_unsteered(demo, files):
+    model, tokenizer = demo
+    data = json.loads(
+        run(
+            *("generate", files[0] / "plan", "--model", "demo", "--prompt", "The weekend trip was", "--device", "cpu"),
+            *("--alpha", -6, "--alpha", 0, "--max-new-tokens", 6, "--json"),
+        )
+    )
+    texts = {name: values[0] for name, values in data["continuations"].items()}
+    assert list(texts) == ["unsteered", "alpha -6", "alpha 0"]
+    assert texts["alpha 0"] == texts["unsteered"] != texts["alpha -6"]
+    assert all(row["path"] == "columns" and row["calls"] > 0 for row in data["report"])
+    ids = tokenizer("The weekend trip was", return_tensors="pt")
+    with austeer.steer(model, austeer.Plan.from_pretrained(files[0] / "plan"), -6):
+        own = model.generate(**ids, max_new_tokens=6, do_sample=False)
+    assert tokenizer.decode(own[0, ids["input_ids"].shape[1] :]) == texts["alpha -6"]
+
+
+def test_generate_runs_several_plans_in_one_batch(demo, files):
+    """Each prompt is a row for each plan and one for none; and each writes what it writes alone."""
+    model, tokenizer = demo
+    folder = files[0]
+    run("select", folder / "m.momentum", "--site", "ffn", "--k", 9, "--operation", "push", "--out", folder / "other")
+    prompts = ("The weekend trip was", "Compared with the inn across the road, this one felt")
+    data = json.loads(
+        run(
+            *("generate", folder / "plan", folder / "other", "--model", "demo", "-p", prompts[0], "-p", prompts[1]),
+            *("--device", "cpu", "--alpha", -6, "--scope", "2:", "--max-new-tokens", 6, "--json"),
+        )
+    )
+    assert list(data["continuations"]) == ["unsteered", "plan, alpha -6", "other, alpha -6"]
+    for name in ("plan", "other"):
+        with austeer.steer(model, austeer.Plan.from_pretrained(folder / name), -6, scope=(2, None)):
+            own = continue_prompts(model, tokenizer, prompts, max_new_tokens=6)
+        assert data["continuations"][f"{name}, alpha -6"] == own
+    assert data["continuations"]["unsteered"] == continue_prompts(model, tokenizer, prompts, max_new_tokens=6)
+    assert {unit["plan"] for row in data["report"] for unit in row["units"]} == {"plan", "other"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("select", "{m}", "--k", "0", "--out", "{new}"), "k: found 0, expected an integer from 1 to 17280"),
+        (("select", "{m}", "--out", "{new}"), "expected exactly one of k, max_fdr and min_stability"),
+        (("select", "{m}", "--k", "5", "--site", "layer", "--out", "{new}"), "site 'layer' was not measured"),
+        (("select", "{m}", "--min-stability", "2", "--out", "{new}"), "min_stability: found 2.0, expected a share"),
+        (("select", "{m}", "--min-stability", "1", "--out", "{new}"), "no k of site 'attention' reaches 1"),
+        (("select", "{m}", "--max-fdr", "0.01", "--out", "{new}"), "expected at least 22 pairs, or a larger rate"),
+        (("select", "{m}", "--k", "5", "--out", "{plan}"), "exists already"),
+        (("select", "{pairs}", "--k", "5", "--out", "{new}"), "not an austeer-momentum file"),
+        (("inspect", "{new}"), "no such file"),
+        (("generate", "{plan}", "--model", "{new}", "--prompt", "x"), "could not be loaded"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", " "), "empty text"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--alpha", "nan"), "alpha: found nan"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--k", "21"), "k: found 21"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "5:2"), "scope: found (5, 2)"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "prompts"), "scope: found 'prompts'"),
+        (("measure", "{missing}", "--model", "demo", "--out", "{new}"), "no such file"),
+        (("measure", "{broken}", "--model", "demo", "--out", "{new}"), "line 2: field 'positive' is empty"),
+        (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--where", "split"), "expected FIELD=VALUE"),
+        (("measure", "{pairs}", "--model", "demo", "--out", "{m}"), "exists already"),
+        (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--sites", "heads", "--limit", "2"), "'heads'"),
+        (("measure", "{pairs}", "--model", "demo", "--out", "{broken}/x", "--limit", "2"), "no folder or not writable"),
+        (("inspect", "{m}", "--png", "{broken}/x.png"), "cannot be drawn"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "\udcff"), "not UTF-8"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(files, tmp_path, arguments, message, capsys, monkeypatch):
+    broken = tmp_path / "broken.jsonl"
+    row = {"prompt": "a", "positive": " b", "negative": " c"}
+    broken.write_text("\n".join(json.dumps(r) for r in (row, {**row, "positive": " "})))
+    places = {
+        "m": files[0] / "m.momentum",
+        "plan": files[0] / "plan",
+        "new": tmp_path / "new",
+        "missing": tmp_path / "missing.jsonl",
+        "pairs": PAIRS,
+        "broken": broken,
+    }
+    monkeypatch.setattr(sys, "argv", ["austeer", *(a.format(**places) for a in arguments)])
+    from austeer.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert message in captured.err and captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err and len(captured.err.strip().splitlines()) == 1
+    assert not captured.out and not places["new"].exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("measure", "select", "inspect", "generate", "demo", "push"),
+        *("export lora", "export checkpoint", "export gguf"),
+    ],
+)
+def test_help_teaches_with_an_example(command):
+    result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert f"Example: austeer {command}" in result.output
+    assert "--json" in result.output
+
+
+def test_json_is_json_also_where_a_figure_is_infinite(demo, tmp_path):
+    pairs = tmp_path / "p.jsonl"
+    row = json.dumps({"prompt": "It was", "positive": " good", "negative": " bad"})
+    pairs.write_text(f"{row}\n{row}\n")
+    run("measure", pairs, "--model", "demo", "--out", tmp_path / "m", "--sites", "ffn", "--device", "cpu")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    data = json.loads(run("inspect", tmp_path / "m", "--json"), parse_constant=refuse)
+    assert None in data["effect"]  # two equal pairs: the difference never varies
+
+
+def test_a_plan_measured_with_another_prompt_form_is_noted(files):
+    done = run(
+        *("generate", files[0] / "plan", "-m", "demo", "-p", "Hello", "--chat", "--max-new-tokens", 1, "--json"),
+        ok=False,
+    )
+    assert done.returncode == 0 and "without a chat template" in done.stderr
+    json.loads(done.stdout)
+
+
+def test_unknown_options_and_no_command(files):
+    assert run("select", "--nonsense", ok=False).returncode == 2
+    assert "measure" in CliRunner().invoke(app, []).output
+    assert austeer.__version__ in run("--version")
+
+
+def test_the_packaged_pairs_are_read_whole():
+    data = load_data()
+    rows = PAIRS.read_text(encoding="utf-8").splitlines()
+    assert len(data.momentum) + len(data.tuning) + len(data.held_out) == len(rows)

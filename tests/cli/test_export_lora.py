@@ -1,0 +1,143 @@
+"""``austeer export lora`` as a user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from austeer import AusteerError, PlanError
+from austeer.cli.export import app
+from austeer.export import export_lora
+from austeer.plans.serving import vllm_rank
+from dense_formula import formula_logits, logits, random_plan
+from tiny_models import ids_of_rows, tiny_model
+
+_COMMAND = (
+    "import sys; from austeer.cli import run; from austeer.cli.export import app; sys.argv.insert(1, 'lora'); run(app)"
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def place(model, tmp_path_factory):
+    """A folder with the model and two plans for it."""
+    folder = tmp_path_factory.mktemp("export")
+    model.save_pretrained(folder / "tiny")
+    for seed, name in enumerate(("kind", "brief")):
+        plan = random_plan(model, ("attention", "ffn"), 12, seed=seed)
+        replace(plan, model=replace(plan.model, name="me/tiny")).save_pretrained(folder / name)
+    return folder
+
+
+def run(*arguments):
+    """The command in this process; what it prints. Errors come as they are."""
+    done = CliRunner().invoke(app, ["lora", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def tensors(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_it_writes_what_the_library_does(model, place, tmp_path):
+    out = tmp_path / "kind"
+    text = run(place / "kind", "--model", place / "tiny", "--alpha", 2, "--out", out, "--quiet")
+    plan = random_plan(model, ("attention", "ffn"), 12)
+    ids = ids_of_rows()
+    found = logits(PeftModel.from_pretrained(tiny_model(), out), ids)
+    expected = formula_logits(model, ids, plan, 2.0)
+    assert (expected - logits(model, ids)).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    rank = json.loads((out / "adapter_config.json").read_text())["r"]
+    lines = text.splitlines()
+    assert re.fullmatch(rf"rank {rank}, 6 modules, AUs in 3 layers, 0\.0 MB", lines[0])
+    assert lines[1] == f"wrote {out}"
+    assert lines[2] == f"next: vllm serve {place / 'tiny'} --enable-lora --lora-modules kind={out}"
+
+
+def test_plans_have_one_alpha_or_one_each(model, place, tmp_path):
+    plans = [random_plan(model, ("attention", "ffn"), 12, seed=seed) for seed in range(2)]
+    for name, alphas, pairs in (("one", (3,), (3, 3)), ("each", (3, -0.5), (3, -0.5)), ("none", (), (1, 1))):
+        options = [text for alpha in alphas for text in ("--alpha", alpha)]
+        run(place / "kind", place / "brief", "--model", place / "tiny", *options, "--out", tmp_path / name, "--quiet")
+        export_lora(list(zip(plans, pairs)), model, tmp_path / "expected", force=True)
+        expected, found = tensors(tmp_path / "expected"), tensors(tmp_path / name)
+        assert expected.keys() == found.keys() and all(torch.equal(t, found[key]) for key, t in expected.items())
+    with pytest.raises(PlanError, match=r"--alpha: found 3 for 2 plans, expected one, or one for each plan"):
+        run(place / "kind", place / "brief", *("-a", 1, "-a", 2, "-a", 3), "-m", place / "tiny", "-o", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_json(place, tmp_path):
+    out = tmp_path / "kind"
+    data = json.loads(run(place / "kind", "-m", place / "tiny", "-o", out, "--rank", 40, "--json"))
+    assert data["folder"] == str(out) and data["rank"] == 40 and data["vllm_max_lora_rank"] == 64
+    assert data["modules"] == 6 and data["layers"] == [0, 1, 2]
+    assert data["bytes"] == (out / "adapter_model.safetensors").stat().st_size
+    assert data["plans"][0]["alpha"] == 1.0 and data["plans"][0]["k"] == 24
+
+
+def test_options(place, tmp_path):
+    out = tmp_path / "a b"
+    text = run(place / "kind", "-m", place / "tiny", "-o", out, "--rank", 17, "--dtype", "bfloat16", "--quiet")
+    assert "--enable-lora --max-lora-rank 32 --lora-modules 'a b=" in text
+    assert {t.dtype for t in tensors(out).values()} == {torch.bfloat16}
+    with pytest.raises(AusteerError, match=r"exists already; give another place, or force=True \(--force\)"):
+        run(place / "kind", "-m", place / "tiny", "-o", out)
+    text = run(place / "kind", "-m", place / "tiny", "-o", out, "--force", "--rank-pattern", "--lora-bias", "--quiet")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["rank_pattern"] and config["lora_bias"]
+    assert "next: peft.PeftModel.from_pretrained(model" in text
+    text = run(place / "kind", "-m", place / "tiny", "-o", out, "--force", "--rank", 16, "--quiet")
+    assert "--enable-lora --lora-modules" in text, "vLLM's own default is enough"
+    text = run(place / "kind", "-m", place / "tiny", "-o", out, "--force", "--rank", 513, "--quiet")
+    assert "next: austeer export checkpoint (vLLM takes ranks up to 512), or PEFT" in text
+
+
+def test_experts(tmp_path):
+    mixture = tiny_model("mixtral")
+    mixture.save_pretrained(tmp_path / "MixtralForCausalLM")
+    random_plan(mixture, "ffn", 9).save_pretrained(tmp_path / "plan")
+    arguments = (tmp_path / "plan", "-m", tmp_path / "MixtralForCausalLM", "-o", tmp_path / "out", "--quiet")
+    with pytest.raises(AusteerError, match=r"austeer export checkpoint.*\(--experts\) for PEFT alone"):
+        run(*arguments)
+    assert "next: peft.PeftModel" in run(*arguments, "--experts")
+
+
+def test_ranks_of_vllm():
+    assert [vllm_rank(rank) for rank in (1, 8, 9, 100, 257, 512, 513)] == [8, 8, 16, 128, 320, 512, None]
+
+
+def test_another_model_is_noted_and_an_error_is_one_message(model, place, tmp_path):
+    """In a process of its own: exit codes, standard error, a progress bar nowhere near standard output."""
+    random_plan(model, "ffn", 5).save_pretrained(tmp_path / "unnamed")
+
+    def process(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", _COMMAND, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+
+    done = process(tmp_path / "unnamed", "-m", place / "tiny", "-o", tmp_path / "a", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rank"]
+    assert re.match(r"note: the plan was measured on LlamaForCausalLM and is exported for .*tiny, of the", done.stderr)
+    done = process(tmp_path / "unnamed", "-m", place / "tiny", "-o", tmp_path / "a")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and "exists already" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,161 @@
+"""austeer push, and the Hub's names in austeer generate, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+from huggingface_hub import constants
+from typer.testing import CliRunner
+
+from austeer import Plan, steer
+from austeer.cli import run
+from austeer.cli.generate import generate
+from austeer.cli.push import push
+from austeer.forward.generation import continue_prompts
+from austeer.models.sites import Fingerprint
+from austeer.plans.card import model_card
+from austeer.plans.files import FILE_NAME
+from local_hub import local_hub
+from small_plans import KNOWN, plan_of
+
+# One command alone would take no name: so both are in it, as they are in austeer's own.
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="markdown")
+app.command()(push)
+app.command()(generate)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server of our own, asked as the account "user", and the folder "kind" with a plan here."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_TOKEN", "hf_user")
+    monkeypatch.chdir(tmp_path)
+    KNOWN.save_pretrained("kind")
+    with local_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
+
+
+def ask(*arguments):
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "120"}, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments, monkeypatch, capsys):
+    """The one message of a command that gives up."""
+    monkeypatch.setattr(sys, "argv", ["austeer", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        run(app)
+    told = capsys.readouterr()
+    assert stop.value.code == 2 and not told.out and told.err.startswith("error: ")
+    assert len(told.err.strip().splitlines()) == 1
+    return told.err
+
+
+def test_push_says_where_it_is_and_what_comes_next(hub):
+    text = ask("push", "kind", "user/kind")
+    repository = hub.repositories["user/kind"]
+    oid = repository.refs["main"]
+    assert f"3 AUs, scale\nwrote {hub.url}/user/kind/commit/{oid}\n" in text
+    assert f"next: austeer generate user/kind@{oid} --model MODEL" in text
+    assert Plan.from_pretrained(f"user/kind@{oid}") == KNOWN == Plan.from_pretrained("user/kind")
+    assert (
+        repository.commits[oid]["README.md"].decode() == str(model_card(KNOWN, "user/kind")) and not repository.private
+    )
+
+
+def test_push_as_json_with_all_options(hub):
+    data = json.loads(ask("push", "kind", "user/k", "--private", "--revision", "dev", "--license", "mit", "--json"))
+    repository = hub.repositories["user/k"]
+    assert repository.private and repository.refs["dev"] == data["commit"] != repository.refs["main"]
+    files = repository.commits[data["commit"]]
+    assert data == {
+        "repo": "user/k",
+        "files": {name: len(files[name]) for name in (FILE_NAME, "README.md")},
+        "card": str(model_card(KNOWN, "user/k", license="mit")),
+        "commit": data["commit"],
+        "url": f"{hub.url}/user/k/commit/{data['commit']}",
+    }
+
+
+def test_a_card_of_ones_own(hub, tmp_path):
+    (tmp_path / "mine.md").write_text("# Mein Plan – ü\n", encoding="utf-8")
+    ask("push", "kind", "user/kind", "--card", "mine.md")
+    repository = hub.repositories["user/kind"]
+    assert repository.commits[repository.refs["main"]]["README.md"].decode() == "# Mein Plan – ü\n"
+
+
+def test_a_dry_run_shows_the_card_and_asks_nobody(hub):
+    assert ask("push", "kind", "user/kind", "--dry-run") == str(model_card(KNOWN, "user/kind")) + "\n"
+    data = json.loads(ask("push", "kind", "user/kind", "--dry-run", "--json"))
+    assert data["card"] == str(model_card(KNOWN, "user/kind")) and data["commit"] is None and data["files"]
+    assert not hub.requests
+
+
+def test_a_plan_of_the_hub_goes_to_another_name(hub):
+    ask("push", "kind", "user/kind")
+    ask("push", "user/kind", "user/copy")
+    assert Plan.from_pretrained("user/copy") == KNOWN
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("kind", "kind"), "found 'kind', expected a repository's name as in USER/NAME"),
+        (("kind", "else/kind"), "else/kind: the Hub answered 403"),
+        (("none", "user/kind"), "none: no such file or folder"),
+        (("cache", "user/kind"), "no such file; expected an austeer-plan file"),
+        (("kind", "user/kind", "--card", "none.md"), "none.md: cannot be read as text"),
+        (("kind", "user/kind", "--card", f"kind/{FILE_NAME}"), "cannot be read as text"),
+        (
+            ("kind", "user/kind", "--card", "mine.md", "--license", "mit"),
+            "license: found 'mit' beside a card of your own",
+        ),
+        (("kind", "user/kind", "--revision", "a b"), "revision: found 'a b'"),
+        (("kind", "user/kind", "--license", "no-such-license"), "Invalid metadata in README.md"),
+    ],
+)
+def test_bad_input(hub, tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "mine.md").write_text("# Mine")
+    assert message in fails("push", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    for repository in hub.repositories.values():
+        assert not any(FILE_NAME in files for files in repository.commits.values())
+
+
+def test_help_teaches_with_an_example():
+    text = CliRunner().invoke(app, ["push", "--help"], env={"COLUMNS": "120"}).output
+    assert "Example: austeer push plans/kind USER/kind --private" in text and "--json" in text
+
+
+def test_generate_takes_names_of_the_hub(hub, demo):
+    """By the endpoint of the environment, in a process of its own, as a user has it."""
+    model = Fingerprint("llama", 30, {"attention": 576}, "HuggingFaceTB/SmolLM2-135M-Instruct", None)
+    first, second = (
+        plan_of([("attention", 12, i) for i in range(9)], "shift", model=model, seed=seed) for seed in (1, 2)
+    )
+    oid = first.push_to_hub("user/kind").oid
+    second.push_to_hub("user/kind")
+    prompt = "The weekend trip was"
+    options = ("--model", "demo", "--device", "cpu", "--alpha", "40", "--max-new-tokens", "5", "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "austeer", "generate", f"user/kind@{oid}", "user/kind", "--prompt", prompt, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_ENDPOINT": hub.url, "HF_HOME": "home"},
+    )
+    assert done.returncode == 0, done.stderr
+    expected = {"unsteered": continue_prompts(*demo, [prompt], max_new_tokens=5)}
+    for name, plan in ((f"kind@{oid}", first), ("kind", second)):
+        with steer(demo[0], plan, 40):
+            expected[f"{name}, alpha 40"] = continue_prompts(*demo, [prompt], max_new_tokens=5)
+    assert json.loads(done.stdout)["continuations"] == expected
+    assert len({texts[0] for texts in expected.values()}) == 3

@@ -1,0 +1,393 @@
+"""The analytic cost model against counts of real forward passes, and against sums done by hand."""
+
+import itertools
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import austeer
+from austeer import AusteerError, PlanError, SiteError, SteeringError
+from austeer.costs.steering import spread, steering_cost
+from austeer.costs.work import WAYS, Place, Target, Work, columns, columns_are_dense, fused
+from austeer.models.sites import find_sites
+from austeer.plans.table import OPERATIONS
+from austeer.steering.columns import dense_is_cheaper
+from austeer_kernels import launch
+from bench.counted_ops import count
+from bench.plain_ways import DenseHook, Public, SparseHook
+from bench.plans import spread_plan
+from bench.steered import twin
+from tiny_models import FAMILIES, tiny_model
+
+OURS = ("fold", "columns", "fused", "dense")
+RATES = {"bandwidth": 1e10, "flops": 1e11, "launch": 1e-6}
+SEVERAL = ["llama", "gpt2", "gemma2", "opt", "bloom", "mixtral", "deepseek_v3", "llama4_text"]
+WIDE = {"hidden_size": 512, "head_dim": 128, "num_hidden_layers": 2}
+
+
+def built(family, dtype=torch.float32, **changes):
+    """A model whose experts are read as they are needed."""
+    model = tiny_model(family, **changes).to(dtype)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model
+
+
+def cost_of(model, site="ffn", k=7, **options):
+    options = {"device": "cpu", "prompt_tokens": 8, "context": 8, **RATES, **options}
+    return steering_cost(model.config, site, k, dtype=model.dtype, **options)
+
+
+def prefill(model, rows=1, length=8):
+    ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(1))
+    return count(model, lambda: model(ids, use_cache=True, logits_to_keep=1))
+
+
+def decode(model, rows=1, length=8):
+    ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+    return count(model, lambda: model(ids[:, -1:], past_key_values=cache, use_cache=True))
+
+
+def beyond(found, base):
+    """What was counted more."""
+    return Work(*(getattr(found, n) - getattr(base, n) for n in ("read", "written", "operations", "launches")))
+
+
+def logical(work):
+    return replace(work, padding=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in SEVERAL), ("llama", torch.bfloat16), ("gpt2", torch.bfloat16)],
+)
+def test_our_paths_take_exactly_what_is_predicted(family, dtype):
+    model, checked = built(family, dtype), 0
+    base = prefill(model), decode(model)
+    # An operation changes the same things in every family.
+    operations = OPERATIONS if family in ("llama", "gpt2") else OPERATIONS[:1]
+    for site, operation in itertools.product(find_sites(model), operations):
+        cost = cost_of(model, site, operation=operation)
+        plan = replace(spread_plan(model, site, 7), operation=operation)
+        for way in OURS:
+            try:
+                steering = austeer.steer(model, plan, 0.1, mode=way, check=False).attach()
+            except SteeringError:
+                assert way in cost.refused, (site, operation, way)
+                continue
+            found = prefill(model)
+            assert beyond(found, base[0]) == logical(cost.prefill.extra[way].work), (site, operation, way)
+            if operation == "scale":
+                assert beyond(decode(model), base[1]) == logical(cost.decode.extra[way].work), (site, operation, way)
+            steering.detach()
+            checked += 1
+    assert checked >= 6 * len(operations)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_many_tokens_take_the_sparse_form_on_a_cpu(dtype, operation):
+    model = built("llama", dtype, **WIDE)
+    base = prefill(model, 2, 24)
+    for k, launches in ((4, 4), (40, 1)):  # 24,576 values; 2 AUs a layer are fewer than a 64th of the width, 20 more
+        plan = replace(spread_plan(model, "ffn", k), operation=operation)
+        with austeer.steer(model, plan, 0.1, mode="columns", check=False):
+            found = prefill(model, 2, 24)
+        work = cost_of(model, k=k, operation=operation, batch=2, prompt_tokens=24).prefill.extra["columns"].work
+        assert beyond(found, base) == logical(work)
+        casts = 2 if dtype == torch.bfloat16 and k == 4 else 0
+        assert work.launches == 2 * (launches + casts + (operation == "push"))
+        assert (work.padding > 0) == (k == 4)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.float32), ("llama", torch.bfloat16), ("mixtral", torch.float32)],
+    ids=["llama-float32", "llama-bfloat16", "mixtral-float32"],
+)
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_others_ways_take_exactly_what_is_predicted(family, dtype, site):
+    model = built(family, dtype)
+    base = prefill(model), decode(model)
+    cost = cost_of(model, site, layers=2)
+    for way, kind in (("public", Public), ("dense hook", DenseHook), ("sparse hook", SparseHook)):
+        steered = kind(twin(model), spread_plan(model, site, 7, layers=2), 0.1).model
+        assert beyond(prefill(steered), base[0]) == logical(cost.prefill.extra[way].work), way
+        assert beyond(decode(steered), base[1]) == logical(cost.decode.extra[way].work), way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "site"), [("llama", "attention"), ("gpt2", "ffn"), ("llama", "neuron")])
+def test_peft_s_adapter_takes_exactly_what_is_predicted(family, dtype, site):
+    model = built(family, dtype)
+    base = prefill(model), decode(model)
+    cost = cost_of(model, site, layers=2)
+    ranks = {found.projection: cost.aus[found.layer] for found in find_sites(model)[site] if found.layer in cost.aus}
+    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, r=1, fan_in_fan_out=family == "gpt2")
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False).to(dtype)
+    size = sum(p.nbytes for name, p in adapted.named_parameters() if "lora_" in name)
+    for found, one, before in zip((prefill, decode), (cost.prefill, cost.decode), base):
+        assert beyond(found(adapted.base_model.model), before) == logical(one.extra["lora"].work)
+    assert cost.memory["lora"] == size
+
+
+def test_lora_needs_one_linear_layer():
+    assert "lora" in cost_of(built("mixtral")).refused and "lora" not in cost_of(built("mixtral"), "attention").refused
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_itself(family):
+    """Weights, cache and products exactly; launches within a tenth, as experts and masks are run in other forms."""
+    model = built(family)
+    cost = cost_of(model)
+    assert decode(model).weights == cost.decode.unsteered.weights
+    ids = torch.randint(3, 60, (2, 8))
+    with torch.no_grad():
+        caches = model(ids, use_cache=True).past_key_values, model(ids[:, :5], use_cache=True).past_key_values
+    found = cost_of(model, batch=2), cost_of(model, batch=2, context=5)
+    for cache, one in zip(caches, found):
+        state = [t for layer in cache.layers for t in vars(layer).values()]
+        states = [t for value in state for t in (value if isinstance(value, (list, tuple)) else [value])]
+        size = sum(t.nbytes for t in states if isinstance(t, torch.Tensor) and t.dim())
+        if family != "qwen3_next":  # keeps its recurrent states in dictionaries
+            assert one.decode.unsteered.cache == size
+    assert cost.decode.unsteered.launches
+    if not any(work in family for work in ("moe", "mixtral", "oss", "deepseek", "qwen3_next", "falcon")):
+        assert decode(model).launches == pytest.approx(cost.decode.unsteered.launches, rel=0.1)
+    if model._can_set_experts_implementation() and family != "qwen3_next":
+        half = model.to(torch.bfloat16)
+        half.set_experts_implementation("grouped_mm")
+        assert decode(half).launches == pytest.approx(cost_of(half).decode.unsteered.launches, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "deepseek_v3", "mpt"])
+def test_products_and_activations_of_the_model_itself(family):
+    model = built(family)
+    model.set_attn_implementation("eager")
+    products = {"mm", "addmm", "bmm", "baddbmm"}
+
+    for run, of in ((prefill, "prefill"), (decode, "decode")):
+        calls = [call for call in run(model).calls if call.name.removeprefix("aten::") in products]
+        itself = getattr(cost_of(model), of).unsteered
+        if of == "prefill" or family != "deepseek_v3":  # makes all keys and values anew from the cached latents
+            assert sum(call.operations for call in calls) == itself.operations
+        matrices = [call for call in calls if call.weights]
+        if family != "deepseek_v3" and (family != "mixtral" or of == "decode"):  # tokens share an expert's product
+            assert sum(call.read + call.written - call.weights for call in matrices) == itself.activations
+
+
+def test_experts_that_are_read_by_hand():
+    # 2 of 4 run for a token: 3 tokens together choose 4 (1 - 1 / 2 ** 3) = 3.5 if all are as likely
+    def weights(batch):
+        return cost_of(built("mixtral"), batch=batch).decode.unsteered.weights
+
+    expert, embedding = 4 * 3 * 32 * 48 * 3, 4 * 32  # three matrices in three layers
+    assert weights(3) - weights(1) == 1.5 * expert + 2 * embedding
+    assert weights(64) - weights(1) == pytest.approx(2 * expert + 63 * embedding, abs=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_bytes_kept(family, site):
+    model = built(family)
+    cost = cost_of(model, site)
+    plan = spread_plan(model, site, 7)
+    for way in (way for way in OURS if way not in cost.refused):
+        with austeer.steer(model, plan, 0.1, mode=way, check=False) as steering:
+            model(torch.tensor([[3]]))
+            kept = 0
+            for path in steering._paths:
+                table = path.table
+                tables = (table.index, table.gamma, table.shift, table.gamma_rows, table.shift_rows)
+                saved = [t for pair in getattr(path, "_saved", ()) for t in pair]
+                kept += sum(t.nbytes for t in (*tables, *saved) if t is not None)
+        assert cost.memory[way] == kept, way
+    assert cost_of(model, site, device="cuda").memory["columns"] == 7 * 16
+    assert cost.memory["public"] == 3 * 4 * find_sites(model)[site][0].width
+    assert cost.memory["sparse hook"] == 7 * 12
+
+
+# --- the rules and kernels of the library ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_rule_for_columns_on_a_cpu_is_the_library_s(dtype):
+    for tokens, width, amount in itertools.product((1, 16, 17, 40), (512, 1024, 4096), (1, 8, 16, 64)):
+        table = SimpleNamespace(
+            dense_gamma=torch.zeros(1), scales=True, shifts=False, index=torch.arange(amount), width=width
+        )
+        x = torch.zeros(tokens, width, dtype=dtype)
+        place = Place(tokens, width, amount, dtype, "scale")
+        assert columns_are_dense(place) == dense_is_cheaper(x, table)
+
+
+def test_columns_on_a_gpu_by_hand():
+    place = Place(3, 4096, 10, torch.bfloat16, "scale")
+    # 10 values of 2 bytes in and out for each token; an index of 8 and two strengths of 4 bytes for each AU
+    expected = Work(3 * 20 + 160, 3 * 20, 3 * 30, 1, 2 * 3 * 10 * 30)
+    assert columns(place, Target("cuda")) == expected
+    assert columns(replace(place, operation="push"), Target("cuda")).operations == 3 * 40
+    whole = columns(replace(place, count=4096), Target("cuda"))
+    assert whole.padding == 0, "whole rows are read anyway"
+
+
+def test_the_fused_kernel_on_a_gpu_is_launched_as_predicted():
+    """Against the settings that the kernel takes; in the interpreter's made-up GPU, which can be asked here."""
+    interpreter, here = Target("cuda", "interpreter", "cpu", 4), torch.device("cpu")
+    seen = set()
+    for tokens, inputs, outputs in itertools.product((1, 8, 512), (64, 4096), (64, 4096)):
+        place = Place(tokens, outputs, 4, torch.bfloat16, "scale", projection=(inputs, outputs))
+        taken = launch.settings("steered_linear", tokens, outputs, inputs, torch.bfloat16, here)
+        splits = 1 if taken.form == "prefill" else taken.splits
+        work = fused(place, interpreter)
+        seen.add((taken.form, splits > 1))
+        assert work.launches == (1 if splits > 1 else 0)
+        parts = 4 * tokens * outputs * splits if splits > 1 else 0
+        assert (work.read, work.written) == (8 * outputs + parts, parts)
+    assert len(seen) == 3, "both forms, the decode form with and without a split"
+
+
+def test_launches_on_a_gpu():
+    cost = cost_of(built("llama"), k=7, layers=2, device="cuda")
+    found = {way: extra.work.launches for way, extra in cost.prefill.extra.items()}
+    assert found == {
+        "fold": 0,
+        "columns": 2,
+        "fused": found["fused"],
+        "dense": 2 * 3,
+        "public": 3 * 3,
+        "dense hook": 2,
+        "sparse hook": 2 * 3,
+        "lora": 2 * 4,
+    }
+    assert found["fused"] in (0, 2)
+    half = steering_cost(built("llama").config, k=7, layers=2, device="cuda", **RATES)
+    assert half.decode.extra["dense"].work.launches == 2 * 4, "the strengths are converted to bfloat16"
+
+
+# --- seconds ---------------------------------------------------------------------------------------------------------
+
+
+def test_floor_and_overhead_by_hand():
+    cost = cost_of(built("llama"), k=3, bandwidth=1e6, flops=1e12, launch=1e-3)
+    for one in (cost.decode, cost.prefill):
+        itself = one.unsteered
+        assert one.seconds == pytest.approx(itself.bytes / 1e6 + itself.launches * 1e-3)
+        for extra in one.extra.values():
+            assert extra.seconds == pytest.approx(extra.work.moved / 1e6 + extra.work.launches * 1e-3)
+            assert extra.overhead == pytest.approx(extra.seconds / one.seconds)
+    slow = cost_of(built("llama"), k=3, bandwidth=1e15, flops=1e3, launch=0)
+    assert slow.decode.seconds == slow.decode.unsteered.operations / 1e3
+    assert slow.decode.extra["lora"].seconds == slow.decode.extra["lora"].work.operations / 1e3
+
+
+def test_fewer_aus_and_layers_cost_less():
+    model = built("llama", **{**WIDE, "num_hidden_layers": 8})
+    ways = ("columns", "sparse hook", "lora")
+    for smaller, larger in (((8, 1), (8, 8)), ((8, 8), (400, 8))):
+        few, many = (cost_of(model, k=k, layers=layers, device="cuda") for k, layers in (smaller, larger))
+        for way in ways:
+            assert few.decode.extra[way].seconds < many.decode.extra[way].seconds
+        assert few.decode.extra["public"] == many.decode.extra["public"], "however few they are"
+
+
+def test_json_is_whole():
+    cost = cost_of(built("mixtral"), layers=2)
+    found = json.loads(json.dumps(cost.to_json()))
+    assert found["aus"] == {"0": 4, "2": 3} and found["layers"] == 3
+    assert set(found["decode"]["extra"]) | set(found["refused"]) == set(WAYS)
+    assert found["decode"]["unsteered"]["bytes"] == cost.decode.unsteered.bytes
+    assert found["prefill"]["tokens"] == 8 and found["decode"]["past"] == 7
+    assert found["decode"]["extra"]["dense"]["overhead_percent"] == 100 * cost.decode.extra["dense"].overhead
+
+
+def test_conclusion():
+    cost = cost_of(built("llama"), k=3, bandwidth=1e6, flops=1e12, launch=0)
+    columns, public = (100 * cost.decode.extra[way].overhead for way in ("columns", "public"))
+    assert cost.conclusion() == (
+        "Steering 3 AUs in 3 of 3 layers: to the floor of a decoded token fold adds nothing, columns "
+        f"{columns:.2g} %, and the public code's arithmetic {public:.2g} %."
+    )
+    pushed = cost_of(built("llama"), k=3, operation="push").conclusion()
+    assert "columns adds" in pushed and "the dense form" in pushed
+
+
+def test_aus_are_spread_as_the_benchmark_s_are():
+    model = tiny_model("llama", num_hidden_layers=11)
+    for k, touched in ((1, 1), (7, 7), (20, 11), (20, 3), (352, 11), (12, 10)):
+        aus = spread(k, touched, 11)
+        layers = spread_plan(model, "ffn", k, touched).layer
+        assert aus == {layer: int((layers == layer).sum()) for layer in layers.unique().tolist()}
+        assert len(aus) == touched and sum(aus.values()) == k and max(aus.values()) - min(aus.values()) <= 1
+
+
+# --- what is not known, and bad input --------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_be_followed_without_values(monkeypatch):
+    plain = built("llama")
+    known = cost_of(plain)
+    model = type(plain)
+    forward = model.forward
+
+    def looks(self, input_ids, **options):
+        assert input_ids.sum().item() >= 0
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", looks)
+    cost = cost_of(plain)
+    assert cost.decode.unsteered.launches is None and "cannot be followed" in cost.notes[0] and not known.notes
+    assert cost.decode.unsteered.cache == known.decode.unsteered.cache
+    assert cost.decode.extra["dense"].work == known.decode.extra["dense"].work
+    json.dumps(cost.to_json())
+
+
+def test_notes():
+    config = tiny_model("llama").config
+    config.quantization_config = {"quant_method": "fp8"}
+    [note] = steering_cost(config, k=3, device="cpu", **RATES).notes
+    assert "quantised" in note
+    assert any("all 4 experts run" in note for note in cost_of(built("llama4_text")).notes)
+    assert any("linear attention" in note for note in cost_of(built("qwen3_next")).notes)
+    assert any("latents" in note for note in cost_of(built("deepseek_v3")).notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"site": "heads"}, SiteError, "site 'heads' is not known; expected one of attention"),
+        (
+            {"k": 97},
+            PlanError,
+            r"k: found 97, expected an integer from 1 to 96 \(the AUs of site 'ffn': 3 layers of 32",
+        ),
+        ({"k": 0}, PlanError, "k: found 0"),
+        ({"layers": 4}, SiteError, r"layers: found 4, expected an integer from 1 to 3 \(the model's layers"),
+        ({"layers": 3, "k": 2}, PlanError, "k: found 2 AUs for 3 layers, expected 3 to 96"),
+        ({"layers": 1, "k": 33}, PlanError, "k: found 33 AUs for 1 layers, expected 1 to 32"),
+        ({"batch": 0}, SteeringError, "batch: found 0"),
+        ({"prompt_tokens": 1.5}, SteeringError, "prompt_tokens: found 1.5"),
+        ({"context": True}, SteeringError, "context: found True"),
+        ({"operation": "add"}, SteeringError, "operation: found 'add', expected one of scale, push, shift"),
+        ({"dtype": torch.float64}, SteeringError, "dtype: found torch.float64, expected one of torch.float16"),
+        ({"dtype": "int8"}, AusteerError, "dtype: found 'int8'"),
+        ({"device": "tpu"}, SteeringError, "device: found 'tpu', expected cpu or cuda"),
+        ({"bandwidth": 0}, AusteerError, "bandwidth: found 0, expected a number above 0"),
+        ({"flops": float("nan")}, AusteerError, "flops: found nan"),
+        ({"launch": -1.0}, AusteerError, "launch: found -1.0, expected seconds"),
+    ],
+)
+def test_bad_input(options, error, message):
+    with pytest.raises(error, match=message):
+        steering_cost(**{"model": tiny_model("llama").config, "k": 3, "device": "cpu", **RATES, **options})
+
+
+def test_no_site_neuron_in_a_mixture():
+    with pytest.raises(SiteError, match="its feed-forward block is a mixture of experts"):
+        cost_of(built("mixtral"), "neuron")

@@ -1,0 +1,278 @@
+"""What plans do to each linear layer, told from the structure of a model."""
+
+import copy
+import re
+from dataclasses import replace
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from austeer import PlanError
+from austeer.export.edits import (
+    ExportError,
+    ExportWarning,
+    describe,
+    digest,
+    edits_of,
+    warn_of_another_model,
+    with_alphas,
+)
+from austeer.models.sites import find_sites
+from dense_formula import formula_logits, logits, random_plan
+from tiny_models import FAMILIES, ids_of_rows, tiny_model
+
+WEIGHT_SITES = ("attention", "ffn", "neuron")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def by_path(model, *plans):
+    return {edit.path: edit for edit in edits_of(model, plans)}
+
+
+def on_meta(model):
+    return copy.deepcopy(model).to("meta")
+
+
+def apply(model, edits):
+    """Does to the weights and biases what the edits say, with plain indexing."""
+    with torch.no_grad():
+        for edit in edits:
+            module, names = model.get_submodule(edit.path), edit.weights
+            weight = getattr(module, names.weight).data.movedim((names.output, names.input), (-2, -1))
+            bias = getattr(module, names.bias) if names.bias else None
+            if edit.input is not None:
+                if edit.input.shifts:
+                    bias += weight[..., edit.input.index] @ edit.input.shift
+                weight[..., edit.input.index] *= 1 + edit.input.gamma
+            if edit.output is not None:
+                weight[..., edit.output.index, :] *= (1 + edit.output.gamma)[:, None]
+                if bias is not None:
+                    bias[..., edit.output.index] *= 1 + edit.output.gamma
+                    bias[..., edit.output.index] += edit.output.shift
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_edits_are_the_formula(family):
+    model = tiny_model(family).double()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    ids = ids_of_rows()
+    sites = [site for site in find_sites(model) if site in WEIGHT_SITES]
+    plan = random_plan(model, sites, 30)
+    expected, unsteered = formula_logits(model, ids, plan, 2.0), logits(model, ids)
+    edits = edits_of(on_meta(model), [(plan, 2.0)])
+    assert [edit.layer for edit in edits] == sorted(edit.layer for edit in edits)
+    apply(model, edits)
+    assert (expected - unsteered).abs().max() > 0.01
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_shift_is_a_change_of_biases():
+    model = tiny_model("llama", attention_bias=True, mlp_bias=True).double()
+    ids, plan = ids_of_rows(), random_plan(model, WEIGHT_SITES, 30, "shift")
+    expected = formula_logits(model, ids, plan, 2.0)
+    before = logits(model, ids)
+    edits = edits_of(model, [(plan, 2.0)])
+    assert all(edit.shifts and edit.rank == 0 for edit in edits)
+    apply(model, edits)
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_both_sides_of_one_layer_are_one_edit(model):
+    plan = random_plan(model, ("ffn", "neuron"), 40)
+    edits = by_path(model, (plan, 1.0))
+    assert list(edits) == [f"model.layers.{n}.mlp.down_proj" for n in range(3)]
+    for edit in edits.values():
+        assert edit.sites == ["ffn", "neuron"]
+        assert edit.rank == len(edit.input) + len(edit.output)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seeds=st.lists(st.integers(0, 50), min_size=1, max_size=4),
+    alphas=st.lists(st.floats(-8, 8, width=16), min_size=4, max_size=4),
+)
+def test_strengths_of_several_plans_add_up(model, seeds, alphas):
+    plans = [(random_plan(model, WEIGHT_SITES, 25, seed=seed), alpha) for seed, alpha in zip(seeds, alphas)]
+    expected = {}
+    for plan, alpha in plans:
+        for au in plan:
+            key = au.site, au.layer, au.index
+            gamma = float(torch.tensor(alpha, dtype=torch.float32) * torch.tensor(au.beta, dtype=torch.float32))
+            expected[key] = expected.get(key, 0.0) + gamma
+    found = {}
+    for edit in edits_of(model, plans):
+        for site in edit.sites:
+            side = edit.output if site == "ffn" else edit.input
+            assert side.index.tolist() == sorted(set(side.index.tolist()))
+            found |= {(site, edit.layer, i): g for i, g in zip(side.index.tolist(), side.gamma.tolist())}
+    assert found.keys() == expected.keys()
+    assert all(found[key] == pytest.approx(expected[key], rel=1e-12, abs=1e-12) for key in found)
+
+
+def test_an_au_that_cancels_out_takes_no_rank(model):
+    plan = random_plan(model, "ffn", 10)
+    both = by_path(model, (plan, 2.0), (plan.take(torch.arange(4)), -2.0))
+    assert sum(edit.rank for edit in both.values()) == 6
+    assert sum(map(len, (edit.output for edit in both.values()))) == 10
+
+
+def test_experts_are_one_edit_each(model):
+    mixture = tiny_model("qwen2_moe")
+    edits = by_path(mixture, (random_plan(mixture, "ffn", 60), 1.0))
+    assert {path: (edit.experts, edit.mixture) for path, edit in edits.items() if edit.layer < 2} == {
+        "model.layers.0.mlp.down_proj": (False, False),
+        "model.layers.1.mlp.experts": (True, True),
+        "model.layers.1.mlp.shared_expert.down_proj": (False, True),
+    }
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "site, operation, reason",
+    [
+        ("layer", "scale", r"site 'layer': no linear layer makes .* select at 'attention' or 'ffn', or steer at run"),
+        ("ffn", "push", r"operation 'push' multiplies \|x\| .* plan\.with_operation"),
+    ],
+)
+def test_what_is_no_edit_of_weights_is_refused(model, site, operation, reason):
+    with pytest.raises(ExportError, match=reason):
+        edits_of(model, [(random_plan(model, site, 3, operation), 1.0)])
+
+
+def test_shift_in_a_mixture_is_refused():
+    mixture = tiny_model("mixtral")
+    with pytest.raises(ExportError, match=r"site 'ffn' of layer \d: found operation 'shift' in a mixture"):
+        edits_of(mixture, [(random_plan(mixture, "ffn", 3, "shift"), 1.0)])
+    assert edits_of(mixture, [(random_plan(mixture, "attention", 3, "shift"), 1.0)])
+
+
+def test_a_plan_for_another_architecture_is_refused(model):
+    wider = tiny_model("llama", hidden_size=64)
+    with pytest.raises(PlanError, match=r"the plan was made for .* measure and select on this model"):
+        edits_of(model, [(random_plan(model, "ffn", 3), 1.0), (random_plan(wider, "ffn", 3), 1.0)])
+
+
+def test_a_wrapped_layer_is_refused(model):
+    config = peft.LoraConfig(target_modules=["down_proj"], r=2)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    plan = random_plan(model, "ffn", 3)
+    with pytest.raises(
+        ExportError, match=r"down_proj: Linear is not a plain linear layer.*unwrapped model, or its nam"
+    ):
+        edits_of(wrapped.get_base_model(), [(plan, 1.0)])
+
+
+@pytest.mark.parametrize("kind", ["pruned", "normalised", "bias"])
+def test_weights_that_are_made_anew_are_refused(kind):
+    model = tiny_model("llama", mlp_bias=True)
+    plan, layer = random_plan(model, "ffn", 60), model.model.layers[1].mlp.down_proj
+    if kind == "normalised":
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(layer)
+    else:
+        prune.random_unstructured(layer, "bias" if kind == "bias" else "weight", amount=0.5)
+    name = "bias" if kind == "bias" else "weight"
+    with pytest.raises(
+        ExportError, match=rf"layers\.1\.mlp\.down_proj: found a {name} that is made anew at each .*prun"
+    ):
+        edits_of(model, [(plan, 1.0)])
+    if kind == "pruned":
+        prune.remove(layer, "weight")
+        assert edits_of(model, [(plan, 1.0)])
+
+
+class Doubled(nn.Module):
+    """An MLP of an unknown family that does more to its output than its projection does."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.down_proj, self.up_proj = mlp.down_proj, mlp.up_proj
+
+    def forward(self, x):
+        return 2 * self.down_proj(self.up_proj(x))
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_block_that_does_more_than_its_projection_is_refused(place):
+    model = tiny_model()
+    model.config.model_type = "unknown"
+    assert edits_of(copy.deepcopy(model).to(place), [(random_plan(model, "ffn", 3), 1.0)])
+    for layer in model.model.layers:
+        layer.mlp = Doubled(layer.mlp)
+    plan = random_plan(model, "ffn", 3)
+    with pytest.raises(ExportError, match=r"does more to the tensor than its projection, so it is no edit of weights"):
+        edits_of(model.to(place), [(plan, 1.0)])
+
+
+# --- plans and alphas ------------------------------------------------------------------------------------------------
+
+
+def test_plans_are_given_alone_or_together_with_alphas_or_without(model):
+    a, b = random_plan(model, "ffn", 3), random_plan(model, "attention", 2)
+    assert with_alphas(a, 2) == [(a, 2.0)]
+    assert with_alphas([a, (b, np.float32(0.5))], 2.0) == [(a, 2.0), (b, 0.5)]
+    assert with_alphas((a, b), 3) == [(a, 3.0), (b, 3.0)]
+    assert with_alphas([a + b], {"ffn": 2, "attention": -1}) == [(a, 2.0), (b, -1.0)]
+    assert with_alphas([(a, {"ffn": 2}), b], 3) == [(a, 2.0), (b, 3.0)]
+
+
+@pytest.mark.parametrize(
+    "plans, alpha, reason",
+    [
+        ([], 1.0, "plans: found none, expected at least one"),
+        ("plan", 1.0, "plans: found str, expected an austeer.Plan"),
+        (None, 1.0, "plans: found NoneType, expected an austeer.Plan"),
+        ({"a": 1}, 1.0, "plans: found dict, expected an austeer.Plan"),
+        (..., "2", "alpha: found '2', expected a finite number"),
+        (..., True, "alpha: found True, expected a finite number"),
+        (..., None, "alpha: found None, expected a finite number"),
+        (..., float("nan"), "alpha: found nan, expected a finite number"),
+        (..., float("-inf"), "alpha: found -inf, expected a finite number"),
+        (..., 1e39, "alpha: found 1e+39, expected a finite number"),
+        (..., 10**400, "alpha: found 1000"),
+        (..., {"ffn": 1e39}, "alpha: found 1e+39, expected a finite number"),
+        (..., {"ffn": 1.0, "layer": 1.0}, "alpha: found sites ['ffn', 'layer'], expected ['ffn']"),
+        (..., {}, "alpha: found sites [], expected ['ffn']"),
+    ],
+)
+def test_bad_plans_and_alphas_are_named(model, plans, alpha, reason):
+    plans = random_plan(model, "ffn", 3) if plans is ... else plans
+    with pytest.raises(PlanError, match=re.escape(reason)):
+        with_alphas(plans, alpha)
+
+
+def test_another_name_of_the_model_is_a_warning(model, recwarn):
+    plan = random_plan(model, "ffn", 3)
+    named = replace(plan, model=replace(plan.model, name="meta/Llama-3-8B"))
+    warn_of_another_model([(named, 1.0)], "meta/Llama-3-8B")
+    warn_of_another_model([(named, 1.0)], "/data/models/llama-3-8b/")
+    assert not recwarn
+    with pytest.warns(ExportWarning, match=r"measured on meta/Llama-3-8B and is exported for me/tuned, of the same"):
+        warn_of_another_model([(named, 1.0), (named, 2.0)], "me/tuned")
+
+
+def test_a_digest_tells_plans_apart(model):
+    plan = random_plan(model, WEIGHT_SITES, 5)
+    others = [
+        plan.top(14),
+        plan.with_operation("shift"),
+        replace(plan, delta=-plan.delta),
+        plan.take(torch.arange(14, -1, -1)),
+    ]
+    found = {digest(one) for one in [plan, *others]}
+    assert len(found) == 5
+    assert describe([(plan, 2)])[0]["digest"] == digest(plan.take(torch.arange(15)))

@@ -1,0 +1,383 @@
+"""An exported adapter in PEFT: loaded as users load one, against the definition of steering."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from accelerate import cpu_offload
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+
+from austeer.export import export_lora
+from austeer.models.sites import find_sites
+from dense_formula import formula_at, formula_logits, logits, random_plan
+from tiny_models import FAMILIES, ids_of_rows, tiny_model
+
+WEIGHT_SITES = ("attention", "ffn", "neuron")
+ALPHA = 2.0  # alpha * beta is exact in float32, as the formula has it
+IDS = ids_of_rows()
+
+
+def double(family="llama", **changes):
+    """In float64, where nothing but a mistake shows."""
+    model = tiny_model(family, **changes).double()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the others have no float64
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return double()
+
+
+def load(model, folder, name="default", **options):
+    """A PEFT model around a copy, of whose loading nobody was warned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # transformers' of PEFT
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but .* merging LoRA weights won't be")
+        return PeftModel.from_pretrained(
+            copy.deepcopy(model), folder, adapter_name=name, autocast_adapter_dtype=False, **options
+        )
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def user_lora(model, modules, folder, rank=3, seed=5):
+    """Somebody's own adapter, on disk."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(target_modules=modules, r=rank, lora_alpha=2 * rank, init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
+    wrapped.save_pretrained(folder)
+    return logits(wrapped.eval(), IDS)
+
+
+# --- exact -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, tmp_path):
+    model = double(family)
+    sites = [site for site in find_sites(model) if site in WEIGHT_SITES]
+    if family == "gpt_oss":
+        sites = ["attention"]  # its experts have biases
+    projections = [site.projection for site in find_sites(model, "ffn")["ffn"]]
+    biased = None not in projections and model.get_submodule(projections[0]).bias is not None
+    plan = random_plan(model, sites, 40)
+    export_lora(plan, model, tmp_path / "a", alpha=ALPHA, lora_bias=biased, experts=None in projections)
+    expected = formula_logits(model, IDS, plan, ALPHA)
+    assert (expected - logits(model, IDS)).abs().max() > 0.05
+    close(logits(load(model, tmp_path / "a"), IDS), expected)
+
+
+@pytest.mark.parametrize("exact_ranks", [False, True])
+@pytest.mark.parametrize("sites", [(s,) for s in WEIGHT_SITES] + [("attention", "neuron"), ("ffn", "neuron")])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_every_site(family, sites, exact_ranks, tmp_path):
+    model = double(family)
+    plan = random_plan(model, sites, 21)
+    bias = family == "gpt2"
+    export_lora(plan, model, tmp_path / "a", alpha=ALPHA, rank_pattern=exact_ranks, lora_bias=bias)
+    close(logits(load(model, tmp_path / "a"), IDS), formula_logits(model, IDS, plan, ALPHA))
+
+
+@pytest.mark.parametrize("site", WEIGHT_SITES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_shift_with_bias(family, site, tmp_path):
+    model = double(family)
+    plan = random_plan(model, site, 40, "shift")
+    export_lora(plan, model, tmp_path / "a", alpha=ALPHA, lora_bias=True)
+    close(logits(load(model, tmp_path / "a"), IDS), formula_logits(model, IDS, plan, ALPHA))
+
+
+def test_both_operations_at_both_sides_of_one_biased_layer(tmp_path):
+    model = double("llama", mlp_bias=True, attention_bias=True)
+    scale, shift = (random_plan(model, WEIGHT_SITES, 30, op, seed=n) for n, op in enumerate(("scale", "shift")))
+    # At an AU of both, x (1 + gamma) + shift either way: the formula's hooks must not see each other's.
+    keys = set(scale.keys())
+    shift = shift.take(torch.tensor([i for i, key in enumerate(shift.keys()) if key not in keys]))
+    export_lora([scale, (shift, 0.5)], model, tmp_path / "a", alpha=ALPHA, lora_bias=True)
+    with formula_at(model, scale, ALPHA):
+        expected = formula_logits(model, IDS, shift, 0.5)
+    close(logits(load(model, tmp_path / "a"), IDS), expected)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seeds=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    counts=st.lists(st.integers(1, 60), min_size=3, max_size=3),
+    alphas=st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0, 4.0]), min_size=3, max_size=3),
+    exact_ranks=st.booleans(),
+)
+def test_sums_of_plans_that_share_aus(model, tmp_path, seeds, counts, alphas, exact_ranks):
+    plans = [
+        (random_plan(model, ("attention", "ffn"), count, seed=seed), alpha)
+        for seed, count, alpha in zip(seeds, counts, alphas)
+    ]
+    export_lora(plans, model, tmp_path / "a", rank_pattern=exact_ranks, force=True)
+    # One weight edit W (1 + sum of gammas), written out: the formula's hooks would multiply one after the other.
+    edited = copy.deepcopy(model)
+    for name, sites in find_sites(model, ("attention", "ffn")).items():
+        for site in sites:
+            factor = torch.ones(site.width, dtype=torch.float64)
+            for plan, alpha in plans:
+                for au in plan:
+                    if (au.site, au.layer) == (name, site.layer):
+                        factor[au.index] += alpha * au.beta
+            weight = edited.get_submodule(site.projection).weight.data
+            weight *= factor[:, None] if site.side == "output" else factor
+    close(logits(load(model, tmp_path / "a"), IDS), logits(edited, IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_adapters_err_by_their_rounding(model, dtype, tmp_path):
+    plan = random_plan(model, ("attention", "ffn"), 45)
+    narrow = tiny_model().to(dtype)
+    export_lora(plan, narrow, tmp_path / "a", alpha=ALPHA)
+    expected = formula_logits(model, IDS, plan, ALPHA)
+    with torch.no_grad():
+        found = load(narrow, tmp_path / "a")(**IDS).logits.double()
+    assert {p.dtype for n, p in load(narrow, tmp_path / "a").named_parameters() if "lora" in n} == {dtype}
+    plain = (formula_logits(narrow, IDS, plan, ALPHA).double() - expected).abs().mean()
+    assert (expected - logits(model, IDS)).abs().mean() > 10 * plain
+    assert (found - expected).abs().mean() <= 2 * plain
+
+
+def test_a_bfloat16_adapter_is_rounded_once_from_the_weights(model, tmp_path):
+    plan = random_plan(model, "ffn", 45)
+    export_lora(plan, model, tmp_path / "a", alpha=3.7, dtype="bfloat16")
+    adapter = load(model, tmp_path / "a")
+    for n, layer in enumerate(adapter.get_base_model().model.layers):
+        rows = plan.of("ffn")[plan.layer == n]
+        rows = rows[plan.index[rows].argsort()]
+        gamma = (torch.tensor(3.7) * plan.beta[rows]).double()
+        exact = gamma[:, None] * layer.mlp.down_proj.base_layer.weight[plan.index[rows].long()]
+        assert torch.equal(layer.mlp.down_proj.lora_A["default"].weight[: len(rows)], exact.bfloat16())
+
+
+def test_generation(model, tmp_path):
+    model = copy.deepcopy(model)
+    model.generation_config.eos_token_id = None
+    plan = random_plan(model, ("attention", "ffn"), 45)
+    export_lora(plan, model, tmp_path / "a", alpha=ALPHA)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    with formula_at(model, plan, ALPHA):
+        expected = model.generate(**IDS, **options)
+    adapter = load(model, tmp_path / "a")
+    assert torch.equal(adapter.generate(**IDS, **options), expected)
+    with adapter.disable_adapter():
+        unsteered = adapter.generate(**IDS, **options)
+    assert torch.equal(unsteered, model.generate(**IDS, **options)) and not torch.equal(unsteered, expected)
+
+
+def test_rows_of_one_batch_have_their_own_adapters(model, tmp_path):
+    plans = {name: random_plan(model, ("attention", "ffn"), 45, seed=n) for n, name in enumerate(("kind", "brief"))}
+    for name, plan in plans.items():
+        export_lora(plan, model, tmp_path / name, alpha=ALPHA)
+    adapter = load(model, tmp_path / "kind", "kind").eval()
+    adapter.load_adapter(tmp_path / "brief", "brief", autocast_adapter_dtype=False)
+    rows = {key: value[:1].expand(3, -1) for key, value in IDS.items()}
+    with torch.no_grad():
+        found = adapter(**rows, adapter_names=["brief", "__base__", "kind"]).logits
+    close(found[1:2], logits(model, {key: value[:1] for key, value in IDS.items()}))
+    for row, name in ((0, "brief"), (2, "kind")):
+        close(found[row], formula_logits(model, IDS, plans[name], ALPHA)[0])
+
+
+# --- where the weights come from -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["folder", "offloaded", "peft", "compiled"])
+def test_every_source_gives_the_same_files(source, model, tmp_path):
+    plan = random_plan(model, ("attention", "ffn"), 30)
+    export_lora(plan, model, tmp_path / "a")
+    given = copy.deepcopy(model)
+    if source == "folder":
+        model.save_pretrained(tmp_path / model.__class__.__name__, max_shard_size="30KB")
+        given = tmp_path / model.__class__.__name__
+    elif source == "offloaded":
+        cpu_offload(given, "cpu")
+    elif source == "peft":
+        given = peft.get_peft_model(given, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    else:
+        given = torch.compile(given)
+    export_lora(plan, given, tmp_path / "b")
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_the_headless_model_has_adapters_too(tmp_path):
+    model = double().model
+    plan = random_plan(model, ("attention", "ffn"), 30)
+    export_lora(plan, model, tmp_path / "a", alpha=ALPHA)
+    with formula_at(model, plan, ALPHA), torch.no_grad():
+        expected = model(**IDS).last_hidden_state
+    with torch.no_grad():
+        close(load(model, tmp_path / "a")(**IDS).last_hidden_state, expected)
+
+
+# --- strength --------------------------------------------------------------------------------------------------------
+
+
+def scale_all(adapter, factor):
+    for module in adapter.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.set_scale("default", factor)
+
+
+@pytest.mark.parametrize("alpha", [-3.0, 0.0, 0.5, 12.0])
+@pytest.mark.parametrize("operation, sites", [("scale", ("attention", "ffn")), ("shift", WEIGHT_SITES)])
+def test_alpha_can_be_left_to_the_scaling(operation, sites, alpha, model, tmp_path):
+    plan = random_plan(model, sites, 30, operation)
+    export_lora(plan, model, tmp_path / "one", lora_bias=operation == "shift")
+    export_lora(plan, model, tmp_path / "alpha", alpha=alpha, lora_bias=operation == "shift")
+    scaled, exported = load(model, tmp_path / "one"), load(model, tmp_path / "alpha")
+    scale_all(scaled, alpha)
+    torch.testing.assert_close(logits(scaled, IDS), logits(exported, IDS), rtol=1e-5, atol=1e-5)  # float32 gammas
+    assert (logits(scaled, IDS) - formula_logits(model, IDS, plan, alpha)).abs().max() < 1e-4
+
+
+def test_lora_alpha_in_the_config_is_a_factor_of_alpha(model, tmp_path):
+    import json
+
+    plan = random_plan(model, ("attention", "ffn"), 30)
+    export_lora(plan, model, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"lora_alpha": config["r"] * 4}))
+    close(logits(load(model, tmp_path / "a"), IDS), formula_logits(model, IDS, plan, 4.0))
+
+
+def test_scaling_is_not_alpha_where_both_sides_of_a_layer_are_scaled(model, tmp_path):
+    plan = random_plan(model, ("ffn", "neuron"), 90)
+    export_lora(plan, model, tmp_path / "one")
+    scaled = load(model, tmp_path / "one")
+    scale_all(scaled, 4.0)
+    expected = formula_logits(model, IDS, plan, 4.0)
+    assert (logits(scaled, IDS) - expected).abs().max() > 0.01 * (expected - logits(model, IDS)).abs().max()
+
+
+# --- beside other adapters -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
+def test_it_is_added_to_a_user_s_own_lora(combination, model, tmp_path):
+    plan = random_plan(model, "ffn", 12)
+    rank = 6
+    export_lora(plan, model, tmp_path / "plan", alpha=ALPHA, rank=rank)
+    user_lora(model, ["q_proj", "down_proj"], tmp_path / "user", rank)
+    adapter = load(model, tmp_path / "plan", "plan")
+    adapter.load_adapter(tmp_path / "user", "user", autocast_adapter_dtype=False)
+    options = {"svd_rank": 2 * rank} if combination == "svd" else {}
+    adapter.add_weighted_adapter(["plan", "user"], [0.5, 1.0], "both", combination, **options)
+    adapter.set_adapter("both")
+    # By hand: W + 0.5 gamma W + B A of the user; "linear" sums A and B apart and is another thing by design.
+    summed = copy.deepcopy(model)
+    own = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "user", autocast_adapter_dtype=False)
+    for n, layer in enumerate(summed.model.layers):
+        rows = plan.of("ffn")[plan.layer == n]
+        user = own.get_base_model().model.layers[n]
+        weight = layer.mlp.down_proj.weight.data
+        index = plan.index[rows].long()
+        weight[index] += 0.5 * ALPHA * plan.beta[rows].double()[:, None] * weight[index]
+        weight += user.mlp.down_proj.get_delta_weight("default")
+        layer.self_attn.q_proj.weight.data += user.self_attn.q_proj.get_delta_weight("default")
+    expected, found = logits(summed, IDS), logits(adapter, IDS)
+    if combination == "linear":
+        assert (found - expected).abs().max() > 1e-3 and found.isfinite().all()
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # PEFT makes some of it in float32
+
+
+def test_plans_are_added_in_peft_as_they_are_by_export(model, tmp_path):
+    plans = [random_plan(model, ("attention", "ffn"), 20, seed=seed) for seed in range(2)]
+    for n, plan in enumerate(plans):
+        export_lora(plan, model, tmp_path / str(n))
+    export_lora([(plans[0], 2.0), (plans[1], -1.0)], model, tmp_path / "sum")
+    adapter = load(model, tmp_path / "0", "0")
+    adapter.load_adapter(tmp_path / "1", "1", autocast_adapter_dtype=False)
+    adapter.add_weighted_adapter(["0", "1"], [2.0, -1.0], "sum", "cat")
+    adapter.set_adapter("sum")
+    torch.testing.assert_close(logits(adapter, IDS), logits(load(model, tmp_path / "sum"), IDS), rtol=1e-6, atol=1e-6)
+
+
+def test_it_is_active_together_with_a_user_s_own_lora(model, tmp_path):
+    plan = random_plan(model, ("attention", "ffn"), 30)
+    export_lora(plan, model, tmp_path / "plan", alpha=ALPHA)
+    user_alone = user_lora(model, ["q_proj", "gate_proj"], tmp_path / "user")
+    adapter = load(model, tmp_path / "plan", "plan")
+    adapter.load_adapter(tmp_path / "user", "user", autocast_adapter_dtype=False)
+    adapter.base_model.set_adapter(["plan", "user"])
+    # On other layers than the plan's, the user's LoRA is part of the model that is steered.
+    own = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "user", autocast_adapter_dtype=False).eval()
+    merged = own.merge_and_unload()
+    close(logits(merged, IDS), user_alone)
+    close(logits(adapter, IDS), formula_logits(merged, IDS, plan, ALPHA))
+
+
+# --- merged ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
+def test_it_merges_and_unmerges(family, tmp_path):
+    model = double(family)
+    sites = ("attention", "neuron") if family == "gpt2" else ("attention", "ffn")
+    plan = random_plan(model, sites, 40)
+    export_lora(plan, model, tmp_path / "a", alpha=ALPHA, experts=family in ("mixtral", "qwen3_moe"))
+    expected, unsteered = formula_logits(model, IDS, plan, ALPHA), logits(model, IDS)
+    adapter = load(model, tmp_path / "a")
+    adapter.merge_adapter(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        close(logits(adapter, IDS), expected)
+        adapter.unmerge_adapter()
+    close(logits(adapter, IDS), expected)
+    with adapter.disable_adapter():
+        close(logits(adapter, IDS), unsteered)  # to rounding: PEFT subtracts what it added
+    merged = adapter.merge_and_unload()
+    assert type(merged) is type(model)
+    close(logits(merged, IDS), expected)
+
+
+def test_exact_ranks_are_fewer_numbers_and_leave_other_layers_alone(model, tmp_path):
+    plan = random_plan(model, "ffn", 40)
+    plan = plan.take(((plan.layer == 0) | ((plan.layer == 2) & (plan.index < 3))).nonzero()[:, 0])
+    counts = torch.bincount(plan.layer, minlength=3).tolist()
+    assert 0 == counts[1] < counts[2] < counts[0]
+    ranks = {}
+    for exact in (False, True):
+        export_lora(plan, model, tmp_path / str(exact), alpha=ALPHA, rank_pattern=exact)
+        adapter = load(model, tmp_path / str(exact))
+        close(logits(adapter, IDS), formula_logits(model, IDS, plan, ALPHA))
+        layers = [layer.mlp.down_proj for layer in adapter.get_base_model().model.layers]
+        ranks[exact] = [layer.lora_A["default"].out_features if hasattr(layer, "lora_A") else 0 for layer in layers]
+        scalings = [layer.scaling["default"] for layer in layers if hasattr(layer, "scaling")]
+        assert set(scalings) == {1.0}
+    assert ranks == {False: [counts[0]] * 3, True: counts}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_exact_ranks_of_experts(family, tmp_path):
+    model = double(family)
+    plan = random_plan(model, ("attention", "ffn"), 25)
+    export_lora(plan, model, tmp_path / "a", alpha=ALPHA, experts=True, rank_pattern=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a", autocast_adapter_dtype=False)
+    close(logits(adapter, IDS), formula_logits(model, IDS, plan, ALPHA))
+
+
+@pytest.mark.parametrize("inputs", [20, 48])
+def test_more_aus_than_a_matrix_has_rank_take_no_more_than_it_has(inputs, tmp_path):
+    model = double("llama", intermediate_size=inputs)  # of 32 outputs
+    plan = random_plan(model, ("ffn", "neuron"), 55)
+    export_lora(plan, model, tmp_path / "a", alpha=ALPHA)
+    adapter = load(model, tmp_path / "a")
+    assert adapter.peft_config["default"].r == min(inputs, 32)
+    close(logits(adapter, IDS), formula_logits(model, IDS, plan, ALPHA))

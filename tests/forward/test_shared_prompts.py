@@ -1,0 +1,203 @@
+"""Whether a model runs shared prompts as it should, asked of the model; and counts that are the same either way."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from test_trees import NARROW, PLAIN
+
+import austeer
+from austeer.forward.capture import LastTokens
+from austeer.forward.packing import batches
+from austeer.forward.shared_prompts import TOLERANCE, tree_form
+from austeer.forward.tokens import tokenise
+from austeer.forward.tree_masks import forms
+from austeer.models.sites import find_sites
+from austeer.models.structure import decoder_of
+from letter_tokens import Letters, letter_pairs
+from tiny_models import FAMILIES, tiny_model
+
+CPU = torch.device("cpu")
+COUNTS = ("positive", "negative")
+
+
+def asked(model, names=None):
+    return tree_form(model, find_sites(model, names), CPU)
+
+
+def without(model, name):
+    """The model, whose decoder no longer gets the argument ``name``."""
+    decoder = decoder_of(model)
+    forward = decoder.forward
+
+    @functools.wraps(forward)
+    def deaf(*args, **options):
+        options.pop(name, None)
+        return forward(*args, **options)
+
+    decoder.forward = deaf
+    return model
+
+
+# --- the form --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_form_is_the_right_one(family):
+    # Models on disk are not asked, since that would load them: they are given the first form of their family.
+    model = tiny_model(family, **NARROW.get(family, {}))
+    form, error = asked(model)
+    assert form == next(iter(forms(model, decoder_of(model))), None)
+    assert (form, error) == (None, None) if family in PLAIN else error < 1e-5
+    if form is not None:
+        assert form == ("mapping" if getattr(model.config.get_text_config(), "layer_types", None) else "tensor")
+
+
+@pytest.mark.parametrize(
+    "dtype, implementation",
+    [
+        (torch.float32, "sdpa"),
+        (torch.bfloat16, "sdpa"),
+        (torch.bfloat16, "eager"),
+        (torch.float16, "sdpa"),
+    ],
+)
+def test_rounding_is_told_from_a_mistake_on_a_real_model(demo, dtype, implementation):
+    model = copy.deepcopy(demo[0]).to(dtype)
+    model.set_attn_implementation(implementation)
+    form, error = asked(model, ["attention", "layer"])
+    assert form == "tensor" and error < 0.9 * TOLERANCE[dtype]
+    for argument in ("attention_mask", "position_ids"):
+        form, wrong = asked(without(model, argument), ["layer"])  # where a mistake shows least
+        assert form is None and wrong > 1.5 * TOLERANCE[dtype], argument
+        del model.model.forward
+
+
+@pytest.mark.parametrize("argument", ["attention_mask", "position_ids"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "gpt2"])
+def test_a_model_that_does_not_listen_is_measured_plainly(family, argument):
+    pairs = letter_pairs(9)
+    plain = austeer.measure(tiny_model(family), Letters(), pairs, share_prompts=False)
+    deaf = without(tiny_model(family), argument)
+    found = austeer.measure(deaf, Letters(), pairs)
+    assert not found.report.shared_prompts and found.report.shared_error > 0.01
+    assert found.report.tokens_run == found.report.tokens_texts
+    assert_equal(found, plain)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError]
+)
+def test_a_form_that_a_decoder_refuses_is_not_its_own(error):
+    model = tiny_model("gemma2")
+    forward = model.model.forward
+
+    @functools.wraps(forward)
+    def refuse(*args, attention_mask=None, **options):
+        if isinstance(attention_mask, dict):
+            raise error("what is this?")
+        return forward(*args, attention_mask=attention_mask, **options)
+
+    model.model.forward = refuse
+    form, moved = asked(model)
+    assert form == "tensor" and moved < 1e-5, "windows are wider than the texts, so one mask does"
+
+
+def test_a_model_of_numbers_that_are_none():
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data.fill_(float("nan"))
+    assert asked(model) == (None, float("inf"))
+    with pytest.raises(austeer.CaptureError, match="found NaN or infinity"):
+        austeer.measure(model, Letters(), letter_pairs(3))
+
+
+def test_dropout_is_off_while_asking():
+    model = tiny_model("llama").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    form, error = asked(model)
+    assert form == "tensor" and error < 1e-5
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("context", [10, 24])
+def test_texts_fit_a_short_context(context):
+    # Learned positions have no more rows than that.
+    model = tiny_model("opt", max_position_embeddings=context)
+    assert asked(model)[0] == "tensor"
+    found = austeer.measure(model, Letters(), letter_pairs(5))
+    assert found.cut > 0 and found.report.shared_prompts
+
+
+@pytest.mark.parametrize("vocabulary", [3, 13, 26, 29, 31])
+def test_a_small_vocabulary(vocabulary):
+    model = tiny_model("llama", vocab_size=vocabulary)
+    assert asked(model)[0] == "tensor"
+    assert asked(without(model, "attention_mask"))[0] is None, "the texts must part"
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("gemma2").train()
+    before = copy.deepcopy(model.state_dict())
+    asked(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(module.training for module in model.modules())
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+def assert_equal(found, expected):
+    for name, counters in expected.sites.items():
+        for what in COUNTS:
+            assert torch.equal(getattr(found.sites[name], what), getattr(counters, what)), (name, what)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PLAIN])
+def test_counts_are_the_same_in_float64(family):
+    # Rounding is too small to turn a comparison there, so any other difference is a mistake.
+    model = tiny_model(family, **NARROW.get(family, {})).double()
+    model.set_experts_implementation("eager")  # the grouped one knows no float64
+    pairs = letter_pairs(12)
+    found, plain = (austeer.measure(model, Letters(), pairs, share_prompts=share) for share in (True, False))
+    report = found.report
+    assert report.shared_prompts and report.shared_error < 1e-6 and not plain.report.shared_prompts
+    assert report.tokens_run < 0.6 * report.tokens_texts == 0.6 * plain.report.tokens_run
+    assert_equal(found, plain)
+    for name, counters in plain.sites.items():
+        torch.testing.assert_close(found.sites[name].delta_sum, counters.delta_sum, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "llama4_text", "opt", "qwen2_vl"])
+def test_counts_differ_by_near_ties_alone_in_float32(family):
+    model = tiny_model(family, **NARROW.get(family, {}))
+    pairs = austeer.Pairs.of(letter_pairs(40))
+    sites = find_sites(model, ["attention", "layer"])
+    found = austeer.measure(model, Letters(), pairs, list(sites))
+    assert found.report.shared_prompts
+    tokens = tokenise(Letters(), pairs, 10**6)
+    texts, count = tokens.positive + tokens.negative, len(tokens.number)
+    capture = LastTokens(model, sites, len(texts))
+    with capture.attached():
+        for batch in batches(texts, 1, share=False):
+            capture.run(batch)
+    for name, buffer in capture.buffers.items():
+        delta = buffer[:count] - buffer[count:]
+        near = delta.abs() <= 1e-5 * buffer.abs().amax((0, 2))[:, None]
+        assert near.float().mean() < 0.01, "the bound is too wide to test anything"
+        for what, wins in zip(COUNTS, (delta > 0, delta < 0)):
+            counted, certain = getattr(found.sites[name], what), (wins & ~near).sum(0)
+            assert ((certain <= counted) & (counted <= certain + near.sum(0))).all()
+
+
+def test_the_pair_at_fault_may_be_another_of_its_row():
+    # A NaN reaches all texts of a row, masked or not, so the message must not blame one alone.
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[Letters()("x")["input_ids"][0][0]] = float("nan")
+    pairs = [("it is", " fine", " awful"), ("it is", " a box", " awful"), ("so", " a", " b")]
+    with pytest.raises(austeer.CaptureError, match=r"on pair 0 of memory \('it is'\) or one that begins like it"):
+        austeer.measure(model, Letters(), pairs)
+    with pytest.raises(austeer.CaptureError, match=r"on pair 1 of memory \('it is'\); expected"):
+        austeer.measure(model, Letters(), pairs, share_prompts=False)

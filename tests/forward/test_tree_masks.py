@@ -1,0 +1,268 @@
+"""Texts as a tree: in every family each looks as it does alone, with windows and chunks, eager and sdpa."""
+
+import functools
+
+import pytest
+import torch
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, MistralModel
+
+from austeer.forward.capture import LastTokens
+from austeer.forward.packing import batches
+from austeer.forward.tree_masks import forms, longest_short_text, masks
+from austeer.models.sites import find_sites
+from austeer.models.structure import decoder_of
+from tiny_models import FAMILIES, MULTIMODAL, tiny_model
+
+#: Families whose layers take no tree: no attention, or positions counted along the row inside it.
+PLAIN = ("bloom", "mpt", "qwen3_next")
+
+_MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+
+#: Windows and chunks far shorter than the texts below.
+NARROW = {
+    **dict.fromkeys(("cohere2", "exaone4", "gemma2", "gemma3", "gemma3_text", "gpt_oss"), _MIXED),
+    **dict.fromkeys(
+        ("qwen2", "qwen2_5_vl", "qwen2_moe", "qwen2_vl", "qwen3", "smollm3"), _MIXED | {"use_sliding_window": True}
+    ),
+    **{key: {"sliding_window": 6} for key in ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")},
+    "qwen3_moe": {"sliding_window": 6, "use_sliding_window": True},
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "attention_chunk_size": 6,
+    },
+}
+
+
+def words(seed, count):
+    return torch.randint(3, 60, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# One tree of 12 texts with branches of branches, more columns than the models have positions (128), and some by
+# themselves.
+PROMPT = words(0, 50)
+TEXTS = [
+    *([*PROMPT, 3 + n, *words(n, 7)] for n in range(11)),
+    PROMPT[:30] + words(20, 20),
+    PROMPT[:30] + words(20, 12) + words(21, 4),
+    PROMPT[:9],
+    words(22, 17),
+    words(23, 3),
+]
+
+
+def activations(model, form=None):
+    """Last-token activations of each text, alone or as trees: site name -> [texts, layers, width]."""
+    sites = find_sites(model, ["attention", "layer"])
+    capture = LastTokens(model, sites, len(TEXTS))
+    if form is None:
+        run = [batch for i, text in enumerate(TEXTS) for batch in _only(i, batches([text], 1, False))]
+    else:
+        capture.tree = form
+        run = list(batches(TEXTS, 1000))
+        assert max(batch.ids.shape[1] for batch in run if batch.sees is not None) > 128
+        assert sum(batch.tokens for batch in run) < 0.4 * sum(map(len, TEXTS))
+    with capture.attached():
+        for batch in run:
+            capture.run(batch)
+    return capture.buffers
+
+
+def _only(number, found):
+    for batch in found:
+        batch.texts.fill_(number)
+        yield batch
+
+
+def error(found, expected):
+    """The largest difference in any layer, relative to the largest value there."""
+    return max(
+        float(((found[name] - t).abs().amax((0, 2)) / t.abs().amax((0, 2))).max()) for name, t in expected.items()
+    )
+
+
+def form_of(model):
+    return next(iter(forms(model, decoder_of(model))))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PLAIN])
+def test_a_tree_equals_each_text_alone(family):
+    model = tiny_model(family)
+    assert error(activations(model, form_of(model)), activations(model)) < 1e-5
+
+
+@pytest.mark.parametrize("family", NARROW)
+def test_windows_and_chunks_are_counted_in_positions(family):
+    wide, narrow = tiny_model(family), tiny_model(family, **NARROW[family])
+    expected = activations(narrow)
+    assert error(activations(wide), expected) > 0.02, "the window must matter to this test"
+    assert form_of(narrow) == form_of(wide), "short texts show nothing of windows, so they may not decide"
+    assert error(activations(narrow, form_of(narrow)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "llama4_text", "qwen2_vl", "gpt2", "opt"])
+def test_eager_and_sdpa(family, implementation):
+    model = tiny_model(family, **NARROW.get(family, {}))
+    model.set_attn_implementation(implementation)
+    assert error(activations(model, form_of(model)), activations(model)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-6), (torch.bfloat16, 0.1), (torch.float16, 0.01)])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "opt"])
+def test_other_dtypes(family, dtype, bound):
+    model = tiny_model(family, **NARROW.get(family, {})).to(dtype)
+    assert error(activations(model, form_of(model)), activations(model)) < bound
+
+
+@pytest.mark.parametrize("family", ["llama", "glm4", "stablelm", "gpt_neox"])
+def test_a_window_that_the_model_ignores_is_ignored(family):
+    model = tiny_model(family, sliding_window=6)
+    assert model.config.sliding_window == 6
+    assert error(activations(model, form_of(model)), activations(model)) < 1e-5
+
+
+def test_a_subclass_from_elsewhere_has_the_windows_of_its_parent():
+    model = tiny_model("mistral", sliding_window=6)
+    model.model.__class__ = type("Mine", (MistralModel,), {"__module__": "no.module.of.this.name"})
+    assert error(activations(model, form_of(model)), activations(model)) < 1e-5
+
+
+def test_a_mask_of_the_other_kind_is_wrong():
+    # What tells the forms apart: one mask for all kinds of layers gives something else.
+    model = tiny_model("gemma2", **NARROW["gemma2"])
+    assert forms(model, decoder_of(model)) == ("mapping", "tensor")
+    assert error(activations(model, "tensor"), activations(model)) > 0.02
+
+
+_HALF = 4  # pairs of entries in a rotary embedding of head_dim 8
+
+#: Positions that are scaled otherwise in texts of more than 32 tokens, for all texts of a batch alike.
+LONGROPE = {
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 32,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * _HALF,
+        "long_factor": [4.0] * _HALF,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_texts_beyond_the_original_context_do_not_change_the_others(share):
+    model = tiny_model("phi3", **LONGROPE)
+    apart = longest_short_text(model)
+    assert apart == 32
+    sites = find_sites(model, ["attention", "layer"])
+
+    def run(apart):
+        capture = LastTokens(model, sites, len(TEXTS))
+        with capture.attached():
+            for batch in batches(TEXTS, 1000, share, apart):
+                capture.run(batch)
+        return capture.buffers
+
+    expected = activations(model)
+    assert error(run(None), expected) > 0.02, "together they would"
+    assert error(run(apart), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_elsewhere_texts_of_any_length_may_meet(family):
+    assert longest_short_text(tiny_model(family)) is None
+
+
+# --- which decoders take no tree -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_no_attention_or_no_mask(family):
+    model = tiny_model(family)
+    assert list(forms(model, decoder_of(model))) == []
+
+
+def test_falcon_with_alibi_counts_along_the_row():
+    for alibi in (False, True):
+        model = tiny_model("falcon", alibi=alibi)
+        assert list(forms(model, decoder_of(model))) == ([] if alibi else ["tensor"])
+
+
+def test_attention_that_takes_no_mask():
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert list(forms(model, decoder_of(model))) == []
+
+
+def test_a_decoder_without_positions():
+    model = tiny_model("llama")
+    forward = model.model.forward
+    model.model.forward = lambda input_ids=None, attention_mask=None, **options: forward(input_ids, attention_mask)
+    assert list(forms(model, model.model)) == []
+
+
+def test_an_unknown_family_may_count_windows_along_the_row():
+    config = GPTNeoConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        window_size=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = GPTNeoForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(std=0.2)
+    assert error(activations(model, "tensor"), activations(model)) > 0.01, "it would be measured wrongly, in silence"
+    assert list(forms(model, decoder_of(model))) == []
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", *MULTIMODAL])
+def test_masks_are_zero_where_a_token_sees(family):
+    model = tiny_model(family)
+    batch = next(batch for batch in batches([[*PROMPT, 4], [*PROMPT, 5]], 1000) if batch.sees is not None)
+    form = form_of(model)
+    found = masks(model, batch, torch.device("cpu"), form)
+    for mask in found.values() if form == "mapping" else [found]:
+        assert mask.dtype == torch.float32 and mask.shape == (1, 1, 52, 52)
+        assert torch.equal(mask[:, 0] == 0, batch.sees)
+        assert (mask[:, 0][~batch.sees] == torch.finfo(torch.float32).min).all()
+
+
+def test_each_row_of_a_mask_sees_something_also_in_padding():
+    # A row of a softmax that sees nothing is NaN, and spreads.
+    model = tiny_model("gemma2", **NARROW["gemma2"])
+    texts = [[*PROMPT, 4], [*PROMPT, 5, *words(1, 9)], [*words(2, 30), 6], [*words(2, 30), 7]]
+    (batch,) = batches(texts, 1000)
+    assert len(batch.ids) == 2 and batch.tokens < batch.ids.numel()
+    for mask in masks(model, batch, torch.device("cpu"), "mapping").values():
+        assert ((mask == 0).sum(-1) >= 1).all()
+    capture = LastTokens(model, find_sites(model, ["layer"]), len(texts))
+    capture.tree, outputs = "mapping", []
+    decoder = decoder_of(model)
+    hook = decoder.register_forward_hook(lambda module, args, output: outputs.append(output.last_hidden_state))
+    with capture.attached():
+        capture.run(batch)
+    hook.remove()
+    assert outputs[0].isfinite().all()
+
+
+def test_the_same_mask_for_layers_of_one_kind():
+    model = tiny_model("gemma2", **NARROW["gemma2"])
+    batch = next(batch for batch in batches([[*PROMPT, 4], [*PROMPT, 5]], 1000) if batch.sees is not None)
+    found = masks(model, batch, torch.device("cpu"), "mapping")
+    assert set(found) == {"sliding_attention", "full_attention"}
+    seen = functools.reduce(torch.logical_and, [mask == 0 for mask in found.values()])
+    assert torch.equal(seen, found["sliding_attention"] == 0), "a window only takes away"
+    assert ((found["sliding_attention"] == 0).sum(-1) <= 6).all()

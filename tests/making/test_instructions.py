@@ -1,0 +1,208 @@
+"""Pairs that a model writes itself: what is kept of its answers, sampling, interrupted runs, a real model."""
+
+import copy
+import json
+
+import pytest
+
+import austeer
+from austeer import FileFormatError, PairsError
+from austeer.making import check_pairs, instructions, pairs_from_instructions
+from austeer.making.partial import partial_path
+from austeer.making.prompts import read_prompts
+
+TWO = ("Answer kindly.", "Answer rudely.")
+PROMPTS = [f"Question {i}?" for i in range(7)]
+
+
+@pytest.fixture
+def answers(tiny, demo, monkeypatch):
+    """Makes pairs with a model whose answers are given: a function of prompt and instruction."""
+
+    def make(answer, out, prompts=PROMPTS, **options):
+        def write(model, tokenizer, texts, *, chat, **given):
+            assert not chat and tokenizer is demo[1] and given["max_new_tokens"] == options.get("max_new_tokens", 32)
+            return [answer(*reversed(text.split("\n\n"))) for text in texts]
+
+        monkeypatch.setattr(instructions, "continue_prompts", write)
+        return pairs_from_instructions(
+            *(tiny, demo[1], prompts, *TWO, out), chat=False, batch_size=3, progress=False, **options
+        )
+
+    return make
+
+
+def rows(path):
+    return [tuple(json.loads(line).values()) for line in path.read_text().splitlines()]
+
+
+def test_the_prompt_is_kept_without_the_instruction(answers, tmp_path):
+    out = tmp_path / "pairs.jsonl"
+    made = answers(lambda prompt, instruction: f" {instruction.split()[1]} said {prompt}", out, same_length=False)
+    assert rows(out) == [(prompt, f" kindly. said {prompt}", f" rudely. said {prompt}") for prompt in PROMPTS]
+    assert [(p.prompt, p.positive, p.negative) for p in made.pairs] == rows(out)
+    assert not made.dropped and "plain prompts" in made.notes[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+    assert list(austeer.load_pairs(out)) == list(made.pairs)
+
+
+def test_what_is_left_out_is_counted(answers, tmp_path):
+    table = {
+        0: (" good.", " bad."),
+        1: (" same. ", " same."),
+        2: ("", " bad."),
+        3: (" Donaudampfschifffahrtsgesellschaft", " bad"),
+        4: (" good, well, fine", " good and so on and so on and so on"),
+        5: (" fine words", " harsh words"),
+        6: (" \n", " bad."),
+    }
+
+    def answer(prompt, instruction):
+        return table[int(prompt[9])][instruction == TWO[1]]
+
+    made = answers(answer, tmp_path / "a.jsonl")
+    assert [p.prompt for p in made.pairs] == ["Question 0?", "Question 4?", "Question 5?"]
+    assert made.dropped == {"equal sides": 1, "empty side": 2, "no common length at a word's end": 1}
+    made = answers(answer, tmp_path / "b.jsonl", same_length=False)
+    assert len(made.pairs) == 4 and made.dropped == {"equal sides": 1, "empty side": 2}
+    assert made.pairs[1].positive == " Donaudampfschifffahrtsgesellschaft"
+
+
+def test_sides_that_differ_behind_the_cut_only_are_left_out(answers, tmp_path):
+    table = {TWO[0]: " good. And so on, and so on.", TWO[1]: " good."}
+    with pytest.raises(PairsError, match=r"found 0 pairs, expected at least 2 \(7 equal sides\); give more prompts"):
+        answers(lambda prompt, instruction: table[instruction], tmp_path / "pairs.jsonl")
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_a_last_word_that_broke_off_is_cut(answers, tmp_path):
+    def answer(prompt, instruction):
+        return f" {instruction.split()[1]} one two three four five six sev"
+
+    made = answers(answer, tmp_path / "a.jsonl", max_new_tokens=10, same_length=False)
+    assert made.pairs[0].positive == " kindly. one two three four five six"
+    made = answers(answer, tmp_path / "b.jsonl", max_new_tokens=40, same_length=False)
+    assert made.pairs[0].positive.endswith(" sev"), "it ended by itself: that is all it said"
+
+
+def test_repeated_samples_are_left_out(answers, tmp_path):
+    made = answers(lambda prompt, instruction: f" {instruction}", tmp_path / "p.jsonl", samples=3, temperature=1.0)
+    assert len(made.pairs) == 7 and made.dropped == {"repeated": 14}
+
+
+@pytest.fixture
+def write(lively, demo, tmp_path):
+    """Makes pairs with a small random model: the file's bytes."""
+
+    def make(name, prompts=PROMPTS, **options):
+        options = {"max_new_tokens": 12, "batch_size": 3, "progress": False, "temperature": 1.0} | options
+        pairs_from_instructions(lively, demo[1], prompts, *TWO, tmp_path / f"{name}.jsonl", **options)
+        return (tmp_path / f"{name}.jsonl").read_bytes()
+
+    return make
+
+
+def test_samples_depend_on_the_seed(write):
+    first = write("a", samples=2, seed=1, same_length=False)
+    assert write("b", samples=2, seed=1, same_length=False) == first
+    assert write("c", samples=2, seed=2, same_length=False) != first
+    found = [json.loads(line) for line in first.splitlines()]
+    assert len({row["positive"] for row in found}) == len(found) > 7, "each sample is another text"
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_an_interrupted_run_goes_on_where_it_stopped(write, tmp_path, monkeypatch, stop):
+    whole = write("whole", same_length=False)
+    plain, calls = instructions.continue_prompts, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) > stop:  # two calls a batch
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    monkeypatch.setattr(instructions, "continue_prompts", interrupted)
+    with pytest.raises(
+        KeyboardInterrupt, match=rf"interrupted; {stop // 2} of 3 batches are in .*run the same with --re"
+    ):
+        write("part", same_length=False)
+    partial = partial_path(tmp_path / "part.jsonl")
+    assert partial.exists() and not (tmp_path / "part.jsonl").exists()
+    with pytest.raises(PairsError, match="found the suffix"):
+        austeer.load_pairs(partial)
+    monkeypatch.setattr(instructions, "continue_prompts", plain)
+    with pytest.raises(PairsError, match="go on from it with resume"):
+        write("part", same_length=False)
+    for other, name in (
+        ({"seed": 9}, "seed"),
+        ({"max_new_tokens": 11}, "max_new_tokens"),
+        ({"same_length": True}, "same_length"),
+        ({"prompts": PROMPTS[:-1]}, "prompts"),
+        ({"batch_size": 2}, "batch_size"),
+        ({"temperature": None}, "temperature"),
+    ):
+        with pytest.raises(FileFormatError, match=f"is of another run: found {name} "):
+            write("part", resume=True, **({"same_length": False} | other))
+    again = []
+    monkeypatch.setattr(instructions, "continue_prompts", lambda *a, **o: again.append(a) or plain(*a, **o))
+    assert write("part", resume=True, same_length=False) == whole
+    assert len(again) == 6 - 2 * (stop // 2), "batches that are there are not made again"
+    assert not partial.exists()
+
+
+def test_other_weights_do_not_go_on(lively, demo, tmp_path, monkeypatch):
+    options = {"max_new_tokens": 4, "progress": False, "batch_size": 3, "same_length": False}
+    out = tmp_path / "p.jsonl"
+    monkeypatch.setattr(instructions._Writer, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pairs_from_instructions(lively, demo[1], PROMPTS, *TWO, out, **options)
+    next(lively.parameters()).data.mul_(1.5)
+    other = copy.deepcopy(demo[1])
+    with pytest.raises(FileFormatError, match="found weights"):
+        partial_path(out).write_bytes(partial_path(out).read_bytes() + b'{"batch": 0, "rows": [], "dropped": {}}\n')
+        pairs_from_instructions(lively, other, PROMPTS, *TWO, out, resume=True, **options)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"negative": "Answer kindly."}, "for both sides"),
+        ({"positive": " "}, "expected text that tells the model"),
+        ({"prompts": []}, "prompts: found none"),
+        ({"prompts": ["a", " "]}, "prompts: found none, or an empty one"),
+        ({"out": "pairs.csv"}, "found the suffix '.csv'"),
+        ({"samples": 3}, "found 3 with greedy decoding, expected 1, or a temperature"),
+        ({"samples": 0}, "samples: found 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
+        ({"batch_size": 0}, "batch_size: found 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tiny, demo, tmp_path, given, message):
+    options = {"prompts": PROMPTS, "positive": TWO[0], "negative": TWO[1], "out": "pairs.jsonl"} | given
+    options["out"] = tmp_path / options["out"]
+    with pytest.raises(PairsError, match=message):
+        pairs_from_instructions(tiny, demo[1], **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_real_model_writes_pairs_that_length_does_not_tell_apart(demo, tmp_path):
+    model, tokenizer = demo
+    two = ("Answer with enthusiasm and joy.", "Answer in a bored and gloomy way.")
+    made = pairs_from_instructions(
+        model, tokenizer, read_prompts(limit=8), *two, tmp_path / "p.jsonl", max_new_tokens=16, progress=False
+    )
+    assert len(made.pairs) + sum(made.dropped.values()) == 8 and len(made.pairs) >= 5
+    assert "--chat" in made.notes[0]
+    for pair in made.pairs:
+        assert not any(instruction in vars(pair).values() for instruction in two)
+        assert "<|im_" not in pair.prompt + pair.positive + pair.negative
+    report = check_pairs(made.pairs.with_chat_template(tokenizer), tokenizer)
+    assert report["length"].numbers["equal"] == report.usable == len(made.pairs)
+    # Greedy answers to the system message, as the library itself would render it.
+    from austeer.forward.generation import continue_prompts
+    from austeer.pairs.pair import render_chat
+
+    pair = made.pairs[0]
+    text = render_chat(tokenizer, pair.prompt, two[0]).removeprefix(tokenizer.bos_token or "")
+    text = (tokenizer.bos_token or "") + text
+    assert continue_prompts(model, tokenizer, [text], max_new_tokens=16)[0].startswith(pair.positive)

@@ -1,0 +1,283 @@
+"""measure(): equal to a naive loop on a real model, and nothing left behind; texts, tokenizers, complaints."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import BloomConfig, BloomForCausalLM
+
+import austeer
+from austeer import CaptureError, Layout, PairsError, SelectionError, SiteError
+from austeer.demo.demo import load_data
+from austeer.forward.capture import LastTokens
+from austeer.forward.packing import batches
+from austeer.models.sites import find_sites
+from naive_momentum import SITES, WORDS, assert_like, naive_activations, numbered_pairs, texts_of
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# --- exactness -------------------------------------------------------------------------------------------------------
+
+
+def test_counts_equal_a_naive_loop_on_a_real_model(demo, demo_momentum, record_property):
+    model, tokenizer = demo
+    pairs = load_data().momentum[:64]
+    texts = texts_of(pairs)
+    naive = naive_activations(model, tokenizer, texts)
+
+    # How much batching and padding moves an activation, by site and layer: the longest and shortest texts in one batch.
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    sample = order[:8] + order[-8:]
+    capture = LastTokens(model, find_sites(model, SITES), len(sample))
+    with capture.attached():
+        for batch in batches([tokenizer(texts[i])["input_ids"] for i in sample], 10**6):
+            capture.run(batch)
+
+    assert demo_momentum.pairs == 64 and demo_momentum.cut == 0
+    for name in SITES:
+        error = (capture.buffers[name] - naive[name][sample]).abs().amax((0, 2))  # [layers]
+        scale = naive[name].abs().amax((0, 2))
+        assert (error <= 1e-4 * scale).all(), "more than rounding: padding or positions are wrong"
+        # Two activations err in a difference, and 16 texts do not hold the largest error of 128.
+        delta = (naive[name][:64] - naive[name][64:]).double()  # [pairs, layers, width]
+        near = delta.abs() <= 4 * error[:, None].double()
+        counters = demo_momentum.counters(name)
+        differing = torch.zeros_like(counters.positive, dtype=torch.bool)
+        for counted, wins in ((counters.positive, delta > 0), (counters.negative, delta < 0)):
+            differing |= counted != wins.sum(0)
+            certain, ties = (wins & ~near).sum(0), near.sum(0)
+            assert ((certain <= counted) & (counted <= certain + ties)).all(), "a count that no near tie explains"
+        record_property(f"{name}: AUs with a count that differs", int(differing.sum()))
+        print(
+            f"{name}: {int(differing.sum())} of {differing.numel()} AUs differ in a count from the naive loop, each by "
+            f"near ties; {float(near.double().mean()):.2%} of comparisons are near ties"
+        )
+        assert near.double().mean() < 0.02, "the rounding bound is too wide to test anything"
+        assert differing.double().mean() < 0.01
+
+        torch.testing.assert_close(counters.delta_sum, delta.sum(0), rtol=0, atol=64 * 4 * float(error.max()))
+        size = delta.abs().amax((0, 2))[:, None]
+        bound = 64 * 8 * error[:, None].double() * size
+        assert ((counters.delta_square_sum - delta.square().sum(0)).abs() <= bound).all()
+
+
+def test_counts_are_exact_where_each_text_runs_alone(tiny, demo):
+    # With batches of one text nothing is padded, so not even rounding may differ.
+    pairs = numbered_pairs(9)
+    found = austeer.measure(tiny, demo[1], pairs, SITES, batch_tokens=1, share_prompts=False)
+    naive = naive_activations(tiny, demo[1], texts_of(pairs))
+    for name in SITES:
+        delta = naive[name][:9].double() - naive[name][9:].double()
+        counters = found.counters(name)
+        assert torch.equal(counters.positive, (naive[name][:9] > naive[name][9:]).sum(0))
+        assert torch.equal(counters.negative, (naive[name][:9] < naive[name][9:]).sum(0))
+        torch.testing.assert_close(counters.delta_sum, delta.sum(0), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(counters.delta_square_sum, delta.square().sum(0), rtol=1e-12, atol=1e-15)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 12))
+def test_batch_and_block_size_do_not_matter(tiny64, demo, batch_tokens, block_pairs):
+    pairs = numbered_pairs(10)
+    expected = austeer.measure(tiny64, demo[1], pairs, batch_tokens=1)
+    found = austeer.measure(tiny64, demo[1], pairs, batch_tokens=batch_tokens, block_pairs=block_pairs)
+    assert_like(found, expected)
+
+
+def test_long_neighbours_do_not_change_a_text(tiny64, demo):
+    short = [("The soup was", " good", " bad"), ("It is", " fine", " awful")]
+    long = [(" ".join(WORDS * 6) + f" {i}", " good", " bad") for i in range(2)]
+    together = austeer.measure(tiny64, demo[1], short + long, batch_tokens=10**6)
+    apart = [austeer.measure(tiny64, demo[1], part, batch_tokens=1) for part in (short, long)]
+    assert_like(together, apart[0].merge(apart[1]))
+
+
+# --- the model is left alone -----------------------------------------------------------------------------------------
+
+
+def test_model_is_left_as_it_was(tiny, demo):
+    heads = []
+    handle = tiny.lm_head.register_forward_hook(lambda *a: heads.append(1))
+    tiny.train()
+    tiny.model.layers[1].eval()  # a mixture must come back as a mixture
+    before, state = [m.training for m in tiny.modules()], copy.deepcopy(tiny.state_dict())
+    count = hooks(tiny)
+    austeer.measure(tiny, demo[1], numbered_pairs(3))
+    assert [m.training for m in tiny.modules()] == before and hooks(tiny) == count
+    assert all(torch.equal(t, state[name]) for name, t in tiny.state_dict().items())
+    assert all(p.grad is None for p in tiny.parameters())
+    assert heads == []
+    handle.remove()
+
+
+def test_dropout_is_off(tiny, demo):
+    expected = austeer.measure(tiny, demo[1], numbered_pairs(3))
+    for layer in tiny.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert_like(austeer.measure(tiny.train(), demo[1], numbered_pairs(3)), expected)
+
+
+def test_training_mode_and_hooks_are_restored_after_an_error(tiny, demo):
+    tiny.train().model.embed_tokens.weight.data.fill_(float("nan"))
+    with pytest.raises(CaptureError):
+        austeer.measure(tiny, demo[1], numbered_pairs(3))
+    assert all(m.training for m in tiny.modules()) and hooks(tiny) == 0
+
+
+def test_headless_and_compiled_models_are_measured_alike(tiny, demo):
+    pairs = numbered_pairs(4)
+    expected = austeer.measure(tiny, demo[1], pairs, ["layer"]).counters("layer")
+    for model in (tiny.model, torch.compile(tiny, backend="eager")):
+        found = austeer.measure(model, demo[1], pairs, ["layer"]).counters("layer")
+        assert all(torch.equal(a, b) for a, b in zip(found.tensors().values(), expected.tensors().values()))
+
+
+def test_input_is_not_changed(tiny, demo):
+    rows = [{"prompt": "a b", "positive": " c", "negative": " d"}, {"prompt": "e", "positive": " f", "negative": " g"}]
+    before = copy.deepcopy(rows)
+    assert austeer.measure(tiny, demo[1], rows, ["neuron"]).counters("neuron").positive.shape == (3, 64)
+    assert rows == before
+
+
+# --- texts and tokenizers --------------------------------------------------------------------------------------------
+
+
+def test_identical_pairs_count_for_neither(tiny, demo):
+    pairs = [("The soup was", " good", " good"), ("It is", " fine", " awful")]
+    found = austeer.measure(tiny, demo[1], pairs, batch_tokens=1)
+    assert (found.pairs, found.identical) == (2, 1)
+    for counters in found.sites.values():
+        assert ((counters.positive + counters.negative) == 1).all()
+
+
+def test_long_texts_are_cut_and_counted(tiny, demo):
+    long = ("word " * 600, " good", " bad")
+    short = ("It is", " fine", " awful")
+    found = austeer.measure(tiny, demo[1], [long, short])
+    assert found.cut == 2, "the model's context is 512 tokens"
+    # The answer decides: what was cut off changes nothing.
+    same = austeer.measure(tiny, demo[1], [("other " * 300 + "word " * 600, " good", " bad"), short])
+    assert_like(same, found)
+    assert austeer.measure(tiny, demo[1], [long, short], max_length=3).cut == 2
+    assert austeer.measure(tiny, demo[1], [long, short], max_length=2).cut == 4
+
+
+@pytest.mark.parametrize("max_length", [0, -5])
+def test_max_length_must_be_positive(tiny, demo, max_length):
+    with pytest.raises(PairsError, match=rf"max_length: found {max_length}, expected an integer of at least 1"):
+        austeer.measure(tiny, demo[1], numbered_pairs(2), max_length=max_length)
+
+
+def test_unknown_family_by_layout_and_without_a_context_length(demo):
+    # Bloom encodes positions in its attention scores and has no longest text.
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=len(demo[1]), hidden_size=32, n_layer=2, n_head=4)).eval()
+    layout = Layout(layers="h", attention="self_attention.dense", ffn="mlp", down="mlp.dense_4h_to_h")
+    pairs = numbered_pairs(5)
+    with pytest.raises(PairsError, match="names no context length; give max_length"):
+        austeer.measure(model, demo[1], pairs, layout=layout)
+    found = austeer.measure(model, demo[1], pairs, austeer.models.sites.SITE_NAMES, layout=layout, max_length=64)
+    assert {name: tuple(c.positive.shape) for name, c in found.sites.items()} == {
+        "attention": (2, 32),
+        "ffn": (2, 32),
+        "layer": (2, 32),
+        "neuron": (2, 128),
+    }
+    alone = austeer.measure(
+        model, demo[1], pairs, austeer.models.sites.SITE_NAMES, layout=layout, max_length=64, batch_tokens=1
+    )
+    for name, counters in alone.sites.items():
+        torch.testing.assert_close(found.counters(name).delta_sum, counters.delta_sum, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("pad", ["none", "unknown to the model", "right"])
+def test_pad_token_does_not_matter(tiny, demo, pad):
+    tokenizer = copy.deepcopy(demo[1])
+    if pad == "none":
+        tokenizer.pad_token = None
+    elif pad == "right":
+        tokenizer.padding_side = "right"
+    else:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # often done, and the embedding not made larger
+        assert tokenizer.pad_token_id >= tiny.config.vocab_size
+    expected = austeer.measure(tiny, demo[1], numbered_pairs(5))
+    assert_like(austeer.measure(tiny, tokenizer, numbered_pairs(5)), expected)
+
+
+def test_eos_appended_by_the_tokenizer_is_not_the_last_token(tiny, demo):
+    tokenizer = copy.deepcopy(demo[1])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    expected = austeer.measure(tiny, demo[1], numbered_pairs(5))
+    assert_like(austeer.measure(tiny, tokenizer, numbered_pairs(5)), expected)
+
+
+def test_chat_template_is_noted(tiny, demo):
+    pairs = numbered_pairs(3).with_chat_template(demo[1])
+    found = austeer.measure(tiny, demo[1], pairs)
+    assert found.chat_template
+    with pytest.raises(SelectionError, match=r"merge: found chat_template False, expected True"):
+        found.merge(austeer.measure(tiny, demo[1], numbered_pairs(3)))
+
+
+# --- complaints ------------------------------------------------------------------------------------------------------
+
+
+def test_nan_names_site_layer_unit_and_pair(tiny, demo):
+    tiny.model.layers[1].mlp.down_proj.weight.data[5, 3] = float("nan")
+    with pytest.raises(CaptureError, match=r"site 'ffn', layer 1, AU 5: found NaN or infinity on pair 0 of memory"):
+        austeer.measure(tiny, demo[1], numbered_pairs(4), ["ffn"])
+
+
+def test_a_steered_model_is_refused(tiny, demo):
+    own = austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
+    with pytest.warns(austeer.SteeringWarning), austeer.steer(tiny, own.select("ffn", k=2), mode="columns"):  # noqa: SIM117
+        with pytest.raises(austeer.SteeringError, match="is steered"):
+            austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
+
+
+@pytest.mark.parametrize("block_pairs", [1, 2, 256])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_pair_at_fault_is_named_wherever_its_block_begins(tiny, demo, block_pairs, value):
+    pairs = [("It is", " fine", " awful")] * 5 + [("Here a zebra is", " fine", " awful")] + [("So", " a", " b")]
+    zebra = demo[1](" zebra")["input_ids"]
+    assert not set(zebra) & set(demo[1]("It is fine awful So a b")["input_ids"])
+    tiny.model.embed_tokens.weight.data[zebra[0]] = value
+    with pytest.raises(
+        CaptureError, match=r"site 'layer', layer 0, AU \d+: .* on pair 5 of memory \('Here a zebra is'"
+    ):
+        austeer.measure(tiny, demo[1], pairs, ["layer"], block_pairs=block_pairs)
+
+
+def test_no_sites_no_pairs_unknown_site(tiny, demo):
+    with pytest.raises(SiteError, match="sites: found none"):
+        austeer.measure(tiny, demo[1], numbered_pairs(2), [])
+    with pytest.raises(SiteError, match="site 'mlp' is not known"):
+        austeer.measure(tiny, demo[1], numbered_pairs(2), ["mlp"])
+    with pytest.raises(PairsError, match="memory: found no pairs"):
+        austeer.measure(tiny, demo[1], numbered_pairs(2)[:0])
+
+
+def test_site_named_twice_is_measured_once(tiny, demo):
+    found = austeer.measure(tiny, demo[1], numbered_pairs(2), ["ffn", "ffn"])
+    assert_like(found, austeer.measure(tiny, demo[1], numbered_pairs(2), ["ffn"]))
+
+
+def test_identical_pairs_add_no_evidence(demo):
+    """Equal texts in different batches differ by rounding, which must not count as a sign."""
+    same = [
+        (f"The {thing} in the {place}", " was here", " was here") for thing in ("cat", "dog") for place in "abcdefgh"
+    ]
+    pairs = austeer.Pairs.of([*same, ("The trip was", " wonderful", " terrible"), ("It was", " good", " bad")])
+    momentum = austeer.measure(*demo, pairs, "ffn", batch_tokens=40, progress=False)
+    assert momentum.pairs == 18 and momentum.identical == 16
+    counters = momentum.sites["ffn"]
+    assert (counters.positive + counters.negative).max() <= 2

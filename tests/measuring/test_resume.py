@@ -1,0 +1,284 @@
+"""A measurement that is killed, interrupted or fails goes on to the identical result.
+
+This file is also the program that is killed.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import austeer
+from austeer import FileFormatError, Momentum, Pairs, PairsError
+from austeer.utils import files
+from austeer.utils.interrupt import MeasurementInterrupted
+from naive_momentum import numbered_pairs
+from places import ROOT
+
+PAIRS, BLOCK = 60, 4
+OPTIONS = {"block_pairs": BLOCK, "batch_tokens": 64, "progress": False}
+
+
+def work(folder: Path, strategy: str) -> None:
+    """Measures slowly, keeps a checkpoint after each block, and goes on from it."""
+    slow = 0.03 if strategy == "resident" else 0.004
+    plain = austeer.forward.capture.LastTokens.run
+    austeer.forward.capture.LastTokens.run = lambda *args: (time.sleep(slow), plain(*args))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    print("ready", flush=True)
+    momentum = austeer.measure(
+        *(model, tokenizer, numbered_pairs(PAIRS)),
+        **OPTIONS,
+        strategy=strategy,
+        checkpoint=folder / f"{strategy}.checkpoint",
+        checkpoint_every=BLOCK,
+        resume=True,
+    )
+    momentum.save(folder / f"{strategy}.momentum")
+
+
+@pytest.fixture(scope="module")
+def folder(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(demo[1]), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).eval().save_pretrained(folder / "model")
+    demo[1].save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+
+
+def start(folder, strategy):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(folder), strategy],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout.readline().strip() == "ready", process.communicate()[1]
+    return process
+
+
+def assert_identical(found: Momentum, expected: Momentum) -> None:
+    """Bit for bit, the sums too."""
+    assert (found.pairs, found.cut, found.identical) == (expected.pairs, expected.cut, expected.identical)
+    assert found.half_pairs == expected.half_pairs > 0
+    for mine, theirs in ((found.sites, expected.sites), (found.half, expected.half)):
+        for name, counters in theirs.items():
+            for what, t in counters.tensors().items():
+                assert torch.equal(mine[name].tensors()[what], t), (name, what)
+
+
+@pytest.mark.parametrize("strategy", ["resident", "layerwise"])
+def test_killed_at_random_moments(folder, model, demo, strategy):
+    """SIGKILL, again and again, at moments of which many lie in the writing of a checkpoint."""
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    checkpoint, kept = folder / f"{strategy}.checkpoint", 0
+    for _ in range(4):
+        process = start(folder, strategy)
+        time.sleep(chance.uniform(0.05, 1.2))
+        process.kill()
+        process.communicate()
+        kept += checkpoint.exists()
+    process = start(folder, strategy)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    torch.set_num_threads(1)
+    expected = austeer.measure(model, demo[1], numbered_pairs(PAIRS), **OPTIONS, strategy=strategy)
+    assert_identical(Momentum.load(folder / f"{strategy}.momentum"), expected)
+    print("checkpoints found:", kept)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(folder, number, tmp_path):
+    checkpoint = folder / "resident.checkpoint"
+    checkpoint.unlink(missing_ok=True)
+    process = start(folder, "resident")
+    while not checkpoint.exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode
+    assert "MeasurementInterrupted: interrupted after " in error and "run the same again with resume" in error
+    assert checkpoint.exists()
+
+
+def test_an_interruption_keeps_every_whole_block(model, demo, tmp_path, monkeypatch):
+    checkpoint, pairs = tmp_path / "kept", numbered_pairs(PAIRS)
+    expected = austeer.measure(model, demo[1], pairs, **OPTIONS)
+    plain, count = austeer.forward.capture.LastTokens.run, 0
+
+    def run(*args):
+        nonlocal count
+        count += 1
+        if count == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        plain(*args)
+
+    monkeypatch.setattr(austeer.forward.capture.LastTokens, "run", run)
+    with pytest.raises(MeasurementInterrupted, match=rf"interrupted after \d+ pairs, which are kept in {checkpoint}"):
+        austeer.measure(model, demo[1], pairs, **OPTIONS, checkpoint=checkpoint)  # not one checkpoint was due by then
+    monkeypatch.undo()
+    found = austeer.measure(model, demo[1], pairs, **OPTIONS, checkpoint=checkpoint, resume=True)
+    assert found.report.resumed >= BLOCK and found.report.resumed + found.report.pairs == PAIRS
+    assert_identical(found, expected)
+
+
+def test_a_failure_leaves_a_checkpoint_to_go_on_from(model, demo, tmp_path):
+    """A line that cannot be read, far down: what was counted before is kept."""
+    checkpoint, file = tmp_path / "kept", tmp_path / "pairs.jsonl"
+    good = [f'{{"prompt": "{i} The soup was", "positive": " good", "negative": " bad {i}"}}' for i in range(21)]
+    file.write_text("\n".join([*good[:19], "not JSON", *good[20:]]))
+    with pytest.raises(PairsError, match="line 20: not valid JSON"):
+        austeer.measure(
+            model, demo[1], austeer.stream_pairs(file), **OPTIONS, checkpoint=checkpoint, checkpoint_every=BLOCK
+        )
+    file.write_text("\n".join(good))
+    found = austeer.measure(model, demo[1], austeer.stream_pairs(file), **OPTIONS, checkpoint=checkpoint, resume=True)
+    assert found.report.resumed == 16 and found.pairs == 21
+    assert_identical(found, austeer.measure(model, demo[1], austeer.stream_pairs(file), **OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sites": ["ffn"]}, r"is of another run: found sites \['attention', 'ffn'\], expected \['ffn'\]"),
+        ({"layers": [0, 1]}, r"is of another run: found layers \[0, 1, 2, 3\], expected \[0, 1\]"),
+        ({"block_pairs": 5}, "is of another run: found block_pairs 4, expected 5"),
+        ({"max_length": 7}, "is of another run: found max_length 2048, expected 7"),
+        ({"strategy": "layerwise"}, "is of another run: found strategy 'resident', expected 'layerwise'"),
+    ],
+)
+def test_the_checkpoint_of_another_run(model, demo, tmp_path, change, message):
+    pairs = numbered_pairs(12)
+    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
+    austeer.measure(model, demo[1], pairs, **options)
+    with pytest.raises(FileFormatError, match=message):
+        austeer.measure(model, demo[1], pairs, **(options | {"resume": True} | change))
+    with pytest.raises(FileFormatError, match="kept: found the checkpoint of an earlier run; go on"):
+        austeer.measure(model, demo[1], pairs, **options)
+
+
+def test_other_pairs_than_were_counted(model, demo, tmp_path):
+    pairs = list(numbered_pairs(12))
+    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
+    austeer.measure(model, demo[1], Pairs.of(pairs[:8]), **options)
+    changed = Pairs.of([pairs[1], pairs[0], *pairs[2:]])
+    with pytest.raises(PairsError, match=r"found other pairs than were counted before \(8 of them\)"):
+        austeer.measure(model, demo[1], changed, **options, resume=True)
+    longer = austeer.measure(model, demo[1], Pairs.of(pairs), **options, resume=True)  # more of the same may follow
+    assert longer.report.resumed == 8 and longer.pairs == 12
+
+
+def test_other_weights_or_another_tokenizer(model, demo, tmp_path):
+    pairs = numbered_pairs(12)
+    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
+    austeer.measure(model, demo[1], pairs, **options)
+    with pytest.raises(FileFormatError, match="is of another run: found tokenizer"):
+        austeer.measure(model, Words(demo[1]), pairs, **options, resume=True)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.neg_()
+    with pytest.raises(FileFormatError, match="is of another run: found weights"):
+        austeer.measure(model, demo[1], pairs, **options, resume=True)
+
+
+class Words:
+    """Another tokenizer for the same model: it takes texts apart before."""
+
+    def __init__(self, inner):
+        self.inner, self.bos_token_id = inner, inner.bos_token_id
+        self.eos_token_id, self.eos_token = inner.eos_token_id, inner.eos_token
+
+    def __call__(self, texts, **options):
+        return self.inner([text[::-1] for text in texts], **options)
+
+
+def test_a_finished_layerwise_checkpoint_knows_its_pairs(model, demo, tmp_path):
+    pairs = numbered_pairs(12)
+    options = OPTIONS | {"strategy": "layerwise", "checkpoint": tmp_path / "kept"}
+    found = austeer.measure(model, demo[1], pairs, **options)
+    assert_identical(austeer.measure(model, demo[1], pairs, **options, resume=True), found)
+    swapped = Pairs.of([(pair.prompt, pair.negative, pair.positive) for pair in pairs])
+    with pytest.raises(PairsError, match="found other pairs than were counted before"):
+        austeer.measure(model, demo[1], swapped, **options, resume=True)
+    assert not (tmp_path / "kept.hidden").exists()
+
+
+def test_another_number_of_processes(model, demo, tmp_path):
+    options = OPTIONS | {"checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK}
+    austeer.measure(model, demo[1], numbered_pairs(12), **options)
+    (tmp_path / "kept").rename(tmp_path / "kept.1-of-2")
+    with pytest.raises(FileFormatError, match=r"kept\.1-of-2: found the checkpoint of a run with another number"):
+        austeer.measure(model, demo[1], numbered_pairs(12), **options, resume=True)
+
+
+def test_another_batch_size(model, demo, tmp_path):
+    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
+    austeer.measure(model, demo[1], numbered_pairs(12), **options, batch_tokens=64)
+    with pytest.raises(FileFormatError, match="batch_tokens: found 32, and the checkpoint is of a run with 64"):
+        austeer.measure(model, demo[1], numbered_pairs(12), **options, batch_tokens=32, resume=True)
+    assert austeer.measure(model, demo[1], numbered_pairs(12), **options, resume=True).report.batch_tokens == 64
+
+
+def test_an_error_keeps_every_whole_block(model, demo, tmp_path):
+    """Also those since the last checkpoint."""
+    good = list(numbered_pairs(12))
+    tokenizer, options = demo[1], {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "progress": False}
+
+    class Broken(Words):
+        def __call__(self, texts, **rest):
+            if any(text.startswith("9 ") for text in texts):
+                raise RuntimeError("made up")
+            return self.inner(texts, **rest)
+
+    with pytest.raises(RuntimeError, match="made up"):
+        austeer.measure(model, Broken(tokenizer), Pairs.of(good), **options)
+    found = austeer.measure(model, tokenizer, Pairs.of(good), **options, resume=True)
+    assert found.report.resumed == 8 and found.pairs == 12
+
+
+def test_a_full_disk_does_not_stop_a_measurement(model, demo, tmp_path, monkeypatch):
+    expected = austeer.measure(model, demo[1], numbered_pairs(12), **OPTIONS)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.warns(UserWarning, match="kept: cannot be written \\(No space left on device\\).* Measuring goes on"):
+        found = austeer.measure(
+            model, demo[1], numbered_pairs(12), **OPTIONS, checkpoint=tmp_path / "kept", checkpoint_every=BLOCK
+        )
+    assert_identical(found, expected)
+
+
+def test_resume_needs_a_file_and_a_missing_one_is_a_new_start(model, demo, tmp_path):
+    with pytest.raises(FileFormatError, match="resume: found no checkpoint to go on from"):
+        austeer.measure(model, demo[1], numbered_pairs(4), resume=True, progress=False)
+    found = austeer.measure(
+        model, demo[1], numbered_pairs(4), checkpoint=tmp_path / "none", resume=True, progress=False
+    )
+    assert found.report.resumed == 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,162 @@
+"""Fewer layers than there are: the same counts of those asked for, the others not run, and the model whole again."""
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import austeer
+from austeer import Momentum, SelectionError, SiteError
+from austeer.models.sites import find_sites, layers_path
+from austeer.models.structure import first_layers
+from letter_tokens import Letters, letter_pairs
+from tiny_models import FAMILIES, tiny_model
+
+
+def measured(model, layers=None, sites=None, pairs=6, **options):
+    return austeer.measure(
+        model, Letters(), letter_pairs(pairs), sites or list(find_sites(model)), layers=layers, **options
+    )
+
+
+def modules(model):
+    return [(name, id(module)) for name, module in model.named_modules()]
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_those_of_the_whole_measurement(family):
+    model = tiny_model(family)
+    before, state, count = modules(model), copy.deepcopy(model.state_dict()), len(find_sites(model)["layer"])
+    whole = measured(model, max_length=64)
+    for layers in ([0], [1], [0, count - 1]):
+        part = measured(model, layers, max_length=64)
+        assert part.layers == tuple(layers) and part.model == whole.model and part.pairs == whole.pairs
+        for name, counters in whole.sites.items():
+            for what, t in counters.tensors().items():
+                assert torch.equal(part.sites[name].tensors()[what], t[layers]), (name, what, "bit for bit")
+    assert modules(model) == before
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon", "mpt", "gemma3", "qwen3_next"])
+def test_layers_above_are_not_run(family, share):
+    model, ran = tiny_model(family), Counter()
+    layers = model.get_submodule(layers_path(model))
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda module, args, output, number=number: ran.update([number]))
+    measured(model, [1], max_length=64, share_prompts=share)
+    assert set(ran) == {0, 1} and ran[0] == ran[1], "also not to find out about shared prompts"
+    ran.clear()
+    measured(model, [0], max_length=64, share_prompts=share)
+    assert set(ran) == {0}
+
+
+@pytest.mark.parametrize("where", ["embedding", "layer"])
+def test_the_model_is_whole_again_after_an_exception(llama, where):
+    llama.train()
+    before = modules(llama)
+    module = llama.model.embed_tokens if where == "embedding" else llama.model.layers[0].mlp
+
+    def fail(*args):
+        assert len(llama.model.layers) == 1
+        raise KeyboardInterrupt
+
+    handle = module.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        measured(llama, [0])
+    handle.remove()
+    assert modules(llama) == before and all(m.training for m in llama.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
+    assert measured(llama).layers == (0, 1, 2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("headless", [False, True])
+def test_headless_and_compiled_models(llama, headless, compiled):
+    expected = measured(llama, None, ["layer"]).counters("layer")
+    model = llama.model if headless else llama
+    model = torch.compile(model, backend="eager") if compiled else model
+    for layers in ([0, 1], [0, 1, 2]):
+        found = measured(model, layers, ["layer"]).counters("layer")
+        assert torch.equal(found.positive, expected.positive[layers])
+
+
+@pytest.mark.parametrize(
+    "asked, layers", [([2, 0, 2], (0, 2)), (range(2), (0, 1)), (1, (1,)), (np.arange(1, 3), (1, 2))]
+)
+def test_layers_in_any_order_and_form(llama, asked, layers):
+    found = measured(llama, asked, ["ffn"])
+    assert found.layers == layers and found.counters("ffn").positive.shape == (len(layers), 32)
+    assert all(type(n) is int for n in found.layers)
+
+
+@pytest.mark.parametrize(
+    "asked, shown", [([], "'none'"), ([3], "3"), ([0, -1], "-1"), ([True], "True"), ("1", "'1'"), ([1.0], "1.0")]
+)
+def test_layers_that_are_not_there(llama, asked, shown):
+    with pytest.raises(SiteError, match=rf"layers: found {shown}, expected numbers from 0 to 2, for example"):
+        measured(llama, asked, ["ffn"])
+
+
+# --- what comes of it ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", ["effect", "public"])
+def test_a_plan_names_the_models_layers(llama, ties):
+    whole, part = measured(llama, None, ["ffn"], 20), measured(llama, [0, 2], ["ffn"], 20)
+    expected = [unit for unit in whole.select("ffn", k=96, ties=ties) if unit.layer != 1]
+    found = list(part.select("ffn", k=64, ties=ties))
+    assert found == expected and {unit.layer for unit in found} == {0, 2}
+    with austeer.steer(llama, part.select("ffn", k=3), alpha=0.5):
+        llama(torch.tensor([[5, 6, 7]]))
+
+
+def test_files_keep_the_layers(llama, tmp_path):
+    part = measured(llama, [0, 2], ["ffn"])
+    loaded = Momentum.load(part.save(tmp_path / "m.safetensors"))
+    assert loaded.layers == (0, 2) and loaded.select("ffn", k=9) == part.select("ffn", k=9)
+    assert loaded.report is None
+    assert part.merge(loaded).layers == (0, 2) and part.merge(loaded).pairs == 12
+
+
+def test_other_layers_do_not_merge(llama):
+    part = measured(llama, [0, 2], ["ffn"])
+    for other in (measured(llama, [0, 1], ["ffn"]), measured(llama, None, ["ffn"]), measured(llama, [0], ["ffn"])):
+        with pytest.raises(SelectionError, match=r"merge: found layers \(0.*, expected \(0, 2\); only like momentum"):
+            part.merge(other)
+
+
+def test_the_layer_at_fault_is_the_models(llama):
+    llama.model.layers[2].mlp.down_proj.weight.data[5, 3] = float("nan")
+    with pytest.raises(austeer.CaptureError, match=r"site 'ffn', layer 2, AU 5: found NaN"):
+        measured(llama, [0, 2], ["ffn"])
+    measured(llama, [0, 1], ["ffn"])
+
+
+# --- the context by itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_a_list_of_modules_is_shorter_for_a_while(llama, count):
+    layers, before = llama.model.layers, modules(llama)
+    kept = list(layers)[:count]
+    with first_layers(llama, "model.layers", count):
+        assert list(llama.model.layers) == kept
+        assert not llama.model.layers.training
+        assert not any(name.startswith(f"model.layers.{count}") for name in llama.state_dict())
+    assert llama.model.layers is layers and modules(llama) == before
+
+
+def test_contexts_within_contexts(llama):
+    before = modules(llama)
+    with first_layers(llama, "model.layers", 2), first_layers(llama, "model.layers", 1):
+        assert len(llama.model.layers) == 1
+    assert modules(llama) == before

@@ -1,0 +1,76 @@
+"""Evidence: numbers that are numbers, texts of one line, and nothing claimed that was not tried."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from austeer import PlanError
+from austeer.plans.evidence import LONGEST_TEXT, MOST_ROWS, Evidence, Outcome, Overhead
+
+TRIED = Outcome(4, "48 held-out pairs", 0.9, 0.6, 1.2, 0.75, 0.04)
+COST = Overhead(0.4, "Xeon, 2 cores", "fold", "float32, batch 1", -1.2, 2.1)
+KNOWN = Evidence("log-odds, nats", "cross-entropy, nats a token", (replace(TRIED, alpha=2), TRIED), 4, (COST,))
+
+
+def test_json_gives_it_back():
+    by_site = replace(KNOWN, tested=(replace(TRIED, alpha={"attention": 8, "ffn": 0.5}),), alpha=None)
+    for evidence in (KNOWN, by_site, Evidence(), Evidence(overhead=(COST,))):
+        text = json.dumps(evidence.to_json(), allow_nan=False)
+        assert Evidence.from_json(json.loads(text)) == evidence
+
+
+def test_numbers_of_any_kind_become_floats():
+    row = Outcome(np.float32(2), "text", np.int64(3), share=1, side_effect=np.float64(0.5))
+    assert row == Outcome(2.0, "text", 3.0, share=1.0, side_effect=0.5)
+    for number in (row.alpha, row.effect, row.share, row.side_effect):
+        assert type(number) is float
+    assert type(Evidence("effect", tested=[Outcome(8, "text", 1)], alpha=8).alpha) is float
+
+
+def test_ranges_of_alpha():
+    assert KNOWN.ranges() == {None: (2, 4)} and Evidence().ranges() == {}
+    rows = tuple(Outcome({"attention": a, "ffn": 0.5}, "text", 1) for a in (8, -2, 4))
+    assert Evidence("effect", tested=rows).ranges() == {"attention": (-2, 8), "ffn": (0.5, 0.5)}
+
+
+@pytest.mark.parametrize(
+    "row, change, message",
+    [
+        (TRIED, {"alpha": float("nan")}, "alpha: found nan, expected a finite number"),
+        (TRIED, {"alpha": 10**400}, "alpha: found inf, expected a finite number"),
+        (TRIED, {"alpha": True}, "alpha: found bool, expected a finite number"),
+        (TRIED, {"alpha": None}, "alpha: found NoneType, expected a finite number"),
+        (TRIED, {"alpha": {}}, "alpha: found no site"),
+        (TRIED, {"alpha": {"ffn": "8"}}, "alpha: found str, expected a finite number"),
+        (TRIED, {"alpha": {7: 8}}, "alpha: site: found int, expected one line"),
+        (TRIED, {"effect": float("-inf")}, "effect: found -inf"),
+        (TRIED, {"effect": None}, "effect: found NoneType"),
+        (TRIED, {"data": ""}, r"data: found '' \(0 characters\), expected one line of 1 to"),
+        (TRIED, {"data": "two\nlines"}, r"data: found 'two\\nlines'"),
+        (TRIED, {"data": "x" * (LONGEST_TEXT + 1)}, rf"\({LONGEST_TEXT + 1} characters\)"),
+        (TRIED, {"data": "\ud800"}, "data: found"),
+        (TRIED, {"share": 1.01}, "share: found 1.01, expected 0 to 1"),
+        (TRIED, {"low": None}, "effect: found the interval None to 1.2, expected both ends"),
+        (TRIED, {"low": 1.3}, "effect: found the interval 1.3 to 1.2"),
+        (COST, {"percent": "0.4"}, "percent: found str"),
+        (COST, {"low": 3.0}, "percent: found the interval 3.0 to 2.1"),
+        (COST, {"device": None}, "device: found NoneType"),
+        (KNOWN, {"effect": ""}, "effect: found ''"),
+        (KNOWN, {"side_effect": ""}, "side_effect: found ''"),
+        (KNOWN, {"alpha": 3}, "alpha: found 3, expected one of those that were tested"),
+        (KNOWN, {"tested": (COST,)}, "tested: found tuple, expected a tuple of Outcome"),
+        (KNOWN, {"overhead": None}, "overhead: found NoneType, expected a tuple of Overhead"),
+        (KNOWN, {"tested": (TRIED,) * (MOST_ROWS + 1)}, f"tested: found {MOST_ROWS + 1} rows, expected at most"),
+    ],
+)
+def test_what_is_no_evidence(row, change, message):
+    with pytest.raises(PlanError, match=message):
+        replace(row, **change)
+
+
+@pytest.mark.parametrize("data", [{}, {"tested": 5, "overhead": []}, {**KNOWN.to_json(), "more": 1}, {"tested": [{}]}])
+def test_json_that_is_no_evidence(data):
+    with pytest.raises((KeyError, TypeError, ValueError, PlanError)):
+        Evidence.from_json(data)

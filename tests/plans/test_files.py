@@ -1,0 +1,342 @@
+"""A plan's file: what is written comes back, older versions still load, and no damage loads as something else."""
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from austeer import AtomicUnit, Counters, FileFormatError, Momentum, Plan, PlanError
+from austeer.models.sites import Fingerprint
+from austeer.plans import files as plan_files
+from austeer.plans.files import FILE_NAME, FORMAT, VERSION
+from austeer.plans.table import OPERATIONS, TIES
+from austeer.utils import files
+from places import TESTS
+from small_plans import EVIDENCE, KNOWN, MODEL, PLAN, keys_of, outside, parts_of, plan_of, sealed
+
+VERSION_1 = TESTS / "data" / "plan_version_1.safetensors"
+COLUMNS = ("beta", "delta", "index", "layer", "site")
+
+
+# --- round trips -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(keys_of(), st.sampled_from(OPERATIONS), st.booleans(), st.sampled_from(TIES), st.booleans())
+def test_file_gives_back_the_plan(tmp_path_factory, keys, operation, chat, ties, known):
+    plan = plan_of(keys, operation, chat_template=chat, ties=ties)
+    if known:
+        plan = plan.with_evidence(EVIDENCE)
+    folder = tmp_path_factory.mktemp("plan")
+    path = plan.save_pretrained(folder / "new" / "folder")
+    assert path == folder / "new" / "folder" / FILE_NAME
+    for source in (path, path.parent, str(path.parent)):
+        loaded = Plan.from_pretrained(source)
+        assert loaded == plan
+        assert loaded.model == plan.model and loaded.evidence == plan.evidence
+        for name in ("layer", "index", "beta", "delta"):
+            assert torch.equal(getattr(loaded, name), getattr(plan, name))
+
+
+def test_columns_that_share_memory_are_saved(tmp_path):
+    plan = replace(PLAN, beta=PLAN.beta, delta=PLAN.beta)
+    assert Plan.from_pretrained(plan.save_pretrained(tmp_path)) == plan
+
+
+def test_saving_again_overwrites(tmp_path):
+    PLAN.save_pretrained(tmp_path)
+    PLAN.top(1).save_pretrained(tmp_path)
+    assert Plan.from_pretrained(tmp_path) == PLAN.top(1)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_the_same_plan_is_the_same_file(tmp_path):
+    assert len({KNOWN.save_pretrained(tmp_path / str(i)).read_bytes() for i in range(9)}) == 1
+
+
+def test_header_is_plain_json(tmp_path):
+    metadata = parts_of(KNOWN.save_pretrained(tmp_path).read_bytes())[0]
+    assert metadata["format"] == "austeer-plan" and metadata["version"] == "2"
+    header = json.loads(metadata["header"])
+    assert header["model"]["name"] == MODEL.name
+    assert header["evidence"]["tested"][1]["alpha"] == 4.0
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        (replace(PLAN, model=replace(MODEL, name="two\nlines")), r"model: name: found 'two\\nlines'"),
+        (replace(PLAN, model=replace(MODEL, name="")), "model: name: found ''"),
+        (replace(PLAN, model=replace(MODEL, revision="x" * 301)), r"model: revision: found .* \(301 characters\)"),
+        (replace(PLAN, model=replace(MODEL, layers=2**31)), "model: found sizes"),
+        (replace(PLAN, model=replace(MODEL, layers=True), layer=PLAN.layer * 0), "model: found sizes"),
+        (
+            replace(PLAN, model=replace(MODEL, widths={**MODEL.widths, **{f"s{i}": 1 for i in range(63)}})),
+            "model: found 65 sites, expected at most 64",
+        ),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(tmp_path, plan, message):
+    with pytest.raises(PlanError, match=message):
+        plan.save_pretrained(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_header_without_end_is_not_written(tmp_path):
+    rows = tuple(replace(EVIDENCE.tested[0], alpha=i, data="ü" * 300) for i in range(500))
+    with pytest.raises(PlanError, match=r"header would take \d+ bytes, expected at most \d+; shorten the evidence"):
+        PLAN.with_evidence(replace(EVIDENCE, tested=rows, alpha=None)).save_pretrained(tmp_path)
+
+
+# --- what is not there -----------------------------------------------------------------------------------------------
+
+
+def test_missing_plan(tmp_path):
+    with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: no such file; expected an austeer-plan .* holds nothing"):
+        Plan.from_pretrained(tmp_path)
+    for name in "fedcbag":
+        (tmp_path / name).touch()
+    with pytest.raises(FileFormatError, match=r"The folder holds a, b, c, d, e \.\.\."):
+        Plan.from_pretrained(tmp_path)
+    with pytest.raises(FileFormatError, match="no such file or folder; expected an austeer-plan file"):
+        Plan.from_pretrained(tmp_path / "new")
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(FileFormatError, match="no such file; expected an austeer-plan file"):
+        Plan.from_pretrained(tmp_path)
+
+
+def test_a_models_weights_are_no_plan(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / FILE_NAME, metadata={"format": "pt"})
+    with pytest.raises(FileFormatError, match=r"found a file of format 'pt', expected 'austeer-plan'"):
+        Plan.from_pretrained(tmp_path)
+
+
+def test_a_momentum_file_is_called_one(tmp_path):
+    counters = {name: torch.zeros(4, 9) for name in Counters.__dataclass_fields__}
+    Momentum({"ffn": Counters(**counters)}, 3, MODEL).save(tmp_path / "kind.momentum")
+    with pytest.raises(FileFormatError, match=r"found a momentum file, expected a plan; .* austeer select .*momentum"):
+        Plan.from_pretrained(tmp_path / "kind.momentum")
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_version_1_still_loads(tmp_path):
+    assert parts_of(VERSION_1.read_bytes())[0]["version"] == "1", "written by the code of that time"
+    plan = Plan.from_pretrained(VERSION_1)
+    assert list(plan) == [
+        AtomicUnit("attention", 12, 575, 1.0, 0.125),
+        AtomicUnit("ffn", 0, 0, -0.984375, -3.5),
+        AtomicUnit("attention", 29, 31, 0.5, float(np.float32(1e-8))),
+        AtomicUnit("ffn", 7, 102, -0.25, 2.0),
+    ]
+    assert plan.model == Fingerprint(
+        "llama",
+        30,
+        {"attention": 576, "ffn": 576},
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+    )
+    assert (plan.operation, plan.pairs, plan.ties, plan.chat_template) == ("shift", 64, "public", True)
+    assert plan.evidence is None
+    again = plan.save_pretrained(tmp_path)
+    assert parts_of(again.read_bytes())[0]["version"] == str(VERSION) and Plan.from_pretrained(again) == plan
+
+
+def test_every_older_version_has_a_migration():
+    assert sorted(plan_files.MIGRATIONS) == list(range(1, VERSION))
+
+
+@pytest.mark.parametrize(
+    "field, found",
+    [("colour", r"found the fields \['chat_template', 'colour'"), ("evidence", "found the field 'evidence'")],
+)
+def test_a_file_of_version_1_has_no_later_fields(tmp_path, field, found):
+    metadata, columns = parts_of(VERSION_1.read_bytes())
+    header = {**json.loads(metadata["header"]), field: EVIDENCE.to_json()}
+    (tmp_path / FILE_NAME).write_bytes(sealed(json.dumps(header), columns, version="1"))
+    with pytest.raises(FileFormatError, match=rf"inconsistent content \({found}"):
+        Plan.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "version, writer, message",
+    [
+        ("3", "9.1", r"found version '3', expected 2; .* wrote it \(austeer 9.1, pip install --upgrade austeer\)"),
+        ("3", "9.1; rm -rf /", r"that wrote it \(pip install --upgrade austeer\), or"),
+        ("999999999", "9.1", "pip install --upgrade austeer"),
+        ("0", "0.0", "found version '0', expected 2; use the austeer that wrote it, or make"),
+        ("-1", "0.1", "found version '-1', expected 2; use the austeer that wrote it, or make"),
+        ("two", "0.1", "found version 'two', expected 2; use the austeer that wrote it, or make"),
+        ("٢", "0.1", "found version '٢', expected 2; use the austeer that wrote it, or make"),
+        ("9" * 5000, "0.1", r"found version '9{40}', expected 2; use the austeer that wrote it, or make"),
+    ],
+)
+def test_other_versions(tmp_path, version, writer, message):
+    metadata, columns = parts_of(PLAN.save_pretrained(tmp_path).read_bytes())
+    (tmp_path / FILE_NAME).write_bytes(sealed(metadata["header"], columns, version=version, austeer=writer))
+    with pytest.raises(FileFormatError, match=message):
+        Plan.from_pretrained(tmp_path)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def claiming(units):
+    tensors, place = {}, 0
+    for name in COLUMNS:
+        size = units * (1 if name == "site" else 4)
+        dtype = plan_files.COLUMNS[name]
+        tensors[name] = {"dtype": dtype, "shape": [units], "data_offsets": [place, place + size]}
+        place += size
+    return outside(tensors), place
+
+
+@pytest.mark.parametrize("units", [10**12, 2**63, 2**64])
+def test_more_aus_than_the_file_has_bytes(tmp_path, units):
+    (tmp_path / FILE_NAME).write_bytes(claiming(units)[0] + b"\0" * 100)
+    with pytest.raises(FileFormatError, match="damaged or not an austeer-plan file"):
+        Plan.from_pretrained(tmp_path)
+
+
+def test_a_file_of_many_gigabytes_is_not_read(tmp_path):
+    begin, size = claiming(10**10)
+    with (tmp_path / FILE_NAME).open("wb") as file:
+        file.write(begin)
+        file.truncate(len(begin) + size)  # sparse: it takes no room
+    with pytest.raises(FileFormatError, match=r"found 1700\d+ bytes, expected at most \d+"):
+        Plan.from_pretrained(tmp_path)
+
+
+def test_more_aus_than_a_plan_may_have(tmp_path, monkeypatch):
+    begin, size = claiming(plan_files.MOST_UNITS + 1)
+    with (tmp_path / FILE_NAME).open("wb") as file:
+        file.write(begin)
+        file.truncate(len(begin) + size)
+    with pytest.raises(FileFormatError, match="found 8388609 AUs, expected 1 to 8388608"):
+        Plan.from_pretrained(tmp_path)
+    PLAN.save_pretrained(tmp_path)
+    monkeypatch.setattr(plan_files, "MOST_UNITS", 3)
+    assert Plan.from_pretrained(tmp_path) == PLAN
+    monkeypatch.setattr(plan_files, "MOST_UNITS", 2)
+    with pytest.raises(FileFormatError, match="found 3 AUs, expected 1 to 2"):
+        Plan.from_pretrained(tmp_path)
+    with pytest.raises(PlanError, match=r"found 3 AUs, expected 1 to 2; take a part with plan.top\(k\)"):
+        PLAN.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("claimed", [2**20 + 1, 10**8, 2**63, 2**64 - 1])
+def test_a_header_that_claims_too_much(tmp_path, claimed):
+    (tmp_path / FILE_NAME).write_bytes(struct.pack("<Q", claimed) + b"{" * (2**20 + 100))
+    with pytest.raises(FileFormatError, match=rf"its header claims {claimed} bytes, expected at most 1048576"):
+        Plan.from_pretrained(tmp_path)
+
+
+# --- well-formed files that hold no plan -----------------------------------------------------------------------------
+
+
+def header_with(**changes):
+    header = {
+        "operation": "scale",
+        "model": MODEL.to_json(),
+        "pairs": 17,
+        "ties": "effect",
+        "chat_template": False,
+        "evidence": None,
+        "sites": ["attention", "ffn"],
+    }
+    return {name: value for name, value in {**header, **changes}.items() if value is not ...}
+
+
+def evidence_with(**changes):
+    return header_with(evidence={**EVIDENCE.to_json(), **changes})
+
+
+@pytest.mark.parametrize(
+    "header, tensors, error",
+    [
+        (header_with(operation="add"), {}, PlanError),
+        (header_with(operation=["scale"]), {}, PlanError),
+        (header_with(operation=...), {}, FileFormatError),
+        (header_with(ties=...), {}, FileFormatError),
+        (header_with(ties="x" * 10**5), {}, PlanError),
+        (header_with(chat_template=0), {}, PlanError),
+        (header_with(pairs=-1), {}, PlanError),
+        (header_with(pairs=1.0), {}, PlanError),
+        (header_with(sites=["ffn"]), {}, FileFormatError),
+        (header_with(sites=["ffn"] * 2), {}, FileFormatError),
+        (header_with(sites=[f"s{i}" for i in range(65)]), {}, FileFormatError),
+        (header_with(sites="af"), {}, FileFormatError),
+        (header_with(sites=None), {}, FileFormatError),
+        (header_with(sites=["attention", 5]), {}, PlanError),
+        (header_with(sites=["attention", ["ffn"]]), {}, FileFormatError),
+        (header_with(extra=1), {}, FileFormatError),
+        (header_with(model=None), {}, FileFormatError),
+        (header_with(model={**MODEL.to_json(), "widths": [6, 9]}), {}, FileFormatError),
+        (header_with(model={**MODEL.to_json(), "layers": -4}), {}, FileFormatError),
+        (header_with(model={**MODEL.to_json(), "layers": 10**30}), {}, PlanError),
+        (header_with(model={**MODEL.to_json(), "layers": True}), {}, PlanError),
+        (header_with(model={**MODEL.to_json(), "layers": 1}), {}, PlanError),
+        (header_with(model={**MODEL.to_json(), "name": 5}), {}, PlanError),
+        (header_with(model={**MODEL.to_json(), "name": "a\n# b"}), {}, PlanError),
+        (header_with(model={**MODEL.to_json(), "name": "\ud800"}), {}, PlanError),
+        (header_with(model={**MODEL.to_json(), "revision": []}), {}, PlanError),
+        (header_with(model={**MODEL.to_json(), "more": 1}), {}, FileFormatError),
+        (header_with(evidence=...), {}, FileFormatError),
+        (header_with(evidence=[]), {}, FileFormatError),
+        (evidence_with(alpha=3), {}, PlanError),
+        (evidence_with(tested=None), {}, FileFormatError),
+        (evidence_with(tested=[5]), {}, FileFormatError),
+        (evidence_with(more=1), {}, FileFormatError),
+        (evidence_with(overhead=[{"percent": 1}]), {}, FileFormatError),
+        ({}, {}, FileFormatError),
+        ([], {}, FileFormatError),
+        (header_with(), {"site": torch.tensor([0, 1, 7], dtype=torch.uint8)}, FileFormatError),
+        (header_with(), {"site": torch.tensor([[0], [1], [1]], dtype=torch.uint8)}, FileFormatError),
+        (header_with(), {"beta": torch.tensor([2.0, 0, 0])}, PlanError),
+        (header_with(), {"beta": torch.tensor([0.5, float("nan"), 0])}, PlanError),
+        (header_with(), {"layer": torch.tensor([1, 2, 99]).int()}, PlanError),
+        (header_with(), {"layer": torch.tensor([1.0, 2, 3])}, FileFormatError),
+        (header_with(), {"index": torch.tensor(3).int()}, FileFormatError),
+        (header_with(), {"index": torch.tensor([3]).int()}, FileFormatError),
+        (header_with(), {"operation": torch.zeros(3)}, FileFormatError),
+        (header_with(), {"delta": None}, FileFormatError),
+        (header_with(), dict.fromkeys(COLUMNS), FileFormatError),
+    ],
+)
+def test_well_formed_files_that_hold_no_plan(tmp_path, header, tensors, error):
+    # Written by our own writer, checksum and all, so that only the content is wrong.
+    columns = {"site": torch.tensor([1, 0, 1], dtype=torch.uint8)}
+    columns |= {name: getattr(PLAN, name) for name in ("layer", "index", "beta", "delta")} | tensors
+    columns = {name: t for name, t in columns.items() if t is not None}
+    files.write(tmp_path / FILE_NAME, FORMAT, VERSION, header, columns)
+    with pytest.raises(error) as caught:
+        Plan.from_pretrained(tmp_path)
+    assert str(tmp_path / FILE_NAME) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_the_unchanged_header_is_a_plan(tmp_path):
+    """So each case above fails for its change alone."""
+    columns = {"site": torch.tensor([1, 0, 1], dtype=torch.uint8)}
+    columns |= {name: getattr(PLAN, name) for name in ("layer", "index", "beta", "delta")}
+    for header, plan in ((header_with(), PLAN), (evidence_with(), KNOWN)):
+        files.write(tmp_path / FILE_NAME, FORMAT, VERSION, header, columns)
+        assert Plan.from_pretrained(tmp_path) == plan
+
+
+def test_names_are_no_paths(tmp_path):
+    """What a file says is shown and compared; nothing is opened by it."""
+    name = "../../../../etc/passwd"
+    plan = plan_of([(name, 0, 0)], model=replace(MODEL, name=name, widths={name: 3}))
+    inside = tmp_path / "inside"
+    loaded = Plan.from_pretrained(plan.save_pretrained(inside))
+    assert loaded == plan
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")] == [Path("inside") / FILE_NAME]

@@ -1,0 +1,276 @@
+"""Which path a site gets: fold where possible, the fused kernel only as far as it was measured, and the reason."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import austeer
+from austeer.steering import choose as dispatch
+from austeer_kernels import launch
+from dense_formula import formula, formula_at, formula_logits, logits, random_plan
+
+CPU = torch.device("cpu")
+H100 = ("sm_90", "NVIDIA H100 80GB HBM3", 132)
+
+
+@pytest.fixture
+def limit_of(monkeypatch):
+    """Lets every projection have a limit, as a table of a GPU would; a CPU has none."""
+
+    def limit_of(limit):
+        monkeypatch.setattr(dispatch, "_measured_limit", lambda projection: limit)
+
+    return limit_of
+
+
+def paths_of(steering):
+    return {row.path for row in steering.report()}
+
+
+# --- auto ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["attention", "ffn", "neuron"])
+def test_auto_folds_where_it_can_also_where_fused_was_measured(tiny, tiny_ids, site, limit_of):
+    limit_of(1000)
+    plan = random_plan(tiny, site, 9)
+    with austeer.steer(tiny, plan, 2.0) as steering:
+        logits(tiny, tiny_ids)
+        assert paths_of(steering) == {"fold"} and {row.reason for row in steering.report()} == {""}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"scope": "generation"}, "only some tokens are steered (generation)"),
+        ({"scope": (2, 5)}, "only some tokens are steered (tokens 2 to 4)"),
+        ({"named": True}, "plans are chosen row by row"),
+        ({"named": True, "scope": "prompt"}, "only some tokens are steered (prompt)"),
+    ],
+)
+def test_what_depends_on_the_token_is_never_folded(tiny, arguments, reason):
+    """Also where fold would be possible otherwise; the report says why, and mode='fold' is refused with the reason."""
+    plan = random_plan(tiny, ("attention", "ffn"), 9)
+    arguments = dict(arguments)
+    named = arguments.pop("named", False)
+    plans = {"one": plan} if named else plan
+    report = austeer.steer(tiny, plans, 2.0, **arguments).report()
+    assert {row.path for row in report} == {"columns"}
+    assert {row.reason.split("; no fused")[0] for row in report} == {f"no fold: {reason}"}
+    with pytest.raises(austeer.SteeringError) as error:
+        austeer.steer(tiny, plans, 2.0, mode="fold", **arguments)
+    assert "mode 'fold' is not possible at site" in str(error.value) and reason in str(error.value)
+    assert "Use mode='auto' or 'columns'" in str(error.value)
+
+
+def test_a_cpu_has_no_measured_limit(tiny):
+    assert dispatch._measured_limit(tiny.model.layers[0].mlp.down_proj) == 0
+    assert dispatch._measured_limit(None) == 0
+    with launch.preferring(fused=[launch.Limit(("float32",), 32, 64, 99)]):
+        report = austeer.steer(tiny, random_plan(tiny, "ffn", 9, "push"), 1.0).report()
+    assert {(row.path, row.reason) for row in report} == {
+        ("columns", "no fold: push is not linear; no fused: not measured to be faster here")
+    }
+
+
+# --- the limit -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many tokens went through the fused kernel at each call."""
+    from austeer.steering import hook_path as paths
+
+    tokens, kernel = [], paths._steered_linear
+
+    def counting(x, *rest):
+        tokens.append(x.shape[0])
+        return kernel(x, *rest)
+
+    monkeypatch.setattr(paths, "_steered_linear", counting)
+    return tokens
+
+
+@pytest.mark.parametrize("operation", ["push", "shift"])
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_auto_uses_the_fused_kernel_exactly_up_to_the_limit(tiny, site, operation, limit_of, counted):
+    limit_of(6)
+    plain, plan = copy.deepcopy(tiny), random_plan(tiny, site, 60, operation)
+    assert set(plan.layer.tolist()) == {0, 1, 2}
+    ids = torch.randint(3, 999, (3, 4), generator=torch.Generator().manual_seed(2))
+    with austeer.steer(tiny, plan, 1.5, check=False) as steering:
+        for rows, columns in ((1, 1), (2, 3), (3, 2), (1, 4), (1, 7), (3, 3), (3, 4)):
+            some = {"input_ids": ids[:rows].repeat(1, 2)[:, :columns]}
+            counted.clear()
+            got = logits(tiny, some)
+            assert counted == ([rows * columns] * 3 if rows * columns <= 6 else []), (rows, columns)
+            torch.testing.assert_close(got, formula_logits(plain, some, plan, 1.5))
+        assert paths_of(steering) == {"fused"}
+        assert {row.reason.split(":")[0] for row in steering.report()} == {"no fold"}
+        assert {row.calls for row in steering.report()} == {7}
+
+
+@pytest.mark.parametrize("limit", [1, 18, 26, 27, 1000])
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_rows_of_plans_are_right_on_both_sides_of_the_limit(lively, padded, site, limit, limit_of, counted):
+    """27 tokens: three rows of nine, one with its own plan, one with none and one with another."""
+    limit_of(limit)
+    plans = {"a": random_plan(lively, site, 40), "b": random_plan(lively, site, 40, "shift", seed=3)}
+    alpha = {"a": 2.0, "b": -1.0}
+    expected = []
+    for i, name in enumerate(("a", None, "b")):
+        alone = {key: value[i : i + 1] for key, value in padded.items()}
+        with formula_at(lively, plans[name or "a"], alpha.get(name, 0.0)):
+            expected.append(logits(lively, alone))
+    with austeer.steer(lively, plans, alpha) as steering, steering.rows(["a", None, "b"]):
+        got = logits(lively, padded)
+        assert paths_of(steering) == {"fused"}
+        assert {row.tokens for row in steering.report()} == {18}
+    assert bool(counted) == (limit >= 27)
+    real = padded["attention_mask"].bool()
+    torch.testing.assert_close(got[real], torch.cat(expected)[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_a_scope_with_a_limit_is_right_in_prefill_and_decode(lively, padded, site, limit_of, counted):
+    """The prompt of 27 tokens is above the limit, and each decoded step of 3 below it."""
+    limit_of(5)
+    plan = random_plan(lively, site, 60, "push")
+    for scope in ("generation", "prompt", (7, 11)):
+        counted.clear()
+        options = {"max_new_tokens": 5, "do_sample": False}
+        with austeer.steer(lively, plan, 3.0, scope=scope, mode="columns"):
+            expected = lively.generate(**padded, **options)
+        with austeer.steer(lively, plan, 3.0, scope=scope) as steering:
+            assert torch.equal(lively.generate(**padded, **options), expected)
+            assert paths_of(steering) == {"fused"}
+        assert set(counted) == (set() if scope == "prompt" else {3})
+
+
+def test_sites_that_the_fused_kernel_cannot_take_get_columns_beside_it(tiny, tiny_ids, limit_of):
+    """The layer's output is no projection; ffn and neuron share one, and only one of them can be inside it."""
+    limit_of(1000)
+    plain = copy.deepcopy(tiny)
+    plans = [random_plan(tiny, site, 60, "push", seed=i) for i, site in enumerate(("ffn", "neuron", "layer"))]
+    handles = [handle for plan in plans for handle in formula(plain, plan, 0.5)]
+    expected = logits(plain, tiny_ids)
+    for handle in handles:
+        handle.remove()
+    with austeer.steer(tiny, plans[0] + plans[1] + plans[2], 0.5) as steering:
+        torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+        taken = {row.site: row.path for row in steering.report()}
+    assert sorted((taken["ffn"], taken["neuron"])) == ["columns", "fused"] and taken["layer"] == "columns"
+
+
+def test_plans_with_and_without_magnitude_at_one_site_get_columns(tiny, tiny_ids, limit_of):
+    limit_of(1000)
+    plain = copy.deepcopy(tiny)
+    a, b = random_plan(tiny, "ffn", 60), random_plan(tiny, "ffn", 60, "push", seed=1)
+    with austeer.steer(tiny, {"a": a, "b": b}, {"a": 1.0, "b": 2.0}) as steering, steering.rows(["b", "a"]):
+        got = logits(tiny, tiny_ids)
+        assert paths_of(steering) == {"columns"}
+    expected = [
+        formula_logits(plain, {"input_ids": tiny_ids["input_ids"][i : i + 1]}, plan, alpha)
+        for i, (plan, alpha) in enumerate(((b, 2.0), (a, 1.0)))
+    ]
+    torch.testing.assert_close(got, torch.cat(expected))
+    with pytest.raises(austeer.SteeringError, match=r"mode 'fused'.*plans with and without magnitude \(push\) meet"):
+        austeer.steer(tiny, {"a": a, "b": b}, 1.0, mode="fused")
+
+
+def test_fused_as_asked_has_no_limit(tiny, tiny_ids, limit_of, counted):
+    limit_of(1)
+    with austeer.steer(tiny, random_plan(tiny, "ffn", 60), 1.0, mode="fused", check=False) as steering:
+        logits(tiny, tiny_ids)
+        assert {row.reason for row in steering.report()} == {"as asked"}
+    assert counted == [14] * 3
+
+
+# --- the tables' limits ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured_on_h100(tmp_path, monkeypatch):
+    """Tables in a folder of their own, and a device that says it is an H100."""
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    monkeypatch.setattr(launch, "_device_profile", lambda device: H100 if device.type == "cuda" else ("x", "cpu", 4))
+    content = {
+        "source": "test",
+        "architectures": ["sm_90"],
+        "devices": ["NVIDIA H100 80GB HBM3"],
+        "entries": [],
+        "fused": [
+            {"dtypes": ["bfloat16", "float16"], "n": 4096, "k": 14336, "m": 16},
+            {"dtypes": ["bfloat16"], "n": 4096, "k": 4096, "m": 4},
+        ],
+    }
+
+    def write(**changes):
+        (tmp_path / "h100.json").write_text(json.dumps({**content, **changes}))
+        launch.forget()
+
+    write()
+    yield write
+    monkeypatch.undo()
+    launch.forget()
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_the_nearest_measured_shape_decides(measured_on_h100):
+    def limit(n, k, dtype=torch.bfloat16, device=CUDA):
+        return launch.fused_up_to(n, k, dtype, device)
+
+    assert limit(4096, 14336) == limit(4096, 12288) == limit(5120, 14336) == 16
+    assert limit(4096, 4096) == limit(4608, 4608) == limit(3584, 3584) == 4
+    assert limit(4096, 14336, torch.float16) == 16
+    assert limit(4096, 4096, torch.float16) == 0, "too far from the only shape measured in float16"
+    assert limit(4096, 14336, torch.float32) == 0, "never measured in float32"
+    assert limit(14336, 4096) == limit(576, 1536) == limit(8192, 28672) == 0, "no shape near it was measured"
+    assert limit(4096, 14336, device=CPU) == 0
+
+
+def test_another_device_is_another_matter(measured_on_h100, monkeypatch):
+    for other in (("sm_90", "NVIDIA H200", 132), ("sm_80", "NVIDIA A100-SXM4-80GB", 108)):
+        monkeypatch.setattr(launch, "_device_profile", lambda device, other=other: other)
+        launch.forget()
+        assert launch.fused_up_to(4096, 14336, torch.bfloat16, CUDA) == 0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"dtypes": ["bfloat16"], "n": 4096, "k": 4096},
+        {"n": 4096, "k": 4096, "m": 4},
+        {"dtypes": ["bfloat16"], "n": 4096, "k": 4096, "m": 4, "tokens": 4},
+    ],
+    ids=["no m", "no dtypes", "unknown"],
+)
+def test_a_malformed_limit_is_named(measured_on_h100, row):
+    measured_on_h100(fused=[row])
+    with pytest.raises(ValueError, match=r"h100\.json: entry .*4096.* does not fit"):
+        launch.fused_up_to(4096, 4096, torch.bfloat16, CUDA)
+
+
+def test_shipped_limits_are_for_named_devices_and_say_where_they_were_measured():
+    for table in launch.tables():
+        if table.fused:
+            assert table.devices != ("*",) and "measured" in table.source and "not measured" not in table.source
+
+
+def test_preferred_limits_and_entries_are_taken_back():
+    entry = launch.Entry("steered_linear", ("float32",), 1, 64, 32, 128, 8, k=64, block_k=32, form="decode")
+    before = launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU)
+    with pytest.raises(KeyError), launch.preferring([entry], [launch.Limit(("float32",), 64, 64, 7)]):
+        inside = launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU)
+        assert (inside.block_m, inside.block_n, inside.block_k, inside.num_warps) == (32, 128, 32, 8)
+        assert launch.settings("steer_columns_", 1, 64, 0, torch.float32, CPU).block_m == 1
+        assert launch.fused_up_to(64, 64, torch.float32, CPU) == 7
+        with launch.preferring(fused=[launch.Limit(("float32",), 64, 64, 9)]):
+            assert launch.fused_up_to(64, 64, torch.float32, CPU) == 9
+        raise KeyError
+    assert launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU) == before
+    assert launch.fused_up_to(64, 64, torch.float32, CPU) == 0

@@ -1,0 +1,273 @@
+"""Folding into weights of every kind, and what is refused; whether it is exact in each family: test_families.py."""
+
+import copy
+import re
+
+import peft
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import austeer
+from austeer import find_sites
+from austeer.models.structure import text_config
+from austeer.steering.fold import Fold, shared_storages, why_not_fold
+from dense_formula import assert_unchanged, formula_logits, logits, random_plan, snapshot
+from tiny_models import tiny_model
+
+BATCH = {"input_ids": torch.tensor([[3, 1, 40, 22, 9], [7, 7, 12, 50, 2]])}
+
+
+def refusal(model, name="ffn", operation="scale", layer=-1):
+    return why_not_fold(model, find_sites(model)[name][layer], operation, shared_storages(model))
+
+
+# --- what is scaled --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "family, weight, bias, dim",
+    [
+        ("mixtral", "mlp.experts.down_proj", None, 1),
+        ("gpt_oss", "mlp.experts.down_proj", "mlp.experts.down_proj_bias", 2),
+        ("llama4_text", "feed_forward.experts.down_proj", None, 2),
+        ("gpt2", "mlp.c_proj.weight", "mlp.c_proj.bias", 1),
+        ("falcon", "mlp.dense_4h_to_h.weight", None, 0),
+    ],
+)
+@torch.no_grad()
+def test_exactly_the_chosen_rows_change_rounded_once(family, weight, bias, dim, dtype):
+    # Inner and outer width are equal, so no shape tells rows from columns.
+    model = tiny_model(family, intermediate_size=32, n_inner=32, ffn_hidden_size=32).to(dtype)
+    site = find_sites(model)["ffn"][1]
+    layer = model.get_submodule(find_sites(model)["layer"][1].path)
+    plan = random_plan(model, "ffn", 30)
+    rows = plan.layer == 1
+    factor = torch.ones(32)
+    factor[plan.index[rows].long()] += 1.5 * plan.beta[rows]
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    shape = [1] * before[weight].dim()
+    shape[dim] = 32
+    expected = {weight: (before[weight].float() * factor.view(shape)).to(dtype)}
+    if bias:
+        expected[bias] = (before[bias].float() * factor).to(dtype)
+    shared = [name for name in before if "shared_expert.down_proj" in name]
+    for name in shared:
+        expected[name] = (before[name].float() * factor[:, None]).to(dtype)
+    assert len(site.parts) == 1 + len(shared)
+    with austeer.steer(model, plan, 1.5, mode="fold"):
+        for name, p in layer.named_parameters():
+            assert torch.equal(p, expected.get(name, before[name])), name
+    assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+@pytest.mark.parametrize("operation", ["scale", "shift"])
+@pytest.mark.parametrize("site", ["attention", "ffn", "neuron"])
+def test_transposed_layers(site, operation):
+    model = tiny_model("gpt2", n_inner=32)
+    plan, before = random_plan(model, site, 40, operation), snapshot(model)
+    with austeer.steer(model, plan, 1.0, mode="fold") as steering:
+        for alpha in (0.7, -0.3):
+            steering.alpha = alpha
+            got = logits(model, BATCH)
+            steering.alpha = 0  # the formula is run on the model itself
+            torch.testing.assert_close(got, formula_logits(model, BATCH, plan, alpha), rtol=1e-4, atol=1e-5)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_every_way_to_run_experts(family, implementation):
+    model = tiny_model(family)
+    model.set_experts_implementation(implementation)
+    assert text_config(model)._experts_implementation == implementation
+    a, b = random_plan(model, "ffn", 40), random_plan(model, "attention", 40)
+    plain, before = copy.deepcopy(model), snapshot(model)
+    with austeer.steer(model, a + b, 2.0, mode="fold") as steering:
+        for k in (80, 13):
+            steering.k = k
+            expected = formula_logits(plain, BATCH, (a + b).top(k), 2.0)
+            torch.testing.assert_close(logits(model, BATCH), expected, rtol=1e-4, atol=1e-4)
+    assert_unchanged(model, before)
+
+
+def test_a_fold_that_breaks_off_is_undone(monkeypatch):
+    model = tiny_model("deepseek_v3")
+    plan, before = random_plan(model, "ffn", 40), snapshot(model)
+    weights = Fold._weights
+
+    def some(self):
+        for number, part in enumerate(weights(self)):
+            if number == 1 and not self._saved[1:]:
+                monkeypatch.setattr(Fold, "_weights", weights)  # once
+                raise RuntimeError("out of memory")
+            yield part
+
+    monkeypatch.setattr(Fold, "_weights", some)
+    with pytest.raises(RuntimeError, match="out of memory"), austeer.steer(model, plan, 2.0, mode="fold"):
+        pass
+    assert_unchanged(model, before)
+    assert not austeer.is_steered(model)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_mixture_can_fold():
+    model = tiny_model("qwen2_moe")
+    assert refusal(model) is None and refusal(model, layer=0) is None
+    assert "would need router weights that sum to 1" in refusal(model, operation="shift")
+    assert refusal(model, operation="shift", layer=0) == "shift needs a bias and the layer has none"
+    assert refusal(model, operation="push") == "push is not linear"
+    assert refusal(model, name="layer") == "no linear layer makes this tensor"
+
+
+class Quantised(nn.Parameter):
+    """As bitsandbytes, torchao and tensor parallelism have them: a parameter that is no plain one."""
+
+
+class OtherExperts(nn.Module):
+    def __init__(self, like):
+        super().__init__()
+        self.down_proj, self.gate_up_proj = like.down_proj, like.gate_up_proj
+
+
+def bind(module, function):
+    module.forward = function.__get__(module)
+
+
+def replace_experts(block):
+    block.experts = OtherExperts(block.experts)
+
+
+def subclass_experts(block):
+    block.experts.__class__ = type("MyExperts", (type(block.experts),), {})
+
+
+def parameter(module, name, value):
+    module._parameters[name] = value
+
+
+def offload(block):
+    cpu_offload(block, execution_device=torch.device("cpu"))
+
+
+def tie(block):
+    block.experts.gate_up_proj = nn.Parameter(block.experts.down_proj.detach().view(4, 24, 32))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (replace_experts, "OtherExperts's computation is not known"),
+        (subclass_experts, "MyExperts's computation is not known"),
+        (lambda b: setattr(b.experts, "has_post_expert_norm", True), "normalises what its experts make"),
+        (lambda b: setattr(b.experts, "_is_expert_parallel", True), "spread over processes"),
+        (lambda b: setattr(b.experts.config, "_experts_implementation", "mine"), "run as 'mine', which is not known"),
+        (lambda b: bind(b, lambda self, x: x), r"the forward of model\.layers\.2\.mlp was replaced"),
+        (lambda b: bind(b.experts, lambda self, *a: a[0]), r"the forward of .*mlp\.experts was replaced"),
+        (lambda b: bind(b.shared_expert, lambda self, x: x), r"the forward of .*mlp\.shared_expert was replaced"),
+        (lambda b: b.shared_expert.register_forward_hook(lambda *a: None), r"mlp\.shared_expert has hooks"),
+        (lambda b: b.experts.register_forward_hook(lambda *a: None), r"mlp\.experts has hooks"),
+        (offload, "the down_proj is offloaded|the weight is offloaded"),
+        (tie, "the down_proj is shared"),
+        (lambda b: b.shared_expert.down_proj.to(torch.float8_e4m3fn), r"shared_expert.*the weight is torch\.float8"),
+        (lambda b: parameter(b.experts, "down_proj", Quantised(b.experts.down_proj.data)), "down_proj is a Quantised"),
+        (
+            lambda b: parameter(b.experts, "down_proj", nn.Parameter(b.experts.down_proj.data[:, :16])),
+            r"the weight is \(4, 16, 24\), for 32 AUs",
+        ),
+    ],
+)
+def test_what_is_not_certain_to_be_exact_is_refused(change, message):
+    model = tiny_model("qwen2_moe")
+    change(model.model.layers[2].mlp)
+    found = refusal(model)
+    assert found is not None and re.search(message, found), found
+
+
+def test_refused_layers_are_steered_by_columns_and_the_others_folded():
+    model = peft.get_peft_model(
+        tiny_model("qwen2_moe"), peft.LoraConfig(target_modules=r".*layers\.1\.mlp\.shared_expert\.down_proj", r=2)
+    )
+    plan = random_plan(model, "ffn", 60)
+    expected = formula_logits(model.get_base_model(), BATCH, plan, 2.0)
+    with austeer.steer(model, plan, 2.0) as steering:
+        torch.testing.assert_close(logits(model, BATCH), expected, rtol=1e-4, atol=1e-4)
+        assert [row.path for row in steering.report()] == ["fold", "columns", "fold"]
+        assert "shared_expert.down_proj: Linear is not a plain linear layer" in steering.report()[1].reason
+
+
+def test_a_mixture_whose_weights_are_offloaded():
+    model = tiny_model("qwen2_moe")
+    plan = random_plan(model, "ffn", 60)
+    plain, expected = logits(model, BATCH), formula_logits(model, BATCH, plan, 2.0)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with austeer.steer(model, plan, 2.0) as steering:
+        torch.testing.assert_close(logits(model, BATCH), expected, rtol=1e-4, atol=1e-4)
+        assert {row.path for row in steering.report()} == {"columns"}
+    assert torch.equal(logits(model, BATCH), plain)
+
+
+class OtherMLP(LlamaMLP):
+    """A Llama's MLP that does more to the tensor than its down projection, in a way its modules do not show."""
+
+    kind = ""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.kind == "factor":
+            y *= 0.5  # in place: what the projection gave is changed, too
+        return {"factor": y, "skip": y + 0.5 * x, "clamp": y.clamp(-0.1, 0.1)}.get(self.kind, y)
+
+
+@pytest.mark.parametrize("kind", ["factor", "skip", "clamp"])
+@pytest.mark.parametrize("operation", ["scale", "shift"])
+def test_a_block_that_does_more_than_its_projection_is_neither_folded_nor_fused(kind, operation):
+    model = tiny_model("llama", mlp_bias=True)
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("Other", (OtherMLP,), {"kind": kind})
+    ids = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+    plan = random_plan(model, "ffn", 30, operation)
+    expected, state = formula_logits(model, ids, plan, 1.5), torch.get_rng_state()
+    with austeer.steer(model, plan, 1.5) as steering:
+        torch.testing.assert_close(logits(model, ids), expected)
+        assert {row.path for row in steering.report()} == {"columns"}
+        assert "does more to the tensor than its projection" in steering.report()[0].reason
+    assert torch.equal(torch.get_rng_state(), state)
+    for mode in ("fold", "fused"):
+        with pytest.raises(austeer.SteeringError, match="does more to the tensor"):
+            austeer.steer(model, plan, mode=mode)
+    austeer.steer(model, random_plan(model, "neuron", 30), mode="fold")  # the projection's input is what it was
+    for layer in model.model.layers:
+        type(layer.mlp).kind = ""
+    assert {row.path for row in austeer.steer(model, plan).report()} == {"fold"}
+
+
+def test_a_mixture_that_adds_to_its_experts_fails_the_self_check():
+    model = tiny_model("mixtral")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    base = type(model.model.layers[0].mlp)
+    other = type("Other", (base,), {"forward": lambda self, x: base.forward(self, x) + 0.5 * x})
+    for layer in model.model.layers:
+        layer.mlp.__class__ = other
+    plan = random_plan(model, "ffn", 30)
+    with pytest.raises(austeer.SteeringError, match=r"self-check: fold at site 'ffn'.*Use another mode"):
+        austeer.steer(model, plan, 2.0).attach()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with austeer.steer(model, plan, 2.0, mode="columns"):
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+def test_weights_made_in_inference_mode_are_left_alone():
+    with torch.inference_mode():
+        model = tiny_model("llama")
+        with austeer.steer(model, random_plan(model, "ffn", 9), 1.0, mode="fold"):
+            pass
+    plan = random_plan(model, "ffn", 9)
+    assert "made in inference mode" in austeer.steer(model, plan).report()[0].reason
+    with pytest.raises(austeer.SteeringError, match="made in inference mode"):
+        austeer.steer(model, plan, mode="fold")

@@ -1,0 +1,355 @@
+"""Each way of steering a site: exact, in every way that a model is run, and gone without a trace."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch import nn
+from torch.nn.utils import prune
+
+import austeer
+from austeer.plans.fit import Entry
+from austeer.steering import hook_path as paths
+from austeer.steering.tables import StrengthTable
+from dense_formula import (
+    OPERATIONS,
+    PATHS,
+    SITES,
+    assert_unchanged,
+    formula,
+    formula_logits,
+    logits,
+    random_plan,
+    snapshot,
+)
+
+
+@pytest.fixture(scope="module")
+def double(demo):
+    return copy.deepcopy(demo[0]).double()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("site", SITES)
+def test_each_path_on_the_real_model_equals_the_formula(demo, double, measured, ids, site, operation):
+    """Within twice plain PyTorch's own float32 error against float64, and the effect is not lost in it."""
+    model = demo[0]
+    plan = measured.select(site, k=60, operation=operation)
+    alpha = 0.5 if site == "layer" else 2.0
+    exact = formula_logits(double, ids, plan, alpha)
+    real = ids["attention_mask"].bool()
+    own_error = (formula_logits(model, ids, plan, alpha) - exact)[real].abs().max()
+    effect = (exact - logits(double, ids))[real].abs().max()
+    assert effect > 100 * own_error
+    before = logits(model, ids)
+    took = []
+    for mode in PATHS:
+        possible = operation == "scale" if mode == "fold" else True
+        if mode in ("fold", "fused") and (site == "layer" or not possible):
+            with pytest.raises(austeer.SteeringError, match=f"{mode}.*{site}"):
+                austeer.steer(model, plan, alpha, mode=mode)
+            continue
+        with austeer.steer(model, plan, alpha, mode=mode) as steering:
+            error = (logits(model, ids) - exact)[real].abs().max()
+            assert {row.path for row in steering.report()} == {mode}
+        assert error <= 2 * own_error, f"{mode}: errs by {error:.2e}, plain PyTorch by {own_error:.2e}"
+        took.append(mode)
+    assert "columns" in took
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("site", SITES)
+def test_the_sparse_and_the_dense_form_of_columns_give_the_same(demo, measured, ids, site, operation, monkeypatch):
+    """On a CPU the path takes whichever is cheaper; both must be right, whatever is chosen where."""
+    model, took = demo[0], []
+    plan = measured.select(site, k=60, operation=operation)
+
+    def run(dense):
+        monkeypatch.setattr(paths, "dense_is_cheaper", lambda x, table: took.append(dense) or dense)
+        with austeer.steer(model, plan, 0.5, mode="columns"):
+            return logits(model, ids)
+
+    dense, sparse = run(True), run(False)
+    assert set(took) == {True, False}
+    assert not torch.equal(dense, logits(model, ids))
+    real = ids["attention_mask"].bool()
+    torch.testing.assert_close(dense[real], sparse[real], rtol=1e-5, atol=1e-4)
+
+
+def test_the_dense_form_is_for_a_cpu_with_few_elements_or_many_columns():
+    def cheaper(tokens, width, count, dtype=torch.float32):
+        table = StrengthTable([Entry(0, *(torch.arange(count),) * 4, "scale")], 1, width, torch.device("cpu"))
+        return paths.dense_is_cheaper(torch.empty(tokens, width, dtype=dtype, device="cpu"), table)
+
+    assert cheaper(1, 4096, 4) and cheaper(512, 4096, 100) and cheaper(512, 576, 100)
+    assert not cheaper(512, 4096, 4)
+    assert cheaper(1, 576, 4, torch.bfloat16) and not cheaper(1, 576, 4, torch.float64)
+    mixed = [Entry(i, *(torch.arange(4),) * 4, name) for i, name in enumerate(("scale", "shift"))]
+    table = StrengthTable(mixed, 2, 576, torch.device("cpu"))
+    assert paths.dense_is_cheaper(torch.empty(1, 576), table)
+    assert not paths.dense_is_cheaper(torch.empty(1, 576, dtype=torch.bfloat16), table)  # it would round twice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_dense_form_rounds_once(operation, dtype):
+    index, values = torch.randperm(64)[:40], torch.randn(40)
+    table = StrengthTable([Entry(0, index, values.clamp(-1, 1), values, torch.arange(40), operation)], 1, 64, "cpu")
+    table.fill([(3.0, 40)])
+    x = torch.randn(500, 64).to(dtype)
+    exact = x.double() + table.dense_gamma * (x.abs() if operation == "push" else x).double() + table.dense_shift
+    got = paths.steer_columns(x.clone(), table, None, None).double()
+    half_a_step = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).tiny
+    assert ((got - exact).abs() <= 1.001 * half_a_step + 1e-6 * x.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", PATHS)
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_half_precision_errs_no_more_than_the_dense_form(tiny, tiny_ids, site, mode, dtype):
+    model = copy.deepcopy(tiny).to(dtype)
+    wide = copy.deepcopy(model).double()  # the same weights, so that only the arithmetic differs
+    plan = random_plan(model, site, 20)
+    exact = formula_logits(wide, tiny_ids, plan, 3.0)
+    own_error = (formula_logits(model, tiny_ids, plan, 3.0).double() - exact).norm()
+    with austeer.steer(model, plan, 3.0, mode=mode):
+        error = (logits(model, tiny_ids).double() - exact).norm()
+    assert error <= 2 * own_error
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_plan_of_two_sites_takes_a_strength_for_each(tiny, tiny_ids, operation):
+    a, b = (random_plan(tiny, site, 9, operation, seed=i) for i, site in enumerate(("attention", "ffn")))
+    handles = formula(tiny, a, 2.0) + formula(tiny, b, -0.5)
+    expected = logits(tiny, tiny_ids)
+    for handle in handles:
+        handle.remove()
+    with austeer.steer(tiny, a + b, {"attention": 2.0, "ffn": -0.5}) as steering:
+        torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+        assert steering.alpha == {"attention": 2.0, "ffn": -0.5}
+
+
+@pytest.mark.parametrize("bias_side", ["attention", "ffn"])
+@pytest.mark.parametrize("operation", ["scale", "shift"])
+def test_fold_reaches_the_bias(tiny, tiny_ids, bias_side, operation):
+    config = copy.deepcopy(tiny.config)
+    config.attention_bias = config.mlp_bias = True
+    torch.manual_seed(5)
+    model = type(tiny)(config).eval()
+    for layer in model.model.layers:  # biases begin as zero, which would hide a mistake
+        nn.init.normal_(layer.self_attn.o_proj.bias)
+        nn.init.normal_(layer.mlp.down_proj.bias)
+    plan = random_plan(model, bias_side, 25, operation)
+    before, plain = snapshot(model), copy.deepcopy(model)
+    with austeer.steer(model, plan, 1.5) as steering:
+        assert {row.path for row in steering.report()} == {"fold"}
+        for alpha in (1.5, -0.7):
+            steering.alpha = alpha
+            torch.testing.assert_close(logits(model, tiny_ids), formula_logits(plain, tiny_ids, plan, alpha))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("mode", ["auto", *PATHS])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_two_sites_at_one_projection_stay_right_while_alpha_changes(tiny, tiny_ids, operation, mode):
+    """ffn and neuron are both sides of the down projection: folds meet in its weight, and only one can be fused."""
+    if mode == "fold" and operation != "scale":
+        pytest.skip("only scale folds where there is no bias")
+    a, b = (random_plan(tiny, site, 60, operation, seed=i) for i, site in enumerate(("ffn", "neuron")))
+    plain, before = copy.deepcopy(tiny), snapshot(tiny)
+    with austeer.steer(tiny, a + b, 1.0, mode=mode) as steering:
+        for alpha in ({"ffn": 0.5, "neuron": -0.7}, {"ffn": -1.5, "neuron": 0.4}, {"ffn": 0.0, "neuron": 2.0}):
+            steering.alpha = alpha
+            handles = formula(plain, a, alpha["ffn"]) + formula(plain, b, alpha["neuron"])
+            expected = logits(plain, tiny_ids)
+            for handle in handles:
+                handle.remove()
+            torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+    assert_unchanged(tiny, before)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("mode", ["auto", "fused", "columns", "dense"])
+def test_offloaded_weights(tiny, tiny_ids, tmp_path, mode, offload):
+    plan = random_plan(tiny, ("attention", "ffn"), 10)
+    plain, expected = logits(tiny, tiny_ids), formula_logits(tiny, tiny_ids, plan, 2.0)
+    model = copy.deepcopy(tiny)
+    if offload == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    with austeer.steer(model, plan, 2.0, mode=mode) as steering:
+        torch.testing.assert_close(logits(model, tiny_ids), expected)
+        if mode == "auto":
+            assert {row.path for row in steering.report()} == {"columns"}
+            assert "offloaded" in steering.report()[0].reason
+    assert torch.equal(logits(model, tiny_ids), plain)
+    assert all(p.device.type == "meta" for p in model.model.layers.parameters())
+
+
+@pytest.mark.parametrize("mode", ["fold", "fused", "columns", "dense"])
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_compiled_whole_without_recompiling(tiny, tiny_ids, site, mode):
+    torch._dynamo.reset()
+    model = copy.deepcopy(tiny)
+    plan = random_plan(model, site, 12)
+    recompiling_is_an_error = torch._dynamo.config.patch(error_on_recompile=True)
+    with recompiling_is_an_error, austeer.steer(model, plan, 2.0, mode=mode) as steering, torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for alpha, k in ((2.0, 12), (-1.0, 12), (5.0, 3)):
+            steering.alpha, steering.k = alpha, k
+            got = compiled(**tiny_ids, use_cache=False).logits
+            torch.testing.assert_close(got, formula_logits(tiny, tiny_ids, plan.top(k), alpha))
+        if mode != "fold":
+            assert all(row.compiled for row in steering.report())
+
+
+@pytest.mark.parametrize("mode", ["fused", "columns", "dense"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_gradients_are_those_of_the_formula(tiny, tiny_ids, mode, operation):
+    model = copy.deepcopy(tiny)
+    plan = random_plan(model, "ffn", 15, operation)
+
+    def gradients(run):
+        model.zero_grad()
+        run().logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    handles = formula(model, plan, 1.5)
+    expected = gradients(lambda: model(**tiny_ids))
+    for handle in handles:
+        handle.remove()
+    with austeer.steer(model, plan, 1.5, mode=mode):
+        got = gradients(lambda: model(**tiny_ids))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, msg=name)
+
+
+def test_a_shared_weight_is_never_folded(tiny, tiny_ids):
+    model = copy.deepcopy(tiny)
+    layers = model.model.layers
+    layers[1].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    plan = random_plan(model, "ffn", 40)
+    assert {0, 1} <= set(plan.layer.tolist())
+    expected = formula_logits(model, tiny_ids, plan, 2.0)
+    with austeer.steer(model, plan, 2.0) as steering:
+        torch.testing.assert_close(logits(model, tiny_ids), expected)
+        paths = {row.layer: row.path for row in steering.report()}
+    assert paths[0] == paths[1] == "columns" and paths[2] == "fold"
+    with pytest.raises(austeer.SteeringError, match="shared"):
+        austeer.steer(model, plan, 2.0, mode="fold")
+
+
+def test_a_weight_made_anew_at_each_forward_is_not_folded(tiny, tiny_ids):
+    for layer in tiny.model.layers:
+        prune.l1_unstructured(layer.mlp.down_proj, "weight", 0.3)
+    plan = random_plan(tiny, "ffn", 30)
+    expected = formula_logits(tiny, tiny_ids, plan, 3.0)
+    with austeer.steer(tiny, plan, 3.0) as steering:
+        torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+        assert {row.path for row in steering.report()} == {"columns"}
+        assert "made anew" in str(steering.report())
+
+
+def test_the_default_dtype_does_not_matter(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 30)
+    expected = formula_logits(tiny, tiny_ids, plan, 3.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for mode in PATHS:
+            with austeer.steer(tiny, plan, 3.0, mode=mode):
+                torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_made_in_inference_mode_and_used_outside(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 30)
+    with torch.inference_mode():
+        steering = austeer.steer(tiny, plan, 1.0, mode="columns")
+    expected = formula_logits(tiny, tiny_ids, plan, -2.0)
+    with steering:
+        steering.alpha = -2.0
+        torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+
+
+@pytest.mark.parametrize("mode", ["auto", "columns"])
+def test_a_peft_model_is_steered_inside_its_wrapper(tiny, tiny_ids, mode):
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["o_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(tiny), config).eval()
+    plan = random_plan(model, ("attention", "ffn"), 20)
+    expected = formula_logits(model.get_base_model(), tiny_ids, plan, 2.0)
+    with austeer.steer(model, plan, 2.0, mode=mode) as steering:
+        torch.testing.assert_close(logits(model, tiny_ids), expected)
+        taken = {row.site: row.path for row in steering.report()}
+    assert taken["attention"] == "columns"  # the adapter's layer is no plain linear layer
+    assert taken["ffn"] == ("fold" if mode == "auto" else "columns")
+
+
+@pytest.mark.parametrize("mode", ["fused", "columns", "dense"])
+def test_a_hook_that_was_there_stays_and_one_added_later_too(tiny, tiny_ids, mode):
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    plan = random_plan(tiny, "attention", 30)
+    module = tiny.model.layers[int(plan.layer[0])].self_attn.o_proj
+    before, earlier, later = logits(tiny, tiny_ids), Counting(), Counting()
+    model = copy.deepcopy(tiny)
+    module = model.model.layers[int(plan.layer[0])].self_attn.o_proj
+    add_hook_to_module(module, earlier)
+    steering = austeer.steer(model, plan, 2.0, mode=mode).attach()
+    add_hook_to_module(module, later, append=True)
+    torch.testing.assert_close(logits(model, tiny_ids), formula_logits(tiny, tiny_ids, plan, 2.0))
+    steering.detach()
+    assert torch.equal(logits(model, tiny_ids), before)
+    assert (earlier.calls, later.calls) == (2, 2)
+
+
+def test_layers_without_aus_are_left_alone(tiny):
+    plan = random_plan(tiny, "ffn", 6)
+    chosen = int(plan.layer[0])
+    only = plan.take((plan.layer == chosen).nonzero().flatten())
+    with pytest.warns(austeer.SteeringWarning), austeer.steer(tiny, only, 1.0, mode="columns"):
+        hooked = [name for name, module in tiny.named_modules() if hasattr(module, "_hf_hook")]
+    assert hooked == [f"model.layers.{chosen}.mlp"]
+
+
+def test_decoding_on_a_cpu_takes_the_short_way_and_stays_exact(tiny):
+    """After a first call the short way runs; it follows alpha, and leaves to the general way what is not its own."""
+    plan = random_plan(tiny, "ffn", 20)
+    module = tiny.model.layers[0].mlp
+    x = torch.randn(1, 1, 32)
+    with torch.no_grad():
+        plain = module(x)
+        with austeer.steer(tiny, plan, 2.0, mode="columns", check=False) as steering:
+            path = next(p for p in steering._paths if p.module is module)
+            for alpha in (2.0, -1.0, 0.0):
+                steering.alpha = alpha
+                gamma = path.table.dense_gamma[0]
+                assert torch.equal(module(x), plain.addcmul(plain, gamma)), alpha
+            assert path._simple and path.calls == 3 and path.tokens == 3
+            many = torch.randn(1, 600, 32)  # more elements than the short way takes
+            assert module(many).shape == many.shape and path.tokens == 603
+            with pytest.raises(austeer.SteeringError, match="found a tensor of width 16, expected 32"):
+                path.steer(torch.randn(1, 1, 16))
+            wide = torch.randn(1, 1, 64)
+            every_other, kept = wide[..., ::2], wide.clone()
+            assert not every_other.is_contiguous()
+            path.steer(every_other)
+            assert torch.equal(wide, kept)
+    grown = plain.clone().requires_grad_()
+    with austeer.steer(tiny, plan, 2.0, mode="columns", check=False) as steering:
+        path = next(p for p in steering._paths if p.module is module)
+        with torch.no_grad():
+            path.steer(plain.clone())
+        path.steer(grown * 1).sum().backward()
+        assert torch.allclose(grown.grad[0, 0], 1 + path.table.dense_gamma[0])

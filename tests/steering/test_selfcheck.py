@@ -1,0 +1,144 @@
+"""The self-check: silent about what is right, in every dtype and at every strength, and loud about what is not."""
+
+import copy
+
+import pytest
+import torch
+
+import austeer
+from austeer.steering import fold, selfcheck
+from austeer.steering import hook_path as paths
+from dense_formula import OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
+from tiny_models import tiny_model
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", PATHS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_right_passes(tiny, tiny_ids, mode, operation, dtype):
+    """At strengths from nothing to far too much: rounding must not be mistaken for a mistake."""
+    model = copy.deepcopy(tiny).to(dtype)
+    sites = ("attention", "neuron") if mode in ("fold", "fused") else ("attention", "ffn", "layer", "neuron")
+    if mode == "fold" and operation != "scale":
+        pytest.skip("only scale folds where there is no bias")
+    for alpha in (0.0, 1e-3, 1.0, -30.0, 1000.0):
+        with austeer.steer(model, random_plan(model, sites, 20, operation), alpha, mode=mode):
+            logits(model, tiny_ids)
+
+
+def broken_columns(*args, steer=paths.steer_columns):
+    y, table = steer(*args), args[1]
+    y[..., int(table.index[0])] *= 1.01
+    return y
+
+
+def broken_neighbour(*args, steer=paths.steer_columns):
+    y, table = steer(*args), args[1]
+    y[..., (int(table.index[0]) + 1) % y.shape[-1]] += 0.01
+    return y
+
+
+@pytest.mark.parametrize("broken", [broken_columns, broken_neighbour, lambda x, *_: x])
+@pytest.mark.parametrize("site", ["attention", "ffn", "layer"])
+def test_a_wrong_sparse_kernel_is_found_on_the_first_forward(tiny, tiny_ids, monkeypatch, broken, site):
+    before = snapshot(tiny)
+    monkeypatch.setattr(paths, "steer_columns", broken)
+    plan = random_plan(tiny, site, 20)
+    plan = plan.take((plan.index < 31).nonzero().flatten())
+    with (
+        pytest.raises(austeer.SteeringError, match=f"self-check: columns at site '{site}' of layer 0.*check=False"),
+        austeer.steer(tiny, plan, 2.0, mode="columns"),
+    ):
+        logits(tiny, tiny_ids)
+    assert_unchanged(tiny, before)
+    with austeer.steer(tiny, plan, 2.0, mode="columns", check=False):
+        logits(tiny, tiny_ids)
+
+
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_a_wrong_fused_kernel_is_found(tiny, tiny_ids, monkeypatch, site):
+    right = paths._steered_linear
+    wrong = {
+        "no steering": lambda x, w, b, g, s, *rest: right(x, w, b, g * 0, s, *rest),
+        "a column": lambda *args: right(*args).index_add(1, torch.tensor([5]), torch.full((14, 1), 0.01)),
+    }
+    for make in wrong.values():
+        monkeypatch.setattr(paths, "_steered_linear", make)
+        with (
+            pytest.raises(austeer.SteeringError, match="self-check: fused"),
+            austeer.steer(tiny, random_plan(tiny, site, 60), 2.0, mode="fused"),
+        ):
+            logits(tiny, tiny_ids)
+
+
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_a_fold_that_does_not_reach_the_output_is_found_and_undone(tiny, monkeypatch, site):
+    before, attach = snapshot(tiny), fold.Fold.attach
+
+    def half(path):
+        attach(path)
+        with torch.no_grad():
+            weight = path.module.weight
+            index = path.table.index[:1]
+            weight.index_fill_(0 if path.site.side == "output" else 1, index, 0.0)
+
+    monkeypatch.setattr(fold.Fold, "attach", half)
+    with pytest.raises(austeer.SteeringError, match="self-check: fold"):
+        austeer.steer(tiny, random_plan(tiny, site, 20), 2.0).attach()
+    assert_unchanged(tiny, before)
+    austeer.steer(tiny, random_plan(tiny, site, 20), 2.0, check=False).attach().detach()
+    assert_unchanged(tiny, before)
+
+
+def test_it_looks_once_at_one_site_of_each_path(tiny, tiny_ids, monkeypatch):
+    seen, compare = [], selfcheck._compare
+    monkeypatch.setattr(selfcheck, "_compare", lambda path, *rest: seen.append(path.name) or compare(path, *rest))
+    plan = random_plan(tiny, ("ffn", "layer"), 20)
+    with austeer.steer(tiny, plan, 2.0):
+        for _ in range(3):
+            logits(tiny, tiny_ids)
+    assert sorted(seen) == ["columns", "fold"]
+    seen.clear()
+    with austeer.steer(tiny, plan, 2.0, check=False):
+        logits(tiny, tiny_ids)
+    assert seen == []
+
+
+def test_mixed_rows_are_checked_by_their_own_plans(tiny, tiny_ids, monkeypatch):
+    plans = {"a": random_plan(tiny, "ffn", 20), "b": random_plan(tiny, "ffn", 20, "push", seed=1)}
+    with austeer.steer(tiny, plans, 2.0) as steering, steering.rows(["b", None]):
+        logits(tiny, tiny_ids)
+    right = paths.steer_columns
+    monkeypatch.setattr(paths, "steer_columns", lambda x, t, rows, routing: right(x, t, rows.roll(7), routing))
+    with (
+        pytest.raises(austeer.SteeringError, match="self-check: columns"),
+        austeer.steer(tiny, plans, 2.0) as steering,
+        steering.rows(["b", None]),
+    ):
+        logits(tiny, tiny_ids)
+
+
+def test_what_is_not_finite_is_not_a_mistake_of_steering(tiny, tiny_ids):
+    with torch.no_grad():
+        tiny.model.layers[0].mlp.down_proj.weight[3] = torch.inf
+    with austeer.steer(tiny, random_plan(tiny, "ffn", 60), 2.0, mode="columns"):
+        logits(tiny, tiny_ids)
+
+
+def test_a_scope_of_one_token_among_many_is_checked_there(tiny, monkeypatch):
+    monkeypatch.setattr(paths, "steer_columns", lambda x, *_: x)
+    ids = {"input_ids": torch.arange(240).view(2, 120)}
+    with (
+        pytest.raises(austeer.SteeringError, match="self-check: columns"),
+        austeer.steer(tiny, random_plan(tiny, "ffn", 20), 2.0, scope=(50, 51)),
+    ):
+        logits(tiny, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_strong_shift_folded_into_a_bias_passes(dtype):
+    model = tiny_model("opt").to(dtype)
+    for site in ("attention", "neuron"):
+        for alpha in (1.0, 100.0, 1e4):
+            with austeer.steer(model, random_plan(model, site, 40, "shift"), alpha, mode="fold"):
+                model(input_ids=torch.tensor([[3, 4, 5]]))

@@ -1,0 +1,337 @@
+"""The life of a steering: live strengths, restoration whatever happens, the report, warnings and bad input."""
+
+import copy
+import gc
+import threading
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch import nn
+
+import austeer
+from austeer.models.structure import is_steered
+from austeer.steering import fold
+from dense_formula import PATHS, assert_unchanged, formula_logits, logits, random_plan, snapshot
+
+
+@pytest.mark.parametrize("mode", PATHS)
+def test_alpha_and_k_are_live(tiny, tiny_ids, mode):
+    plan = random_plan(tiny, "ffn", 12)
+    plain = copy.deepcopy(tiny)
+    with austeer.steer(tiny, plan, 1.0, mode=mode) as steering:
+        for alpha, k in ((2.0, 12), (2.0, 5), (-3.0, 1), (0.0, 12), (1.0, 12)):
+            steering.alpha, steering.k = alpha, k
+            torch.testing.assert_close(logits(tiny, tiny_ids), formula_logits(plain, tiny_ids, plan.top(k), alpha))
+
+
+def test_alpha_zero_changes_nothing(tiny, tiny_ids):
+    before = logits(tiny, tiny_ids)
+    for mode in PATHS:
+        with austeer.steer(tiny, random_plan(tiny, "attention", 8), 0.0, mode=mode):
+            torch.testing.assert_close(logits(tiny, tiny_ids), before)
+
+
+def test_generation_with_a_cache_equals_generation_without(demo, measured, ids):
+    model = demo[0]
+    plan = measured.select("attention", k=50, operation="push")
+    options = {"max_new_tokens": 8, "do_sample": False}
+    with austeer.steer(model, plan, 2.0):
+        cached = model.generate(**ids, **options)
+        uncached = model.generate(**ids, **options, use_cache=False)
+    assert torch.equal(cached, uncached)
+    assert not torch.equal(cached, model.generate(**ids, **options))
+
+
+@pytest.mark.parametrize("mode", PATHS)
+def test_leaving_restores_the_model_bit_for_bit(demo, measured, ids, mode):
+    model = demo[0]
+    before, plain = snapshot(model), logits(model, ids)
+    plan = measured.select("ffn", k=80) + measured.select("attention", k=80)
+    with austeer.steer(model, plan, 3.7, mode=mode) as steering:
+        assert not torch.equal(logits(model, ids), plain)
+        steering.alpha = -1.3
+        steering.k = 31
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model, ids), plain)
+
+
+@pytest.mark.parametrize("mode", PATHS)
+def test_an_exception_inside_restores_too(tiny, mode):
+    before = snapshot(tiny)
+    with pytest.raises(KeyError, match="mine"), austeer.steer(tiny, random_plan(tiny, "attention", 8), 9.0, mode=mode):
+        raise KeyError("mine")
+    assert_unchanged(tiny, before)
+    assert not is_steered(tiny)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("broken", [1, 3])
+def test_an_attach_that_is_broken_off_takes_back_what_it_did(tiny, monkeypatch, broken, error):
+    """Also what the path at which it broke off had already written."""
+    before, calls, attach = snapshot(tiny), [], fold.Fold.attach
+
+    def fails(path):
+        attach(path)
+        calls.append(path)
+        if len(calls) == broken:
+            raise error
+
+    monkeypatch.setattr(fold.Fold, "attach", fails)
+    with pytest.raises(error):
+        austeer.steer(tiny, random_plan(tiny, "ffn", 30), 2.0, mode="fold").attach()
+    assert len(calls) == broken
+    assert_unchanged(tiny, before)
+    assert not is_steered(tiny)
+
+
+def test_threads_cannot_both_steer_a_model(tiny):
+    plan, before = random_plan(tiny, "ffn", 40), snapshot(tiny)
+    for _ in range(20):
+        start, refused = threading.Barrier(2), []
+
+        def run(start=start, refused=refused):
+            start.wait()
+            try:
+                with austeer.steer(tiny, plan, 3.0, mode="fold"):
+                    pass
+            except austeer.SteeringError:
+                refused.append(1)
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(refused) <= 1
+        assert_unchanged(tiny, before)
+
+
+def test_a_model_cast_inside_is_restored_in_its_new_dtype(tiny):
+    expected = copy.deepcopy(tiny).to(torch.bfloat16)
+    with austeer.steer(tiny, random_plan(tiny, ("ffn", "attention"), 30), 3.0, mode="fold"):
+        tiny.to(torch.bfloat16)
+    assert_unchanged(tiny, snapshot(expected))
+
+
+def test_hooks_that_someone_else_removed_do_not_keep_the_others_on(tiny, tiny_ids):
+    plain = logits(tiny, tiny_ids)
+    plan = random_plan(tiny, "ffn", 40)
+    with austeer.steer(tiny, plan, 3.0, mode="columns"):
+        logits(tiny, tiny_ids)
+        remove_hook_from_module(tiny.model.layers[1].mlp)
+    assert torch.equal(logits(tiny, tiny_ids), plain)
+    assert not any(hasattr(module, "_hf_hook") for module in tiny.modules())
+
+
+@pytest.mark.parametrize("change", ["replaced", "offloaded"])
+def test_a_model_changed_before_the_block_is_steered_as_it_is_then(tiny, tiny_ids, change):
+    plan = random_plan(tiny, "ffn", 40)
+    steering = austeer.steer(tiny, plan, 2.0)
+    tiny.model.layers[1].mlp = copy.deepcopy(tiny.model.layers[0].mlp)
+    expected = formula_logits(tiny, tiny_ids, plan, 2.0)
+    if change == "offloaded":
+        cpu_offload(tiny, execution_device=torch.device("cpu"))
+    with steering:
+        torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+
+
+def test_a_forgotten_steering_does_not_keep_the_model_alive(tiny):
+    model = copy.deepcopy(tiny)
+    austeer.steer(model, random_plan(model, "ffn", 5), 1.0, mode="columns").attach()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_numpy_numbers_are_numbers(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 9)
+    expected = formula_logits(tiny, tiny_ids, plan.top(4), 2.0)
+    for alpha in (np.int64(2), np.float32(2), np.float64(2)):
+        with austeer.steer(tiny, plan, alpha, k=np.int64(4)):
+            torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+
+
+def test_a_steering_used_again_counts_anew(tiny, tiny_ids):
+    steering = austeer.steer(tiny, random_plan(tiny, "ffn", 9), 1.0, mode="columns")
+    with steering:
+        logits(tiny, tiny_ids)
+    with pytest.warns(austeer.SteeringWarning), steering:
+        pass
+
+
+def test_the_report_counts_calls_and_names_paths(tiny, tiny_ids):
+    plan = random_plan(tiny, ("ffn", "layer"), 7)
+    with austeer.steer(tiny, plan, 1.0) as steering:
+        for _ in range(3):
+            logits(tiny, tiny_ids)
+        report = steering.report()
+    by_site = {row.site: row for row in report}
+    assert by_site["layer"].path == "columns" and by_site["layer"].calls == 3
+    assert by_site["ffn"].path == "fold" and by_site["ffn"].calls is None
+    assert sum(row.aus for row in report) == len(plan)
+    assert "ran 3 times" in str(report) and "in the weights" in str(report)
+
+
+def test_a_site_that_never_ran_is_a_warning(tiny, tiny_ids):
+    plan = random_plan(tiny, "attention", 5)
+    with (
+        pytest.warns(austeer.SteeringWarning, match="never ran.*attention"),
+        austeer.steer(tiny, plan, 1.0, mode="columns"),
+    ):
+        pass
+    with warnings.catch_warnings(), austeer.steer(tiny, plan, 1.0, mode="columns"):
+        warnings.simplefilter("error")
+        logits(tiny, tiny_ids)
+
+
+def test_steering_twice_is_refused_also_through_the_headless_model(tiny):
+    plan = random_plan(tiny, "ffn", 5)
+    before = snapshot(tiny)
+    with austeer.steer(tiny, plan, 1.0):
+        assert is_steered(tiny) and is_steered(tiny.model)
+        for model in (tiny, tiny.model):
+            with pytest.raises(austeer.SteeringError, match="steered already"):
+                austeer.steer(model, plan, 1.0).attach()
+    assert_unchanged(tiny, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"alpha": float("nan")}, austeer.SteeringError, "alpha: found nan"),
+        ({"alpha": float("inf")}, austeer.SteeringError, "alpha: found inf"),
+        ({"alpha": "15"}, austeer.SteeringError, "alpha: found '15'"),
+        ({"alpha": 1e39}, austeer.SteeringError, r"alpha: found 1e\+39.*finite float32"),
+        ({"alpha": 10**400}, austeer.SteeringError, "alpha: found 1000"),
+        ({"alpha": {"attention": 1.0}}, austeer.SteeringError, "alpha: found sites"),
+        ({"k": 0}, austeer.PlanError, "k: found 0"),
+        ({"k": 6}, austeer.PlanError, "k: found 6, expected an integer from 1 to 5"),
+        ({"mode": "quick"}, austeer.SteeringError, "mode: found 'quick'"),
+    ],
+)
+def test_bad_arguments_name_what_was_found(tiny, arguments, error, message):
+    before = snapshot(tiny)
+    with pytest.raises(error, match=message):
+        austeer.steer(tiny, random_plan(tiny, "ffn", 5), **arguments)
+    assert_unchanged(tiny, before)
+
+
+def test_bad_live_values_leave_the_strength_as_it_was(tiny, tiny_ids):
+    with austeer.steer(tiny, random_plan(tiny, "ffn", 5), 2.0) as steering:
+        before = logits(tiny, tiny_ids)
+        with pytest.raises(austeer.SteeringError):
+            steering.alpha = float("nan")
+        with pytest.raises(austeer.PlanError):
+            steering.k = 0
+        assert (steering.alpha, steering.k) == (2.0, 5)
+        assert torch.equal(logits(tiny, tiny_ids), before)
+
+
+def test_a_plan_for_another_model_is_refused_before_anything_is_touched(demo, tiny):
+    before = snapshot(tiny)
+    with pytest.raises(austeer.PlanError, match=r"made for .*30 layers.*the model is .*3 layers"):
+        austeer.steer(tiny, random_plan(demo[0], "attention", 5), 1.0)
+    assert_unchanged(tiny, before)
+
+
+def test_what_is_no_plan_or_no_model_is_refused(tiny):
+    for found, message in (
+        ({}, "found an empty dict"),
+        ([], "found list"),
+        ({"a": 1}, "found int"),
+        ({1: 2}, "found 1"),
+    ):
+        with pytest.raises(austeer.PlanError, match=message):
+            austeer.steer(tiny, found, 1.0)
+    with pytest.raises(austeer.SiteError, match="found no config"):
+        austeer.steer(nn.Linear(2, 2), random_plan(tiny, "ffn", 5), 1.0)
+
+
+def test_what_it_is_can_be_read(tiny):
+    plan = random_plan(tiny, ("ffn", "layer"), 5)
+    assert repr(plan) == "Plan(10 AUs: 5 at ffn, 5 at layer; scale; LlamaForCausalLM, 10 pairs)"
+    steering = austeer.steer(tiny, {"a": plan}, 2.0, scope=(0, 4))
+    assert repr(steering).startswith("Steering(LlamaForCausalLM, 'a': Plan(10 AUs: ")
+    assert repr(steering).endswith("alpha=2.0, k=10, tokens 0 to 3, off)")
+
+
+def test_a_hook_in_place_of_ours_is_told_and_undone(tiny, tiny_ids):
+    plan, before, plain = random_plan(tiny, "attention", 40), snapshot(tiny), logits(tiny, tiny_ids)
+    for mode in ("fused", "columns"):
+        steering = austeer.steer(tiny, plan, 3.0, mode=mode).attach()
+        module = tiny.model.layers[1].self_attn.o_proj
+        add_hook_to_module(module, ModelHook())
+        with pytest.raises(austeer.SteeringError, match="another accelerate hook in place of ours"):
+            steering.detach()
+        assert torch.equal(logits(tiny, tiny_ids), plain) and not is_steered(tiny)
+        remove_hook_from_module(module)
+        vars(module).pop("forward", None)
+    assert_unchanged(tiny, before)
+
+
+def test_models_that_share_layers_are_steered_one_at_a_time(tiny):
+    other = copy.deepcopy(tiny)
+    other.model.layers = tiny.model.layers
+    before, plan = snapshot(tiny), random_plan(tiny, "ffn", 20)
+    for mode, message in (("fold", "shares modules with another model"), ("columns", "is steered already")):
+        with austeer.steer(tiny, plan, 2.0, mode=mode, check=False) as steering:
+            with pytest.raises(austeer.SteeringError, match=message):
+                austeer.steer(other, plan, 3.0, mode=mode).attach()
+            steering.alpha = 1.0
+            tiny(input_ids=torch.tensor([[3, 4]]))
+        assert_unchanged(tiny, before)
+    with austeer.steer(other, plan, 2.0):
+        pass
+    assert_unchanged(tiny, before)
+
+
+def test_a_copy_made_inside_is_not_steered_twice(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 20)
+    with austeer.steer(tiny, plan, 2.0, mode="columns"):
+        logits(tiny, tiny_ids)
+        twin = copy.deepcopy(tiny)
+    with pytest.raises(austeer.SteeringError, match="copied while it was steered"):
+        austeer.steer(twin, plan, 2.0, mode="columns").attach()
+
+
+def test_modules_replaced_inside_are_a_warning(tiny, tiny_ids):
+    plan = random_plan(tiny, "ffn", 40)
+    for mode in ("fold", "columns"):
+        with (
+            pytest.warns(austeer.SteeringWarning, match="modules were replaced or wrapped inside the block"),
+            austeer.steer(tiny, plan, 2.0, mode=mode),
+        ):
+            logits(tiny, tiny_ids)
+            tiny.model.layers[1].mlp = copy.deepcopy(tiny.model.layers[0].mlp)
+
+
+def test_a_strength_beyond_float32_is_refused(tiny):
+    plan = random_plan(tiny, "ffn", 40, "shift")
+    assert plan.delta.abs().max() > 2
+    with pytest.raises(austeer.SteeringError, match=r"alpha: found 3e\+38 for site 'ffn'.*no float32 number"):
+        austeer.steer(tiny, plan, 3e38)
+    steering = austeer.steer(tiny, plan, 2.0)
+    with pytest.raises(austeer.SteeringError, match="no float32 number"):
+        steering.alpha = 3e38
+    assert steering.alpha == 2.0
+
+
+@pytest.mark.parametrize("mode", ["fused", "columns", "dense"])
+def test_alpha_may_change_between_forward_and_backward(tiny, tiny_ids, mode):
+    plan, weight = random_plan(tiny, "ffn", 20), tiny.model.layers[0].mlp.up_proj.weight
+    gradients = []
+    with austeer.steer(tiny, plan, 2.0, mode=mode) as steering:
+        for change in (2.0, -5.0):
+            tiny.zero_grad()
+            steering.alpha = 2.0
+            loss = tiny(**tiny_ids).logits.square().mean()
+            steering.alpha = change
+            loss.backward()
+            gradients.append(weight.grad.clone())
+    assert torch.equal(*gradients)

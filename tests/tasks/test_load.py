@@ -1,0 +1,256 @@
+"""Tasks from files: templates, the neutral format, and what is wrong in a row, by file and line."""
+
+import gzip
+import json
+
+import pytest
+
+from austeer import PairsError
+from austeer.errors import TaskError
+from austeer.tasks import Item, load_task
+from places import SHARED_DATA as DATA
+
+CHOICES = [
+    {"prompt": "Sky?", "options": [" blue", " red"], "label": 0},
+    {"prompt": "Grass?", "options": [" red", " blue", " green"], "label": " green", "group": "plants"},
+    {"prompt": "Rose?", "options": [" red", " blue"], "label": "red"},
+]
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes rows as JSONL and gives the path."""
+
+    def write(*rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+# --- the neutral format ----------------------------------------------------------------------------------------------
+
+
+def test_options(file):
+    path = file(*CHOICES)
+    task = load_task(path)
+    assert task.items == (
+        Item("Sky?", (" blue", " red"), 0),
+        Item("Grass?", (" red", " blue", " green"), 2, None, "plants"),
+        Item("Rose?", (" red", " blue"), 0),
+    )
+    assert (task.name, task.kind, task.source) == ("rows", "continuation", str(path))
+    assert load_task(path, kind="choice").kind == "choice"
+    assert load_task(path, limit=2).items == task.items[:2]
+
+
+def test_numbers(file):
+    task = load_task(file({"prompt": "1 + 1", "answer": 2}, {"prompt": "1 / 2", "answer": "0.5"}))
+    assert task.kind == "numeric" and [item.answer for item in task] == [2.0, 0.5]
+
+
+def test_pairs_are_as_load_pairs_reads_them(file):
+    rows = [
+        {"prompt": "P", "positive": " a", "negative": " b", "topic": "x"},
+        {"prompt": "Q", "positive": " a", "negative": " a"},
+        {"prompt": "R", "positive": " c", "negative": " d", "group": "x"},
+        {"prompt": "P", "positive": " a", "negative": " b"},
+    ]
+    task = load_task(file(*rows))
+    assert task.kind == "continuation"
+    assert task.items == (Item("P", (" a", " b")), Item("R", (" c", " d"), group="x")), (
+        "equal sides, and twice the same"
+    )
+    with pytest.raises(PairsError, match=r"rows.jsonl, line 2: field 'positive' is missing"):
+        load_task(file(rows[0], {"prompt": "Q", "negative": " a"}))
+
+
+def test_formats(file, tmp_path):
+    expected = load_task(file(*CHOICES)).items
+    rows = json.dumps(CHOICES)
+    (tmp_path / "rows.json").write_text(rows)
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as packed:
+        packed.writelines(json.dumps(row) + "\n" for row in CHOICES)
+    assert load_task(tmp_path / "rows.json").items == expected
+    assert load_task(tmp_path / "rows.jsonl.gz").items == expected
+    (tmp_path / "rows.csv").write_text('prompt,answer\n"1, 2 and?",3\nfour,4.5\n')
+    assert [item.answer for item in load_task(tmp_path / "rows.csv")] == [3.0, 4.5]
+
+
+def test_parquet_and_datasets(file, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    expected = load_task(file(*CHOICES)).items
+    columns = {"prompt": [], "options": [], "label": [], "group": []}
+    for row, item in zip(CHOICES, expected):
+        for name, value in {**row, "label": item.label, "group": row.get("group")}.items():
+            columns[name].append(value)
+    dataset = datasets.Dataset.from_dict(columns)
+    assert load_task(dataset).items == expected
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    assert load_task(tmp_path / "rows.parquet").items == expected
+
+
+def test_several_files_and_where(file):
+    file({**CHOICES[0], "part": "a"}, {**CHOICES[1], "part": "b"}, name="1.jsonl")
+    path = file({**CHOICES[2], "part": "b"}, name="2.jsonl")
+    task = load_task(str(path.parent / "*.jsonl"), where={"part": "b"})
+    assert [item.prompt for item in task] == ["Grass?", "Rose?"]
+    with pytest.raises(TaskError, match=r"found no row with {'part': 'c'}; check the names and values"):
+        load_task(str(path.parent / "*.jsonl"), where={"part": "c"})
+
+
+# --- templates -------------------------------------------------------------------------------------------------------
+
+
+def test_template_by_name(file):
+    row = {"passage": "P", "question": "q", "answer": True, "title": "T"}
+    task = load_task(file(row), "boolq")
+    assert (task.name, task.kind) == ("boolq", "choice") and task[0].label == 0
+
+
+def test_template_asks_for_what_the_file_lacks(file):
+    path = file({"passage": "P", "question": "q", "answer": True}, {"passage": "P", "question": "r"})
+    with pytest.raises(
+        TaskError, match=r"rows.jsonl, line 2: found the fields passage, question, expected answer, pass"
+    ):
+        load_task(path, "boolq")
+    with pytest.raises(TaskError, match=r"line 1: .* for the template 'svamp': Answer, Body, Question missing; choose"):
+        load_task(path, "svamp")
+
+
+def test_label_outside_the_values(file):
+    with pytest.raises(
+        TaskError, match=r"rows.jsonl, line 1: found 'maybe' in the field 'answer', expected true, false"
+    ):
+        load_task(file({"passage": "P", "question": "q", "answer": "maybe"}), "boolq")
+
+
+def test_template_has_its_own_kind(file):
+    with pytest.raises(TaskError, match="kind: found 'choice' beside a template"):
+        load_task(file(CHOICES[0]), "boolq", kind="choice")
+
+
+# --- bad rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "Q", "options": [" a", " b"], "label": 2}, "found the label 2, expected one of the options"),
+        ({"prompt": "Q", "options": [" a", " b"], "label": "c"}, "found the label 'c', expected one of the options"),
+        ({"prompt": "Q", "options": [" a"], "label": 0}, "expected two or more, all different"),
+        ({"prompt": "Q", "options": " a", "label": 0}, "options: found ' a', expected a list of texts"),
+        ({"prompt": "Q", "options": [" a", 3], "label": 0}, "options: found .* expected a list of texts"),
+        ({"prompt": "", "options": [" a", " b"], "label": 0}, "found the prompt '', expected text"),
+        ({"prompt": 3, "options": [" a", " b"], "label": 0}, "prompt: found 3, expected text"),
+        ({"prompt": "Q", "options": [" a", " b"]}, "found the fields prompt, options, expected prompt, options, label"),
+        ({"prompt": "Q", "options": [" a", " b"], "label": None}, "expected prompt, options, label"),
+        ({"prompt": "Q", "options": [" a", " b"], "label": 0, "extra": 1}, "expected prompt, options, label"),
+    ],
+)
+def test_bad_row_is_named(file, row, message):
+    with pytest.raises(TaskError, match=rf"rows.jsonl, line 2: .*{message}"):
+        load_task(file(CHOICES[0], row))
+
+
+@pytest.mark.parametrize("answer", ["many", True, "", "1/2"])
+def test_answer_that_is_no_number(file, answer):
+    with pytest.raises(TaskError, match=r"rows.jsonl, line 1: answer: found .* expected a number"):
+        load_task(file({"prompt": "Q", "answer": answer}))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "choices": [" a", " b"], "label": 0},
+        {"prompt": "Q", "options": [" a", " b"], "label": 0, "gruop": "x"},
+        {"prompt": "Q", "options": [" a", " b"], "label": 0, "answer": 3},
+        {"question": "Q"},
+    ],
+)
+def test_fields_that_no_form_has(file, row):
+    with pytest.raises(
+        TaskError, match=r"line 1: found the fields .* expected prompt, options, label; or prompt, answer"
+    ):
+        load_task(file(row))
+
+
+@pytest.mark.parametrize("template", [None, "boolq"])
+def test_empty_file(file, template):
+    with pytest.raises(TaskError, match=r"rows.jsonl: found no row"):
+        load_task(file(), template)
+
+
+def test_duplicates(file):
+    path = file(*CHOICES, CHOICES[1])
+    with pytest.raises(TaskError, match=r"line 4: found the question and answer of .*line 2 again, expected each once"):
+        load_task(path)
+    assert load_task(path, duplicates="drop").items == load_task(file(*CHOICES, name="once.jsonl")).items
+
+
+@pytest.mark.parametrize("duplicates", [None, "drop"])
+def test_two_answers_to_one_question(file, duplicates):
+    path = file(CHOICES[0], {**CHOICES[0], "label": 1})
+    with pytest.raises(
+        TaskError, match=r"line 2: found the question of .*line 1 again, with the answer ' red' and not"
+    ):
+        load_task(path, duplicates=duplicates)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"limit": 0}, "limit: found 0, expected at least 1"),
+        ({"kind": "numeric"}, "kind: found 'numeric', expected choice or continuation"),
+        ({"duplicates": "keep"}, "duplicates: found 'keep', expected one of error, drop"),
+    ],
+)
+def test_options_that_are_none(file, options, message):
+    with pytest.raises(TaskError, match=message):
+        load_task(file(CHOICES[0]), **options)
+
+
+def test_source_that_is_not_there(tmp_path):
+    with pytest.raises(PairsError, match="no such file"):
+        load_task(tmp_path / "rows.jsonl")
+
+
+# --- real files ------------------------------------------------------------------------------------------------------
+
+FILES = [
+    ("boolq", "boolq_a", 1000, 951),
+    ("copa", "copa_dev", 500, None),
+    ("copa_text", "copa_dev", 500, None),
+    ("winogrande", "winogrande_a", 633, 443),
+    ("winogrande_text", "winogrande_a", 633, 443),
+    ("persona", "persona_agreeableness", 1000, None),
+    ("persona", "persona_extraversion", 1000, None),
+    ("persona", "persona_openness", 1000, None),
+    ("caa", "caa_sycophancy_generate", 1000, None),
+    ("caa", "caa_sycophancy_test_ab", 50, None),
+    ("caa", "caa_hallucination_generate", 1000, None),
+    ("caa", "caa_hallucination_test_ab", 50, None),
+    ("truthfulqa_ab", "truthfulqa_ab_first400", 400, 400),
+    ("svamp", "svamp_first500", 500, 159),
+    ("mawps", "mawps_train", 970, None),
+    ("gsm8k", "gsm8k_train", 1000, 1000),
+]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
+@pytest.mark.parametrize("template, name, count, groups", FILES)
+def test_real_files(demo, template, name, count, groups):
+    from austeer.tasks import check_options
+
+    task = load_task(DATA / f"{name}.jsonl", template)
+    assert len(task) == count
+    found = {item.group for item in task}
+    assert len(found) == groups if groups else len(found) > 20
+    if task.kind != "numeric":
+        labels = [item.label for item in task]
+        assert min(labels.count(label) for label in set(labels)) > 0.3 * count and len(set(labels)) == 2
+        check_options(demo[1], task)
+        check_options(demo[1], task.with_chat_template(demo[1]))
+    parts = task.split({"a": 0.5, "b": 0.5})
+    assert not {item.group for item in parts["a"]} & {item.group for item in parts["b"]}

@@ -1,0 +1,250 @@
+"""tune() and compare(): nothing is chosen by the test part, the same search goes on, and what comes out steers."""
+
+import json
+
+import pytest
+import torch
+
+import austeer
+from austeer.errors import FileFormatError, SelectionError, TaskError
+from austeer.pairs.pairs import Pairs
+from austeer.tasks import Item, Task
+from austeer.tuning import compare, tune
+from austeer.tuning import scorer as scoring
+from austeer.tuning.compare import parse_methods
+from austeer.tuning.data import PARTS, Parts, halved, split
+from austeer.tuning.schedule import Costs
+from searches import NEUTRAL, NOUNS, material_of, words
+
+FEW = {"ks": (1, 4), "max_kl": 0.05, "neutral": NEUTRAL}
+
+
+def task_of(count: int = 48) -> Task:
+    """Three items of each group: what stays together."""
+    adjectives = ["old", "new", "tall"]
+    items = [
+        Item(f"The {adjectives[i % 3]} {NOUNS[i // 3 % 16]} was", (" good", " bad"), i % 2, group=NOUNS[i // 3 % 16])
+        for i in range(count)
+    ]
+    return Task("words", "choice", tuple(items), "words.jsonl")
+
+
+@pytest.fixture
+def loaded(lively, demo):
+    return lively, demo[1]
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_parts_share_no_group_and_say_what_they_are():
+    parts = split(task_of(), seed=3)
+    pairs = {p.prompt for p in parts.measure}
+    groups = [{i.group for i in part} for part in (parts.tune, parts.test)]
+    groups.append({item.group for item in task_of() if item.prompt in pairs})
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 16
+    assert [len(parts.measure), len(parts.tune), len(parts.test)] == [24, 12, 12]
+    said = parts.to_json()
+    assert said["seed"] == 3 and said["measure"]["pairs"] == 24 and said["test"]["digest"] == parts.test.digest()
+    other = split(task_of(), seed=4)
+    assert other.to_json()["test"]["digest"] != said["test"]["digest"]
+
+
+def test_with_a_momentum_all_of_the_data_is_tuned_and_tested_on():
+    parts = split(task_of(), measured=True)
+    assert parts.measure is None and len(parts.tune) + len(parts.test) == 48
+    few = split(task_of(), most=(10, 6, 4))
+    assert [len(few.measure), len(few.tune), len(few.test)] == [10, 6, 4]
+
+
+def test_parts_that_overlap_are_refused():
+    with pytest.raises(TaskError, match=r"found \d+ groups in the test part that are tuned on, first 'book'"):
+        Parts(None, task_of(), task_of())
+    parts = split(task_of(), measured=True)
+    with pytest.raises(TaskError, match="found parts without pairs to measure"):
+        split(parts)
+    assert split(parts, measured=True) is parts
+
+
+def test_too_little_data():
+    with pytest.raises(TaskError, match=r"too few for the split .* no item is left for 'tune'"):
+        split(Task("t", "choice", words().items[:3]))
+    assert sum(PARTS.values()) == 1
+
+
+def test_a_users_neutral_texts_are_for_choosing_and_for_the_report_in_turns():
+    assert halved(["a", "b", "c"]) == (["a", "c"], ["b"])
+
+
+# --- tune ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_that_comes_out_has_the_effect_that_is_said(loaded):
+    model, tokenizer = loaded
+    data = task_of()
+    result = tune(model, tokenizer, data, **FEW)
+    parts = split(data)
+    best = result.held_out[0]
+    assert (best.site, best.operation, best.k) == (result.chosen.site, result.chosen.operation, result.chosen.k)
+    scores = []
+    for steering in (False, True):
+        context = austeer.steer(model, result.plan, result.alpha) if steering else None
+        if context is not None:
+            context.attach()
+        scores.append(austeer.tasks.option_scores(model, tokenizer, parts.test).margins(parts.test)[0])
+        if context is not None:
+            context.detach()
+    assert float((scores[1] - scores[0]).mean()) == pytest.approx(best.effect, abs=1e-4)
+    assert best.accuracy == float((scores[1] > 0).double().mean())
+    assert result.unsteered.accuracy == float((scores[0] > 0).double().mean())
+    # its evidence holds every strength of it that was tried, and the recommended one
+    evidence = result.plan.evidence
+    assert evidence.alpha == result.alpha and evidence.tested[-1].side_effect == best.kl
+    assert {t.operation for t in result.held_out} == {"scale", "push", "shift"}
+    assert json.loads(json.dumps(result.to_json()))["settings"]["data"]["test"]["items"] == 12
+
+
+def test_nothing_is_chosen_by_the_test_part(loaded, monkeypatch):
+    """Other labels in the test part change the figures and nothing else."""
+    model, tokenizer = loaded
+    parts = split(task_of())
+    turned = Task("words", "choice", tuple(Item(i.prompt, i.options, 1 - i.label, group=i.group) for i in parts.test))
+    results = [tune(model, tokenizer, p, **FEW) for p in (parts, Parts(parts.measure, parts.tune, turned))]
+    assert results[0].chosen == results[1].chosen and results[0].trials == results[1].trials
+    assert results[0].plan.keys() == results[1].plan.keys() and results[0].alpha == results[1].alpha
+    assert results[0].held_out[0].effect == pytest.approx(-results[1].held_out[0].effect, abs=1e-5)
+
+
+def cost(monkeypatch, token):
+    """So many seconds for a token of an item; everything else takes no time."""
+    monkeypatch.setattr(scoring.Scorer, "costs", Costs(0.0, 0.0, token))
+
+
+def test_a_budget_measures_as_many_pairs_as_it_allows(loaded, tmp_path, monkeypatch):
+    task = task_of(96)
+    pairs = split(task).measure
+    length = sum(len(loaded[1](p.prompt + p.positive)["input_ids"]) for p in pairs) / len(pairs)
+    cost(monkeypatch, 30 / (2 * length * 30.5))  # 30 s of 100, for 30 pairs
+    results = [tune(*loaded, task, **FEW, budget=100, folder=tmp_path)]
+    cost(monkeypatch, 1e-9)  # goes on with as many, whatever the machine does by then
+    results.append(tune(*loaded, task, **FEW, budget=100, folder=tmp_path))
+    for result in results:
+        assert result.settings["data"]["measure"]["pairs"] == 30 < len(pairs)
+        assert result.settings["data"]["tune"]["items"] == 24
+    momentum = austeer.Momentum.load(tmp_path / "momentum.safetensors")
+    assert momentum.pairs == 30 and results[0].chosen == results[1].chosen
+    everything = tune(*loaded, task, **FEW, budget=100)
+    assert everything.settings["data"]["measure"] == split(task, most=(400, 200, 400)).to_json()["measure"]
+
+
+def test_a_budget_too_small_to_measure_is_refused_before_it_is_spent(loaded, tmp_path, monkeypatch):
+    cost(monkeypatch, 1.0)
+    monkeypatch.setattr("austeer.tuning.ground.measure", None)
+    with pytest.raises(TaskError, match=r"budget: found 60 s, too little to measure 20 pairs; expected at least \d+ s"):
+        tune(*loaded, task_of(), **FEW, budget=60, folder=tmp_path)
+
+
+def test_a_mix_of_two_sites_is_tried_with_a_strength_each(loaded):
+    result = tune(*loaded, task_of(), operations=("shift",), **FEW)
+    mixed = [t for t in result.trials if t.site == "attention+ffn"]
+    alone = [t for t in result.trials if t.site != "attention+ffn"]
+    assert {t.site for t in alone} == {"attention", "ffn"}
+    best = {site: max((t for t in alone if t.site == site), key=lambda t: (t.items, t.effect)) for site in FEW_SITES}
+    if all(t.effect > 0 for t in best.values()):
+        (mix,) = mixed
+        assert set(mix.alpha) == {"attention", "ffn"} and mix.k == sum(t.k for t in best.values())
+        ratio = mix.alpha["attention"] / mix.alpha["ffn"]
+        assert ratio == pytest.approx(best["attention"].alpha / best["ffn"].alpha)
+        assert mix.kl <= FEW["max_kl"]
+    else:
+        assert not mixed
+    without = tune(*loaded, task_of(), operations=("shift",), mix=False, **FEW)
+    assert not [t for t in without.trials if t.site == "attention+ffn"]
+
+
+FEW_SITES = ("attention", "ffn")
+
+
+def test_the_same_command_goes_on_and_another_is_refused(loaded, tmp_path, monkeypatch):
+    model, tokenizer = loaded
+    first = tune(model, tokenizer, task_of(), folder=tmp_path, **FEW)
+    monkeypatch.setattr(scoring, "option_scores", None)  # nothing may be run any more
+    monkeypatch.setattr(scoring, "side_effects", None)
+    again = tune(model, tokenizer, task_of(), folder=tmp_path, **FEW)
+    assert again.chosen == first.chosen and again.held_out == first.held_out and again.plan == first.plan
+    with pytest.raises(FileFormatError, match=r"another search: found max_kl 0\.05, expected 0\.06"):
+        tune(model, tokenizer, task_of(), folder=tmp_path, **(FEW | {"max_kl": 0.06}))
+    with pytest.raises(FileFormatError, match="another search: found data"):
+        tune(model, tokenizer, task_of(45), folder=tmp_path, **FEW)
+    with pytest.raises(FileFormatError, match="another search: found neutral"):
+        tune(model, tokenizer, task_of(), folder=tmp_path, **(FEW | {"neutral": NEUTRAL[:2]}))
+
+
+def test_pairs_and_a_momentum_of_other_pairs(loaded):
+    model, tokenizer = loaded
+    momentum = material_of(model, tokenizer).momentum
+    pairs = Pairs.of([(f"They say the {noun} is", " good", " bad") for noun in NOUNS])
+    result = tune(model, tokenizer, pairs, momentum=momentum, sites=("ffn",), operations=("push",), **FEW)
+    assert "measure" not in result.settings["data"] and result.plan.sites == ("ffn",)
+    assert result.plan.pairs == momentum.pairs
+    with pytest.raises(SelectionError, match="site 'layer' was not measured"):
+        tune(model, tokenizer, pairs, momentum=momentum, sites=("layer",), **FEW)
+
+
+def test_more_aus_than_a_small_model_has(loaded):
+    result = tune(*loaded, task_of(), sites=("ffn",), operations=("shift",), **(FEW | {"ks": (5000,)}))
+    assert result.plan.model.layers * result.plan.model.widths["ffn"] == len(result.plan)
+
+
+def test_numbers_cannot_be_tuned_on(loaded):
+    numeric = Task("sums", "numeric", tuple(Item(f"{n} + 1 =", answer=n + 1.0) for n in range(40)))
+    with pytest.raises(TaskError, match="found a numeric task"):
+        tune(*loaded, numeric, **FEW)
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_brought_to_the_same_limit_and_reported(loaded, tmp_path):
+    options = {"ks": (4,), "max_kl": 0.05, "neutral": NEUTRAL, "layers": (0, 2), "folder": tmp_path}
+    methods = ("momentum", "random:shift", "all:scale", "difference:scale", "caa", "sadi")
+    result = compare(*loaded, task_of(), methods=methods, **options)
+    rows = {(row.method, row.operation): row for row in result.held_out}
+    assert set(rows) == {
+        *(("momentum", operation) for operation in ("scale", "push", "shift")),
+        *(("random", "shift"), ("all", "scale"), ("difference", "scale"), ("caa", "shift"), ("sadi", "scale")),
+    }
+    assert all(trial.kl <= 0.05 for trial in result.trials)
+    assert rows["caa", "shift"].layers == 1 and rows["caa", "shift"].k == 32
+    assert rows["all", "scale"].k == rows["all", "scale"].layers * 32
+    assert set(result.cost) == {"unsteered", "unsteered again", *(row.name for row in result.held_out)}
+    assert result.cost["unsteered"].ratio == 1
+    first, *others = result.held_out
+    assert first.behind is None
+    for row in others:
+        assert row.behind[0] == pytest.approx(first.effect - row.effect, abs=1e-9)
+        assert row.behind[1] <= row.behind[0] <= row.behind[2]
+    assert json.loads(json.dumps(result.to_json()))["held_out"][0]["method"] == first.method
+    again = compare(*loaded, task_of(), methods=methods, **options)
+    assert again.held_out == result.held_out and again.cost == result.cost
+
+
+def test_parse_methods():
+    assert parse_methods(["momentum", "caa"]) == {
+        "momentum": ("scale", "push", "shift"),
+        "caa": ("scale", "push", "shift"),
+    }
+    assert parse_methods(["random:shift", "random:scale"]) == {"random": ("shift", "scale")}
+    for wrong in ("repeng", "random:turn", ""):
+        with pytest.raises(TaskError, match="expected METHOD or METHOD:OPERATION of momentum, random"):
+            parse_methods([wrong])
+    with pytest.raises(TaskError, match="methods: found none"):
+        parse_methods([])
+
+
+def test_the_model_is_what_it_was(loaded):
+    model, tokenizer = loaded
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    compare(model, tokenizer, task_of(), methods=("momentum:scale",), timed=False, **FEW)
+    assert not austeer.is_steered(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

@@ -1,0 +1,291 @@
+"""The vLLM plugin inside a model: which row each token has, and what the layers add to it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from austeer.errors import PlanError, SiteError
+from austeer.models.sites import Fingerprint
+from austeer.plans.plan import Plan
+from austeer.steering.scope import parse_scope
+from austeer.vllm.layers import Steer, check_fits, install, site_module, structure
+from austeer.vllm.sets import ServingError, tables
+from austeer.vllm.slots import RowBuffer, Slots
+
+SCOPES = {"all": "all", "generation": "generation", "prompt": "prompt", "last": "last_prompt_token", "range": (2, 5)}
+INSIDE = {
+    "all": lambda position, prompt: True,
+    "generation": lambda position, prompt: position >= prompt,
+    "prompt": lambda position, prompt: position < prompt,
+    "last": lambda position, prompt: position == prompt - 1,
+    "range": lambda position, prompt: 2 <= position < 5,
+}
+NAMES = [None, *SCOPES]
+COUNT = 5  # slots
+
+
+def slots():
+    return Slots({name: parse_scope(scope) for name, scope in SCOPES.items()}, COUNT)
+
+
+REQUEST = st.tuples(st.sampled_from(NAMES), st.integers(1, 6), st.integers(0, 7), st.integers(1, 4))
+
+
+@given(st.lists(REQUEST, max_size=COUNT), st.permutations(range(COUNT)), st.integers(0, 3))
+@settings(deadline=None)
+def test_each_token_has_the_row_of_its_request_where_its_scope_says_so(requests, order, padding):
+    """Requests of (set, prompt length, tokens computed so far, tokens in this batch), each in any slot."""
+    found = slots()
+    for slot in range(COUNT):
+        found.put(slot, "all", 3)  # of requests that are gone
+    expected = []
+    for slot, (name, prompt, computed, tokens) in zip(order, requests):
+        found.put(slot, name, prompt)
+        for position in range(computed, computed + tokens):
+            steered = name is not None and INSIDE[name](position, prompt)
+            expected.append(NAMES.index(name) if steered else 0)
+    batch = np.array(order[: len(requests)], dtype=np.int64)
+    first, lengths = (np.array([r[i] for r in requests], dtype=np.int64) for i in (2, 3))
+    rows = found.rows(batch, lengths, first, len(expected) + padding)
+    assert rows.dtype == np.int32 and rows.tolist() == [*expected, *[0] * padding]
+
+
+def rows_of_all(found):
+    one = np.ones(COUNT, dtype=np.int64)
+    return found.rows(np.arange(COUNT), one, 9 * one, COUNT).tolist()
+
+
+def test_requests_move_between_slots():
+    found = slots()
+    found.put(0, "all", 1)
+    found.put(3, "generation", 1)
+    assert rows_of_all(found) == [1, 0, 0, 2, 0]
+    found.move(0, 3, swap=True)
+    assert rows_of_all(found) == [2, 0, 0, 1, 0]
+    found.move(3, 1, swap=False)
+    assert rows_of_all(found) == [2, 1, 0, 0, 0]
+    found.move(2, 0, swap=False)  # one that is not steered takes the place of one that is
+    assert rows_of_all(found) == [0, 1, 0, 0, 0]
+    found.put(1, None, 1)
+    assert rows_of_all(found) == [0] * COUNT
+
+
+def test_an_unknown_set_does_not_become_none():
+    with pytest.raises(ServingError, match="found 'kind', expected one of all, generation"):
+        slots().put(0, "kind", 3)
+
+
+def test_the_row_buffer_stays_where_it_is_and_forgets_longer_batches():
+    buffer = RowBuffer(6, torch.device("cpu"))
+    place = buffer.tensor.data_ptr()
+    for rows in ([1, 2, 3, 4], [2, 1], [2, 1], [], [5, 5, 5, 5, 5, 5]):
+        with torch.inference_mode():
+            buffer.write(np.array(rows, dtype=np.int32))
+        assert buffer.tensor.tolist() == rows + [0] * (6 - len(rows)) and buffer.tensor.data_ptr() == place
+
+
+def test_the_row_buffer_does_not_share_what_it_was_given():
+    buffer, rows = RowBuffer(2, torch.device("cpu")), np.array([1, 2], dtype=np.int32)
+    buffer.write(rows)
+    rows[0] = 7
+    buffer.write(rows)
+    assert buffer.tensor.tolist() == [7, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_rounding_of_the_formula(seed, dtype):
+    strengths = {term: torch.randn(4, 16) for term in ("scale", "push", "shift")}
+    rows = torch.tensor([0, 3, 1, 1, 2, 0, 0], dtype=torch.int32)
+    for terms in (["push"], ["shift"], ["scale", "shift"], ["scale", "push", "shift"]):
+        mine = {term: strengths[term] for term in terms}
+        for t in mine.values():
+            t[0] = 0
+        x = torch.randn(5, 16, dtype=dtype)
+        exact = x.double()
+        for term, t in mine.items():
+            of = {"scale": x.double(), "push": x.double().abs(), "shift": 1.0}[term]
+            exact = exact + t.double()[rows[:5].long()] * of
+        found = Steer(mine, rows)(x)
+        assert found.dtype == dtype and torch.equal(found[0], x[0])
+        assert (found.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_a_tensor_that_is_no_activation_is_refused():
+    steer = Steer({"shift": torch.ones(2, 16)}, torch.zeros(8, dtype=torch.int32))
+    for x in (torch.zeros(5, 16, dtype=torch.int8), torch.zeros(5, 8), torch.zeros(1, 5, 16)):
+        with pytest.raises(SiteError, match="expected \\[tokens, 16\\]"):
+            steer(x)
+
+
+class Projection(nn.Module):
+    """Like vLLM's linear layers: knows its sizes, returns its bias apart."""
+
+    def __init__(self, inputs, outputs, part=1):
+        super().__init__()
+        self.input_size, self.output_size = inputs, outputs
+        self.linear = nn.Linear(inputs // part, outputs, bias=False)
+
+    def forward(self, x):
+        return self.linear(x), None
+
+
+class Decoder(nn.Module):
+    """Llama's structure in vLLM, with its residual that is added late; no attention between tokens."""
+
+    def __init__(self, layers=2, width=6, inner=10, part=1):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(Layer(width, inner, part) for _ in range(layers))
+
+    def forward(self, hidden):
+        residual = torch.zeros_like(hidden)
+        for layer in self.model.layers:
+            hidden, residual = layer(hidden, residual)
+        return hidden + residual
+
+
+class Layer(nn.Module):
+    def __init__(self, width, inner, part):
+        super().__init__()
+        self.self_attn, self.mlp = nn.Module(), Mlp(width, inner)
+        self.self_attn.o_proj = Projection(8, width, part)
+        self.attention = nn.Linear(width, 8 // part, bias=False)
+
+    def forward(self, hidden, residual):
+        residual = hidden + residual
+        hidden = self.self_attn.o_proj(self.attention(residual).tanh())[0]
+        residual = hidden + residual
+        return self.mlp(residual), residual
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.up, self.down_proj = nn.Linear(width, inner, bias=False), Projection(inner, width)
+
+    def forward(self, x):
+        return self.down_proj(self.up(x).tanh())[0]
+
+
+WIDTHS = {"attention": 8, "ffn": 6, "layer": 6, "neuron": 10}
+
+
+def plan(site, operation, layer=1, model_type="llama", layers=2, widths=WIDTHS):
+    count = widths[site]
+    fingerprint = Fingerprint(model_type, layers, widths, "a model", None)
+    index, layer = torch.arange(count).int(), torch.full((count,), layer).int()
+    beta, delta = torch.rand(count) * 2 - 1, torch.randn(count)
+    return Plan((site,) * count, layer, index, beta, delta, operation, fingerprint, pairs=4)
+
+
+def by_hand(model, plan, alpha, hidden):
+    """The model's arithmetic, with the plan's steering at its site."""
+
+    def steered(x, site, layer):
+        if site != plan.site[0] or layer != plan.layer[0]:
+            return x
+        return {
+            "scale": x + alpha * plan.beta * x,
+            "push": x + alpha * plan.beta * x.abs(),
+            "shift": x + alpha * plan.delta,
+        }[plan.operation]
+
+    for i, layer in enumerate(model.model.layers):
+        z = steered(layer.attention(hidden).tanh(), "attention", i)
+        hidden = hidden + layer.self_attn.o_proj.linear(z)
+        inner = steered(layer.mlp.up(hidden).tanh(), "neuron", i)
+        hidden = hidden + steered(layer.mlp.down_proj.linear(inner), "ffn", i)
+        hidden = steered(hidden, "layer", i)
+    return hidden
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("site", WIDTHS)
+def test_the_layers_do_what_the_formula_says(seed, site, compiled):
+    model, plans = Decoder(), [plan(site, operation) for operation in ("scale", "push", "shift")]
+    rows = torch.zeros(16, dtype=torch.int32)
+    done = install(model, "llama", tables([[(p, 1.5)] for p in plans]), range(2), rows)
+    assert done == [f"{site} 1"]
+    run, graphs = model, []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for order in ([0, 1, 2, 3, 1], [3, 0, 2], [0, 0, 0, 0]):
+            x = torch.randn(len(order), 6)
+            rows[: len(order)] = torch.tensor(order)
+            found = run(x)
+            for number, row in enumerate(order):
+                one = x[number : number + 1]
+                expected = by_hand(model, plans[row - 1], 1.5 if row else 0.0, one)
+                torch.testing.assert_close(found[number : number + 1], expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == compiled  # neither other rows nor another number of tokens makes another one
+
+
+def test_a_process_of_a_tensor_parallel_group_steers_its_share(seed):
+    p = plan("attention", "shift")
+    whole, found = tables([[(p, 2.0)]])["attention", 1]["shift"], []
+    for rank in range(2):
+        model = Decoder(part=2)
+        install(model, "llama", tables([[(p, 2.0)]]), range(2), torch.zeros(4, dtype=torch.int32), (rank, 2))
+        found.append(model.model.layers[1].self_attn.o_proj.austeer.shift)
+    assert torch.equal(torch.cat(found, dim=1), whole)
+
+
+def test_a_process_steers_the_layers_that_it_has():
+    model = Decoder()
+    both = tables([[(plan("ffn", "shift", layer=0), 1.0), (plan("ffn", "shift", layer=1), 1.0)]])
+    assert install(model, "llama", both, range(1, 2), torch.zeros(4, dtype=torch.int32)) == ["ffn 1"]
+    assert not hasattr(model.model.layers[0].mlp, "austeer")
+
+
+def test_nothing_of_the_steering_is_saved_with_the_model():
+    model = Decoder()
+    before = model.state_dict().keys()
+    install(model, "llama", tables([[(plan("ffn", "shift"), 1.0)]]), range(2), torch.zeros(4, dtype=torch.int32))
+    assert model.state_dict().keys() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"model_type": "qwen2"}, "found a plan for qwen2 of 2 layers.*expected one for llama of 2"),
+        ({"layers": 3}, "found a plan for llama of 3 layers"),
+        ({"widths": WIDTHS | {"neuron": 12}}, "found a plan for 12 AUs at site 'neuron'.*expected 10"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused(change, match):
+    model = Decoder()
+    check_fits("kind", plan("neuron", "shift"), model, "llama", range(2), 2)
+    with pytest.raises(PlanError, match=f"set 'kind': {match}"):
+        check_fits("kind", plan("neuron", "shift", **change), model, "llama", range(2), 2)
+
+
+def test_a_model_without_the_usual_names_is_refused():
+    model = Decoder()
+    model.model.layers[0].self_attn = nn.Module()
+    with pytest.raises(SiteError, match=r"model\.layers\.0\.self_attn\.o_proj, where site 'attention' should be"):
+        site_module(model, "llama", "attention", 0)
+    with pytest.raises(SiteError, match="no known layout"):
+        site_module(model, "unknown", "attention", 0)
+
+
+def test_the_digest_tells_structures_apart_and_no_values():
+    one = tables([[(plan("ffn", "shift"), 1.0)]])
+    assert structure(one) == structure(tables([[(plan("ffn", "shift"), 7.0)]]))
+    others = [
+        tables([[(plan("ffn", "push"), 1.0)]]),
+        tables([[(plan("ffn", "shift", layer=0), 1.0)]]),
+        tables([[(plan("layer", "shift"), 1.0)]]),
+        tables([[(plan("ffn", "shift"), 1.0)]] * 2),
+        tables([[(plan("ffn", "shift"), 1.0), (plan("ffn", "scale"), 1.0)]]),
+    ]
+    assert len({structure(found) for found in (one, *others)}) == 6
