@@ -27,10 +27,12 @@ test-engines: $(ENGINES) ## plans inside vLLM for CPUs: its server, its Python i
 study: $(READY) ## momentum beside every baseline on five tasks (DATA=FOLDER; docs/study.md)
 	PYTHONPATH=.:kernels $(BIN)/python -m bench.study $(if $(DATA),--data $(DATA)) --out runs/study
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy, the architecture (.importlinter), sizes of files and functions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+	$(BIN)/python tests/sizes.py
 
 aot: $(READY) ## compile every shipped kernel configuration for four GPUs, on a machine without one
 	$(BIN)/python -m austeer_kernels.aot

@@ -5,38 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..counters import Counters, counters_from, tensors_of
+from ..counters import counters_from, tensors_of
 from ..errors import FileFormatError
 from ..utils import files
 from .layerwise import hidden_states as hidden
+from .tally import State
 
 FORMAT, VERSION = "austeer-checkpoint", 2
-
-
-@dataclass(frozen=True)
-class State:
-    """What has been counted: every block of this process before ``block``.
-
-    Attributes:
-        block: the number of the next block. digest: hash of all pairs before it. pairs: how many of this
-            process' pairs are counted (half_pairs, cut, identical likewise).
-        sites: site name -> counters so far. half: those of one half, of ``half_pairs`` pairs.
-        extra: what else has to be the same, and is found out at run time (for example the batch size).
-    """
-
-    block: int
-    digest: str
-    pairs: int
-    half_pairs: int
-    cut: int
-    identical: int
-    sites: Mapping[str, Counters]
-    half: Mapping[str, Counters]
-    extra: Mapping[str, Any]
 
 
 class Checkpoint:

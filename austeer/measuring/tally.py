@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from ..counters import Counters
 from ..errors import CaptureError
 from ..models.sites import Site
 from .blocks import Block, Blocks
-from .checkpoint import State
 
 
 class Tally:
@@ -145,3 +145,25 @@ class Counting:
         for kept, earlier in ((self.totals, counters), (self.half, half)):
             for mine, theirs in zip(kept, earlier.tensors().values()):
                 mine.copy_(theirs.flatten())
+
+
+@dataclass(frozen=True)
+class State:
+    """What has been counted: every block of this process before ``block``.
+
+    Attributes:
+        block: the number of the next block. digest: hash of all pairs before it. pairs: how many of this
+            process' pairs are counted (half_pairs, cut, identical likewise).
+        sites: site name -> counters so far. half: those of one half, of ``half_pairs`` pairs.
+        extra: what else has to be the same, and is found out at run time (for example the batch size).
+    """
+
+    block: int
+    digest: str
+    pairs: int
+    half_pairs: int
+    cut: int
+    identical: int
+    sites: Mapping[str, Counters]
+    half: Mapping[str, Counters]
+    extra: Mapping[str, Any]
