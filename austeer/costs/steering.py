@@ -21,7 +21,7 @@ from ..models.structure import unwrap
 from ..plans.table import OPERATIONS
 from .ceilings import Ceilings, ceilings
 from .shapes import LayerWork, layer_work
-from .unsteered import Unsteered, unsteered
+from .unsteered import UnsteeredPass, unsteered
 from .work import WAYS, Target, Work, kept_bytes, place_of, why_not
 
 UNSTEERED = "unsteered"
@@ -59,7 +59,7 @@ class Pass:
 
     tokens: int
     past: int
-    unsteered: Unsteered
+    unsteered: UnsteeredPass
     seconds: float
     extra: dict[str, Extra]
 

@@ -16,7 +16,7 @@ from ..models.projection import why_not_the_projection
 from ..models.sites import Site
 from ..models.structure import input_device
 from ..models.tensor_parallel import held
-from ..plans.fit import Entry, entries_of
+from ..plans.fit import LayerUnits, units_by_layer
 from ..plans.plan import Plan
 from .columns import Columns
 from .dense import Dense
@@ -57,7 +57,7 @@ def choose(
     mode: str,
     model: nn.Module,
     site: Site,
-    groups: Sequence[Sequence[Entry]],
+    groups: Sequence[Sequence[LayerUnits]],
     storages: Counter,
     at_run_time: str,
     fused: set[nn.Module],
@@ -153,7 +153,7 @@ def plan_paths(
     storages, default = shared_storages(model), input_device(model)
     fused: set[nn.Module] = set()
     blocks: dict[tuple[type, type], str | None] = {}
-    for (name, layer), entries in entries_of(plans, sites).items():
+    for (name, layer), entries in units_by_layer(plans, sites).items():
         site = sites[name][layer]
         mine = held(model, site)
         mine = range(site.width) if mine is None else mine  # it may be an empty one
