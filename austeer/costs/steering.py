@@ -1,7 +1,7 @@
 """The analytic cost model: what steering costs on each path, from a model's config alone, beside the model itself.
 
 Nothing is run with values and no weights are read; a model of any size takes a second or so. The predictions are held
-against counts of real forward passes in tests/test_overhead.py.
+against counts of real forward passes in tests/costs/test_steering.py.
 """
 
 from __future__ import annotations
