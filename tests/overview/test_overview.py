@@ -15,7 +15,15 @@ from austeer import Counters, FileFormatError, Momentum, SelectionError
 from austeer.models.sites import Fingerprint
 from austeer.overview.overview import KS, of_file, of_momentum, of_plan
 from austeer.plans.hub import HubError
-from austeer.statistics import DetectableRate, adjusted_p_values, effect_size, p_values, ranking, signed_rate, stability
+from austeer.statistics import (
+    DetectableRate,
+    adjusted_p_values,
+    effect_size,
+    p_values,
+    ranking,
+    signed_rate,
+    stability,
+)
 from local_hub import local_hub
 from small_plans import EVIDENCE, KNOWN
 
