@@ -1,6 +1,6 @@
 """What each way to steer does at one site of one layer in one forward pass: bytes, operations, launches.
 
-Written down from what the code does (austeer/steering, the kernels, and what others' code calls), as a list of operations. In
+Written down from what the code does (austeer/steering, the kernels, what others call), as a list of operations. In
 the sums each operation reads every tensor that it is given once and writes every one that it makes once; of a gather or
 scatter only the selected values count. A launch is one operation that does work, no view: on a GPU a kernel or a copy.
 """

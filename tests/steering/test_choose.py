@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering.steering import choose as dispatch
+from austeer.steering import choose as dispatch
 from austeer_kernels import launch
 from dense_formula import formula, formula_at, formula_logits, logits, random_plan
 
@@ -81,7 +81,7 @@ def test_a_cpu_has_no_measured_limit(tiny):
 @pytest.fixture
 def counted(monkeypatch):
     """How many tokens went through the fused kernel at each call."""
-    from austeer.steering.steering import hook_path as paths
+    from austeer.steering import hook_path as paths
 
     tokens, kernel = [], paths._steered_linear
 

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import austeer
 from austeer.plans.fit import LayerUnits
-from austeer.steering.steering import hook_path as paths
+from austeer.steering import hook_path as paths
 from austeer.steering.tables import StrengthTable
 from dense_formula import (
     OPERATIONS,
