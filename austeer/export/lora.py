@@ -52,7 +52,7 @@ def export_lora(
         >>> sorted(file.name for file in out.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors', 'austeer.json']
 
-    which vLLM, for one, serves with ``vllm serve models/tiny --enable-lora --lora-modules kind=adapters/kind``.
+    With that, ``vllm serve models/tiny --enable-lora --lora-modules kind=adapters/kind`` steers all requests for "kind".
 
     Weights are read one layer at a time, in place, so a model of any size takes little more memory than its adapter.
     The adapter is for this model's weights: on another one it does something else.
