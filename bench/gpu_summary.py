@@ -88,8 +88,8 @@ def _table(title: str, left: list[str], right: list[str]) -> Table:
 def _kernels(result: dict[str, Any]) -> Table:
     table = _table("kernels: us, and time over the floor", ["out x in"], ["tokens", *KERNELS])
     for row in result["rows"]:
-        found = (row["variants"][name] for name in KERNELS)
-        cells = (f"{of['seconds']['median'] * 1e6:.1f}  {1 / of['of_floor']:.2f}x" for of in found)
+        found = (row["variants"].get(name) for name in KERNELS)
+        cells = (f"{of['seconds']['median'] * 1e6:.1f}  {1 / of['of_floor']:.2f}x" if of else "" for of in found)
         table.add_row(f"{row['n']}x{row['k']}", str(row["tokens"]), *cells)
     return table
 

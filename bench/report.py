@@ -40,7 +40,7 @@ def show_dispatch(content: dict[str, Any]) -> None:
     for row in content["rows"]:
         v = row["variants"]
         cells = [f"{row['n']}x{row['k']}", str(row["tokens"]), f"{v[PLAIN]['seconds']['median'] * 1e6:.1f}"]
-        table.add_row(*cells, *(_spread(v[name]["ratio"]) for name in shown))
+        table.add_row(*cells, *(_spread(v[name]["ratio"]) if name in v else "" for name in shown))
     console.print(table)
     table = Table(title="microseconds, and share of the measured copy bandwidth")
     shown = [PLAIN, *RIVALS, COLUMNS[100], *ALONE.values()]
@@ -48,7 +48,10 @@ def show_dispatch(content: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for row in content["rows"]:
         v = row["variants"]
-        cells = [f"{v[name]['seconds']['median'] * 1e6:.2f}\n{v[name]['of_copy_bandwidth']:.0%}" for name in shown]
+        cells = [
+            f"{v[name]['seconds']['median'] * 1e6:.2f}\n{v[name]['of_copy_bandwidth']:.0%}" if name in v else ""
+            for name in shown
+        ]
         table.add_row(f"{row['n']}x{row['k']}", str(row["tokens"]), *cells)
     console.print(table)
     show_goals(content["goals"], console)

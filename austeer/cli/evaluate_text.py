@@ -11,7 +11,7 @@ from .common import console, emit
 from .search_options import show_alpha
 
 if TYPE_CHECKING:
-    from ..tasks import Estimate, Evaluation
+    from ..tasks import Evaluation, IntervalEstimate
 
 LEGEND = (
     "exact match: what the model itself writes, greedily, is {what}; p: McNemar's exact test{of}\n"
@@ -102,11 +102,11 @@ def _about(template) -> dict[str, Any]:
     }
 
 
-def _share(estimate: Estimate) -> str:
+def _share(estimate: IntervalEstimate) -> str:
     return escape(f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]")
 
 
-def _signed(estimate: Estimate | None) -> str:
+def _signed(estimate: IntervalEstimate | None) -> str:
     if estimate is None:
         return ""
     interval = "" if estimate.low is None else f" [{estimate.low:+.2f}, {estimate.high:+.2f}]"

@@ -1,7 +1,7 @@
 """The analytic cost model: what steering costs on each path, from a model's config alone, beside the model itself.
 
 Nothing is run with values and no weights are read; a model of any size takes a second or so. The predictions are held
-against counts of real forward passes in tests/test_overhead.py.
+against counts of real forward passes in tests/costs/test_steering.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..models.structure import unwrap
 from ..plans.table import OPERATIONS
 from .ceilings import Ceilings, ceilings
 from .shapes import LayerWork, layer_work
-from .unsteered import Unsteered, unsteered
+from .unsteered import UnsteeredPass, unsteered
 from .work import WAYS, Target, Work, kept_bytes, place_of, why_not
 
 UNSTEERED = "unsteered"
@@ -59,7 +59,7 @@ class Pass:
 
     tokens: int
     past: int
-    unsteered: Unsteered
+    unsteered: UnsteeredPass
     seconds: float
     extra: dict[str, Extra]
 

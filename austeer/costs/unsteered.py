@@ -28,7 +28,7 @@ def does_work(operation: torch._ops.OpOverload) -> bool:
 
 
 @dataclass(frozen=True)
-class Unsteered:
+class UnsteeredPass:
     """What one forward pass takes at least, and what it calls.
 
     Attributes:
@@ -62,7 +62,7 @@ def unsteered(
     batch: int,
     length: int,
     past: int,
-) -> Unsteered:
+) -> UnsteeredPass:
     """A pass of ``length`` new tokens in each of ``batch`` rows, whose ``past`` earlier tokens are in the cache.
 
     Args:
@@ -96,7 +96,7 @@ def unsteered(
         launches, cache = traced(network, batch, length, past)
     except Exception:  # of someone else's code, which looked at values, say
         launches, cache = None, 2 * _key_width(network) * batch * (past + length) * size
-    return Unsteered(round(weights) * size, cache, round(values) * size, operations, launches)
+    return UnsteeredPass(round(weights) * size, cache, round(values) * size, operations, launches)
 
 
 def _key_width(network: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """What each way to steer does at one site of one layer in one forward pass: bytes, operations, launches.
 
-Written down from what the code does (paths.py, the kernels, and what others' code calls), as a list of operations. In
+Written down from what the code does (austeer/steering, the kernels, and what others' code calls), as a list of operations. In
 the sums each operation reads every tensor that it is given once and writes every one that it makes once; of a gather or
 scatter only the selected values count. A launch is one operation that does work, no view: on a GPU a kernel or a copy.
 """
@@ -17,6 +17,8 @@ from austeer_kernels import launch
 
 from ..models import linear
 from ..models.sites import Site
+from ..plans.fit import why_no_edit
+from ..steering.columns import dense_costs_less
 from ..steering.fused import why_not_fused
 
 #: Bytes of the tables' entries.
@@ -193,9 +195,8 @@ def columns(place: Place, target: Target) -> Work:
 
 
 def columns_are_dense(place: Place) -> bool:
-    """What :func:`austeer.steering.columns.dense_is_cheaper` says on a CPU outside compiled graphs, for one
-    operation."""
-    return place.values <= 16384 or 64 * place.count >= place.width
+    """Whether columns is one dense operation on a CPU outside compiled graphs, for one operation."""
+    return dense_costs_less(place.values, place.count, place.width)
 
 
 def _in_place(place: Place) -> Work:
@@ -235,7 +236,10 @@ def fused(place: Place, target: Target) -> Work:
     """``mode="fused"``: what its kernels, or on a CPU its definition, take beyond the product that they replace.
 
     On a GPU the strengths of all dimensions, and, where the sum is split over programs, a finish that adds the parts.
+    Beyond the kernel's number of tokens it is ``columns``.
     """
+    if place.tokens > launch.MOST_TOKENS:
+        return columns(place, target)
     inputs, outputs = place.shape
     size = place.itemsize
     each = 4 if place.operation == "push" else 3
@@ -259,14 +263,14 @@ def fused(place: Place, target: Target) -> Work:
 
 
 def _splits(place: Place, target: Target) -> int:
-    """Over how many programs the decode form splits the sum; 1 for the prefill form."""
+    """Over how many programs the fused kernel splits the sum."""
     inputs, outputs = place.shape
     name = str(place.dtype).removeprefix("torch.")
     for table in launch.tables():
         entries = [e for e in table.entries if e.op == "steered_linear" and name in e.dtypes]
         if entries and table.fits(target.architecture, target.name):
             entry = min(entries, key=lambda e: e.distance(place.tokens, outputs, inputs))
-            return 1 if entry.form == "prefill" else entry.splits(place.tokens, outputs, inputs, target.processors)
+            return entry.splits(place.tokens, outputs, inputs, target.processors)
     return 1
 
 
@@ -335,24 +339,8 @@ def why_not(network: nn.Module, way: str, sites: Sequence[Site], operation: str)
             return "no linear layer makes this tensor"
         if way == "fused" and (reason := why_not_fused(projection)):
             return reason
-        if way == "fold" and (reason := _why_not_fold(network, site, operation)):
+        if way == "fold" and (reason := why_no_edit(network, site, operation)):
             return reason
-    return ""
-
-
-def _why_not_fold(network: nn.Module, site: Site, operation: str) -> str:
-    if not site.parts:
-        return "no linear layer makes this tensor"
-    if operation == "push":
-        return "push is not linear"
-    if operation == "shift" and site.projection is None:
-        return "shift in a mixture of experts would need router weights that sum to 1"
-    for path in site.parts:
-        weights = linear.weights_of(module := network.get_submodule(path))
-        if isinstance(weights, str):
-            return weights
-        if operation == "shift" and getattr(module, weights.bias or "", None) is None:
-            return "shift needs a bias and the layer has none"
     return ""
 
 
@@ -373,7 +361,7 @@ def kept_bytes(
             continue
         for path in site.parts:
             weights = linear.weights_of(module := network.get_submodule(path))
-            assert isinstance(weights, linear.Weights)  # otherwise fold was refused
+            assert isinstance(weights, linear.WeightNames)  # otherwise fold was refused
             saved = getattr(module, weights.weight).numel() // site.width * aus[site.layer]
             bias = getattr(module, weights.bias, None) if weights.bias else None
             total += dtype.itemsize * (saved + (0 if bias is None else bias.numel()))

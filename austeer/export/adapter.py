@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.linear import Weights as Names
-from ..models.linear import weights_of
+from ..models.linear import WeightNames, weights_of
 from ..models.sites import find_sites
 from . import factors
 from .edits import Edit
-from .tensors import Weights
+from .tensors import ModelWeights
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: Where PEFT has the model that it wraps.
@@ -24,7 +23,7 @@ _TAKEN_FOR_EXPERTS = ("down_proj", "w2")
 
 
 @dataclass(frozen=True)
-class Target:
+class AdapterLayer:
     """A layer of the adapter.
 
     Attributes:
@@ -34,7 +33,7 @@ class Target:
     """
 
     path: str
-    names: Names
+    names: WeightNames
     edit: Edit | None
     rank: int
     parameter: bool
@@ -49,12 +48,12 @@ class Target:
         return f"{self.path}.{self.names.weight}" if self.parameter else self.path
 
 
-def target_of(network: nn.Module, path: str, edit: Edit | None, rank: int) -> Target:
+def target_of(network: nn.Module, path: str, edit: Edit | None, rank: int) -> AdapterLayer:
     """The layer at ``path``, which is known to be a linear one, or a set of experts."""
     names = weights_of(network.get_submodule(path))
-    assert isinstance(names, Names)
+    assert isinstance(names, WeightNames)
     experts = edit is not None and edit.experts
-    return Target(path, names, edit, rank, experts or taken_for_experts(network, path))
+    return AdapterLayer(path, names, edit, rank, experts or taken_for_experts(network, path))
 
 
 def taken_for_experts(network: nn.Module, path: str) -> bool:
@@ -64,7 +63,7 @@ def taken_for_experts(network: nn.Module, path: str) -> bool:
     )
 
 
-def tensors_of(weights: Weights, target: Target, lora_bias: bool) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(weights: ModelWeights, target: AdapterLayer, lora_bias: bool) -> Iterator[tuple[str, Tensor]]:
     """A layer's tensors by their names in PEFT, in float64, padded with zeros to the rank."""
     inputs, outputs = factors.sizes(weights.network, target.path, target.names)
     if target.edit is None:
@@ -81,7 +80,7 @@ def tensors_of(weights: Weights, target: Target, lora_bias: bool) -> Iterator[tu
         yield "lora_B.bias", none if target.edit is None else factors.bias_change(weights, target.edit)
 
 
-def _as_parameter(module: nn.Module, names: Names, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _as_parameter(module: nn.Module, names: WeightNames, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Experts as PEFT has an adapter of a parameter: A [experts * rank, inputs] and B [outputs, rank * experts].
 
     PEFT takes the parameter for [experts, outputs, inputs] unless the module says ``is_transposed``, and adds the
@@ -93,7 +92,7 @@ def _as_parameter(module: nn.Module, names: Names, down: Tensor, up: Tensor) -> 
     return down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
 
 
-def config_of(weights: Weights, targets: Sequence[Target], lora_bias: bool) -> dict[str, Any]:
+def config_of(weights: ModelWeights, targets: Sequence[AdapterLayer], lora_bias: bool) -> dict[str, Any]:
     """PEFT's ``LoraConfig``; its defaults are written out where engines read them."""
     network = weights.network
     # Engines that know one rank take the largest, of which the factor is 1, too.

@@ -102,7 +102,7 @@ def _added(network: nn.Module, config: Any, settings: Iterable[str]) -> dict[str
         return None
     for name in added:
         path, _, own = name.rpartition(".")
-        if own != "bias" or not isinstance(linear.weights_of(other.get_submodule(path)), linear.Weights):
+        if own != "bias" or not isinstance(linear.weights_of(other.get_submodule(path)), linear.WeightNames):
             return None
     return added
 

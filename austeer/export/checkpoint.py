@@ -19,7 +19,7 @@ from .biases import NewBiases, new_biases, warn_of_unread
 from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
 from .folding import folded_bias, folded_weight
 from .output import RECORD, check_output, nearest_folder, staged
-from .rewrite import DTYPES, Entry, Header, link_or_copy, read_header, rewrite
+from .rewrite import DTYPES, SafetensorsHeader, TensorEntry, link_or_copy, read_header, rewrite
 from .tensors import INDEX, LoadedWeights, Piece, StoredWeights, weights_of_model
 
 
@@ -144,8 +144,8 @@ class _Folding:
                     "checkpoint anew"
                 )
         self.headers = {file: read_header(file) for file in self.files}
-        self.rewritten: dict[Path, dict[str, Entry]] = {}
-        self.added: dict[str, Entry] = {}
+        self.rewritten: dict[Path, dict[str, TensorEntry]] = {}
+        self.added: dict[str, TensorEntry] = {}
         for edit in self.edits:
             for piece, entry in self._entries(edit):
                 self.rewritten.setdefault(piece.file, {})[piece.key] = entry
@@ -153,7 +153,7 @@ class _Folding:
         if self.added and not (weights.folder / INDEX).is_file():  # one file: they go into it
             self.rewritten.setdefault(self.files[0], {}).update(self.added)
 
-    def _entries(self, edit: Edit) -> Iterator[tuple[Piece, Entry]]:
+    def _entries(self, edit: Edit) -> Iterator[tuple[Piece, TensorEntry]]:
         """The tensors of the checkpoint that an edit changes."""
         pieces = self._pieces(f"{edit.path}.{edit.weights.weight}")
         module = self.weights.network.get_submodule(edit.path)
@@ -163,11 +163,11 @@ class _Folding:
         for piece in pieces:
             shape, dtype = self._like(piece)
             if scales:
-                yield piece, Entry(shape, dtype, partial(self._weight, edit, piece))
+                yield piece, TensorEntry(shape, dtype, partial(self._weight, edit, piece))
         for bias in biases:
             if edit.output is not None or edit.shifts:
                 shape, dtype = self._like(bias)  # of experts' weights any will do: their inputs are not shifted
-                yield bias, Entry(shape, dtype, partial(self._bias, edit, pieces[0], bias, dtype))
+                yield bias, TensorEntry(shape, dtype, partial(self._bias, edit, pieces[0], bias, dtype))
 
     def _add_biases(self) -> None:
         shifting = {edit.path: edit for edit in self.edits}
@@ -176,14 +176,14 @@ class _Folding:
             path = name.rpartition(".")[0]
             if f"{path}.weight" not in own:  # tied to another, as the head to the embedding; its bias is not
                 dtype = self._like(self._pieces(f"{self.edits[0].path}.{self.edits[0].weights.weight}")[0])[1]
-                self.added[name] = Entry(shape, dtype, partial(_zeros, shape, dtype))
+                self.added[name] = TensorEntry(shape, dtype, partial(_zeros, shape, dtype))
                 continue
             (weight,) = self._pieces(f"{path}.weight")
             assert weight.key.endswith(".weight"), weight.key
             dtype = self._like(weight)[1]
             edit = shifting.get(path)
             make = partial(_zeros, shape, dtype) if edit is None else partial(self._bias, edit, weight, None, dtype)
-            self.added[f"{weight.key.removesuffix('.weight')}.bias"] = Entry(shape, dtype, make)
+            self.added[f"{weight.key.removesuffix('.weight')}.bias"] = TensorEntry(shape, dtype, make)
 
     def _pieces(self, parameter: str) -> list[Piece]:
         """As :meth:`StoredWeights.get`, without reading values."""
@@ -192,7 +192,7 @@ class _Folding:
         return self.weights.pieces[parameter]
 
     def _like(self, piece: Piece) -> tuple[tuple[int, ...], torch.dtype]:
-        header: Header = self.headers[piece.file]
+        header: SafetensorsHeader = self.headers[piece.file]
         entry = header.entries[piece.key]
         if entry["dtype"] not in DTYPES:
             raise ExportError(

@@ -27,7 +27,7 @@ from ..models.families import LAYOUTS
 from ..models.projection import why_not_the_projection
 from ..models.sites import Site, find_sites
 from ..models.structure import text_config
-from ..plans.fit import Entry, check_plan_fits, entries_of
+from ..plans.fit import LayerUnits, check_plan_fits, units_by_layer
 from ..plans.plan import Plan
 
 
@@ -73,7 +73,7 @@ class Edit:
 
     path: str
     layer: int
-    weights: linear.Weights
+    weights: linear.WeightNames
     experts: bool
     mixture: bool
     sites: list[str] = field(default_factory=list)
@@ -166,7 +166,7 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
     for plan, _ in plans:
         check_plan_fits(plan, model, sites)
         _check_operation(plan)
-    entries = entries_of([plan for plan, _ in plans], sites)
+    entries = units_by_layer([plan for plan, _ in plans], sites)
     edits: dict[str, Edit] = {}
     checked: set[tuple[type, type]] = set()
     for name, found in sites.items():
@@ -201,7 +201,7 @@ def _check_operation(plan: Plan) -> None:
         )
 
 
-def _strengths(entries: Sequence[Entry], plans: Sequence[tuple[Plan, float]]) -> Strengths:
+def _strengths(entries: Sequence[LayerUnits], plans: Sequence[tuple[Plan, float]]) -> Strengths:
     """Summed over the plans that have AUs at a site of a layer."""
     # Each is a float32 product, as everywhere (DESIGN: Operation); only the sum over plans is wider.
     parts = [entry.strengths(plans[entry.plan][1], len(plans[entry.plan][0])) for entry in entries]

@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models.linear import Weights as Names
+from ..models.linear import WeightNames
 from .edits import Edit, Strengths
 from .folding import steered_bias
-from .tensors import Weights
+from .tensors import ModelWeights
 
 
-def sizes(network: nn.Module, path: str, names: Names) -> tuple[int, int]:
+def sizes(network: nn.Module, path: str, names: WeightNames) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer, or of each of a set of experts."""
     shape = getattr(network.get_submodule(path), names.weight).shape
     return shape[names.input], shape[names.output]
@@ -35,7 +35,7 @@ def changes_bias(network: nn.Module, edit: Edit) -> bool:
     return edit.shifts or (edit.output is not None and bias is not None)
 
 
-def product(weights: Weights, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
+def product(weights: ModelWeights, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
     """The change of a weight, its dimensions as ``nn.Linear`` has them.
 
     Args:
@@ -65,7 +65,7 @@ def product(weights: Weights, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
     return nn.functional.pad(down, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing))
 
 
-def bias_change(weights: Weights, edit: Edit) -> Tensor:
+def bias_change(weights: ModelWeights, edit: Edit) -> Tensor:
     """What is added to the output of a layer that is no set of experts, besides the product: float64 [outputs].
 
     The steered bias less the bias that there was.

@@ -17,16 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import check_count
-from ..models.linear import Weights as Names
-from ..models.linear import weights_of
+from ..models.linear import WeightNames, weights_of
 from ..models.sites import SITE_NAMES, find_sites
 from ..plans.plan import Plan
 from ..utils.progress import Progress
 from . import factors
-from .adapter import CONFIG, PREFIX, TENSORS, Target, config_of, taken_for_experts, target_of, tensors_of
+from .adapter import CONFIG, PREFIX, TENSORS, AdapterLayer, config_of, taken_for_experts, target_of, tensors_of
 from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
 from .output import RECORD, check_output, staged
-from .tensors import FLOATING, StoredWeights, Weights, weights_of_model
+from .tensors import FLOATING, ModelWeights, StoredWeights, weights_of_model
 
 _LARGEST_RANK = 1 << 20
 
@@ -152,7 +151,7 @@ def _check(network: nn.Module, edits: Sequence[Edit], lora_bias: bool, experts: 
             )
 
 
-def _targets(network: nn.Module, edits: Sequence[Edit], rank: int | None, exact: bool) -> list[Target]:
+def _targets(network: nn.Module, edits: Sequence[Edit], rank: int | None, exact: bool) -> list[AdapterLayer]:
     """The layers of the adapter, in the model's order."""
     ranks = {edit.path: max(1, factors.rank_of(network, edit)) for edit in edits}
     needed = max(ranks.values())
@@ -175,7 +174,7 @@ def _all_of_their_kinds(network: nn.Module, edits: Sequence[Edit]) -> list[str]:
     for sites in find_sites(network, [name for name in SITE_NAMES if name in names]).values():
         for site in sites:
             for path in site.parts:
-                if _kind(path) in kinds and isinstance(weights_of(network.get_submodule(path)), Names):
+                if _kind(path) in kinds and isinstance(weights_of(network.get_submodule(path)), WeightNames):
                     found.setdefault(site.layer, {})[path] = None
     return [path for layer in sorted(found) for path in found[layer]]
 
@@ -184,11 +183,11 @@ def _kind(path: str) -> str:
     return re.sub(r"\.\d+\.", ".#.", path)
 
 
-def _weight(network: nn.Module, target: Target) -> Tensor:
+def _weight(network: nn.Module, target: AdapterLayer) -> Tensor:
     return getattr(network.get_submodule(target.path), target.names.weight)
 
 
-def _numbers(network: nn.Module, target: Target) -> int:
+def _numbers(network: nn.Module, target: AdapterLayer) -> int:
     """How many the layer's two matrices have."""
     count = len(_weight(network, target)) if target.experts else 1
     return count * target.rank * sum(factors.sizes(network, target.path, target.names))
@@ -206,7 +205,9 @@ def _rounded(value: Tensor, dtype: torch.dtype, path: str) -> Tensor:
     return rounded
 
 
-def _record(weights: Weights, plans: Sequence[tuple[Plan, float]], targets: Sequence[Target]) -> dict[str, Any]:
+def _record(
+    weights: ModelWeights, plans: Sequence[tuple[Plan, float]], targets: Sequence[AdapterLayer]
+) -> dict[str, Any]:
     from ..version import __version__
 
     return {

@@ -27,7 +27,7 @@ _PART = 16 << 20  # bytes copied at a time
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor to be written.
 
     Attributes:
@@ -44,7 +44,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Header:
+class SafetensorsHeader:
     """Of a safetensors file.
 
     Attributes:
@@ -57,7 +57,7 @@ class Header:
     start: int
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path) -> SafetensorsHeader:
     """Raises ExportError where the file is no safetensors file, or is cut off."""
     try:
         with file.open("rb") as opened:
@@ -67,19 +67,19 @@ def read_header(file: Path) -> Header:
         ends = max((entry["data_offsets"][1] for entry in content.values()), default=0)
         if file.stat().st_size != 8 + length + ends:
             raise ValueError(f"{file.stat().st_size} bytes, its header names {8 + length + ends}")
-        return Header(content, metadata, 8 + length)
+        return SafetensorsHeader(content, metadata, 8 + length)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError, struct.error) as e:
         raise ExportError(f"{file}: could not be read as safetensors ({e}); copy or download it anew") from e
 
 
-def rewrite(source: Path | None, target: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+def rewrite(source: Path | None, target: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
     """Writes ``target``: the tensors of ``source`` with those of ``entries`` in their place, or behind them if new.
 
     Args:
         source: None for a file that has the new tensors alone.
         metadata: added to the source's own.
     """
-    old = Header({}, {}, 0) if source is None else read_header(source)
+    old = SafetensorsHeader({}, {}, 0) if source is None else read_header(source)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **old.metadata, **metadata}}
     end = 0
     for key in dict.fromkeys([*old.entries, *entries]):
@@ -110,7 +110,7 @@ def rewrite(source: Path | None, target: Path, entries: Mapping[str, Entry], met
         assert set(written.keys()) == header.keys() - {"__metadata__"}
 
 
-def _write(to: BinaryIO, key: str, entry: Entry) -> None:
+def _write(to: BinaryIO, key: str, entry: TensorEntry) -> None:
     tensor = entry.make()
     assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, key
     to.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -50,7 +50,7 @@ class Piece:
     shape: tuple[int, ...]
 
 
-class Weights(ABC):
+class ModelWeights(ABC):
     """Where the weights of one model come from.
 
     Attributes:
@@ -64,7 +64,7 @@ class Weights(ABC):
     revision: str | None
 
     @contextmanager
-    def opened(self) -> Iterator[Weights]:
+    def opened(self) -> Iterator[ModelWeights]:
         """Lets go of files when the context ends."""
         yield self
 
@@ -84,7 +84,7 @@ class Weights(ABC):
         return None if getattr(self.network.get_submodule(path), name, None) is None else self.get(parameter)
 
 
-class LoadedWeights(Weights):
+class LoadedWeights(ModelWeights):
     """Of a model in memory, offloaded or not."""
 
     def __init__(self, model: nn.Module):
@@ -100,7 +100,7 @@ class LoadedWeights(Weights):
         return _floating(parameter, read_parameter(self.network, parameter))
 
 
-class StoredWeights(Weights):
+class StoredWeights(ModelWeights):
     """Of a checkpoint in safetensors files. Its files are read in place; a Hub id is downloaded if it is not there.
 
     Args:
@@ -171,7 +171,7 @@ class StoredWeights(Weights):
         return found
 
 
-def weights_of_model(model: nn.Module | str | Path) -> Weights:
+def weights_of_model(model: nn.Module | str | Path) -> ModelWeights:
     """The weights of a model, or of the checkpoint with that name."""
     if isinstance(model, nn.Module):
         return LoadedWeights(model)

@@ -6,7 +6,7 @@ of pairs apart besides their meaning: lengths, last tokens, prompts.
 """
 
 from .check import PairsReport, check_pairs, grave_note
-from .findings import Finding
+from .findings import PairsFinding
 from .from_task import pairs_from_task
 from .instructions import pairs_from_instructions
 from .length_control import LengthControl, control_pairs
@@ -14,9 +14,9 @@ from .made import Made, write_pairs
 from .template import pairs_from_template
 
 __all__ = [
-    "Finding",
     "LengthControl",
     "Made",
+    "PairsFinding",
     "PairsReport",
     "check_pairs",
     "control_pairs",

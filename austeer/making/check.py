@@ -20,7 +20,7 @@ from ..pairs.pairs import Pairs
 from ..pairs.readers import open_source
 from ..pairs.stream import PairStream
 from ..statistics import smallest_pairs
-from .findings import Finding, worst
+from .findings import PairsFinding, worst
 from .length_control import LengthControl, SiteControl, length_control
 from .side_checks import Sides, check_answer_words, check_boundary, check_last_token, check_length, check_truncation
 from .text_checks import check_blank, check_contradictions, check_identical, check_prompts, with_sides
@@ -134,7 +134,7 @@ def read_unchecked(source: Any, names: Mapping[str, str] | None = None, limit: i
     return Pairs(tuple(found), opened.name)
 
 
-def _texts(pairs: Pairs, tokenizer, limit: int | None) -> tuple[list[Finding], Sides]:
+def _texts(pairs: Pairs, tokenizer, limit: int | None) -> tuple[list[PairsFinding], Sides]:
     whole = with_sides(pairs)
     sides = Sides.of(tokenizer, whole, not pairs.chat_template)
     findings = [
@@ -167,7 +167,7 @@ def _context(config: Any, tokenizer) -> int | None:
     return found if found is not None and found < NO_LIMIT else None
 
 
-def _enough(usable: int, config: Any, momentum: Momentum | None) -> list[Finding]:
+def _enough(usable: int, config: Any, momentum: Momentum | None) -> list[PairsFinding]:
     """Whether one unanimous AU could pass at 5 % false discoveries."""
     if momentum is not None:
         size = max(counters.positive.numel() for counters in momentum.sites.values())
@@ -181,8 +181,8 @@ def _enough(usable: int, config: Any, momentum: Momentum | None) -> list[Finding
         verdict = (
             f"{usable} pairs; {needed} are the fewest on which one of {size} AUs can pass at 5 % false discoveries"
         )
-        return [Finding("number of pairs", "ok", verdict, numbers=numbers)]
-    found = Finding(
+        return [PairsFinding("number of pairs", "ok", verdict, numbers=numbers)]
+    found = PairsFinding(
         "number of pairs",
         "grave",
         f"with {usable} pairs no AU can pass at 5 % false discoveries, not even one that all of them agree on: among "
@@ -193,7 +193,7 @@ def _enough(usable: int, config: Any, momentum: Momentum | None) -> list[Finding
     return [found]
 
 
-def _of_control(control: LengthControl, site: SiteControl) -> Finding:
+def _of_control(control: LengthControl, site: SiteControl) -> PairsFinding:
     verdict = (
         f"{site.same_sign} of the top {site.k} AUs react to length alone (a filler of {control.tokens:.0f} tokens) "
         f"with the sign that they have in the pairs; by chance {site.expected:.0f} would"
@@ -211,7 +211,7 @@ def _of_control(control: LengthControl, site: SiteControl) -> Finding:
         level = worst(level, "grave" if share >= GRAVE else "warning" if share >= WARNING else "ok")
     remedy = "" if level == "ok" else "make both sides equally long, measure again, and compare the two plans"
     numbers = {name: value for name, value in site.to_json().items() if name != "reacting"}
-    return Finding(f"length alone, {site.site}", level, verdict, remedy, numbers)
+    return PairsFinding(f"length alone, {site.site}", level, verdict, remedy, numbers)
 
 
 @dataclass(frozen=True)
@@ -227,14 +227,14 @@ class PairsReport:
     source: str
     pairs: int
     usable: int
-    findings: tuple[Finding, ...]
+    findings: tuple[PairsFinding, ...]
     control: LengthControl | None = None
 
-    def of(self, level: str) -> tuple[Finding, ...]:
+    def of(self, level: str) -> tuple[PairsFinding, ...]:
         """The findings of a level."""
         return tuple(found for found in self.findings if found.level == level)
 
-    def __getitem__(self, name: str) -> Finding:
+    def __getitem__(self, name: str) -> PairsFinding:
         """The finding of a name; raises KeyError if that was not looked at."""
         found = next((finding for finding in self.findings if finding.name == name), None)
         if found is None:

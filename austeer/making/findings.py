@@ -14,7 +14,7 @@ LEVELS = ("ok", "note", "warning", "grave")
 
 
 @dataclass(frozen=True)
-class Finding:
+class PairsFinding:
     """One thing that was looked at.
 
     Attributes:

@@ -10,7 +10,7 @@ from statistics import mean, median
 
 from ..forward.tokens import encode
 from ..pairs.pair import Pair
-from .findings import Finding, percent, share, worst
+from .findings import PairsFinding, percent, share, worst
 from .told import sign_test, told_by, told_by_longer
 
 #: A first word of so many of the pairs is an answer word (yes, no, a letter).
@@ -63,7 +63,7 @@ class Sides:
         return bool(own) and median(own) <= SHORT
 
 
-def check_length(sides: Sides) -> Finding:
+def check_length(sides: Sides) -> PairsFinding:
     differences = sides.differences
     longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     told = told_by_longer(longer, shorter, len(sides))
@@ -81,8 +81,8 @@ def check_length(sides: Sides) -> Finding:
         f"{average:+.1f} tokens on average, p = {told.p:.2g})"
     )
     if told.level == "ok":
-        return Finding("length", "ok", verdict, numbers=numbers)
-    return Finding(
+        return PairsFinding("length", "ok", verdict, numbers=numbers)
+    return PairsFinding(
         "length",
         told.level,
         f"{verdict}: whoever takes the {'longer' if longer >= shorter else 'shorter'} side for the positive one is "
@@ -93,7 +93,7 @@ def check_length(sides: Sides) -> Finding:
     )
 
 
-def check_last_token(tokenizer, sides: Sides) -> Finding:
+def check_last_token(tokenizer, sides: Sides) -> PairsFinding:
     positive, negative = ([ids[-1] for ids in texts] for texts in (sides.positive, sides.negative))
     told = told_by(positive, negative, [p.prompt for p in sides.pairs])
     same = sum(a == b for a, b in zip(positive, negative))
@@ -107,17 +107,17 @@ def check_last_token(tokenizer, sides: Sides) -> Finding:
         f"activations are read, tells the side in {percent(told.share)} (50 % is chance, p = {told.p:.2g})"
     )
     if told.level == "ok":
-        return Finding("last token", "ok", verdict, numbers=numbers)
+        return PairsFinding("last token", "ok", verdict, numbers=numbers)
     listed = "; ".join(f"{side} {', '.join(f'{t!r} {n}' for t, n in found[:3])}" for side, found in most.items())
     if sides.short:  # the last token is the answer: it should tell the side
-        return Finding(
+        return PairsFinding(
             "last token",
             "note",
             f"{verdict}; sides are a token or two, so this is the contrast itself. Most frequent: {listed}",
             "see that many different words make up each side, so that no AU is chosen for one word",
             numbers,
         )
-    return Finding(
+    return PairsFinding(
         "last token",
         told.level,
         f"{verdict}. Most frequent: {listed}",
@@ -126,7 +126,7 @@ def check_last_token(tokenizer, sides: Sides) -> Finding:
     )
 
 
-def check_answer_words(sides: Sides) -> Finding:
+def check_answer_words(sides: Sides) -> PairsFinding:
     """Words that many sides begin with: each should be as often right as wrong."""
     first = [(_first_word(p.positive), _first_word(p.negative)) for p in sides.pairs]
     used = Counter(word for words in first for word in set(words) if word)
@@ -143,7 +143,7 @@ def check_answer_words(sides: Sides) -> Finding:
         listed = "; ".join(
             f"{w!r} begins the positive side {r} times, the negative one {n}" for w, r, n, _ in uneven[:4]
         )
-        return Finding(
+        return PairsFinding(
             "answer words",
             worst(*(entry[3].level for entry in uneven)),
             f"{listed}: AUs that react to the word count as if they knew the answer",
@@ -153,8 +153,8 @@ def check_answer_words(sides: Sides) -> Finding:
     shown = "; ".join(f"{w!r} positive {r}, negative {n}" for w, r, n, _ in words[:4])
     verdict = shown or f"no word begins the sides of {percent(ANSWER_WORD)} of the pairs or more"
     if sides.short or told.level == "ok":  # of short sides the last token tells the same
-        return Finding("answer words", "ok", verdict, numbers=numbers)
-    return Finding(
+        return PairsFinding("answer words", "ok", verdict, numbers=numbers)
+    return PairsFinding(
         "answer words",
         "note",
         f"{verdict}; the first word alone tells the side in {percent(told.share)}",
@@ -163,7 +163,7 @@ def check_answer_words(sides: Sides) -> Finding:
     )
 
 
-def check_boundary(sides: Sides) -> Finding:
+def check_boundary(sides: Sides) -> PairsFinding:
     joined = sum(
         ids[: len(prompt)] != prompt
         for prompt, p, n in zip(sides.prompts, sides.positive, sides.negative)
@@ -173,8 +173,8 @@ def check_boundary(sides: Sides) -> Finding:
     verdict = f"in {share(joined, texts)} texts a token reaches across the end of the prompt"
     numbers = {"joined": joined, "texts": texts}
     if joined <= 0.02 * texts:
-        return Finding("prompt boundary", "ok", verdict, numbers=numbers)
-    return Finding(
+        return PairsFinding("prompt boundary", "ok", verdict, numbers=numbers)
+    return PairsFinding(
         "prompt boundary",
         "warning" if joined > 0.2 * texts else "note",
         f"{verdict}, so its sides do not go on from the same tokens",
@@ -183,17 +183,19 @@ def check_boundary(sides: Sides) -> Finding:
     )
 
 
-def check_truncation(sides: Sides, limit: int | None) -> Finding:
+def check_truncation(sides: Sides, limit: int | None) -> PairsFinding:
     if limit is None:
-        return Finding("context", "ok", "not looked at: the context's length is not known", numbers={"limit": None})
+        return PairsFinding(
+            "context", "ok", "not looked at: the context's length is not known", numbers={"limit": None}
+        )
     cut = sum(len(ids) > limit for texts in (sides.positive, sides.negative) for ids in texts)
     longest = max((len(ids) for texts in (sides.positive, sides.negative) for ids in texts), default=0)
     numbers = {"limit": limit, "cut": cut, "longest": longest}
     verdict = f"{share(cut, 2 * len(sides))} texts have more than {limit} tokens (the longest {longest})"
     if not cut:
-        return Finding("context", "ok", verdict, numbers=numbers)
+        return PairsFinding("context", "ok", verdict, numbers=numbers)
     remedy = "shorten these prompts: they lose their beginning, and a chat template its header"
-    return Finding("context", "warning", verdict, remedy, numbers)
+    return PairsFinding("context", "warning", verdict, remedy, numbers)
 
 
 def _first_word(text: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import sparse
 
 from ..pairs.pair import Pair
-from .findings import Finding, share
+from .findings import PairsFinding, share
 
 #: Prompts that are compared with each other, at most; more are drawn from.
 COMPARED = 3000
@@ -29,14 +29,14 @@ def with_sides(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
     return tuple(p for p in pairs if not (is_blank(p.positive) or is_blank(p.negative)))
 
 
-def check_blank(pairs: Sequence[Pair]) -> Finding:
+def check_blank(pairs: Sequence[Pair]) -> PairsFinding:
     sides = {"positive": [p.positive for p in pairs], "negative": [p.negative for p in pairs]}
     blank = {side: sum(map(is_blank, texts)) for side, texts in sides.items()}
     bare = {side: sum(not is_blank(t) and not re.search(r"\w", t) for t in texts) for side, texts in sides.items()}
     pairs_hit = sum(any(not re.search(r"\w", text) for text in (p.positive, p.negative)) for p in pairs)
     numbers = {"blank": blank, "without_words": bare, "pairs": pairs_hit}
     if not pairs_hit:
-        return Finding("blank sides", "ok", "every side has at least a word", numbers=numbers)
+        return PairsFinding("blank sides", "ok", "every side has at least a word", numbers=numbers)
     verdict = (
         f"{share(pairs_hit, len(pairs))} pairs have a side without a word (blank: {blank['positive']} positive, "
         f"{blank['negative']} negative): such pairs contrast something with nothing"
@@ -44,19 +44,21 @@ def check_blank(pairs: Sequence[Pair]) -> Finding:
     remedy = "write a wrong answer of the same form (austeer pairs make task does), or leave these pairs out"
     if any(blank.values()):
         remedy += "; austeer measure refuses blank sides"
-    return Finding("blank sides", "grave" if pairs_hit > 0.05 * len(pairs) else "warning", verdict, remedy, numbers)
+    return PairsFinding(
+        "blank sides", "grave" if pairs_hit > 0.05 * len(pairs) else "warning", verdict, remedy, numbers
+    )
 
 
-def check_identical(identical: int, pairs: int) -> Finding:
+def check_identical(identical: int, pairs: int) -> PairsFinding:
     verdict = f"{share(identical, pairs)} pairs have the same tokens on both sides"
     numbers = {"identical": identical}
     if not identical:
-        return Finding("equal sides", "ok", verdict, numbers=numbers)
+        return PairsFinding("equal sides", "ok", verdict, numbers=numbers)
     level = "grave" if identical > 0.5 * pairs else "warning" if identical > 0.05 * pairs else "note"
-    return Finding("equal sides", level, f"{verdict} and count for nothing", "leave them out", numbers)
+    return PairsFinding("equal sides", level, f"{verdict} and count for nothing", "leave them out", numbers)
 
 
-def check_prompts(pairs: Sequence[Pair]) -> Finding:
+def check_prompts(pairs: Sequence[Pair]) -> PairsFinding:
     counts = Counter(p.prompt for p in pairs)
     most = max(counts.values(), default=0)
     again = len(pairs) - len(set(pairs))
@@ -74,25 +76,25 @@ def check_prompts(pairs: Sequence[Pair]) -> Finding:
     )
     few, alike = len(counts) < 0.5 * len(pairs), similar > 0.3 * compared
     if again > 0.01 * len(pairs) or few or alike:
-        return Finding(
+        return PairsFinding(
             "prompts",
             "warning",
             f"{verdict}: pairs count as independent, and these are not",
             "remove what comes again; give more different prompts; keep variants of one prompt on one side of a split",
             numbers,
         )
-    return Finding("prompts", "ok", verdict, numbers=numbers)
+    return PairsFinding("prompts", "ok", verdict, numbers=numbers)
 
 
-def check_contradictions(pairs: Sequence[Pair]) -> Finding:
+def check_contradictions(pairs: Sequence[Pair]) -> PairsFinding:
     positive = {p.prompt + p.positive for p in pairs}
     both = sum(p.prompt + p.negative in positive for p in pairs if p.positive != p.negative)
     numbers = {"pairs": both}
     if not both:
-        return Finding(
+        return PairsFinding(
             "contradictions", "ok", "no text is positive in one pair and negative in another", numbers=numbers
         )
-    return Finding(
+    return PairsFinding(
         "contradictions",
         "grave" if both > 0.05 * len(pairs) else "warning",
         f"the negative text of {share(both, len(pairs))} pairs is the positive one of another",

@@ -21,7 +21,7 @@ _EXPERTS_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "deepgemm
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightNames:
     """Where a module keeps its weight and bias.
 
     Attributes:
@@ -44,19 +44,19 @@ def sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def weights_of(module: nn.Module) -> Weights | str:
+def weights_of(module: nn.Module) -> WeightNames | str:
     """The weights of a linear layer, or of the down projections of a set of experts; or why they are not known."""
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if kind is nn.Linear or name in _PLAIN_SUBCLASSES:
-        return Weights("weight", "bias", 0, 1)
+        return WeightNames("weight", "bias", 0, 1)
     if name in _TRANSPOSED:
-        return Weights("weight", "bias", 1, 0)
+        return WeightNames("weight", "bias", 1, 0)
     down = module._parameters.get("down_proj")
     if not isinstance(down, torch.Tensor) or down.dim() != 3:
         return f"{kind.__name__} is not a plain linear layer"
     if name in _TRANSPOSED_EXPERTS:
-        return Weights("down_proj", None, 2, 1)
+        return WeightNames("down_proj", None, 2, 1)
     # Set by transformers' @use_experts_implementation. The shape would not tell where width and inner width are equal.
     transposed, biased = getattr(module, "is_transposed", None), getattr(module, "has_bias", None)
     if not kind.__module__.startswith("transformers.models.") or transposed is None or biased is None:
@@ -68,7 +68,7 @@ def weights_of(module: nn.Module) -> Weights | str:
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if implementation not in _EXPERTS_IMPLEMENTATIONS:
         return f"the experts run as {implementation!r}, which is not known"
-    return Weights("down_proj", "down_proj_bias" if biased else None, *((2, 1) if transposed else (1, 2)))
+    return WeightNames("down_proj", "down_proj_bias" if biased else None, *((2, 1) if transposed else (1, 2)))
 
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -90,7 +90,7 @@ class _Slot:
         return self.source[self.key].dtype == self.original.dtype
 
 
-class Part:
+class LayerWeights:
     """Modules whose weights come and go together.
 
     Args:
@@ -174,7 +174,7 @@ class Part:
             self.release()
 
 
-def in_turn(parts: Sequence[Part]) -> Generator[Part, None, None]:
+def in_turn(parts: Sequence[LayerWeights]) -> Generator[LayerWeights, None, None]:
     """Each part while its weights are here; those of the next are read meanwhile by a thread. Close it when done."""
     reader = ThreadPoolExecutor(1, thread_name_prefix="austeer-weights")
     try:
@@ -231,7 +231,7 @@ def read_parameter(model: nn.Module, name: str) -> Tensor:
     """A parameter's values on the CPU, offloaded or not; without a copy where they lie in its memory.
 
     Raises:
-        WeightsError: as in :class:`Part`.
+        WeightsError: as in :class:`LayerWeights`.
     """
     names = name.rpartition(".")[0].split(".")
     above = {path: model.get_submodule(path) for path in (".".join(names[:n]) for n in range(len(names) + 1))}

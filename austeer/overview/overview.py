@@ -18,7 +18,7 @@ from ..plans.files import FILE_NAME
 from ..plans.plan import Plan
 from ..plans.table import AtomicUnit
 from ..statistics import (
-    Finding,
+    DetectableRate,
     Stability,
     Ties,
     adjusted_p_values,
@@ -113,7 +113,7 @@ class Overview:
     ties: Ties | None = None
     levels: list[tuple[float, int, int]] = field(default_factory=list)
     stability: Stability | None = None
-    power: Finding | None = None
+    power: DetectableRate | None = None
     evidence: Evidence | None = None
     verdict: str = ""
     notes: list[str] = field(default_factory=list)
@@ -185,7 +185,7 @@ def of_momentum(momentum: Momentum, site: str | None, k: int) -> Overview:
         notes.append(str(error))
     significance = _significance(momentum, site)
     ties = ties_at_cut(momentum, site, k)
-    power = Finding.of(unlike, size, significance.discoveries, FDR) if unlike else None
+    power = DetectableRate.of(unlike, size, significance.discoveries, FDR) if unlike else None
     return Overview(
         origin=f"momentum of {pairs} pairs on {momentum.model.name}",
         site=site,

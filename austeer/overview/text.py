@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..plans.evidence import Evidence
-from ..statistics import Finding, Stability
+from ..statistics import DetectableRate, Stability
 from .overview import KS, Overview, percent
 
 _SHADES = " ▁▂▃▄▅▆▇█"
@@ -80,7 +80,7 @@ def summary_lines(overview: Overview) -> Iterator[str]:
         yield power_line(overview.power)
 
 
-def power_line(power: Finding) -> str:
+def power_line(power: DetectableRate) -> str:
     if power.rate is None:
         with_these = f"{power.pairs} pairs find no AU, not even one with the same sign on all of them"
     else:

@@ -9,23 +9,61 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..models.sites import Site, fingerprint
+from ..models.linear import weights_of
+from ..models.sites import Fingerprint, Site, fingerprint
 from .plan import Plan
 
 
 def check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
-    found, expected = fingerprint(model, {name: sites[name] for name in plan.sites}), plan.model
-    widths = {name: expected.widths[name] for name in plan.sites}
+    """
+    Args:
+        sites: of the model, the plan's at least.
+
+    Raises:
+        PlanError: the plan was made for another architecture.
+    """
+    check_architecture(plan, fingerprint(model, {name: sites[name] for name in plan.sites}))
+
+
+def check_architecture(plan: Plan, found: Fingerprint, what: str = "the plan") -> None:
+    """
+    Args:
+        found: the model's, with the widths of the plan's sites. what: what the error calls the plan.
+
+    Raises:
+        PlanError: the plan was made for another architecture.
+    """
+    expected, widths = plan.model, {name: plan.model.widths[name] for name in plan.sites}
     if (found.model_type, found.layers, found.widths) != (expected.model_type, expected.layers, widths):
         raise PlanError(
-            f"the plan was made for {expected.name} ({expected.model_type}, {expected.layers} layers, widths {widths}) "
+            f"{what} was made for {expected.name} ({expected.model_type}, {expected.layers} layers, widths {widths}) "
             f"and the model is {found.name} ({found.model_type}, {found.layers} layers, widths {found.widths}); "
             "measure and select on this model"
         )
 
 
+def why_no_edit(model: nn.Module, site: Site, operation: str) -> str | None:
+    """The reason why steering at a site is no edit of weights, as far as modules and shapes say; None if it is one."""
+    if not site.parts:
+        return "no linear layer makes this tensor"
+    if operation == "push":
+        return "push is not linear"
+    if operation == "shift" and site.projection is None:
+        return "shift in a mixture of experts would need router weights that sum to 1"
+    for path in site.parts:
+        weights = weights_of(module := model.get_submodule(path))
+        reason = None
+        if isinstance(weights, str):
+            reason = weights
+        elif operation == "shift" and getattr(module, weights.bias or "", None) is None:
+            reason = "shift needs a bias and the layer has none"
+        if reason is not None:
+            return reason if len(site.parts) == 1 else f"{path}: {reason}"
+    return None
+
+
 @dataclass(frozen=True)
-class Entry:
+class LayerUnits:
     """The AUs that one plan has at one site of one layer.
 
     Attributes:
@@ -55,9 +93,9 @@ class Entry:
         return (zero, strength * self.delta) if self.operation == "shift" else (strength * self.beta, zero)
 
 
-def entries_of(plans: Sequence[Plan], sites: Mapping[str, list[Site]]) -> dict[tuple[str, int], list[Entry]]:
+def units_by_layer(plans: Sequence[Plan], sites: Mapping[str, list[Site]]) -> dict[tuple[str, int], list[LayerUnits]]:
     """For each (site, layer), lower layers first, the plans' AUs there."""
-    found: dict[tuple[str, int], list[Entry]] = {}
+    found: dict[tuple[str, int], list[LayerUnits]] = {}
     for name in sites:
         for number, plan in enumerate(plans):
             if name not in plan.sites:
@@ -65,6 +103,8 @@ def entries_of(plans: Sequence[Plan], sites: Mapping[str, list[Site]]) -> dict[t
             positions = plan.of(name)
             for layer in plan.layer[positions].unique().tolist():
                 ranks = positions[plan.layer[positions] == layer]
-                entry = Entry(number, plan.index[ranks], plan.beta[ranks], plan.delta[ranks], ranks, plan.operation)
+                entry = LayerUnits(
+                    number, plan.index[ranks], plan.beta[ranks], plan.delta[ranks], ranks, plan.operation
+                )
                 found.setdefault((name, layer), []).append(entry)
     return dict(sorted(found.items(), key=lambda item: item[0][1]))

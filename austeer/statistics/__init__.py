@@ -4,13 +4,13 @@ An AU's momentum is a sign count, so everything here is a sign test or compares 
 activations themselves. Pairs are taken to be independent: pairs that repeat each other count for more than they are.
 """
 
-from .power import Finding, critical_count, detectable_rate, pairs_needed, power, smallest_pairs
+from .power import DetectableRate, critical_count, detectable_rate, pairs_needed, power, smallest_pairs
 from .ranking import effect_size, ranking, signed_rate
 from .significance import adjusted_p_values, beta_histogram, chance_below, discoveries, p_values, rate_interval
 from .stability import Stability, Ties, expected_overlap, geometric, overlap, stability, ties_at_cut
 
 __all__ = [
-    "Finding",
+    "DetectableRate",
     "Stability",
     "Ties",
     "adjusted_p_values",

@@ -79,7 +79,7 @@ def smallest_pairs(size: int, max_fdr: float) -> int:
 
 
 @dataclass(frozen=True)
-class Finding:
+class DetectableRate:
     """What so many pairs can find at one site.
 
     Attributes:
@@ -105,7 +105,7 @@ class Finding:
         max_fdr: float = 0.05,
         wanted: float = 0.8,
         rates: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9),
-    ) -> Finding:
+    ) -> DetectableRate:
         """
         Args:
             pairs: in how many pairs an AU differs. size: AUs of the site. found: how many of them pass.

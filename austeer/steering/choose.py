@@ -16,7 +16,7 @@ from ..models.projection import why_not_the_projection
 from ..models.sites import Site
 from ..models.structure import input_device
 from ..models.tensor_parallel import held
-from ..plans.fit import Entry, entries_of
+from ..plans.fit import LayerUnits, units_by_layer
 from ..plans.plan import Plan
 from .columns import Columns
 from .dense import Dense
@@ -38,14 +38,14 @@ class Choice:
     Attributes:
         path: its class. module: what it works on.
         reason: why not a cheaper one; empty for the cheapest.
-        limit: up to how many tokens the fused kernel is used; None: always.
+        limit: up to how many tokens the fused kernel is used; beyond, columns.
         parts: the modules whose weights fold scales.
     """
 
     path: type[Path]
     module: nn.Module
     reason: str
-    limit: int | None = None
+    limit: int = 0
     parts: tuple[nn.Module, ...] = ()
 
     def dense(self, device: torch.device, plans: int) -> bool:
@@ -57,7 +57,7 @@ def choose(
     mode: str,
     model: nn.Module,
     site: Site,
-    groups: Sequence[Sequence[Entry]],
+    groups: Sequence[Sequence[LayerUnits]],
     storages: Counter,
     at_run_time: str,
     fused: set[nn.Module],
@@ -96,14 +96,15 @@ def choose(
         if mode == "fused":
             return Choice(Columns, module, "its projection is fused with another site already")
         no_fused = "fused already"
-    limit = None
+    limit = launch.MOST_TOKENS
     if no_fused is None and mode == "auto":
         limit = _measured_limit(projection)
         no_fused = None if limit else "not measured to be faster here"
     if mode != "fold" and no_fused is None and projection is not None:
         fused.add(projection)
-        up_to = "" if limit is None else f"; fused up to {limit} tokens, then columns"
-        return Choice(Fused, projection, asked or f"no fold: {no_fold}{up_to}", limit)
+        return Choice(
+            Fused, projection, asked or f"no fold: {no_fold}; fused up to {limit} tokens, then columns", limit
+        )
     if mode != "auto":
         raise SteeringError(
             f"mode {mode!r} is not possible at site {site.name!r} of layer {site.layer} ({site.path}): "
@@ -153,7 +154,7 @@ def plan_paths(
     storages, default = shared_storages(model), input_device(model)
     fused: set[nn.Module] = set()
     blocks: dict[tuple[type, type], str | None] = {}
-    for (name, layer), entries in entries_of(plans, sites).items():
+    for (name, layer), entries in units_by_layer(plans, sites).items():
         site = sites[name][layer]
         mine = held(model, site)
         mine = range(site.width) if mine is None else mine  # it may be an empty one

@@ -22,6 +22,11 @@ _steer_columns = torch.ops.austeer.steer_columns_.default
 FEW_ELEMENTS = 16384
 
 
+def dense_costs_less(elements: int, columns: int, width: int) -> bool:
+    """Whether on a CPU one dense operation costs less than the sparse form, for so many of ``width`` columns."""
+    return elements <= FEW_ELEMENTS or 64 * columns >= width
+
+
 def dense_is_cheaper(x: Tensor, table: StrengthTable) -> bool:
     """Whether one dense in-place operation costs less than the sparse kernel; it computes in float32, too.
 
@@ -33,7 +38,7 @@ def dense_is_cheaper(x: Tensor, table: StrengthTable) -> bool:
     if x.dtype != torch.float32 and table.scales and table.shifts:
         return False  # two operations would round twice
     # A compiler fuses the dense form with what is around it, and a guard on the size would make it compile twice.
-    return torch.compiler.is_compiling() or x.numel() <= FEW_ELEMENTS or 64 * table.index.numel() >= table.width
+    return torch.compiler.is_compiling() or dense_costs_less(x.numel(), table.index.numel(), table.width)
 
 
 class Columns(TensorPath):

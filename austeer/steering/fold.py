@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from austeer_kernels import reference
 
 from ..models.hooks import hooks_on
-from ..models.linear import FLOATING, Weights, weights_of
+from ..models.linear import FLOATING, WeightNames, weights_of
 from ..models.sites import Site
+from ..plans.fit import why_no_edit
 from .path import Path
 from .tables import StrengthTable
 
@@ -72,12 +73,12 @@ class Fold(Path):
         """Weight, bias and the weight's dimension that counts the AUs, of each part."""
         for part in self.parts:
             weights = weights_of(part)
-            assert isinstance(weights, Weights)  # why_not_fold refuses all else
+            assert isinstance(weights, WeightNames)  # why_not_fold refuses all else
             bias = getattr(part, weights.bias) if weights.bias else None
             yield getattr(part, weights.weight), bias, _au_dimension(weights, self.site)
 
 
-def _au_dimension(weights: Weights, site: Site) -> int:
+def _au_dimension(weights: WeightNames, site: Site) -> int:
     return weights.output if site.side == "output" else weights.input
 
 
@@ -87,30 +88,21 @@ def why_not_fold(model: nn.Module, site: Site, operation: str, storages: Counter
     Args:
         storages: how many parameters of the model lie in each storage, from :func:`shared_storages`.
     """
-    if not site.parts:
-        return "no linear layer makes this tensor"
-    if operation == "push":
-        return "push is not linear"
+    if reason := why_no_edit(model, site, operation):
+        return reason
     inductor = sys.modules.get("torch._inductor.config")  # a second to import, and nothing was compiled without it
     if inductor is not None and inductor.freezing:
         return "Inductor's freezing copies weights into compiled code"
-    if operation == "shift" and site.projection is None:
-        return "shift in a mixture of experts would need router weights that sum to 1"
     for path in site.parts:
-        reason = _why_not_part(model.get_submodule(path), site, operation, storages) or _why_not_between(
-            model, site, path
-        )
+        reason = _why_not_part(model.get_submodule(path), site, storages) or _why_not_between(model, site, path)
         if reason is not None:
             return reason if len(site.parts) == 1 else f"{path}: {reason}"
     return None
 
 
-def _why_not_part(module: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
+def _why_not_part(module: nn.Module, site: Site, storages: Counter) -> str | None:
     weights = weights_of(module)
-    if isinstance(weights, str):
-        return weights
-    if operation == "shift" and getattr(module, weights.bias or "", None) is None:
-        return "shift needs a bias and the layer has none"
+    assert isinstance(weights, WeightNames)  # why_no_edit refuses all else
     if any(getattr(hook, "offload", False) for hook in hooks_on(module)):
         return "the weight is offloaded"
     for name in (weights.weight, weights.bias):

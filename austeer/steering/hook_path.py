@@ -1,7 +1,7 @@
-"""The ways in which a site can be steered while it runs: fused, columns, dense.
+"""A path that runs: it puts its strength tables on one module and takes them off again, leaving no trace.
 
-Each puts its strength tables on one module and takes them off again, leaving no trace, as an accelerate hook, so that
-it composes with device maps and offload. fold.py has the way that runs nothing.
+It is an accelerate hook, so that it composes with device maps and offload. The paths that run are columns, fused and
+dense; fold runs nothing.
 """
 
 from __future__ import annotations

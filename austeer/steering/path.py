@@ -1,4 +1,4 @@
-"""What every way of steering a site has in common. The ways themselves are in fold.py and paths.py."""
+"""What every way of steering a site has in common; each way has a file of its own: fold, columns, fused, dense."""
 
 from __future__ import annotations
 

@@ -11,17 +11,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..plans.fit import Entry
+from ..plans.fit import LayerUnits
 
 
-def groups_of(entries: Sequence[Entry], mine: range) -> list[list[Entry]]:
+def groups_of(entries: Sequence[LayerUnits], mine: range) -> list[list[LayerUnits]]:
     """What of ``entries`` this process holds, as columns of its slice; plans with and without magnitude apart."""
-    groups: dict[bool, list[Entry]] = {}
+    groups: dict[bool, list[LayerUnits]] = {}
     for entry in entries:
         here = (entry.index >= mine.start) & (entry.index < mine.stop)
         if bool(here.any()):
             index, beta, delta, rank = (t[here] for t in (entry.index, entry.beta, entry.delta, entry.rank))
-            part = Entry(entry.plan, index - mine.start, beta, delta, rank, entry.operation, mine.start)
+            part = LayerUnits(entry.plan, index - mine.start, beta, delta, rank, entry.operation, mine.start)
             groups.setdefault(entry.magnitude, []).append(part)
     return list(groups.values())
 
@@ -47,7 +47,7 @@ class StrengthTable:
         magnitude: whether gamma multiplies |x|. Plans that differ in this need two tables.
     """
 
-    def __init__(self, entries: Sequence[Entry], plans: int, width: int, device: torch.device, dense: bool = True):
+    def __init__(self, entries: Sequence[LayerUnits], plans: int, width: int, device: torch.device, dense: bool = True):
         self.entries = tuple(entries)
         self.magnitude = entries[0].magnitude
         if any(entry.magnitude != self.magnitude for entry in entries):

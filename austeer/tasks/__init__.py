@@ -1,7 +1,7 @@
 """Labelled tasks: read through templates, run and scored."""
 
 from .evaluating import Variant, check_options, checked_variants, evaluate
-from .evaluation import Comparison, Estimate, Evaluation, VariantResult
+from .evaluation import Comparison, Evaluation, IntervalEstimate, VariantResult
 from .load import load_task
 from .numeric import last_number, numeric_answers
 from .scoring import SideEffects, cross_entropy, log_odds, option_scores, side_effects
@@ -11,8 +11,8 @@ from .templates import Template, load_template, shipped
 __all__ = [
     "KINDS",
     "Comparison",
-    "Estimate",
     "Evaluation",
+    "IntervalEstimate",
     "Item",
     "SideEffects",
     "Task",

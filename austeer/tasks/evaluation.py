@@ -14,7 +14,7 @@ from ..statistics.intervals import group_interval, mcnemar, share_interval
 UNSTEERED = "unsteered"
 
 
-class Estimate(NamedTuple):
+class IntervalEstimate(NamedTuple):
     """A value with its 95 % interval; None where fewer than two groups of items give none."""
 
     value: float
@@ -39,12 +39,12 @@ class VariantResult:
     """
 
     name: str
-    accuracy: Estimate | None
-    exact: Estimate
-    margin: Estimate | None
-    accuracy_change: Estimate | None = None
-    exact_change: Estimate | None = None
-    margin_change: Estimate | None = None
+    accuracy: IntervalEstimate | None
+    exact: IntervalEstimate
+    margin: IntervalEstimate | None
+    accuracy_change: IntervalEstimate | None = None
+    exact_change: IntervalEstimate | None = None
+    margin_change: IntervalEstimate | None = None
     accuracy_p: float | None = None
     exact_p: float | None = None
     kl: float | None = None
@@ -97,7 +97,7 @@ class Evaluation:
         found = asdict(self)
         for variant in found["variants"]:
             for name, value in variant.items():
-                if isinstance(value, Estimate):
+                if isinstance(value, IntervalEstimate):
                     variant[name] = value._asdict()
         if not rows:
             del found["rows"]
@@ -162,11 +162,11 @@ def _tested(observed: Observed, i: int, j: int) -> tuple[float | None, float]:
     return None if correct is None else mcnemar(correct[i], correct[j]), mcnemar(exact[i], exact[j])
 
 
-def _share(right: Tensor) -> Estimate:
+def _share(right: Tensor) -> IntervalEstimate:
     hits, total = int(right.sum()), len(right)
-    return Estimate(hits / total, *share_interval(hits, total))
+    return IntervalEstimate(hits / total, *share_interval(hits, total))
 
 
-def _mean(values: Tensor, groups: Sequence[str]) -> Estimate:
+def _mean(values: Tensor, groups: Sequence[str]) -> IntervalEstimate:
     interval = group_interval(values, groups)
-    return Estimate(float(values.double().mean()), *interval)
+    return IntervalEstimate(float(values.double().mean()), *interval)

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError, SiteError
+from ..errors import SiteError
 from ..models.families import LAYOUTS, alternatives
-from ..models.sites import SITE_NAMES
+from ..models.sites import SITE_NAMES, Fingerprint
+from ..plans.fit import check_architecture
 from ..plans.plan import Plan
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,19 +112,9 @@ def check_fits(name: str, plan: Plan, model: nn.Module, model_type: str, layers:
     Raises:
         PlanError: it was measured on another model.
     """
-    found = (plan.model.model_type, plan.model.layers)
-    if found != (model_type, count):
-        raise PlanError(
-            f"set {name!r}: found a plan for {found[0]} of {found[1]} layers ({plan.model.name}), expected one for "
-            f"{model_type} of {count} layers, which the engine runs; measure a plan on this model"
-        )
-    for site in plan.sites:
-        width = site_width(model, model_type, site, layers.start)
-        if plan.model.widths[site] != width:
-            raise PlanError(
-                f"set {name!r}: found a plan for {plan.model.widths[site]} AUs at site {site!r} "
-                f"({plan.model.name}), expected {width}, which the engine's model has; measure a plan on this model"
-            )
+    widths = {site: site_width(model, model_type, site, layers.start) for site in plan.sites}
+    engine = Fingerprint(model_type, count, widths, "the engine's", None)
+    check_architecture(plan, engine, f"set {name!r}: the plan")
 
 
 def structure(tables: Mapping[tuple[str, int], Mapping[str, Tensor]]) -> str:

@@ -35,7 +35,7 @@ class ServingError(AusteerError):
 
 
 @dataclass(frozen=True)
-class Part:
+class PlanPart:
     """One plan of a set: its source, strength, and how many of its AUs (None: all)."""
 
     plan: str
@@ -47,7 +47,7 @@ class Part:
 class Spec:
     """A set as it was asked for; no plan has been read yet."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[PlanPart, ...]
     scope: Scope
 
 
@@ -95,7 +95,7 @@ def _spec(where: str, entry: Any) -> Spec:
         raise ServingError(f"{where}, {error}") from error
 
 
-def _part(where: str, part: Any) -> Part:
+def _part(where: str, part: Any) -> PlanPart:
     expected = "an object of 'plan', 'alpha' and, if not all AUs, 'k'"
     if not isinstance(part, dict) or set(part) - {"plan", "alpha", "k"} or {"plan", "alpha"} - set(part):
         found = ", ".join(map(repr, part)) if isinstance(part, dict) else _short(part)
@@ -107,7 +107,7 @@ def _part(where: str, part: Any) -> Part:
         raise ServingError(f"{where}, alpha: found {_short(alpha)}, expected a finite number")
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ServingError(f"{where}, k: found {_short(k)}, expected an integer from 1")
-    return Part(plan, float(alpha), k)
+    return PlanPart(plan, float(alpha), k)
 
 
 def _short(value: Any) -> str:

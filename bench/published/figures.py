@@ -239,7 +239,7 @@ def _dispatch(result: Result) -> dict[str, Any]:
     for row in sorted(result.content["rows"], key=lambda row: row["tokens"]):
         title = f"{row['k']} -> {row['n']}"
         lines = panels.setdefault(title, {"title": title, "lines": {}, "noise": []})["lines"]
-        for name in (PLAIN, FUSED, COLUMNS[100]):
+        for name in (name for name in (PLAIN, FUSED, COLUMNS[100]) if name in row["variants"]):
             reached = 100 * row["variants"][name]["of_floor"]
             lines.setdefault(name, []).append([row["tokens"], *_rounded(reached, reached, reached)])
     title = f"Share of the roofline that is reached; {result.machine}"

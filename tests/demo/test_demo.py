@@ -9,7 +9,7 @@ from rich.console import Console
 
 import austeer
 from austeer.cli.demo import show
-from austeer.demo import demo as demonstration
+from austeer.demo.demo import demo as demonstration
 from austeer.demo.figures import draw_demo
 from austeer.models.structure import is_steered
 from austeer.statistics.intervals import mean_interval

@@ -13,9 +13,9 @@ from transformers import AutoConfig
 
 from austeer import SiteError, find_sites
 from austeer.errors import AusteerError, ModelError
-from austeer.models import load as models
 from austeer.models.demo_model import DEMO_NAME, demo_model
 from austeer.models.load import fits, load_model, load_offloaded
+from austeer.models.load import load as models
 from layer_runs import assert_equal, blocks_of, in_plain_order, layer_by_layer
 from tiny_models import ids_of_rows, tiny_model
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from austeer.errors import AusteerError
 from austeer.models.hooks import hooks_on
-from austeer.models.weights import Part, Traffic, WeightsError, exact, in_turn
+from austeer.models.weights import LayerWeights, Traffic, WeightsError, exact, in_turn
 from layer_runs import snapshot
 from tiny_models import ids_of_rows, tiny_model
 
@@ -43,7 +43,7 @@ PLACES = [from_folder, by_accelerate, by_accelerate_whole_layers, in_memory]
 def part_of(model, root, traffic=None, device=None):
     paths = {module: path for path, module in model.named_modules()}
     modules = {paths[module]: module for module in model.get_submodule(root).modules()}
-    return Part(modules, device, traffic or Traffic())
+    return LayerWeights(modules, device, traffic or Traffic())
 
 
 @pytest.mark.parametrize("place", PLACES)

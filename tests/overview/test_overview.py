@@ -15,7 +15,15 @@ from austeer import Counters, FileFormatError, Momentum, SelectionError
 from austeer.models.sites import Fingerprint
 from austeer.overview.overview import KS, of_file, of_momentum, of_plan
 from austeer.plans.hub import HubError
-from austeer.statistics import Finding, adjusted_p_values, effect_size, p_values, ranking, signed_rate, stability
+from austeer.statistics import (
+    DetectableRate,
+    adjusted_p_values,
+    effect_size,
+    p_values,
+    ranking,
+    signed_rate,
+    stability,
+)
 from local_hub import local_hub
 from small_plans import EVIDENCE, KNOWN
 
@@ -89,7 +97,7 @@ def test_stability_and_power(demo_momentum):
     assert {*KS, 47} <= set(overview.stability.k)
     found = stability(demo_momentum, "ffn", overview.stability.k)
     assert overview.stability == found and overview.stability.pairs == (30, 34)
-    assert overview.power == Finding.of(64, 17280, overview.significance.discoveries)
+    assert overview.power == DetectableRate.of(64, 17280, overview.significance.discoveries)
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------

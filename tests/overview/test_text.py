@@ -19,7 +19,7 @@ from austeer.overview.text import (
     unit_table,
 )
 from austeer.plans.evidence import Evidence
-from austeer.statistics import Finding
+from austeer.statistics import DetectableRate
 from small_plans import EVIDENCE, KNOWN, plan_of
 
 
@@ -80,7 +80,7 @@ def test_the_summary_tells_what_was_found(overview):
 
 def test_power_for_people():
     rates = {0.6: 400, 0.7: 100}
-    found = Finding(pairs=60, level=0.0012, power=0.8, rate=0.7345, needed=rates)
+    found = DetectableRate(pairs=60, level=0.0012, power=0.8, rate=0.7345, needed=rates)
     assert power_line(found) == (
         "60 pairs find AUs with one sign on 73 % of the pairs or more (power 0.8, p <= 1.2e-03); 60 % takes 400, 70 % "
         "takes 100"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from austeer import SelectionError
-from austeer.statistics import Finding, critical_count, detectable_rate, pairs_needed, power, smallest_pairs
+from austeer.statistics import DetectableRate, critical_count, detectable_rate, pairs_needed, power, smallest_pairs
 
 LEVELS = st.sampled_from([0.5, 0.1, 0.05, 0.01, 1e-3, 2.0**-9, 0.05 / 17280, 2.0**-20, 1e-9])
 
@@ -95,15 +95,15 @@ def test_smallest_pairs_is_where_one_unanimous_au_passes(size, max_fdr):
 
 
 def test_what_so_many_pairs_find():
-    found = Finding.of(200, 17280, found=0)
+    found = DetectableRate.of(200, 17280, found=0)
     assert found.level == 0.05 / 17280 and found.pairs == 200
     assert power(200, found.rate + 1e-6, found.level) >= 0.8
     assert list(found.needed) == [0.6, 0.7, 0.8, 0.9]
     assert found.needed[0.7] == pairs_needed(0.7, found.level)
     assert sorted(found.needed.values(), reverse=True) == list(found.needed.values())
-    easier = Finding.of(200, 17280, found=1000)
+    easier = DetectableRate.of(200, 17280, found=1000)
     assert easier.level == 1000 * 0.05 / 17280 and easier.rate < found.rate and easier.needed[0.6] < found.needed[0.6]
-    assert Finding.of(10, 17280).rate is None
+    assert DetectableRate.of(10, 17280).rate is None
 
 
 @pytest.mark.parametrize("arguments", [(0.5, 0.05), (0.3, 0.05), (1.1, 0.05), (float("nan"), 0.05)])

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import austeer
-from austeer.plans.fit import Entry
-from austeer.steering import hook_path as paths
+from austeer.plans.fit import LayerUnits
+from austeer.steering.steering import hook_path as paths
 from austeer.steering.tables import StrengthTable
 from dense_formula import (
     OPERATIONS,
@@ -82,13 +82,13 @@ def test_the_sparse_and_the_dense_form_of_columns_give_the_same(demo, measured, 
 
 def test_the_dense_form_is_for_a_cpu_with_few_elements_or_many_columns():
     def cheaper(tokens, width, count, dtype=torch.float32):
-        table = StrengthTable([Entry(0, *(torch.arange(count),) * 4, "scale")], 1, width, torch.device("cpu"))
+        table = StrengthTable([LayerUnits(0, *(torch.arange(count),) * 4, "scale")], 1, width, torch.device("cpu"))
         return paths.dense_is_cheaper(torch.empty(tokens, width, dtype=dtype, device="cpu"), table)
 
     assert cheaper(1, 4096, 4) and cheaper(512, 4096, 100) and cheaper(512, 576, 100)
     assert not cheaper(512, 4096, 4)
     assert cheaper(1, 576, 4, torch.bfloat16) and not cheaper(1, 576, 4, torch.float64)
-    mixed = [Entry(i, *(torch.arange(4),) * 4, name) for i, name in enumerate(("scale", "shift"))]
+    mixed = [LayerUnits(i, *(torch.arange(4),) * 4, name) for i, name in enumerate(("scale", "shift"))]
     table = StrengthTable(mixed, 2, 576, torch.device("cpu"))
     assert paths.dense_is_cheaper(torch.empty(1, 576), table)
     assert not paths.dense_is_cheaper(torch.empty(1, 576, dtype=torch.bfloat16), table)  # it would round twice
@@ -98,7 +98,9 @@ def test_the_dense_form_is_for_a_cpu_with_few_elements_or_many_columns():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_dense_form_rounds_once(operation, dtype):
     index, values = torch.randperm(64)[:40], torch.randn(40)
-    table = StrengthTable([Entry(0, index, values.clamp(-1, 1), values, torch.arange(40), operation)], 1, 64, "cpu")
+    table = StrengthTable(
+        [LayerUnits(0, index, values.clamp(-1, 1), values, torch.arange(40), operation)], 1, 64, "cpu"
+    )
     table.fill([(3.0, 40)])
     x = torch.randn(500, 64).to(dtype)
     exact = x.double() + table.dense_gamma * (x.abs() if operation == "push" else x).double() + table.dense_shift

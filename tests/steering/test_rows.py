@@ -9,7 +9,7 @@ import torch
 from transformers import StaticCache
 
 import austeer
-from austeer.steering import hook_path as paths
+from austeer.steering.steering import hook_path as paths
 from dense_formula import assert_unchanged, formula_at, logits, random_plan, snapshot
 
 NEW = 6

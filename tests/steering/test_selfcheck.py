@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering import fold, selfcheck
-from austeer.steering import hook_path as paths
+from austeer.steering.steering import fold, selfcheck
+from austeer.steering.steering import hook_path as paths
 from dense_formula import OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
 from tiny_models import tiny_model
 

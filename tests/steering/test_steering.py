@@ -15,7 +15,7 @@ from torch import nn
 
 import austeer
 from austeer.models.structure import is_steered
-from austeer.steering import fold
+from austeer.steering.steering import fold
 from dense_formula import PATHS, assert_unchanged, formula_logits, logits, random_plan, snapshot
 
 

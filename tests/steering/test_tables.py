@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from austeer.plans.fit import Entry
+from austeer.plans.fit import LayerUnits
 from austeer.steering.tables import StrengthTable
 
 
 def table(operation):
     index, rank = torch.tensor([4, 0, 2]), torch.tensor([1, 5, 0])
     beta, delta = torch.tensor([0.5, -1.0, 0.25]), torch.tensor([2.0, 3.0, -4.0])
-    return StrengthTable([Entry(0, index, beta, delta, rank, operation)], 1, 6, torch.device("cpu"))
+    return StrengthTable([LayerUnits(0, index, beta, delta, rank, operation)], 1, 6, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_gamma_is_computed_in_float32():
 def test_each_plan_has_a_row_over_the_aus_of_all():
     one, two = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
     entries = [
-        Entry(0, torch.tensor([5, 1]), one, two, torch.tensor([0, 1]), "scale"),
-        Entry(2, torch.tensor([1, 3]), one, two, torch.tensor([0, 7]), "shift"),
+        LayerUnits(0, torch.tensor([5, 1]), one, two, torch.tensor([0, 1]), "scale"),
+        LayerUnits(2, torch.tensor([1, 3]), one, two, torch.tensor([0, 7]), "shift"),
     ]
     t = StrengthTable(entries, 3, 6, torch.device("cpu"), dense=False)
     t.fill([(1.0, 9), (9.0, 9), (2.0, 1)])
@@ -68,6 +68,6 @@ def test_each_plan_has_a_row_over_the_aus_of_all():
 
 def test_push_and_scale_need_tables_of_their_own():
     index, values = torch.tensor([0]), torch.tensor([1.0])
-    entries = [Entry(i, index, values, values, index, name) for i, name in enumerate(("push", "scale"))]
+    entries = [LayerUnits(i, index, values, values, index, name) for i, name in enumerate(("push", "scale"))]
     with pytest.raises(ValueError, match="with and without magnitude"):
         StrengthTable(entries, 2, 4, torch.device("cpu"))

@@ -34,7 +34,7 @@ def test_momentum_in_which_nothing_differs_can_be_drawn(tmp_path):
 
 def test_panels(momentum, tmp_path, monkeypatch):
     """What is drawn is what the overview holds."""
-    from austeer.overview import figures as overview_figures
+    from austeer.overview.overview import figures as overview_figures
 
     kept = []
     monkeypatch.setattr(overview_figures, "save_figure", lambda figure, path: kept.append(figure))

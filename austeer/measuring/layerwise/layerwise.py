@@ -20,7 +20,7 @@ from ...forward.packing import Batch
 from ...models.families import Layout
 from ...models.sites import Site
 from ...models.structure import text_config
-from ...models.weights import Part, Traffic, WeightsError, exact, in_turn
+from ...models.weights import LayerWeights, Traffic, WeightsError, exact, in_turn
 from ...utils.machine import free_memory
 from ..blocks import Block
 from ..tally import Counting
@@ -88,12 +88,12 @@ class Layerwise:
         self.hidden_bytes, self.hidden_place = 0, ""
         self._parts()  # what cannot be loaded is refused now
 
-    def _parts(self) -> tuple[Part, Part, list[Part]]:
+    def _parts(self) -> tuple[LayerWeights, LayerWeights, list[LayerWeights]]:
         """What is there all the time, the token embedding, and the layers."""
         anatomy = self._anatomy
         groups = [anatomy.around(), anatomy.modules(anatomy.embedding)]
         groups += [anatomy.modules(anatomy.layers[number]) for number in self.layers]
-        around, embedding, *layers = (Part(modules, self._asked, self.traffic) for modules in groups)
+        around, embedding, *layers = (LayerWeights(modules, self._asked, self.traffic) for modules in groups)
         return around, embedding, layers
 
     def run(

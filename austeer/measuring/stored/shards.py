@@ -41,7 +41,7 @@ _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 @dataclass(frozen=True)
-class Header:
+class ShardHeader:
     """What a shard says of itself.
 
     Attributes:
@@ -61,7 +61,7 @@ class Header:
         return vars(self) | {"model": self.model.to_json(), "layers": list(self.layers)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Header:
+    def from_json(cls, data: dict[str, Any]) -> ShardHeader:
         """Raises KeyError, TypeError or ValueError where ``data`` is no header."""
         header = cls(**{**data, "model": Fingerprint.from_json(data["model"]), "layers": tuple(data["layers"])})
         if not all(type(n) is int and n >= 0 for n in (header.first, header.pairs, header.cut, *header.layers)):
@@ -89,7 +89,7 @@ class Shard:
     dtype: torch.dtype
     shapes: Mapping[str, tuple[int, int]]
     starts: Mapping[str, int] = field(repr=False)
-    header: Header | None
+    header: ShardHeader | None
 
     def row_bytes(self, site: str) -> int:
         """Bytes of one side of a pair."""
@@ -129,7 +129,7 @@ def read_shard(path: Path) -> Shard:
             found = f"{metadata['format']!r} version {metadata.get('version')!r}"
             raise FileFormatError(f"{path}: found a file of format {found}, expected {FORMAT!r} version {VERSION}")
         try:
-            header = Header.from_json(json.loads(metadata["header"]))
+            header = ShardHeader.from_json(json.loads(metadata["header"]))
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: damaged header ({error}); copy the shard whole, or make it anew") from error
     shapes: dict[str, tuple[int, int]] = {}

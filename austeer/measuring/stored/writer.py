@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import FileFormatError
 from ...models.sites import Fingerprint
 from ...utils import files
-from .shards import COMPLETE, FORMAT, VERSION, Header, read_shard
+from .shards import COMPLETE, FORMAT, VERSION, ShardHeader, read_shard
 
 
 class ActivationWriter:
@@ -43,7 +43,7 @@ class ActivationWriter:
         resume: bool = False,
     ):
         self.folder = Path(folder)
-        self._header = Header(model, tuple(layers), chat_template, source, first=0, pairs=0, cut=0)
+        self._header = ShardHeader(model, tuple(layers), chat_template, source, first=0, pairs=0, cut=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             present = sorted(self.folder.glob("*.safetensors"))

@@ -5,11 +5,11 @@ import os
 
 import pytest
 import torch
+from austeer.measuring.measure.layerwise import hidden_states as scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from austeer.errors import AusteerError
-from austeer.measuring.layerwise import hidden_states as scratch
 from austeer.measuring.layerwise.hidden_states import HiddenStates, ScratchError, bytes_needed
 from austeer.utils.machine import free_memory
 

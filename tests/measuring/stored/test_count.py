@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
+from austeer.measuring.measure.stored import count as activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import austeer
 from austeer import AusteerError, CaptureError, FileFormatError, Momentum
-from austeer.measuring.stored import count as activations
 from austeer.measuring.stored.count import ActivationCount, momentum_from_activations
 from austeer.measuring.stored.folder import StoredActivations
 from austeer.measuring.stored.writer import ActivationWriter
