@@ -51,7 +51,7 @@ def export_lora(
         >>> sorted(file.name for file in out.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors', 'austeer.json']
 
-    With that, ``vllm serve models/tiny --enable-lora --lora-modules kind=adapters/kind`` steers all requests for "kind".
+    With that, ``vllm serve models/tiny --enable-lora --lora-modules kind=adapters/kind`` steers requests for "kind".
 
     Weights are read one layer at a time, in place, so a model of any size takes little more memory than its adapter.
     The adapter is for this model's weights: on another one it does something else.
