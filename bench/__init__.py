@@ -1,4 +1,7 @@
-"""Measurements. Imports austeer and austeer_kernels; nothing but tests/ imports it."""
+"""Measurements of what steering costs, and the pages made of them.
+
+Imports austeer and austeer_kernels; nothing but tests/ imports it.
+"""
 
 import sys
 from importlib.util import find_spec

@@ -1,4 +1,6 @@
-"""What momentum is compared with: other methods as plans, so that all are steered, tuned and measured in one way.
+"""Other methods as plans, to compare momentum with.
+
+So all are steered, tuned and measured in one way.
 
 Every method gives arms (:class:`austeer.baselines.arm.Arm`): plans that ``steer`` accepts, with a number of AUs each,
 and no strength yet.

@@ -1,4 +1,7 @@
-"""Does momentum cause anything? Single AUs steered alone, top ones beside matched random ones."""
+"""Does momentum cause anything? Single AUs, steered alone.
+
+Top ones stand beside matched random ones.
+"""
 
 from .check import WAYS, CausalResult, Unit, causal_check
 from .statistics import Correlation, Difference, Findings

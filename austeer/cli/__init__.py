@@ -1,4 +1,7 @@
-"""The command line: ``austeer COMMAND``. One thin file a command; the work is done by the library."""
+"""The command line: one thin file a command.
+
+``austeer COMMAND``; the work is done by the library.
+"""
 
 from __future__ import annotations
 

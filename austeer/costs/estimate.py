@@ -146,12 +146,22 @@ def estimate(
     The matmul rate is that of one product of the model's own size. All else is left out: SmolLM2-135M on a CPU took 1.3
     to 1.8 times as long.
 
+    Example:
+        >>> needed = austeer.estimate("models/tiny", pairs, sites=["attention", "ffn"])
+        >>> needed.strategy, needed.work.pairs
+        ('resident', 24)
+        >>> [line.split()[0] for line in needed.lines()][:3]  # for people
+        ['model', 'pairs', 'work']
+
     Args:
         model: a folder, a Hub id or "demo", of which config and tokenizer are read; or a config.
+        pairs: from :func:`load_pairs`, :func:`stream_pairs`, or (prompt, positive, negative) tuples.
+        sites: names of sites, see :mod:`austeer.models.sites`. layers: these layers only, as in ``measure``.
         tokenizer: by default that of ``model``. Without one, a token is taken to have four characters.
         strategy: "auto" takes the resident one if it fits into free memory.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: "cpu", "cuda:0" ..., or a device map, which is taken for all GPUs; by default CUDA if there is one.
+        batch_tokens, block_pairs, share_prompts, max_length, layout: as of :func:`austeer.measure`.
         checkpoint, scratch: where hidden states would be kept, for the space that is free there.
         sample: pairs to tokenise, in whole blocks drawn from all pairs. The others are only counted.
         machine: where it will run, in place of ``device``; by default here, tried for about a second.

@@ -1,1 +1,1 @@
-"""The demo: pairs to a steered model in one command."""
+"""From pairs to a steered model in one command, with figures."""

@@ -1,4 +1,4 @@
-"""Plans for other programs: a LoRA adapter, a folded checkpoint, a llama.cpp adapter."""
+"""Plans as LoRA adapters, folded checkpoints and GGUF files."""
 
 from .checkpoint import export_checkpoint
 from .edits import ExportError, ExportWarning

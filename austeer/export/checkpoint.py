@@ -41,6 +41,12 @@ def export_checkpoint(
     written anew, one tensor in memory at a time; the others are linked (the same file on disk under a second name) or
     copied. Config, tokenizer and chat template go along, and ``austeer.json`` says what was folded in.
 
+    Example:
+        >>> out = austeer.export_checkpoint(plan, "models/tiny", "models/kind", alpha=8)
+        >>> steered = type(model).from_pretrained(out)  # and nothing of austeer runs in it
+        >>> {"config.json", "model.safetensors", "tokenizer.json"} < {file.name for file in out.iterdir()}
+        True
+
     Args:
         plans: a plan, or several whose effects are summed, each perhaps with its own alpha: ``[(a, 8.0), (b, 0.5)]``.
         model: a folder or Hub id, read from its safetensors files; or a model in memory, offloaded or not, which is

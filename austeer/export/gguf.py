@@ -42,6 +42,11 @@ def export_gguf(
     ``llama-server -m MODEL.gguf --control-vector FILE``. Both take a scale at run time that multiplies alpha
     (``--lora-scaled FILE:2``, ``--control-vector-scaled FILE:2``).
 
+    Example:
+        >>> file = austeer.export_gguf(plan, "models/tiny", "kind.gguf", alpha=8)
+        >>> file.open("rb").read(4)
+        b'GGUF'
+
     Args:
         plans: a plan, or several whose effects are summed, each perhaps with its own alpha: ``[(a, 8.0), (b, 0.5)]``;
             all ``scale`` or all ``shift``.

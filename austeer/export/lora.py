@@ -46,10 +46,12 @@ def export_lora(
 ) -> Path:
     """Writes plans as one LoRA adapter that does what ``steer`` does, at every position.
 
-    ::
+    Example:
+        >>> out = austeer.export_lora(plan, "models/tiny", "adapters/kind", alpha=8)
+        >>> sorted(file.name for file in out.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors', 'austeer.json']
 
-        austeer.export_lora(plan, "meta-llama/Llama-3.3-70B-Instruct", "kind/", alpha=8)
-        # vllm serve meta-llama/Llama-3.3-70B-Instruct --enable-lora --lora-modules kind=kind/
+    With that, ``vllm serve models/tiny --enable-lora --lora-modules kind=adapters/kind`` steers requests for "kind".
 
     Weights are read one layer at a time, in place, so a model of any size takes little more memory than its adapter.
     The adapter is for this model's weights: on another one it does something else.

@@ -1,1 +1,1 @@
-"""Texts through a model: tokens, batches, shared prompts, last-token activations, generation, its time."""
+"""Texts through a model: tokens, batches, generation, timing."""

@@ -1,4 +1,4 @@
-"""Contrastive pairs for those who have none, and what may be wrong with those that are there.
+"""Makes contrastive pairs, and checks those that are there.
 
 Pairs are made from a labelled task (:mod:`.from_task`), written by the model itself after two instructions
 (:mod:`.instructions`), or filled into a template (:mod:`.template`). :func:`check_pairs` looks for what tells the sides

@@ -1,1 +1,1 @@
-"""The engine that measures momentum: batches through a resident model, or layer by layer."""
+"""Runs pairs through a model and counts, whole or by layer."""

@@ -47,6 +47,15 @@ def measure(
     What texts have in common (the prompt of a pair; a prompt that pairs share) runs once. Texts of like length share
     a batch. ``momentum.report`` says how it went.
 
+    Example:
+        >>> momentum = austeer.measure(model, tokenizer, pairs, sites=["attention", "ffn"])
+        >>> momentum.pairs, list(momentum.sites)
+        (24, ['attention', 'ffn'])
+        >>> momentum.counters("ffn").positive.shape  # layers, AUs of each
+        torch.Size([3, 32])
+        >>> momentum.save("kind.momentum").name
+        'kind.momentum'
+
     Args:
         model: a Transformers decoder, in evaluation mode for the time of the call.
         tokenizer: the model's own. One without a pad token is fine.

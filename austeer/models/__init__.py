@@ -1,4 +1,4 @@
-"""What a model is made of: families, sites, weights, devices; and how one is loaded."""
+"""What a model is made of: families, sites, weights; loading."""
 
 from .load import fits, load_model, load_offloaded
 

@@ -95,6 +95,13 @@ def find_sites(
 ) -> dict[str, list[Site]]:
     """The sites of a model: for each name, one ``Site`` a layer, first layer first.
 
+    Example:
+        >>> sites = austeer.find_sites(model)
+        >>> list(sites), len(sites["ffn"])
+        (['attention', 'ffn', 'layer', 'neuron'], 3)
+        >>> sites["attention"][0].path, sites["attention"][0].side, sites["attention"][0].width
+        ('model.layers.0.self_attn.o_proj', 'input', 48)
+
     Args:
         model: a Transformers model, with or without its head, also one that reads images and text.
         names: any of ``SITE_NAMES``; by default those that the model has.

@@ -1,1 +1,1 @@
-"""Activation momentum: the result of a measurement, its merging and its report."""
+"""Activation momentum: what a measurement counted, and its file."""

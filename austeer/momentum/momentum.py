@@ -109,6 +109,14 @@ class Momentum:
     ) -> Plan:
         """The k AUs of largest |beta| over all layers of one site together (paper, selection), as a plan.
 
+        Example:
+            >>> plan = momentum.select("attention", k=10, operation="shift")
+            >>> len(plan), plan.operation, plan.sites
+            (10, 'shift', ('attention',))
+            >>> strict = momentum.select("ffn", max_fdr=0.01)  # as many as stand out from chance
+            >>> len(strict) > 0
+            True
+
         Args:
             site: a measured site.
             k: how many AUs.

@@ -1,1 +1,1 @@
-"""What `austeer inspect` shows of a momentum or a plan."""
+"""What `austeer inspect` shows: rankings, chance and stability."""

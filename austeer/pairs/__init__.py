@@ -1,1 +1,1 @@
-"""Contrastive pairs of texts and where they come from; no model."""
+"""Contrastive pairs of texts and their sources; no model."""

@@ -122,7 +122,31 @@ def load_pairs(
     split: str | None = None,
     chat_template=None,
 ) -> Pairs:
-    """The pairs of a file, of several, or of a dataset, in memory; arguments as for :func:`stream_pairs`.
+    """The pairs of a file, of several, or of a dataset, in memory.
+
+    Example:
+        >>> pairs = austeer.load_pairs("pairs.jsonl")
+        >>> len(pairs)
+        24
+        >>> pairs[0]
+        Pair(prompt='The soup was', positive=' good', negative=' bad', lead='')
+
+    Args:
+        source: one of
+
+            - a file of JSONL (``.jsonl``, ``.ndjson``), JSON (``.json``: a list of objects, which is read whole) or CSV
+              (``.csv``, with a header), each also with ``.gz`` or ``.zst`` after it, or of Parquet (``.parquet``);
+            - a pattern of files (``"pairs/*.jsonl.gz"``) or a sequence of files, read in the order of their names;
+            - ``"hf:ORG/NAME"`` or ``"hf:ORG/NAME:CONFIG"``, a dataset of the Hugging Face Hub, streamed;
+            - a folder that ``Dataset.save_to_disk`` wrote;
+            - a ``datasets.Dataset`` or ``IterableDataset``, or a dictionary of them by split.
+        prompt, positive, negative: the names that the fields have in the source. If they are these, a field ``lead``
+            may say with which end of the prompt the answer begins (:class:`austeer.pairs.pair.Pair`).
+        where: keep only rows in which these fields have these values, for example ``{"split": "selection"}``.
+        limit: read at most so many pairs.
+        split: which split of a dataset; needed if it has several.
+        chat_template: a tokenizer whose chat template the prompts are put through
+            (:meth:`Pairs.with_chat_template`).
 
     Raises:
         PairsError: no such source, an unknown format, a package that is not installed, a damaged row, a missing or

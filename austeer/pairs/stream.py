@@ -104,6 +104,12 @@ def stream_pairs(
 ) -> PairStream:
     """Pairs that are read as they are wanted, as often as wanted: a source of any length takes little memory.
 
+    Example:
+        >>> pairs = austeer.stream_pairs("pairs.jsonl", limit=20)
+        >>> momentum = austeer.measure(model, tokenizer, pairs)  # reads them
+        >>> momentum.pairs
+        20
+
     Args:
         source: one of
 

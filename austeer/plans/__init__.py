@@ -1,1 +1,1 @@
-"""What is steered: the plan, its file, its evidence, its card, and whether it fits a model."""
+"""The AUs to steer: their file, evidence, card, and the Hub."""

@@ -37,6 +37,10 @@ class Plan(PlanTable):
 
         The file is there whole or not at all; one that is there already is replaced.
 
+        Example:
+            >>> plan.save_pretrained("plans/kind").as_posix()
+            'plans/kind/austeer_plan.safetensors'
+
         Raises:
             PlanError: more AUs, or longer names, than a file may hold.
             FileFormatError: it cannot be written.
@@ -54,6 +58,11 @@ class Plan(PlanTable):
         local_files_only: bool = False,
     ) -> Plan:
         """Reads a plan from a folder, from the file itself, or from the Hugging Face Hub.
+
+        Example:
+            >>> file = plan.save_pretrained("plans/kind")
+            >>> austeer.Plan.from_pretrained("plans/kind") == plan  # or "USER/kind", "USER/kind@COMMIT"
+            True
 
         Args:
             source: a folder or file if there is one of that name; otherwise, if it has the form ``USER/NAME`` or

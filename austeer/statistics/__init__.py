@@ -1,4 +1,4 @@
-"""Statistics of momentum: what stands out from chance, how stable a ranking is, and how many pairs it takes.
+"""What stands out from chance, how stable, from how many pairs.
 
 An AU's momentum is a sign count, so everything here is a sign test or compares two rankings; nothing is assumed of the
 activations themselves. Pairs are taken to be independent: pairs that repeat each other count for more than they are.

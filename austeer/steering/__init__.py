@@ -1,1 +1,1 @@
-"""A plan on a live model: which path each site takes, strengths, rows, scopes."""
+"""A plan on a live model: paths, strengths, rows, scopes."""

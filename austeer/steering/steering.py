@@ -304,11 +304,14 @@ def steer(
 ) -> Steering:
     """Steers a model with a plan, inside a ``with`` block (paper: x + alpha * beta * x at every position).
 
-    ::
-
-        with austeer.steer(model, plan, alpha=15) as steering:
-            model.generate(**inputs)
-            steering.alpha = 5
+    Example:
+        >>> inputs = tokenizer("The soup was", return_tensors="pt")
+        >>> with austeer.steer(model, plan, alpha=8) as steering:
+        ...     there = model.generate(**inputs, max_new_tokens=8)
+        ...     steering.alpha = 4  # live
+        ...     paths = {site.path for site in steering.report()}
+        >>> paths, austeer.is_steered(model)
+        ({'fold'}, False)
 
     Everything is checked before anything is touched, and on leaving the block the model is restored bit for bit, also
     after an exception. Only layers in which the plan has AUs are touched.

@@ -1,4 +1,4 @@
-"""Labelled tasks: what a model should answer, read from data through templates, and how well it does."""
+"""Labelled tasks: read through templates, run and scored."""
 
 from .evaluating import Variant, check_options, checked_variants, evaluate
 from .evaluation import Comparison, Evaluation, IntervalEstimate, VariantResult

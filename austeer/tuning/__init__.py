@@ -1,4 +1,7 @@
-"""Choosing which AUs, how many and how strongly, on data that was not measured, and comparing methods fairly."""
+"""Chooses AUs and strengths on held-out data; compares methods.
+
+Which AUs, how many and how strongly is chosen on data that was not measured, and every method is tuned alike.
+"""
 
 from ..baselines.arm import Arm, Candidate, Material
 from .compare import CompareResult, compare

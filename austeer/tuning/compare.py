@@ -105,18 +105,38 @@ def compare(
 ) -> CompareResult:
     """Tunes every method alike and reports the best of each, and of each operation, on the test part.
 
-    All methods get the same pairs, the same limit on the side effect and the same search; see :func:`tune` for both.
+    All methods get the same pairs, the same limit on the side effect (KL divergence from the unsteered model on neutral
+    text) and the same search: every setting is brought to that limit, then successive halving finds the best on a part
+    of the data that was not measured. The figures are of a third part, which is looked at once.
+
+    Example:
+        >>> result = austeer.compare(model, tokenizer, pairs, methods=["momentum:shift", "random:shift"], ks=[3])
+        >>> sorted(row.method for row in result.held_out)
+        ['momentum', 'random']
+        >>> [name for name in result.cost if "unsteered" in name]  # time of a token: twice, so that the noise shows
+        ['unsteered', 'unsteered again']
 
     Args:
+        model: a Transformers decoder. tokenizer: its own.
+        data: pairs, or a task with options (:func:`austeer.tasks.load_task`); or parts of them, split elsewhere.
         methods: names of :data:`austeer.baselines.METHODS`, or ``NAME:OPERATION`` for one operation only.
         momentum: of other pairs than ``data``'s. "iti" looks at the pairs themselves: with a momentum it needs
             ``data`` as :class:`austeer.tuning.Parts`, with those pairs in them.
+        sites, operations, ks: what is searched for each method that has them.
         layers: where "caa" adds its vector; by default ten that are evenly spread.
+        max_kl: the limit on KL(unsteered || steered), nats a token.
+        budget: seconds for all of it; by default as long as it takes.
+        neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
         timed: also time decoding with each method's best setting.
-        Others as for :func:`tune`.
+        most: at most so many items to measure, tune and test.
+        seed: of the split and of all that is random.
+        folder: where ``momentum.safetensors`` and ``search.jsonl`` are kept; an interrupted search goes on from them.
+        step: opens progress bars. progress: as of :func:`austeer.measure`.
 
     Raises:
-        TaskError: an unknown method, and what :func:`tune` raises. SelectionError: a site that ``momentum`` lacks.
+        TaskError: an unknown method, a numeric task, too little data or budget, or no setting within the limit.
+        SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
+        FileFormatError: ``folder`` holds another search.
     """
     started = time.perf_counter()
     wanted = parse_methods(methods, operations)

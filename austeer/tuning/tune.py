@@ -112,7 +112,15 @@ def tune(
     compare at equal side effect; then successive halving finds the best. All settings of a batch run as its rows, and
     rankings are nested, so one momentum serves every k.
 
+    Example:
+        >>> result = austeer.tune(model, tokenizer, pairs, sites=["attention"], ks=[3, 10], max_kl=0.05)
+        >>> result.plan.sites, result.chosen.k == len(result.plan)
+        (('attention',), True)
+        >>> with austeer.steer(model, result.plan, result.alpha):
+        ...     steered = model.generate(**tokenizer("The soup was", return_tensors="pt"), max_new_tokens=8)
+
     Args:
+        model: a Transformers decoder. tokenizer: its own.
         data: pairs, or a task with options (:func:`austeer.tasks.load_task`); or parts of them, split elsewhere.
         momentum: of other pairs than ``data``'s; by default counted on a part of the data.
         sites, operations, ks: what is searched.
@@ -121,6 +129,7 @@ def tune(
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
         mix: also try the best two sites together, each with its own strength.
         most: at most so many items to measure, tune and test.
+        seed: of the split and of all that is random.
         folder: where ``momentum.safetensors`` and ``search.jsonl`` are kept; an interrupted search goes on from them.
         step: opens progress bars. progress: as of :func:`austeer.measure`.
 

@@ -1,1 +1,1 @@
-"""Files, progress, interruptions, the machine: nothing of steering."""
+"""Files, progress, interrupts, the machine: nothing of steering."""

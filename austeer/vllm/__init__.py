@@ -1,4 +1,6 @@
-"""A vLLM plugin for steering that no LoRA adapter can carry: ``push`` and ``shift``, the site ``layer``, token scopes.
+"""A plugin for vLLM: steering that no LoRA adapter can carry.
+
+That is ``push`` and ``shift``, the site ``layer``, and token scopes.
 
 vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``). What it adds is made of
 vLLM's own extension points, and nothing of vLLM is patched:

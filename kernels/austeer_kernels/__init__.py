@@ -1,6 +1,7 @@
-"""Tensor operations for atomic-unit steering: PyTorch definitions, Triton kernels, torch registration.
+"""Operations on tensors: PyTorch definitions, Triton kernels.
 
-Needs torch only; Triton is imported when an operation first meets a CUDA tensor.
+Each has both, and a registration with torch. Needs torch only; Triton is imported when an operation first meets a CUDA
+tensor.
 """
 
 from .ops import KernelArgumentError, coalesce, momentum_counters, momentum_update, steer_columns_, steered_linear

@@ -53,12 +53,31 @@ def momentum_from_activations(
 ) -> Momentum:
     """Counts activation momentum over stored last-token activations (format: :mod:`austeer.measuring.stored.shards`).
 
+    Example:
+        >>> measured = austeer.measure(model, tokenizer, pairs, save_activations="activations")
+        >>> momentum = austeer.momentum_from_activations("activations")  # without the model, as often as wanted
+        >>> momentum.pairs == measured.pairs
+        True
+
     Args:
-        paths, model, layers, chat_template: as in :meth:`austeer.measuring.stored.folder.StoredActivations.open`.
-        device, chunk_bytes, part, checkpoint, resume, progress: as in :class:`ActivationCount`.
+        paths: files and folders of shards.
+        model: what the activations are of, where the shards do not say. Its ``widths`` may be empty.
+        layers: which layers the shards hold; all of the model's by default.
+        chat_template: whether the prompts went through a chat template.
+        device: where to count; by default a GPU if there is one.
+        chunk_bytes: how much is read at a time; by default 64 MiB or 32 rows, whichever is more.
+        part: (i, n) counts the shards i, i + n, i + 2 n ..., to be merged (:meth:`austeer.Momentum.merge`).
+        checkpoint: a file in which the counters are kept every GB or so, and when a shard cannot be read; remove it
+            when the result is saved.
+        resume: go on from the checkpoint, if it is there, to the identical result.
+        progress: a progress bar on standard error; by default if that is a terminal.
 
     Raises:
-        FileFormatError, PairsError, CaptureError, MeasurementInterrupted: see there.
+        FileFormatError: no shard, one that is damaged or covers what another one covers, shards of different models,
+            sites, layers or dtypes; or a checkpoint that is damaged, of another run, or there without ``resume``.
+        PairsError: no row in any shard.
+        CaptureError: an activation is NaN or infinite (site, layer and row are named).
+        MeasurementInterrupted: Ctrl-C or SIGTERM, with a checkpoint.
     """
     stored = StoredActivations.open(paths, model=model, layers=layers, chat_template=chat_template)
     return ActivationCount(
