@@ -14,8 +14,7 @@ from austeer.sites import decoder_of, find_sites
 from austeer.tokens import tokenise
 from austeer.trees import forms
 from letter_tokens import Letters, letter_pairs
-from test_trees import NARROW, PLAIN
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, NARROW, NO_TREE, tiny_model
 
 CPU = torch.device("cpu")
 COUNTS = ("positive", "negative")
@@ -48,7 +47,7 @@ def test_the_first_form_is_the_right_one(family):
     model = tiny_model(family, **NARROW.get(family, {}))
     form, error = asked(model)
     assert form == next(iter(forms(model, decoder_of(model))), None)
-    assert (form, error) == (None, None) if family in PLAIN else error < 1e-5
+    assert (form, error) == (None, None) if family in NO_TREE else error < 1e-5
     if form is not None:
         assert form == ("mapping" if getattr(model.config.get_text_config(), "layer_types", None) else "tensor")
 
@@ -64,6 +63,8 @@ def test_the_first_form_is_the_right_one(family):
 )
 def test_rounding_is_told_from_a_mistake_on_a_real_model(demo, dtype, implementation):
     model = copy.deepcopy(demo[0]).to(dtype)
+    del model.model.layers[12:]
+    model.config.num_hidden_layers = 12
     model.set_attn_implementation(implementation)
     form, error = asked(model, ["attention", "layer"])
     assert form == "tensor" and error < 0.9 * TOLERANCE[dtype]
@@ -107,7 +108,7 @@ def test_a_model_of_numbers_that_are_none():
     model = tiny_model("llama")
     model.model.embed_tokens.weight.data.fill_(float("nan"))
     assert asked(model) == (None, float("inf"))
-    with pytest.raises(austeer.CaptureError, match="found NaN or infinity"):
+    with pytest.raises(austeer.CaptureError, match="NaN"):
         austeer.measure(model, Letters(), letter_pairs(3))
 
 
@@ -154,7 +155,7 @@ def assert_equal(found, expected):
             assert torch.equal(getattr(found.sites[name], what), getattr(counters, what)), (name, what)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PLAIN])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NO_TREE])
 def test_counts_are_the_same_in_float64(family):
     # Rounding is too small to turn a comparison there, so any other difference is a mistake.
     model = tiny_model(family, **NARROW.get(family, {})).double()
@@ -196,7 +197,7 @@ def test_the_pair_at_fault_may_be_another_of_its_row():
     model = tiny_model("llama")
     model.model.embed_tokens.weight.data[Letters()("x")["input_ids"][0][0]] = float("nan")
     pairs = [("it is", " fine", " awful"), ("it is", " a box", " awful"), ("so", " a", " b")]
-    with pytest.raises(austeer.CaptureError, match=r"on pair 0 of memory \('it is'\) or one that begins like it"):
+    with pytest.raises(austeer.CaptureError, match=r"pair 0 of memory.*'it is'.*like it"):
         austeer.measure(model, Letters(), pairs)
-    with pytest.raises(austeer.CaptureError, match=r"on pair 1 of memory \('it is'\); expected"):
+    with pytest.raises(austeer.CaptureError, match=r"pair 1 of memory.*'it is'\W*;"):
         austeer.measure(model, Letters(), pairs, share_prompts=False)
