@@ -225,11 +225,11 @@ def rows(name, count):
 
 @pytest.fixture(scope="module")
 def differences(demo, tmp_path_factory):
-    """Measures pairs at the site attention of 10 layers: their differences, [pairs, layers, width]."""
+    """Measures pairs at the site attention of 16 layers: their differences, [pairs, layers, width]."""
 
     def measured(pairs):
         folder = tmp_path_factory.mktemp("activations")
-        austeer.measure(*demo, pairs, "attention", layers=range(10), save_activations=folder, progress=False)
+        austeer.measure(*demo, pairs, "attention", layers=range(16), save_activations=folder, progress=False)
         shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
         return torch.cat([shard["attention.positive"] - shard["attention.negative"] for shard in shards])
 

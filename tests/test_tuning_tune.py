@@ -39,7 +39,7 @@ def loaded(one_lively, demo):
 def tuned(loaded, tmp_path_factory):
     """What the search of all the defaults finds, and the folder that it keeps its record in."""
     folder = tmp_path_factory.mktemp("tuned")
-    return tune(*loaded, task_of(), folder=folder, **FEW), folder
+    return tune(*loaded, split(task_of()), folder=folder, **FEW), folder
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -171,14 +171,14 @@ def test_the_same_command_goes_on_and_another_is_refused(loaded, tuned, monkeypa
     first, folder = tuned
     monkeypatch.setattr(scoring, "option_scores", None)  # nothing may be run any more
     monkeypatch.setattr(scoring, "side_effects", None)
-    again = tune(*loaded, task_of(), folder=folder, **FEW)
+    again = tune(*loaded, split(task_of()), folder=folder, **FEW)
     assert again.chosen == first.chosen and again.held_out == first.held_out and again.plan == first.plan
     with pytest.raises(FileFormatError, match=r"max_kl 0\.05.*0\.06"):
-        tune(*loaded, task_of(), folder=folder, **(FEW | {"max_kl": 0.06}))
+        tune(*loaded, split(task_of()), folder=folder, **(FEW | {"max_kl": 0.06}))
     with pytest.raises(FileFormatError, match=r"another search.*data"):
         tune(*loaded, task_of(45), folder=folder, **FEW)
     with pytest.raises(FileFormatError, match=r"another search.*neutral"):
-        tune(*loaded, task_of(), folder=folder, **(FEW | {"neutral": NEUTRAL[:2]}))
+        tune(*loaded, split(task_of()), folder=folder, **(FEW | {"neutral": NEUTRAL[:2]}))
 
 
 def test_pairs_and_a_momentum_of_other_pairs(loaded):
