@@ -239,12 +239,6 @@ def test_several_tokens_where_one_was_promised(small, demo):
 # --- edges -----------------------------------------------------------------------------------------------------------
 
 
-def test_sides_change_the_sign(demo, small):
-    pairs = Pairs.of(SHARED)
-    swapped = Pairs.of([(p.prompt, p.negative, p.positive) for p in pairs])
-    torch.testing.assert_close(log_odds(small, demo[1], swapped), -log_odds(small, demo[1], pairs))
-
-
 def test_equal_sides_have_no_odds(demo, small):
     pairs = Pairs.of([("The soup was", " good", " good"), *SHARED])
     assert float(log_odds(small, demo[1], pairs)[0]) == 0
