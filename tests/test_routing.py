@@ -231,15 +231,6 @@ def test_a_second_turn_goes_on_from_the_cache(model, batch):
     assert torch.equal(cached, ids)
 
 
-def test_a_scope_without_tokens_is_a_warning(model, batch):
-    plan = random_plan(model, "ffn", 10)
-    with (
-        pytest.warns(austeer.SteeringWarning, match="no token.*generation"),
-        austeer.steer(model, plan, 1.0, scope="generation"),
-    ):
-        model(**batch)
-
-
 def test_tokens_are_counted(model, batch):
     plan = random_plan(model, "ffn", 10)
     for scope, per_row in (("prompt", 9), ("generation", NEW - 1), ("last_prompt_token", 1), ((0, 3), 3)):

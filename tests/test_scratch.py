@@ -279,9 +279,7 @@ def test_anew_forgets_what_was_there(tmp_path):
 
 def test_free_memory(tmp_path, monkeypatch):
     limits, read = "/sys/fs/cgroup/memory.", Path.read_text
-    monkeypatch.setattr(
-        *(Path, "read_text", lambda p: read(tmp_path / p.name if str(p).startswith(limits) else p)),
-    )
+    monkeypatch.setattr(Path, "read_text", lambda p: read(tmp_path / p.name if str(p).startswith(limits) else p))
     machine = free_memory(CPU)
     assert 2**20 < machine < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     (tmp_path / "memory.max").write_text("1000\n")
