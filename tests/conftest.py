@@ -79,9 +79,9 @@ def demo():
     return load_model("demo", "float32", "cpu")
 
 
-@pytest.fixture
-def tiny(demo):
-    """A random Llama of 3 layers, new for each test (so a test may break it), that reads the demo's token ids."""
+@pytest.fixture(scope="session")
+def tiny_llama(demo):
+    """(model, state): a random Llama of 3 layers that reads the demo's token ids, and torch's generator behind it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -96,7 +96,14 @@ def tiny(demo):
         eos_token_id=demo[1].eos_token_id,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval(), torch.get_rng_state()
+
+
+@pytest.fixture
+def tiny(tiny_llama):
+    """The random Llama, new for each test (so a test may break it); what a test draws does not depend on others."""
+    torch.set_rng_state(tiny_llama[1])
+    return copy.deepcopy(tiny_llama[0])
 
 
 @pytest.fixture(scope="session")
@@ -157,15 +164,26 @@ def tiny_ids(tiny):
     return {"input_ids": torch.randint(0, tiny.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(3))}
 
 
+def enlivened(model):
+    """The model, made so that steering it changes what it writes and it never stops by itself."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 3
+    return model
+
+
 @pytest.fixture
 def lively(tiny):
-    """The tiny model, made so that steering it changes what it writes and it never stops by itself."""
-    tiny.generation_config.eos_token_id = None
-    tiny.generation_config.pad_token_id = 0
-    with torch.no_grad():
-        for p in tiny.parameters():
-            p *= 3
-    return tiny
+    """The tiny model, enlivened."""
+    return enlivened(tiny)
+
+
+@pytest.fixture(scope="module")
+def one_lively(tiny_llama):
+    """The tiny model, enlivened; one for all tests of a module, which leave it as it is."""
+    return enlivened(copy.deepcopy(tiny_llama[0]))
 
 
 @pytest.fixture

@@ -141,6 +141,26 @@ INSIDE = {f"{family}_text": family for family in ("qwen2_5_vl", "qwen2_vl", "qwe
 FAMILIES = [*(family for family in LAYOUTS if family not in INSIDE), *MULTIMODAL]
 
 
+#: Families whose layers take no tree: no attention, or positions counted along the row inside it.
+NO_TREE = ("bloom", "mpt", "qwen3_next")
+
+_MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+
+#: Windows and chunks far shorter than the texts of tests.
+NARROW = {
+    **dict.fromkeys(("cohere2", "exaone4", "gemma2", "gemma3", "gemma3_text", "gpt_oss"), _MIXED),
+    **dict.fromkeys(
+        ("qwen2", "qwen2_5_vl", "qwen2_moe", "qwen2_vl", "qwen3", "smollm3"), _MIXED | {"use_sliding_window": True}
+    ),
+    **{key: {"sliding_window": 6} for key in ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")},
+    "qwen3_moe": {"sliding_window": 6, "use_sliding_window": True},
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "attention_chunk_size": 6,
+    },
+}
+
+
 def tiny_model(family: str = "llama", **changes) -> PreTrainedModel:
     """A random model of ``family`` (a ``model_type``) in evaluation mode; the same one each time.
 

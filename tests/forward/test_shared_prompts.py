@@ -5,7 +5,6 @@ import functools
 
 import pytest
 import torch
-from test_trees import NARROW, PLAIN
 
 import austeer
 from austeer.forward.capture import LastTokens
@@ -16,7 +15,7 @@ from austeer.forward.tree_masks import forms
 from austeer.models.sites import find_sites
 from austeer.models.structure import decoder_of
 from letter_tokens import Letters, letter_pairs
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, NARROW, NO_TREE, tiny_model
 
 CPU = torch.device("cpu")
 COUNTS = ("positive", "negative")
@@ -49,22 +48,24 @@ def test_the_first_form_is_the_right_one(family):
     model = tiny_model(family, **NARROW.get(family, {}))
     form, error = asked(model)
     assert form == next(iter(forms(model, decoder_of(model))), None)
-    assert (form, error) == (None, None) if family in PLAIN else error < 1e-5
+    assert (form, error) == (None, None) if family in NO_TREE else error < 1e-5
     if form is not None:
         assert form == ("mapping" if getattr(model.config.get_text_config(), "layer_types", None) else "tensor")
 
 
 @pytest.mark.parametrize(
-    "dtype, implementation",
+    "dtype, implementation, layers",
     [
-        (torch.float32, "sdpa"),
-        (torch.bfloat16, "sdpa"),
-        (torch.bfloat16, "eager"),
-        (torch.float16, "sdpa"),
+        (torch.float32, "sdpa", 30),
+        (torch.bfloat16, "sdpa", 30),
+        (torch.bfloat16, "eager", 30),
+        (torch.float16, "sdpa", 8),  # a CPU takes its time
     ],
 )
-def test_rounding_is_told_from_a_mistake_on_a_real_model(demo, dtype, implementation):
+def test_rounding_is_told_from_a_mistake_on_a_real_model(demo, dtype, implementation, layers):
     model = copy.deepcopy(demo[0]).to(dtype)
+    del model.model.layers[layers:]
+    model.config.num_hidden_layers = layers
     model.set_attn_implementation(implementation)
     form, error = asked(model, ["attention", "layer"])
     assert form == "tensor" and error < 0.9 * TOLERANCE[dtype]
@@ -108,7 +109,7 @@ def test_a_model_of_numbers_that_are_none():
     model = tiny_model("llama")
     model.model.embed_tokens.weight.data.fill_(float("nan"))
     assert asked(model) == (None, float("inf"))
-    with pytest.raises(austeer.CaptureError, match="found NaN or infinity"):
+    with pytest.raises(austeer.CaptureError, match="NaN"):
         austeer.measure(model, Letters(), letter_pairs(3))
 
 
@@ -155,7 +156,7 @@ def assert_equal(found, expected):
             assert torch.equal(getattr(found.sites[name], what), getattr(counters, what)), (name, what)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PLAIN])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NO_TREE])
 def test_counts_are_the_same_in_float64(family):
     # Rounding is too small to turn a comparison there, so any other difference is a mistake.
     model = tiny_model(family, **NARROW.get(family, {})).double()
@@ -197,7 +198,7 @@ def test_the_pair_at_fault_may_be_another_of_its_row():
     model = tiny_model("llama")
     model.model.embed_tokens.weight.data[Letters()("x")["input_ids"][0][0]] = float("nan")
     pairs = [("it is", " fine", " awful"), ("it is", " a box", " awful"), ("so", " a", " b")]
-    with pytest.raises(austeer.CaptureError, match=r"on pair 0 of memory \('it is'\) or one that begins like it"):
+    with pytest.raises(austeer.CaptureError, match=r"pair 0 of memory.*'it is'.*like it"):
         austeer.measure(model, Letters(), pairs)
-    with pytest.raises(austeer.CaptureError, match=r"on pair 1 of memory \('it is'\); expected"):
+    with pytest.raises(austeer.CaptureError, match=r"pair 1 of memory.*'it is'\W*;"):
         austeer.measure(model, Letters(), pairs, share_prompts=False)

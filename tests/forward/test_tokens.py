@@ -101,7 +101,7 @@ def test_a_text_without_a_token_is_named(demo):
             return {"input_ids": [[1], [2], [], [3]]}
 
     pairs = Pairs.of([("a", " b", " c"), ("d", " e", " f")])
-    with pytest.raises(PairsError, match=r"memory, pair 0: found no token in 'a c'"):
+    with pytest.raises(PairsError, match=r"memory.*pair 0.*'a c'"):
         tokenise(Empty(), pairs, 10)
-    with pytest.raises(PairsError, match=r"p\.jsonl, pair 40: found no token in 'a c'"):
+    with pytest.raises(PairsError, match=r"p\.jsonl.*pair 40.*'a c'"):
         tokenise(Empty(), pairs, 10, source="p.jsonl", first=40)

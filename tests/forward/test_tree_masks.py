@@ -11,26 +11,7 @@ from austeer.forward.packing import batches
 from austeer.forward.tree_masks import forms, longest_short_text, masks
 from austeer.models.sites import find_sites
 from austeer.models.structure import decoder_of
-from tiny_models import FAMILIES, MULTIMODAL, tiny_model
-
-#: Families whose layers take no tree: no attention, or positions counted along the row inside it.
-PLAIN = ("bloom", "mpt", "qwen3_next")
-
-_MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
-
-#: Windows and chunks far shorter than the texts below.
-NARROW = {
-    **dict.fromkeys(("cohere2", "exaone4", "gemma2", "gemma3", "gemma3_text", "gpt_oss"), _MIXED),
-    **dict.fromkeys(
-        ("qwen2", "qwen2_5_vl", "qwen2_moe", "qwen2_vl", "qwen3", "smollm3"), _MIXED | {"use_sliding_window": True}
-    ),
-    **{key: {"sliding_window": 6} for key in ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")},
-    "qwen3_moe": {"sliding_window": 6, "use_sliding_window": True},
-    "llama4_text": {
-        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
-        "attention_chunk_size": 6,
-    },
-}
+from tiny_models import FAMILIES, MULTIMODAL, NARROW, NO_TREE, tiny_model
 
 
 def words(seed, count):
@@ -84,7 +65,7 @@ def form_of(model):
     return next(iter(forms(model, decoder_of(model))))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PLAIN])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NO_TREE])
 def test_a_tree_equals_each_text_alone(family):
     model = tiny_model(family)
     assert error(activations(model, form_of(model)), activations(model)) < 1e-5
@@ -178,7 +159,7 @@ def test_elsewhere_texts_of_any_length_may_meet(family):
 # --- which decoders take no tree -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", NO_TREE)
 def test_no_attention_or_no_mask(family):
     model = tiny_model(family)
     assert list(forms(model, decoder_of(model))) == []

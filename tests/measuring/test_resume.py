@@ -1,13 +1,9 @@
-"""A measurement that is killed, interrupted or fails goes on to the identical result.
-
-This file is also the program that is killed.
-"""
+"""A measurement that is killed, interrupted or fails goes on to the identical result."""
 
 import os
 import random
+import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,21 +15,24 @@ import austeer
 from austeer import FileFormatError, Momentum, Pairs, PairsError
 from austeer.utils import files
 from austeer.utils.interrupt import MeasurementInterrupted
+from forking import FORKS, errors_to, may_start_from, start
 from naive_momentum import numbered_pairs
-from places import ROOT
 
+may_start_from(__name__)
 PAIRS, BLOCK = 60, 4
 OPTIONS = {"block_pairs": BLOCK, "batch_tokens": 64, "progress": False}
 
 
-def work(folder: Path, strategy: str) -> None:
-    """Measures slowly, keeps a checkpoint after each block, and goes on from it."""
+def work(folder: Path, strategy: str, ready) -> None:
+    """Measures slowly, keeps a checkpoint after each block, and goes on from it; a process that is killed."""
+    errors_to(folder / "errors")
+    torch.set_num_threads(1)
     slow = 0.03 if strategy == "resident" else 0.004
     plain = austeer.forward.capture.LastTokens.run
     austeer.forward.capture.LastTokens.run = lambda *args: (time.sleep(slow), plain(*args))
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    print("ready", flush=True)
+    ready.set()
     momentum = austeer.measure(
         *(model, tokenizer, numbered_pairs(PAIRS)),
         **OPTIONS,
@@ -62,17 +61,10 @@ def model(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model").eval()
 
 
-def start(folder, strategy):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(folder), strategy],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.stdout.readline().strip() == "ready", process.communicate()[1]
+def at_work(folder, strategy):
+    ready = FORKS.Event()
+    process = start(work, folder, strategy, ready)
+    assert ready.wait(60), (folder / "errors").read_text()
     return process
 
 
@@ -94,14 +86,14 @@ def test_killed_at_random_moments(folder, model, demo, strategy):
     chance = random.Random(seed)
     checkpoint, kept = folder / f"{strategy}.checkpoint", 0
     for _ in range(4):
-        process = start(folder, strategy)
+        process = at_work(folder, strategy)
         time.sleep(chance.uniform(0.05, 1.2))
         process.kill()
-        process.communicate()
+        process.join()
         kept += checkpoint.exists()
-    process = start(folder, strategy)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    process = at_work(folder, strategy)
+    process.join(120)
+    assert process.exitcode == 0, (folder / "errors").read_text()
     torch.set_num_threads(1)
     expected = austeer.measure(model, demo[1], numbered_pairs(PAIRS), **OPTIONS, strategy=strategy)
     assert_identical(Momentum.load(folder / f"{strategy}.momentum"), expected)
@@ -109,16 +101,16 @@ def test_killed_at_random_moments(folder, model, demo, strategy):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(folder, number, tmp_path):
+def test_a_signal_saves_and_says_how_to_go_on(folder, number):
     checkpoint = folder / "resident.checkpoint"
     checkpoint.unlink(missing_ok=True)
-    process = start(folder, "resident")
+    process = at_work(folder, "resident")
     while not checkpoint.exists():
         time.sleep(0.01)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode
-    assert "MeasurementInterrupted: interrupted after " in error and "run the same again with resume" in error
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 1
+    assert re.search(r"MeasurementInterrupted: .*\d+ pairs.*resume", (folder / "errors").read_text())
     assert checkpoint.exists()
 
 
@@ -135,7 +127,7 @@ def test_an_interruption_keeps_every_whole_block(model, demo, tmp_path, monkeypa
         plain(*args)
 
     monkeypatch.setattr(austeer.forward.capture.LastTokens, "run", run)
-    with pytest.raises(MeasurementInterrupted, match=rf"interrupted after \d+ pairs, which are kept in {checkpoint}"):
+    with pytest.raises(MeasurementInterrupted, match=rf"\d+ pairs.*{checkpoint}"):
         austeer.measure(model, demo[1], pairs, **OPTIONS, checkpoint=checkpoint)  # not one checkpoint was due by then
     monkeypatch.undo()
     found = austeer.measure(model, demo[1], pairs, **OPTIONS, checkpoint=checkpoint, resume=True)
@@ -148,7 +140,7 @@ def test_a_failure_leaves_a_checkpoint_to_go_on_from(model, demo, tmp_path):
     checkpoint, file = tmp_path / "kept", tmp_path / "pairs.jsonl"
     good = [f'{{"prompt": "{i} The soup was", "positive": " good", "negative": " bad {i}"}}' for i in range(21)]
     file.write_text("\n".join([*good[:19], "not JSON", *good[20:]]))
-    with pytest.raises(PairsError, match="line 20: not valid JSON"):
+    with pytest.raises(PairsError, match=r"line 20.*JSON"):
         austeer.measure(
             model, demo[1], austeer.stream_pairs(file), **OPTIONS, checkpoint=checkpoint, checkpoint_every=BLOCK
         )
@@ -161,11 +153,11 @@ def test_a_failure_leaves_a_checkpoint_to_go_on_from(model, demo, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sites": ["ffn"]}, r"is of another run: found sites \['attention', 'ffn'\], expected \['ffn'\]"),
-        ({"layers": [0, 1]}, r"is of another run: found layers \[0, 1, 2, 3\], expected \[0, 1\]"),
-        ({"block_pairs": 5}, "is of another run: found block_pairs 4, expected 5"),
-        ({"max_length": 7}, "is of another run: found max_length 2048, expected 7"),
-        ({"strategy": "layerwise"}, "is of another run: found strategy 'resident', expected 'layerwise'"),
+        ({"sites": ["ffn"]}, r"sites \['attention', 'ffn'\].*\['ffn'\]"),
+        ({"layers": [0, 1]}, r"layers \[0, 1, 2, 3\].*\[0, 1\]"),
+        ({"block_pairs": 5}, "block_pairs.*4.*5"),
+        ({"max_length": 7}, "max_length.*2048.*7"),
+        ({"strategy": "layerwise"}, "strategy.*'resident'.*'layerwise'"),
     ],
 )
 def test_the_checkpoint_of_another_run(model, demo, tmp_path, change, message):
@@ -174,7 +166,7 @@ def test_the_checkpoint_of_another_run(model, demo, tmp_path, change, message):
     austeer.measure(model, demo[1], pairs, **options)
     with pytest.raises(FileFormatError, match=message):
         austeer.measure(model, demo[1], pairs, **(options | {"resume": True} | change))
-    with pytest.raises(FileFormatError, match="kept: found the checkpoint of an earlier run; go on"):
+    with pytest.raises(FileFormatError, match=r"kept.*earlier run"):
         austeer.measure(model, demo[1], pairs, **options)
 
 
@@ -183,7 +175,7 @@ def test_other_pairs_than_were_counted(model, demo, tmp_path):
     options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
     austeer.measure(model, demo[1], Pairs.of(pairs[:8]), **options)
     changed = Pairs.of([pairs[1], pairs[0], *pairs[2:]])
-    with pytest.raises(PairsError, match=r"found other pairs than were counted before \(8 of them\)"):
+    with pytest.raises(PairsError, match=r"other pairs.*8"):
         austeer.measure(model, demo[1], changed, **options, resume=True)
     longer = austeer.measure(model, demo[1], Pairs.of(pairs), **options, resume=True)  # more of the same may follow
     assert longer.report.resumed == 8 and longer.pairs == 12
@@ -193,11 +185,11 @@ def test_other_weights_or_another_tokenizer(model, demo, tmp_path):
     pairs = numbered_pairs(12)
     options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
     austeer.measure(model, demo[1], pairs, **options)
-    with pytest.raises(FileFormatError, match="is of another run: found tokenizer"):
+    with pytest.raises(FileFormatError, match=r"another run.*tokenizer"):
         austeer.measure(model, Words(demo[1]), pairs, **options, resume=True)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight.neg_()
-    with pytest.raises(FileFormatError, match="is of another run: found weights"):
+    with pytest.raises(FileFormatError, match=r"another run.*weights"):
         austeer.measure(model, demo[1], pairs, **options, resume=True)
 
 
@@ -218,7 +210,7 @@ def test_a_finished_layerwise_checkpoint_knows_its_pairs(model, demo, tmp_path):
     found = austeer.measure(model, demo[1], pairs, **options)
     assert_identical(austeer.measure(model, demo[1], pairs, **options, resume=True), found)
     swapped = Pairs.of([(pair.prompt, pair.negative, pair.positive) for pair in pairs])
-    with pytest.raises(PairsError, match="found other pairs than were counted before"):
+    with pytest.raises(PairsError, match=r"other pairs.*12"):
         austeer.measure(model, demo[1], swapped, **options, resume=True)
     assert not (tmp_path / "kept.hidden").exists()
 
@@ -227,14 +219,14 @@ def test_another_number_of_processes(model, demo, tmp_path):
     options = OPTIONS | {"checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK}
     austeer.measure(model, demo[1], numbered_pairs(12), **options)
     (tmp_path / "kept").rename(tmp_path / "kept.1-of-2")
-    with pytest.raises(FileFormatError, match=r"kept\.1-of-2: found the checkpoint of a run with another number"):
+    with pytest.raises(FileFormatError, match=r"kept\.1-of-2.*number"):
         austeer.measure(model, demo[1], numbered_pairs(12), **options, resume=True)
 
 
 def test_another_batch_size(model, demo, tmp_path):
     options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
     austeer.measure(model, demo[1], numbered_pairs(12), **options, batch_tokens=64)
-    with pytest.raises(FileFormatError, match="batch_tokens: found 32, and the checkpoint is of a run with 64"):
+    with pytest.raises(FileFormatError, match=r"batch_tokens.*32.*64"):
         austeer.measure(model, demo[1], numbered_pairs(12), **options, batch_tokens=32, resume=True)
     assert austeer.measure(model, demo[1], numbered_pairs(12), **options, resume=True).report.batch_tokens == 64
 
@@ -263,7 +255,7 @@ def test_a_full_disk_does_not_stop_a_measurement(model, demo, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.warns(UserWarning, match="kept: cannot be written \\(No space left on device\\).* Measuring goes on"):
+    with pytest.warns(UserWarning, match="kept.*No space left"):
         found = austeer.measure(
             model, demo[1], numbered_pairs(12), **OPTIONS, checkpoint=tmp_path / "kept", checkpoint_every=BLOCK
         )
@@ -271,14 +263,9 @@ def test_a_full_disk_does_not_stop_a_measurement(model, demo, tmp_path, monkeypa
 
 
 def test_resume_needs_a_file_and_a_missing_one_is_a_new_start(model, demo, tmp_path):
-    with pytest.raises(FileFormatError, match="resume: found no checkpoint to go on from"):
+    with pytest.raises(FileFormatError, match=r"resume.*no checkpoint"):
         austeer.measure(model, demo[1], numbered_pairs(4), resume=True, progress=False)
     found = austeer.measure(
         model, demo[1], numbered_pairs(4), checkpoint=tmp_path / "none", resume=True, progress=False
     )
     assert found.report.resumed == 0
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    work(Path(sys.argv[1]), sys.argv[2])

@@ -121,8 +121,8 @@ def test_the_pair_at_fault(sites, value, share):
     pairs = [*PAIRS[:13], Pair("here it is", " fine", " bad!"), *PAIRS[14:]]
     blocks = blocks_of(pairs, share=share)
     tally = run(broken, Tally(sites, CPU), blocks)
-    message = r"site 'attention', layer 0, AU 0: found NaN or infinity on pair 13 of p\.jsonl \('here it is'\)"
-    with pytest.raises(CaptureError, match=message + (" or one that begins like it" if share else "; expected finite")):
+    message = r"'attention', layer 0, AU 0.*pair 13 of p\.jsonl.*'here it is'"
+    with pytest.raises(CaptureError, match=message + (".*like it" if share else r"\W*;")):
         tally.check(blocks)
 
 
@@ -130,5 +130,5 @@ def test_the_layer_at_fault_is_the_models(sites):
     broken = tiny_model("llama")
     broken.model.layers[2].mlp.down_proj.weight.data[5, 3] = float("nan")
     tally = run(broken, Tally(sites, CPU), blocks_of())
-    with pytest.raises(CaptureError, match=r"site 'ffn', layer 2, AU 5: .* on pair 0 of p\.jsonl"):
+    with pytest.raises(CaptureError, match=r"'ffn', layer 2, AU 5.*pair 0 of p\.jsonl"):
         tally.check(blocks_of())

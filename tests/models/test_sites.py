@@ -51,8 +51,7 @@ def test_headless_compiled_and_wrapped_models_have_the_same_sites(family):
 def test_a_site_is_one_width_in_all_layers():
     model = tiny_model("qwen3_next", linear_value_head_dim=8)
     assert list(find_sites(model)) == ["ffn", "layer"]
-    message = r"'attention' of Qwen3NextForCausalLM \(qwen3_next\): found a width of 32 in layer 0 and 48 in layer 1"
-    with pytest.raises(SiteError, match=message):
+    with pytest.raises(SiteError, match=r"'attention'.*qwen3_next.* 32 in layer 0.* 48 in layer 1"):
         find_sites(model, "attention")
 
 
@@ -65,7 +64,7 @@ def test_a_layout_by_hand_takes_alternatives_and_may_leave_out_the_down_projecti
     without = find_sites(tiny, layout=replace(layout, down=()))
     assert list(without) == ["attention", "ffn", "layer"]
     assert [(s.path, s.projection, s.parts) for s in without["ffn"]] == [(s.path, None, ()) for s in expected["ffn"]]
-    with pytest.raises(SiteError, match=r"'neuron': layer 0 .* no one down projection \(its layout names none\)"):
+    with pytest.raises(SiteError, match=r"'neuron'.*layer 0.*down projection"):
         find_sites(tiny, "neuron", layout=replace(layout, down=()))
 
 
@@ -75,7 +74,7 @@ def test_names_choose_and_repeat_only_once(tiny):
 
 
 def test_unknown_site(tiny):
-    with pytest.raises(SiteError, match=r"site 'mlp' is not known; expected one of attention, ffn, layer, neuron"):
+    with pytest.raises(SiteError, match=r"'mlp'.*attention, ffn, layer, neuron"):
         find_sites(tiny, ["attention", "mlp"])
 
 
@@ -85,7 +84,7 @@ def test_a_family_that_is_not_in_the_table_is_found_by_structure_or_takes_a_layo
     assert find_sites(tiny) == expected
     for layer in tiny.model.layers:
         layer.second_mlp = copy.deepcopy(layer.mlp)
-    with pytest.raises(SiteError, match=r"\(novel\) is not known.*found mlp, second_mlp.*layout=austeer"):
+    with pytest.raises(SiteError, match=r"novel.*mlp, second_mlp.*layout="):
         find_sites(tiny)
     assert find_sites(tiny, layout=LAYOUTS["llama"]) == expected
 
@@ -93,14 +92,11 @@ def test_a_family_that_is_not_in_the_table_is_found_by_structure_or_takes_a_layo
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"layers": "blocks"}, r"has no module 'blocks'; found embed_tokens, layers"),
-        (
-            {"attention": "attn.out"},
-            r"layer 0 of LlamaForCausalLM \(llama\) has no module 'attn\.out'; found self_attn",
-        ),
-        ({"ffn": "feed_forward"}, r"has no module 'feed_forward'; found .*mlp.*layout=austeer\.Layout"),
-        ({"down": "mlp.up"}, r"has no module 'mlp\.up'"),
-        ({"down": "mlp.act_fn"}, r"SiLU.*: found no in_features, expected a linear layer"),
+        ({"layers": "blocks"}, "'blocks'.*embed_tokens, layers"),
+        ({"attention": "attn.out"}, r"layer 0.*llama.*'attn\.out'.*self_attn"),
+        ({"ffn": "feed_forward"}, "'feed_forward'.*mlp.*layout="),
+        ({"down": "mlp.up"}, r"'mlp\.up'"),
+        ({"down": "mlp.act_fn"}, "SiLU.*in_features"),
     ],
 )
 def test_layout_that_does_not_fit(tiny, change, message):
@@ -109,7 +105,7 @@ def test_layout_that_does_not_fit(tiny, change, message):
 
 
 def test_model_without_config():
-    with pytest.raises(SiteError, match="Linear: found no config, expected a Transformers model"):
+    with pytest.raises(SiteError, match=r"Linear.*config"):
         find_sites(torch.nn.Linear(2, 2))
 
 
@@ -156,17 +152,17 @@ def test_input_device_of_an_offloaded_model(tiny):
 def test_layers_and_modules_that_are_one_are_refused(tiny):
     shared = copy.deepcopy(tiny)
     shared.model.layers[2].mlp = shared.model.layers[0].mlp
-    with pytest.raises(SiteError, match=r"site 'ffn'.*found one module in layers 0 and 2 \(model\.layers\.2\.mlp\)"):
+    with pytest.raises(SiteError, match=r"'ffn'.*layers 0 and 2.*model\.layers\.2\.mlp"):
         find_sites(shared, "ffn")
     assert len(find_sites(shared, "attention")["attention"]) == 3
     repeated = copy.deepcopy(tiny)
     repeated.model.layers = torch.nn.ModuleList([*tiny.model.layers[:2], tiny.model.layers[0]])
-    with pytest.raises(SiteError, match="found one module in layers 0 and 2"):
+    with pytest.raises(SiteError, match="layers 0 and 2"):
         find_sites(repeated, "layer")
 
 
 def test_a_config_that_bypasses_the_projections_is_refused():
-    with pytest.raises(SiteError, match=r"found slow_but_exact.*set it to False"):
+    with pytest.raises(SiteError, match=r"slow_but_exact.*False"):
         find_sites(tiny_model("bloom", slow_but_exact=True, pretraining_tp=2))
 
 

@@ -180,7 +180,7 @@ def test_missing_file(tmp_path):
     before = snapshot(offloaded)
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(WeightsError, match=r"model\.layers\.0\.\S+: its weights could not be read .*load it again"):
+    with pytest.raises(WeightsError, match=r"model\.layers\.0\..*read"):
         next(in_turn([part_of(offloaded, "model.layers.0")]))
     assert snapshot(offloaded) == before and issubclass(WeightsError, AusteerError)
 
@@ -195,7 +195,7 @@ def test_error_in_the_thread_comes_with_its_part(tmp_path):
     before = snapshot(offloaded)
     turn = in_turn([part_of(offloaded, f"model.layers.{i}") for i in (0, 1)])
     next(turn)
-    with pytest.raises(WeightsError, match=r"model\.layers\.1\.\S+: its weights could not be read .*SafetensorError"):
+    with pytest.raises(WeightsError, match=r"model\.layers\.1\..*SafetensorError"):
         next(turn)
     assert snapshot(offloaded) == before
 
@@ -204,14 +204,14 @@ def test_weights_of_another_model(tmp_path):
     offloaded = from_folder(tiny_model(), tmp_path)
     for path in tmp_path.glob("*.safetensors"):
         save_file({name: t[:1].clone() for name, t in load_file(path).items()}, path)
-    with pytest.raises(WeightsError, match=r"found weights \[1.*\], expected \[.*\]; the files are another model's"):
+    with pytest.raises(WeightsError, match=r"weights \[1.*\].*\[.*\]"):
         next(in_turn([part_of(offloaded, "model.layers.2")]))
 
 
 def test_meta_without_a_hook():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(WeightsError, match=r"0\.weight is on the meta device, and no accelerate hook .*device_map"):
+    with pytest.raises(WeightsError, match=r"0\.weight.*meta.*device_map"):
         part_of(model, "0")
 
 
@@ -221,7 +221,7 @@ def test_quantised_parameter():
 
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].weight = Int8Params(torch.zeros(2, 2))
-    with pytest.raises(WeightsError, match=r"0\.weight: found a Int8Params .*strategy='resident'"):
+    with pytest.raises(WeightsError, match=r"0\.weight.*Int8Params.*strategy='resident'"):
         part_of(model, "0", device=torch.device("cpu:0"))
     part_of(model, "0")  # stays where it is
 

@@ -100,14 +100,14 @@ def test_optional_columns_are_read_where_there_are_any(tmp_path, kind):
 
 def test_bytes_that_are_not_utf8_tell_their_row(tmp_path):
     pq.write_table(pa.table({"prompt": not_utf8([b"a"] * 300 + [b"caf\xe9"])}), tmp_path / "p.parquet")
-    with pytest.raises(PairsError, match=r"p\.parquet, row 300: cannot be read \(UnicodeDecodeError"):
+    with pytest.raises(PairsError, match=r"p\.parquet.*row 300.*UnicodeDecodeError"):
         read(tmp_path / "p.parquet", ["prompt"])
 
 
 def test_a_column_name_twice(tmp_path):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
     pq.write_table(table, tmp_path / "p.parquet")
-    with pytest.raises(PairsError, match=r"p\.parquet: found a column name twice in prompt, prompt"):
+    with pytest.raises(PairsError, match=r"p\.parquet.*prompt, prompt"):
         read(tmp_path / "p.parquet")
 
 
@@ -117,7 +117,7 @@ def test_a_parquet_file_that_is_cut_off(tmp_path_factory, share):
     path = parquet(tmp_path_factory.mktemp("cut") / "p.parquet", rows_of(500))
     blob = path.read_bytes()
     path.write_bytes(blob[: int(len(blob) * share)])
-    with pytest.raises(PairsError, match=r"p\.parquet: cannot be opened \(Arrow.*copy or make the data again"):
+    with pytest.raises(PairsError, match=r"p\.parquet.*Arrow"):
         read(path)
 
 
@@ -131,14 +131,14 @@ def test_damaged_data_of_a_parquet_file(tmp_path_factory, share):
     blob = bytearray(path.read_bytes())
     blob[start + size // 2 + int(share * (size - size // 2))] ^= 1
     path.write_bytes(blob)
-    with pytest.raises(PairsError, match=r"p\.parquet, row 0: cannot be read .*CRC.*copy or make it again"):
+    with pytest.raises(PairsError, match=r"p\.parquet.*row 0.*CRC"):
         read(path)
 
 
 def test_a_parquet_file_that_is_gone_by_the_time_it_is_read(tmp_path):
     source = open_source(parquet(tmp_path / "p.parquet", rows_of(3)))
     (tmp_path / "p.parquet").unlink()
-    with pytest.raises(PairsError, match=r"p\.parquet: cannot be opened \(FileNotFoundError"):
+    with pytest.raises(PairsError, match=r"p\.parquet.*FileNotFoundError"):
         list(source.read(FIELDS))
 
 
@@ -178,7 +178,7 @@ def test_columns_that_a_transform_makes():
 
 def test_rows_that_a_format_makes_into_something_else():
     pytest.importorskip("pandas")
-    with pytest.raises(PairsError, match="dataset, row 0: found DataFrame, expected an object"):
+    with pytest.raises(PairsError, match=r"row 0.*DataFrame"):
         read(datasets.Dataset.from_list(rows_of(3)).with_format("pandas"))
 
 
@@ -189,7 +189,7 @@ def test_an_error_of_the_dataset_itself_tells_its_row():
         return row
 
     lazy = datasets.Dataset.from_list(rows_of(5)).to_iterable_dataset().map(fail, with_indices=True)
-    with pytest.raises(PairsError, match=r"dataset, row 2: cannot be read \(KeyError: .*no such thing"):
+    with pytest.raises(PairsError, match=r"row 2.*KeyError.*no such thing"):
         read(lazy)
 
 
@@ -204,9 +204,9 @@ def test_splits(tmp_path, kind):
         splits.save_to_disk(source)
     assert prompts(source, "a") == ["p0", "p1"] and prompts(source, "b") == ["p0", "p1", "p2"]
     assert open_source(source, "a").name == f"{name}, split a"
-    with pytest.raises(PairsError, match=f"{name}: found the splits a, b; expected one of them with split= or --split"):
+    with pytest.raises(PairsError, match=f"{name}.*a, b.*split=.*--split"):
         open_source(source)
-    with pytest.raises(PairsError, match=r"found the splits a, b; expected one of them, not 'c', with split="):
+    with pytest.raises(PairsError, match=r"a, b.*'c'.*split="):
         open_source(source, "c")
 
 
@@ -219,10 +219,10 @@ def test_a_folder_that_save_to_disk_wrote(tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "one").glob("*.arrow"))
     assert open_source(tmp_path / "one").size == size
     assert prompts([tmp_path / "one", tmp_path / "dict"]) == whole["prompt"][:] * 2
-    with pytest.raises(PairsError, match="one: found the split 'train', but the dataset has no splits"):
+    with pytest.raises(PairsError, match=r"one.*'train'.*no splits"):
         open_source(tmp_path / "one", "train")
     (tmp_path / "one" / "state.json").write_text("{")
-    with pytest.raises(PairsError, match=r"one: cannot be opened \(JSONDecodeError"):
+    with pytest.raises(PairsError, match=r"one.*JSONDecodeError"):
         open_source(tmp_path / "one")
 
 
@@ -265,21 +265,21 @@ def test_the_fraction_of_a_dataset_of_the_hub_is_of_what_its_card_says(hub):
 def test_splits_and_configurations_of_the_hub(hub):
     hub(card="configs:\n- {config_name: c, data_files: [{split: x, path: train.jsonl}]}", train=2, test=3)
     assert prompts("hf:org/name:c") == prompts("hf:org/name:c", "x") == ["p0", "p1"]
-    with pytest.raises(PairsError, match=r"hf:org/name:d: cannot be opened \(ValueError: BuilderConfig 'd' not found"):
+    with pytest.raises(PairsError, match=r"hf:org/name:d.*'d'"):
         open_source("hf:org/name:d")
     hub(train=2, test=3)
     assert prompts("hf:org/name", "test") == ["p0", "p1", "p2"]
-    with pytest.raises(PairsError, match="hf:org/name: found the splits train, test; expected one of them with split="):
+    with pytest.raises(PairsError, match=r"hf:org/name.*train, test.*split="):
         open_source("hf:org/name")
 
 
 @pytest.mark.parametrize("name", ["no/such", "no/such:config"])
 def test_a_dataset_that_is_not_there(hub, name):
-    with pytest.raises(PairsError, match=f"hf:{name}: cannot be opened .*; check the name"):
+    with pytest.raises(PairsError, match=f"hf:{name}.*name"):
         open_source(f"hf:{name}")
 
 
 @pytest.mark.parametrize("name", ["", ":c", "a/b/c", "//datasets/a/b", "a b", "a/b:"])
 def test_names_that_are_none(name):
-    with pytest.raises(PairsError, match="expected hf:ORG/NAME or hf:ORG/NAME:CONFIG"):
+    with pytest.raises(PairsError, match=f"hf:{name}.*hf:ORG/NAME"):
         open_source(f"hf:{name}")

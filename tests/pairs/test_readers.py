@@ -68,27 +68,22 @@ def test_the_fraction_grows_to_one(tmp_path, name):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("p.jsonl", b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}\n", "line 2: found a number that cannot be read"),
-        ("p.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "line 2: found JSON nested too deep"),
-        ("p.json", b'[{"a": ' + b"1" * 5000 + b"}]", r"p\.json: found a number that cannot be read"),
-        ("p.json", b'[\n{"a": "caf\xe9"}]', "line 2: found bytes that are not UTF-8"),
-        ("p.csv", b"a,b\nc,d\ne,caf\xe9\n", "line 3: found bytes that are not UTF-8"),
-        (
-            "p.csv",
-            b'a,b\nc,d\ne,"f\ng,h\n',
-            r"line 3: not readable as CSV \(unexpected end of data\); check the quoting",
-        ),
-        ("p.csv", b'a,b\nc,"d"e\n', r"line 2: not readable as CSV \(.* expected after"),
-        ("p.csv", b"a,b\nc,d,e\n", "line 2: found more than 2 fields"),
+        ("p.jsonl", b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}\n", "line 2.*number"),
+        ("p.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "line 2.*nested"),
+        ("p.json", b'[{"a": ' + b"1" * 5000 + b"}]", "number"),
+        ("p.json", b'[\n{"a": "caf\xe9"}]', "line 2.*UTF-8"),
+        ("p.csv", b"a,b\nc,d\ne,caf\xe9\n", "line 3.*UTF-8"),
+        ("p.csv", b'a,b\nc,d\ne,"f\ng,h\n', "line 3.*CSV.*end of data"),
+        ("p.csv", b'a,b\nc,"d"e\n', "line 2.*CSV.*expected after"),
+        ("p.csv", b"a,b\nc,d,e\n", "line 2.*2 fields"),
     ],
 )
 def test_damage_tells_its_line(tmp_path, name, content, message):
     if b"1" * 5000 in content and not hasattr(sys, "get_int_max_str_digits"):
         pytest.skip("this Python reads numbers of any length")
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(PairsError, match=message) as caught:
+    with pytest.raises(PairsError, match=f"{tmp_path / name}.*{message}"):
         read(tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value)
 
 
 # --- several files ---------------------------------------------------------------------------------------------------
@@ -123,7 +118,7 @@ def test_several_files_tell_which_one_a_row_is_of(tmp_path):
     write(tmp_path / "a.jsonl", range(2))
     (tmp_path / "b.jsonl").write_text('{"prompt": "p2"}\nnot JSON\n')
     places = []
-    with pytest.raises(PairsError, match=r"b\.jsonl, line 2: not valid JSON"):
+    with pytest.raises(PairsError, match=r"b\.jsonl.*line 2.*JSON"):
         places.extend(where for where, _ in open_source(str(tmp_path / "*.jsonl")).read(["prompt"]))
     assert places == [f"{tmp_path}/{place}" for place in ("a.jsonl, line 1", "a.jsonl, line 2", "b.jsonl, line 1")]
 
@@ -147,11 +142,7 @@ def test_several_files_of_which_one_is_missing_or_twice(tmp_path, source, monkey
     if source != "*.jsonl":
         write(Path("a.jsonl"), range(2))
         write(Path("b.jsonl"), range(2))
-    message = {
-        "*": r"\*\.jsonl: no file matches this pattern",
-        "b.jsonl": "b.jsonl: found twice among the paths",
-        "a.jsonl": "c.jsonl: no such file",
-    }[source[0]]
+    message = {"*": r"\*\.jsonl.*pattern", "b.jsonl": "b.jsonl.*twice", "a.jsonl": "c.jsonl.*no such file"}[source[0]]
     with pytest.raises(PairsError, match=message):
         open_source(source)
 
@@ -164,8 +155,7 @@ def test_several_files_of_which_one_is_missing_or_twice(tmp_path, source, monkey
 )
 def test_suffixes_that_are_not_known(tmp_path, name):
     (tmp_path / name).touch()
-    message = r"expected one of \.jsonl, \.ndjson, \.json, \.csv \(and \.gz or \.zst after it\) or \.parquet"
-    with pytest.raises(PairsError, match=message):
+    with pytest.raises(PairsError, match=rf"{name}.*\.jsonl.*\.csv.*\.gz.*\.parquet"):
         open_source(tmp_path / name)
 
 
@@ -173,28 +163,28 @@ def test_suffixes_that_are_not_known(tmp_path, name):
     "name", ["missing.jsonl", "missing.csv.gz", "missing.json.zst", "missing.parquet", "no/p.jsonl"]
 )
 def test_a_file_that_is_missing(tmp_path, name):
-    with pytest.raises(PairsError, match=f"{name}: no such file"):
+    with pytest.raises(PairsError, match=f"{name}.*no such file"):
         open_source(tmp_path / name)
 
 
 def test_a_folder_that_is_no_dataset(tmp_path):
-    with pytest.raises(PairsError, match=r"no such file, but a folder that Dataset.save_to_disk did not write; give"):
+    with pytest.raises(PairsError, match=f"{tmp_path}.*folder.*save_to_disk"):
         open_source(tmp_path)
 
 
 @pytest.mark.parametrize("source", [None, 3, [], [3], [{"prompt": "a"}], {"a": "b"}, b"p.jsonl"])
 def test_what_is_no_source(source):
-    with pytest.raises(PairsError, match=rf"found {type(source).__name__}, expected a path, a pattern, .* Pairs\.of"):
+    with pytest.raises(PairsError, match=rf"{type(source).__name__}.*Pairs\.of"):
         open_source(source)
 
 
 def test_a_text_in_place_of_a_path():
-    with pytest.raises(PairsError, match=r"The soup was.*: cannot be looked up \(File name too long\); check the path"):
+    with pytest.raises(PairsError, match=r"The soup was.*too long"):
         open_source("The soup was good. " * 100)
 
 
 def test_a_file_has_no_splits(tmp_path):
-    with pytest.raises(PairsError, match=r"p\.jsonl: found the split 'train', but a file has no splits; .* where="):
+    with pytest.raises(PairsError, match=r"p\.jsonl.*'train'.*where="):
         open_source(write(tmp_path / "p.jsonl", range(2)), "train")
 
 
@@ -208,8 +198,7 @@ def test_a_package_that_is_not_installed(tmp_path, monkeypatch, name, package):
         (tmp_path / name).touch()
     for module in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, module, None)
-    message = rf"{name}: the package {package} that reads it is not installed .*; pip install 'austeer\[data\]'"
-    with pytest.raises(PairsError, match=message):
+    with pytest.raises(PairsError, match=rf"{name}.*{package}.*austeer\[data\]"):
         open_source(name if name.startswith("hf:") else tmp_path / name)
 
 

@@ -11,22 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from austeer import Counters, Momentum, SelectionError
-from austeer.measuring.tally import Counting
-from austeer.models.sites import Fingerprint
-from austeer.statistics import effect_size, p_values, pairs_needed, power, ranking, signed_rate, stability
+from austeer import Counters, SelectionError
+from austeer.statistics import effect_size, pairs_needed, power, ranking, signed_rate, stability
+from made_momentum import momentum_of
 
 LAYERS, WIDTH = 4, 37
-
-
-def momentum_of(delta):
-    """Momentum of given differences [pairs, layers, width]."""
-    pairs, layers, width = delta.shape
-    counting, half = Counting(layers, width, torch.device("cpu")), torch.arange(0, pairs, 2)
-    counting.add(torch.cat([delta, torch.zeros_like(delta)]), pairs, 0, half=half)
-    model = Fingerprint("llama", layers, {"ffn": width}, "random", None)
-    halves = {"half": {"ffn": counting.half_counters()}, "half_pairs": len(half)}
-    return Momentum({"ffn": counting.counters()}, pairs, model, **halves)
 
 
 def random_momentum(pairs, seed=0, layers=LAYERS, width=WIDTH, bias=0.0):
@@ -137,16 +126,6 @@ def test_max_fdr_keeps_what_scipys_correction_keeps(max_fdr):
     assert positions(plan) == [place for place in positions(ranked) if place in set(positions(plan))], "best first"
 
 
-def test_benjamini_hochberg_by_hand():
-    # Largest i with p(i) <= i/m * q, straight from the definition.
-    momentum = random_momentum(40, bias=torch.linspace(0, 1.2, WIDTH))
-    p = p_values(momentum.counters("ffn")).flatten().sort()
-    m, q = p.values.numel(), 0.01
-    below = [i for i in range(m) if p.values[i] <= (i + 1) / m * q]
-    expected = set(p.indices[: below[-1] + 1].tolist())
-    assert {layer * WIDTH + i for layer, i in positions(momentum.select("ffn", max_fdr=q))} == expected
-
-
 def test_noise_gives_few_discoveries_and_signal_many():
     # Under the null, the chance of any discovery at all is at most max_fdr; 40 draws give 2 or so.
     found = 0
@@ -155,7 +134,7 @@ def test_noise_gives_few_discoveries_and_signal_many():
             random_momentum(60, seed).select("ffn", max_fdr=0.05)
             found += 1
         except SelectionError as error:
-            assert "no AU of site 'ffn' passes 0.05; the smallest adjusted p-value is" in str(error)
+            assert re.search(r"'ffn'.*0\.05.*p-value", str(error))
     assert found <= 7  # P(more than 7 of 40 at 5 %) is 0.2 %, and the seeds are fixed
     bias = torch.zeros(LAYERS, WIDTH)
     bias[2] = 2.0
@@ -166,13 +145,9 @@ def test_noise_gives_few_discoveries_and_signal_many():
 @pytest.mark.parametrize("pairs", [1, 10, 12])
 def test_too_few_pairs_for_any_au_say_how_many_it_takes(pairs):
     """148 AUs at 5 %: one sign on 13 pairs is the first that passes alone, 148 * 2 / 2 ** 13 < 0.05."""
-    message = (
-        rf"no AU of site 'ffn' passes 0\.05; found {pairs} pairs with different texts, on which not even an AU with "
-        r"one sign on all of them could, alone among 148: expected at least 13 pairs"
-    )
     alone = torch.zeros(pairs, LAYERS, WIDTH)
     alone[:, 1, 1] = 1
-    with pytest.raises(SelectionError, match=message):
+    with pytest.raises(SelectionError, match=rf"'ffn'.*0\.05.*{pairs} pairs.*148.*13 pairs"):
         momentum_of(alone).select("ffn", max_fdr=0.05)
     enough = torch.zeros(13, LAYERS, WIDTH)
     enough[:, 1, 1] = 1
@@ -181,16 +156,15 @@ def test_too_few_pairs_for_any_au_say_how_many_it_takes(pairs):
 
 def test_pairs_of_equal_texts_are_no_pairs_to_test_on():
     momentum = replace(random_momentum(20), identical=9)
-    with pytest.raises(SelectionError, match="found 11 pairs with different texts, on which not even"):
+    with pytest.raises(SelectionError, match="11 pairs"):
         momentum.select("ffn", max_fdr=0.05)
 
 
 def test_what_was_not_found_says_what_would_be():
     level = 0.05 / 148
-    with pytest.raises(SelectionError, match="60 pairs find") as caught:
+    with pytest.raises(SelectionError) as caught:
         random_momentum(60, 1).select("ffn", max_fdr=0.05)
-    message = r"60 pairs find \(power 0\.8\) AUs with one sign in (\d+) % of .*; 70 % takes (\d+) pairs"
-    found = re.search(message, str(caught.value))
+    found = re.search(r"60 pairs.* (\d+) %.* 70 %.* (\d+) pairs", str(caught.value))
     assert power(60, int(found[1]) / 100 + 0.006, level) >= 0.8 > power(60, int(found[1]) / 100 - 0.006, level)
     assert int(found[2]) == pairs_needed(0.7, level)
 
@@ -214,20 +188,16 @@ def test_no_k_is_stable_enough():
     momentum = random_momentum(60, layers=20, width=200)
     found = stability(momentum, "ffn")
     k, score = found.best()
-    message = (
-        rf"min_stability: no k of site 'ffn' reaches 0\.5; found at most {score:.2f}, at k = {k}, between halves of 30 "
-        r"and 30 pairs\. Give more pairs, another site, or a smaller share"
-    )
-    with pytest.raises(SelectionError, match=message):
+    with pytest.raises(SelectionError, match=rf"min_stability.*'ffn'.*0\.5.*{score:.2f}.*k = {k}.*30.*30 pairs"):
         momentum.select("ffn", min_stability=0.5)
     assert score == max(found.score) < 0.5
 
 
 def test_stability_needs_halves():
     momentum = random_momentum(60)
-    with pytest.raises(SelectionError, match=r"halves: found momentum without halves.* Measure again"):
+    with pytest.raises(SelectionError, match="without halves"):
         replace(momentum, half=None).select("ffn", min_stability=0.5)
-    with pytest.raises(SelectionError, match="halves: found all 60 pairs in one half"):
+    with pytest.raises(SelectionError, match=r"halves.*60 pairs"):
         replace(momentum, half=momentum.sites, half_pairs=60).select("ffn", min_stability=0.5)
 
 
@@ -249,26 +219,26 @@ def test_plan_tells_where_it_comes_from(demo_momentum, operation):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"k": 0}, r"k: found 0, expected an integer from 1 to 148 \(AUs of 'ffn'\)"),
-        ({"k": -1}, "k: found -1"),
-        ({"k": 149}, "k: found 149, expected an integer from 1 to 148"),
-        ({"k": True}, "k: found True"),
-        ({"k": 2.0}, "k: found 2.0"),
-        ({"k": "3"}, "k: found '3'"),
-        ({}, "expected exactly one of k, max_fdr and min_stability"),
-        ({"k": 3, "max_fdr": 0.1}, "expected exactly one of k, max_fdr and min_stability"),
-        ({"min_stability": 0.5, "max_fdr": 0.1}, "expected exactly one of k, max_fdr and min_stability"),
-        ({"min_stability": 0}, "min_stability: found 0, expected a share above 0 up to 1, for example 0.5"),
-        ({"min_stability": 1.1}, "min_stability: found 1.1,"),
-        ({"min_stability": True}, "min_stability: found True,"),
-        ({"min_stability": float("nan")}, "min_stability: found nan,"),
-        ({"min_stability": "0.5"}, "min_stability: found '0.5',"),
-        ({"max_fdr": 0}, "max_fdr: found 0, expected a rate between 0 and 1"),
+        ({"k": 0}, "k: found 0,.*148.*'ffn'"),
+        ({"k": -1}, "k.*-1"),
+        ({"k": 149}, "k.*149.*148"),
+        ({"k": True}, "k.*True"),
+        ({"k": 2.0}, r"k.*2\.0"),
+        ({"k": "3"}, "k.*'3'"),
+        ({}, "k, max_fdr and min_stability"),
+        ({"k": 3, "max_fdr": 0.1}, "k, max_fdr and min_stability"),
+        ({"min_stability": 0.5, "max_fdr": 0.1}, "k, max_fdr and min_stability"),
+        ({"min_stability": 0}, "min_stability: found 0,"),
+        ({"min_stability": 1.1}, r"min_stability.*1\.1"),
+        ({"min_stability": True}, "min_stability.*True"),
+        ({"min_stability": float("nan")}, "min_stability.*nan"),
+        ({"min_stability": "0.5"}, "min_stability.*'0.5'"),
+        ({"max_fdr": 0}, "max_fdr: found 0,"),
         ({"max_fdr": 1}, "max_fdr: found 1,"),
-        ({"max_fdr": float("nan")}, "max_fdr: found nan"),
-        ({"k": 3, "site": "attention"}, "site 'attention' was not measured; found ffn"),
-        ({"k": 3, "operation": "add"}, "operation: found 'add', expected one of scale, push, shift"),
-        ({"k": 3, "ties": "random"}, "ties: found 'random', expected one of effect, public"),
+        ({"max_fdr": float("nan")}, "max_fdr.*nan"),
+        ({"k": 3, "site": "attention"}, "'attention'.*ffn"),
+        ({"k": 3, "operation": "add"}, "operation.*'add'.*shift"),
+        ({"k": 3, "ties": "random"}, "ties.*'random'.*public"),
     ],
 )
 def test_complaints(arguments, message):

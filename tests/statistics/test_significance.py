@@ -13,44 +13,23 @@ from safetensors.torch import load_file
 from scipy import stats
 
 import austeer
-from austeer import Counters, Momentum, SelectionError
-from austeer.measuring.tally import Counting
-from austeer.models.sites import Fingerprint
+from austeer import Counters, SelectionError
 from austeer.statistics import (
     adjusted_p_values,
     beta_histogram,
     chance_below,
     discoveries,
-    effect_size,
     expected_overlap,
     geometric,
     overlap,
     p_values,
-    ranking,
     rate_interval,
     signed_rate,
     stability,
     ties_at_cut,
 )
+from made_momentum import momentum_of, signal
 from places import SHARED_DATA as DATA
-
-
-def momentum_of(delta, half=None):
-    """Momentum of given differences [pairs, layers, width]; the half is every other pair by default."""
-    pairs, layers, width = delta.shape
-    counting, half = Counting(layers, width, "cpu"), torch.arange(0, pairs, 2) if half is None else half
-    counting.add(torch.cat([delta, torch.zeros_like(delta)]), pairs, 0, half=half)
-    model = Fingerprint("llama", layers, {"ffn": width}, "made up", None)
-    return Momentum(
-        {"ffn": counting.counters()}, pairs, model, half={"ffn": counting.half_counters()}, half_pairs=len(half)
-    )
-
-
-def signal(pairs, strength, seed=0, layers=10, width=400):
-    """Differences with a mean of its own for each AU, [pairs, layers, width]; its spread is ``strength``."""
-    generator = np.random.default_rng(seed)
-    mean = np.random.default_rng(99).normal(size=(layers, width)) * strength
-    return torch.from_numpy(generator.normal(size=(pairs, layers, width)) + mean)
 
 
 def counters_of(positive, negative):
@@ -69,18 +48,17 @@ def test_p_values_are_scipys_binomial_test():
 
 
 def test_discoveries_are_those_of_scipys_correction():
-    momentum = momentum_of(signal(80, 0.3))
-    counters = momentum.counters("ffn")
+    counters = momentum_of(signal(80, 0.3, width=40)).counters("ffn")
     tests = [stats.binomtest(int(p), 80).pvalue for p in counters.positive.flatten()]
     for rate in (0.01, 0.05, 0.5):
         expected = stats.false_discovery_control(tests) <= rate
-        assert np.array_equal(discoveries(counters, rate).flatten(), expected) and 0 < expected.sum() < 4000
+        assert np.array_equal(discoveries(counters, rate).flatten(), expected) and 0 < expected.sum() < 400
         assert ((adjusted_p_values(counters) <= rate).flatten().numpy() == expected).all()
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, float("nan"), True, "0.05"])
 def test_a_rate_that_is_none(rate):
-    with pytest.raises(SelectionError, match=r"max_fdr: found .*, expected a rate between 0 and 1"):
+    with pytest.raises(SelectionError, match=f"max_fdr.*{rate!r}"):
         discoveries(counters_of([1], [0]), rate)
 
 
@@ -220,17 +198,17 @@ def test_complaints():
         lambda: overlap(momentum, momentum, "layer", 3),
         lambda: ties_at_cut(momentum, "layer", 3),
     ):
-        with pytest.raises(SelectionError, match="site 'layer' was not measured"):
+        with pytest.raises(SelectionError, match=r"'layer'.*ffn"):
             call()
     for call in (
         lambda: stability(momentum, "ffn", (3, 41)),
         lambda: overlap(momentum, momentum, "ffn", 41),
         lambda: ties_at_cut(momentum, "ffn", 41),
     ):
-        with pytest.raises(SelectionError, match=r"k: found 41, expected an integer from 1 to 40 \(AUs of 'ffn'\)"):
+        with pytest.raises(SelectionError, match=r"k.*41.*40.*'ffn'"):
             call()
     lone = momentum_of(signal(10, 0.1, layers=2, width=20), half=torch.arange(10))
-    with pytest.raises(SelectionError, match="halves: found all 10 pairs in one half"):
+    with pytest.raises(SelectionError, match=r"halves.*10 pairs"):
         stability(lone, "ffn")
 
 
@@ -282,7 +260,7 @@ def test_persona_statements_have_a_stable_ranking_and_halves_of_one_answer_each_
 def test_what_half_of_the_real_pairs_promise_the_whole_keeps(differences):
     """Sentiment pairs, one half against the other, and what the halves of each said would come of it."""
     file = Path(austeer.__file__).parent / "data" / "demo_pairs.jsonl"
-    pairs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()][:240]
+    pairs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()][:160]
     delta = differences([(row["prompt"], row["positive"], row["negative"]) for row in pairs])
     ks, expected, actual, halves = (100, 300, 1000), [], [], []
     for seed in range(3):
@@ -295,11 +273,3 @@ def test_what_half_of_the_real_pairs_promise_the_whole_keeps(differences):
     expected, actual, halves = (np.mean(t, 0) for t in (expected, actual, halves))
     assert np.abs(expected - actual).max() < 0.06
     assert (actual > halves + 0.06).all()
-
-
-def test_scores_are_exported():
-    momentum = momentum_of(signal(30, 0.3, layers=3, width=20))
-    counters = momentum.counters("ffn")
-    best = int(ranking(momentum, "ffn")[0])
-    assert signed_rate(counters, 30).abs().flatten()[best] == signed_rate(counters, 30).abs().max()
-    assert effect_size(counters, 30).shape == (3, 20)

@@ -100,7 +100,7 @@ def test_the_first_steered_layer_is_the_formula_of_what_the_model_made(model, si
     torch.testing.assert_close(caught[0], expected)
 
 
-@pytest.mark.parametrize("mode", ["auto", "columns", "dense"])
+@pytest.mark.parametrize("mode", ["auto", "dense"])
 @pytest.mark.parametrize("site", SITES)
 def test_the_whole_model_and_the_way_back(model, site, mode):
     plan = random_plan(model, site, 40)
@@ -121,9 +121,7 @@ def test_the_whole_model_and_the_way_back(model, site, mode):
 @pytest.mark.parametrize("mode", ["fold", "fused"])
 @pytest.mark.parametrize("site", ["attention", "ffn", "neuron"])
 def test_no_weight_is_edited_or_multiplied_by_us(model, site, mode):
-    with pytest.raises(
-        austeer.SteeringError, match=rf"mode '{mode}' is not possible at site '{site}'.*(Linear|Tensor)"
-    ):
+    with pytest.raises(austeer.SteeringError, match=rf"'{mode}'.*'{site}'.*(Linear|Tensor)"):
         austeer.steer(model, random_plan(model, site, 20), 1.0, mode=mode)
 
 

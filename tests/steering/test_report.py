@@ -1,5 +1,7 @@
 """The report: AUs with their strengths and shares, as they are at the time."""
 
+import re
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def test_strengths_and_shares_of_each_au(tiny, tiny_ids):
 def test_alpha_zero_has_no_shares(tiny):
     report = austeer.steer(tiny, random_plan(tiny, "ffn", 6), 0.0).report()
     assert {unit.share for site in report for unit in site.units} == {0.0}
-    assert "0.0% of the strength" in str(report)
+    assert "0.0%" in str(report)
 
 
 def test_a_line_for_each_site(tiny, tiny_ids):
@@ -42,5 +44,5 @@ def test_a_line_for_each_site(tiny, tiny_ids):
         tiny(**tiny_ids)
         lines = str(steering.report()).splitlines()
     assert len(lines) == len(steering.report())
-    assert any("fold    in the weights" in line for line in lines)
-    assert any("columns ran 1 times, 14 tokens steered (no fold: no linear layer" in line for line in lines)
+    assert any(re.search("fold.*weights", line) for line in lines)
+    assert any(re.search("columns.* 1 .* 14 tokens.*no fold", line) for line in lines)

@@ -54,8 +54,14 @@ def greedy_by_recomputing(model, batch, plan, alpha, scope):
     return ids
 
 
-@pytest.mark.parametrize("scope", SCOPES, ids=str)
-@pytest.mark.parametrize("mode", ["auto", "fused", "dense"])
+FEW_SCOPES = ("generation", (0, 3))
+
+
+@pytest.mark.parametrize(
+    ("mode", "scope"),
+    [*(("auto", scope) for scope in SCOPES), *((mode, scope) for mode in ("fused", "dense") for scope in FEW_SCOPES)],
+    ids=str,
+)
 def test_generation_equals_recomputation_without_a_cache(model, batch, scope, mode):
     plan = random_plan(model, ("ffn", "attention"), 20, "push")
     expected = greedy_by_recomputing(model, batch, plan, 3.0, scope)
@@ -69,7 +75,7 @@ def test_generation_equals_recomputation_without_a_cache(model, batch, scope, mo
         assert steering.prompt_length is None  # known only while generate runs
         if mode == "auto":
             assert {row.path for row in steering.report()} == {"columns"}
-            assert "only some tokens are steered" in steering.report()[0].reason
+            assert "some tokens" in steering.report()[0].reason
 
 
 def test_what_generate_makes_of_pad_tokens_is_a_mask_too(model, batch):
@@ -150,14 +156,14 @@ def test_what_a_scope_cannot_tell_apart_is_refused(model, batch):
     plan = random_plan(model, "ffn", 10)
     ids = batch["input_ids"][:, :4]
     with pytest.warns(austeer.SteeringWarning), austeer.steer(model, plan, 1.0, scope=(0, 2)):
-        with pytest.raises(austeer.SteeringError, match="position_ids: found some that do not rise by one"):
+        with pytest.raises(austeer.SteeringError, match="position_ids"):
             model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1]] * 3))
-        with pytest.raises(austeer.SteeringError, match="attention mask of Tensor that does not show the padding"):
+        with pytest.raises(austeer.SteeringError, match=r"attention mask.*Tensor"):
             model(input_ids=ids, attention_mask=torch.ones(3, 1, 4, 4, dtype=torch.bool))
     model.train()
     model.gradient_checkpointing_enable()
     with (
-        pytest.raises(austeer.SteeringError, match="checkpointing together with a scope or rows"),
+        pytest.raises(austeer.SteeringError, match=r"checkpointing.*scope"),
         austeer.steer(model, plan, 1.0, scope="prompt"),
     ):
         model(input_ids=ids)
@@ -189,7 +195,7 @@ def test_a_second_block_counts_anew(model, batch):
     steering = austeer.steer(model, random_plan(model, "ffn", 10), 1.0, scope="generation")
     with steering:
         model.generate(**batch, **GREEDY)
-    with pytest.warns(austeer.SteeringWarning, match="no token was steered"), steering:
+    with pytest.warns(austeer.SteeringWarning, match=r"no token.*generation"), steering:
         model(**batch)
     assert {row.tokens for row in steering.report()} == {0}
 
@@ -225,15 +231,6 @@ def test_a_second_turn_goes_on_from_the_cache(model, batch):
     assert torch.equal(cached, ids)
 
 
-def test_a_scope_without_tokens_is_a_warning(model, batch):
-    plan = random_plan(model, "ffn", 10)
-    with (
-        pytest.warns(austeer.SteeringWarning, match=r"no token was steered.*generation"),
-        austeer.steer(model, plan, 1.0, scope="generation"),
-    ):
-        model(**batch)
-
-
 def test_tokens_are_counted(model, batch):
     plan = random_plan(model, "ffn", 10)
     for scope, per_row in (("prompt", 9), ("generation", NEW - 1), ("last_prompt_token", 1), ((0, 3), 3)):
@@ -249,9 +246,9 @@ def test_prompt_length_is_checked(model):
     plan = random_plan(model, "ffn", 10)
     steering = austeer.steer(model, plan, 1.0, scope="prompt")
     for wrong in (0, -1, 2.5, True, "9"):
-        with pytest.raises(austeer.SteeringError, match="prompt_length: found"):
+        with pytest.raises(austeer.SteeringError, match=f"prompt_length.*{wrong!r}"):
             steering.prompt_length = wrong
-    with pytest.raises(austeer.SteeringError, match="prompt_length: found scope 'all'"):
+    with pytest.raises(austeer.SteeringError, match=r"prompt_length.*'all'"):
         austeer.steer(model, plan, 1.0).prompt_length = 3
 
 

@@ -49,8 +49,15 @@ def one_by_one(model, batch, plans, rows, **options):
 
 
 @pytest.mark.parametrize("mode", ["auto", "dense"])
-@pytest.mark.parametrize("rows", [["kind", None, "brief"], ["calm", "brief", "calm"], [None, None, None]], ids=str)
-@pytest.mark.parametrize("form", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "form"),
+    [
+        (["kind", None, "brief"], {"num_beams": 3, "num_return_sequences": 2}),
+        (["kind", None, "brief"], {"use_cache": False}),
+        (["calm", "brief", "calm"], {}),
+    ],
+    ids=str,
+)
 def test_a_mixed_batch_equals_its_rows_alone(model, batch, plans, rows, form, mode):
     options = GREEDY | form
     expected = one_by_one(model, batch, plans, rows, **options)
@@ -166,33 +173,33 @@ def test_rows_of_the_wrong_number_or_name(model, batch, plans):
     before = snapshot(model)
     with austeer.steer(model, plans, ALPHA) as steering:
         for rows, message in (
-            (["kind", "kinder", None], "rows: found 'kinder', expected one of 'kind', 'brief', 'calm', or None"),
-            ("kinder", "rows: found 'kinder'"),
-            ([1, 2, 3], "rows: found 1"),
-            ([], r"rows: found \[\], expected a list"),
-            (3, "rows: found 3, expected a list"),
+            (["kind", "kinder", None], "rows.*'kinder'.*'kind', 'brief', 'calm'"),
+            ("kinder", "rows.*'kinder'"),
+            ([1, 2, 3], "rows.* 1"),
+            ([], r"rows.*\[\]"),
+            (3, "rows.* 3"),
         ):
             with pytest.raises(austeer.SteeringError, match=message):
                 steering.rows(rows)
-        with pytest.raises(austeer.SteeringError, match=r"rows: found no choice, expected steering\.rows"):
+        with pytest.raises(austeer.SteeringError, match=r"no choice.*steering\.rows"):
             model.generate(**batch, **GREEDY)
         steering.rows(["kind", None])
-        with pytest.raises(austeer.SteeringError, match="rows: found 2 entries and a batch of 3"):
+        with pytest.raises(austeer.SteeringError, match=r"rows.*2.*3"):
             model.generate(**batch, **GREEDY)
-        with pytest.raises(austeer.SteeringError, match="rows: found 2 entries and a batch of 3"):
+        with pytest.raises(austeer.SteeringError, match=r"rows.*2.*3"):
             model(**batch)
-        with pytest.raises(austeer.SteeringError, match="rows: found 2 entries and a batch of 6"):
+        with pytest.raises(austeer.SteeringError, match=r"rows.*2.*6"):
             model(input_ids=batch["input_ids"].repeat(2, 1))  # no expansion where nothing expands
         steering.rows(["kind", None, None])
         model(**batch)
     assert_unchanged(model, before)
     with austeer.steer(model, plans["kind"], 1.0, mode="columns") as steering:
         model(**batch)
-        with pytest.raises(austeer.SteeringError, match=r'one plan for all rows.*steer\(model, \{"name": plan'):
+        with pytest.raises(austeer.SteeringError, match=r"one plan.*steer\("):
             steering.rows(["kind", None, None])
     with austeer.steer(model, plans["kind"], 1.0, scope="prompt") as steering:
         model(**batch)
-        with pytest.raises(austeer.SteeringError, match="one plan for all rows"):
+        with pytest.raises(austeer.SteeringError, match="one plan"):
             steering.rows(["kind", None, None])
 
 
@@ -262,7 +269,7 @@ def test_compiled_whole_and_switched_without_recompiling(model, batch, plans, ki
             torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scope", ["all", "generation", "prompt", (10, 12)], ids=str)
+@pytest.mark.parametrize("scope", ["all", (10, 12)], ids=str)
 def test_compiled_decoding_is_one_graph_for_all_steps_and_rows(model, batch, plans, scope):
     torch._dynamo.reset()
     plans.pop("brief")

@@ -209,9 +209,12 @@ def test_two_tables_at_one_site_are_captured(model, device):
 # --- compiled decode -------------------------------------------------------------------------------------------------
 
 
+COMPILED = [("alpha", "fold"), ("alpha", "columns"), ("rows", "fused"), ("rows", "columns"), ("scope", "fused")]
+
+
 @pytest.mark.parametrize(
-    ("kind", "mode"),
-    [("alpha", "fold"), ("alpha", "columns"), ("rows", "fused"), ("rows", "columns"), ("scope", "fused")],
+    ("kind", "mode", "device"),
+    [*((*case, "cpu") for case in COMPILED[::4]), *(pytest.param(*c, "cuda", marks=pytest.mark.gpu) for c in COMPILED)],
 )
 def test_compiled_decode_never_compiles_again(model, device, kind, mode):
     """mode="reduce-overhead", so in CUDA graphs, on a GPU; on a CPU without code generation."""
@@ -253,7 +256,10 @@ def test_compiled_decode_never_compiles_again(model, device, kind, mode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["fused", "columns"])
 @pytest.mark.parametrize("site", ["attention", "ffn", "neuron"])
-@pytest.mark.parametrize("columns", [1, PROMPT, 150])
+@pytest.mark.parametrize(
+    ("columns", "device"),
+    [(PROMPT, "cpu"), *(pytest.param(n, "cuda", marks=pytest.mark.gpu) for n in (1, PROMPT, 150))],
+)
 def test_rows_err_no_more_than_plain_pytorch(model, device, site, mode, dtype, columns):
     """Against float64 on the CPU; plain PyTorch is mode "dense", the public code's arithmetic. One token: decode."""
     model = model.to(dtype)

@@ -177,9 +177,9 @@ def test_strength_of_the_plans_evidence(lively, demo, plans):
 @pytest.mark.parametrize(
     "variants, message",
     [
-        (lambda p: {"a": p}, "variant 'a': found no strength, and the plan's evidence recommends none; give one"),
-        (lambda p: {"unsteered": (p, 1.0)}, "variant 'unsteered': found a name that is no text or is reserved"),
-        (lambda p: {"a": ("plans/a", 1.0)}, "variant 'a': found str, expected a plan"),
+        (lambda p: {"a": p}, "'a'.*no strength"),
+        (lambda p: {"unsteered": (p, 1.0)}, "'unsteered'.*name"),
+        (lambda p: {"a": ("plans/a", 1.0)}, "'a'.*str.*plan"),
     ],
 )
 def test_variants_that_are_none(lively, demo, plans, variants, message):
@@ -188,7 +188,7 @@ def test_variants_that_are_none(lively, demo, plans, variants, message):
 
 
 def test_k_larger_than_the_plan(lively, demo, plans):
-    with pytest.raises(PlanError, match="k: found 31"):
+    with pytest.raises(PlanError, match=r"k.*31"):
         evaluate(lively, demo[1], colours(), {"a": (plans["a"], 1.0, 31)}, progress=False)
 
 
@@ -223,7 +223,7 @@ def test_option_of_several_tokens_where_one_was_promised(lively, demo):
     task = Task(
         "t", "choice", (Item("It is", (" fine", " bad")), Item("It is", (" fine", " unputdownable"))), "f.jsonl"
     )
-    message = r"f.jsonl, item 1, option ' unputdownable': found \d tokens after the prompt, expected one"
+    message = r"f.jsonl.*item 1.*' unputdownable'.*\d tokens"
     with pytest.raises(TaskError, match=message):
         check_options(demo[1], task)
     with pytest.raises(TaskError, match=message):

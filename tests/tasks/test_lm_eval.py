@@ -23,11 +23,11 @@ ITEMS = (
 
 def test_without_the_package(monkeypatch, tiny, demo):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(TaskError, match=r"lm-eval is not installed .*; pip install 'austeer\[lm-eval\]'"):
+    with pytest.raises(TaskError, match=r"lm-eval.*austeer\[lm-eval\]"):
         check_tasks(["boolq"])
-    with pytest.raises(TaskError, match="lm-eval is not installed"), steered_lm(tiny, demo[1]):
+    with pytest.raises(TaskError, match=r"austeer\[lm-eval\]"), steered_lm(tiny, demo[1]):
         pass
-    with pytest.raises(TaskError, match="lm-eval is not installed"):
+    with pytest.raises(TaskError, match=r"austeer\[lm-eval\]"):
         lm_evaluate(tiny, demo[1], ["boolq"])
 
 
@@ -114,18 +114,16 @@ def test_metrics_of_every_variant(lm_eval, local, lively, demo):
 
 def test_tasks_that_are_none(lm_eval, local, lively, demo):
     assert check_tasks(["austeer_colours"], local) == ["austeer_colours"]
-    with pytest.raises(TaskError, match=r"lm-eval: found the tasks 'austeer_nothing', expected names of its \d+ tasks"):
+    with pytest.raises(TaskError, match=r"lm-eval.*'austeer_nothing'"):
         check_tasks(["austeer_colours", "austeer_nothing"], local)
-    with pytest.raises(TaskError, match="lm-eval: found the tasks none"):
+    with pytest.raises(TaskError, match=r"lm-eval.*none"):
         check_tasks([])
-    with pytest.raises(TaskError, match="nowhere: no such folder, expected one with tasks as YAML"):
+    with pytest.raises(TaskError, match="nowhere"):
         check_tasks(["austeer_colours"], local / "nowhere")
 
 
 def test_data_that_cannot_be_loaded(lm_eval, local, lively, demo):
-    with pytest.raises(
-        TaskError, match=r"lm-eval: austeer_elsewhere: cannot be loaded \(.*takes its data from the Hug"
-    ):
+    with pytest.raises(TaskError, match=r"austeer_elsewhere.*loaded"):
         lm_evaluate(lively, demo[1], ["austeer_elsewhere"], include_path=local)
 
 

@@ -62,7 +62,7 @@ def test_pairs_are_as_load_pairs_reads_them(file):
     assert task.items == (Item("P", (" a", " b")), Item("R", (" c", " d"), group="x")), (
         "equal sides, and twice the same"
     )
-    with pytest.raises(PairsError, match=r"rows.jsonl, line 2: field 'positive' is missing"):
+    with pytest.raises(PairsError, match=r"rows.jsonl.*line 2.*'positive'"):
         load_task(file(rows[0], {"prompt": "Q", "negative": " a"}))
 
 
@@ -96,7 +96,7 @@ def test_several_files_and_where(file):
     path = file({**CHOICES[2], "part": "b"}, name="2.jsonl")
     task = load_task(str(path.parent / "*.jsonl"), where={"part": "b"})
     assert [item.prompt for item in task] == ["Grass?", "Rose?"]
-    with pytest.raises(TaskError, match=r"found no row with {'part': 'c'}; check the names and values"):
+    with pytest.raises(TaskError, match=r"no row.*{'part': 'c'}"):
         load_task(str(path.parent / "*.jsonl"), where={"part": "c"})
 
 
@@ -111,23 +111,19 @@ def test_template_by_name(file):
 
 def test_template_asks_for_what_the_file_lacks(file):
     path = file({"passage": "P", "question": "q", "answer": True}, {"passage": "P", "question": "r"})
-    with pytest.raises(
-        TaskError, match=r"rows.jsonl, line 2: found the fields passage, question, expected answer, pass"
-    ):
+    with pytest.raises(TaskError, match=r"rows.jsonl.*line 2.*passage, question.*answer, pass"):
         load_task(path, "boolq")
-    with pytest.raises(TaskError, match=r"line 1: .* for the template 'svamp': Answer, Body, Question missing; choose"):
+    with pytest.raises(TaskError, match=r"line 1.*'svamp'.*Answer, Body, Question"):
         load_task(path, "svamp")
 
 
 def test_label_outside_the_values(file):
-    with pytest.raises(
-        TaskError, match=r"rows.jsonl, line 1: found 'maybe' in the field 'answer', expected true, false"
-    ):
+    with pytest.raises(TaskError, match=r"rows.jsonl.*line 1.*'maybe'.*'answer'.*true, false"):
         load_task(file({"passage": "P", "question": "q", "answer": "maybe"}), "boolq")
 
 
 def test_template_has_its_own_kind(file):
-    with pytest.raises(TaskError, match="kind: found 'choice' beside a template"):
+    with pytest.raises(TaskError, match=r"kind.*'choice'.*template"):
         load_task(file(CHOICES[0]), "boolq", kind="choice")
 
 
@@ -137,26 +133,26 @@ def test_template_has_its_own_kind(file):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "Q", "options": [" a", " b"], "label": 2}, "found the label 2, expected one of the options"),
-        ({"prompt": "Q", "options": [" a", " b"], "label": "c"}, "found the label 'c', expected one of the options"),
-        ({"prompt": "Q", "options": [" a"], "label": 0}, "expected two or more, all different"),
-        ({"prompt": "Q", "options": " a", "label": 0}, "options: found ' a', expected a list of texts"),
-        ({"prompt": "Q", "options": [" a", 3], "label": 0}, "options: found .* expected a list of texts"),
-        ({"prompt": "", "options": [" a", " b"], "label": 0}, "found the prompt '', expected text"),
-        ({"prompt": 3, "options": [" a", " b"], "label": 0}, "prompt: found 3, expected text"),
-        ({"prompt": "Q", "options": [" a", " b"]}, "found the fields prompt, options, expected prompt, options, label"),
-        ({"prompt": "Q", "options": [" a", " b"], "label": None}, "expected prompt, options, label"),
-        ({"prompt": "Q", "options": [" a", " b"], "label": 0, "extra": 1}, "expected prompt, options, label"),
+        ({"prompt": "Q", "options": [" a", " b"], "label": 2}, "label.*2"),
+        ({"prompt": "Q", "options": [" a", " b"], "label": "c"}, "label.*'c'"),
+        ({"prompt": "Q", "options": [" a"], "label": 0}, r"options.*\(' a',\)"),
+        ({"prompt": "Q", "options": " a", "label": 0}, "options.*' a'"),
+        ({"prompt": "Q", "options": [" a", 3], "label": 0}, r"options.*\[' a', 3\]"),
+        ({"prompt": "", "options": [" a", " b"], "label": 0}, "prompt.*''"),
+        ({"prompt": 3, "options": [" a", " b"], "label": 0}, "prompt.*3"),
+        ({"prompt": "Q", "options": [" a", " b"]}, "prompt, options,.*prompt, options, label"),
+        ({"prompt": "Q", "options": [" a", " b"], "label": None}, "prompt, options,.*prompt, options, label"),
+        ({"prompt": "Q", "options": [" a", " b"], "label": 0, "extra": 1}, "extra.*prompt, options, label"),
     ],
 )
 def test_bad_row_is_named(file, row, message):
-    with pytest.raises(TaskError, match=rf"rows.jsonl, line 2: .*{message}"):
+    with pytest.raises(TaskError, match=f"rows.jsonl.*line 2.*{message}"):
         load_task(file(CHOICES[0], row))
 
 
 @pytest.mark.parametrize("answer", ["many", True, "", "1/2"])
 def test_answer_that_is_no_number(file, answer):
-    with pytest.raises(TaskError, match=r"rows.jsonl, line 1: answer: found .* expected a number"):
+    with pytest.raises(TaskError, match=f"rows.jsonl.*line 1.*answer.*{answer!r}"):
         load_task(file({"prompt": "Q", "answer": answer}))
 
 
@@ -170,21 +166,19 @@ def test_answer_that_is_no_number(file, answer):
     ],
 )
 def test_fields_that_no_form_has(file, row):
-    with pytest.raises(
-        TaskError, match=r"line 1: found the fields .* expected prompt, options, label; or prompt, answer"
-    ):
+    with pytest.raises(TaskError, match=f"line 1.*{', '.join(row)}.*prompt, options, label.*prompt, answer"):
         load_task(file(row))
 
 
 @pytest.mark.parametrize("template", [None, "boolq"])
 def test_empty_file(file, template):
-    with pytest.raises(TaskError, match=r"rows.jsonl: found no row"):
+    with pytest.raises(TaskError, match=r"rows.jsonl.*no row"):
         load_task(file(), template)
 
 
 def test_duplicates(file):
     path = file(*CHOICES, CHOICES[1])
-    with pytest.raises(TaskError, match=r"line 4: found the question and answer of .*line 2 again, expected each once"):
+    with pytest.raises(TaskError, match=r"line 4.*line 2"):
         load_task(path)
     assert load_task(path, duplicates="drop").items == load_task(file(*CHOICES, name="once.jsonl")).items
 
@@ -192,18 +186,16 @@ def test_duplicates(file):
 @pytest.mark.parametrize("duplicates", [None, "drop"])
 def test_two_answers_to_one_question(file, duplicates):
     path = file(CHOICES[0], {**CHOICES[0], "label": 1})
-    with pytest.raises(
-        TaskError, match=r"line 2: found the question of .*line 1 again, with the answer ' red' and not"
-    ):
+    with pytest.raises(TaskError, match=r"line 2.*line 1.*' red'"):
         load_task(path, duplicates=duplicates)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"limit": 0}, "limit: found 0, expected at least 1"),
-        ({"kind": "numeric"}, "kind: found 'numeric', expected choice or continuation"),
-        ({"duplicates": "keep"}, "duplicates: found 'keep', expected one of error, drop"),
+        ({"limit": 0}, "limit.*0"),
+        ({"kind": "numeric"}, "kind.*'numeric'"),
+        ({"duplicates": "keep"}, "duplicates.*'keep'"),
     ],
 )
 def test_options_that_are_none(file, options, message):
@@ -212,7 +204,7 @@ def test_options_that_are_none(file, options, message):
 
 
 def test_source_that_is_not_there(tmp_path):
-    with pytest.raises(PairsError, match="no such file"):
+    with pytest.raises(PairsError, match=r"rows.jsonl"):
         load_task(tmp_path / "rows.jsonl")
 
 
@@ -250,7 +242,8 @@ def test_real_files(demo, template, name, count, groups):
     if task.kind != "numeric":
         labels = [item.label for item in task]
         assert min(labels.count(label) for label in set(labels)) > 0.3 * count and len(set(labels)) == 2
-        check_options(demo[1], task)
-        check_options(demo[1], task.with_chat_template(demo[1]))
+        some = task.take(200)
+        check_options(demo[1], some)
+        check_options(demo[1], some.with_chat_template(demo[1]))
     parts = task.split({"a": 0.5, "b": 0.5})
     assert not {item.group for item in parts["a"]} & {item.group for item in parts["b"]}

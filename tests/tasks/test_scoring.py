@@ -1,7 +1,7 @@
 """Scores: equal to those of the full model, text by text, also where contexts are shared."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ from austeer.errors import TaskError
 from austeer.forward.generation import continue_prompts
 from austeer.models.sites import LAYOUTS
 from austeer.tasks import Item, Task, side_effects
-from austeer.tasks.scoring import OptionScores, _distinct_contexts, cross_entropy, log_odds, option_scores
+from austeer.tasks.scoring import OptionScores, cross_entropy, log_odds, option_scores
 from dense_formula import formula_at, random_plan
+from letter_tokens import Letters
+from naive_scores import naive_log_odds
+from tiny_models import tiny_model
 
 SHARED = [
     ("The soup was", " good", " bad"),
@@ -27,31 +30,11 @@ SHARED = [
 TEXTS = ["The river runs north of the old mill, where two roads meet.", "Tea", "A short one.", "Two boats left."]
 
 
-def naive_log_probability(model, tokenizer, text):
-    """Sum over all tokens but the first of the full model's log-probability, one text alone."""
-    ids = tokenizer(text)["input_ids"]
-    with torch.no_grad():
-        scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    return sum(float(scores[i - 1, ids[i]]) for i in range(1, len(ids)))
-
-
-def naive_log_odds(model, tokenizer, pairs):
-    """From the whole texts: what their prompt adds is the same on both sides and cancels."""
-    return torch.tensor(
-        [
-            naive_log_probability(model, tokenizer, p.prompt + p.positive)
-            - naive_log_probability(model, tokenizer, p.prompt + p.negative)
-            for p in pairs
-        ],
-        dtype=torch.float64,
-    )
-
-
 def loss_of_model(model, tokenizer, texts):
     """The mean over all tokens of what the model itself calls its loss."""
     total = count = 0
     for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        ids = torch.tensor(tokenizer([text])["input_ids"])
         if ids.shape[1] > 1:
             with torch.no_grad():
                 total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
@@ -63,31 +46,29 @@ def loss_of_model(model, tokenizer, texts):
 
 
 def test_log_odds_on_a_real_model(demo):
-    pairs = Pairs.of([*load_data().held_out[:5], *SHARED])
+    pairs = Pairs.of([*load_data().held_out[:1], *SHARED[1:3]])
     found = log_odds(*demo, pairs)
-    assert found.shape == (9,) and found.dtype == torch.float64
+    assert found.shape == (3,) and found.dtype == torch.float64
     torch.testing.assert_close(found, naive_log_odds(*demo, pairs), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(log_odds(*demo, pairs, batch_tokens=1), found, rtol=1e-5, atol=1e-4)
 
 
 def test_cross_entropy_on_a_real_model(demo):
     assert cross_entropy(*demo, TEXTS) == pytest.approx(loss_of_model(*demo, TEXTS), rel=1e-5)
-    assert cross_entropy(*demo, TEXTS[::-1], batch_tokens=1) == pytest.approx(cross_entropy(*demo, TEXTS), rel=1e-5)
 
 
 # --- in every family -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
-def test_scores_are_the_models_own_in_every_family(tiny_of, demo, family):
+def test_scores_are_the_models_own_in_every_family(family):
     # Some families scale or cap their logits behind the head. Large weights make that matter.
     changes = {"granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25}}.get(family, {})
-    model = tiny_of(family, **changes)
+    model, tokenizer = tiny_model(family, **changes), Letters()
     model.get_output_embeddings().weight.data *= 60
-    assert cross_entropy(model, demo[1], TEXTS) == pytest.approx(loss_of_model(model, demo[1], TEXTS), rel=1e-5)
+    assert cross_entropy(model, tokenizer, TEXTS) == pytest.approx(loss_of_model(model, tokenizer, TEXTS), rel=1e-5)
     pairs = Pairs.of(SHARED)
-    expected = naive_log_odds(model, demo[1], pairs)
-    torch.testing.assert_close(log_odds(model, demo[1], pairs), expected, rtol=1e-4, atol=1e-3)
+    expected = naive_log_odds(model, tokenizer, pairs)
+    torch.testing.assert_close(log_odds(model, tokenizer, pairs), expected, rtol=1e-4, atol=1e-3)
 
 
 # --- sharing ---------------------------------------------------------------------------------------------------------
@@ -102,34 +83,32 @@ words = st.sampled_from([" the", " soup", " was", " good", " bad", " and"])
 phrases = st.lists(words, min_size=1, max_size=4).map("".join)
 
 
+@contextmanager
+def contexts_run(model):
+    """The token ids of every row that the decoder runs, without padding."""
+    run = []
+
+    def note(module, args, inputs):
+        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool())
+        run.extend(tuple(ids[real].tolist()) for ids, real in rows)
+
+    handle = model.model.register_forward_pre_hook(note, with_kwargs=True)
+    yield run
+    handle.remove()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(phrases, phrases, phrases), min_size=2, max_size=6), st.integers(1, 60))
 def test_shared_contexts_change_nothing(small, demo, rows, batch_tokens):
-    # Few words and short texts, so many contexts begin another one; float64, so rounding does not show.
+    """Few words and short texts, so many contexts begin another one, and are not run then."""
     pairs = Pairs.of([*rows, ("It", " is", " was")])
-    found = log_odds(small, demo[1], pairs, batch_tokens=batch_tokens)
+    with contexts_run(small) as run:
+        found = log_odds(small, demo[1], pairs, batch_tokens=batch_tokens)
+    texts = {p.prompt + side for p in pairs if p.positive != p.negative for side in (p.positive, p.negative)}
+    contexts = {tuple(ids[:-1]) for ids in demo[1](list(texts))["input_ids"]}
+    assert sorted(run) == sorted(a for a in contexts if not any(a == b[: len(a)] for b in contexts - {a}))
+    # In float64, so rounding does not show.
     torch.testing.assert_close(found, naive_log_odds(small, demo[1], pairs), rtol=1e-9, atol=1e-9)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), max_size=25))
-def test_distinct_contexts_serve_all_and_none_begins_another(contexts):
-    distinct, owner = _distinct_contexts(contexts)
-    assert len(owner) == len(contexts)
-    for context, number in zip(contexts, owner):
-        assert distinct[number][: len(context)] == context
-    for i, a in enumerate(distinct):
-        assert a in contexts
-        assert not any(b[: len(a)] == a for j, b in enumerate(distinct) if j != i)
-
-
-def test_a_shared_prompt_runs_once(small, demo):
-    sizes = []
-    handle = small.model.register_forward_hook(lambda m, args, output: sizes.append(output[0].shape[:2]))
-    pairs = Pairs.of([("The soup was", " good", " bad"), ("The soup was", " warm", " cold")])
-    log_odds(small, demo[1], pairs)
-    handle.remove()
-    assert sizes == [(1, 3)], "four one-token continuations of one prompt of three tokens"
 
 
 # --- many steerings at once ------------------------------------------------------------------------------------------
@@ -194,18 +173,6 @@ def test_options_under_many_steerings_are_those_of_the_full_model(small, demo, b
     assert (found.log_prob[:, 0] - found.log_prob[1, 0]).abs().amax(-1)[[0, 2, 3, 4]].min() > 1e-3
 
 
-def test_options_under_steerings_on_a_real_model(demo):
-    task = with_options(OPTIONS[:1])
-    plans, alphas = steered_by(demo[0], 2)
-    with steer(demo[0], plans, alphas) as steering:
-        found = option_scores(*demo, task, steering, ["plan 0", None, "plan 1"])
-    for i, name in enumerate(["plan 0", None, "plan 1"]):
-        with nullcontext() if name is None else formula_at(demo[0], plans[name], alphas[name]):
-            expected = naive_options(*demo, task)
-        torch.testing.assert_close(found.log_prob[i], expected[0], rtol=1e-4, atol=2e-3)
-        assert torch.equal(found.greedy[i], expected[1])
-
-
 def test_what_the_model_writes_is_greedy(lively, demo):
     """An option is a greedy one where it begins the model's own text."""
     prompts = ["The capital of France is", "One, two, three, four,"]
@@ -259,23 +226,17 @@ def test_tokens_of_every_pass_are_told(small, demo):
 
 
 def test_numeric_task_has_no_options(small, demo):
-    with pytest.raises(TaskError, match="found a numeric task, expected options to score"):
+    with pytest.raises(TaskError, match=r"t:.*numeric"):
         option_scores(small, demo[1], Task("t", "numeric", (Item("Q", answer=1.0),)))
 
 
 def test_several_tokens_where_one_was_promised(small, demo):
     task = with_options(OPTIONS, "choice")
-    with pytest.raises(TaskError, match=r"memory, item 0, option ' good and warm': found 3 tokens .*, expected one"):
+    with pytest.raises(TaskError, match=r"item 0.*' good and warm'.*3 tokens"):
         option_scores(small, demo[1], task)
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------
-
-
-def test_sides_change_the_sign(demo, small):
-    pairs = Pairs.of(SHARED)
-    swapped = Pairs.of([(p.prompt, p.negative, p.positive) for p in pairs])
-    torch.testing.assert_close(log_odds(small, demo[1], swapped), -log_odds(small, demo[1], pairs))
 
 
 def test_equal_sides_have_no_odds(demo, small):
@@ -306,7 +267,7 @@ def test_eos_appended_by_the_tokenizer_is_not_scored(demo, small):
 def test_continuation_that_cannot_be_scored(demo, small):
     # "Tea" + "m" is one token: nothing comes before it that it could be scored after.
     assert len(demo[1]("Team")["input_ids"]) == 1
-    with pytest.raises(TaskError, match=r"memory, item 1, option .*: found no token of its own after the prompt"):
+    with pytest.raises(TaskError, match=r"item 1.*no token"):
         log_odds(small, demo[1], Pairs.of([("It is", " fine", " bad"), ("Tea", "m", " is")]))
 
 
@@ -317,13 +278,13 @@ def test_rendered_chat_is_scored_without_more_special_tokens(demo, small):
 
 
 def test_short_and_empty_texts_count_for_nothing(demo, small):
-    expected = cross_entropy(small, demo[1], TEXTS)
+    expected = cross_entropy(small, demo[1], TEXTS[::-1], batch_tokens=1)
     assert cross_entropy(small, demo[1], ["", *TEXTS, "a", ""]) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["a", "b"]])
 def test_no_neutral_text(demo, small, texts):
-    with pytest.raises(PairsError, match="found no text of at least two tokens"):
+    with pytest.raises(PairsError, match="neutral text"):
         cross_entropy(small, demo[1], texts)
 
 

@@ -1,6 +1,7 @@
 """Tasks in memory: what an item must be, pairs of it, and splits that keep groups whole."""
 
 import copy
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -24,16 +25,16 @@ def prompts(task):
 @pytest.mark.parametrize(
     "kind, item, message",
     [
-        ("guess", Item("Q", (" a", " b")), "kind: found 'guess', expected one of choice, continuation, numeric"),
-        ("choice", Item(" \n", (" a", " b")), "found the prompt ' .n', expected text"),
-        ("choice", Item("Q\ud800", (" a", " b")), "expected text"),
-        ("choice", Item("Q", (" a",)), r"found the options \(' a',\), expected two or more, all different"),
-        ("choice", Item("Q", (" a", " a")), "expected two or more, all different"),
-        ("continuation", Item("Q", (" a", "")), "expected two or more, all different"),
-        ("choice", Item("Q", (" a", " b"), 2), "found the label 2, expected 0 to 1"),
-        ("choice", Item("Q", (" a", " b"), -1), "found the label -1, expected 0 to 1"),
-        ("numeric", Item("Q"), "found the answer None, expected a number"),
-        ("numeric", Item("Q", answer=float("nan")), "found the answer nan, expected a number"),
+        ("guess", Item("Q", (" a", " b")), "kind.*'guess'.*choice, continuation, numeric"),
+        ("choice", Item(" \n", (" a", " b")), "prompt.*' .n'"),
+        ("choice", Item("Q\ud800", (" a", " b")), "prompt.*ud800"),
+        ("choice", Item("Q", (" a",)), r"options.*\(' a',\)"),
+        ("choice", Item("Q", (" a", " a")), r"options.*\(' a', ' a'\)"),
+        ("continuation", Item("Q", (" a", "")), r"options.*\(' a', ''\)"),
+        ("choice", Item("Q", (" a", " b"), 2), "label.*2"),
+        ("choice", Item("Q", (" a", " b"), -1), "label.*-1"),
+        ("numeric", Item("Q"), "answer.*None"),
+        ("numeric", Item("Q", answer=float("nan")), "answer.*nan"),
     ],
 )
 def test_what_is_no_item(kind, item, message):
@@ -43,7 +44,7 @@ def test_what_is_no_item(kind, item, message):
 
 
 def test_no_items():
-    with pytest.raises(TaskError, match="here: found no item, expected at least one"):
+    with pytest.raises(TaskError, match=r"here.*no item"):
         Task("t", "choice", (), "here")
 
 
@@ -66,7 +67,7 @@ def test_pairs_and_back():
 
 
 def test_numeric_tasks_have_no_pairs():
-    with pytest.raises(TaskError, match="found a numeric task, expected options"):
+    with pytest.raises(TaskError, match="numeric"):
         Task("t", "numeric", (Item("Q", answer=1.0),)).pairs()
 
 
@@ -85,7 +86,7 @@ def test_parts_are_disjoint_keep_groups_whole_and_do_not_depend_on_the_order(gro
         found = task.split(parts, seed)
     except TaskError as error:
         # Said rightly: some part can have no group of its own.
-        assert "too few for the split" in str(error)
+        assert "too few" in str(error)
         return
     assert list(found) == list(parts)
     of_part = {name: {item.group for item in part} for name, part in found.items()}
@@ -111,13 +112,13 @@ def test_parts_have_their_fractions_and_depend_on_the_seed():
 
 def test_one_group_is_never_divided():
     task = numbered(6, [0] * 6)
-    with pytest.raises(TaskError, match=r"memory: found 6 items in 1 groups, too few for the split .*no item .*'b'"):
+    with pytest.raises(TaskError, match=r"memory.*6 items in 1 groups.*'b'"):
         task.split({"a": 0.5, "b": 0.5})
 
 
 @pytest.mark.parametrize("parts", [{}, {"a": 0.0}, {"a": 0.7, "b": 0.4}, {"a": -0.5, "b": 0.5}])
 def test_fractions_that_are_none(parts):
-    with pytest.raises(TaskError, match=r"split: found the fractions .* expected positive ones of a sum of at most 1"):
+    with pytest.raises(TaskError, match=f"split.*{re.escape(str(parts))}"):
         numbered(10).split(parts)
 
 
@@ -144,19 +145,19 @@ def test_chat_template_opens_the_answer_and_options_lose_their_blank(demo):
     assert task[0].prompt == rendered and task[0].options == ("a", "b") and task.chat_template
     assert task[0].group == "Q0", "a group does not depend on the template"
     assert task.pairs().chat_template
-    with pytest.raises(PairsError, match="put through a chat template already"):
+    with pytest.raises(PairsError, match="chat template already"):
         task.with_chat_template(tokenizer)
 
 
 def test_a_lead_that_the_prompt_does_not_end_with():
-    with pytest.raises(TaskError, match=r"item 0: found the lead ' \(', expected the end of 'Q'"):
+    with pytest.raises(TaskError, match=r"item 0.*lead.*' \('.*'Q'"):
         Task("t", "choice", (Item("Q", ("A", "B"), lead=" ("),))
 
 
 def test_chat_without_a_template(demo):
     tokenizer = copy.deepcopy(demo[1])
     tokenizer.chat_template = None
-    with pytest.raises(PairsError, match="the tokenizer has no chat template"):
+    with pytest.raises(PairsError, match="no chat template"):
         numbered(2).with_chat_template(tokenizer)
 
 

@@ -114,7 +114,7 @@ def test_shipped_template(name):
     assert template.name == name and template.description
     assert set(template.required) <= set(row)
     for field in template.required:
-        with pytest.raises(TaskError, match=rf"here: found the fields .*template '{name}': {field} missing"):
+        with pytest.raises(TaskError, match=f"here.*'{name}'.*{field}"):
             template.item({key: value for key, value in row.items() if key != field}, "here")
 
 
@@ -148,7 +148,7 @@ def test_a_lead_is_a_template_too():
     )
     item = template.item({"q": "Why", "a": "So"}, "here")
     assert (item.prompt, item.lead) == ("Why? So:", " So:")
-    with pytest.raises(TaskError, match=r"here: found the fields q, expected a, q .* a missing"):
+    with pytest.raises(TaskError, match=r"here.* q,.* a, q"):
         template.item({"q": "Why"}, "here")
 
 
@@ -174,23 +174,21 @@ def test_text_goes_before_number():
 
 @pytest.mark.parametrize("label", ["c", "", "2", 2, -1, True, None, 0.0])
 def test_label_outside_the_options(label):
-    with pytest.raises(
-        TaskError, match=r"here: found the label .*, expected one of the options \[' a', ' b'\], or its"
-    ):
+    with pytest.raises(TaskError, match=rf"here.*label.*{label!r}.*\[' a', ' b'\]"):
         label_of(label, (" a", " b"), "here")
 
 
 def test_label_from_a_map_of_values():
     template = small(label={"field": "l", "values": {"true": " a", "2": 1, "no": "b"}})
     assert [template.item({"q": "Q", "l": value}, "").label for value in (True, 2, "no", "true")] == [0, 1, 1, 0]
-    with pytest.raises(TaskError, match="here: found 'false' in the field 'l', expected true, 2, no"):
+    with pytest.raises(TaskError, match=r"here.*'false'.*'l'.*true, 2, no"):
         template.item({"q": "Q", "l": False}, "here")
 
 
 def test_answer_that_is_no_number():
     template = Template("t", "numeric", "{{ q }}", answer="{{ a }}")
     assert template.item({"q": "Q", "a": "1,000.5"}, "").answer == 1000.5
-    with pytest.raises(TaskError, match="here: found the answer 'many', expected a number"):
+    with pytest.raises(TaskError, match=r"here.*answer.*'many'"):
         template.item({"q": "Q", "a": "many"}, "here")
 
 
@@ -211,47 +209,45 @@ def test_file_of_a_users(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "mine.json: not valid JSON"),
-        ("[]", "mine.json: found list at the top, expected an object"),
-        ('{"kind": "choice"}', "mine.json: found the fields name, kind, expected kind, prompt and others of"),
-        ('{"kind": "choice", "prompt": "x", "optoins": []}', "found the fields name, kind, prompt, optoins, expected"),
+        ("{", "JSON"),
+        ("[]", "list"),
+        ('{"kind": "choice"}', "name, kind,.*prompt"),
+        ('{"kind": "choice", "prompt": "x", "optoins": []}', "optoins"),
     ],
 )
 def test_file_that_is_no_template(tmp_path, text, message):
     path = tmp_path / "mine.json"
     path.write_text(text)
-    with pytest.raises(TaskError, match=message):
+    with pytest.raises(TaskError, match=f"mine.json.*{message}"):
         load_template(path)
 
 
 def test_unknown_template(tmp_path):
-    with pytest.raises(
-        TaskError, match=r"template: found 'bolq', expected one of boolq, .* or the path of a \.json file"
-    ):
+    with pytest.raises(TaskError, match=r"template.*'bolq'.*boolq"):
         load_template("bolq")
-    with pytest.raises(TaskError, match=r"missing.json: cannot be read .*; check the path"):
+    with pytest.raises(TaskError, match=r"missing.json.*read"):
         load_template(tmp_path / "missing.json")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"kind": "guess"}, "kind: found 'guess', expected one of choice"),
-        ({"prompt": "{{ q"}, "prompt: not a jinja2 template"),
-        ({"prompt": "{{ q | nothing }}"}, "prompt: not a jinja2 template"),
-        ({"prompt": 3}, "prompt: found 3, expected text"),
-        ({"options": []}, r"options: found \(\), expected one for 'choice'"),
-        ({"options": " a"}, "options: found ' a', expected a list of texts"),
-        ({"answer": "{{ l }}"}, "answer: found .* expected none for 'choice'"),
-        ({"label": {"field": "l"}}, "label: found .* expected"),
-        ({"label": {"field": "l", "values": [1]}}, "label: found .* expected"),
-        ({"label": 1}, "label: found 1, expected text or an object"),
-        ({"duplicates": "keep"}, "duplicates: found 'keep', expected one of error, drop"),
-        ({"kind": "numeric", "label": "", "options": []}, "answer: found '', expected one for 'numeric'"),
+        ({"kind": "guess"}, "kind.*'guess'.*choice"),
+        ({"prompt": "{{ q"}, "prompt.*jinja2"),
+        ({"prompt": "{{ q | nothing }}"}, "prompt.*jinja2"),
+        ({"prompt": 3}, "prompt.*3"),
+        ({"options": []}, r"options.*\(\).*'choice'"),
+        ({"options": " a"}, "options.*' a'"),
+        ({"answer": "{{ l }}"}, "answer.*l.*'choice'"),
+        ({"label": {"field": "l"}}, "label.*field"),
+        ({"label": {"field": "l", "values": [1]}}, "label.*values"),
+        ({"label": 1}, "label.*1"),
+        ({"duplicates": "keep"}, "duplicates.*'keep'"),
+        ({"kind": "numeric", "label": "", "options": []}, "answer.*''.*'numeric'"),
     ],
 )
 def test_template_that_does_not_fit(changes, message):
-    with pytest.raises(TaskError, match=f"template 't': {message}"):
+    with pytest.raises(TaskError, match=f"'t'.*{message}"):
         small(**changes)
 
 
@@ -268,7 +264,7 @@ def test_template_that_does_not_fit(changes, message):
 )
 def test_template_that_fails_on_a_row_says_where(prompt):
     template = small(prompt=prompt, fields=["q", "l"])
-    with pytest.raises(TaskError, match=r"here: the template 't' fails \("):
+    with pytest.raises(TaskError, match=r"here.*'t' fails"):
         template.item({"q": "Q", "l": "a"}, "here")
 
 

@@ -52,7 +52,7 @@ def test_another_search_is_refused_and_untouched(tmp_path):
     path = tmp_path / "search.jsonl"
     Record(path, SETTINGS).put("a", 1)
     before = path.read_bytes()
-    with pytest.raises(FileFormatError, match=r"another search: found ks \[1, 2\], expected \[1, 3\].*--force"):
+    with pytest.raises(FileFormatError, match=r"ks \[1, 2\].*\[1, 3\].*--force"):
         Record(path, {**SETTINGS, "ks": (1, 3)})
     assert path.read_bytes() == before
 
@@ -60,26 +60,26 @@ def test_another_search_is_refused_and_untouched(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not the record of a search"),
-        ("pairs\n", "not the record of a search"),
-        ('{"prompt": "x"}\n', "expected 'austeer-search' version 2"),
-        ("[1]\n", "not the record of a search"),
-        (json.dumps({"format": "austeer-search", "version": 1}) + "\n", "expected 'austeer-search' version 2"),
+        ("", "record of a search"),
+        ("pairs\n", "record of a search"),
+        ('{"prompt": "x"}\n', "'austeer-search' version 2"),
+        ("[1]\n", "record of a search"),
+        (json.dumps({"format": "austeer-search", "version": 1}) + "\n", "'austeer-search' version 2"),
         (
             json.dumps({"format": "austeer-search", "version": 2, "settings": {"model": "m", "ks": [1, 2]}}) + "\n{}\n",
-            "inconsistent content",
+            "inconsistent",
         ),
     ],
 )
 def test_foreign_files_are_refused(tmp_path, text, message):
     path = tmp_path / "search.jsonl"
     path.write_text(text)
-    with pytest.raises(FileFormatError, match=message):
+    with pytest.raises(FileFormatError, match=f"{path}.*{message}"):
         Record(path, SETTINGS)
     assert path.read_text() == text
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileFormatError, match="cannot be used"):
+    with pytest.raises(FileFormatError, match=f"{tmp_path}.*used"):
         Record(tmp_path / "file" / "search.jsonl", SETTINGS)

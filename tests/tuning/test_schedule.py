@@ -66,7 +66,7 @@ def test_a_budget_is_kept_to_or_refused(groups, items, budget, item, text):
     try:
         schedule = make_schedule(groups, items, 12, budget, costs)
     except TaskError as error:
-        assert "too little for one candidate" in str(error)
+        assert "too little" in str(error)
         needed = len(set(groups)) * (STEPS * NEUTRAL_COST * text / (1 - CALIBRATION) + min(FEWEST, items) * item)
         assert needed > (1 - RESERVE) * 0.9 * budget
         return
@@ -95,9 +95,7 @@ def test_json_gives_it_back():
 @given(groups_of, st.integers(1, 500), st.floats(1e-3, 1.0), st.floats(1e-3, 1.0))
 def test_the_refusal_says_what_is_enough(groups, items, item, text):
     costs = Costs(item, text, spent=2.0)
-    with pytest.raises(
-        TaskError, match=f"found 2 s, too little for one candidate of each of {len(set(groups))} kinds"
-    ) as found:
+    with pytest.raises(TaskError, match=f"2 s.* {len(set(groups))} kinds") as found:
         make_schedule(groups, items, 12, 2.0, costs)
     enough = int(str(found.value).split("at least ")[1].split(" s")[0])
     assert {groups[a] for a in make_schedule(groups, items, 12, enough, costs).arms} == set(groups)

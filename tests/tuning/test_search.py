@@ -21,9 +21,9 @@ from austeer.tuning.search import search
 from searches import NEUTRAL, arms_of, material_of, words
 
 
-@pytest.fixture
-def small(lively, demo):
-    return material_of(lively, demo[1])
+@pytest.fixture(scope="module")
+def small(one_lively, demo):
+    return material_of(one_lively, demo[1])
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_scores_of_other_items_or_strengths_are_not_confused(small, scorer):
 
 def test_a_numeric_task_cannot_be_searched(small):
     task = Task("sums", "numeric", (Item("1 + 1 =", answer=2.0), Item("2 + 2 =", answer=4.0)))
-    with pytest.raises(TaskError, match=r"found a numeric task, expected options.*austeer pairs make task"):
+    with pytest.raises(TaskError, match=r"numeric.*austeer pairs make task"):
         Scorer(small.model, small.tokenizer, task, NEUTRAL)
 
 
@@ -168,8 +168,8 @@ def test_strengths_that_break_the_model_are_beyond_the_limit(small_arm):
 
 
 @pytest.fixture(scope="module")
-def small_arm(measured):
-    return Arm("momentum", measured.select("attention", k=4), 4)
+def small_arm(small):
+    return Arm("momentum", small.momentum.select("attention", k=4), 4)
 
 
 # --- halving ---------------------------------------------------------------------------------------------------------
@@ -248,16 +248,16 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(small, tmp_path, monke
     ]
     for mine, theirs in zip(resumed.standings, plain.standings):
         torch.testing.assert_close(mine.change, theirs.change, atol=2e-5, rtol=1e-4)
-    with pytest.raises(FileFormatError, match="of another search"):
+    with pytest.raises(FileFormatError, match=r"search.jsonl.*another search"):
         Record(tmp_path / "search.jsonl", {"of": "other words"})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_kl": 0.0}, "max_kl: found 0.0, expected a positive number"),
-        ({"max_kl": math.nan}, "max_kl: found nan"),
-        ({"max_kl": 0.05, "budget": 1e-3}, "budget: found 0 s, too little for one candidate"),
+        ({"max_kl": 0.0}, r"max_kl.*0\.0"),
+        ({"max_kl": math.nan}, "max_kl.*nan"),
+        ({"max_kl": 0.05, "budget": 1e-3}, "budget.* 0 s"),
     ],
 )
 def test_bad_input(small, scorer, options, message):
@@ -268,20 +268,20 @@ def test_bad_input(small, scorer, options, message):
 
 
 def test_no_arm(scorer):
-    with pytest.raises(TaskError, match="found no arm"):
+    with pytest.raises(TaskError, match="no arm"):
         search(scorer, [], group=by_operation, max_kl=0.1)
 
 
 def test_no_strength_within_the_limit(small, scorer, monkeypatch):
     monkeypatch.setattr(scorer, "side_effects", lambda candidates, texts=None: [(9.0, 9.0)] * len(candidates))
-    with pytest.raises(TaskError, match=r"no strength of any of 4 arms stayed within 0\.05 nats"):
+    with pytest.raises(TaskError, match=r"4 arms.*0\.05"):
         search(scorer, arms_of(small), group=by_operation, max_kl=0.05)
 
 
 @settings(max_examples=10)
 @given(st.permutations(range(8)))
-def test_arms_tell_themselves_apart_by_what_they_steer(measured, order):
-    plan = measured.select("attention", k=8)
+def test_arms_tell_themselves_apart_by_what_they_steer(small, order):
+    plan = small.momentum.select("attention", k=8)
     shuffled = plan.take(torch.tensor(order))
     same = Arm("other name", plan, 8, "detail").digest == Arm("momentum", shuffled, 8).digest
     assert same == (list(order) == list(range(8)))

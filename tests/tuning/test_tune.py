@@ -1,6 +1,7 @@
 """tune() and compare(): nothing is chosen by the test part, the same search goes on, and what comes out steers."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,9 +30,16 @@ def task_of(count: int = 48) -> Task:
     return Task("words", "choice", tuple(items), "words.jsonl")
 
 
-@pytest.fixture
-def loaded(lively, demo):
-    return lively, demo[1]
+@pytest.fixture(scope="module")
+def loaded(one_lively, demo):
+    return one_lively, demo[1]
+
+
+@pytest.fixture(scope="module")
+def tuned(loaded, tmp_path_factory):
+    """What the search of all the defaults finds, and the folder that it keeps its record in."""
+    folder = tmp_path_factory.mktemp("tuned")
+    return tune(*loaded, split(task_of()), folder=folder, **FEW), folder
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -58,16 +66,16 @@ def test_with_a_momentum_all_of_the_data_is_tuned_and_tested_on():
 
 
 def test_parts_that_overlap_are_refused():
-    with pytest.raises(TaskError, match=r"found \d+ groups in the test part that are tuned on, first 'book'"):
+    with pytest.raises(TaskError, match=r"\d+ groups.*'book'"):
         Parts(None, task_of(), task_of())
     parts = split(task_of(), measured=True)
-    with pytest.raises(TaskError, match="found parts without pairs to measure"):
+    with pytest.raises(TaskError, match="without pairs"):
         split(parts)
     assert split(parts, measured=True) is parts
 
 
 def test_too_little_data():
-    with pytest.raises(TaskError, match=r"too few for the split .* no item is left for 'tune'"):
+    with pytest.raises(TaskError, match=r"too few.*'tune'"):
         split(Task("t", "choice", words().items[:3]))
     assert sum(PARTS.values()) == 1
 
@@ -79,21 +87,15 @@ def test_a_users_neutral_texts_are_for_choosing_and_for_the_report_in_turns():
 # --- tune ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_that_comes_out_has_the_effect_that_is_said(loaded):
+def test_the_plan_that_comes_out_has_the_effect_that_is_said(loaded, tuned):
     model, tokenizer = loaded
-    data = task_of()
-    result = tune(model, tokenizer, data, **FEW)
-    parts = split(data)
+    result, parts = tuned[0], split(task_of())
     best = result.held_out[0]
     assert (best.site, best.operation, best.k) == (result.chosen.site, result.chosen.operation, result.chosen.k)
     scores = []
-    for steering in (False, True):
-        context = austeer.steer(model, result.plan, result.alpha) if steering else None
-        if context is not None:
-            context.attach()
-        scores.append(austeer.tasks.option_scores(model, tokenizer, parts.test).margins(parts.test)[0])
-        if context is not None:
-            context.detach()
+    for context in (nullcontext(), austeer.steer(model, result.plan, result.alpha)):
+        with context:
+            scores.append(austeer.tasks.option_scores(model, tokenizer, parts.test).margins(parts.test)[0])
     assert float((scores[1] - scores[0]).mean()) == pytest.approx(best.effect, abs=1e-4)
     assert best.accuracy == float((scores[1] > 0).double().mean())
     assert result.unsteered.accuracy == float((scores[0] > 0).double().mean())
@@ -104,12 +106,11 @@ def test_the_plan_that_comes_out_has_the_effect_that_is_said(loaded):
     assert json.loads(json.dumps(result.to_json()))["settings"]["data"]["test"]["items"] == 12
 
 
-def test_nothing_is_chosen_by_the_test_part(loaded, monkeypatch):
+def test_nothing_is_chosen_by_the_test_part(loaded, tuned):
     """Other labels in the test part change the figures and nothing else."""
-    model, tokenizer = loaded
     parts = split(task_of())
     turned = Task("words", "choice", tuple(Item(i.prompt, i.options, 1 - i.label, group=i.group) for i in parts.test))
-    results = [tune(model, tokenizer, p, **FEW) for p in (parts, Parts(parts.measure, parts.tune, turned))]
+    results = [tuned[0], tune(*loaded, Parts(parts.measure, parts.tune, turned), **FEW)]
     assert results[0].chosen == results[1].chosen and results[0].trials == results[1].trials
     assert results[0].plan.keys() == results[1].plan.keys() and results[0].alpha == results[1].alpha
     assert results[0].held_out[0].effect == pytest.approx(-results[1].held_out[0].effect, abs=1e-5)
@@ -125,22 +126,23 @@ def test_a_budget_measures_as_many_pairs_as_it_allows(loaded, tmp_path, monkeypa
     pairs = split(task).measure
     length = sum(len(loaded[1](p.prompt + p.positive)["input_ids"]) for p in pairs) / len(pairs)
     cost(monkeypatch, 30 / (2 * length * 30.5))  # 30 s of 100, for 30 pairs
-    results = [tune(*loaded, task, **FEW, budget=100, folder=tmp_path)]
+    options = FEW | {"sites": ("ffn",), "operations": ("shift",), "budget": 100}
+    results = [tune(*loaded, task, **options, folder=tmp_path)]
     cost(monkeypatch, 1e-9)  # goes on with as many, whatever the machine does by then
-    results.append(tune(*loaded, task, **FEW, budget=100, folder=tmp_path))
+    results.append(tune(*loaded, task, **options, folder=tmp_path))
     for result in results:
         assert result.settings["data"]["measure"]["pairs"] == 30 < len(pairs)
         assert result.settings["data"]["tune"]["items"] == 24
     momentum = austeer.Momentum.load(tmp_path / "momentum.safetensors")
     assert momentum.pairs == 30 and results[0].chosen == results[1].chosen
-    everything = tune(*loaded, task, **FEW, budget=100)
+    everything = tune(*loaded, task, **options)
     assert everything.settings["data"]["measure"] == split(task, most=(400, 200, 400)).to_json()["measure"]
 
 
 def test_a_budget_too_small_to_measure_is_refused_before_it_is_spent(loaded, tmp_path, monkeypatch):
     cost(monkeypatch, 1.0)
     monkeypatch.setattr("austeer.tuning.ground.measure", None)
-    with pytest.raises(TaskError, match=r"budget: found 60 s, too little to measure 20 pairs; expected at least \d+ s"):
+    with pytest.raises(TaskError, match=r"budget.*60 s.*20 pairs"):
         tune(*loaded, task_of(), **FEW, budget=60, folder=tmp_path)
 
 
@@ -165,19 +167,18 @@ def test_a_mix_of_two_sites_is_tried_with_a_strength_each(loaded):
 FEW_SITES = ("attention", "ffn")
 
 
-def test_the_same_command_goes_on_and_another_is_refused(loaded, tmp_path, monkeypatch):
-    model, tokenizer = loaded
-    first = tune(model, tokenizer, task_of(), folder=tmp_path, **FEW)
+def test_the_same_command_goes_on_and_another_is_refused(loaded, tuned, monkeypatch):
+    first, folder = tuned
     monkeypatch.setattr(scoring, "option_scores", None)  # nothing may be run any more
     monkeypatch.setattr(scoring, "side_effects", None)
-    again = tune(model, tokenizer, task_of(), folder=tmp_path, **FEW)
+    again = tune(*loaded, split(task_of()), folder=folder, **FEW)
     assert again.chosen == first.chosen and again.held_out == first.held_out and again.plan == first.plan
-    with pytest.raises(FileFormatError, match=r"another search: found max_kl 0\.05, expected 0\.06"):
-        tune(model, tokenizer, task_of(), folder=tmp_path, **(FEW | {"max_kl": 0.06}))
-    with pytest.raises(FileFormatError, match="another search: found data"):
-        tune(model, tokenizer, task_of(45), folder=tmp_path, **FEW)
-    with pytest.raises(FileFormatError, match="another search: found neutral"):
-        tune(model, tokenizer, task_of(), folder=tmp_path, **(FEW | {"neutral": NEUTRAL[:2]}))
+    with pytest.raises(FileFormatError, match=r"max_kl 0\.05.*0\.06"):
+        tune(*loaded, split(task_of()), folder=folder, **(FEW | {"max_kl": 0.06}))
+    with pytest.raises(FileFormatError, match=r"another search.*data"):
+        tune(*loaded, task_of(45), folder=folder, **FEW)
+    with pytest.raises(FileFormatError, match=r"another search.*neutral"):
+        tune(*loaded, split(task_of()), folder=folder, **(FEW | {"neutral": NEUTRAL[:2]}))
 
 
 def test_pairs_and_a_momentum_of_other_pairs(loaded):
@@ -187,7 +188,7 @@ def test_pairs_and_a_momentum_of_other_pairs(loaded):
     result = tune(model, tokenizer, pairs, momentum=momentum, sites=("ffn",), operations=("push",), **FEW)
     assert "measure" not in result.settings["data"] and result.plan.sites == ("ffn",)
     assert result.plan.pairs == momentum.pairs
-    with pytest.raises(SelectionError, match="site 'layer' was not measured"):
+    with pytest.raises(SelectionError, match=r"'layer'.*ffn"):
         tune(model, tokenizer, pairs, momentum=momentum, sites=("layer",), **FEW)
 
 
@@ -198,7 +199,7 @@ def test_more_aus_than_a_small_model_has(loaded):
 
 def test_numbers_cannot_be_tuned_on(loaded):
     numeric = Task("sums", "numeric", tuple(Item(f"{n} + 1 =", answer=n + 1.0) for n in range(40)))
-    with pytest.raises(TaskError, match="found a numeric task"):
+    with pytest.raises(TaskError, match="numeric"):
         tune(*loaded, numeric, **FEW)
 
 
@@ -206,6 +207,7 @@ def test_numbers_cannot_be_tuned_on(loaded):
 
 
 def test_every_method_is_brought_to_the_same_limit_and_reported(loaded, tmp_path):
+    before = {name: t.clone() for name, t in loaded[0].state_dict().items()}
     options = {"ks": (4,), "max_kl": 0.05, "neutral": NEUTRAL, "layers": (0, 2), "folder": tmp_path}
     methods = ("momentum", "random:shift", "all:scale", "difference:scale", "caa", "sadi")
     result = compare(*loaded, task_of(), methods=methods, **options)
@@ -227,6 +229,8 @@ def test_every_method_is_brought_to_the_same_limit_and_reported(loaded, tmp_path
     assert json.loads(json.dumps(result.to_json()))["held_out"][0]["method"] == first.method
     again = compare(*loaded, task_of(), methods=methods, **options)
     assert again.held_out == result.held_out and again.cost == result.cost
+    assert not austeer.is_steered(loaded[0])
+    assert all(torch.equal(t, before[name]) for name, t in loaded[0].state_dict().items())
 
 
 def test_parse_methods():
@@ -236,15 +240,7 @@ def test_parse_methods():
     }
     assert parse_methods(["random:shift", "random:scale"]) == {"random": ("shift", "scale")}
     for wrong in ("repeng", "random:turn", ""):
-        with pytest.raises(TaskError, match="expected METHOD or METHOD:OPERATION of momentum, random"):
+        with pytest.raises(TaskError, match=f"{wrong}.*METHOD:OPERATION.*momentum, random"):
             parse_methods([wrong])
-    with pytest.raises(TaskError, match="methods: found none"):
+    with pytest.raises(TaskError, match=r"methods.*none"):
         parse_methods([])
-
-
-def test_the_model_is_what_it_was(loaded):
-    model, tokenizer = loaded
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    compare(model, tokenizer, task_of(), methods=("momentum:scale",), timed=False, **FEW)
-    assert not austeer.is_steered(model)
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

@@ -74,7 +74,7 @@ def test_requests_move_between_slots():
 
 
 def test_an_unknown_set_does_not_become_none():
-    with pytest.raises(ServingError, match="found 'kind', expected one of all, generation"):
+    with pytest.raises(ServingError, match=r"'kind'.*all, generation"):
         slots().put(0, "kind", 3)
 
 
@@ -116,7 +116,7 @@ def test_one_rounding_of_the_formula(seed, dtype):
 def test_a_tensor_that_is_no_activation_is_refused():
     steer = Steer({"shift": torch.ones(2, 16)}, torch.zeros(8, dtype=torch.int32))
     for x in (torch.zeros(5, 16, dtype=torch.int8), torch.zeros(5, 8), torch.zeros(1, 5, 16)):
-        with pytest.raises(SiteError, match="expected \\[tokens, 16\\]"):
+        with pytest.raises(SiteError, match=r"\[tokens, 16\]"):
             steer(x)
 
 
@@ -257,24 +257,24 @@ def test_nothing_of_the_steering_is_saved_with_the_model():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"model_type": "qwen2"}, "found a plan for qwen2 of 2 layers.*expected one for llama of 2"),
-        ({"layers": 3}, "found a plan for llama of 3 layers"),
-        ({"widths": WIDTHS | {"neuron": 12}}, "found a plan for 12 AUs at site 'neuron'.*expected 10"),
+        ({"model_type": "qwen2"}, "qwen2 of 2.*llama of 2"),
+        ({"layers": 3}, "llama of 3.*llama of 2"),
+        ({"widths": WIDTHS | {"neuron": 12}}, "12 AUs.*'neuron'.*10"),
     ],
 )
 def test_a_plan_for_another_model_is_refused(change, match):
     model = Decoder()
     check_fits("kind", plan("neuron", "shift"), model, "llama", range(2), 2)
-    with pytest.raises(PlanError, match=f"set 'kind': {match}"):
+    with pytest.raises(PlanError, match=f"'kind'.*{match}"):
         check_fits("kind", plan("neuron", "shift", **change), model, "llama", range(2), 2)
 
 
 def test_a_model_without_the_usual_names_is_refused():
     model = Decoder()
     model.model.layers[0].self_attn = nn.Module()
-    with pytest.raises(SiteError, match=r"model\.layers\.0\.self_attn\.o_proj, where site 'attention' should be"):
+    with pytest.raises(SiteError, match=r"model\.layers\.0\.self_attn\.o_proj.*'attention'"):
         site_module(model, "llama", "attention", 0)
-    with pytest.raises(SiteError, match="no known layout"):
+    with pytest.raises(SiteError, match=r"unknown.*layout"):
         site_module(model, "unknown", "attention", 0)
 
 

@@ -58,27 +58,26 @@ def test_the_variable_may_name_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("value", "match"),
     [
-        ("no/such/file.json", "neither JSON nor a file"),
-        ("{", "no valid JSON"),
-        ("{}", "expected a name for each set"),
-        ('{"": {"plan": "a", "alpha": 1}}', "expected a name for each set"),
-        ('{"a": "plans/kind"}', "'a': found 'plans/kind', expected an object"),
-        ('{"a": {"plan": "p"}}', "'a': found 'plan', expected an object of 'plan', 'alpha'"),
-        ('{"a": {"plan": "p", "alpha": 1, "operation": "push"}}', "found 'plan', 'alpha', 'operation'"),
-        ('{"a": {"plan": 3, "alpha": 1}}', "plan: found 3"),
-        ('{"a": {"plan": "p", "alpha": "8"}}', "alpha: found '8', expected a finite number"),
-        ('{"a": {"plan": "p", "alpha": true}}', "alpha: found True"),
-        ('{"a": {"plan": "p", "alpha": NaN}}', "alpha: found nan"),
-        ('{"a": {"plan": "p", "alpha": 1, "k": 0}}', "k: found 0, expected an integer from 1"),
-        ('{"a": {"plan": "p", "alpha": 1, "scope": "answer"}}', "scope: found 'answer', expected one of all, prompt"),
-        ('{"a": {"plans": []}}', "plans: found \\[\\], expected a list"),
-        ('{"a": {"plans": [{"plan": "p", "alpha": 1}], "alpha": 3}}', "found 'alpha' beside 'plans'"),
+        ("no/such/file.json", "no/such/file.json"),
+        ("{", "JSON"),
+        ("{}", "name"),
+        ('{"": {"plan": "a", "alpha": 1}}', "name"),
+        ('{"a": "plans/kind"}', "'a'.*'plans/kind'"),
+        ('{"a": {"plan": "p"}}', "'a'.*'plan',.*'plan', 'alpha'"),
+        ('{"a": {"plan": "p", "alpha": 1, "operation": "push"}}', "'a'.*'operation'"),
+        ('{"a": {"plan": 3, "alpha": 1}}', "plan.*3"),
+        ('{"a": {"plan": "p", "alpha": "8"}}', "alpha.*'8'"),
+        ('{"a": {"plan": "p", "alpha": true}}', "alpha.*True"),
+        ('{"a": {"plan": "p", "alpha": NaN}}', "alpha.*nan"),
+        ('{"a": {"plan": "p", "alpha": 1, "k": 0}}', "k.*0"),
+        ('{"a": {"plan": "p", "alpha": 1, "scope": "answer"}}', "scope.*'answer'.*prompt"),
+        ('{"a": {"plans": []}}', r"plans.*\[\]"),
+        ('{"a": {"plans": [{"plan": "p", "alpha": 1}], "alpha": 3}}', "'alpha'.*'plans'"),
     ],
 )
 def test_a_wrong_configuration_is_named(value, match):
-    with pytest.raises(ServingError, match=match) as caught:
+    with pytest.raises(ServingError, match=f"{VARIABLE}.*{match}"):
         parse(value)
-    assert VARIABLE in str(caught.value)
 
 
 def test_plans_are_read_and_cut(tmp_path):
@@ -88,11 +87,11 @@ def test_plans_are_read_and_cut(tmp_path):
     assert loaded == {"one": [(SHIFT.top(1), 2.0)], "two": [(SHIFT, 2.0)]}
 
 
-@pytest.mark.parametrize(("change", "match"), [({"plan": "/nothing/here"}, "/nothing/here"), ({"k": 3}, "k: found 3")])
+@pytest.mark.parametrize(("change", "match"), [({"plan": "/nothing/here"}, "/nothing/here"), ({"k": 3}, "k.*3")])
 def test_a_plan_that_cannot_be_had_is_named_with_its_set(tmp_path, change, match):
     SHIFT.save_pretrained(tmp_path / "plan")
     entry = {"plan": str(tmp_path / "plan"), "alpha": 2} | change
-    with pytest.raises(AusteerError, match=f"set 'kind'.*{match}"):
+    with pytest.raises(AusteerError, match=f"'kind'.*{match}"):
         load(parse(json.dumps({"kind": entry})))
 
 

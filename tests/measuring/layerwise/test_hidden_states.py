@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,9 +74,9 @@ def test_rows_of_a_batch():
 
 def test_wrong_form_is_refused():
     states = HiddenStates(SHAPES, 4, torch.float32, device=CPU)
-    with pytest.raises(ScratchError, match=r"found hidden states \[2, 3, 5\] in torch.float32, expected \[2, 3, 4\]"):
+    with pytest.raises(ScratchError, match=r"\[2, 3, 5\].*\[2, 3, 4\]"):
         states.write(0, torch.zeros(2, 3, 5))
-    with pytest.raises(ScratchError, match=r"in torch.float16, expected .* in torch.float32; .*strategy='resident'"):
+    with pytest.raises(ScratchError, match=r"float16.*float32.*strategy='resident'"):
         states.write(0, torch.zeros(2, 3, 4, dtype=torch.float16))
 
 
@@ -102,7 +103,7 @@ def test_temporary_file_has_no_name(tmp_path):
 
 @pytest.mark.parametrize("lasting", [False, True])
 def test_disk_too_small(tmp_path, lasting):
-    with pytest.raises(ScratchError, match=r"need \d+\.\d\d GB, and \d+\.\d\d GB are free .*larger disk") as caught:
+    with pytest.raises(ScratchError, match=rf"{tmp_path}.*\d GB.*\d GB"):
         HiddenStates(
             [(1 << 20, 1 << 20)],
             256,
@@ -112,14 +113,14 @@ def test_disk_too_small(tmp_path, lasting):
             folder=tmp_path,
             persistent=lasting,
         )
-    assert isinstance(caught.value, AusteerError) and str(tmp_path) in str(caught.value)
+    assert issubclass(ScratchError, AusteerError)
     assert not tmp_path.exists() if lasting else not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("lasting", [False, True])
 def test_folder_that_cannot_be(tmp_path, lasting):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(ScratchError, match=r"cannot be written .*give another scratch folder"):
+    with pytest.raises(ScratchError, match=r"taken.*written"):
         HiddenStates(
             SHAPES,
             4,
@@ -144,7 +145,7 @@ def test_input_stays_whole_until_the_output_is(tmp_path):
     states.close()
 
     again = persistent(tmp_path, resume=True)  # killed in layer 0
-    with pytest.raises(ScratchError, match="found the hidden states after layer -1, expected those after layer 0"):
+    with pytest.raises(ScratchError, match=r"layer -1.*layer 0"):
         again.begin(1)
     again.begin(0)
     assert all(map(torch.equal, held(again), embedded))
@@ -178,7 +179,7 @@ def test_what_is_written_over_is_not_there(tmp_path):
     states.begin(2)  # over what layer 0 left; killed here
     states.close()
     again = persistent(tmp_path, resume=True)
-    with pytest.raises(ScratchError, match="found the hidden states after layer 1, expected those after layer 0"):
+    with pytest.raises(ScratchError, match=r"layer 1.*layer 0"):
         again.begin(1)  # by someone whose counters of layer 1 were lost
     again.begin(2)
 
@@ -211,7 +212,8 @@ def test_killed_anywhere(tmp_path_factory, stops):
             if stop == 3:
                 states.close()
                 return done
-        results.append([float(states._view(states._to, i).mean()) for i in range(3)])
+        states.begin(4)  # which reads what layer 3 left
+        results.append([float(hidden.mean()) for hidden in held(states)])
         states.delete()
         return None
 
@@ -230,13 +232,13 @@ def test_killed_anywhere(tmp_path_factory, stops):
 
 
 def test_foreign_states_are_refused(tmp_path):
-    with pytest.raises(ScratchError, match="found no hidden states to go on from; start anew without resume"):
+    with pytest.raises(ScratchError, match=f"{tmp_path}.*no hidden states"):
         persistent(tmp_path, resume=True)
     states = persistent(tmp_path)
     states.begin(-1)
     states.complete(-1)
     states.close()
-    with pytest.raises(ScratchError, match="of other pairs, batches or another model; start anew"):
+    with pytest.raises(ScratchError, match="other pairs"):
         persistent(tmp_path, digest="others", resume=True)
     header = (tmp_path / HEADER).read_text()
     for text, message in (("{", "damaged"), ("[]", "another format"), (json.dumps({"format": "x"}), "another format")):
@@ -246,10 +248,10 @@ def test_foreign_states_are_refused(tmp_path):
     (tmp_path / HEADER).write_text(header)
     persistent(tmp_path, resume=True).close()
     os.truncate(tmp_path / "hidden-states-1.bin", 16)
-    with pytest.raises(ScratchError, match=r"hidden-states-1.bin: found 16 bytes, expected 272; start anew"):
+    with pytest.raises(ScratchError, match=r"hidden-states-1.bin.*16.*272"):
         persistent(tmp_path, resume=True)
     (tmp_path / "hidden-states-1.bin").unlink()
-    with pytest.raises(ScratchError, match=r"hidden-states-1.bin: found None bytes"):
+    with pytest.raises(ScratchError, match=r"hidden-states-1.bin.*None"):
         persistent(tmp_path, resume=True)
 
 
@@ -257,7 +259,7 @@ def test_folder_in_use(tmp_path):
     states = persistent(tmp_path)
     states.begin(-1)
     before = filled(states, base=5)
-    with pytest.raises(ScratchError, match=r"another run keeps its hidden states here; .*a folder of its own"):
+    with pytest.raises(ScratchError, match=f"{tmp_path}.*another run"):
         persistent(tmp_path)
     states.complete(-1)
     states.begin(0)
@@ -277,7 +279,8 @@ def test_anew_forgets_what_was_there(tmp_path):
 
 
 def test_free_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch, "_CGROUP", tmp_path)
+    limits, read = "/sys/fs/cgroup/memory.", Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda p: read(tmp_path / p.name if str(p).startswith(limits) else p))
     machine = free_memory(CPU)
     assert 2**20 < machine < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     (tmp_path / "memory.max").write_text("1000\n")

@@ -30,11 +30,11 @@ def test_model_given_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"does not say which model it is of; give model=Fingerprint.*--model"),
-        ({"model": PLAIN}, r"holds 3 layers, found layers \(0, 1, 2, 3\) of a model of 4"),
-        ({"model": PLAIN, "layers": [0, 1, 4]}, r"holds 3 layers, found layers \(0, 1, 4\)"),
+        ({}, "a.safetensors.*model=Fingerprint.*--model"),
+        ({"model": PLAIN}, r"3 layers.*\(0, 1, 2, 3\).* 4"),
+        ({"model": PLAIN, "layers": [0, 1, 4]}, r"3 layers.*\(0, 1, 4\)"),
         ({"model": PLAIN, "layers": [1, 0, 2]}, "ascending"),
-        ({"model": Fingerprint("llama", 3, {"ffn": 6}, "", None)}, "'ffn': 5.*expected .*'ffn': 6"),
+        ({"model": Fingerprint("llama", 3, {"ffn": 6}, "", None)}, "'ffn': 5.*'ffn': 6"),
     ],
 )
 def test_what_is_given_has_to_fit(tmp_path, options, message):
@@ -46,9 +46,9 @@ def test_what_is_given_has_to_fit(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": Fingerprint("qwen2", 4, {}, "", None)}, "found a model .'llama', 4.*expected .'qwen2', 4"),
-        ({"layers": [0, 1, 2]}, r"found layers \(0, 1, 3\), expected \(0, 1, 2\) as given"),
-        ({"chat_template": True}, "found chat_template False, expected True"),
+        ({"model": Fingerprint("qwen2", 4, {}, "", None)}, "'llama', 4.*'qwen2', 4"),
+        ({"layers": [0, 1, 2]}, r"layers.*\(0, 1, 3\).*\(0, 1, 2\)"),
+        ({"chat_template": True}, "chat_template.*False.*True"),
     ],
 )
 def test_what_shards_say_is_not_overruled(tmp_path, options, message):
@@ -75,13 +75,13 @@ def test_unlike_shards_are_refused(tmp_path, what):
     (path,) = write_blocks(tmp_path / "b", sides, 6, **changes)
     header = path.read_bytes()
     path.write_bytes(header.replace(b"pairs.jsonl", b"queue.jsonl"))  # so that no pair counts twice
-    with pytest.raises(FileFormatError, match=rf"b/.*found {what} .*, and in .*a/.*only like activations add up"):
+    with pytest.raises(FileFormatError, match=f"b/.*{what}.*a/"):
         StoredActivations.open([tmp_path / "a", path])
 
 
 def test_no_row(tmp_path):
     path = write_plain(tmp_path / "a.safetensors", random_rows(0))
-    with pytest.raises(PairsError, match="found no row in 1 shards"):
+    with pytest.raises(PairsError, match=r"no row.*1 shards"):
         StoredActivations.open(path, model=PLAIN, layers=LAYERS)
 
 
@@ -91,7 +91,7 @@ def test_parts_are_every_nth_shard(tmp_path):
     parts = [[shard.path for shard in stored.part(i, 3).shards] for i in range(3)]
     assert parts == [[paths[0], paths[3]], [paths[1], paths[4]], [paths[2]]]
     for index, count in ((3, 3), (-1, 2), (0, 0)):
-        with pytest.raises(AusteerError, match="part: found"):
+        with pytest.raises(AusteerError, match=f"part.*{index}.*{count}"):
             stored.part(index, count)
 
 

@@ -50,7 +50,7 @@ def test_a_half_of_another_shape_is_no_shard_of_ours(tmp_path, half):
     header, _ = header_of(path)
     tensors = load_file(path) | {"half": half}
     save_file(tensors, path, metadata=header["__metadata__"])
-    with pytest.raises(FileFormatError, match="its tensors are not those that its header tells of"):
+    with pytest.raises(FileFormatError, match=f"{path}.*header"):
         read_shard(path)
 
 
@@ -69,28 +69,28 @@ def ones(*shape, dtype=torch.float32):
 
 
 BAD = {
-    "rows of the two sides": ({"ffn.positive": ones(4, 3, 5), "ffn.negative": ones(5, 3, 5)}, "4 and 5 rows"),
+    "rows of the two sides": ({"ffn.positive": ones(4, 3, 5), "ffn.negative": ones(5, 3, 5)}, "4 and 5"),
     "rows of two sites": (
         {f"{s}.{p}": ones(r, 3, 5) for s, r in (("ffn", 4), ("layer", 3)) for p in ("positive", "negative")},
-        "3 and 4 rows",
+        "3 and 4",
     ),
     "layers of two sites": (
         {f"{s}.{p}": ones(4, n, 5) for s, n in (("ffn", 3), ("layer", 2)) for p in ("positive", "negative")},
-        "ffn 3 layers, layer 2 layers",
+        "ffn 3.*layer 2",
     ),
-    "widths of the two sides": ({"ffn.positive": ones(4, 3, 5), "ffn.negative": ones(4, 3, 6)}, "expected the same"),
-    "one side": ({"ffn.positive": ones(4, 3, 5)}, "'ffn.positive' without 'ffn.negative'"),
-    "unknown site": ({"mlp.positive": ones(4, 5), "mlp.negative": ones(4, 5)}, "site 'mlp' .* is not known"),
-    "no activations": ({"weight": ones(4, 5)}, r"found no activations \(weight\)"),
-    "integers": ({f"ffn.{p}": torch.ones(4, 5).int() for p in ("positive", "negative")}, "is I32"),
-    "float64": ({f"ffn.{p}": ones(4, 5, dtype=torch.float64) for p in ("positive", "negative")}, "is F64"),
-    "dtypes of the two sides": ({"ffn.positive": ones(4, 5), "ffn.negative": ones(4, 5).half()}, "is F16 and .* F32"),
+    "widths of the two sides": ({"ffn.positive": ones(4, 3, 5), "ffn.negative": ones(4, 3, 6)}, r"ffn.* 5 .*ffn.* 6\b"),
+    "one side": ({"ffn.positive": ones(4, 3, 5)}, "'ffn.positive'.*'ffn.negative'"),
+    "unknown site": ({"mlp.positive": ones(4, 5), "mlp.negative": ones(4, 5)}, "'mlp'"),
+    "no activations": ({"weight": ones(4, 5)}, "weight"),
+    "integers": ({f"ffn.{p}": torch.ones(4, 5).int() for p in ("positive", "negative")}, "I32"),
+    "float64": ({f"ffn.{p}": ones(4, 5, dtype=torch.float64) for p in ("positive", "negative")}, "F64"),
+    "dtypes of the two sides": ({"ffn.positive": ones(4, 5), "ffn.negative": ones(4, 5).half()}, "F16.*F32"),
     "dtypes of two sites": (
         {f"{s}.{p}": ones(4, 1, 5, dtype=d) for s, d in (("ffn", torch.float32), ("layer", torch.float16))
          for p in ("positive", "negative")},
-        "one dtype for all sites",
+        "F16.*F32",
     ),
-    "one dimension": ({f"ffn.{p}": ones(4) for p in ("positive", "negative")}, r"expected \[rows, layers, width\]"),
+    "one dimension": ({f"ffn.{p}": ones(4) for p in ("positive", "negative")}, r"'ffn.*\[4\]"),
 }  # fmt: skip
 
 
@@ -99,9 +99,8 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, name):
     tensors, message = BAD[name]
     path = tmp_path / "bad.safetensors"
     save_file(tensors, path)
-    with pytest.raises(FileFormatError, match=message) as error:
+    with pytest.raises(FileFormatError, match=f"{path}.*{message}"):
         read_shard(path)
-    assert str(path) in str(error.value)
 
 
 def header_of(path):
@@ -120,14 +119,14 @@ def test_truncated_shard_is_named(tmp_path, keep):
     path = write_plain(tmp_path / "a.safetensors", random_rows(6))
     data = path.read_bytes()
     path.write_bytes(data[: keep if keep >= 0 else len(data) - 1])
-    with pytest.raises(FileFormatError, match=r"a\.safetensors: (damaged|cut off).*copy the shard whole, make it anew"):
+    with pytest.raises(FileFormatError, match=r"a\.safetensors.*(damaged|cut off)"):
         read_shard(path)
 
 
 def test_longer_shard_is_damaged(tmp_path):
     path = write_plain(tmp_path / "a.safetensors", random_rows(6))
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(FileFormatError, match="damaged: found"):
+    with pytest.raises(FileFormatError, match=f"damaged.*{path.stat().st_size}"):
         read_shard(path)
 
 
@@ -149,7 +148,7 @@ def test_garbled_header_is_no_traceback(tmp_path, what):
     elif what == "metadata":
         header["__metadata__"] = 5
     with_header(path, {"text": b"\xff" * 40, "list": b"[1, 2]"}.get(what, header), data)
-    with pytest.raises(FileFormatError, match=r"a\.safetensors: damaged"):
+    with pytest.raises(FileFormatError, match=r"a\.safetensors.*damaged"):
         read_shard(path)
 
 
@@ -158,22 +157,22 @@ def test_shape_that_its_bytes_do_not_hold(tmp_path):
     header, data = header_of(path)
     header["ffn.positive"]["shape"] = header["ffn.negative"]["shape"] = [6, 3, 6]
     with_header(path, header, data)
-    with pytest.raises(FileFormatError, match=r"damaged: 'ffn\.(negative|positive)' is \[6, 3, 6\]"):
+    with pytest.raises(FileFormatError, match=r"damaged.*'ffn\.(negative|positive)'.*\[6, 3, 6\]"):
         read_shard(path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "2"}, "version '2', expected 'austeer-activations' version 1"),
-        ({"format": "austeer-momentum"}, "format 'austeer-momentum'"),
+        ({"version": "2"}, "version '2'.*version 1"),
+        ({"format": "austeer-momentum"}, "'austeer-momentum'"),
         ({"header": "{}"}, "damaged header"),
         ({"header": "nothing"}, "damaged header"),
-        ({"header": {"layers": [0, 1]}}, "not those that its header tells of"),
-        ({"header": {"layers": []}}, "damaged header .layers must be"),
-        ({"header": {"layers": [0, 1, 4]}}, "damaged header .layers must be"),
+        ({"header": {"layers": [0, 1]}}, "tensors.*header"),
+        ({"header": {"layers": []}}, "damaged header.*layers"),
+        ({"header": {"layers": [0, 1, 4]}}, "damaged header.*layers"),
         ({"header": {"first": -1}}, "damaged header"),
-        ({"header": {"pairs": 3}}, "not those that its header tells of"),
+        ({"header": {"pairs": 3}}, "tensors.*header"),
         ({"header": {"source": 3}}, "damaged header"),
     ],
 )
@@ -197,11 +196,11 @@ def test_shards_come_in_the_order_of_their_pairs(tmp_path):
 
 
 def test_no_shard(tmp_path):
-    with pytest.raises(FileFormatError, match=r"found no \*\.safetensors in this folder"):
+    with pytest.raises(FileFormatError, match=rf"{tmp_path}.*\*\.safetensors"):
         find_shards(tmp_path)
-    with pytest.raises(FileFormatError, match="found no shard"):
+    with pytest.raises(FileFormatError, match="no shard"):
         find_shards([])
-    with pytest.raises(FileFormatError, match=r"b\.safetensors: no such file"):
+    with pytest.raises(FileFormatError, match=r"b\.safetensors.*no such file"):
         find_shards(tmp_path / "b.safetensors")
 
 
@@ -209,28 +208,28 @@ def test_nothing_counts_twice(tmp_path):
     paths = write_blocks(tmp_path / "a", random_rows(10), 5)
     link = tmp_path / "link.safetensors"
     link.symlink_to(paths[0])
-    with pytest.raises(FileFormatError, match=r"given twice \(as .*0000\.safetensors\)"):
+    with pytest.raises(FileFormatError, match=r"twice.*0000\.safetensors"):
         find_shards([paths[0], link])
-    with pytest.raises(FileFormatError, match="given twice"):
+    with pytest.raises(FileFormatError, match=r"twice.*0000\.safetensors"):
         find_shards([paths[0], paths[0]])
     copied = shutil.copy(paths[0], tmp_path / "copy.safetensors")
-    with pytest.raises(FileFormatError, match=r"pairs of pairs\.jsonl from 0, and .* up to 4: they would count twice"):
+    with pytest.raises(FileFormatError, match=r"pairs\.jsonl from 0.* 4.*twice"):
         find_shards([*paths, copied])
     other = write_blocks(tmp_path / "b", random_rows(10), 4)
-    with pytest.raises(FileFormatError, match="they would count twice"):
+    with pytest.raises(FileFormatError, match=r"pairs\.jsonl.*twice"):
         find_shards([paths[0], other[1]])
 
 
 def test_folder_that_is_not_whole(tmp_path):
     paths = write_blocks(tmp_path, random_rows(10), 5)
     (tmp_path / COMPLETE).unlink()
-    with pytest.raises(FileFormatError, match=r"shards of 10 pairs and no activations\.json: .* not finished"):
+    with pytest.raises(FileFormatError, match=r"10 pairs.*activations\.json"):
         find_shards(tmp_path)
     assert len(find_shards(paths)) == 2
     write_blocks(tmp_path, random_rows(10), 5, resume=True)
     paths[1].unlink()
-    with pytest.raises(FileFormatError, match="found shards of 5 pairs, expected 10; copy the folder whole"):
+    with pytest.raises(FileFormatError, match=r"5 pairs.*10"):
         find_shards(tmp_path)
     (tmp_path / COMPLETE).write_text("{")
-    with pytest.raises(FileFormatError, match=r"activations\.json: damaged"):
+    with pytest.raises(FileFormatError, match=r"activations\.json.*damaged"):
         find_shards(tmp_path)

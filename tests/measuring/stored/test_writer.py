@@ -58,31 +58,31 @@ def test_block_written_again_replaces_its_shard(tmp_path):
 
 def test_folder_in_use_is_refused(tmp_path):
     write_blocks(tmp_path, random_rows(9), 4)
-    with pytest.raises(FileFormatError, match="found 3 shards, expected an empty folder"):
+    with pytest.raises(FileFormatError, match=f"{tmp_path}.*3 shards"):
         ActivationWriter(tmp_path, MODEL, layers=LAYERS, source="pairs.jsonl")
     assert (tmp_path / "activations.json").exists(), "a refusal changes nothing"
     other = Fingerprint("qwen2", 4, MODEL.widths, "tiny", None)
     for changes in ({"model": other}, {"layers": (0, 1, 2)}, {"source": "other.jsonl"}, {"chat_template": True}):
         arguments = {"model": MODEL, "layers": LAYERS, "source": "pairs.jsonl"} | changes
-        with pytest.raises(FileFormatError, match="is of another run"):
+        with pytest.raises(FileFormatError, match=f"{tmp_path}.*another run"):
             ActivationWriter(tmp_path, resume=True, **arguments)
 
 
 def test_folder_is_not_whole_until_it_is_finished(tmp_path):
     write_blocks(tmp_path, random_rows(9), 4)
     ActivationWriter(tmp_path, MODEL, layers=LAYERS, source="pairs.jsonl", resume=True)
-    with pytest.raises(FileFormatError, match="has not finished"):
+    with pytest.raises(FileFormatError, match=f"{tmp_path}.*not finished"):
         find_shards(tmp_path)
 
 
 def test_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileFormatError, match=r"file.*cannot be written"):
+    with pytest.raises(FileFormatError, match=f"{tmp_path / 'file'}.*written"):
         ActivationWriter(tmp_path / "file" / "inside", MODEL, layers=LAYERS)
     writer = ActivationWriter(tmp_path / "folder", MODEL, layers=LAYERS)
     (tmp_path / "folder").rmdir()
     (tmp_path / "folder").write_text("")
-    with pytest.raises(FileFormatError, match="cannot be written"):
+    with pytest.raises(FileFormatError, match=r"folder.*written"):
         writer.add({"ffn": torch.ones(8, 3, 5)}, [0], first=0, pairs=1)
-    with pytest.raises(FileFormatError, match="cannot be written"):
+    with pytest.raises(FileFormatError, match=r"folder.*written"):
         writer.finish(1)
