@@ -205,7 +205,7 @@ def test_no_space_is_said_before_anything_is_loaded(tmp_path, monkeypatch, read)
     offloaded = from_disk(tiny_model(), tmp_path / "model")
     read.clear()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ScratchError, match="cannot be written"):
+    with pytest.raises(ScratchError, match=r"file: .*written"):
         layer_by_layer(offloaded, find_sites(offloaded), blocks_of(), memory=0, scratch=tmp_path / "file")
     assert not read
 
@@ -329,20 +329,20 @@ def test_other_texts_are_not_gone_on_with(tmp_path):
         Layerwise(model, sites, **options).run(blocks_of(), counting_for(sites), on_layer=stop_after(1, Stop))
     other_ids = [replace(b, batches=[replace(t, ids=t.ids ^ 1) for t in b.batches]) for b in blocks_of()]
     for blocks in (other_ids, blocks_of((5, 2)), blocks_of(tokens=20)):
-        with pytest.raises(ScratchError, match="other pairs, batches or another model"):
+        with pytest.raises(ScratchError, match="another model"):
             Layerwise(model, sites, **options).run(blocks, counting_for(sites), first_layer=1)
     half = tiny_model().bfloat16()
-    with pytest.raises(ScratchError, match="other pairs, batches or another model"):
+    with pytest.raises(ScratchError, match="another model"):
         Layerwise(half, sites, **options).run(blocks_of(), counting_for(sites), first_layer=1)
-    with pytest.raises(ScratchError, match="expected those after layer 1"):
+    with pytest.raises(ScratchError, match="after layer 1"):
         Layerwise(model, sites, **options).run(blocks_of(), counting_for(sites), first_layer=2)
 
 
 def test_persistence_needs_a_folder():
     model = tiny_model()
-    with pytest.raises(LayerwiseError, match="found no scratch folder"):
+    with pytest.raises(LayerwiseError, match="scratch"):
         Layerwise(model, {}, persistent=True)
-    with pytest.raises(LayerwiseError, match="first_layer: found 1 without persistent hidden states"):
+    with pytest.raises(LayerwiseError, match=r"first_layer: .* 1 .*persistent"):
         Layerwise(model, {}).run(blocks_of(), {}, first_layer=1)
 
 
@@ -376,7 +376,7 @@ KILLED = """
 
 
 def test_killed_and_gone_on(tmp_path):
-    program = textwrap.dedent(KILLED).format(path=[str(Path(__file__).parent), *sys.path])
+    program = textwrap.dedent(KILLED).format(path=sys.path)
     in_layer_2 = 2 * sum(len(block.batches) for block in blocks_of()) + 2
     command = [sys.executable, "-c", program, str(tmp_path), str(in_layer_2)]
     assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == -signal.SIGKILL
@@ -398,4 +398,4 @@ def test_why_not():
     assert why_not(tiny_model()) is None
     with torch.device("meta"):
         empty = tiny_model()
-    assert "on the meta device, and no accelerate hook says" in why_not(empty)
+    assert "meta device" in why_not(empty)

@@ -140,12 +140,12 @@ def test_signs_that_turn_with_the_length_are_counted(tiny64, demo):
 
 def test_momentum_of_another_kind_is_refused(tiny, tiny64, demo, base):
     momentum = austeer.measure(tiny, demo[1], base[:4], "ffn", progress=False)
-    with pytest.raises(SelectionError, match=r"found layers 3 .*the model has 2; expected momentum of this model"):
+    with pytest.raises(SelectionError, match=r"layers 3 .*model has 2"):
         length_control(tiny64, demo[1], base, momentum)
     chat = base.with_chat_template(demo[1])
-    with pytest.raises(SelectionError, match="measured without a chat template, and these pairs go through one"):
+    with pytest.raises(SelectionError, match=r"momentum.*chat template"):
         length_control(tiny, demo[1], chat, momentum)
-    with pytest.raises(SelectionError, match="k: found 0"):
+    with pytest.raises(SelectionError, match=r"k: .* 0"):
         length_control(tiny, demo[1], base, momentum, k=0)
-    with pytest.raises(PairsError, match="count: found 0"):
+    with pytest.raises(PairsError, match=r"count: .* 0"):
         control_pairs(base, demo[1], count=0)

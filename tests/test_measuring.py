@@ -170,7 +170,7 @@ def test_long_texts_are_cut_and_counted(tiny, demo):
 
 @pytest.mark.parametrize("max_length", [0, -5])
 def test_max_length_must_be_positive(tiny, demo, max_length):
-    with pytest.raises(PairsError, match=rf"max_length: found {max_length}, expected an integer of at least 1"):
+    with pytest.raises(PairsError, match=rf"max_length: .*{max_length}"):
         austeer.measure(tiny, demo[1], numbered_pairs(2), max_length=max_length)
 
 
@@ -180,7 +180,7 @@ def test_unknown_family_by_layout_and_without_a_context_length(demo):
     model = BloomForCausalLM(BloomConfig(vocab_size=len(demo[1]), hidden_size=32, n_layer=2, n_head=4)).eval()
     layout = Layout(layers="h", attention="self_attention.dense", ffn="mlp", down="mlp.dense_4h_to_h")
     pairs = numbered_pairs(5)
-    with pytest.raises(PairsError, match="names no context length; give max_length"):
+    with pytest.raises(PairsError, match=r"context length.*max_length"):
         austeer.measure(model, demo[1], pairs, layout=layout)
     found = austeer.measure(model, demo[1], pairs, austeer.sites.SITE_NAMES, layout=layout, max_length=64)
     assert {name: tuple(c.positive.shape) for name, c in found.sites.items()} == {
@@ -224,7 +224,7 @@ def test_chat_template_is_noted(tiny, demo):
     pairs = numbered_pairs(3).with_chat_template(demo[1])
     found = austeer.measure(tiny, demo[1], pairs)
     assert found.chat_template
-    with pytest.raises(SelectionError, match=r"merge: found chat_template False, expected True"):
+    with pytest.raises(SelectionError, match=r"merge: .*chat_template False.*True"):
         found.merge(austeer.measure(tiny, demo[1], numbered_pairs(3)))
 
 
@@ -233,14 +233,14 @@ def test_chat_template_is_noted(tiny, demo):
 
 def test_nan_names_site_layer_unit_and_pair(tiny, demo):
     tiny.model.layers[1].mlp.down_proj.weight.data[5, 3] = float("nan")
-    with pytest.raises(CaptureError, match=r"site 'ffn', layer 1, AU 5: found NaN or infinity on pair 0 of memory"):
+    with pytest.raises(CaptureError, match=r"'ffn', layer 1, AU 5: .*NaN.*pair 0 of memory"):
         austeer.measure(tiny, demo[1], numbered_pairs(4), ["ffn"])
 
 
 def test_a_steered_model_is_refused(tiny, demo):
     own = austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
     with pytest.warns(austeer.SteeringWarning), austeer.steer(tiny, own.select("ffn", k=2), mode="columns"):  # noqa: SIM117
-        with pytest.raises(austeer.SteeringError, match="is steered"):
+        with pytest.raises(austeer.SteeringError, match="model is steered"):
             austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
 
 
@@ -251,18 +251,16 @@ def test_the_pair_at_fault_is_named_wherever_its_block_begins(tiny, demo, block_
     zebra = demo[1](" zebra")["input_ids"]
     assert not set(zebra) & set(demo[1]("It is fine awful So a b")["input_ids"])
     tiny.model.embed_tokens.weight.data[zebra[0]] = value
-    with pytest.raises(
-        CaptureError, match=r"site 'layer', layer 0, AU \d+: .* on pair 5 of memory \('Here a zebra is'"
-    ):
+    with pytest.raises(CaptureError, match=r"'layer', layer 0, AU \d+: .*pair 5 of memory.*'Here a zebra is'"):
         austeer.measure(tiny, demo[1], pairs, ["layer"], block_pairs=block_pairs)
 
 
 def test_no_sites_no_pairs_unknown_site(tiny, demo):
-    with pytest.raises(SiteError, match="sites: found none"):
+    with pytest.raises(SiteError, match=r"sites: .*none"):
         austeer.measure(tiny, demo[1], numbered_pairs(2), [])
-    with pytest.raises(SiteError, match="site 'mlp' is not known"):
+    with pytest.raises(SiteError, match=r"'mlp'.*attention, ffn"):
         austeer.measure(tiny, demo[1], numbered_pairs(2), ["mlp"])
-    with pytest.raises(PairsError, match="memory: found no pairs"):
+    with pytest.raises(PairsError, match=r"memory: .*no pairs"):
         austeer.measure(tiny, demo[1], numbered_pairs(2)[:0])
 
 

@@ -86,5 +86,5 @@ def test_a_batch_that_does_not_fit_is_halved(on_gpu, monkeypatch):
     found = austeer.measure(on_gpu, Letters(), pairs, share_prompts=False, batch_tokens=4096)
     assert refused and differing(found, expected) < 0.01
     monkeypatch.setattr(LastTokens, "run", lambda *args: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("always")))
-    with pytest.raises(CaptureError, match=r"a row of \d+ tokens does not fit into the memory of cuda:0"):
+    with pytest.raises(CaptureError, match=r"\d+ tokens.*cuda:0.*max_length"):
         austeer.measure(on_gpu, Letters(), pairs, share_prompts=False)

@@ -359,35 +359,31 @@ def test_notes():
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "error", "found"),
     [
-        ({"site": "heads"}, SiteError, "site 'heads' is not known; expected one of attention"),
-        (
-            {"k": 97},
-            PlanError,
-            r"k: found 97, expected an integer from 1 to 96 \(the AUs of site 'ffn': 3 layers of 32",
-        ),
-        ({"k": 0}, PlanError, "k: found 0"),
-        ({"layers": 4}, SiteError, r"layers: found 4, expected an integer from 1 to 3 \(the model's layers"),
-        ({"layers": 3, "k": 2}, PlanError, "k: found 2 AUs for 3 layers, expected 3 to 96"),
-        ({"layers": 1, "k": 33}, PlanError, "k: found 33 AUs for 1 layers, expected 1 to 32"),
-        ({"batch": 0}, SteeringError, "batch: found 0"),
-        ({"prompt_tokens": 1.5}, SteeringError, "prompt_tokens: found 1.5"),
-        ({"context": True}, SteeringError, "context: found True"),
-        ({"operation": "add"}, SteeringError, "operation: found 'add', expected one of scale, push, shift"),
-        ({"dtype": torch.float64}, SteeringError, "dtype: found torch.float64, expected one of torch.float16"),
-        ({"dtype": "int8"}, AusteerError, "dtype: found 'int8'"),
-        ({"device": "tpu"}, SteeringError, "device: found 'tpu', expected cpu or cuda"),
-        ({"bandwidth": 0}, AusteerError, "bandwidth: found 0, expected a number above 0"),
-        ({"flops": float("nan")}, AusteerError, "flops: found nan"),
-        ({"launch": -1.0}, AusteerError, "launch: found -1.0, expected seconds"),
+        ({"site": "heads"}, SiteError, "'heads'.*attention"),
+        ({"k": 97}, PlanError, "k: .*97.*1 to 96.*'ffn'"),
+        ({"k": 0}, PlanError, "k: .* 0,.*1 to 96"),
+        ({"layers": 4}, SiteError, "layers: .*4.*1 to 3"),
+        ({"layers": 3, "k": 2}, PlanError, "k: .*2 AUs for 3 layers.*3 to 96"),
+        ({"layers": 1, "k": 33}, PlanError, "k: .*33 AUs for 1 layers.*1 to 32"),
+        ({"batch": 0}, SteeringError, "batch: .* 0"),
+        ({"prompt_tokens": 1.5}, SteeringError, "prompt_tokens: .*1.5"),
+        ({"context": True}, SteeringError, "context: .*True"),
+        ({"operation": "add"}, SteeringError, "operation: .*'add'.*scale, push, shift"),
+        ({"dtype": torch.float64}, SteeringError, "dtype: .*float64.*float16"),
+        ({"dtype": "int8"}, AusteerError, "dtype: .*'int8'"),
+        ({"device": "tpu"}, SteeringError, "device: .*'tpu'.*cuda"),
+        ({"bandwidth": 0}, AusteerError, "bandwidth: .* 0,"),
+        ({"flops": float("nan")}, AusteerError, "flops: .*nan"),
+        ({"launch": -1.0}, AusteerError, "launch: .*-1.0"),
     ],
 )
-def test_bad_input(options, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_input(options, error, found):
+    with pytest.raises(error, match=found):
         steering_cost(**{"model": tiny_model("llama").config, "k": 3, "device": "cpu", **RATES, **options})
 
 
 def test_no_site_neuron_in_a_mixture():
-    with pytest.raises(SiteError, match="its feed-forward block is a mixture of experts"):
+    with pytest.raises(SiteError, match=r"neuron.*experts"):
         cost_of(built("mixtral"), "neuron")

@@ -16,8 +16,8 @@ from austeer.overview import KS, of_file, of_momentum, of_plan
 from austeer.sites import Fingerprint
 from austeer.statistics import Finding, adjusted_p_values, effect_size, p_values, ranking, signed_rate, stability
 from local_hub import local_hub
+from made_momentum import momentum_of, signal
 from small_plans import EVIDENCE, KNOWN
-from test_statistics import momentum_of, signal
 
 # --- momentum --------------------------------------------------------------------------------------------------------
 
@@ -183,9 +183,9 @@ def test_layers_that_were_not_measured(tiny, demo):
 
 
 def test_site_that_is_not_there(demo_momentum):
-    with pytest.raises(SelectionError, match="site 'layer' was not measured"):
+    with pytest.raises(SelectionError, match="'layer'"):
         of_momentum(demo_momentum, "layer", 5)
-    with pytest.raises(SelectionError, match="site 'ffn' is not in the plan; found attention"):
+    with pytest.raises(SelectionError, match=r"'ffn'.*plan.*attention"):
         of_plan(demo_momentum.select("attention", k=5), "ffn", 5)
 
 
@@ -242,12 +242,12 @@ def test_a_plan_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_file_of_neither_kind(tmp_path):
-    with pytest.raises(FileFormatError, match="no such file; expected an austeer-momentum file"):
+    with pytest.raises(FileFormatError, match=r"missing: .*austeer-momentum"):
         of_file(tmp_path / "missing", None, 5)
     (tmp_path / "text").write_text("text")
-    with pytest.raises(FileFormatError, match="damaged or not an austeer-momentum file"):
+    with pytest.raises(FileFormatError, match=r"text: .*austeer-momentum"):
         of_file(tmp_path / "text", None, 5)
-    with pytest.raises(FileFormatError, match="no such file; expected an austeer-plan file"):
+    with pytest.raises(FileFormatError, match=rf"{tmp_path}.*austeer-plan"):
         of_file(tmp_path, None, 5)
 
 

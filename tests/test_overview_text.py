@@ -19,8 +19,8 @@ from austeer.overview_text import (
     unit_table,
 )
 from austeer.statistics import Finding
+from made_momentum import momentum_of, signal
 from small_plans import EVIDENCE, KNOWN, plan_of
-from test_statistics import momentum_of, signal
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_each_path_on_the_real_model_equals_the_formula(demo, double, measured, 
     for mode in PATHS:
         possible = operation == "scale" if mode == "fold" else True
         if mode in ("fold", "fused") and (site == "layer" or not possible):
-            with pytest.raises(austeer.SteeringError, match=f"{mode}.*{site}"):
+            with pytest.raises(austeer.SteeringError, match=rf"{mode}.*{site}"):
                 austeer.steer(model, plan, alpha, mode=mode)
             continue
         with austeer.steer(model, plan, alpha, mode=mode) as steering:

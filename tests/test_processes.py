@@ -5,6 +5,7 @@ This file is also the program that the processes run; they talk over gloo on the
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -136,14 +137,14 @@ def test_a_device_map_inside_a_process(folder):
 
 def test_one_process_fails_and_the_others_do_not_wait_for_it(folder):
     good, bad = launch(folder, "fails", 2)
-    assert bad.returncode and "CaptureError: site 'ffn', layer 1, AU 5: found NaN" in bad.stderr
-    assert good.returncode and "another process is gone" in good.stderr
+    assert bad.returncode and re.search("CaptureError: .*'ffn', layer 1, AU 5: .*NaN", bad.stderr)
+    assert good.returncode and "another process" in good.stderr
     assert not (folder / "fails.2.0").exists()
 
 
 def test_processes_that_read_other_pairs_are_refused(folder):
     for done in launch(folder, "disordered", 2):
-        assert done.returncode and "process 1 read other pairs than process 0, or in another order" in done.stderr
+        assert done.returncode and re.search("process 1 .*other pairs.* process 0", done.stderr)
 
 
 def test_each_process_has_a_checkpoint_of_its_own(folder):
@@ -163,7 +164,7 @@ def test_processes_that_accelerate_does_not_know_of(monkeypatch):
     from accelerate import PartialState
 
     PartialState()  # of the one process that this is
-    with pytest.raises(AusteerError, match="found 4 processes in WORLD_SIZE and 1 in accelerate's state"):
+    with pytest.raises(AusteerError, match=r"4 processes in WORLD_SIZE.* 1 .*accelerate"):
         Processes.launched()
 
 
