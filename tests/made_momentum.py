@@ -1,4 +1,4 @@
-"""Momentum of differences that are made up."""
+"""Momentum of differences that a test makes up."""
 
 import numpy as np
 import torch

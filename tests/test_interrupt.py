@@ -16,7 +16,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the bac
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 def wait():
     print("ready", flush=True)
-    sys.stdin.readline()  # goes on waiting after a signal that raises nothing
+    sys.stdin.readline()
 with Interruption() as interruption:
     wait()
 print("first", interruption.asked, flush=True)
@@ -28,7 +28,8 @@ try:
         wait()
 except KeyboardInterrupt:
     print("second", interruption.asked, flush=True)
-wait()
+print("ready", flush=True)
+sys.stdin.read()
 """
 
 
@@ -45,17 +46,18 @@ def test_the_first_signal_only_asks_the_second_interrupts_and_afterwards_it_does
     def expect(line):
         assert process.stdout.readline() == f"{line}\n"
 
-    expect("ready")
-    process.send_signal(number)
-    process.stdin.write("\n")
-    process.stdin.flush()
-    expect("first True")
-    for line in ("ready", "ready"):  # from here on nobody writes: only a signal can end the waiting
-        expect(line)
+    def interrupt(line=""):
+        expect("ready")
         process.send_signal(number)
+        process.stdin.write(line)  # ends the waiting where the signal came a moment before it, or raised nothing
+        process.stdin.flush()
+
+    interrupt("\n")
+    expect("first True")
+    interrupt()
+    interrupt("\n")
     expect("second True")
-    expect("ready")
-    process.send_signal(number)
+    interrupt()
     out, err = process.communicate(timeout=60)
     assert out == ""
     if number == signal.SIGINT:

@@ -110,7 +110,7 @@ def test_samples_depend_on_the_seed(write):
     assert len({row["positive"] for row in found}) == len(found) > 7, "each sample is another text"
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize("stop", [1, 4])
 def test_an_interrupted_run_goes_on_where_it_stopped(write, tmp_path, monkeypatch, stop):
     whole = write("whole", same_length=False)
     plain, calls = instructions.continue_prompts, []
@@ -191,7 +191,7 @@ def test_a_real_model_writes_pairs_that_length_does_not_tell_apart(demo, tmp_pat
     model, tokenizer = demo
     two = ("Answer with enthusiasm and joy.", "Answer in a bored and gloomy way.")
     made = pairs_from_instructions(
-        model, tokenizer, read_prompts(limit=8), *two, tmp_path / "p.jsonl", max_new_tokens=16, progress=False
+        model, tokenizer, read_prompts(limit=8), *two, tmp_path / "p.jsonl", max_new_tokens=10, progress=False
     )
     assert len(made.pairs) + sum(made.dropped.values()) == 8 and len(made.pairs) >= 5
     assert "--chat" in made.notes[0]
@@ -207,4 +207,4 @@ def test_a_real_model_writes_pairs_that_length_does_not_tell_apart(demo, tmp_pat
     pair = made.pairs[0]
     text = render_chat(tokenizer, pair.prompt, two[0]).removeprefix(tokenizer.bos_token or "")
     text = (tokenizer.bos_token or "") + text
-    assert continue_prompts(model, tokenizer, [text], max_new_tokens=16)[0].startswith(pair.positive)
+    assert continue_prompts(model, tokenizer, [text], max_new_tokens=10)[0].startswith(pair.positive)

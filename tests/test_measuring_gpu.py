@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import austeer
-from austeer import CaptureError, strategies
+from austeer import CaptureError
 from austeer.capture import LastTokens
 from austeer.tally import Tally
 from letter_tokens import Letters, letter_pairs
@@ -54,7 +54,7 @@ def test_a_model_in_the_cpus_memory_is_run_on_the_gpu_layer_by_layer(tiny):
 def test_nothing_waits_for_the_device_between_two_checks(on_gpu, monkeypatch):
     """PyTorch raises at every operation that would wait."""
     austeer.measure(on_gpu, Letters(), letter_pairs(PAIRS))  # kernels are compiled, buffers are made
-    plain_run, plain_add, blocks = strategies._run, Tally.add, []
+    plain_run, plain_add, blocks = LastTokens.run, Tally.add, []
 
     def without_waiting(work):
         def run(*args):
@@ -66,7 +66,7 @@ def test_nothing_waits_for_the_device_between_two_checks(on_gpu, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(strategies, "_run", without_waiting(plain_run))
+    monkeypatch.setattr(LastTokens, "run", without_waiting(plain_run))
     monkeypatch.setattr(Tally, "add", without_waiting(lambda *args: (blocks.append(1), plain_add(*args))[1]))
     austeer.measure(on_gpu, Letters(), letter_pairs(PAIRS), block_pairs=8)
     assert len(blocks) == PAIRS // 8

@@ -23,7 +23,7 @@ def test_site_that_was_not_measured(demo_momentum):
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(1, 11), max_size=4, unique=True), st.randoms())
 def test_shards_in_any_order_equal_the_whole(tiny64, demo, cuts, random):
     pairs = numbered_pairs(12)

