@@ -95,7 +95,7 @@ def write(lively, demo, tmp_path):
     """Makes pairs with a small random model: the file's bytes."""
 
     def make(name, prompts=PROMPTS, **options):
-        options = {"max_new_tokens": 12, "batch_size": 3, "progress": False, "temperature": 1.0} | options
+        options = {"max_new_tokens": 8, "batch_size": 3, "progress": False, "temperature": 1.0} | options
         pairs_from_instructions(lively, demo[1], prompts, *TWO, tmp_path / f"{name}.jsonl", **options)
         return (tmp_path / f"{name}.jsonl").read_bytes()
 
