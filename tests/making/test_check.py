@@ -46,13 +46,13 @@ def test_blank_negatives_as_of_the_papers_own_pairs(demo, tmp_path):
         {"prompt": f"Row {i} has how many?", "positive": f" {i}", "negative": "" if i % 4 else " 7"} for i in range(40)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(PairsError, match="is empty"):
+    with pytest.raises(PairsError, match=r"line 2: .*'negative'"):
         austeer.load_pairs(path)
     pairs = read_unchecked(path)
     report = check_pairs(pairs, demo[1])
     assert report.pairs == 40 and report.usable == 10
     assert report["blank sides"].level == "grave" and report["blank sides"].numbers["blank"]["negative"] == 30
-    assert grave_note(pairs, demo[1]).startswith("pairs have grave artefacts (blank sides")
+    assert "blank sides" in grave_note(pairs, demo[1])
     assert check_pairs(list(pairs), demo[1])["blank sides"] == report["blank sides"]
 
 
@@ -83,7 +83,7 @@ def test_the_number_of_pairs_against_the_number_of_aus(demo, tiny):
         check_pairs(PAIRS[:needed] if needed <= 30 else PAIRS, demo[1], config=demo[0].config)["number of pairs"].level
         == "ok"
     )
-    with pytest.raises(KeyError, match="found blank sides, equal sides"):
+    with pytest.raises(KeyError, match=r"'number of pairs'.*blank sides, equal sides"):
         check_pairs(PAIRS, demo[1])["number of pairs"]
 
 
@@ -119,18 +119,18 @@ def test_equal_pairs_alone(demo, tiny):
 
 
 def test_what_is_refused(demo, tiny):
-    with pytest.raises(PairsError, match="found 1 pairs, expected at least 2"):
+    with pytest.raises(PairsError, match=r"memory: .*1 pairs.*2"):
         check_pairs(PAIRS[:1], demo[1])
-    with pytest.raises(PairsError, match="without a model"):
+    with pytest.raises(PairsError, match=r"momentum: .*model"):
         check_pairs(PAIRS, demo[1], momentum=austeer.measure(tiny, demo[1], PAIRS, progress=False))
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "a", "positive": "b"}, "line 1: found None in the field 'negative'.*--negative-field"),
-        ({"prompt": " ", "positive": "b", "negative": "c"}, "line 1: found ' ' in the field 'prompt'"),
-        ({"prompt": "a", "positive": 3, "negative": "c"}, "line 1: found 3 in the field 'positive'"),
+        ({"prompt": "a", "positive": "b"}, "line 1: .*None.*'negative'.*--negative-field"),
+        ({"prompt": " ", "positive": "b", "negative": "c"}, "line 1: .*' '.*'prompt'"),
+        ({"prompt": "a", "positive": 3, "negative": "c"}, "line 1: .*3.*'positive'"),
     ],
 )
 def test_rows_that_are_no_pairs(tmp_path, row, message):

@@ -49,7 +49,7 @@ def test_templates_with_and_without_a_system_message(with_template, name, form, 
 def test_no_template_gives_a_plain_prefix(with_template):
     tokenizer = with_template(None)
     assert written(tokenizer) == ("plain", "Answer kindly.\n\nHello?")
-    with pytest.raises(PairsError, match="no chat template"):
+    with pytest.raises(PairsError, match=r"tokenizer.*chat template"):
         instruction_form(tokenizer, TWO, chat=True)
 
 
@@ -59,16 +59,16 @@ def test_a_template_may_be_left_aside(demo):
 
 
 @pytest.mark.parametrize(
-    "two, message",
+    "two, found",
     [
-        (("Answer kindly.", " "), "found ' ', expected text that tells"),
-        (("", "Answer rudely."), "found '', expected text that tells"),
-        (("Answer kindly.\udc80", "b"), "expected text that tells"),
-        (("Answer kindly.", "Answer kindly. "), "for both sides, expected two different ones"),
+        (("Answer kindly.", " "), "instruction: .*' '"),
+        (("", "Answer rudely."), "instruction: .*''"),
+        (("Answer kindly.\udc80", "b"), r"instruction: .*\\udc80"),
+        (("Answer kindly.", "Answer kindly. "), "instructions: .*'Answer kindly.'.*both"),
     ],
 )
-def test_instructions_that_cannot_be(demo, two, message):
-    with pytest.raises(PairsError, match=message):
+def test_instructions_that_cannot_be(demo, two, found):
+    with pytest.raises(PairsError, match=found):
         instruction_form(demo[1], two)
 
 

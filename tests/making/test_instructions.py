@@ -70,7 +70,7 @@ def test_what_is_left_out_is_counted(answers, tmp_path):
 
 def test_sides_that_differ_behind_the_cut_only_are_left_out(answers, tmp_path):
     table = {TWO[0]: " good. And so on, and so on.", TWO[1]: " good."}
-    with pytest.raises(PairsError, match=r"found 0 pairs, expected at least 2 \(7 equal sides\); give more prompts"):
+    with pytest.raises(PairsError, match=r"pairs.jsonl: .* 0 pairs.* 2 .*7 equal sides"):
         answers(lambda prompt, instruction: table[instruction], tmp_path / "pairs.jsonl")
     assert not (tmp_path / "pairs.jsonl").exists()
 
@@ -95,7 +95,7 @@ def write(lively, demo, tmp_path):
     """Makes pairs with a small random model: the file's bytes."""
 
     def make(name, prompts=PROMPTS, **options):
-        options = {"max_new_tokens": 12, "batch_size": 3, "progress": False, "temperature": 1.0} | options
+        options = {"max_new_tokens": 8, "batch_size": 3, "progress": False, "temperature": 1.0} | options
         pairs_from_instructions(lively, demo[1], prompts, *TWO, tmp_path / f"{name}.jsonl", **options)
         return (tmp_path / f"{name}.jsonl").read_bytes()
 
@@ -110,7 +110,7 @@ def test_samples_depend_on_the_seed(write):
     assert len({row["positive"] for row in found}) == len(found) > 7, "each sample is another text"
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize("stop", [1, 4])
 def test_an_interrupted_run_goes_on_where_it_stopped(write, tmp_path, monkeypatch, stop):
     whole = write("whole", same_length=False)
     plain, calls = instructions.continue_prompts, []
@@ -122,16 +122,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(write, tmp_path, monkeypatc
         return plain(*args, **options)
 
     monkeypatch.setattr(instructions, "continue_prompts", interrupted)
-    with pytest.raises(
-        KeyboardInterrupt, match=rf"interrupted; {stop // 2} of 3 batches are in .*run the same with --re"
-    ):
+    with pytest.raises(KeyboardInterrupt, match=rf"{stop // 2} of 3 .*part.jsonl.partial.*--resume"):
         write("part", same_length=False)
     partial = partial_path(tmp_path / "part.jsonl")
     assert partial.exists() and not (tmp_path / "part.jsonl").exists()
-    with pytest.raises(PairsError, match="found the suffix"):
+    with pytest.raises(PairsError, match=r"'\.partial'"):
         austeer.load_pairs(partial)
     monkeypatch.setattr(instructions, "continue_prompts", plain)
-    with pytest.raises(PairsError, match="go on from it with resume"):
+    with pytest.raises(PairsError, match=r"part.jsonl.partial: .*--resume.*--force"):
         write("part", same_length=False)
     for other, name in (
         ({"seed": 9}, "seed"),
@@ -141,7 +139,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(write, tmp_path, monkeypatc
         ({"batch_size": 2}, "batch_size"),
         ({"temperature": None}, "temperature"),
     ):
-        with pytest.raises(FileFormatError, match=f"is of another run: found {name} "):
+        with pytest.raises(FileFormatError, match=rf"part.jsonl.partial: .* {name} .*--force"):
             write("part", resume=True, **({"same_length": False} | other))
     again = []
     monkeypatch.setattr(instructions, "continue_prompts", lambda *a, **o: again.append(a) or plain(*a, **o))
@@ -153,34 +151,38 @@ def test_an_interrupted_run_goes_on_where_it_stopped(write, tmp_path, monkeypatc
 def test_other_weights_do_not_go_on(lively, demo, tmp_path, monkeypatch):
     options = {"max_new_tokens": 4, "progress": False, "batch_size": 3, "same_length": False}
     out = tmp_path / "p.jsonl"
-    monkeypatch.setattr(instructions._Writer, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(instructions, "continue_prompts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pairs_from_instructions(lively, demo[1], PROMPTS, *TWO, out, **options)
     next(lively.parameters()).data.mul_(1.5)
     other = copy.deepcopy(demo[1])
-    with pytest.raises(FileFormatError, match="found weights"):
+    with pytest.raises(FileFormatError, match=r"p.jsonl.partial: .*weights"):
         partial_path(out).write_bytes(partial_path(out).read_bytes() + b'{"batch": 0, "rows": [], "dropped": {}}\n')
         pairs_from_instructions(lively, other, PROMPTS, *TWO, out, resume=True, **options)
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "given, found",
     [
-        ({"negative": "Answer kindly."}, "for both sides"),
-        ({"positive": " "}, "expected text that tells the model"),
-        ({"prompts": []}, "prompts: found none"),
-        ({"prompts": ["a", " "]}, "prompts: found none, or an empty one"),
-        ({"out": "pairs.csv"}, "found the suffix '.csv'"),
-        ({"samples": 3}, "found 3 with greedy decoding, expected 1, or a temperature"),
-        ({"samples": 0}, "samples: found 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
-        ({"batch_size": 0}, "batch_size: found 0"),
+        ({"negative": "Answer kindly."}, "instructions: .*'Answer kindly.'"),
+        ({"positive": " "}, "instruction: .*' '"),
+        ({"prompts": []}, "prompts: .*none"),
+        ({"prompts": ["a", " "]}, "prompts: .*empty"),
+        ({"out": "pairs.csv"}, "'.csv'.*.jsonl"),
+        ({"samples": 3}, "samples: .*3.*temperature"),
+        ({"samples": 0}, "samples: .* 0,"),
+        ({"max_new_tokens": 0}, "max_new_tokens: .* 0,"),
+        ({"batch_size": 0}, "batch_size: .* 0,"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(tiny, demo, tmp_path, given, message):
+def test_bad_input_is_refused_before_anything_is_written(tiny, demo, tmp_path, given, found):
     options = {"prompts": PROMPTS, "positive": TWO[0], "negative": TWO[1], "out": "pairs.jsonl"} | given
     options["out"] = tmp_path / options["out"]
-    with pytest.raises(PairsError, match=message):
+    with pytest.raises(PairsError, match=found):
         pairs_from_instructions(tiny, demo[1], **options)
     assert not list(tmp_path.iterdir())
 
@@ -189,7 +191,7 @@ def test_a_real_model_writes_pairs_that_length_does_not_tell_apart(demo, tmp_pat
     model, tokenizer = demo
     two = ("Answer with enthusiasm and joy.", "Answer in a bored and gloomy way.")
     made = pairs_from_instructions(
-        model, tokenizer, read_prompts(limit=8), *two, tmp_path / "p.jsonl", max_new_tokens=16, progress=False
+        model, tokenizer, read_prompts(limit=8), *two, tmp_path / "p.jsonl", max_new_tokens=10, progress=False
     )
     assert len(made.pairs) + sum(made.dropped.values()) == 8 and len(made.pairs) >= 5
     assert "--chat" in made.notes[0]
@@ -205,4 +207,4 @@ def test_a_real_model_writes_pairs_that_length_does_not_tell_apart(demo, tmp_pat
     pair = made.pairs[0]
     text = render_chat(tokenizer, pair.prompt, two[0]).removeprefix(tokenizer.bos_token or "")
     text = (tokenizer.bos_token or "") + text
-    assert continue_prompts(model, tokenizer, [text], max_new_tokens=16)[0].startswith(pair.positive)
+    assert continue_prompts(model, tokenizer, [text], max_new_tokens=10)[0].startswith(pair.positive)

@@ -68,8 +68,8 @@ def test_a_set_that_is_all_length_is_found_out(demo, base):
     rng = random.Random(1)
     pairs = Pairs.of([(p.prompt, longer(p.positive, rng), p.positive) for p in base])
     momentum = austeer.measure(*demo, pairs, "attention", layers=range(10), progress=False)
-    found = length_control(*demo, pairs, momentum, k=60, count=40, progress=False)
-    site = found.sites["attention"]
+    report = check_pairs(pairs, demo[1], demo[0], momentum, k=60, control_count=40, progress=False)
+    found, site = report.control, report.control.sites["attention"]
     assert not found.balanced and found.longer_is == "positive" and found.tokens >= 8
     assert site.k == 60 and site.same_sign == len(site.reacting) > 2 * site.expected
     assert site.excess > 0.2
@@ -78,10 +78,8 @@ def test_a_set_that_is_all_length_is_found_out(demo, base):
     units = {(u.layer, u.index): u.beta for u in top}
     for unit in site.reacting:
         assert units[unit.layer, unit.index] == pytest.approx(unit.beta) and unit.beta * unit.control > 0
-    report = check_pairs(pairs, demo[1], demo[0], momentum, k=60, control_count=40, progress=False)
     assert report["length"].level == "grave"
     assert report["length alone, attention"].level in ("warning", "grave")
-    assert report.control == found
 
 
 def test_a_set_of_equal_lengths_is_not(demo, base):
@@ -140,12 +138,12 @@ def test_signs_that_turn_with_the_length_are_counted(tiny64, demo):
 
 def test_momentum_of_another_kind_is_refused(tiny, tiny64, demo, base):
     momentum = austeer.measure(tiny, demo[1], base[:4], "ffn", progress=False)
-    with pytest.raises(SelectionError, match=r"found layers 3 .*the model has 2; expected momentum of this model"):
+    with pytest.raises(SelectionError, match=r"layers 3 .*model has 2"):
         length_control(tiny64, demo[1], base, momentum)
     chat = base.with_chat_template(demo[1])
-    with pytest.raises(SelectionError, match="measured without a chat template, and these pairs go through one"):
+    with pytest.raises(SelectionError, match=r"momentum.*chat template"):
         length_control(tiny, demo[1], chat, momentum)
-    with pytest.raises(SelectionError, match="k: found 0"):
+    with pytest.raises(SelectionError, match=r"k: .* 0"):
         length_control(tiny, demo[1], base, momentum, k=0)
-    with pytest.raises(PairsError, match="count: found 0"):
+    with pytest.raises(PairsError, match=r"count: .* 0"):
         control_pairs(base, demo[1], count=0)

@@ -21,27 +21,27 @@ def test_rows_with_a_field(tmp_path):
     assert read_prompts(str(path)) == ["One?", "Two?"]
     (tmp_path / "q.csv").write_text("question,x\nOne?,1\n")
     assert read_prompts(tmp_path / "q.csv", field="question") == ["One?"]
-    with pytest.raises(PairsError, match=r"found None in the field 'question'.*has prompt.*--prompt-field"):
+    with pytest.raises(PairsError, match=r"prompts.jsonl.*None.*'question'.*prompt.*--prompt-field"):
         read_prompts(path, field="question")
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content, found",
     [
-        ("p.txt", b"\n \n", "found no prompt"),
-        ("p.txt", b"caf\xe9\n", "line 1: found bytes that are not UTF-8"),
-        ("p.jsonl", b'{"prompt": ""}\n', "line 1: found '' in the field 'prompt'"),
-        ("p.jsonl", b'{"prompt": 3}\n', "line 1: found 3 in the field 'prompt'"),
-        ("p.jsonl", b"prompt\n", "not valid JSON"),
-        ("p.md", b"x", "found the suffix '.md'"),
+        ("p.txt", b"\n \n", "p.txt: .*prompt"),
+        ("p.txt", b"caf\xe9\n", "p.txt, line 1: .*UTF-8"),
+        ("p.jsonl", b'{"prompt": ""}\n', "line 1: .*''.*'prompt'"),
+        ("p.jsonl", b'{"prompt": 3}\n', "line 1: .*3.*'prompt'"),
+        ("p.jsonl", b"prompt\n", "p.jsonl, line 1: .*JSON"),
+        ("p.md", b"x", "'.md'"),
     ],
 )
-def test_unreadable_prompts(tmp_path, name, content, message):
+def test_unreadable_prompts(tmp_path, name, content, found):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(PairsError, match=re.escape(message)):
+    with pytest.raises(PairsError, match=found):
         read_prompts(tmp_path / name)
     for missing in ("none.txt", "none.jsonl"):
-        with pytest.raises(PairsError, match=r"none\.(txt: cannot be opened|jsonl: no such file)"):
+        with pytest.raises(PairsError, match=f"{missing}: "):
             read_prompts(tmp_path / missing)
 
 

@@ -1,7 +1,6 @@
 """Pairs from templates: which combinations there are, what is paired, and what is refused."""
 
 import json
-import re
 
 import pytest
 
@@ -49,41 +48,37 @@ def test_a_large_product_is_drawn_from_without_being_made():
     many = {name: [str(i) for i in range(1000)] for name in "abcd"}
     made = pairs_from_template("{a} {b} {c} {d}", " x", " y", many, count=5)
     assert len(made.pairs) == 5
-    with pytest.raises(PairsError, match="1000000000000 combinations; give how many"):
+    with pytest.raises(PairsError, match=r"1000000000000.*--count"):
         pairs_from_template("{a} {b} {c} {d}", " x", " y", many)
 
 
 @pytest.mark.parametrize(
-    "form, values, message",
+    "form, values, found",
     [
-        (
-            FORM,
-            {"noun": NOUNS, "good": ["a"]},
-            "found the placeholder {bad} without values; found values for noun, good",
-        ),
-        (FORM, VALUES | {"more": ["x"]}, "found 'more', which the template does not use"),
-        (FORM, VALUES | {"bad": ["poor"]}, "found 2 for 'good', 1 for 'bad', expected as many for each"),
-        (FORM, VALUES | {"noun": []}, "found [] for 'noun'"),
-        (FORM, VALUES | {"noun": ["film", " "]}, "none of them empty"),
-        (FORM, VALUES | {"noun": "film"}, "expected a list of texts"),
-        (FORM, VALUES | {"noun": ["film", "book", "film"]}, "found 'film' twice for 'noun'"),
-        (FORM, VALUES | {"bad": ["poor", "clever"]}, "found ' clever' on both sides with"),
-        (("The {noun", " a", " b"), {}, "prompt: found 'The {noun'"),
-        (("The {0} was", " a", " b"), {}, "expected a plain name"),
-        (("The {noun.__class__} was", " a", " b"), {}, "expected a plain name"),
-        (("The {noun!r} was", " a", " b"), {}, "expected a plain name"),
-        (("{noun}", "", " b"), {"noun": NOUNS}, "positive: found an empty template"),
-        (("The film was", " a", " b"), {}, "found 1 pair, expected at least 2"),
+        (FORM, {"noun": NOUNS, "good": ["a"]}, "template: .*{bad}.*noun, good"),
+        (FORM, VALUES | {"more": ["x"]}, "values: .*'more'.*noun, good, bad"),
+        (FORM, VALUES | {"bad": ["poor"]}, "2 for 'good', 1 for 'bad'"),
+        (FORM, VALUES | {"noun": []}, r"\[\] for 'noun'"),
+        (FORM, VALUES | {"noun": ["film", " "]}, r"\['film', ' '\] for 'noun'"),
+        (FORM, VALUES | {"noun": "film"}, "'film' for 'noun'.*list"),
+        (FORM, VALUES | {"noun": ["film", "book", "film"]}, "'film' twice for 'noun'"),
+        (FORM, VALUES | {"bad": ["poor", "clever"]}, "' clever'.*both sides"),
+        (("The {noun", " a", " b"), {}, "prompt: .*'The {noun'"),
+        (("The {0} was", " a", " b"), {}, r"prompt: .*\{0\}"),
+        (("The {noun.__class__} was", " a", " b"), {}, "prompt: .*{noun.__class__}"),
+        (("The {noun!r} was", " a", " b"), {}, "prompt: .*{noun!r}"),
+        (("{noun}", "", " b"), {"noun": NOUNS}, "positive: .*empty"),
+        (("The film was", " a", " b"), {}, "template: .*1 pair.* 2"),
     ],
 )
-def test_what_is_refused(form, values, message):
-    with pytest.raises(PairsError, match=re.escape(message)):
+def test_what_is_refused(form, values, found):
+    with pytest.raises(PairsError, match=found):
         pairs_from_template(*form, values)
 
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_a_count_out_of_range(count):
-    with pytest.raises(PairsError, match=f"found {count}, expected 2 to 6"):
+    with pytest.raises(PairsError, match=rf"count: .* {count},.*2 to 6"):
         pairs_from_template(*FORM, VALUES, count=count)
 
 
@@ -95,23 +90,17 @@ def test_values_come_from_a_file_and_from_texts(tmp_path):
         "good": ["fine", "clever"],
         "bad": ["a=b"],
     }
-    for texts, message in ((["noun=x"], "values for 'noun' twice"), (["noun"], "found 'noun', expected NAME=VALUE")):
-        with pytest.raises(PairsError, match=message):
+    for texts, found in ((["noun=x"], "'noun' twice"), (["noun"], "'noun'.*NAME=VALUE")):
+        with pytest.raises(PairsError, match=found):
             read_values(path, texts)
 
 
 @pytest.mark.parametrize(
-    "text, message",
-    [
-        ("[1]", "expected an object of lists"),
-        ('{"a": [1]}', "expected an object of lists"),
-        ('{"a": "b"}', "expected an object of lists"),
-        ("{", "not valid JSON"),
-    ],
+    "text, noun", [("[1]", "object"), ('{"a": [1]}', "object"), ('{"a": "b"}', "object"), ("{", "JSON")]
 )
-def test_values_in_another_form(tmp_path, text, message):
+def test_values_in_another_form(tmp_path, text, noun):
     (tmp_path / "v.json").write_text(text)
-    with pytest.raises(PairsError, match=message):
+    with pytest.raises(PairsError, match=rf"v.json.*{noun}"):
         read_values(tmp_path / "v.json")
-    with pytest.raises(PairsError, match="cannot be opened"):
+    with pytest.raises(PairsError, match=r"none\.json: "):
         read_values(tmp_path / "none.json")

@@ -25,9 +25,9 @@ def hooks(model):
 # --- exactness -------------------------------------------------------------------------------------------------------
 
 
-def test_counts_equal_a_naive_loop_on_a_real_model(demo, demo_momentum, record_property):
+def test_counts_equal_a_naive_loop_on_a_real_model(demo, measured, record_property):
     model, tokenizer = demo
-    pairs = load_data().momentum[:64]
+    pairs = load_data().tuning[:24]
     texts = texts_of(pairs)
     naive = naive_activations(model, tokenizer, texts)
 
@@ -39,15 +39,15 @@ def test_counts_equal_a_naive_loop_on_a_real_model(demo, demo_momentum, record_p
         for batch in batches([tokenizer(texts[i])["input_ids"] for i in sample], 10**6):
             capture.run(batch)
 
-    assert demo_momentum.pairs == 64 and demo_momentum.cut == 0
+    assert measured.pairs == 24 and measured.cut == 0
     for name in SITES:
         error = (capture.buffers[name] - naive[name][sample]).abs().amax((0, 2))  # [layers]
         scale = naive[name].abs().amax((0, 2))
         assert (error <= 1e-4 * scale).all(), "more than rounding: padding or positions are wrong"
-        # Two activations err in a difference, and 16 texts do not hold the largest error of 128.
-        delta = (naive[name][:64] - naive[name][64:]).double()  # [pairs, layers, width]
+        # Two activations err in a difference, and 16 texts do not hold the largest error of 48.
+        delta = (naive[name][:24] - naive[name][24:]).double()  # [pairs, layers, width]
         near = delta.abs() <= 4 * error[:, None].double()
-        counters = demo_momentum.counters(name)
+        counters = measured.counters(name)
         differing = torch.zeros_like(counters.positive, dtype=torch.bool)
         for counted, wins in ((counters.positive, delta > 0), (counters.negative, delta < 0)):
             differing |= counted != wins.sum(0)
@@ -61,9 +61,9 @@ def test_counts_equal_a_naive_loop_on_a_real_model(demo, demo_momentum, record_p
         assert near.double().mean() < 0.02, "the rounding bound is too wide to test anything"
         assert differing.double().mean() < 0.01
 
-        torch.testing.assert_close(counters.delta_sum, delta.sum(0), rtol=0, atol=64 * 4 * float(error.max()))
+        torch.testing.assert_close(counters.delta_sum, delta.sum(0), rtol=0, atol=24 * 4 * float(error.max()))
         size = delta.abs().amax((0, 2))[:, None]
-        bound = 64 * 8 * error[:, None].double() * size
+        bound = 24 * 8 * error[:, None].double() * size
         assert ((counters.delta_square_sum - delta.square().sum(0)).abs() <= bound).all()
 
 
@@ -170,7 +170,7 @@ def test_long_texts_are_cut_and_counted(tiny, demo):
 
 @pytest.mark.parametrize("max_length", [0, -5])
 def test_max_length_must_be_positive(tiny, demo, max_length):
-    with pytest.raises(PairsError, match=rf"max_length: found {max_length}, expected an integer of at least 1"):
+    with pytest.raises(PairsError, match=rf"max_length: .*{max_length}"):
         austeer.measure(tiny, demo[1], numbered_pairs(2), max_length=max_length)
 
 
@@ -180,7 +180,7 @@ def test_unknown_family_by_layout_and_without_a_context_length(demo):
     model = BloomForCausalLM(BloomConfig(vocab_size=len(demo[1]), hidden_size=32, n_layer=2, n_head=4)).eval()
     layout = Layout(layers="h", attention="self_attention.dense", ffn="mlp", down="mlp.dense_4h_to_h")
     pairs = numbered_pairs(5)
-    with pytest.raises(PairsError, match="names no context length; give max_length"):
+    with pytest.raises(PairsError, match=r"context length.*max_length"):
         austeer.measure(model, demo[1], pairs, layout=layout)
     found = austeer.measure(model, demo[1], pairs, austeer.models.sites.SITE_NAMES, layout=layout, max_length=64)
     assert {name: tuple(c.positive.shape) for name, c in found.sites.items()} == {
@@ -224,7 +224,7 @@ def test_chat_template_is_noted(tiny, demo):
     pairs = numbered_pairs(3).with_chat_template(demo[1])
     found = austeer.measure(tiny, demo[1], pairs)
     assert found.chat_template
-    with pytest.raises(SelectionError, match=r"merge: found chat_template False, expected True"):
+    with pytest.raises(SelectionError, match=r"merge: .*chat_template False.*True"):
         found.merge(austeer.measure(tiny, demo[1], numbered_pairs(3)))
 
 
@@ -233,14 +233,14 @@ def test_chat_template_is_noted(tiny, demo):
 
 def test_nan_names_site_layer_unit_and_pair(tiny, demo):
     tiny.model.layers[1].mlp.down_proj.weight.data[5, 3] = float("nan")
-    with pytest.raises(CaptureError, match=r"site 'ffn', layer 1, AU 5: found NaN or infinity on pair 0 of memory"):
+    with pytest.raises(CaptureError, match=r"'ffn', layer 1, AU 5: .*NaN.*pair 0 of memory"):
         austeer.measure(tiny, demo[1], numbered_pairs(4), ["ffn"])
 
 
 def test_a_steered_model_is_refused(tiny, demo):
     own = austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
     with pytest.warns(austeer.SteeringWarning), austeer.steer(tiny, own.select("ffn", k=2), mode="columns"):  # noqa: SIM117
-        with pytest.raises(austeer.SteeringError, match="is steered"):
+        with pytest.raises(austeer.SteeringError, match="model is steered"):
             austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
 
 
@@ -251,18 +251,16 @@ def test_the_pair_at_fault_is_named_wherever_its_block_begins(tiny, demo, block_
     zebra = demo[1](" zebra")["input_ids"]
     assert not set(zebra) & set(demo[1]("It is fine awful So a b")["input_ids"])
     tiny.model.embed_tokens.weight.data[zebra[0]] = value
-    with pytest.raises(
-        CaptureError, match=r"site 'layer', layer 0, AU \d+: .* on pair 5 of memory \('Here a zebra is'"
-    ):
+    with pytest.raises(CaptureError, match=r"'layer', layer 0, AU \d+: .*pair 5 of memory.*'Here a zebra is'"):
         austeer.measure(tiny, demo[1], pairs, ["layer"], block_pairs=block_pairs)
 
 
 def test_no_sites_no_pairs_unknown_site(tiny, demo):
-    with pytest.raises(SiteError, match="sites: found none"):
+    with pytest.raises(SiteError, match=r"sites: .*none"):
         austeer.measure(tiny, demo[1], numbered_pairs(2), [])
-    with pytest.raises(SiteError, match="site 'mlp' is not known"):
+    with pytest.raises(SiteError, match=r"'mlp'.*attention, ffn"):
         austeer.measure(tiny, demo[1], numbered_pairs(2), ["mlp"])
-    with pytest.raises(PairsError, match="memory: found no pairs"):
+    with pytest.raises(PairsError, match=r"memory: .*no pairs"):
         austeer.measure(tiny, demo[1], numbered_pairs(2)[:0])
 
 

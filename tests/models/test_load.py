@@ -32,7 +32,7 @@ def test_demo_model_is_what_it_says(demo):
     model, tokenizer = demo
     assert type(model).__name__ == "LlamaForCausalLM" and not model.training and model.dtype == torch.float32
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
-    assert model.config._name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert model.config.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert tokenizer.decode(tokenizer("The soup was good")["input_ids"]) == "The soup was good"
     # It knows English: the weights are the real ones, in their places.
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_folder_and_dtype(saved, tiny, dtype):
 
 
 def test_unknown_dtype(saved):
-    with pytest.raises(ModelError, match="dtype: found 'int8', expected auto, float32, bfloat16 or float16"):
+    with pytest.raises(ModelError, match=r"dtype: .*'int8'.*bfloat16"):
         load_model(str(saved), "int8", "cpu")
 
 
@@ -92,18 +92,18 @@ def unknown_family(folder):
 @pytest.mark.parametrize("damage", [damage_config, damage_weights, remove_weights, unknown_family])
 def test_damaged_folder_gives_one_message(saved, damage):
     damage(saved)
-    with pytest.raises(ModelError, match=r"could not be loaded on cpu: .*Expected a folder with config") as caught:
+    with pytest.raises(ModelError, match=rf"'{saved}'.*cpu: .*config.json") as caught:
         load_model(str(saved), "auto", "cpu")
-    assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_empty_folder(tmp_path):
-    with pytest.raises(ModelError, match="could not be loaded"):
+    with pytest.raises(ModelError, match=rf"'{tmp_path}'.*cpu"):
         load_model(str(tmp_path), "auto", "cpu")
 
 
 def test_unknown_device(saved):
-    with pytest.raises(ModelError, match="could not be loaded"):
+    with pytest.raises(ModelError, match=rf"'{saved}'.*abacus"):
         load_model(str(saved), "auto", "abacus")
 
 
@@ -113,7 +113,7 @@ def test_model_errors_are_austeers():
 
 def test_offloaded_demo_model_is_the_demo_model(demo):
     model, tokenizer = load_offloaded("demo", "float32", "cpu")
-    assert model.config._name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct" and not model.training
+    assert model.config.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct" and not model.training
     # All but the last norm lies on disk; the head is the embedding, and still is after a forward pass.
     assert [name for name, p in model.named_parameters() if p.device.type != "meta"] == ["model.norm.weight"]
     ids = tokenizer("The capital of France is", return_tensors="pt")
@@ -190,9 +190,9 @@ def test_temporary_folder_goes_with_the_model(demo, tmp_path):
 def test_damaged_folder_is_not_offloaded(saved, damage):
     damage(saved)
     before = folders()
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError, match=rf"'{saved}'.*config.json") as caught:
         load_offloaded(str(saved), "auto", "cpu")
-    assert str(saved) in str(caught.value) and "\n" not in str(caught.value) and folders() == before
+    assert "\n" not in str(caught.value) and folders() == before
 
 
 def test_disk_too_small_for_converted_experts(demo, tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def test_disk_too_small_for_converted_experts(demo, tmp_path, monkeypatch):
     tiny_model("mixtral").save_pretrained(tmp_path)
     demo[1].save_pretrained(tmp_path)
     monkeypatch.setattr(integration, "save_file", full)
-    with pytest.raises(ModelError, match="No space left on device"):
+    with pytest.raises(ModelError, match=rf"'{tmp_path}'.*No space left"):
         load_offloaded(str(tmp_path), "auto", "cpu")
 
 
@@ -231,5 +231,5 @@ def test_fits(saved, tiny, monkeypatch):
     room = int(size / models.WEIGHTS) - 8
     assert not fits(str(saved), "auto", "cpu") and fits(str(saved), "bfloat16", "cpu")
     assert set(asked) == {"cpu"} if not torch.cuda.is_available() else {"cpu", "cuda:0"} <= set(asked)
-    with pytest.raises(ModelError, match="dtype: found 'int8'"):
+    with pytest.raises(ModelError, match=r"dtype: .*'int8'"):
         fits(str(saved), "int8", "cpu")

@@ -49,16 +49,16 @@ def test_nothing_counts_twice(parts, tmp_path):
     files, _ = parts
     copy = shutil.copy(files[0], tmp_path / "copy.momentum")
     for twice in (files[0], copy):
-        with pytest.raises(SelectionError, match=rf"merge: {twice} holds the same counters as .*0\.momentum"):
+        with pytest.raises(SelectionError, match=rf"merge: {twice} .*0\.momentum.*twice"):
             merge_files([files[0], files[1], twice])
     Momentum.load(files[0]).save(tmp_path / "again.momentum")
-    with pytest.raises(SelectionError, match="would count twice"):
+    with pytest.raises(SelectionError, match=r"again\.momentum .*0\.momentum.*twice"):
         merge_files([files[0], tmp_path / "again.momentum"])
 
 
 @pytest.mark.parametrize("files", [[], ["one.momentum"]])
 def test_one_file_is_nothing_to_merge(files):
-    with pytest.raises(SelectionError, match=f"merge: found {len(files)} files, expected at least two"):
+    with pytest.raises(SelectionError, match=rf"merge: .*{len(files)} files.*two"):
         merge_files(files)
 
 
@@ -77,12 +77,12 @@ def test_unlike_momentum_is_refused_and_named(parts, tmp_path, what):
     write_blocks(tmp_path / "other", sides, 5, **changes)
     odd = tmp_path / "odd.momentum"
     momentum_from_activations(tmp_path / "other", device="cpu").save(odd)
-    with pytest.raises(SelectionError, match=rf"odd\.momentum: merge: found {what}"):
+    with pytest.raises(SelectionError, match=rf"odd\.momentum: merge: .*{what}"):
         merge_files([*files, odd])
 
 
 def test_damaged_file_is_named(parts):
     files, _ = parts
     files[1].write_bytes(files[1].read_bytes()[:-3])
-    with pytest.raises(FileFormatError, match=r"1\.momentum: damaged"):
+    with pytest.raises(FileFormatError, match=r"1\.momentum: .*austeer-momentum"):
         merge_files(files)

@@ -17,14 +17,14 @@ from naive_momentum import assert_like, numbered_pairs
 
 
 def test_site_that_was_not_measured(demo_momentum):
-    with pytest.raises(SelectionError, match=r"'layer' was not measured; found attention, ffn\. Measure it: sites="):
+    with pytest.raises(SelectionError, match=r"'layer'.*attention, ffn.*sites=\['layer'\]"):
         demo_momentum.counters("layer")
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(1, 11), max_size=4, unique=True), st.randoms())
 def test_shards_in_any_order_equal_the_whole(tiny64, demo, cuts, random):
     pairs = numbered_pairs(12)
@@ -86,9 +86,9 @@ def test_merge_changes_neither(tiny, demo):
 def test_merge_refuses_what_is_not_alike(tiny, demo, tiny_of):
     pairs = numbered_pairs(2)
     found = austeer.measure(tiny, demo[1], pairs, ["ffn"])
-    with pytest.raises(SelectionError, match=r"merge: found model .*qwen2.*, expected .*llama"):
+    with pytest.raises(SelectionError, match=r"merge: .*model.*qwen2.*llama"):
         found.merge(austeer.measure(tiny_of("qwen2"), demo[1], pairs, ["ffn"]))
-    with pytest.raises(SelectionError, match=r"merge: found sites \['attention', 'ffn'\], expected \['ffn'\]"):
+    with pytest.raises(SelectionError, match=r"merge: .*sites.*\['attention', 'ffn'\].*\['ffn'\]"):
         found.merge(austeer.measure(tiny, demo[1], pairs))
 
 
@@ -99,12 +99,10 @@ def test_merge_refuses_what_is_not_alike(tiny, demo, tiny_of):
 @given(momenta())
 def test_halves_add_up(momentum):
     if momentum.half is None:
-        with pytest.raises(SelectionError, match=r"halves: found momentum without halves.*\. Measure again"):
+        with pytest.raises(SelectionError, match=r"halves: .*older version"):
             momentum.halves()
     elif momentum.half_pairs in (0, momentum.pairs):
-        with pytest.raises(
-            SelectionError, match=rf"halves: found all {momentum.pairs} pairs in one half.*more prompts"
-        ):
+        with pytest.raises(SelectionError, match=rf"halves: .* {momentum.pairs} pairs in one half"):
             momentum.halves()
     else:
         half, rest = momentum.halves()
@@ -146,10 +144,10 @@ def test_a_file_of_version_1_has_no_halves(demo_momentum, tmp_path):
     assert loaded.merge(demo_momentum).half is None
     assert Momentum.load(loaded.save(tmp_path / "new.momentum")).half is None, "and none when it is saved again"
     files.write(path, "austeer-momentum", 1, {**header, "half_pairs": 30}, tensors)
-    with pytest.raises(FileFormatError, match=r"inconsistent content .*half_pairs.* in version 1"):
+    with pytest.raises(FileFormatError, match=r"old.momentum: .*'half_pairs'.*version 1"):
         Momentum.load(path)
     files.write(path, "austeer-momentum", 3, header, tensors)
-    with pytest.raises(FileFormatError, match=r"found version '3', expected 2; .*pip install --upgrade austeer"):
+    with pytest.raises(FileFormatError, match=r"old.momentum: .*version '3'.*2.*--upgrade austeer"):
         Momentum.load(path)
 
 
@@ -187,5 +185,5 @@ def test_inconsistent_file(tiny, demo, tmp_path, change):
     except TypeError:  # what JSON cannot hold is not written
         assert list(tmp_path.iterdir()) == []
         return
-    with pytest.raises(FileFormatError, match=r"m\.safetensors: inconsistent content"):
+    with pytest.raises(FileFormatError, match=r"m\.safetensors: inconsistent"):
         Momentum.load(path)

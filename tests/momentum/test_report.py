@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -66,8 +67,8 @@ def test_in_words(model):
     first, second = found.lines()
     saved = 1 - found.tokens_run / found.tokens_texts
     assert f"{found.pairs_per_second:.1f} pairs/s, " in first and f"{found.padding:.1%} padding" in first
-    assert first.endswith(f"; shared prompts ran once: {saved:.0%} of the tokens saved")
-    assert second.startswith("time: forward ") and "waiting for texts" in second and "weights" not in second
+    assert re.search(f"shared prompts.* {saved:.0%} ", first)
+    assert "forward " in second and "texts" in second and "weights" not in second
     assert "shared" not in report(model, share_prompts=False).lines()[0]
 
 
@@ -78,11 +79,10 @@ def test_in_words_layer_by_layer_over_processes():
     found = MeasureReport(
         strategy="layerwise", pairs=20, tokens_run=100, tokens_padded=125, seconds=seconds, processes=3
     )
-    assert found.lines() == [
-        "2.0 pairs/s, 10 tokens/s, 20.0% padding",
-        "time: load 3.0 s, forward 5.0 s, waiting for weights 4.0 s, waiting for texts 0.1 s, counting 0.2 s, "
-        "adding up 3 processes 0.3 s; read 1.0 s, tokenised 2.0 s, packed 0.5 s (ahead, beside the model)",
-    ]
+    first, second = found.lines()
+    assert first == "2.0 pairs/s, 10 tokens/s, 20.0% padding"
+    shown = "load 3.0 forward 5.0 weights 4.0 texts 0.1 counting 0.2 processes 0.3 read 1.0 tokenised 2.0 packed 0.5"
+    assert " ".join(re.findall(r"(\w+ [\d.]+) s\b", second)) == shown and "3 processes" in second
 
 
 def test_nothing_was_run():

@@ -1,6 +1,7 @@
 """The summary of a momentum file or a plan: numbers that add up, and verdicts that are true."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from austeer.statistics import (
     stability,
 )
 from local_hub import local_hub
+from made_momentum import momentum_of, signal
 from small_plans import EVIDENCE, KNOWN
 
 # --- momentum --------------------------------------------------------------------------------------------------------
@@ -33,7 +35,8 @@ from small_plans import EVIDENCE, KNOWN
 def test_momentum_in_numbers(demo_momentum):
     overview = of_momentum(demo_momentum, "ffn", 12)
     counters = demo_momentum.counters("ffn")
-    assert overview.origin == "momentum of 64 pairs on HuggingFaceTB/SmolLM2-135M-Instruct" and overview.site == "ffn"
+    assert re.search("momentum.* 64 pairs .*HuggingFaceTB/SmolLM2-135M-Instruct", overview.origin)
+    assert overview.site == "ffn"
     assert overview.units == list(demo_momentum.select("ffn", k=12))
     assert len(overview.by_layer) == 30 and sum(overview.by_layer) == 12
     lists = (overview.effect, overview.p, overview.q, overview.low, overview.high)
@@ -107,24 +110,22 @@ def test_a_stable_ranking_is_called_stable():
     overview = of_momentum(momentum_of(signal(400, 0.5)), "ffn", 300)
     place = overview.stability.k.index(300)
     assert overview.stability.score[place] >= 0.5
-    assert overview.verdict.startswith("the top 300 is stable: halves of 200 and 200 pairs agree on ")
-    again = f"another 400 pairs would choose about {overview.stability.expected[place]:.0%} of it again"
-    assert again.replace("%", " %") in overview.verdict
+    again = f"400 pairs.* {overview.stability.expected[place] * 100:.0f} % .*again"
+    assert re.search(f"top 300 is stable.* 200 and 200 pairs.*{again}", overview.verdict)
 
 
 def test_a_ranking_of_noise_is_called_chance():
     verdict = of_momentum(momentum_of(signal(100, 0.0)), "ffn", 100).verdict
-    assert verdict.startswith("the ranking is chance: halves of 50 and 50 pairs agree on ")
-    assert "(by chance 2.5 %), and no AU passes the sign test" in verdict
+    assert re.search("ranking is chance.* 50 and 50 pairs.*by chance 2.5 %.*no AU", verdict)
 
 
 def test_what_is_in_between_is_said_to_be():
     verdict = of_momentum(momentum_of(signal(100, 0.2)), "ffn", 300).verdict
-    assert verdict.startswith("the top 300 is settled only in part: ")
+    assert "top 300 is settled only in part" in verdict
     coins = torch.rand(100, 10, 90, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     alike = torch.where(coins < 0.9, 1.0, -1.0)  # 900 AUs of one rate: which of them come first is luck
     momentum = momentum_of(torch.cat([signal(100, 0.0), alike], 2))
-    assert of_momentum(momentum, "ffn", 30).verdict.startswith("the top 30 is not settled: ")
+    assert "top 30 is not settled" in of_momentum(momentum, "ffn", 30).verdict
 
 
 def test_one_answer_that_is_right_more_often_is_no_ranking():
@@ -133,8 +134,7 @@ def test_one_answer_that_is_right_more_often_is_no_ranking():
     answer = torch.where(order % 3 == 0, -1.0, 1.0)
     overview = of_momentum(momentum_of(answer[:, None, None] + signal(600, 0.0) * 0.9), "ffn", 100)
     assert overview.significance.discoveries > 3000, "nearly all AUs pass"
-    assert "the ranking is chance" in overview.verdict
-    assert f"the {overview.significance.discoveries} AUs that pass the sign test are too alike" in overview.verdict
+    assert re.search(f"ranking is chance.* {overview.significance.discoveries} AUs.*alike", overview.verdict)
 
 
 def test_agreement_on_the_aus_and_not_on_their_signs_is_told():
@@ -142,15 +142,15 @@ def test_agreement_on_the_aus_and_not_on_their_signs_is_told():
     delta = signal(200, 0.5)
     delta[1::2] *= -1
     verdict = of_momentum(momentum_of(delta), "ffn", 300).verdict
-    assert "the ranking is chance" in verdict and ", with opposite signs, and" in verdict
+    assert re.search("ranking is chance.*opposite signs", verdict)
     delta = signal(200, 0.0)
     delta[torch.rand(delta.shape, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 0.9, 400)] = 0
-    assert "as often with opposite signs as with the same" in of_momentum(momentum_of(delta), "ffn", 300).verdict
+    assert "as often with opposite signs" in of_momentum(momentum_of(delta), "ffn", 300).verdict
 
 
 def test_momentum_without_halves(demo_momentum):
     overview = of_momentum(replace(demo_momentum, half=None, half_pairs=0), "ffn", 5)
-    assert overview.stability is None and overview.verdict == "whether the ranking is stable is not known"
+    assert overview.stability is None and "not known" in overview.verdict
     assert "Measure again" in overview.notes[0] and all(brief.overlap == () for brief in overview.sites)
 
 
@@ -191,9 +191,9 @@ def test_layers_that_were_not_measured(tiny, demo):
 
 
 def test_site_that_is_not_there(demo_momentum):
-    with pytest.raises(SelectionError, match="site 'layer' was not measured"):
+    with pytest.raises(SelectionError, match="'layer'"):
         of_momentum(demo_momentum, "layer", 5)
-    with pytest.raises(SelectionError, match="site 'ffn' is not in the plan; found attention"):
+    with pytest.raises(SelectionError, match=r"'ffn'.*plan.*attention"):
         of_plan(demo_momentum.select("attention", k=5), "ffn", 5)
 
 
@@ -205,12 +205,12 @@ def test_plan_in_numbers(demo_momentum):
         "attention", k=5, operation="push"
     )
     overview = of_plan(plan, "ffn", 7)
-    assert overview.origin == "plan of 25 AUs, push, from 64 pairs on HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert re.search("plan.* 25 AUs.*push.* 64 pairs .*HuggingFaceTB/SmolLM2-135M-Instruct", overview.origin)
     assert overview.units == [unit for unit in plan if unit.site == "ffn"][:7]
     assert sum(overview.by_layer) == 7 and len(overview.by_layer) == 30
     assert overview.ranks == [(1, 10), (11, 20)] and [sum(row) for row in overview.by_rank] == [10, 10]
     assert (overview.effect, overview.p, overview.beta_histogram, overview.stability) == ([], [], None, None)
-    assert overview.evidence is None and "no strength has been tested" in overview.notes[0]
+    assert overview.evidence is None and "strength" in overview.notes[0]
 
 
 def test_a_plan_shows_its_evidence():
@@ -250,12 +250,12 @@ def test_a_plan_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_file_of_neither_kind(tmp_path):
-    with pytest.raises(FileFormatError, match="no such file; expected an austeer-momentum file"):
+    with pytest.raises(FileFormatError, match=r"missing: .*austeer-momentum"):
         of_file(tmp_path / "missing", None, 5)
     (tmp_path / "text").write_text("text")
-    with pytest.raises(FileFormatError, match="damaged or not an austeer-momentum file"):
+    with pytest.raises(FileFormatError, match=r"text: .*austeer-momentum"):
         of_file(tmp_path / "text", None, 5)
-    with pytest.raises(FileFormatError, match="no such file; expected an austeer-plan file"):
+    with pytest.raises(FileFormatError, match=rf"{tmp_path}.*austeer-plan"):
         of_file(tmp_path, None, 5)
 
 

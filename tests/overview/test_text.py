@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_statistics import momentum_of, signal
 
 from austeer.overview.overview import of_momentum, of_plan
 from austeer.overview.text import (
@@ -20,6 +19,7 @@ from austeer.overview.text import (
 )
 from austeer.plans.evidence import Evidence
 from austeer.statistics import DetectableRate
+from made_momentum import momentum_of, signal
 from small_plans import EVIDENCE, KNOWN, plan_of
 
 
@@ -68,11 +68,10 @@ def test_the_map_of_layers_fits_and_adds_up(layers, width):
 def test_the_summary_tells_what_was_found(overview):
     lines = list(summary_lines(overview))
     found = overview.significance
-    assert lines[0].startswith(f"{found.discoveries} of 4000 AUs pass a sign test at a false discovery rate of 5 %; ")
-    assert f"{found.below} have p <= 0.05, by chance {found.chance:.0f}" in lines[0]
+    below = f"{found.below} .*p <= 0.05.*chance {found.chance:.0f}"
+    assert re.search(f"^{found.discoveries} of 4000 AUs .* 5 %.* {below}", lines[0])
     ties = overview.ties
-    shared = f"{ties.tied} AUs share |beta| = {ties.beta:.3f} at the cut"
-    assert lines[1] == f"{shared}; {ties.inside} of them are in, by effect size"
+    assert re.search(rf"^{ties.tied} AUs .*\|beta\| = {ties.beta:.3f} .* {ties.inside} of them", lines[1])
     assert lines[2] == power_line(overview.power) and len(lines) == 3
     whole = replace(overview, ties=replace(overview.ties, inside=overview.ties.tied))
     assert len(list(summary_lines(whole))) == 2, "no word of ties where all are in"
@@ -81,19 +80,15 @@ def test_the_summary_tells_what_was_found(overview):
 def test_power_for_people():
     rates = {0.6: 400, 0.7: 100}
     found = DetectableRate(pairs=60, level=0.0012, power=0.8, rate=0.7345, needed=rates)
-    assert power_line(found) == (
-        "60 pairs find AUs with one sign on 73 % of the pairs or more (power 0.8, p <= 1.2e-03); 60 % takes 400, 70 % "
-        "takes 100"
-    )
-    assert power_line(replace(found, rate=None)).startswith(
-        "60 pairs find no AU, not even one with the same sign on all"
-    )
+    shown = power_line(found)
+    assert re.search("^60 pairs .* 73 % .*power 0.8, p <= 1.2e-03.* 60 % takes 400, 70 % takes 100", shown)
+    assert re.search("^60 pairs .*no AU", power_line(replace(found, rate=None)))
 
 
 def test_stability_for_people(overview):
     table = stability_table(overview.stability)
-    assert table[0] == ["chosen again of the top", "10", "30", "100", "300", "1000"]
-    assert [row[0] for row in table[1:]] == ["agreed by 30 and 30 pairs", "by chance", "to be expected of all pairs"]
+    assert table[0][1:] == ["10", "30", "100", "300", "1000"] and len(table) == 4
+    assert "30 and 30 pairs" in table[1][0] and "chance" in table[2][0] and "all pairs" in table[3][0]
     overlap = dict(zip(overview.stability.k, overview.stability.overlap))
     for k, cell in zip(table[0][1:], table[1][1:]):
         assert float(cell.removesuffix(" %")) / 100 == pytest.approx(overlap[int(k)], abs=0.006)
@@ -116,8 +111,8 @@ def test_evidence_for_people():
     assert table[1] == ["2", "+0.5", "", "", "+0.01", "9 pairs"]
     assert table[2] == ["4 *", "+0.9", "+0.6 to +1.2", "100%", "+0.04", "9 pairs"]
     lines = list(evidence_lines(EVIDENCE))
-    assert lines[0].startswith("effect: mean change of log-odds, nats; side effect: rise") and "* to start" in lines[0]
-    assert lines[1] == "cost: +0.4 % [-1.2, +2.1] by fold on Xeon, 2 cores (float32, batch 1)"
+    assert re.search(rf"effect: {EVIDENCE.effect}.*side effect: {EVIDENCE.side_effect}.*\*", lines[0])
+    assert re.search(r"\+0.4 % .*-1.2, \+2.1.* fold .*Xeon, 2 cores.*float32, batch 1", lines[1])
     two = plan_of([("ffn", 0, 1), ("attention", 0, 1)])
     spread = replace(EVIDENCE.tested[0], alpha={"ffn": 2.0, "attention": 0.5})
     known = two.with_evidence(Evidence(effect="e", side_effect="s", tested=(spread,)))

@@ -1,8 +1,5 @@
 """Halves of the pairs: decided by the prompt alone, and about equal."""
 
-import subprocess
-import sys
-
 import austeer
 from austeer.pairs.halves import half_of, half_rows, half_rows_without_texts
 from naive_momentum import assert_like, numbered_pairs
@@ -14,18 +11,6 @@ def test_which_half_never_changes():
     """Files of different days and machines are merged: these are for ever."""
     prompts = ("The soup was", "The old boat was", "", "Ünï – ☃", "a\nb", "c", "d", "e")
     assert [half_of(prompt) for prompt in prompts] == [True, True, True, True, True, False, True, True]
-
-
-def test_another_process_agrees():
-    program = f"from austeer.pairs.halves import half_rows; print(half_rows({PROMPTS[:50]!r}).tolist())"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={"PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == str(half_rows(PROMPTS[:50]).tolist())
 
 
 def test_halves_are_about_equal():

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -108,10 +109,10 @@ def test_where_finds_what_json_writes(tmp_path):
 
 
 def test_what_is_no_pairs_and_a_limit_of_none_at_all(tmp_path):
-    with pytest.raises(PairsError, match="found NoneType"):
+    with pytest.raises(PairsError, match="NoneType"):
         Pairs.of(None)
     (tmp_path / "p.jsonl").write_text("{}")
-    with pytest.raises(PairsError, match="limit: found 0"):
+    with pytest.raises(PairsError, match=r"limit: .* 0"):
         load_pairs(tmp_path / "p.jsonl", limit=0)
 
 
@@ -125,9 +126,8 @@ def test_empty_field_names_file_line_and_field(tmp_path, suffix, field, value):
     rows = [*ROWS[:2], {**ROWS[2], field: value}]
     path = write(tmp_path / f"pairs{suffix}", rows)
     line = 3 if suffix == ".jsonl" else 4 + value.count("\n")  # CSV has a header and names the row's last line
-    with pytest.raises(PairsError) as caught:
+    with pytest.raises(PairsError, match=rf"^{path}, line {line}: .*'{field}'.*empty"):
         load_pairs(path)
-    assert str(caught.value) == f"{path}, line {line}: field {field!r} is empty, expected text"
 
 
 @pytest.mark.parametrize("field", ["prompt", "positive", "negative"])
@@ -135,56 +135,55 @@ def test_empty_field_names_file_line_and_field(tmp_path, suffix, field, value):
 def test_missing_field_names_what_is_there(tmp_path, field, value):
     row = {name: text for name, text in ROWS[1].items() if name != field}
     path = write(tmp_path / "pairs.jsonl", [ROWS[0], {**row, field: None} if value is None else row])
-    with pytest.raises(PairsError, match=rf"line 2: field '{field}' is missing; found .*split.*--{field}-field"):
+    with pytest.raises(PairsError, match=rf"line 2: .*'{field}'.*split.*--{field}-field"):
         load_pairs(path)
 
 
 def test_missing_csv_column(tmp_path):
     path = write(tmp_path / "pairs.csv", [{"prompt": "a", "positive": " b"}] * 2)
-    with pytest.raises(PairsError, match=r"line 2: field 'negative' is missing; found prompt, positive"):
+    with pytest.raises(PairsError, match=r"line 2: .*'negative'.*prompt, positive"):
         load_pairs(path)
 
 
 @pytest.mark.parametrize("value, kind", [(3, "int"), (["a"], "list"), ({"a": 1}, "dict"), (True, "bool"), (0, "int")])
 def test_field_that_is_no_text(tmp_path, value, kind):
     path = write(tmp_path / "pairs.jsonl", [ROWS[0], {**ROWS[1], "positive": value}])
-    with pytest.raises(PairsError, match=f"line 2: field 'positive' is {kind}, expected text"):
+    with pytest.raises(PairsError, match=rf"line 2: .*'positive'.*{kind}"):
         load_pairs(path)
 
 
 def test_entry_of_a_json_list_is_named(tmp_path):
     path = write(tmp_path / "pairs.json", [ROWS[0], {**ROWS[1], "negative": ""}])
-    with pytest.raises(PairsError, match=r"pairs\.json, entry 2: field 'negative' is empty"):
+    with pytest.raises(PairsError, match=r"pairs\.json, entry 2: .*'negative'"):
         load_pairs(path)
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content, found",
     [
-        ("p.jsonl", b'{"prompt": "a"\n', r"line 1: not valid JSON .*expected one object a line"),
-        ("p.jsonl", b'\n\n["a", "b", "c"]\n', r"line 3: found list, expected an object"),
-        ("p.jsonl", b"", "found 0 pairs, expected at least 2"),
-        ("p.jsonl", json.dumps(ROWS[0]).encode(), "found 1 pair, expected at least 2"),
-        ("p.jsonl", b"[" * 100_000, "nested too deep"),
-        ("p.jsonl", b'{"prompt": "\\ud800", "positive": "b", "negative": "c"}', "line 1: field 'prompt' has half of"),
-        ("p.jsonl", '{"prompt": "caf\xe9"}'.encode("latin-1"), "bytes that are not UTF-8"),
-        ("p.json", '["caf\xe9"]'.encode("latin-1"), "bytes that are not UTF-8"),
-        ("p.csv", "prompt,caf\xe9\n".encode("latin-1"), "bytes that are not UTF-8"),
-        ("p.json", b'[{"prompt": "a"},\n oops]', r"p\.json, line 2: not valid JSON"),
-        ("p.json", b'{"prompt": "a"}', "found dict at the top, expected a list"),
-        ("p.json", b'["text"]', "entry 1: found str, expected an object"),
-        ("p.csv", b"", "found 0 pairs"),
-        ("p.csv", b"prompt,positive,negative\n", "found 0 pairs"),
-        ("p.csv", b"prompt,positive,negative\na,b\n", "line 2: field 'negative' is missing"),
-        ("p.csv", b'prompt,positive,negative\n"' + b"a" * 200_000 + b'",b,c\n', r"not readable as CSV \(field larger"),
+        ("p.jsonl", b'{"prompt": "a"\n', "line 1: .*JSON"),
+        ("p.jsonl", b'\n\n["a", "b", "c"]\n', "line 3: .*list.*object"),
+        ("p.jsonl", b"", "0 pairs.* 2"),
+        ("p.jsonl", json.dumps(ROWS[0]).encode(), "1 pair,.* 2"),
+        ("p.jsonl", b"[" * 100_000, "line 1: .*nested"),
+        ("p.jsonl", b'{"prompt": "\\ud800", "positive": "b", "negative": "c"}', "line 1: .*'prompt'.*half"),
+        ("p.jsonl", '{"prompt": "caf\xe9"}'.encode("latin-1"), "UTF-8"),
+        ("p.json", '["caf\xe9"]'.encode("latin-1"), "UTF-8"),
+        ("p.csv", "prompt,caf\xe9\n".encode("latin-1"), "UTF-8"),
+        ("p.json", b'[{"prompt": "a"},\n oops]', "line 2: .*JSON"),
+        ("p.json", b'{"prompt": "a"}', "dict at the top.*list"),
+        ("p.json", b'["text"]', "entry 1: .*str.*object"),
+        ("p.csv", b"", "0 pairs"),
+        ("p.csv", b"prompt,positive,negative\n", "0 pairs"),
+        ("p.csv", b"prompt,positive,negative\na,b\n", "line 2: .*'negative'"),
+        ("p.csv", b'prompt,positive,negative\n"' + b"a" * 200_000 + b'",b,c\n', "CSV.*larger"),
     ],
 )
-def test_damaged_file(tmp_path, name, content, message):
+def test_damaged_file(tmp_path, name, content, found):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(PairsError, match=message) as caught:
+    with pytest.raises(PairsError, match=rf"^{path}.*{found}"):
         load_pairs(path)
-    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
@@ -205,42 +204,42 @@ def test_any_damage_gives_pairs_or_a_pairs_error(tmp_path_factory, suffix, data)
 
 
 def test_suffix_must_be_known(tmp_path):
-    with pytest.raises(PairsError, match=r"suffix '\.txt', expected one of \.jsonl, \.ndjson, \.json, \.csv"):
+    with pytest.raises(PairsError, match=r"'\.txt'.*\.jsonl, \.ndjson, \.json, \.csv"):
         load_pairs(write(tmp_path / "pairs.txt", ROWS))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "folder.jsonl"])
 def test_no_such_file(tmp_path, name):
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(PairsError, match=rf"{name}: no such file"):
+    with pytest.raises(PairsError, match=f"{name}: no such file"):
         load_pairs(tmp_path / name)
 
 
 def test_where_without_a_match(tmp_path):
     path = write(tmp_path / "pairs.jsonl", ROWS)
-    with pytest.raises(PairsError, match=r"found no row with \{'split': 'other'\}"):
+    with pytest.raises(PairsError, match=r"\{'split': 'other'\}"):
         load_pairs(path, where={"split": "other"})
-    with pytest.raises(PairsError, match="found 1 pair, expected at least 2"):
+    with pytest.raises(PairsError, match=r"1 pair,.* 2"):
         load_pairs(path, where={"split": "test"})
 
 
 def test_all_sides_equal(tmp_path):
     rows = [{"prompt": f"p{i}", "positive": f"a{i}", "negative": f"a{i}"} for i in range(3)]
-    with pytest.raises(PairsError, match="in all 3 pairs positive and negative are equal"):
+    with pytest.raises(PairsError, match=r"3 pairs .*equal"):
         load_pairs(write(tmp_path / "pairs.jsonl", rows))
     assert load_pairs(write(tmp_path / "some.jsonl", [*rows, ROWS[0]])).identical == 3
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "found"),
     [
-        ("prompt,positive,negative\nThe food was,great, really great,bad\n", "line 2: found more than 3 fields"),
-        ("prompt,positive,positive,negative\na,b,c,d\n", "found a column name twice"),
+        ("prompt,positive,negative\nThe food was,great, really great,bad\n", "line 2: .*3 fields"),
+        ("prompt,positive,positive,negative\na,b,c,d\n", "column.*twice"),
     ],
 )
-def test_a_csv_that_would_be_misread_is_refused(tmp_path, text, message):
+def test_a_csv_that_would_be_misread_is_refused(tmp_path, text, found):
     (tmp_path / "p.csv").write_text(text)
-    with pytest.raises(PairsError, match=message):
+    with pytest.raises(PairsError, match=rf"p.csv.*{found}"):
         load_pairs(tmp_path / "p.csv")
 
 
@@ -260,27 +259,27 @@ def test_of_takes_pairs_mappings_and_triples():
 
 
 @pytest.mark.parametrize(
-    "entries, message",
+    "entries, found",
     [
-        ([], "memory: found 0 pairs"),
-        ([("a", "b", "c")], "memory: found 1 pair,"),
-        ([("a", "b", "c"), ("a", "b")], r"memory, pair 1: found \('a', 'b'\), expected \(prompt, positive, negative\)"),
-        ([("a", "b", "c"), "abc"], "memory, pair 1: found 'abc', expected"),
-        ([("a", "b", "c"), None], "memory, pair 1: found None, expected"),
-        ([("a", "b", "c"), ("a", "b", None)], "memory, pair 1: field 'negative' is missing"),
-        ([("a", "b", "c"), ("a", 1, "c")], "memory, pair 1: field 'positive' is int"),
-        ([("a", "b", "c"), Pair("a", "b", " ")], "memory, pair 1: field 'negative' is empty"),
-        ([{"prompt": "a", "positive": "b"}], "memory, pair 0: field 'negative' is missing; found prompt, positive"),
-        ([("a", "b", "b"), ("c", "d", "d")], "in all 2 pairs positive and negative are equal"),
+        ([], "memory: .*0 pairs"),
+        ([("a", "b", "c")], "memory: .*1 pair,"),
+        ([("a", "b", "c"), ("a", "b")], r"memory, pair 1: .*\('a', 'b'\).*\(prompt, positive, negative\)"),
+        ([("a", "b", "c"), "abc"], "memory, pair 1: .*'abc'"),
+        ([("a", "b", "c"), None], "memory, pair 1: .*None"),
+        ([("a", "b", "c"), ("a", "b", None)], "memory, pair 1: .*'negative' is missing"),
+        ([("a", "b", "c"), ("a", 1, "c")], "memory, pair 1: .*'positive' is int"),
+        ([("a", "b", "c"), Pair("a", "b", " ")], "memory, pair 1: .*'negative' is empty"),
+        ([{"prompt": "a", "positive": "b"}], "memory, pair 0: .*'negative'.*prompt, positive"),
+        ([("a", "b", "b"), ("c", "d", "d")], "memory: .*2 pairs .*equal"),
     ],
 )
-def test_of_complains(entries, message):
-    with pytest.raises(PairsError, match=message):
+def test_of_complains(entries, found):
+    with pytest.raises(PairsError, match=found):
         Pairs.of(entries)
 
 
 def test_measure_reads_triples_too_and_complains_alike(tiny, demo):
-    with pytest.raises(PairsError, match="memory: found 1 pair,"):
+    with pytest.raises(PairsError, match=r"memory: .*1 pair,"):
         austeer.measure(tiny, demo[1], [("a", "b", "c")])
 
 
@@ -299,7 +298,7 @@ def test_split_is_a_partition_and_repeats(rows, fraction, seed):
     pairs = Pairs.of([(f"{i} {prompt}", positive, negative) for i, (prompt, positive, negative) in enumerate(rows)])
     size = round(len(pairs) * fraction)
     if min(size, len(pairs) - size) < 2:
-        with pytest.raises(PairsError, match=f"found parts of {size} and {len(pairs) - size}"):
+        with pytest.raises(PairsError, match=f" {size} and {len(pairs) - size}"):
             pairs.split(fraction, seed)
         return
     first, second = pairs.split(fraction, seed)
@@ -337,7 +336,7 @@ def test_pairs_and_the_task_of_them_read_the_same_in_a_chat_template(demo, lead)
 @pytest.mark.parametrize("lead", ["A:", 3, ["?"]])
 def test_a_lead_that_is_not_the_prompts_end(lead):
     rows = [{"prompt": "Q0?", "positive": "a", "negative": "b", "lead": lead}] * 2
-    with pytest.raises(PairsError, match=r"memory, pair 0: found .* in the field 'lead', expected that end .* 'Q0\?'"):
+    with pytest.raises(PairsError, match=rf"memory, pair 0: .*{re.escape(repr(lead))}.*'lead'.*'Q0\?'"):
         Pairs.of(rows)
 
 
@@ -349,12 +348,12 @@ def test_system_message_comes_first(demo):
 def test_chat_template_is_put_on_once(demo, tmp_path):
     pairs = load_pairs(write(tmp_path / "pairs.jsonl", ROWS), chat_template=demo[1])
     assert pairs == load_pairs(tmp_path / "pairs.jsonl").with_chat_template(demo[1])
-    with pytest.raises(PairsError, match="put through a chat template already"):
+    with pytest.raises(PairsError, match="chat template already"):
         pairs.with_chat_template(demo[1])
 
 
 def test_tokenizer_without_chat_template(demo):
     plain = copy.deepcopy(demo[1])
     plain.chat_template = None
-    with pytest.raises(PairsError, match="the tokenizer has no chat template"):
+    with pytest.raises(PairsError, match=r"tokenizer.*no chat template"):
         render_chat(plain, "Hello")

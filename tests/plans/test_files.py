@@ -18,12 +18,19 @@ from austeer.plans import files as plan_files
 from austeer.plans.files import FILE_NAME, FORMAT, VERSION
 from austeer.plans.table import OPERATIONS, TIES
 from austeer.utils import files
-from places import TESTS
-from small_plans import EVIDENCE, KNOWN, MODEL, PLAN, keys_of, outside, parts_of, plan_of, sealed
-
-VERSION_1 = TESTS / "data" / "plan_version_1.safetensors"
-COLUMNS = ("beta", "delta", "index", "layer", "site")
-
+from small_plans import (
+    COLUMNS,
+    EVIDENCE,
+    KNOWN,
+    MODEL,
+    PLAN,
+    VERSION_1,
+    claiming,
+    keys_of,
+    parts_of,
+    plan_of,
+    sealed,
+)
 
 # --- round trips -----------------------------------------------------------------------------------------------------
 
@@ -70,28 +77,28 @@ def test_header_is_plain_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "plan, message",
+    "plan, found",
     [
-        (replace(PLAN, model=replace(MODEL, name="two\nlines")), r"model: name: found 'two\\nlines'"),
-        (replace(PLAN, model=replace(MODEL, name="")), "model: name: found ''"),
-        (replace(PLAN, model=replace(MODEL, revision="x" * 301)), r"model: revision: found .* \(301 characters\)"),
-        (replace(PLAN, model=replace(MODEL, layers=2**31)), "model: found sizes"),
-        (replace(PLAN, model=replace(MODEL, layers=True), layer=PLAN.layer * 0), "model: found sizes"),
+        (replace(PLAN, model=replace(MODEL, name="two\nlines")), r"model: name: .*'two\\nlines'"),
+        (replace(PLAN, model=replace(MODEL, name="")), "model: name: .*''"),
+        (replace(PLAN, model=replace(MODEL, revision="x" * 301)), "model: revision: .*301"),
+        (replace(PLAN, model=replace(MODEL, layers=2**31)), "model: .*sizes"),
+        (replace(PLAN, model=replace(MODEL, layers=True), layer=PLAN.layer * 0), "model: .*sizes"),
         (
             replace(PLAN, model=replace(MODEL, widths={**MODEL.widths, **{f"s{i}": 1 for i in range(63)}})),
-            "model: found 65 sites, expected at most 64",
+            "model: .*65 sites.*64",
         ),
     ],
 )
-def test_what_could_not_be_read_back_is_not_written(tmp_path, plan, message):
-    with pytest.raises(PlanError, match=message):
+def test_what_could_not_be_read_back_is_not_written(tmp_path, plan, found):
+    with pytest.raises(PlanError, match=found):
         plan.save_pretrained(tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_header_without_end_is_not_written(tmp_path):
     rows = tuple(replace(EVIDENCE.tested[0], alpha=i, data="ü" * 300) for i in range(500))
-    with pytest.raises(PlanError, match=r"header would take \d+ bytes, expected at most \d+; shorten the evidence"):
+    with pytest.raises(PlanError, match=r"header.*\d+ bytes.*\d+.*evidence"):
         PLAN.with_evidence(replace(EVIDENCE, tested=rows, alpha=None)).save_pretrained(tmp_path)
 
 
@@ -99,29 +106,29 @@ def test_a_header_without_end_is_not_written(tmp_path):
 
 
 def test_missing_plan(tmp_path):
-    with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: no such file; expected an austeer-plan .* holds nothing"):
+    with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: .*austeer-plan.*nothing"):
         Plan.from_pretrained(tmp_path)
     for name in "fedcbag":
         (tmp_path / name).touch()
-    with pytest.raises(FileFormatError, match=r"The folder holds a, b, c, d, e \.\.\."):
+    with pytest.raises(FileFormatError, match=r" a, b, c, d, e \.\.\."):
         Plan.from_pretrained(tmp_path)
-    with pytest.raises(FileFormatError, match="no such file or folder; expected an austeer-plan file"):
+    with pytest.raises(FileFormatError, match=r"new: .*austeer-plan"):
         Plan.from_pretrained(tmp_path / "new")
     (tmp_path / FILE_NAME).mkdir()
-    with pytest.raises(FileFormatError, match="no such file; expected an austeer-plan file"):
+    with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: .*austeer-plan"):
         Plan.from_pretrained(tmp_path)
 
 
 def test_a_models_weights_are_no_plan(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / FILE_NAME, metadata={"format": "pt"})
-    with pytest.raises(FileFormatError, match=r"found a file of format 'pt', expected 'austeer-plan'"):
+    with pytest.raises(FileFormatError, match=r"'pt'.*'austeer-plan'"):
         Plan.from_pretrained(tmp_path)
 
 
 def test_a_momentum_file_is_called_one(tmp_path):
     counters = {name: torch.zeros(4, 9) for name in Counters.__dataclass_fields__}
     Momentum({"ffn": Counters(**counters)}, 3, MODEL).save(tmp_path / "kind.momentum")
-    with pytest.raises(FileFormatError, match=r"found a momentum file, expected a plan; .* austeer select .*momentum"):
+    with pytest.raises(FileFormatError, match=r"kind.momentum: .*momentum file.*plan.*austeer select"):
         Plan.from_pretrained(tmp_path / "kind.momentum")
 
 
@@ -156,53 +163,43 @@ def test_every_older_version_has_a_migration():
 
 @pytest.mark.parametrize(
     "field, found",
-    [("colour", r"found the fields \['chat_template', 'colour'"), ("evidence", "found the field 'evidence'")],
+    [("colour", r"\['chat_template', 'colour'"), ("evidence", "'evidence'")],
 )
 def test_a_file_of_version_1_has_no_later_fields(tmp_path, field, found):
     metadata, columns = parts_of(VERSION_1.read_bytes())
     header = {**json.loads(metadata["header"]), field: EVIDENCE.to_json()}
     (tmp_path / FILE_NAME).write_bytes(sealed(json.dumps(header), columns, version="1"))
-    with pytest.raises(FileFormatError, match=rf"inconsistent content \({found}"):
+    with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: inconsistent.*{found}"):
         Plan.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "version, writer, message",
+    "version, writer, found",
     [
-        ("3", "9.1", r"found version '3', expected 2; .* wrote it \(austeer 9.1, pip install --upgrade austeer\)"),
-        ("3", "9.1; rm -rf /", r"that wrote it \(pip install --upgrade austeer\), or"),
-        ("999999999", "9.1", "pip install --upgrade austeer"),
-        ("0", "0.0", "found version '0', expected 2; use the austeer that wrote it, or make"),
-        ("-1", "0.1", "found version '-1', expected 2; use the austeer that wrote it, or make"),
-        ("two", "0.1", "found version 'two', expected 2; use the austeer that wrote it, or make"),
-        ("٢", "0.1", "found version '٢', expected 2; use the austeer that wrote it, or make"),
-        ("9" * 5000, "0.1", r"found version '9{40}', expected 2; use the austeer that wrote it, or make"),
+        ("3", "9.1", "version '3'.*2.*austeer 9.1, pip install --upgrade austeer"),
+        ("3", "9.1; rm -rf /", r"version '3'.*2.*\(pip install --upgrade austeer\)"),
+        ("999999999", "9.1", "version '999999999'.*2.*--upgrade"),
+        ("0", "0.0", "version '0'.*2; use the austeer that wrote it,"),
+        ("-1", "0.1", "version '-1'.*2; use the austeer that wrote it,"),
+        ("two", "0.1", "version 'two'.*2; use the austeer that wrote it,"),
+        ("٢", "0.1", "version '٢'.*2; use the austeer that wrote it,"),
+        ("9" * 5000, "0.1", "version '9{40}'.*2; use the austeer that wrote it,"),
     ],
 )
-def test_other_versions(tmp_path, version, writer, message):
+def test_other_versions(tmp_path, version, writer, found):
     metadata, columns = parts_of(PLAN.save_pretrained(tmp_path).read_bytes())
     (tmp_path / FILE_NAME).write_bytes(sealed(metadata["header"], columns, version=version, austeer=writer))
-    with pytest.raises(FileFormatError, match=message):
+    with pytest.raises(FileFormatError, match=found):
         Plan.from_pretrained(tmp_path)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def claiming(units):
-    tensors, place = {}, 0
-    for name in COLUMNS:
-        size = units * (1 if name == "site" else 4)
-        dtype = plan_files.COLUMNS[name]
-        tensors[name] = {"dtype": dtype, "shape": [units], "data_offsets": [place, place + size]}
-        place += size
-    return outside(tensors), place
-
-
 @pytest.mark.parametrize("units", [10**12, 2**63, 2**64])
 def test_more_aus_than_the_file_has_bytes(tmp_path, units):
     (tmp_path / FILE_NAME).write_bytes(claiming(units)[0] + b"\0" * 100)
-    with pytest.raises(FileFormatError, match="damaged or not an austeer-plan file"):
+    with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: .*austeer-plan"):
         Plan.from_pretrained(tmp_path)
 
 
@@ -211,7 +208,7 @@ def test_a_file_of_many_gigabytes_is_not_read(tmp_path):
     with (tmp_path / FILE_NAME).open("wb") as file:
         file.write(begin)
         file.truncate(len(begin) + size)  # sparse: it takes no room
-    with pytest.raises(FileFormatError, match=r"found 1700\d+ bytes, expected at most \d+"):
+    with pytest.raises(FileFormatError, match=r"1700\d+ bytes.*\d+"):
         Plan.from_pretrained(tmp_path)
 
 
@@ -220,15 +217,15 @@ def test_more_aus_than_a_plan_may_have(tmp_path, monkeypatch):
     with (tmp_path / FILE_NAME).open("wb") as file:
         file.write(begin)
         file.truncate(len(begin) + size)
-    with pytest.raises(FileFormatError, match="found 8388609 AUs, expected 1 to 8388608"):
+    with pytest.raises(FileFormatError, match=r"8388609 AUs.*1 to 8388608"):
         Plan.from_pretrained(tmp_path)
     PLAN.save_pretrained(tmp_path)
     monkeypatch.setattr(plan_files, "MOST_UNITS", 3)
     assert Plan.from_pretrained(tmp_path) == PLAN
     monkeypatch.setattr(plan_files, "MOST_UNITS", 2)
-    with pytest.raises(FileFormatError, match="found 3 AUs, expected 1 to 2"):
+    with pytest.raises(FileFormatError, match=r"3 AUs.*1 to 2"):
         Plan.from_pretrained(tmp_path)
-    with pytest.raises(PlanError, match=r"found 3 AUs, expected 1 to 2; take a part with plan.top\(k\)"):
+    with pytest.raises(PlanError, match=r"3 AUs.*1 to 2.*plan.top\(k\)"):
         PLAN.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -236,7 +233,7 @@ def test_more_aus_than_a_plan_may_have(tmp_path, monkeypatch):
 @pytest.mark.parametrize("claimed", [2**20 + 1, 10**8, 2**63, 2**64 - 1])
 def test_a_header_that_claims_too_much(tmp_path, claimed):
     (tmp_path / FILE_NAME).write_bytes(struct.pack("<Q", claimed) + b"{" * (2**20 + 100))
-    with pytest.raises(FileFormatError, match=rf"its header claims {claimed} bytes, expected at most 1048576"):
+    with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: .*header.*{claimed} bytes.*1048576"):
         Plan.from_pretrained(tmp_path)
 
 

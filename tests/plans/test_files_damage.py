@@ -11,11 +11,7 @@ import pytest
 
 from austeer import AusteerError, FileFormatError, Plan, PlanError
 from austeer.plans.files import FILE_NAME, FORMAT
-from places import TESTS
-from small_plans import KNOWN, PLAN, outside, parts_of, sealed
-
-VERSION_1 = TESTS / "data" / "plan_version_1.safetensors"
-COLUMNS = ("beta", "delta", "index", "layer", "site")
+from small_plans import COLUMNS, KNOWN, PLAN, VERSION_1, outside, parts_of, sealed
 
 
 def test_a_file_built_by_hand_loads(tmp_path):
@@ -68,14 +64,14 @@ def test_any_damage_gives_an_error_or_the_plan(tmp_path, plan):
     plan.save_pretrained(tmp_path) if plan else shutil.copy(VERSION_1, path)
     plan, content = Plan.from_pretrained(path), path.read_bytes()
     generator, refused = random.Random(5), 0
-    for number in range(3000):
+    for number in range(2000):
         path.write_bytes(damaged(content, generator))
         try:
             assert Plan.from_pretrained(path) == plan, f"case {number}"
         except AusteerError as error:
             assert str(error)
             refused += 1
-    assert refused > 2700, "padding and the writer's version may change without harm, little else"
+    assert refused > 1800, "padding and the writer's version may change without harm, little else"
 
 
 def test_every_single_bit_is_guarded(tmp_path):
@@ -189,7 +185,7 @@ def test_altered_content_with_a_right_checksum(tmp_path):
     metadata, columns = parts_of(KNOWN.save_pretrained(tmp_path).read_bytes())
     path, generator = tmp_path / FILE_NAME, random.Random(7)
     loaded = refused = 0
-    for _ in range(4000):
+    for _ in range(2000):
         header, parts = metadata["header"], columns
         for _ in range(generator.choice([1, 1, 2])):
             if generator.random() < 0.6:
@@ -208,7 +204,7 @@ def test_altered_content_with_a_right_checksum(tmp_path):
         else:
             assert_sound(plan, tmp_path)
             loaded += 1
-    assert loaded > 100 and refused > 2500, "both happen"
+    assert loaded > 50 and refused > 1250, "both happen"
 
 
 @pytest.mark.parametrize(
@@ -252,12 +248,12 @@ def test_a_name_that_stands_twice(tmp_path):
     assert twice != outer and inner != metadata["header"]
     for new in (struct.pack("<Q", len(twice)) + twice.encode() + content[8 + size :], sealed(inner, columns)):
         (tmp_path / FILE_NAME).write_bytes(new)
-        with pytest.raises(FileFormatError, match="the same name twice"):
+        with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: .*name twice"):
             Plan.from_pretrained(tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="named pipes are POSIX's")
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / FILE_NAME)
-    with pytest.raises(FileFormatError, match="no such file"):
+    with pytest.raises(FileFormatError, match=f"{FILE_NAME}: no such file"):
         Plan.from_pretrained(tmp_path)

@@ -1,11 +1,11 @@
 """Plans on the Hub: the real client against a server of our own, with no network."""
 
+import re
 from functools import partial
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
-from test_plan_files import VERSION_1, claiming
 
 from austeer import FileFormatError, Plan, PlanError
 from austeer.plans import files as plan_files
@@ -13,7 +13,7 @@ from austeer.plans.files import FILE_NAME
 from austeer.plans.hub import HubError, split_id
 from austeer.plans.repository import contents_of
 from local_hub import local_hub
-from small_plans import KNOWN, PLAN
+from small_plans import KNOWN, PLAN, VERSION_1, claiming
 
 ID = "user/kind"
 
@@ -131,17 +131,17 @@ def test_from_the_cache_alone(hub, away):
 def test_neither_in_the_cache_nor_to_be_had(hub, away, how):
     PLAN.push_to_hub(ID)
     away()
-    reason = "it was not asked" if how else r"\[Errno"
-    with pytest.raises(HubError, match=rf"^user/kind: no such folder here, not in .* cannot be had: {reason}"):
+    reason = "local_files_only" if how else r"\[Errno"
+    with pytest.raises(HubError, match=rf"^user/kind: .*{reason}"):
         Plan.from_pretrained(ID, **how)
-    with pytest.raises(HubError, match=r"^user/kind at v1: "):
+    with pytest.raises(HubError, match=rf"^user/kind at v1: .*{reason}"):
         Plan.from_pretrained(ID, revision="v1", **how)
 
 
 def test_no_branch_is_made_for_a_pull_request(hub):
     PLAN.push_to_hub(ID)
     hub.requests.clear()
-    with pytest.raises(HubError, match="refs/pr/9"):
+    with pytest.raises(HubError, match="user/kind at refs/pr/9"):
         PLAN.push_to_hub(ID, revision="refs/pr/9")
     assert hub.requests and not any("/branch/" in path for _, path in hub.requests)
 
@@ -152,9 +152,9 @@ def test_offline_mode(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert Plan.from_pretrained(ID) == PLAN
-    with pytest.raises(HubError, match=r"user/other: no such folder here.*offline mode is enabled"):
+    with pytest.raises(HubError, match=r"user/other: .*offline"):
         Plan.from_pretrained("user/other")
-    with pytest.raises(HubError, match=r"user/other: .*offline mode is enabled.*[^.]\. Check the connection"):
+    with pytest.raises(HubError, match=r"user/other: .*offline"):
         PLAN.push_to_hub("user/other")
     assert not hub.requests
 
@@ -164,7 +164,7 @@ def test_another_cache(hub, away, tmp_path):
     assert Plan.from_pretrained(ID, cache_dir=tmp_path / "mine") == PLAN
     away()
     assert Plan.from_pretrained(ID, cache_dir=tmp_path / "mine") == PLAN
-    with pytest.raises(HubError, match="not in the cache"):
+    with pytest.raises(HubError, match=r"user/kind: .*cache.*\[Errno"):
         Plan.from_pretrained(ID)
 
 
@@ -173,7 +173,7 @@ def test_a_hub_that_is_broken_and_a_plan_in_the_cache(hub):
     Plan.from_pretrained(ID)
     hub.broken = True
     assert Plan.from_pretrained(ID) == PLAN
-    with pytest.raises(HubError, match=r"user/kind: the Hub answered 500: .*; try again later"):
+    with pytest.raises(HubError, match=r"user/kind: .*500"):
         PLAN.push_to_hub(ID)
 
 
@@ -183,11 +183,11 @@ def test_a_hub_that_is_broken_and_a_plan_in_the_cache(hub):
 def test_no_such_repository_revision_or_plan(hub):
     PLAN.push_to_hub(ID)
     hub.create("user/model").commit("main", {"config.json": b"{}"})
-    with pytest.raises(HubError, match=r"^user/other: no such repository on the Hub, nor a folder here; .* log in"):
+    with pytest.raises(HubError, match=r"^user/other: .*hf auth login"):
         Plan.from_pretrained("user/other")
-    with pytest.raises(HubError, match=r"^user/kind at v9: the repository has no such revision; expected a"):
+    with pytest.raises(HubError, match=r"^user/kind at v9: .*revision"):
         Plan.from_pretrained(ID, revision="v9")
-    with pytest.raises(HubError, match=f"^user/model: the repository holds no {FILE_NAME}; expected one made by"):
+    with pytest.raises(HubError, match=rf"^user/model: .*{FILE_NAME}"):
         Plan.from_pretrained("user/model")
 
 
@@ -197,16 +197,16 @@ def test_private_and_gated(hub, token):
     assert Plan.from_pretrained(ID, token="hf_user") == PLAN and hub.repositories[ID].private
     other = "user/gated"
     hub.create(other, gated=True).commit("main", {FILE_NAME: b""})
-    with pytest.raises(HubError, match=r"gated; ask for access at https://huggingface.co/user/gated, then log in"):
+    with pytest.raises(HubError, match=r"https://huggingface.co/user/gated.*hf auth login"):
         Plan.from_pretrained(other, token=token)
     hub.repositories[other].private, hub.repositories[other].gated = True, False
-    with pytest.raises(HubError, match=r"no such repository on the Hub, nor a folder here; .*If it is private, log in"):
+    with pytest.raises(HubError, match=r"^user/gated: .*private.*hf auth login"):
         Plan.from_pretrained(other, token=token)
 
 
 def test_a_token_that_is_none(hub, monkeypatch):
     PLAN.push_to_hub(ID)
-    with pytest.raises(HubError, match=r"the Hub answered 401: .*; the Hub does not know who asks; log in"):
+    with pytest.raises(HubError, match=r"user/kind: .*401.*hf auth login"):
         Plan.from_pretrained(ID, token="hf_stale")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="token"):
@@ -218,7 +218,7 @@ def test_a_file_of_many_gigabytes_is_not_downloaded(hub):
     PLAN.push_to_hub(ID)
     hub.sizes[FILE_NAME] = 40 * 10**9
     hub.requests.clear()
-    with pytest.raises(HubError, match=rf"found 40000000000 bytes in {FILE_NAME}, expected at most \d+; it is no plan"):
+    with pytest.raises(HubError, match=rf"user/kind: .*40000000000 .*{FILE_NAME}"):
         Plan.from_pretrained(ID)
     assert [method for method, _ in hub.requests] == ["HEAD"]
 
@@ -226,7 +226,7 @@ def test_a_file_of_many_gigabytes_is_not_downloaded(hub):
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\x80\x04pickle", claiming(10**12)[0]])
 def test_what_is_no_plan_does_not_load(hub, content):
     hub.create(ID).commit("main", {FILE_NAME: content})
-    with pytest.raises(FileFormatError, match=r"models--user--kind.*damaged or not an austeer-plan file"):
+    with pytest.raises(FileFormatError, match=r"models--user--kind.*austeer-plan"):
         Plan.from_pretrained(ID)
 
 
@@ -248,8 +248,7 @@ def test_what_is_no_plan_does_not_load(hub, content):
 )
 def test_what_is_neither_a_folder_nor_an_id(hub, source):
     hub.requests.clear()
-    expected = FILE_NAME if source == ".." else "no such file or folder; expected .*, or a Hub id as in USER/NAME"
-    with pytest.raises(FileFormatError, match=expected):
+    with pytest.raises(FileFormatError, match=FILE_NAME if source == ".." else "USER/NAME"):
         Plan.from_pretrained(source)
     assert not hub.requests
 
@@ -257,10 +256,10 @@ def test_what_is_neither_a_folder_nor_an_id(hub, source):
 def test_a_path_is_never_an_id(hub, tmp_path):
     PLAN.push_to_hub(ID)
     hub.requests.clear()
-    with pytest.raises(FileFormatError, match=r"user/kind: no such file or folder; expected an austeer-plan file, as"):
+    with pytest.raises(FileFormatError, match=r"^user/kind: .*austeer-plan"):
         Plan.from_pretrained(Path(ID))
     PLAN.save_pretrained(tmp_path / "plan")
-    with pytest.raises(FileFormatError, match="plan: found revision 'v1' for what is no Hub id"):
+    with pytest.raises(FileFormatError, match=r"plan: .*revision 'v1'"):
         Plan.from_pretrained(tmp_path / "plan", revision="v1")
     assert not hub.requests
 
@@ -269,13 +268,13 @@ def test_a_path_is_never_an_id(hub, tmp_path):
 def test_what_is_no_revision(hub, revision):
     hub.requests.clear()
     for call in (partial(Plan.from_pretrained, ID), partial(PLAN.push_to_hub, ID)):
-        with pytest.raises(HubError, match=r"revision: found .*, expected a branch, a tag or a commit"):
+        with pytest.raises(HubError, match=rf"^revision: .*{re.escape(repr(revision[:80]))}"):
             call(revision=revision)
     assert not hub.requests
 
 
 def test_two_revisions(hub):
-    with pytest.raises(HubError, match="found two revisions, 'v1' and 'v2'; give one"):
+    with pytest.raises(HubError, match=r"user/kind.*'v1'.*'v2'"):
         Plan.from_pretrained(f"{ID}@v1", revision="v2")
     PLAN.push_to_hub(ID, revision="v1")
     assert Plan.from_pretrained(f"{ID}@v1", revision="v1") == PLAN
@@ -293,7 +292,7 @@ def test_split_id():
 
 @pytest.mark.parametrize("repo_id", ["kind", "a/b/c", "user/ki nd", "user/kind@v1", "./kind", ""])
 def test_what_is_no_repositorys_name(hub, repo_id):
-    with pytest.raises(HubError, match="expected a repository's name as in USER/NAME"):
+    with pytest.raises(HubError, match=rf"'{repo_id}'.*USER/NAME"):
         PLAN.push_to_hub(repo_id)
     assert not hub.requests
 
@@ -306,15 +305,11 @@ def test_a_plan_that_cannot_be_written_makes_no_repository(hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "repo_id, token, message",
-    [
-        (ID, False, r"the Hub answered 401: .*; the Hub does not know who asks; log in"),
-        (ID, "hf_stale", r"the Hub answered 401: .*; the Hub does not know who asks; log in"),
-        ("else/kind", None, r"the Hub answered 403: .*; this account or token may not do that; use a token with write"),
-    ],
+    "repo_id, token, found",
+    [(ID, False, "401.*hf auth login"), (ID, "hf_stale", "401.*hf auth login"), ("else/kind", None, "403.*write")],
 )
-def test_not_allowed(hub, repo_id, token, message):
-    with pytest.raises(HubError, match=message):
+def test_not_allowed(hub, repo_id, token, found):
+    with pytest.raises(HubError, match=rf"^{repo_id}: .*{found}"):
         PLAN.push_to_hub(repo_id, token=token)
     assert not hub.repositories
 
@@ -322,7 +317,7 @@ def test_not_allowed(hub, repo_id, token, message):
 def test_another_ones_repository(hub):
     hub.create("else/kind").commit("main", {FILE_NAME: b"theirs"})
     before = dict(hub.repositories["else/kind"].commits)
-    with pytest.raises(HubError, match=r"else/kind: the Hub answered 403: .*write access"):
+    with pytest.raises(HubError, match=r"else/kind: .*403.*write"):
         PLAN.push_to_hub("else/kind")
     assert hub.repositories["else/kind"].commits == before
 
@@ -330,7 +325,7 @@ def test_another_ones_repository(hub):
 def test_what_should_be_private_is_not_shown(hub):
     PLAN.push_to_hub(ID)
     before = dict(hub.repositories[ID].commits)
-    with pytest.raises(HubError, match=r"is public already, and --private .* Nothing was uploaded"):
+    with pytest.raises(HubError, match=r"^user/kind: .*public.*--private"):
         KNOWN.push_to_hub(ID, private=True)
     assert hub.repositories[ID].commits == before
     hub.repositories[ID].private = True
@@ -342,13 +337,13 @@ def test_the_card_of_something_else_is_not_replaced(hub):
     files = {"README.md": b"A model.", "config.json": b"{}", "model.safetensors": b""}
     hub.create("user/model").commit("main", files)
     before = dict(hub.repositories["user/model"].commits)
-    with pytest.raises(HubError, match=r"holds something else \(README.md, config.json, model.safetensors\), and its"):
+    with pytest.raises(HubError, match=r"^user/model: .*README.md, config.json, model.safetensors"):
         PLAN.push_to_hub("user/model")
     assert hub.repositories["user/model"].commits == before
 
 
 def test_a_card_that_the_hub_does_not_take(hub):
-    with pytest.raises(HubError, match=r'Invalid metadata in README.md. - "license" must be one of'):
+    with pytest.raises(HubError, match=r'user/kind: .*README.md.*"license"'):
         PLAN.push_to_hub(ID, license="no-such-license")
     assert FILE_NAME not in hub.repositories[ID].commits[hub.repositories[ID].refs["main"]]
 
@@ -359,10 +354,10 @@ def test_an_interrupted_upload_leaves_no_plan(hub, monkeypatch):
     def stop(*arguments, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("huggingface_hub._commit_api._send_commit", stop)
+    monkeypatch.setattr(HfApi, "create_commit", stop)
     with pytest.raises(KeyboardInterrupt):
         PLAN.push_to_hub(ID)
-    with pytest.raises(HubError, match=f"holds no {FILE_NAME}"):
+    with pytest.raises(HubError, match=rf"user/kind: .*{FILE_NAME}"):
         Plan.from_pretrained(ID)
 
 

@@ -15,37 +15,37 @@ from small_plans import EVIDENCE, MODEL, PLAN, keys_of, plan_of
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, found",
     [
-        ({"operation": "add"}, "operation: found 'add', expected one of scale, push, shift"),
-        ({"site": ()}, "needs at least one AU; found none"),
-        ({"site": ("ffn", "ffn")}, r"layer: found torch.int32 \[3\], expected torch.int32 \[2\]"),
-        ({"layer": PLAN.layer.long()}, r"layer: found torch.int64 \[3\], expected torch.int32 \[3\]"),
-        ({"layer": [3, 0, 0]}, r"layer: found list, expected torch.int32 \[3\]"),
-        ({"beta": PLAN.beta.double()}, "beta: found torch.float64"),
-        ({"beta": torch.tensor([0.1, float("nan"), 0])}, "beta: found NaN or infinity"),
-        ({"delta": torch.tensor([0.1, float("inf"), 0])}, "delta: found NaN or infinity"),
-        ({"delta": PLAN.delta[:, None]}, r"delta: found torch.float32 \[3, 1\]"),
-        ({"beta": torch.tensor([0.1, -1.5, 0])}, "beta: found 1.5, expected -1 to 1"),
-        ({"site": ("ffn", "layer", "ffn")}, r"site 'layer' has no width in the plan's model; found \['attention', 'ff"),
-        ({"layer": torch.tensor([4, 0, 0]).int()}, "layer: found 0 to 4 at site 'ffn', expected 0 to 3"),
-        ({"layer": torch.tensor([0, -1, 0]).int()}, "layer: found -1 to -1 at site 'attention', expected 0 to 3"),
-        ({"index": torch.tensor([0, 6, 0]).int()}, "index: found 6 to 6 at site 'attention', expected 0 to 5"),
-        ({"layer": torch.zeros(3).int(), "index": torch.zeros(3).int()}, "found the same AU twice"),
-        ({"operation": ["scale"]}, r"operation: found \['scale'\], expected one of scale, push, shift"),
-        ({"ties": "random"}, "ties: found 'random', expected one of effect, public"),
-        ({"site": ["ffn", "ffn", "ffn"]}, "site: found list, expected tuple"),
-        ({"site": ("ffn", 5, "ffn")}, "found 17 pairs and sites"),
-        ({"model": None}, "model: found NoneType, expected Fingerprint"),
-        ({"pairs": True}, "pairs: found bool, expected int"),
-        ({"pairs": 1.5}, "pairs: found float, expected int"),
-        ({"pairs": -1}, "found -1 pairs"),
-        ({"chat_template": 1}, "chat_template: found int, expected bool"),
-        ({"evidence": {}}, "evidence: found dict, expected Evidence"),
+        ({"operation": "add"}, "operation: .*'add'.*scale, push, shift"),
+        ({"site": ()}, "one AU.*none"),
+        ({"site": ("ffn", "ffn")}, r"layer: .*\[3\].*\[2\]"),
+        ({"layer": PLAN.layer.long()}, "layer: .*int64.*int32"),
+        ({"layer": [3, 0, 0]}, "layer: .*list.*int32"),
+        ({"beta": PLAN.beta.double()}, "beta: .*float64"),
+        ({"beta": torch.tensor([0.1, float("nan"), 0])}, "beta: .*NaN"),
+        ({"delta": torch.tensor([0.1, float("inf"), 0])}, "delta: .*infinity"),
+        ({"delta": PLAN.delta[:, None]}, r"delta: .*\[3, 1\]"),
+        ({"beta": torch.tensor([0.1, -1.5, 0])}, "beta: .*1.5.*-1 to 1"),
+        ({"site": ("ffn", "layer", "ffn")}, r"'layer'.*\['attention', 'ffn'\]"),
+        ({"layer": torch.tensor([4, 0, 0]).int()}, "layer: .*0 to 4.*'ffn'.*0 to 3"),
+        ({"layer": torch.tensor([0, -1, 0]).int()}, "layer: .*-1 to -1.*'attention'.*0 to 3"),
+        ({"index": torch.tensor([0, 6, 0]).int()}, "index: .*6 to 6.*'attention'.*0 to 5"),
+        ({"layer": torch.zeros(3).int(), "index": torch.zeros(3).int()}, "AU twice"),
+        ({"operation": ["scale"]}, r"operation: .*\['scale'\]"),
+        ({"ties": "random"}, "ties: .*'random'.*effect, public"),
+        ({"site": ["ffn", "ffn", "ffn"]}, "site: .*list.*tuple"),
+        ({"site": ("ffn", 5, "ffn")}, "17 pairs and sites"),
+        ({"model": None}, "model: .*NoneType.*Fingerprint"),
+        ({"pairs": True}, "pairs: .*bool.*int"),
+        ({"pairs": 1.5}, "pairs: .*float.*int"),
+        ({"pairs": -1}, "-1 pairs"),
+        ({"chat_template": 1}, "chat_template: .*int.*bool"),
+        ({"evidence": {}}, "evidence: .*dict.*Evidence"),
     ],
 )
-def test_what_is_no_plan(change, message):
-    with pytest.raises(PlanError, match=message):
+def test_what_is_no_plan(change, found):
+    with pytest.raises(PlanError, match=found):
         replace(PLAN, **change)
 
 
@@ -79,14 +79,14 @@ def test_top_is_a_prefix(keys, data):
 
 @pytest.mark.parametrize("k", [0, -1, 4, True, 2.0, "2", None])
 def test_k_out_of_range(k):
-    with pytest.raises(PlanError, match=r"expected an integer from 1 to 3 \(the plan's AUs\)"):
+    with pytest.raises(PlanError, match=rf"k: .*{k!r}.*1 to 3"):
         PLAN.top(k)
 
 
 def test_operation_changes_nothing_else():
     pushed = PLAN.with_operation("push")
     assert list(pushed) == list(PLAN) and pushed.operation == "push" and PLAN.operation == "scale"
-    with pytest.raises(PlanError, match="operation: found 'add'"):
+    with pytest.raises(PlanError, match=r"operation: .*'add'"):
         PLAN.with_operation("add")
 
 
@@ -114,18 +114,18 @@ def test_sum_knows_the_widths_of_both():
 
 
 @pytest.mark.parametrize(
-    "other, message",
+    "other, found",
     [
-        (plan_of([("ffn", 1, 1)], "push"), "operation: found 'push' and 'scale', expected the same in both"),
-        (plan_of([("ffn", 1, 1)], chat_template=True), "chat_template: found True and False"),
-        (plan_of([("ffn", 1, 1)], model=replace(MODEL, layers=5)), "plans of one model add up"),
-        (plan_of([("ffn", 1, 1)], model=replace(MODEL, model_type="qwen2")), "plans of one model add up"),
-        (plan_of([("ffn", 1, 1)], model=replace(MODEL, widths={"ffn": 8})), "plans of one model add up"),
-        (plan_of([("ffn", 3, 8)]), "found the same AU twice"),
+        (plan_of([("ffn", 1, 1)], "push"), "operation: .*'push' and 'scale'"),
+        (plan_of([("ffn", 1, 1)], chat_template=True), "chat_template: .*True and False"),
+        (plan_of([("ffn", 1, 1)], model=replace(MODEL, layers=5)), "model"),
+        (plan_of([("ffn", 1, 1)], model=replace(MODEL, model_type="qwen2")), "model"),
+        (plan_of([("ffn", 1, 1)], model=replace(MODEL, widths={"ffn": 8})), "model"),
+        (plan_of([("ffn", 3, 8)]), "AU twice"),
     ],
 )
-def test_plans_that_do_not_add_up(other, message):
-    with pytest.raises(PlanError, match=message):
+def test_plans_that_do_not_add_up(other, found):
+    with pytest.raises(PlanError, match=found):
         PLAN + other
 
 
@@ -145,7 +145,7 @@ def test_evidence_is_of_this_very_plan():
 
 def test_evidence_for_other_sites_is_refused():
     by_site = Evidence("effect", tested=(Outcome({"attention": 8, "layer": 1}, "text", 1.0),))
-    with pytest.raises(PlanError, match=r"evidence: found an alpha for sites \['attention', 'layer'\], expected"):
+    with pytest.raises(PlanError, match=r"evidence: .*alpha.*\['attention', 'layer'\]"):
         PLAN.with_evidence(by_site)
     fitting = Evidence("effect", tested=(Outcome({"attention": 8, "ffn": 1}, "text", 1.0),))
     assert PLAN.with_evidence(fitting).evidence.sites() == {"attention", "ffn"}

@@ -108,12 +108,12 @@ def test_what_so_many_pairs_find():
 
 @pytest.mark.parametrize("arguments", [(0.5, 0.05), (0.3, 0.05), (1.1, 0.05), (float("nan"), 0.05)])
 def test_a_rate_that_no_number_of_pairs_finds(arguments):
-    with pytest.raises(SelectionError, match=r"rate: found .*, expected 0\.505 to 1"):
+    with pytest.raises(SelectionError, match=rf"rate: .*{arguments[0]}.*0\.505 to 1"):
         pairs_needed(*arguments)
 
 
 @pytest.mark.parametrize("level, wanted", [(0, 0.8), (0.9, 0.8), (0.05, 1), (-1, 0.8)])
 def test_a_level_and_a_power_that_do_not_fit(level, wanted):
     for call in (lambda: pairs_needed(0.7, level, wanted), lambda: detectable_rate(50, level, wanted)):
-        with pytest.raises(SelectionError, match=r"power: found the level .* expected 0 < level < power < 1"):
+        with pytest.raises(SelectionError, match=rf"power: .*level {level}.*{wanted}"):
             call()

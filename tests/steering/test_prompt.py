@@ -73,7 +73,7 @@ def test_what_generate_is_given_tells(writer, args, kwargs, expected):
 
 def test_guidance_runs_two_prompts_and_is_refused_under_a_scope(writer):
     for how in ({"guidance_scale": 2.0}, {"generation_config": SimpleNamespace(guidance_scale=1.5)}):
-        with pytest.raises(SteeringError, match=r"guidance_scale: found .* with a scope"):
+        with pytest.raises(SteeringError, match=r"guidance_scale: .*\d.*scope"):
             writer.generate(IDS, **how)
     writer.generate(IDS, guidance_scale=1)
     assert len(writer.seen) == 1
@@ -135,6 +135,6 @@ def test_padding_of_masks():
 @pytest.mark.parametrize("wrong", [0, -3, 1.5, True, "4"])
 def test_a_length_that_is_none_is_refused_and_changes_nothing(writer, wrong):
     writer.prompt.length = 3
-    with pytest.raises(SteeringError, match="prompt_length: found"):
+    with pytest.raises(SteeringError, match=rf"prompt_length: .*{wrong!r}"):
         writer.prompt.length = wrong
     assert writer.prompt.length == 3

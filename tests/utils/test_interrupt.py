@@ -3,88 +3,67 @@
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 
 import pytest
 
 from austeer.utils.interrupt import SIGNALS, Interruption, MeasurementInterrupted
 
-START = """
+PROGRAM = """
 import signal, sys
 from austeer.utils.interrupt import Interruption
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may have been started without
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 def wait():
     print("ready", flush=True)
-    sys.stdin.readline()  # goes on waiting after a signal that raises nothing
+    sys.stdin.readline()
+with Interruption() as interruption:
+    wait()
+print("first", interruption.asked, flush=True)
+try:
+    with Interruption() as interruption:
+        print("ready", flush=True)
+        for _ in iter(lambda: interruption.asked, True):
+            pass
+        wait()
+except KeyboardInterrupt:
+    print("second", interruption.asked, flush=True)
+print("ready", flush=True)
+sys.stdin.read()
 """
 
 
-def start(code):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_only_asks_the_second_interrupts_and_afterwards_it_does_what_it_did(number):
     process = subprocess.Popen(
-        [sys.executable, "-c", START + textwrap.dedent(code)],
+        [sys.executable, "-c", PROGRAM],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout.readline() == "ready\n"
-    return process
 
+    def expect(line):
+        assert process.stdout.readline() == f"{line}\n"
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_only_asks(number):
-    process = start(
-        """
-        with Interruption() as interruption:
-            wait()
-            print("asked", interruption.asked, flush=True)
-        print("after", flush=True)
-        """
-    )
-    process.send_signal(number)
-    out, err = process.communicate("\n", timeout=60)
-    assert (out, err, process.returncode) == ("asked True\nafter\n", "", 0)
+    def interrupt(line=""):
+        expect("ready")
+        process.send_signal(number)
+        process.stdin.write(line)  # ends the waiting where the signal came a moment before it, or raised nothing
+        process.stdin.flush()
 
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_the_second_signal_interrupts_at_once(number):
-    process = start(
-        """
-        try:
-            with Interruption() as interruption:
-                wait_for = iter(lambda: interruption.asked, True)
-                print("ready", flush=True)
-                for _ in wait_for:
-                    pass
-                wait()
-        except KeyboardInterrupt:
-            print("interrupted", interruption.asked, flush=True)
-        """
-    )
-    process.send_signal(number)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)  # nobody writes: only the signal can end it
-    assert (out, err, process.returncode) == ("interrupted True\n", "", 0)
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_afterwards_a_signal_does_what_it_did(number):
-    process = start(
-        """
-        with Interruption():
-            pass
-        wait()
-        """
-    )
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    interrupt("\n")
+    expect("first True")
+    interrupt()
+    interrupt("\n")
+    expect("second True")
+    interrupt()
+    out, err = process.communicate(timeout=60)
+    assert out == ""
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in err and process.returncode != 0
     else:
-        assert process.returncode == -signal.SIGTERM
+        assert (err, process.returncode) == ("", -signal.SIGTERM)
 
 
 def handlers():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from austeer.utils import journal
@@ -13,6 +13,7 @@ ENTRIES = st.lists(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(ENTRIES, st.data())
 def test_cut_off_anywhere_the_whole_lines_are_read_and_go_on(tmp_path_factory, entries, data):
     path = tmp_path_factory.mktemp("journal") / "entries.jsonl"

@@ -33,7 +33,6 @@ from layer_runs import (
     snapshot,
     tensors_by_name,
 )
-from places import TESTS
 from tiny_models import FAMILIES, MULTIMODAL, ids_of_rows, tiny_model
 
 CPU = torch.device("cpu")
@@ -98,10 +97,6 @@ def test_every_family_from_disk(tmp_path, family, read):
     assert runner.traffic.peak <= around + max(sum(largest), embedding + largest[-1]) and runner.traffic.held == 0
 
 
-def find_layer(model):
-    return model.get_submodule(find_sites(model, ["layer"])["layer"][0].path)
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama4_text", "qwen3_next"])
 @pytest.mark.parametrize("way", ["disk", "whole layers on disk", "cpu", "another device"])
 def test_wherever_the_weights_are(tmp_path, monkeypatch, family, way):
@@ -109,14 +104,15 @@ def test_wherever_the_weights_are(tmp_path, monkeypatch, family, way):
     sites = find_sites(model)
     expected = in_plain_order(model, sites, blocks)
     offloaded, device = copy.deepcopy(model), None
+    layer = model.get_submodule(sites["layer"][0].path)
     if way == "disk":
         disk_offload(offloaded, tmp_path)
     elif way == "whole layers on disk":
-        disk_offload(offloaded, tmp_path, preload_module_classes=[type(find_layer(model)).__name__])
+        disk_offload(offloaded, tmp_path, preload_module_classes=[type(layer).__name__])
     elif way == "cpu":
         cpu_offload(offloaded)
     else:
-        monkeypatch.setattr(austeer.measuring.layerwise.layerwise, "exact", torch.device)
+        monkeypatch.setattr(austeer.layerwise, "exact", torch.device)
         device = "cpu:0"  # to torch another device than "cpu": everything is copied there
     before = snapshot(offloaded)
     found, runner = layer_by_layer(offloaded, sites, blocks, device=device)
@@ -142,7 +138,7 @@ def test_on_a_gpu(tmp_path, monkeypatch, family, way, memory):
         if way == "cpu":
             cpu_offload(offloaded, "cuda")
     if memory != "device":
-        monkeypatch.setattr(austeer.measuring.layerwise.layerwise, "free_memory", lambda device: 0)
+        monkeypatch.setattr(austeer.layerwise, "free_memory", lambda device: 0)
     before = snapshot(offloaded)
     found, runner = layer_by_layer(
         offloaded,
@@ -206,7 +202,7 @@ def test_no_space_is_said_before_anything_is_loaded(tmp_path, monkeypatch, read)
     offloaded = from_disk(tiny_model(), tmp_path / "model")
     read.clear()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ScratchError, match="cannot be written"):
+    with pytest.raises(ScratchError, match=r"file: .*written"):
         layer_by_layer(offloaded, find_sites(offloaded), blocks_of(), memory=0, scratch=tmp_path / "file")
     assert not read
 
@@ -231,35 +227,34 @@ def test_no_texts():
     assert not found["layer"]["positive"].any()
 
 
-class Stop(Exception):
-    pass
+class Stop(KeyboardInterrupt):
+    """Not an Exception, as what an impatient user raises."""
 
 
-def stop_after(count, error):
-    """A callback that raises at its ``count``-th call."""
+def stop_after(count):
+    """A callback that stops at its ``count``-th call."""
     left = [count]
 
     def call(*_):
         left[0] -= 1
         if not left[0]:
-            raise error
+            raise Stop
 
     return call
 
 
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 @pytest.mark.parametrize(
     ("where", "count"),
     [("on_batch", 1), ("on_batch", 6), ("on_layer", 1), ("on_layer", 3), ("layer", 2), ("reader", 1), ("reader", 13)],
 )
-def test_model_is_as_it_was_after_an_error(tmp_path, monkeypatch, where, count, error):
+def test_model_is_as_it_was_after_an_error(tmp_path, monkeypatch, where, count):
     model, blocks = tiny_model(), blocks_of()
     offloaded = from_disk(model, tmp_path)
     with torch.no_grad():
         expected = offloaded(**ids_of_rows()).logits
     sites = find_sites(offloaded)
     runner, callbacks = Layerwise(offloaded, sites, memory=0, scratch=tmp_path / "scratch"), {}
-    stop = stop_after(count, error)
+    stop = stop_after(count)
     if where in ("on_batch", "on_layer"):
         callbacks = {where: stop}
     elif where == "layer":
@@ -269,7 +264,7 @@ def test_model_is_as_it_was_after_an_error(tmp_path, monkeypatch, where, count, 
         get = loader.__getitem__
         monkeypatch.setattr(loader, "__getitem__", lambda self, key: (stop(), get(self, key))[1])
     before = snapshot(offloaded)
-    with pytest.raises(error):
+    with pytest.raises(Stop):
         runner.run(blocks, counting_for(sites), **callbacks)
     monkeypatch.undo()
     assert snapshot(offloaded) == before and runner.traffic.held == 0
@@ -316,7 +311,7 @@ def test_going_on_after_the_last_layer(tmp_path):
     sites = find_sites(model)
     options = {"persistent": True, "scratch": tmp_path}
     with pytest.raises(Stop):
-        Layerwise(model, sites, **options).run(blocks, counting_for(sites), on_layer=stop_after(3, Stop))
+        Layerwise(model, sites, **options).run(blocks, counting_for(sites), on_layer=stop_after(3))
     assert len(list(tmp_path.iterdir())) == 3
     counting = counting_for(sites)
     Layerwise(model, sites, **options).run(blocks, counting, first_layer=3)
@@ -327,23 +322,21 @@ def test_other_texts_are_not_gone_on_with(tmp_path):
     model, sites = tiny_model(), find_sites(tiny_model())
     options = {"persistent": True, "scratch": tmp_path}
     with pytest.raises(Stop):
-        Layerwise(model, sites, **options).run(blocks_of(), counting_for(sites), on_layer=stop_after(1, Stop))
+        Layerwise(model, sites, **options).run(blocks_of(), counting_for(sites), on_layer=stop_after(1))
     other_ids = [replace(b, batches=[replace(t, ids=t.ids ^ 1) for t in b.batches]) for b in blocks_of()]
-    for blocks in (other_ids, blocks_of((5, 2)), blocks_of(tokens=20)):
-        with pytest.raises(ScratchError, match="other pairs, batches or another model"):
-            Layerwise(model, sites, **options).run(blocks, counting_for(sites), first_layer=1)
-    half = tiny_model().bfloat16()
-    with pytest.raises(ScratchError, match="other pairs, batches or another model"):
-        Layerwise(half, sites, **options).run(blocks_of(), counting_for(sites), first_layer=1)
-    with pytest.raises(ScratchError, match="expected those after layer 1"):
+    others = [(model, blocks) for blocks in (other_ids, blocks_of((5, 2)), blocks_of(tokens=20))]
+    for other, blocks in (*others, (tiny_model().bfloat16(), blocks_of())):
+        with pytest.raises(ScratchError, match="another model"):
+            Layerwise(other, sites, **options).run(blocks, counting_for(sites), first_layer=1)
+    with pytest.raises(ScratchError, match="after layer 1"):
         Layerwise(model, sites, **options).run(blocks_of(), counting_for(sites), first_layer=2)
 
 
 def test_persistence_needs_a_folder():
     model = tiny_model()
-    with pytest.raises(LayerwiseError, match="found no scratch folder"):
+    with pytest.raises(LayerwiseError, match="scratch"):
         Layerwise(model, {}, persistent=True)
-    with pytest.raises(LayerwiseError, match="first_layer: found 1 without persistent hidden states"):
+    with pytest.raises(LayerwiseError, match=r"first_layer: .* 1 .*persistent"):
         Layerwise(model, {}).run(blocks_of(), {}, first_layer=1)
 
 
@@ -354,7 +347,7 @@ KILLED = """
     from layer_runs import blocks_of, counters_of, counting_for
     from tiny_models import tiny_model
     from austeer import find_sites
-    from austeer.measuring.layerwise.layerwise import Layerwise
+    from austeer.layerwise import Layerwise
 
     folder, batches = sys.argv[1], int(sys.argv[2])
     model = tiny_model(num_hidden_layers=4)
@@ -377,7 +370,7 @@ KILLED = """
 
 
 def test_killed_and_gone_on(tmp_path):
-    program = textwrap.dedent(KILLED).format(path=[str(TESTS), *sys.path])
+    program = textwrap.dedent(KILLED).format(path=sys.path)
     in_layer_2 = 2 * sum(len(block.batches) for block in blocks_of()) + 2
     command = [sys.executable, "-c", program, str(tmp_path), str(in_layer_2)]
     assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == -signal.SIGKILL
@@ -395,8 +388,7 @@ def test_killed_and_gone_on(tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
-def test_why_not():
-    assert why_not(tiny_model()) is None
+def test_weights_that_are_nowhere():
     with torch.device("meta"):
         empty = tiny_model()
-    assert "on the meta device, and no accelerate hook says" in why_not(empty)
+    assert "meta device" in why_not(empty)

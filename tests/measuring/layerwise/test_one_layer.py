@@ -52,9 +52,9 @@ class EmbeddingOf(LlamaModel):
 @pytest.mark.parametrize(
     ("family", "changed", "name"),
     [
-        ("llama", PerLayerInputs, "layer 0 is given per_layer"),
-        ("llama", SharedState, "layer 0 is given shared"),
-        ("gptj", FromFirstLayer, "layer 1 is given layer_past"),
+        ("llama", PerLayerInputs, "layer 0.* per_layer"),
+        ("llama", SharedState, "layer 0.* shared,"),
+        ("gptj", FromFirstLayer, "layer 1.* layer_past"),
     ],
 )
 def test_layers_that_take_more_are_refused(family, changed, name):
@@ -65,7 +65,7 @@ def test_layers_that_take_more_are_refused(family, changed, name):
         for block in decoder.h:  # which takes it, and makes no use of it
             block.__class__ = type("Block", (type(block),), {"forward": without_past(type(block).forward)})
     before = snapshot(model)
-    with pytest.raises(LayerwiseError, match=rf"{name}, which is state or depends on .*strategy='resident'"):
+    with pytest.raises(LayerwiseError, match=rf"\({family}\): {name}.*strategy='resident'"):
         layer_by_layer(model, find_sites(model, ["attention"]), blocks_of())
     assert snapshot(model) == before
 
@@ -87,22 +87,22 @@ def test_what_depends_on_nothing_is_allowed():
 @pytest.mark.skipif("gemma4_unified_text" not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, reason="a newer family")
 def test_a_real_family_with_shared_keys_and_values(monkeypatch):
     model = tiny_model("gemma4_unified_text")
-    with pytest.raises(LayerwiseError, match="found a family that was not tried"):
+    with pytest.raises(LayerwiseError, match=r"gemma4_unified_text.*family"):
         Layerwise(model, {})
     sites = find_sites(model, ["layer"])
     monkeypatch.setitem(LAYOUTS, "gemma4_unified_text", LAYOUTS["llama"])
-    with pytest.raises(LayerwiseError, match="layer 0 is given shared_kv_states"):
+    with pytest.raises(LayerwiseError, match=r"layer 0.*shared_kv_states"):
         layer_by_layer(model, sites, blocks_of())
 
 
 def test_families_that_are_not_known():
-    assert "found a family that was not tried, which cannot be measured layer" in why_not(tiny_model("persimmon"))
+    assert "family" in why_not(tiny_model("persimmon"))
     assert why_not(tiny_model()) is None
 
 
 def quantised(model):
     model.config.quantization_config = {"quant_method": "other"}
-    return "quantised weights"
+    return "quantised"
 
 
 def split(model):
@@ -110,12 +110,12 @@ def split(model):
         device_mesh, placements = object(), ()
 
     model.model.layers[1].mlp.up_proj.weight = Split(torch.zeros(48, 32))
-    return "weights that are split over processes"
+    return "split"
 
 
 def compiled(model):
     model.model.layers[0].compile()
-    return "a compiled model"
+    return "compiled"
 
 
 def other_embedding(model):
@@ -123,15 +123,14 @@ def other_embedding(model):
         pass
 
     model.model.embed_tokens = Lookup()
-    return "a Lookup as the token embedding"
+    return "Lookup"
 
 
 @pytest.mark.parametrize("change", [quantised, split, compiled, other_embedding])
 def test_models_that_are_refused(change):
     model = tiny_model()
     found = change(model)
-    message = rf"LlamaForCausalLM \(llama\): found {found}, which cannot be measured .*strategy='resident'"
-    with pytest.raises(LayerwiseError, match=message):
+    with pytest.raises(LayerwiseError, match=rf"\(llama\): .*{found}.*strategy='resident'"):
         Anatomy(model)
     assert found in why_not(model)
 
@@ -195,6 +194,6 @@ def test_row_that_does_not_fit():
 
     model.model.layers[0].__class__ = Tiny
     before = snapshot(model)
-    with pytest.raises(LayerwiseError, match=r"a row of \d+ tokens does not fit .*max_length"):
+    with pytest.raises(LayerwiseError, match=r"\d+ tokens .*cpu.*max_length"):
         layer_by_layer(model, find_sites(model), blocks_of())
     assert snapshot(model) == before
