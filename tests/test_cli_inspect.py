@@ -10,8 +10,8 @@ from austeer import Plan
 from austeer.cli import app
 from austeer.overview import of_momentum, of_plan
 from local_hub import local_hub
+from made_momentum import momentum_of, signal
 from small_plans import EVIDENCE, KNOWN
-from test_statistics import momentum_of, signal
 
 
 @pytest.fixture(scope="module")
