@@ -6,12 +6,27 @@ import austeer
 from austeer.demo.demo import load_data
 from austeer.models.sites import SITE_NAMES, find_sites
 from austeer.tuning import Material
+from dense_formula import logits
 
 PAIRS = load_data().tuning[:14]
+IDS = {"input_ids": torch.tensor([[5, 6, 7, 300, 12], [9, 8, 44, 2, 17]])}
 
 
 def material_of(model, tokenizer, pairs=PAIRS, sites=SITE_NAMES):
     return Material(model, tokenizer, pairs, austeer.measure(model, tokenizer, pairs, sites, progress=False))
+
+
+def hooked(model, site, change):
+    """Logits with ``change`` applied to the site's tensor."""
+    module = model.get_submodule(site.path)
+    if site.side == "input":
+        handle = module.register_forward_pre_hook(lambda m, args: (change(args[0]), *args[1:]))
+    else:
+        handle = module.register_forward_hook(
+            lambda m, args, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+        )
+    with handle:
+        return logits(model, IDS)
 
 
 def reference_activations(model, tokenizer, pairs, site):

@@ -8,6 +8,7 @@ from austeer.models.sites import find_sites, fingerprint
 from austeer.plans.plan import Plan
 
 SITES = ("attention", "ffn", "layer", "neuron")
+WEIGHT_SITES = ("attention", "ffn", "neuron")  # where steering can be an edit of weights
 OPERATIONS = ("scale", "push", "shift")
 PATHS = ("fold", "fused", "columns", "dense")
 
@@ -31,6 +32,10 @@ def random_plan(model, sites, count, operation="scale", seed=0) -> Plan:
     return Plan(
         tuple(names), torch.cat(layers).int(), torch.cat(indices).int(), beta, delta, operation, print_, pairs=10
     )
+
+
+def keep_layers(plan, layers) -> Plan:
+    return plan.take(torch.tensor([i for i, layer in enumerate(plan.layer.tolist()) if layer in layers]))
 
 
 def formula(model, plan, alpha, where=None):

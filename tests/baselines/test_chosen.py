@@ -44,9 +44,9 @@ def test_all_units_can_be_drawn(demo_momentum):
 
 
 @pytest.mark.parametrize("site, k, message", [
-    ("ffn", 0, r"k: found 0, expected an integer from 1 to 17280"),
-    ("ffn", 17281, r"k: found 17281, expected an integer from 1 to 17280 \(AUs of 'ffn'\)"),
-    ("layer", 5, "site 'layer' was not measured"),
+    ("ffn", 0, "k: .* 0.*17280"),
+    ("ffn", 17281, "k: .*17281.*17280.*'ffn'"),
+    ("layer", 5, "site 'layer'"),
 ])  # fmt: skip
 def test_complaints(demo_momentum, site, k, message):
     with pytest.raises(SelectionError, match=message):

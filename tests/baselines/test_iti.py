@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_baselines_vectors import IDS, hooked
 from torch.nn.functional import softplus
 
 import austeer
@@ -17,7 +16,7 @@ from austeer.baselines.probes import fit
 from austeer.baselines.reading import pair_activations
 from austeer.demo.demo import load_data
 from austeer.models.sites import find_sites
-from baseline_material import PAIRS, material_of, reference_activations
+from baseline_material import IDS, PAIRS, hooked, material_of, reference_activations
 from dense_formula import logits
 
 # --- probes ----------------------------------------------------------------------------------------------------------
@@ -158,14 +157,14 @@ def test_halves_of_one_prompt_go_by_answers():
 
 def test_too_few_pairs(tiny_of, demo):
     few = material_of(tiny_of("llama"), demo[1], PAIRS[:3], ["ffn"])
-    with pytest.raises(SelectionError, match="method 'iti': found 3 pairs of different sides with 3 different prompts"):
+    with pytest.raises(SelectionError, match=r"'iti'.* 3 pairs.* 3 .*prompts"):
         arms("iti", few, sites=["ffn"], ks=[1])
 
 
 def test_heads_that_are_no_slices(tiny_of):
     model = tiny_of("llama")
     assert head_size(model, 48) == 12
-    with pytest.raises(SelectionError, match="found 4 heads and a width of 50"):
+    with pytest.raises(SelectionError, match=r"4 heads.*50"):
         head_size(model, 50)
 
 
@@ -174,5 +173,5 @@ def test_broken_activations(tiny_of, demo):
     material = material_of(model, demo[1], PAIRS[:6], ["ffn"])
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
-    with pytest.raises(CaptureError, match="found NaN or infinity at site 'attention'"):
+    with pytest.raises(CaptureError, match=r"NaN.*'attention'"):
         arms("iti", material, sites=["ffn"], ks=[1])

@@ -81,27 +81,23 @@ def test_sites_needed():
     assert sites_needed(["momentum", "random"], ["attention", "neuron"]) == ("attention", "neuron")
     assert set(sites_needed(["momentum", "caa"], ["ffn"])) == {"ffn", "layer"}
     assert sites_needed(["iti"], ["ffn"]) == ()
-    with pytest.raises(SelectionError, match="method 'cca' is not known; expected one of momentum, random"):
+    with pytest.raises(SelectionError, match=r"method.*'cca'.*momentum, random"):
         sites_needed(["cca"], ["ffn"])
 
 
 @pytest.mark.parametrize(
     "method, changes, message",
     [
-        ("best", {}, "method 'best' is not known; expected one of momentum, random"),
-        ("momentum", {"ks": []}, "ks: found none"),
-        ("momentum", {"ks": [0]}, "k: found 0, expected an integer from 1"),
-        (
-            "momentum",
-            {"ks": [1, 97], "sites": ["ffn"]},
-            r"k: found 97, expected an integer from 1 to 96 \(AUs of 'ffn'",
-        ),
-        ("random", {"ks": [97], "sites": ["ffn"]}, "k: found 97"),
-        ("sadi", {"ks": [97], "sites": ["ffn"]}, "k: found 97"),
-        ("difference", {"operations": ["add"]}, "operation: found 'add', expected one of scale, push, shift"),
-        ("caa", {"layers": [3]}, r"method 'caa': found layer 3, expected one that was measured: \[0, 1, 2\]"),
-        ("iti", {"heads": [13]}, r"method 'iti': found \[13\] heads, expected numbers from 1 to 12"),
-        ("sadi", {"heads": [13]}, r"method 'sadi': found \[13\] heads, expected numbers from 1 to 12"),
+        ("best", {}, "method.*'best'.*momentum, random"),
+        ("momentum", {"ks": []}, "ks.*none"),
+        ("momentum", {"ks": [0]}, "k: .* 0"),
+        ("momentum", {"ks": [1, 97], "sites": ["ffn"]}, r"k: .*97.* 96.*'ffn'"),
+        ("random", {"ks": [97], "sites": ["ffn"]}, "k: .*97"),
+        ("sadi", {"ks": [97], "sites": ["ffn"]}, "k: .*97"),
+        ("difference", {"operations": ["add"]}, "operation.*'add'.*scale, push, shift"),
+        ("caa", {"layers": [3]}, r"'caa'.*layer 3.*\[0, 1, 2\]"),
+        ("iti", {"heads": [13]}, r"'iti'.*13.*heads.* 12"),
+        ("sadi", {"heads": [13]}, r"'sadi'.*13.*heads.* 12"),
     ],
 )
 def test_complaints(material, method, changes, message):
@@ -113,9 +109,7 @@ def test_complaints(material, method, changes, message):
 def test_an_unmeasured_site_is_named_with_the_method(tiny_of, demo, method):
     few = material_of(tiny_of("llama"), demo[1], PAIRS[:3], ["neuron"])
     site = "layer" if method == "caa" else "ffn"
-    with pytest.raises(
-        SelectionError, match=f"method '{method}' needs site '{site}', which was not measured; found neu"
-    ):
+    with pytest.raises(SelectionError, match=f"'{method}'.*'{site}'.*neuron"):
         arms(method, few, sites=["ffn"], operations=["scale"], ks=[2])
 
 

@@ -7,28 +7,13 @@ import austeer
 from austeer.baselines import arms
 from austeer.baselines.caa import spread
 from austeer.models.sites import find_sites
-from baseline_material import PAIRS, material_of, reference_activations
+from baseline_material import IDS, PAIRS, hooked, material_of, reference_activations
 from dense_formula import logits
-
-IDS = {"input_ids": torch.tensor([[5, 6, 7, 300, 12], [9, 8, 44, 2, 17]])}
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])
 def material(request, tiny_of, demo):
     return material_of(tiny_of(request.param), demo[1])
-
-
-def hooked(model, site, change):
-    """Logits with ``change`` applied to the site's tensor."""
-    module = model.get_submodule(site.path)
-    if site.side == "input":
-        handle = module.register_forward_pre_hook(lambda m, args: (change(args[0]), *args[1:]))
-    else:
-        handle = module.register_forward_hook(
-            lambda m, args, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
-        )
-    with handle:
-        return logits(model, IDS)
 
 
 def test_caa_adds_the_mean_difference_of_the_residual_stream(material):

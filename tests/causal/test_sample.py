@@ -92,16 +92,14 @@ def test_units_are_there_once_and_in_order(demo_momentum, scale):
 
 
 def test_complaints(demo_momentum, scale):
-    with pytest.raises(
-        SelectionError, match=r"n: found 0, expected an integer from 1 to 8640 \(half of the AUs of 'ffn'"
-    ):
+    with pytest.raises(SelectionError, match=r"n: .* 0.*8640.*'ffn'"):
         draw(demo_momentum, "ffn", scale, 0, 5)
-    with pytest.raises(SelectionError, match="sample: found 17281, expected an integer from 1 to 17280"):
+    with pytest.raises(SelectionError, match=r"sample.*17281.*17280"):
         draw(demo_momentum, "ffn", scale, 5, 17281)
-    with pytest.raises(SelectionError, match="site 'layer' was not measured"):
+    with pytest.raises(SelectionError, match="site 'layer'"):
         draw(demo_momentum, "layer", scale, 5, 5)
     crowded = torch.tensor([0, 1, 2])
-    with pytest.raises(SelectionError, match="found 3 top AUs, more than half of the 4 AUs of a layer"):
+    with pytest.raises(SelectionError, match=r"3 top AUs.*4 AUs"):
         match(crowded, torch.zeros(2, 4, 2), generator())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,40 +11,51 @@ import pytest
 from typer.testing import CliRunner
 
 import austeer
-from austeer.cli import app
+from austeer.cli import app, main
+from austeer.cli.common import load
 from austeer.demo.demo import load_data
 from austeer.forward.generation import continue_prompts
 
 PAIRS = Path(austeer.__file__).parent / "data" / "demo_pairs.jsonl"
 
 
-def run(*arguments, ok=True):
-    """The command in a process of its own; standard output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "austeer", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"},
-        check=False,
-    )
-    if ok:
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-    return done
+def invoke(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False, env={"COLUMNS": "120"})
+
+
+def run(*arguments):
+    """The command in this process; standard output."""
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(demo, monkeypatch):
+    for command in ("measure", "generate"):
+        monkeypatch.setattr(
+            f"austeer.cli.{command}.load", lambda name, *options: demo if name == "demo" else load(name, *options)
+        )
 
 
 @pytest.fixture(scope="module")
-def files(demo, tmp_path_factory):
-    """A momentum file and a plan, made by the commands themselves."""
+def files(tmp_path_factory):
+    """A momentum file and a plan, made by the commands themselves, the first in a process of its own."""
     folder = tmp_path_factory.mktemp("cli")
-    measured = run(
+    measure = (
         *("measure", PAIRS, "--model", "demo", "--out", folder / "m.momentum", "--where", "split=selection"),
         *("--limit", 12, "--sites", "attention,ffn", "--dtype", "float32", "--device", "cpu", "--json"),
     )
-    selected = run(
-        "select", folder / "m.momentum", "--k", 20, "--operation", "shift", "--out", folder / "plan", "--json"
+    done = subprocess.run(
+        [sys.executable, "-m", "austeer", *map(str, measure)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
     )
-    return folder, json.loads(measured), json.loads(selected)
+    assert done.returncode == 0, done.stderr
+    select = ("select", folder / "m.momentum", "--k", 20, "--operation", "shift", "--out", folder / "plan", "--json")
+    return folder, json.loads(done.stdout), json.loads(run(*select))
 
 
 def test_measure_and_select_equal_the_library(demo, files):
@@ -114,28 +126,28 @@ def test_generate_runs_several_plans_in_one_batch(demo, files):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("select", "{m}", "--k", "0", "--out", "{new}"), "k: found 0, expected an integer from 1 to 17280"),
-        (("select", "{m}", "--out", "{new}"), "expected exactly one of k, max_fdr and min_stability"),
-        (("select", "{m}", "--k", "5", "--site", "layer", "--out", "{new}"), "site 'layer' was not measured"),
-        (("select", "{m}", "--min-stability", "2", "--out", "{new}"), "min_stability: found 2.0, expected a share"),
-        (("select", "{m}", "--min-stability", "1", "--out", "{new}"), "no k of site 'attention' reaches 1"),
-        (("select", "{m}", "--max-fdr", "0.01", "--out", "{new}"), "expected at least 22 pairs, or a larger rate"),
-        (("select", "{m}", "--k", "5", "--out", "{plan}"), "exists already"),
-        (("select", "{pairs}", "--k", "5", "--out", "{new}"), "not an austeer-momentum file"),
-        (("inspect", "{new}"), "no such file"),
-        (("generate", "{plan}", "--model", "{new}", "--prompt", "x"), "could not be loaded"),
+        (("select", "{m}", "--k", "0", "--out", "{new}"), "k: .* 0.*17280"),
+        (("select", "{m}", "--out", "{new}"), "k, max_fdr and min_stability"),
+        (("select", "{m}", "--k", "5", "--site", "layer", "--out", "{new}"), "site 'layer'"),
+        (("select", "{m}", "--min-stability", "2", "--out", "{new}"), "min_stability.*2"),
+        (("select", "{m}", "--min-stability", "1", "--out", "{new}"), "k.*'attention'.*1"),
+        (("select", "{m}", "--max-fdr", "0.01", "--out", "{new}"), "22 pairs"),
+        (("select", "{m}", "--k", "5", "--out", "{plan}"), "plan.*exists"),
+        (("select", "{pairs}", "--k", "5", "--out", "{new}"), "austeer-momentum"),
+        (("inspect", "{new}"), "new.*no such file"),
+        (("generate", "{plan}", "--model", "{new}", "--prompt", "x"), "new"),
         (("generate", "{plan}", "--model", "demo", "--prompt", " "), "empty text"),
-        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--alpha", "nan"), "alpha: found nan"),
-        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--k", "21"), "k: found 21"),
-        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "5:2"), "scope: found (5, 2)"),
-        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "prompts"), "scope: found 'prompts'"),
-        (("measure", "{missing}", "--model", "demo", "--out", "{new}"), "no such file"),
-        (("measure", "{broken}", "--model", "demo", "--out", "{new}"), "line 2: field 'positive' is empty"),
-        (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--where", "split"), "expected FIELD=VALUE"),
-        (("measure", "{pairs}", "--model", "demo", "--out", "{m}"), "exists already"),
-        (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--sites", "heads", "--limit", "2"), "'heads'"),
-        (("measure", "{pairs}", "--model", "demo", "--out", "{broken}/x", "--limit", "2"), "no folder or not writable"),
-        (("inspect", "{m}", "--png", "{broken}/x.png"), "cannot be drawn"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--alpha", "nan"), "alpha.*nan"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--k", "21"), "k: .*21"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "5:2"), r"scope.*\(5, 2\)"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "prompts"), "scope.*'prompts'"),
+        (("measure", "{missing}", "--model", "demo", "--out", "{new}"), "missing.*no such file"),
+        (("measure", "{broken}", "--model", "demo", "--out", "{new}"), "line 2.*'positive'"),
+        (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--where", "split"), "--where.*'split'"),
+        (("measure", "{pairs}", "--model", "demo", "--out", "{m}"), "momentum: exists"),
+        (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--sites", "heads"), "site.*'heads'"),
+        (("measure", "{pairs}", "--model", "demo", "--out", "{broken}/x", "--limit", "2"), "broken.jsonl.*writable"),
+        (("inspect", "{m}", "--png", "{broken}/x.png"), "broken.jsonl/x.png"),
         (("generate", "{plan}", "--model", "demo", "--prompt", "\udcff"), "not UTF-8"),
     ],
 )
@@ -152,13 +164,11 @@ def test_bad_input_is_one_message_and_exit_code_2(files, tmp_path, arguments, me
         "broken": broken,
     }
     monkeypatch.setattr(sys, "argv", ["austeer", *(a.format(**places) for a in arguments)])
-    from austeer.cli import main
-
     with pytest.raises(SystemExit) as stop:
         main()
     captured = capsys.readouterr()
     assert stop.value.code == 2
-    assert message in captured.err and captured.err.startswith("error: ")
+    assert re.search(message, captured.err) and captured.err.startswith("error: ")
     assert "Traceback" not in captured.err and len(captured.err.strip().splitlines()) == 1
     assert not captured.out and not places["new"].exists()
 
@@ -171,13 +181,11 @@ def test_bad_input_is_one_message_and_exit_code_2(files, tmp_path, arguments, me
     ],
 )
 def test_help_teaches_with_an_example(command):
-    result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "120"})
-    assert result.exit_code == 0
-    assert f"Example: austeer {command}" in result.output
-    assert "--json" in result.output
+    text = run(*command.split(), "--help")
+    assert f"Example: austeer {command}" in text and "--json" in text
 
 
-def test_json_is_json_also_where_a_figure_is_infinite(demo, tmp_path):
+def test_json_is_json_also_where_a_figure_is_infinite(tmp_path):
     pairs = tmp_path / "p.jsonl"
     row = json.dumps({"prompt": "It was", "positive": " good", "negative": " bad"})
     pairs.write_text(f"{row}\n{row}\n")
@@ -191,17 +199,14 @@ def test_json_is_json_also_where_a_figure_is_infinite(demo, tmp_path):
 
 
 def test_a_plan_measured_with_another_prompt_form_is_noted(files):
-    done = run(
-        *("generate", files[0] / "plan", "-m", "demo", "-p", "Hello", "--chat", "--max-new-tokens", 1, "--json"),
-        ok=False,
-    )
-    assert done.returncode == 0 and "without a chat template" in done.stderr
+    done = invoke("generate", files[0] / "plan", "-m", "demo", "-p", "Hello", "--chat", "--max-new-tokens", 1, "--json")
+    assert done.exit_code == 0 and "chat template" in done.stderr
     json.loads(done.stdout)
 
 
-def test_unknown_options_and_no_command(files):
-    assert run("select", "--nonsense", ok=False).returncode == 2
-    assert "measure" in CliRunner().invoke(app, []).output
+def test_unknown_options_and_no_command():
+    assert invoke("select", "--nonsense").exit_code == 2
+    assert "measure" in invoke().output
     assert austeer.__version__ in run("--version")
 
 

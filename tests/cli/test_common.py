@@ -25,5 +25,5 @@ def test_a_result_takes_the_place_of_an_earlier_one_only_when_it_is_whole(tmp_pa
 def test_conditions():
     assert parse_where(None) == {}
     assert parse_where(["label=1", "why=a=b"]) == {"label": "1", "why": "a=b"}
-    with pytest.raises(PairsError, match="--where: found 'label', expected FIELD=VALUE"):
+    with pytest.raises(PairsError, match=r"--where.*'label'"):
         parse_where(["a=b", "label"])

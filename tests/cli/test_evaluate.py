@@ -1,6 +1,7 @@
 """`austeer evaluate` as a user runs it: variants, tables, result files, what it refuses before loading a model."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -105,7 +106,7 @@ def test_template_chat_and_where(place, run):
     assert code == 0, err
     found = json.loads(out)
     assert (found["task"], found["items"], found["chat_template"]) == ("boolq", 2, True)
-    assert "note: a was measured without a chat template" in err.replace("\n", " ")
+    assert re.search(r"note: a .*chat template", err.replace("\n", " "))
 
 
 def test_strength_of_the_plans_evidence(place, run):
@@ -127,26 +128,26 @@ def test_list_of_templates(run, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "found neither a task's file and --lm-eval"),
-        (("rows.jsonl", "--lm-eval", "boolq"), "found both a task's file and --lm-eval"),
-        (("rows.jsonl",), "--model: found none"),
-        (("rows.jsonl", *MODEL, "--where", "part"), "--where: found 'part', expected FIELD=VALUE"),
-        (("rows.jsonl", *MODEL, "--template", "bolq"), "template: found 'bolq', expected one of boolq"),
-        (("rows.jsonl", *MODEL, "--template", "boolq"), "found the fields prompt, options, label, expected answer"),
-        (("none.jsonl", *MODEL), "none.jsonl: no such file"),
-        (("rows.jsonl", *MODEL, "--plan", "plans/a"), "variant 'a': found no strength"),
-        (("rows.jsonl", *MODEL, "--alpha", "3"), "--alpha: found 3.0 and no plan, expected --plan"),
+        ((), "neither.*--lm-eval"),
+        (("rows.jsonl", "--lm-eval", "boolq"), "both.*--lm-eval"),
+        (("rows.jsonl",), "--model.*none"),
+        (("rows.jsonl", *MODEL, "--where", "part"), "--where.*'part'"),
+        (("rows.jsonl", *MODEL, "--template", "bolq"), "template.*'bolq'.*boolq"),
+        (("rows.jsonl", *MODEL, "--template", "boolq"), "prompt, options, label.*answer"),
+        (("none.jsonl", *MODEL), "none.jsonl"),
+        (("rows.jsonl", *MODEL, "--plan", "plans/a"), "'a'.*strength"),
+        (("rows.jsonl", *MODEL, "--alpha", "3"), "--alpha.* 3.*--plan"),
         (("rows.jsonl", *MODEL, "-p", "plans/none", "-a", "3"), "plans/none"),
-        (("rows.jsonl", *MODEL, "--out", "plans"), "plans: found a folder, expected a file name"),
-        (("rows.jsonl", *MODEL, "--out", "rows.jsonl"), "rows.jsonl: exists already"),
-        (("rows.jsonl", "-m", "model", "--neutral", "none.txt"), "--neutral: none.txt cannot be read"),
-        (("-m", "model", "--lm-eval", "boolq", "--template", "boolq"), "--template: found it beside --lm-eval"),
+        (("rows.jsonl", *MODEL, "--out", "plans"), "plans: .*folder"),
+        (("rows.jsonl", *MODEL, "--out", "rows.jsonl"), "rows.jsonl: exists"),
+        (("rows.jsonl", "-m", "model", "--neutral", "none.txt"), "--neutral.*none.txt"),
+        (("-m", "model", "--lm-eval", "boolq", "--template", "boolq"), "--template.*--lm-eval"),
     ],
 )
 def test_refused_before_a_model_is_loaded(place, run, monkeypatch, arguments, message):
     monkeypatch.setattr(austeer.models, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     code, out, err = run(*arguments)
-    assert code == 2 and message in " ".join(err.split()) and not out
+    assert code == 2 and re.search(message, " ".join(err.split())) and not out
     assert (place / "rows.jsonl").read_text().count("\n") == 3
 
 
@@ -174,11 +175,11 @@ def test_which_variants_options_ask_for(plans, alphas, ks, expected):
 @pytest.mark.parametrize(
     "plans, alphas, ks, message",
     [
-        ([], [], [3], "--k: found 3 and no plan"),
-        (["a", "b"], [1.0, 2.0, 3.0], [], "--alpha: found 3 for 2 plans, expected one for all or one for each"),
-        (["a"], [1.0, 2.0], [1, 2, 3], "--k: found 3 for 2 strengths"),
-        (["a", "a"], [1.0], [], "--plan: found a twice, expected different plans"),
-        (["a"], [1.0, 1.0], [], "--plan: found a twice"),
+        ([], [], [3], "--k.* 3.*plan"),
+        (["a", "b"], [1.0, 2.0, 3.0], [], "--alpha.* 3 .* 2 plans"),
+        (["a"], [1.0, 2.0], [1, 2, 3], "--k.* 3 .* 2 strengths"),
+        (["a", "a"], [1.0], [], "--plan.* a twice"),
+        (["a"], [1.0, 1.0], [], "--plan.* a twice"),
     ],
 )
 def test_options_that_do_not_go_together(plans, alphas, ks, message):

@@ -1,6 +1,7 @@
 """``austeer export checkpoint`` and ``austeer export gguf``: what they write and print."""
 
 import json
+import re
 
 import gguf
 import pytest
@@ -44,7 +45,7 @@ def test_a_checkpoint(base, tmp_path):
         *("checkpoint", tmp_path / "one", tmp_path / "other", "-m", base, "-a", 2, "-a", -1, "--out", out, "--quiet")
     )
     lines = result.stdout.splitlines()
-    assert "linked" in lines[0] and "new biases (attention_bias)" in lines[0]
+    assert "linked" in lines[0] and "attention_bias" in lines[0]
     assert lines[1:] == [f"wrote {out}", f"next: vllm serve '{out}'"]
     assert not result.stderr
     model, found = tiny_model("llama"), AutoModelForCausalLM.from_pretrained(out)
@@ -60,7 +61,7 @@ def test_biases_that_vllm_s_own_code_leaves_out(tmp_path):
     random_plan(model, "attention", 5, "shift").save_pretrained(tmp_path / "plan")
     out = tmp_path / "out"
     result = run("checkpoint", tmp_path / "plan", "-m", tmp_path / "base", "--out", out, "--quiet")
-    assert "may leave them out without a word" in " ".join(result.stderr.split())
+    assert "--model-impl transformers" in " ".join(result.stderr.split())
     assert result.stdout.splitlines()[-1] == f"next: vllm serve {out} --model-impl transformers"
 
 
@@ -82,7 +83,7 @@ def test_a_folded_checkpoint_folded_again_is_noted(base, tmp_path):
     plan(base, "ffn", "scale").save_pretrained(tmp_path / "plan")
     run("checkpoint", tmp_path / "plan", "--model", base, "--out", tmp_path / "once" / "base")
     result = run("checkpoint", tmp_path / "plan", "--model", tmp_path / "once" / "base", "--out", tmp_path / "twice")
-    assert "had plans folded in already" in result.stderr
+    assert "already" in result.stderr
 
 
 def test_gguf(base, tmp_path):
@@ -113,7 +114,7 @@ def test_gguf(base, tmp_path):
     assert reader.fields["general.architecture"].contents() == "mistral3"
 
 
-@pytest.mark.parametrize("command, out", [("checkpoint", "out"), ("gguf", "out.gguf")])
+@pytest.mark.parametrize("command, out", [("checkpoint", "out"), ("gguf", "out.gguf"), ("lora", "out")])
 def test_errors_are_one_message_and_exit_code_2(command, out, base, tmp_path, monkeypatch, capsys):
     plan(base, "ffn", "scale").with_operation("push").save_pretrained(tmp_path / "push")
     plan(base, "ffn", "scale").save_pretrained(tmp_path / "plan")
@@ -122,10 +123,10 @@ def test_errors_are_one_message_and_exit_code_2(command, out, base, tmp_path, mo
     capsys.readouterr()  # what loading the model printed
     for arguments, message in (
         (["push", "--model", base, "--out", out], "push"),
-        (["plan", "--model", base, "--out", "there"], "there: exists already"),
+        (["plan", "--model", base, "--out", "there"], "there: exists"),
         (["plan", "--model", tmp_path / "nowhere", "--out", out], "nowhere"),
         (["missing", "--model", base, "--out", out], "missing"),
-        (["plan", "--model", base, "--out", out, "-a", "1", "-a", "2"], "--alpha: found 2 for 1 plans"),
+        (["plan", "--model", base, "--out", out, "-a", "1", "-a", "2"], "--alpha.* 2 .* 1 plan"),
     ):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", ["austeer", "export", command, *map(str, arguments)])
@@ -133,5 +134,5 @@ def test_errors_are_one_message_and_exit_code_2(command, out, base, tmp_path, mo
             main()
         assert caught.value.code == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and message in error and "Traceback" not in error
+        assert error.startswith("error: ") and re.search(message, error) and "Traceback" not in error
     assert sorted(tmp_path.rglob("*")) == before

@@ -10,19 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from adapters import config_of, tensors_of
 from austeer import AusteerError, PlanError
 from austeer.cli.export import app
 from austeer.export import export_lora
 from austeer.plans.serving import vllm_rank
 from dense_formula import formula_logits, logits, random_plan
 from tiny_models import ids_of_rows, tiny_model
-
-_COMMAND = (
-    "import sys; from austeer.cli import run; from austeer.cli.export import app; sys.argv.insert(1, 'lora'); run(app)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +44,6 @@ def run(*arguments):
     return done.stdout
 
 
-def tensors(folder):
-    return load_file(folder / "adapter_model.safetensors")
-
-
 def test_it_writes_what_the_library_does(model, place, tmp_path):
     out = tmp_path / "kind"
     text = run(place / "kind", "--model", place / "tiny", "--alpha", 2, "--out", out, "--quiet")
@@ -61,7 +53,7 @@ def test_it_writes_what_the_library_does(model, place, tmp_path):
     expected = formula_logits(model, ids, plan, 2.0)
     assert (expected - logits(model, ids)).abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    rank = json.loads((out / "adapter_config.json").read_text())["r"]
+    rank = config_of(out)["r"]
     lines = text.splitlines()
     assert re.fullmatch(rf"rank {rank}, 6 modules, AUs in 3 layers, 0\.0 MB", lines[0])
     assert lines[1] == f"wrote {out}"
@@ -74,9 +66,9 @@ def test_plans_have_one_alpha_or_one_each(model, place, tmp_path):
         options = [text for alpha in alphas for text in ("--alpha", alpha)]
         run(place / "kind", place / "brief", "--model", place / "tiny", *options, "--out", tmp_path / name, "--quiet")
         export_lora(list(zip(plans, pairs)), model, tmp_path / "expected", force=True)
-        expected, found = tensors(tmp_path / "expected"), tensors(tmp_path / name)
+        expected, found = tensors_of(tmp_path / "expected"), tensors_of(tmp_path / name)
         assert expected.keys() == found.keys() and all(torch.equal(t, found[key]) for key, t in expected.items())
-    with pytest.raises(PlanError, match=r"--alpha: found 3 for 2 plans, expected one, or one for each plan"):
+    with pytest.raises(PlanError, match=r"--alpha.* 3 .* 2 plans"):
         run(place / "kind", place / "brief", *("-a", 1, "-a", 2, "-a", 3), "-m", place / "tiny", "-o", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -94,17 +86,17 @@ def test_options(place, tmp_path):
     out = tmp_path / "a b"
     text = run(place / "kind", "-m", place / "tiny", "-o", out, "--rank", 17, "--dtype", "bfloat16", "--quiet")
     assert "--enable-lora --max-lora-rank 32 --lora-modules 'a b=" in text
-    assert {t.dtype for t in tensors(out).values()} == {torch.bfloat16}
-    with pytest.raises(AusteerError, match=r"exists already; give another place, or force=True \(--force\)"):
+    assert {t.dtype for t in tensors_of(out).values()} == {torch.bfloat16}
+    with pytest.raises(AusteerError, match=r"a b: exists.*--force"):
         run(place / "kind", "-m", place / "tiny", "-o", out)
     text = run(place / "kind", "-m", place / "tiny", "-o", out, "--force", "--rank-pattern", "--lora-bias", "--quiet")
-    config = json.loads((out / "adapter_config.json").read_text())
+    config = config_of(out)
     assert config["rank_pattern"] and config["lora_bias"]
     assert "next: peft.PeftModel.from_pretrained(model" in text
     text = run(place / "kind", "-m", place / "tiny", "-o", out, "--force", "--rank", 16, "--quiet")
     assert "--enable-lora --lora-modules" in text, "vLLM's own default is enough"
     text = run(place / "kind", "-m", place / "tiny", "-o", out, "--force", "--rank", 513, "--quiet")
-    assert "next: austeer export checkpoint (vLLM takes ranks up to 512), or PEFT" in text
+    assert re.search("next: austeer export checkpoint.* 512.*PEFT", text)
 
 
 def test_experts(tmp_path):
@@ -112,7 +104,7 @@ def test_experts(tmp_path):
     mixture.save_pretrained(tmp_path / "MixtralForCausalLM")
     random_plan(mixture, "ffn", 9).save_pretrained(tmp_path / "plan")
     arguments = (tmp_path / "plan", "-m", tmp_path / "MixtralForCausalLM", "-o", tmp_path / "out", "--quiet")
-    with pytest.raises(AusteerError, match=r"austeer export checkpoint.*\(--experts\) for PEFT alone"):
+    with pytest.raises(AusteerError, match=r"austeer export checkpoint.*--experts"):
         run(*arguments)
     assert "next: peft.PeftModel" in run(*arguments, "--experts")
 
@@ -121,23 +113,17 @@ def test_ranks_of_vllm():
     assert [vllm_rank(rank) for rank in (1, 8, 9, 100, 257, 512, 513)] == [8, 8, 16, 128, 320, 512, None]
 
 
-def test_another_model_is_noted_and_an_error_is_one_message(model, place, tmp_path):
-    """In a process of its own: exit codes, standard error, a progress bar nowhere near standard output."""
+def test_another_model_is_noted(model, place, tmp_path):
+    """In a process of its own: standard error, a progress bar nowhere near standard output."""
     random_plan(model, "ffn", 5).save_pretrained(tmp_path / "unnamed")
-
-    def process(*arguments):
-        return subprocess.run(
-            [sys.executable, "-c", _COMMAND, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-
-    done = process(tmp_path / "unnamed", "-m", place / "tiny", "-o", tmp_path / "a", "--json")
+    arguments = (tmp_path / "unnamed", "-m", place / "tiny", "-o", tmp_path / "a", "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "austeer", "export", "lora", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rank"]
-    assert re.match(r"note: the plan was measured on LlamaForCausalLM and is exported for .*tiny, of the", done.stderr)
-    done = process(tmp_path / "unnamed", "-m", place / "tiny", "-o", tmp_path / "a")
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: ") and "exists already" in done.stderr and "Traceback" not in done.stderr
+    assert re.match(r"note: .*LlamaForCausalLM.*tiny", done.stderr)

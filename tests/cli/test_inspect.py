@@ -11,6 +11,7 @@ from austeer import Plan
 from austeer.cli import app
 from austeer.overview.overview import of_momentum, of_plan
 from local_hub import local_hub
+from made_momentum import momentum_of, signal
 from small_plans import EVIDENCE, KNOWN
 
 

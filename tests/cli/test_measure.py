@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def handles_signals(pid: int) -> bool:
 
 def test_resume_without_a_checkpoint_is_noted(place, austeer_measure, tmp_path):
     code, _, error = austeer_measure(place / "all.jsonl", "--out", tmp_path / "m", "--resume")
-    assert code == 0 and "there is no checkpoint; starting with the first pair" in error
+    assert code == 0 and "no checkpoint" in error
 
 
 def test_a_checkpoint_that_is_there_is_neither_used_nor_lost(place, austeer_measure, tmp_path):
@@ -144,7 +145,7 @@ def test_a_checkpoint_that_is_there_is_neither_used_nor_lost(place, austeer_meas
     austeer.measure(model, tokenizer, pairs, checkpoint=checkpoint, checkpoint_every=1, progress=False)
     before = checkpoint.read_bytes()
     code, _, error = austeer_measure(place / "all.jsonl", "--out", tmp_path / "m")
-    assert code == 2 and "found the checkpoint of an earlier run" in error and checkpoint.read_bytes() == before
+    assert code == 2 and str(checkpoint) in error and "resume" in error and checkpoint.read_bytes() == before
     code, out, _ = austeer_measure(place / "all.jsonl", "--out", tmp_path / "m", "--resume", "--json")
     assert code == 0 and json.loads(out)["report"]["resumed"] == 21 and not checkpoint.exists()
     checkpoint.write_bytes(before)
@@ -177,7 +178,7 @@ def test_a_checkpoint_has_a_name_of_its_own(place, austeer_measure, tmp_path, na
     code, _, error = austeer_measure(
         *(place / "all.jsonl", "--out", tmp_path / "m", "--checkpoint", file, "--force"),
     )
-    assert code == 2 and "checkpoint: found" in error and (place / "all.jsonl").exists()
+    assert code == 2 and re.search(f"checkpoint.*{file}", error) and (place / "all.jsonl").exists()
 
 
 def test_a_full_disk_at_the_end_saves_elsewhere(place, austeer_measure, tmp_path, monkeypatch):
@@ -198,18 +199,18 @@ def test_a_full_disk_at_the_end_saves_elsewhere(place, austeer_measure, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{all}", "--out", "{new}", "--layers", "0-x"), "--layers: found '0-x', expected numbers and ranges"),
-        (("{all}", "--out", "{new}", "--layers", "3"), "layers: found 3, expected numbers from 0 to 2"),
-        (("{all}", "--out", "{new}", "--strategy", "fast"), "strategy: found 'fast'"),
-        (("{all}",), "--out: found none"),
-        (("{all}", "--out", "{new}", "--split", "train"), "a file has no splits"),
+        (("{all}", "--out", "{new}", "--layers", "0-x"), "--layers.*'0-x'"),
+        (("{all}", "--out", "{new}", "--layers", "3"), "layers.* 3.* 0 to 2"),
+        (("{all}", "--out", "{new}", "--strategy", "fast"), "strategy.*'fast'"),
+        (("{all}",), "--out.*none"),
+        (("{all}", "--out", "{new}", "--split", "train"), "split.*'train'"),
         (("hf:", "--out", "{new}"), "hf:"),
     ],
 )
 def test_bad_input(place, austeer_measure, tmp_path, arguments, message):
     places = {"all": place / "all.jsonl", "new": tmp_path / "new"}
     code, out, error = austeer_measure(*(a.format(**places) for a in arguments))
-    assert code == 2 and message in error and "Traceback" not in error and not out
+    assert code == 2 and re.search(message, error) and "Traceback" not in error and not out
     assert not list(tmp_path.iterdir())
 
 

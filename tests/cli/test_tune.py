@@ -1,5 +1,7 @@
 """What `austeer tune` and `austeer compare` read from their command line: times, counts, texts, the folder."""
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
@@ -17,14 +19,14 @@ def test_times(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "0m", "-5m", "5 parsecs", "m", "1e3s", "nan"])
 def test_no_times(text):
-    with pytest.raises(TaskError, match="expected a time such as 90s, 5m or 1h"):
+    with pytest.raises(TaskError, match=re.escape(repr(text))):
         parse_budget(text)
 
 
 def test_counts_are_sorted_and_distinct():
     assert parse_counts("--ks", "100, 10,10") == [10, 100]
     for wrong in ("", "0,10", "-1", "1.5", "ten"):
-        with pytest.raises(TaskError, match=r"--ks: found .* expected positive whole numbers"):
+        with pytest.raises(TaskError, match=f"--ks.*'{wrong}'"):
             parse_counts("--ks", wrong)
 
 
@@ -33,13 +35,12 @@ def test_neutral_texts_are_the_lines_of_a_file(tmp_path):
     path.write_text("One text.\n\n  Another.  \n", encoding="utf-8")
     assert read_neutral(path) == ["One text.", "Another."] and read_neutral(None) is None
     path.write_text("One text.\n", encoding="utf-8")
-    with pytest.raises(PairsError, match=r"found 1 texts .* expected at least 2"):
+    with pytest.raises(PairsError, match=f"1 texts.*{path}"):
         read_neutral(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(PairsError, match="cannot be read"):
-        read_neutral(path)
-    with pytest.raises(PairsError, match="cannot be read"):
-        read_neutral(tmp_path / "missing.txt")
+    for unreadable in (path, tmp_path / "missing.txt"):
+        with pytest.raises(PairsError, match=str(unreadable)):
+            read_neutral(unreadable)
 
 
 def test_force_removes_an_earlier_search_and_nothing_else(tmp_path):
@@ -49,7 +50,7 @@ def test_force_removes_an_earlier_search_and_nothing_else(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
     open_folder(tmp_path, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    with pytest.raises(AusteerError, match="found a file, expected a folder"):
+    with pytest.raises(AusteerError, match=r"notes.txt.*folder"):
         open_folder(tmp_path / "notes.txt", force=True)
 
 
@@ -60,10 +61,10 @@ def test_strengths_in_print():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tune", "{data}", "--model", "demo", "--budget", "soon"], "--budget: found 'soon'"),
-        (["tune", "{data}", "--model", "demo", "--ks", "few"], "--ks: found 'few'"),
-        (["compare", "{data}", "--model", "demo", "--ks", "0"], "--ks: found '0'"),
-        (["compare", "{data}", "--model", "demo", "--neutral", "{data}.none"], "cannot be read"),
+        (["tune", "{data}", "--model", "demo", "--budget", "soon"], "--budget.*'soon'"),
+        (["tune", "{data}", "--model", "demo", "--ks", "few"], "--ks.*'few'"),
+        (["compare", "{data}", "--model", "demo", "--ks", "0"], "--ks.*'0'"),
+        (["compare", "{data}", "--model", "demo", "--neutral", "{data}.none"], "--neutral.*none"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, arguments, message):
@@ -72,5 +73,5 @@ def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, ar
     data = tmp_path / "pairs.jsonl"
     data.write_text("")
     result = CliRunner().invoke(app, [a.format(data=data) for a in arguments] + ["--out", str(tmp_path / "out")])
-    assert isinstance(result.exception, AusteerError) and message in str(result.exception)
+    assert isinstance(result.exception, AusteerError) and re.search(message, str(result.exception))
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import austeer
 from austeer.costs.estimate import estimate
@@ -52,7 +53,7 @@ def test_everything_that_can_be_exact_is(tiny_of, demo, family, share):
     sites = {name: found_[:2] for name, found_ in find_sites(model, ["attention", "neuron"]).items()}
     counting = [Counting(2, found_[0].width, "cpu") for found_ in sites.values()]
     assert found.resident.counters == sum(
-        t.nbytes for c in counting for t in (*c.totals, *c.half, c.first_nonfinite, c._ignored)
+        t.nbytes for c in counting for t in tree_leaves(vars(c)) if torch.is_tensor(t)
     )
     capture = LastTokens(model, sites, 32)
     with capture.attached():
@@ -88,7 +89,7 @@ def test_without_a_tokenizer_it_is_said_so(tiny_of, demo):
 
 
 def test_a_tokenizer_of_another_model_is_refused(demo):
-    with pytest.raises(PairsError, match="vocabulary has 64"):
+    with pytest.raises(PairsError, match=r"vocabulary.*64"):
         estimate(tiny_model("llama").config, PAIRS, tokenizer=demo[1], machine=MACHINE)
 
 
@@ -161,7 +162,7 @@ def test_a_dtype_changes_what_is_held_not_what_is_read(ask):
 
 def test_what_fits_is_chosen(ask):
     roomy = ask(machine=MACHINE)
-    assert roomy.strategy == "resident" and roomy.resident.fits and "fits into the 10 GB" in roomy.why
+    assert roomy.strategy == "resident" and roomy.resident.fits and "10 GB" in roomy.why
     tight = replace(MACHINE, free=roomy.layerwise.memory + 10**6, host_free=roomy.layerwise.memory + 10**6)
     assert tight.free < roomy.resident.memory
     options = {"machine": tight, "batch_tokens": roomy.batch_tokens}
@@ -169,7 +170,7 @@ def test_what_fits_is_chosen(ask):
     assert (found.resident.fits, found.layerwise.fits, found.strategy) == (False, True, "layerwise")
     assert "does not fit" in found.why
     found = ask(strategy="resident", **options)
-    assert found.strategy == "resident" and found.why.startswith("as asked; the model does not fit")
+    assert found.strategy == "resident" and "as asked" in found.why
     nothing = ask(machine=replace(MACHINE, free=10**4, host_free=10**4))
     assert nothing.strategy == "layerwise" and "nor does" in nothing.why and nothing.layerwise.place == "file"
     full = replace(tight, disk_free=10)
@@ -249,15 +250,15 @@ def test_a_70b_model_in_3_gb():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"strategy": "fast"}, CaptureError, "resident, layerwise"),
-        ({"dtype": "int8"}, ModelError, "expected auto, float32"),
-        ({"sites": []}, SiteError, "found none"),
-        ({"sites": ["head"]}, SiteError, "'head' is not known"),
-        ({"layers": [3]}, SiteError, "from 0 to 2"),
-        ({"block_pairs": 0}, PairsError, "block_pairs"),
-        ({"sample": 0}, PairsError, "sample"),
-        ({"batch_tokens": -1}, PairsError, "batch_tokens"),
-        ({"max_length": 0}, PairsError, "max_length"),
+        ({"strategy": "fast"}, CaptureError, "strategy.*'fast'.*resident, layerwise"),
+        ({"dtype": "int8"}, ModelError, "dtype.*'int8'.*float32"),
+        ({"sites": []}, SiteError, "sites.*none"),
+        ({"sites": ["head"]}, SiteError, "site.*'head'"),
+        ({"layers": [3]}, SiteError, "layers.* 3.* 0 to 2"),
+        ({"block_pairs": 0}, PairsError, "block_pairs.* 0"),
+        ({"sample": 0}, PairsError, "sample.* 0"),
+        ({"batch_tokens": -1}, PairsError, "batch_tokens.*-1"),
+        ({"max_length": 0}, PairsError, "max_length.* 0"),
     ],
 )
 def test_what_measure_would_refuse(options, error, message):
@@ -266,7 +267,7 @@ def test_what_measure_would_refuse(options, error, message):
 
 
 def test_no_config(tmp_path):
-    with pytest.raises(ModelError, match="config could not be read"):
+    with pytest.raises(ModelError, match=f"{tmp_path}.*config"):
         estimate(str(tmp_path), PAIRS, machine=MACHINE)
     (tmp_path / "config.json").write_text('{"model_type": "t5", "architectures": []}')
     with pytest.raises((ModelError, SiteError), match="T5"):

@@ -140,8 +140,8 @@ def test_a_model_that_is_not_steered_stops_the_start(configure, monkeypatch):
     from austeer.vllm.requests import Requests
 
     monkeypatch.setenv(VARIABLE, '{"kind": {"plan": "a", "alpha": 1}}')
-    with pytest.raises(ServingError, match=r"LlamaForCausalLM, run by vllm\..*, which is not steered"):
+    with pytest.raises(ServingError, match=r"LlamaForCausalLM.*vllm\."):
         Requests(configure(), None)
     monkeypatch.delenv(VARIABLE)
-    with pytest.raises(ServingError, match="not set in a process of the engine"):
+    with pytest.raises(ServingError, match=VARIABLE):
         Requests(configure(), None)

@@ -42,7 +42,7 @@ def test_shift_becomes_biases_where_there_are_any(family, tmp_path):
     for name in folding_sites(model):
         plan, out = random_plan(model, name, 40, "shift"), tmp_path / name
         if name not in can:
-            with pytest.raises(ExportError, match=r"'shift' is no edit of its weights|router weights that sum to 1"):
+            with pytest.raises(ExportError, match=rf"{name}.*'shift'"):
                 export_checkpoint(plan, base, out)
             assert not out.exists()
             continue
@@ -91,9 +91,7 @@ def test_families_whose_biases_vllm_leaves_out(family, warns, tmp_path, recwarn)
         recwarn.clear()
         export_checkpoint(plan, given, tmp_path / f"out{number}")
         found = [str(w.message) for w in recwarn if w.category is ExportWarning]
-        assert ["leave them out without a word: serve it there with --model-impl transformers" in w for w in found] == [
-            True
-        ] * warns
+        assert ["--model-impl transformers" in w for w in found] == [True] * warns
         recwarn.clear()
         export_checkpoint(plan.with_operation("scale"), given, tmp_path / f"scaled{number}")
         assert not [w for w in recwarn if w.category is ExportWarning]
@@ -138,5 +136,5 @@ def test_a_setting_that_changes_more_than_biases_is_not_taken(change, monkeypatc
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", changed)
     model = tiny_model("llama")
-    with pytest.raises(ExportError, match="no setting of the config of 'llama' gives it one"):
+    with pytest.raises(ExportError, match="config of 'llama'"):
         new_biases(model, model.config, edits)

@@ -42,17 +42,16 @@ def untouched(tmp_path):
 def test_plans_that_are_no_edit_of_weights(base, tmp_path):
     model = tiny_model("llama")
     for plan, message in (
-        (random_plan(model, "layer", 5), "site 'layer': no linear layer makes"),
-        (random_plan(model, "ffn", 5, "push"), "'push' multiplies .* is not linear"),
-        (random_plan(tiny_model("llama", hidden_size=64), "ffn", 5), "widths"),
+        (random_plan(model, "layer", 5), "site 'layer'"),
+        (random_plan(model, "ffn", 5, "push"), "'push'"),
+        (random_plan(tiny_model("llama", hidden_size=64), "ffn", 5), "'ffn': 64.*'ffn': 32"),
         (random_plan(tiny_model("qwen2"), "ffn", 5), "qwen2"),
     ):
-        with pytest.raises((ExportError, PlanError), match=message):
-            export_checkpoint(plan, base, tmp_path / "out")
-        with pytest.raises((ExportError, PlanError), match=message):
-            export_checkpoint(plan, model, tmp_path / "out")
+        for given in (base, model):
+            with pytest.raises((ExportError, PlanError), match=message):
+                export_checkpoint(plan, given, tmp_path / "out")
     for alpha in (float("nan"), float("inf"), "1"):
-        with pytest.raises(PlanError, match="alpha"):
+        with pytest.raises(PlanError, match=f"alpha.*{alpha}"):
             export_checkpoint(random_plan(model, "ffn", 5), base, tmp_path / "out", alpha=alpha)
     assert untouched(tmp_path)
 
@@ -60,7 +59,7 @@ def test_plans_that_are_no_edit_of_weights(base, tmp_path):
 def test_a_value_that_the_dtype_has_not(tmp_path):
     model = tiny_model("llama").half()
     base = saved(model, tmp_path / "base")
-    with pytest.raises(ExportError, match=r"layers.\d.mlp.down_proj: found a value of .* no finite torch.float16"):
+    with pytest.raises(ExportError, match=r"layers.\d.mlp.down_proj.*torch.float16"):
         export_checkpoint(random_plan(model, "ffn", 5), base, tmp_path / "out", alpha=1e7)
     assert untouched(tmp_path)
 
@@ -70,7 +69,7 @@ def test_an_output_that_is_there(base, tmp_path):
     plan, out = random_plan(model, "ffn", 5), tmp_path / "out"
     out.mkdir()
     (out / "mine").touch()
-    with pytest.raises(ExportError, match="exists already"):
+    with pytest.raises(ExportError, match=f"{out}: exists"):
         export_checkpoint(plan, base, out)
     assert [file.name for file in out.iterdir()] == ["mine"]
     export_checkpoint(plan, base, out, force=True)
@@ -82,9 +81,9 @@ def test_an_output_that_is_there(base, tmp_path):
         *((base, place) for place in (base, tmp_path, base / ".." / "base", base / "config.json")),
         *((out, out / "model.safetensors"), (out, out), (loaded_, out)),
     ):
-        with pytest.raises(ExportError, match="holds the model that is read"):
+        with pytest.raises(ExportError, match="holds the model"):
             export_checkpoint(plan, source, place, force=True)
-    with pytest.raises(ExportError, match=r"found 'config\.json' in it and no austeer"):
+    with pytest.raises(ExportError, match=rf"{base}.*'config\.json'.*austeer\.json"):
         export_checkpoint(plan, out, base, force=True)
     assert sorted(tmp_path.rglob("*")) == before and (base / "model.safetensors").is_file()
     export_checkpoint(plan, base, again, force=True)
@@ -99,7 +98,7 @@ def test_the_hub_s_cache_is_not_replaced(tmp_path):
     (blobs / "config.json").rename(tmp_path / "config.json")
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to(tmp_path / "config.json")
-    with pytest.raises(ExportError, match="holds the model that is read"):
+    with pytest.raises(ExportError, match=f"{blobs}.*model"):
         export_checkpoint(random_plan(model, "ffn", 5), folder, blobs, force=True)
     assert (blobs / "model.safetensors").is_file()
 
@@ -114,7 +113,7 @@ def test_an_index_that_names_files_elsewhere(relative, tmp_path):
     name = "../elsewhere.safetensors" if relative else str(tmp_path / "elsewhere.safetensors")
     index["weight_map"] = {key: name if file == first else file for key, file in index["weight_map"].items()}
     (base / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ExportError, match=r"index.json: found '.*elsewhere.safetensors', expected files below its own"):
+    with pytest.raises(ExportError, match=r"index.json.*elsewhere.safetensors'"):
         export_checkpoint(random_plan(model, "ffn", 5), base, tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
 
@@ -122,14 +121,14 @@ def test_an_index_that_names_files_elsewhere(relative, tmp_path):
 def test_no_space(base, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 50_000}))
     plan = random_plan(tiny_model("llama"), "ffn", 5)
-    with pytest.raises(ExportError, match=r"needs 0.1 MB and .* has 0.1 MB left|needs 0.\d MB and"):
+    with pytest.raises(ExportError, match=r"out.* 0.1 MB.* 0.1 MB"):
         export_checkpoint(plan, base, tmp_path / "out")
-    with pytest.raises(ExportError, match=r"needs 0.3 MB and"):  # saved first, then folded
+    with pytest.raises(ExportError, match=r"out.* 0.3 MB"):  # saved first, then folded
         export_checkpoint(plan, tiny_model("llama"), tmp_path / "out")
     assert untouched(tmp_path)
     shards = saved(tiny_model("llama"), tmp_path / "shards", max_shard_size="20KB")
     export_checkpoint(plan.top(1), shards, tmp_path / "out")  # what is linked needs none
-    with pytest.raises(ExportError, match="needs"):
+    with pytest.raises(ExportError, match=r"copied.* MB"):
         export_checkpoint(plan.top(1), shards, tmp_path / "copied", link=False)
 
 
@@ -137,7 +136,7 @@ def test_a_quantised_base(base, tmp_path):
     raw = json.loads((base / "config.json").read_text())
     raw["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (base / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ExportError, match=r"quantised by gptq.*folded checkpoint has to be quantised anew"):
+    with pytest.raises(ExportError, match="gptq"):
         export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
     assert untouched(tmp_path)
 
@@ -146,7 +145,7 @@ def test_tensors_of_another_dtype(base, tmp_path):
     tensors = load_file(base / "model.safetensors")
     tensors = {k: v.to(torch.float8_e4m3fn) if "down_proj" in k else v for k, v in tensors.items()}
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ExportError, match=r"down_proj.weight is F8_E4M3, expected one of"):
+    with pytest.raises(ExportError, match=r"down_proj.weight.*F8_E4M3"):
         export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
     plan = random_plan(tiny_model("llama"), "attention", 5)  # what is not edited is copied as it is
     out = export_checkpoint(plan, base, tmp_path / "out")
@@ -164,7 +163,7 @@ def test_a_damaged_base(damage, base, tmp_path):
     else:
         tensors = load_file(file)
         save_file({k: v for k, v in tensors.items() if "down_proj" not in k}, file, {"format": "pt"})
-    with pytest.raises(ExportError, match=r"copy .*anew"):
+    with pytest.raises(ExportError, match=r"base.*anew"):
         export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
     assert untouched(tmp_path)
 
@@ -175,15 +174,15 @@ WRITE = """
 import sys, time
 import torch
 from austeer import Plan
-from austeer.export import rewrite
-from austeer.export.checkpoint import export_checkpoint
-write = rewrite._write
-def slow(*args):
-    write(*args)
-    print("writing", flush=True)
-    time.sleep(60)
-rewrite._write = slow
-export_checkpoint(Plan.from_pretrained(sys.argv[1]), sys.argv[2], sys.argv[3])
+from austeer.export import checkpoint
+plain = checkpoint.Entry
+def slow(shape, dtype, make):
+    def wait():
+        print("writing", flush=True)
+        time.sleep(60)
+    return plain(shape, dtype, wait)
+checkpoint.Entry = slow
+checkpoint.export_checkpoint(Plan.from_pretrained(sys.argv[1]), sys.argv[2], sys.argv[3])
 """
 
 
@@ -212,7 +211,7 @@ def test_a_disk_that_fills_up(base, tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
     try:
-        with pytest.raises(ExportError, match=r"cannot be written \(File too large\)"):
+        with pytest.raises(ExportError, match=r"out.*File too large"):
             export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -222,21 +221,21 @@ def test_a_disk_that_fills_up(base, tmp_path):
 def test_models_in_memory_that_are_refused(tmp_path):
     model = tiny_model("llama")
     plan = random_plan(model, "ffn", 5)
-    with austeer.steer(model, plan, 1.0), pytest.raises(ExportError, match="steered now"):
+    with austeer.steer(model, plan, 1.0), pytest.raises(ExportError, match="steered"):
         export_checkpoint(plan, model, tmp_path / "out")
     elsewhere = copy.deepcopy(model)
     disk_offload(elsewhere, tmp_path / "offloaded", execution_device=torch.device("cpu"))
-    with pytest.raises(ExportError, match=r"not by a device_map.*give its folder or Hub id"):
+    with pytest.raises(ExportError, match=r"device_map.*Hub id"):
         export_checkpoint(plan, elsewhere, tmp_path / "out")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(ExportError, match=r"PEFT's wrapper.*merge_and_unload"):
+    with pytest.raises(ExportError, match=r"PEFT.*merge_and_unload"):
         export_checkpoint(plan, wrapped, tmp_path / "out")
     adapted = tiny_model("llama")
     adapted.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))  # saved, it would be the adapter alone
-    with pytest.raises(ExportError, match=r"found one with PEFT adapters, expected a plain one"):
+    with pytest.raises(ExportError, match="PEFT adapters"):
         export_checkpoint(plan, adapted, tmp_path / "out")
     unsaved = tiny_model("llama")
     unsaved.generation_config.temperature = 0.5  # which only sampling reads
-    with pytest.raises(ExportError, match=r"Transformers cannot save it \(GenerationConfig is invalid: .*temperature"):
+    with pytest.raises(ExportError, match=r"GenerationConfig.*temperature"):
         export_checkpoint(plan, unsaved, tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["offloaded"]

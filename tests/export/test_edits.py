@@ -1,7 +1,6 @@
 """What plans do to each linear layer, told from the structure of a model."""
 
 import copy
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -24,10 +23,8 @@ from austeer.export.edits import (
     with_alphas,
 )
 from austeer.models.sites import find_sites
-from dense_formula import formula_logits, logits, random_plan
+from dense_formula import WEIGHT_SITES, formula_logits, logits, random_plan
 from tiny_models import FAMILIES, ids_of_rows, tiny_model
-
-WEIGHT_SITES = ("attention", "ffn", "neuron")
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +141,8 @@ def test_experts_are_one_edit_each(model):
 @pytest.mark.parametrize(
     "site, operation, reason",
     [
-        ("layer", "scale", r"site 'layer': no linear layer makes .* select at 'attention' or 'ffn', or steer at run"),
-        ("ffn", "push", r"operation 'push' multiplies \|x\| .* plan\.with_operation"),
+        ("layer", "scale", "site 'layer'.*'attention'.*'ffn'"),
+        ("ffn", "push", r"'push'.*plan\.with_operation"),
     ],
 )
 def test_what_is_no_edit_of_weights_is_refused(model, site, operation, reason):
@@ -155,14 +152,14 @@ def test_what_is_no_edit_of_weights_is_refused(model, site, operation, reason):
 
 def test_shift_in_a_mixture_is_refused():
     mixture = tiny_model("mixtral")
-    with pytest.raises(ExportError, match=r"site 'ffn' of layer \d: found operation 'shift' in a mixture"):
+    with pytest.raises(ExportError, match=r"'ffn' of layer \d.*'shift'.*mixture"):
         edits_of(mixture, [(random_plan(mixture, "ffn", 3, "shift"), 1.0)])
     assert edits_of(mixture, [(random_plan(mixture, "attention", 3, "shift"), 1.0)])
 
 
 def test_a_plan_for_another_architecture_is_refused(model):
     wider = tiny_model("llama", hidden_size=64)
-    with pytest.raises(PlanError, match=r"the plan was made for .* measure and select on this model"):
+    with pytest.raises(PlanError, match=r"'ffn': 64.*'ffn': 32"):
         edits_of(model, [(random_plan(model, "ffn", 3), 1.0), (random_plan(wider, "ffn", 3), 1.0)])
 
 
@@ -170,9 +167,7 @@ def test_a_wrapped_layer_is_refused(model):
     config = peft.LoraConfig(target_modules=["down_proj"], r=2)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
     plan = random_plan(model, "ffn", 3)
-    with pytest.raises(
-        ExportError, match=r"down_proj: Linear is not a plain linear layer.*unwrapped model, or its nam"
-    ):
+    with pytest.raises(ExportError, match="down_proj: Linear"):
         edits_of(wrapped.get_base_model(), [(plan, 1.0)])
 
 
@@ -185,9 +180,8 @@ def test_weights_that_are_made_anew_are_refused(kind):
             nn.utils.weight_norm(layer)
     else:
         prune.random_unstructured(layer, "bias" if kind == "bias" else "weight", amount=0.5)
-    name = "bias" if kind == "bias" else "weight"
     with pytest.raises(
-        ExportError, match=rf"layers\.1\.mlp\.down_proj: found a {name} that is made anew at each .*prun"
+        ExportError, match=rf"layers\.1\.mlp\.down_proj.*{'bias' if kind == 'bias' else 'weight'}.*prun"
     ):
         edits_of(model, [(plan, 1.0)])
     if kind == "pruned":
@@ -214,7 +208,7 @@ def test_a_block_that_does_more_than_its_projection_is_refused(place):
     for layer in model.model.layers:
         layer.mlp = Doubled(layer.mlp)
     plan = random_plan(model, "ffn", 3)
-    with pytest.raises(ExportError, match=r"does more to the tensor than its projection, so it is no edit of weights"):
+    with pytest.raises(ExportError, match=r"'ffn'.*projection"):
         edits_of(model.to(place), [(plan, 1.0)])
 
 
@@ -233,25 +227,25 @@ def test_plans_are_given_alone_or_together_with_alphas_or_without(model):
 @pytest.mark.parametrize(
     "plans, alpha, reason",
     [
-        ([], 1.0, "plans: found none, expected at least one"),
-        ("plan", 1.0, "plans: found str, expected an austeer.Plan"),
-        (None, 1.0, "plans: found NoneType, expected an austeer.Plan"),
-        ({"a": 1}, 1.0, "plans: found dict, expected an austeer.Plan"),
-        (..., "2", "alpha: found '2', expected a finite number"),
-        (..., True, "alpha: found True, expected a finite number"),
-        (..., None, "alpha: found None, expected a finite number"),
-        (..., float("nan"), "alpha: found nan, expected a finite number"),
-        (..., float("-inf"), "alpha: found -inf, expected a finite number"),
-        (..., 1e39, "alpha: found 1e+39, expected a finite number"),
-        (..., 10**400, "alpha: found 1000"),
-        (..., {"ffn": 1e39}, "alpha: found 1e+39, expected a finite number"),
-        (..., {"ffn": 1.0, "layer": 1.0}, "alpha: found sites ['ffn', 'layer'], expected ['ffn']"),
-        (..., {}, "alpha: found sites [], expected ['ffn']"),
+        ([], 1.0, "plans.*none"),
+        ("plan", 1.0, "plans.*str"),
+        (None, 1.0, "plans.*NoneType"),
+        ({"a": 1}, 1.0, "plans.*dict"),
+        (..., "2", "alpha.*'2'"),
+        (..., True, "alpha.*True"),
+        (..., None, "alpha.*None"),
+        (..., float("nan"), "alpha.*nan"),
+        (..., float("-inf"), "alpha.*-inf"),
+        (..., 1e39, r"alpha.*1e\+39"),
+        (..., 10**400, "alpha.*1000"),
+        (..., {"ffn": 1e39}, r"alpha.*1e\+39"),
+        (..., {"ffn": 1.0, "layer": 1.0}, r"alpha.*\['ffn', 'layer'\].*\['ffn'\]"),
+        (..., {}, r"alpha.*\[\].*\['ffn'\]"),
     ],
 )
 def test_bad_plans_and_alphas_are_named(model, plans, alpha, reason):
     plans = random_plan(model, "ffn", 3) if plans is ... else plans
-    with pytest.raises(PlanError, match=re.escape(reason)):
+    with pytest.raises(PlanError, match=reason):
         with_alphas(plans, alpha)
 
 
@@ -261,7 +255,7 @@ def test_another_name_of_the_model_is_a_warning(model, recwarn):
     warn_of_another_model([(named, 1.0)], "meta/Llama-3-8B")
     warn_of_another_model([(named, 1.0)], "/data/models/llama-3-8b/")
     assert not recwarn
-    with pytest.warns(ExportWarning, match=r"measured on meta/Llama-3-8B and is exported for me/tuned, of the same"):
+    with pytest.warns(ExportWarning, match=r"meta/Llama-3-8B.*me/tuned"):
         warn_of_another_model([(named, 1.0), (named, 2.0)], "me/tuned")
 
 

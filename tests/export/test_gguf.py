@@ -1,6 +1,7 @@
-"""GGUF files for llama.cpp: read back, put onto the weights, and compared with the folded checkpoint or the formula."""
+"""GGUF files for llama.cpp: read back, put onto the weights, and compared with folded weights or the formula."""
 
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import austeer
 from austeer.errors import PlanError
-from austeer.export.checkpoint import export_checkpoint
 from austeer.export.control_vector import ADDED_AS_IT_IS
 from austeer.export.edits import ExportError, ExportWarning, digest
 from austeer.export.gguf import export_gguf
@@ -66,7 +67,7 @@ def test_an_adapter_makes_the_folded_weights(family, tmp_path):
             for part in where.parts
         )
         if biased or (family == "granitemoe" and site == "ffn"):
-            with pytest.raises(ExportError, match=r"found a bias|has no weight for it that gguf knows"):
+            with pytest.raises(ExportError, match=r"'ffn'.*bias|experts.*'granitemoe'.*weight"):
                 export_gguf(plan, tmp_path / "base", file, alpha=1.5)
             assert not file.exists()
             continue
@@ -74,8 +75,8 @@ def test_an_adapter_makes_the_folded_weights(family, tmp_path):
         fields, tensors = read(file)
         assert fields["general.architecture"] == ARCHITECTURES[text_config(model).model_type]
         assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
-        out = export_checkpoint(plan, model, tmp_path / site, alpha=1.5)
-        folded = dict(type(model).from_pretrained(out, dtype=torch.float32).named_parameters())
+        with austeer.steer(model, plan, 1.5, mode="fold"):
+            folded = {name: p.detach().clone() for name, p in model.named_parameters()}
         names = {name.removesuffix(".lora_a").removesuffix(".lora_b") for name in tensors}
         for where in find_sites(model)[site]:
             for part in where.parts:
@@ -172,7 +173,7 @@ def test_a_shift_is_a_control_vector(family, tmp_path):
         plan = shifted(model, site)
         file = tmp_path / f"{site}.gguf"
         if site == "ffn" and family not in ADDED_AS_IT_IS:
-            with pytest.raises(ExportError, match="does not add the MLP's output as it is"):
+            with pytest.raises(ExportError, match=r"'ffn'.*MLP"):
                 export_gguf(plan, model, file)
             moved = replace(plan, site=("layer",) * len(plan), model=replace(plan.model, widths={"layer": 32}))
             one, other = (formula_logits(model, BATCH, p, 1.0) for p in (plan, moved))
@@ -227,47 +228,47 @@ def test_what_is_refused(tmp_path, monkeypatch):
     model = tiny_model("llama")
     scale, shift = random_plan(model, "ffn", 5), shifted(model, "ffn")
     for plans, options, message in (
-        ([scale, shift], {}, r"found 'scale' and 'shift'; expected .* each into a file of its own"),
-        (random_plan(model, "ffn", 5, "push"), {}, r"found 'push'"),
-        (random_plan(model, "layer", 5), {}, r"site 'layer': no linear layer makes"),
-        (shifted(model, "attention"), {}, r"site 'attention': a control vector is added to a decoder layer's output"),
-        (shifted(model, "neuron"), {}, r"site 'neuron': a control vector"),
-        (random_plan(model, "layer", 60, "shift"), {}, r"layer 0: found AUs in the first decoder layer"),
-        (scale, {"dtype": "bfloat16"}, r"dtype: found 'bfloat16', expected float32 or float16"),
-        (scale, {"alpha": 1e6, "dtype": "float16"}, r"no finite torch.float16 number"),
-        (shift, {"alpha": 1e39}, r"alpha"),
-        (scale, {"architecture": "nonesuch"}, r"'nonesuch', which the installed gguf does not know"),
-        (scale, {"architecture": "mamba"}, r"llama.cpp's 'mamba' has no weight for it"),
+        ([scale, shift], {}, "'scale'.*'shift'"),
+        (random_plan(model, "ffn", 5, "push"), {}, "'push'"),
+        (random_plan(model, "layer", 5), {}, "site 'layer'"),
+        (shifted(model, "attention"), {}, "site 'attention'.*control vector"),
+        (shifted(model, "neuron"), {}, "site 'neuron'.*control vector"),
+        (random_plan(model, "layer", 60, "shift"), {}, "layer 0"),
+        (scale, {"dtype": "bfloat16"}, "dtype.*'bfloat16'.*float32.*float16"),
+        (scale, {"alpha": 1e6, "dtype": "float16"}, "torch.float16"),
+        (shift, {"alpha": 1e39}, r"alpha.*1e\+39"),
+        (scale, {"architecture": "nonesuch"}, "'nonesuch'.*gguf"),
+        (scale, {"architecture": "mamba"}, "'mamba'.*weight"),
     ):
         with pytest.raises((ExportError, PlanError), match=message):
             export_gguf(plans, model, tmp_path / "a.gguf", **options)
     other = tiny_model("opt")
-    with pytest.raises(ExportError, match=r"found 'opt', expected a family whose conversion to GGUF is known"):
+    with pytest.raises(ExportError, match="'opt'"):
         export_gguf(random_plan(other, "attention", 5), other, tmp_path / "a.gguf")
-    with pytest.raises(PlanError, match="measure and select on this model"):
+    with pytest.raises(PlanError, match=r"qwen2.*llama"):
         export_gguf(shifted(tiny_model("qwen2"), "layer"), model, tmp_path / "a.gguf")
     assert not any(tmp_path.iterdir())
     export_gguf(scale, model, tmp_path / "a.gguf")
     before = (tmp_path / "a.gguf").read_bytes()
-    with pytest.raises(ExportError, match="exists already"):
+    with pytest.raises(ExportError, match=r"a.gguf: exists"):
         export_gguf(shift, model, tmp_path / "a.gguf")
     assert (tmp_path / "a.gguf").read_bytes() == before
     export_gguf(shift, model, tmp_path / "a.gguf", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     for plan in (scale, shift):
-        with pytest.raises(ExportError, match="found a folder, expected an earlier export"):
+        with pytest.raises(ExportError, match=f"{tmp_path}.*folder"):
             export_gguf(plan, model, tmp_path, force=True)
-        with pytest.raises(ExportError, match="found a file that austeer did not write"):
+        with pytest.raises(ExportError, match=r"model.gguf.*austeer"):
             export_gguf(plan, model, tmp_path / "model.gguf", force=True)
         export_gguf(plan, model, tmp_path / "a.gguf", force=True)
     with monkeypatch.context() as full:
         full.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
         for plan in (scale, shift):
-            with pytest.raises(ExportError, match=r"b.gguf: needs 0\.0 MB and"):
+            with pytest.raises(ExportError, match=r"b.gguf.* MB"):
                 export_gguf(plan, model, tmp_path / "b.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ExportError, match=r"pip install 'austeer\[gguf\]'"):
+    with pytest.raises(ExportError, match=r"austeer\[gguf\]"):
         export_gguf(scale, model, tmp_path / "b.gguf")
 
 
@@ -281,7 +282,7 @@ def test_a_plan_of_another_model_is_warned_of(operation, tmp_path, recwarn):
         recwarn.clear()
         export_gguf(replace(plan, model=replace(plan.model, name=name)), model, tmp_path / f"{number}.gguf")
         found = [str(w.message) for w in recwarn if w.category is ExportWarning]
-        assert ["measured on other and is exported for someone/tiny" in text for text in found] == [True] * warns
+        assert [bool(re.search("other.*someone/tiny", text)) for text in found] == [True] * warns
 
 
 def test_another_name_of_the_architecture(tmp_path):

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_export_lora import WEIGHT_SITES, config_of, keep_layers, tensors_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from adapters import config_of, tensors_of
 from austeer import PlanError
 from austeer.export import ExportError, ExportWarning, export_lora
 from austeer.export import lora as lora_module
-from dense_formula import random_plan
+from dense_formula import WEIGHT_SITES, keep_layers, random_plan
 from tiny_models import tiny_model
 
 
@@ -35,14 +35,10 @@ def refused(match, plan, model, out, error=ExportError, **options):
 @pytest.mark.parametrize(
     "site, operation, match",
     [
-        ("layer", "scale", r"site 'layer': no linear layer makes"),
-        ("ffn", "push", r"operation 'push' .* is not linear"),
-        (
-            "ffn",
-            "shift",
-            r"down_proj \(site 'ffn' of layer \d\): found operation 'shift', .*\(austeer export checkpoint\)",
-        ),
-        ("attention", "shift", r"o_proj .*found operation 'shift', .*plugin in vLLM, or give lora_bias=True"),
+        ("layer", "scale", "site 'layer'"),
+        ("ffn", "push", "'push'"),
+        ("ffn", "shift", r"down_proj.*'ffn' of layer \d.*'shift'.*austeer export checkpoint"),
+        ("attention", "shift", r"o_proj.*'shift'.*lora_bias=True"),
     ],
 )
 def test_what_no_product_of_matrices_does_is_refused(model, out, site, operation, match):
@@ -51,12 +47,8 @@ def test_what_no_product_of_matrices_does_is_refused(model, out, site, operation
 
 def test_a_bias_is_refused(out):
     biased = tiny_model("gpt2")
-    refused(
-        r"mlp\.c_proj \(site 'ffn' of layer \d\): found a bias, .*export checkpoint.*lora_bias=True \(--lora-bias\)",
-        random_plan(biased, "ffn", 5),
-        biased,
-        out,
-    )
+    match = r"mlp\.c_proj.*'ffn' of layer \d.*bias.*export checkpoint.*lora_bias=True.*--lora-bias"
+    refused(match, random_plan(biased, "ffn", 5), biased, out)
     export_lora(random_plan(biased, WEIGHT_SITES[::2], 5), biased, out)  # at inputs a bias stays as it is
     assert config_of(out)["fan_in_fan_out"]
 
@@ -65,11 +57,8 @@ def test_a_bias_is_refused(out):
 def test_experts_are_refused_with_the_checkpoint_as_the_remedy(family, out):
     mixture = tiny_model(family)
     plan = random_plan(mixture, "ffn", 60)
-    refused(r"experts \(site 'ffn' of layer \d\): found the experts .*austeer export checkpoint", plan, mixture, out)
-    if family == "gpt_oss":
-        refused(r"found a bias to write in a model with mixtures", plan, mixture, out, experts=True)
-    else:
-        refused(r"found a bias to write in a model", plan, mixture, out, experts=True, lora_bias=True)
+    refused(r"experts.*'ffn' of layer \d.*austeer export checkpoint", plan, mixture, out)
+    refused("bias.*mixtures", plan, mixture, out, experts=True, lora_bias=family != "gpt_oss")
     export_lora(random_plan(mixture, "attention", 60), mixture, out)
 
 
@@ -77,7 +66,7 @@ def test_dense_layers_of_a_model_with_mixtures_are_named_by_their_parameter(out)
     """PEFT takes a target ``down_proj`` for the experts of such a model, and says nothing."""
     mixture = tiny_model("qwen3_moe")
     plan = keep_layers(random_plan(mixture, "ffn", 30), {0})
-    refused(r"found a bias to write in a model with mixtures", plan, mixture, out, lora_bias=True)
+    refused("bias.*mixtures", plan, mixture, out, lora_bias=True)
     export_lora(plan, mixture, out)
     config = config_of(out)
     assert config["target_modules"] == [] and config["target_parameters"] == ["model.layers.0.mlp.down_proj.weight"]
@@ -85,15 +74,15 @@ def test_dense_layers_of_a_model_with_mixtures_are_named_by_their_parameter(out)
 
 def test_a_plan_for_another_architecture_is_refused(model, out):
     other = tiny_model("llama", num_hidden_layers=4)
-    refused(r"the plan was made for .*4 layers", random_plan(other, "ffn", 5), model, out, PlanError)
+    refused("4 layers.*3 layers", random_plan(other, "ffn", 5), model, out, PlanError)
     other = tiny_model("qwen3")
-    refused(r"the plan was made for .*qwen3", random_plan(other, "ffn", 5), model, out, PlanError)
+    refused("qwen3.*llama", random_plan(other, "ffn", 5), model, out, PlanError)
 
 
 def test_another_model_of_the_architecture_is_a_warning(model, out):
     plan = random_plan(model, "ffn", 5)
     named = replace(plan, model=replace(plan.model, name="meta/Llama-9"))
-    with pytest.warns(ExportWarning, match=r"measured on meta/Llama-9 and is exported for LlamaForCausalLM") as caught:
+    with pytest.warns(ExportWarning, match=r"meta/Llama-9.*LlamaForCausalLM") as caught:
         export_lora(named, model, out)
     assert caught[0].filename == __file__
     assert out.is_dir()
@@ -101,28 +90,22 @@ def test_another_model_of_the_architecture_is_a_warning(model, out):
 
 @pytest.mark.parametrize("plans", [[], "plan", [3]])
 def test_what_is_no_plan_is_refused(model, out, plans):
-    refused(r"plans: found .*, expected ", plans, model, out, PlanError)
+    refused("plans.*(none|str|int)", plans, model, out, PlanError)
 
 
 def test_bad_options_are_refused(model, out):
     plan = random_plan(model, "ffn", 30)
-    refused(r"alpha: found nan", plan, model, out, PlanError, alpha=float("nan"))
-    refused(r"dtype: found 'int8', expected one of float64, float32", plan, model, out, dtype="int8")
-    refused(r"dtype: found 'Tensor'", plan, model, out, dtype="Tensor")
-    refused(r"rank: found 3, expected \d+ or more, the most AUs of the plan in one", plan, model, out, rank=3)
-    refused(r"rank: found 0, expected an integer from 1", plan, model, out, rank=0)
-    refused(r"rank: found a number beside rank_pattern", plan, model, out, rank=40, rank_pattern=True)
+    refused("alpha.*nan", plan, model, out, PlanError, alpha=float("nan"))
+    refused("dtype.*'int8'.*float64, float32", plan, model, out, dtype="int8")
+    refused("dtype.*'Tensor'", plan, model, out, dtype="Tensor")
+    refused(r"rank.* 3.*\d+ or more", plan, model, out, rank=3)
+    refused("rank.* 0.* 1", plan, model, out, rank=0)
+    refused("rank.*rank_pattern", plan, model, out, rank=40, rank_pattern=True)
 
 
 def test_numbers_that_the_dtype_has_not_are_refused(model, out):
     plan = random_plan(model, "ffn", 30)
-    refused(
-        r"found a value of .*, which is no finite torch.float16 number; .*bfloat16",
-        plan,
-        model,
-        out,
-        **{"dtype": "float16", "alpha": 1e7},
-    )
+    refused("torch.float16.*bfloat16", plan, model, out, dtype="float16", alpha=1e7)
     export_lora(plan, model, out, dtype="bfloat16", alpha=1e7)
 
 
@@ -131,7 +114,7 @@ def test_a_quantised_base_is_refused_with_what_to_do(model, tmp_path, out):
     quantised = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", quantization_config=BitsAndBytesConfig(load_in_8bit=True)
     )
-    with pytest.raises(ExportError, match=r"quantised by bitsandbytes.* A LoRA adapter of that one can be served on"):
+    with pytest.raises(ExportError, match="bitsandbytes"):
         export_lora(random_plan(model, "ffn", 3), quantised, out)
     assert not out.exists()
 
@@ -140,7 +123,7 @@ def test_an_existing_folder_is_kept_or_replaced(model, out):
     plan = random_plan(model, "ffn", 5)
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(ExportError, match=r"exists already; give another place, or force=True"):
+    with pytest.raises(ExportError, match=f"{out}: exists.*force"):
         export_lora(plan, model, out)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     export_lora(plan, model, out, force=True)
@@ -154,12 +137,10 @@ def test_a_model_s_folder_is_never_replaced(model, tmp_path):
     plan = random_plan(model, "ffn", 5)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for source, place in ((folder, folder), (folder, folder.parent), (loaded, folder)):
-        with pytest.raises(ExportError, match=r"holds the model that is read; give another place"):
+        with pytest.raises(ExportError, match=f"{place}.*holds the model"):
             export_lora(plan, source, place, force=True)
     model.save_pretrained(tmp_path / "another")
-    with pytest.raises(
-        ExportError, match=r"found 'config\.json' in it and no austeer\.json, expected an earlier export"
-    ):
+    with pytest.raises(ExportError, match=r"another.*'config\.json'.*austeer\.json"):
         export_lora(plan, folder, tmp_path / "another", force=True)
     assert all((place / "model.safetensors").is_file() for place in (folder, tmp_path / "another"))
     export_lora(plan, folder, folder / "kind")
@@ -168,9 +149,7 @@ def test_a_model_s_folder_is_never_replaced(model, tmp_path):
 def test_weights_that_are_no_numbers_are_named(model, out):
     broken = copy.deepcopy(model)
     broken.model.layers[1].mlp.down_proj.weight.data[:, 3] = float("nan")
-    refused(
-        r"layers\.1\.mlp\.down_proj: found NaN or infinity in its weights", random_plan(model, "ffn", 60), broken, out
-    )
+    refused(r"layers\.1\.mlp\.down_proj.*NaN", random_plan(model, "ffn", 60), broken, out)
 
 
 @pytest.mark.parametrize("family, sites", [("llama", WEIGHT_SITES), ("mixtral", ("attention", "ffn"))])
@@ -187,7 +166,7 @@ def test_too_little_space_is_known_beforehand(model, out, monkeypatch):
     usage = lora_module.check_output.__globals__["shutil"].disk_usage
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(path)._replace(free=1000))
     monkeypatch.setattr(lora_module, "tensors_of", None)  # no weight is read
-    refused(r"needs 0\.0 MB and .* has 0\.0 MB left; give another place", random_plan(model, "ffn", 5), model, out)
+    refused(f"{out}.* MB", random_plan(model, "ffn", 5), model, out)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt("stopped")])
@@ -197,7 +176,7 @@ def test_a_broken_off_write_leaves_nothing(model, out, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(lora_module, "save_file", fail)
-    kind, match = (ExportError, "no space left") if isinstance(error, OSError) else (KeyboardInterrupt, "stopped")
+    kind, match = (ExportError, f"{out}.*space") if isinstance(error, OSError) else (KeyboardInterrupt, "stopped")
     refused(match, random_plan(model, "ffn", 5), model, out, kind)
 
 
@@ -222,6 +201,6 @@ def test_the_hub_s_own_files_are_never_replaced(model, tmp_path):
     (blobs / "config.json").rename(blobs / "some-hash")
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(blobs / "some-hash")
-    with pytest.raises(ExportError, match="holds the model that is read"):
+    with pytest.raises(ExportError, match=f"{blobs}.*holds the model"):
         export_lora(random_plan(model, "ffn", 5), snapshot, blobs, force=True)
     assert (blobs / "model.safetensors").is_file()

@@ -9,7 +9,6 @@ import sys
 import pytest
 from safetensors import SafetensorError
 
-from austeer.export import output
 from austeer.export.edits import ExportError
 from austeer.export.output import RECORD, check_output, check_replaced, nearest_folder, staged, staged_file
 
@@ -68,7 +67,7 @@ def test_what_was_there_comes_back_if_it_cannot_be_replaced(tmp_path, monkeypatc
         return rename(self, target)
 
     monkeypatch.setattr(type(out), "rename", refuse)
-    with pytest.raises(ExportError, match="cannot be written \\(Operation not permitted\\)"), staged(out) as staging:
+    with pytest.raises(ExportError, match=r"out.*Operation not permitted"), staged(out) as staging:
         (staging / "new").touch()
     assert names(tmp_path) == ["out"] and names(out) == ["old"]
 
@@ -78,7 +77,7 @@ def test_a_link_is_replaced_and_not_what_it_points_to(tmp_path):
     real.mkdir()
     (real / "kept").touch()
     out.symlink_to(real)
-    with pytest.raises(ExportError, match="exists already"):
+    with pytest.raises(ExportError, match="out: exists"):
         check_output(out, False, 0)
     with staged(check_output(out, True, 0)) as staging:
         (staging / "new").touch()
@@ -87,25 +86,25 @@ def test_a_link_is_replaced_and_not_what_it_points_to(tmp_path):
 
 def test_what_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(ExportError, match=r"file: exists already; give another place, or force=True"):
+    with pytest.raises(ExportError, match=r"file: exists.*force"):
         check_output(tmp_path / "file", False, 0)
-    with pytest.raises(ExportError, match=r"cannot be written, .*file is no folder"):
+    with pytest.raises(ExportError, match=r"out.*file is no folder"):
         check_output(tmp_path / "file" / "out", False, 0)
-    with pytest.raises(ExportError, match=r"out: needs 1000000000.0 GB and .* has .* GB left"):
+    with pytest.raises(ExportError, match=r"out.* 1000000000.0 GB"):
         check_output(tmp_path / "out", False, 10**18)
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
     for place in (tmp_path / "here", tmp_path / "here" / "below"):
-        with pytest.raises(ExportError, match="is the working directory or above it"):
+        with pytest.raises(ExportError, match=f"{place}.*working directory"):
             check_output(place, True, 0)
     assert names(tmp_path) == ["file", "here"]
     assert nearest_folder(tmp_path / ("x" * 300) / "out") == tmp_path
     assert nearest_folder(type(tmp_path)("/")) == type(tmp_path)("/")
     long = check_output(tmp_path / ("x" * 300), False, 0)  # what cannot be looked for is not there
-    with pytest.raises(ExportError, match=r"cannot be written \(File name too long\)"), staged(long):
+    with pytest.raises(ExportError, match=r"xxx.*File name too long"), staged(long):
         pass
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ExportError, match="not writable"):
+    with pytest.raises(ExportError, match=r"out.*writable"):
         check_output(tmp_path / "out", False, 0)
 
 
@@ -118,7 +117,7 @@ def test_force_replaces_exports_and_nothing_dearer(tmp_path, monkeypatch):
     check_replaced(out)
     for name, make in (("config.json", "touch"), ("below", "mkdir")):
         getattr(out / name, make)()
-        with pytest.raises(ExportError, match=f"out: found '{name}' in it and no austeer.json, expected an earlier ex"):
+        with pytest.raises(ExportError, match=f"out.*'{name}'.*austeer.json"):
             check_replaced(out)
         (out / RECORD).touch()
         check_replaced(out)
@@ -127,9 +126,9 @@ def test_force_replaces_exports_and_nothing_dearer(tmp_path, monkeypatch):
     for place, kind, found in (
         (out, True, "a folder"),
         (file, False, "a file,"),
-        (file, True, "a file that austeer did"),
+        (file, True, "a file .*austeer"),
     ):
-        with pytest.raises(ExportError, match=f"found {found}"):
+        with pytest.raises(ExportError, match=f"{place}.*{found}"):
             check_replaced(place, file=kind)
     file.write_bytes(b"GGUF austeer.version")
     check_replaced(file, file=True)
@@ -138,10 +137,10 @@ def test_force_replaces_exports_and_nothing_dearer(tmp_path, monkeypatch):
     check_replaced(tmp_path / "link")
     for read in (out, out / "config.json", tmp_path / "link"):
         for place in (out, tmp_path):
-            with pytest.raises(ExportError, match="holds the model that is read"):
+            with pytest.raises(ExportError, match=f"{place}.*holds the model"):
                 check_replaced(place, [file, read])
     monkeypatch.setattr(type(out), "iterdir", lambda self: (_ for _ in ()).throw(OSError(13, "Permission denied")))
-    with pytest.raises(ExportError, match=r"found something that cannot be read \(Permission denied\)"):
+    with pytest.raises(ExportError, match=r"out.*Permission denied"):
         check_replaced(out)
 
 
@@ -153,7 +152,7 @@ def test_force_replaces_exports_and_nothing_dearer(tmp_path, monkeypatch):
     ],
 )
 def test_a_full_disk_is_called_that(error, tmp_path):
-    with pytest.raises(ExportError, match="no space left on the device"), staged(tmp_path / "out"):
+    with pytest.raises(ExportError, match=r"out.*space"), staged(tmp_path / "out"):
         raise error
     assert names(tmp_path) == []
 
@@ -218,8 +217,8 @@ def test_what_was_to_be_replaced_outlives_a_kill(tmp_path):
     assert not out.exists()
     with pytest.raises(RuntimeError), staged(out):  # another try that fails
         raise RuntimeError
-    (holder,) = [path for path in tmp_path.iterdir() if (path / output._OLD).exists()]
-    assert names(holder / output._OLD) == ["old"]
+    (old,) = tmp_path.rglob("old")
+    assert names(old.parent) == ["old"]
     for _ in range(2):  # swept by the first run that finds a new one in its place
         with staged(out) as staging:
             (staging / "new").touch()

@@ -127,7 +127,7 @@ def test_a_steered_model_is_refused(model):
     model = copy.deepcopy(model)
     with (
         austeer.steer(model, random_plan(model, "ffn", 3), alpha=2),
-        pytest.raises(ExportError, match=r"the model is steered now, .* outside the with block"),
+        pytest.raises(ExportError, match="steered"),
     ):
         weights_of_model(model)
 
@@ -141,7 +141,7 @@ def test_a_quantised_model_is_refused_with_what_to_do(live, model, folder):
         data = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(data | {"quantization_config": config.to_dict()}))
         model = folder
-    with pytest.raises(ExportError, match=r"quantised by bitsandbytes, expected float ones; export for the model that"):
+    with pytest.raises(ExportError, match="bitsandbytes"):
         weights_of_model(model)
 
 
@@ -150,7 +150,7 @@ def test_integer_weights_are_refused(folder):
     name = "model.layers.0.mlp.down_proj.weight"
     tensors[name] = tensors[name].to(torch.int8)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ExportError, match=rf"{name}: found torch.int8, expected one of torch.float64"):
+    with pytest.raises(ExportError, match=f"{name}.*torch.int8.*torch.float64"):
         StoredWeights(folder).get(name)
 
 
@@ -159,7 +159,7 @@ def test_a_missing_tensor_is_named(folder):
     name = "model.layers.2.self_attn.o_proj.weight"
     del tensors[name]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ExportError, match=rf"found no tensor for {name} in its safetensors files; they are incomplete"):
+    with pytest.raises(ExportError, match=f"no tensor for {name}"):
         StoredWeights(folder).get(name)
 
 
@@ -171,8 +171,7 @@ def test_a_tensor_of_another_shape_is_refused(shape, folder):
     assert tensors[name].shape == (32, 48)
     tensors[name] = torch.zeros(shape)
     save_file(tensors, folder / "model.safetensors")
-    found = re.escape(f"found {name} of shape {list(shape)}, expected [32, 48] by its config.json; they are of two")
-    with pytest.raises(ExportError, match=found):
+    with pytest.raises(ExportError, match=rf"{name}.*{re.escape(str(list(shape)))}.*\[32, 48\]"):
         StoredWeights(folder).get(name)
 
 
@@ -184,7 +183,7 @@ def test_a_missing_expert_is_noticed(tmp_path):
         {k: t for k, t in tensors.items() if ".0.block_sparse_moe.experts.1." not in k}, tmp_path / "model.safetensors"
     )
     stored = StoredWeights(tmp_path)
-    with pytest.raises(ExportError, match=r"found 3 experts' tensors for model\.layers\.0\..*, expected 4; its files"):
+    with pytest.raises(ExportError, match=r" 3 experts.*model\.layers\.0\..* 4"):
         stored.get("model.layers.0.mlp.experts.down_proj")
     assert len(stored.get("model.layers.1.mlp.experts.down_proj")) == 4
 
@@ -200,17 +199,14 @@ def test_damaged_files_are_refused(damage, folder):
         (folder / INDEX).write_text('{"weight_map": ["a"]}')
     else:
         file.rename(folder / "pytorch_model.bin")
-    expected = "found neither model.safetensors nor" if damage == "none" else "its safetensors files could not be read"
-    with pytest.raises(ExportError, match=expected):
+    with pytest.raises(ExportError, match=f"{folder}.*{'neither model' if damage == 'none' else ''}.*safetensors"):
         StoredWeights(folder)
 
 
 def test_two_forms_of_the_weights_are_refused(folder):
     """Transformers would read the one file, and others the files of the index."""
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    with pytest.raises(
-        ExportError, match=r"found model\.safetensors beside model\.safetensors\.index\.json, which does"
-    ):
+    with pytest.raises(ExportError, match=r"model\.safetensors .*model\.safetensors\.index\.json"):
         StoredWeights(folder)
 
 
@@ -219,19 +215,19 @@ def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(folder):
     auto = {"AutoConfig": "configuration_other.Other", "AutoModelForCausalLM": "modeling_other.Other"}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "other", "auto_map": auto}))
     (folder / "configuration_other.py").write_text("raise SystemExit('it was run')")
-    with pytest.raises(ModelError, match="its config could not be read"):
+    with pytest.raises(ModelError, match=f"{folder}.*config"):
         StoredWeights(folder)
 
 
 def test_a_file_that_vanishes_is_named(folder):
     stored = StoredWeights(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ExportError, match=r"model\.layers\.0\.mlp.* could not be read .*; copy or download it anew"):
+    with pytest.raises(ExportError, match=rf"{folder}.*model\.layers\.0\.mlp"):
         stored.get("model.layers.0.mlp.down_proj.weight")
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(ExportError, match=r"model: found int, expected a Transformers model, a folder or a Hub id"):
+    with pytest.raises(ExportError, match=r"model.*int"):
         weights_of_model(3)
-    with pytest.raises(ModelError, match=r"its config could not be read"):
+    with pytest.raises(ModelError, match=f"{tmp_path}.*config"):
         weights_of_model(tmp_path)

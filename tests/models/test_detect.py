@@ -81,50 +81,36 @@ def square_and_nameless(layer):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (second_list, r"one list of 3 decoder layers, found layers, others in LlamaModel \(with embed_tokens, "),
-        (lambda m: setattr(m.config, "num_hidden_layers", 5), r"list of 5 decoder layers, found none in LlamaModel"),
-        (lambda m: setattr(m.config, "is_encoder_decoder", True), r"an encoder and a decoder"),
-        (
-            change_layers(lambda layer: delattr(layer, "self_attn")),
-            r"looked for one attention module, found none among mlp",
-        ),
+        (second_list, "3 decoder layers.* layers, others.*LlamaModel"),
+        (lambda m: setattr(m.config, "num_hidden_layers", 5), "5 decoder layers.*none.*LlamaModel"),
+        (lambda m: setattr(m.config, "is_encoder_decoder", True), "encoder.*decoder"),
+        (change_layers(lambda layer: delattr(layer, "self_attn")), "attention.*none.*mlp"),
         (
             change_layers(lambda layer: setattr(layer, "attn2", copy.deepcopy(layer.self_attn))),
-            r"layer 0: looked for one attention module, found self_attn, attn2",
+            "layer 0.*attention.*self_attn, attn2",
         ),
-        (change_layers(lambda layer: delattr(layer, "mlp")), r"one MLP module, found none among self_attn, "),
-        (
-            change_layers(lambda layer: setattr(layer, "shared_mlp", copy.deepcopy(layer.mlp))),
-            r"one MLP module, found mlp, shared_mlp",
-        ),
-        (
-            change_layers(square_and_nameless),
-            r"one down projection \(32 outputs\) in mlp, found mlp.a, mlp.b among mlp.gate_proj, mlp.up_proj, mlp.a",
-        ),
-        (
-            change_layers(lambda layer: setattr(layer.mlp, "post_norm", nn.LayerNorm(32))),
-            r"layer 0: mlp.post_norm \(LayerNorm\) may follow the down projection",
-        ),
+        (change_layers(lambda layer: delattr(layer, "mlp")), "MLP.*none.*self_attn"),
+        (change_layers(lambda layer: setattr(layer, "shared_mlp", copy.deepcopy(layer.mlp))), "MLP.*mlp, shared_mlp"),
+        (change_layers(square_and_nameless), "32 .*mlp.a, mlp.b.*mlp.gate_proj"),
         (
             change_layers(lambda layer: setattr(layer.mlp, "post_norm", nn.LayerNorm(32, elementwise_affine=False))),
-            r"mlp.post_norm \(LayerNorm\) may follow",
+            r"layer 0.*mlp\.post_norm.*LayerNorm",
         ),
         (
             change_layers(lambda layer: setattr(layer.self_attn, "o_proj", nn.Linear(48, 31))),
-            r"one attention output projection \(32 outputs\) in self_attn, found none among self_attn.q_proj",
+            r"32 .*self_attn.*none.*self_attn\.q_proj",
         ),
     ],
 )
 def test_what_is_ambiguous_or_missing_is_refused_with_what_was_found(change, message):
     model = tiny_model("llama")
     change(model)
-    with pytest.raises(SiteError, match=message) as error:
+    with pytest.raises(SiteError, match=rf"(?s)Novel.*{message}.*Layout\(layers='layers'"):
         found_in(model)
-    assert "Novel (novel)" in str(error.value) and "layout=austeer.Layout(layers='layers'" in str(error.value)
 
 
 def test_a_config_that_does_not_say_how_many_layers_there_are():
-    with pytest.raises(SiteError, match="looked for num_hidden_layers and hidden_size in its config, found none"):
+    with pytest.raises(SiteError, match=r"num_hidden_layers.*hidden_size.*none"):
         detect(tiny_model("llama").model, SimpleNamespace(hidden_size=32), "Novel (novel)")
 
 
@@ -132,7 +118,7 @@ def test_layers_of_two_kinds_that_one_list_of_alternatives_cannot_tell_apart():
     model = tiny_model("llama")
     attention = model.model.layers[1].self_attn
     attention.dense, attention.o_proj = attention.o_proj, nn.Identity()
-    with pytest.raises(SiteError, match=r"layer 1: looked for one attention, found self_attn.o_proj, self_attn.dense"):
+    with pytest.raises(SiteError, match=r"layer 1.*self_attn.o_proj, self_attn.dense"):
         found_in(model)
 
 
@@ -194,7 +180,7 @@ def test_a_second_block_beside_projections_in_the_layer_is_refused(no_table):
     model = tiny_model("opt")
     for layer in model.model.decoder.layers:
         layer.adapter = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 32))
-    with pytest.raises(SiteError, match="looked for one MLP module, found adapter, fc2"):
+    with pytest.raises(SiteError, match=r"MLP.*adapter, fc2"):
         find_sites(model)
 
 
@@ -210,5 +196,5 @@ def test_experts_kept_in_embeddings_are_no_dense_block(no_table):
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp.keys = nn.Embedding(4, 32)
-    with pytest.raises(SiteError, match="found an embedding in mlp, expected linear layers alone"):
+    with pytest.raises(SiteError, match=r"embedding.*mlp"):
         find_sites(model)

@@ -136,7 +136,7 @@ def test_the_sites_are_what_the_layers_are_made_of(model_of, family):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_of_experts_has_no_neurons(model_of, family):
     model = model_of(family)
-    with pytest.raises(austeer.SiteError, match=r"'neuron': layer \d of .*mixture of experts.*use 'ffn'"):
+    with pytest.raises(austeer.SiteError, match=r"'neuron'.*layer \d.*'ffn'"):
         austeer.find_sites(model, ["ffn", "neuron"])
 
 
@@ -164,7 +164,7 @@ def test_steering_equals_the_formula_and_leaves_no_trace(model_of, family):
             effect = float((expected - plain)[REAL].abs().max())
             assert expected.isfinite().all() and effect > 1e-2, (site, operation, effect)
             in_weights = folds(model, found, operation)
-            for mode in ("auto", "columns", *(["fold"] if in_weights else [])):
+            for mode in ("auto", "columns") if in_weights else ("auto",):
                 with austeer.steer(model, plan, alpha, mode=mode) as steering:
                     got = logits(model, BATCH)
                     took = {row.path for row in steering.report()}
@@ -172,7 +172,7 @@ def test_steering_equals_the_formula_and_leaves_no_trace(model_of, family):
                 torch.testing.assert_close(got[REAL], expected[REAL], rtol=1e-4, atol=1e-3 * effect, msg=case)
                 assert took == {"columns" if mode == "columns" or not in_weights else "fold"}, case
             if not in_weights:
-                with pytest.raises(austeer.SteeringError, match="mode 'fold' is not possible at site"):
+                with pytest.raises(austeer.SteeringError, match=f"'fold'.*'{site}'"):
                     austeer.steer(model, plan, alpha, mode="fold")
     assert_unchanged(model, before)
     assert torch.equal(logits(model, BATCH), plain)

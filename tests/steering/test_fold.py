@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import austeer
 from austeer import find_sites
 from austeer.models.structure import text_config
-from austeer.steering.fold import Fold, shared_storages, why_not_fold
+from austeer.steering import fold
+from austeer.steering.fold import shared_storages, why_not_fold
 from dense_formula import assert_unchanged, formula_logits, logits, random_plan, snapshot
 from tiny_models import tiny_model
 
@@ -96,17 +97,17 @@ def test_every_way_to_run_experts(family, implementation):
 
 def test_a_fold_that_breaks_off_is_undone(monkeypatch):
     model = tiny_model("deepseek_v3")
-    plan, before = random_plan(model, "ffn", 40), snapshot(model)
-    weights = Fold._weights
+    plan, before, read = random_plan(model, "ffn", 40), snapshot(model), fold.weights_of
+    first, second = map(model.get_submodule, find_sites(model, ["ffn"])["ffn"][1].parts)
+    unchanged = first.down_proj.clone()
 
-    def some(self):
-        for number, part in enumerate(weights(self)):
-            if number == 1 and not self._saved[1:]:
-                monkeypatch.setattr(Fold, "_weights", weights)  # once
-                raise RuntimeError("out of memory")
-            yield part
+    def broken(part):
+        if part is second and not torch.equal(first.down_proj, unchanged):
+            monkeypatch.setattr(fold, "weights_of", read)  # once
+            raise RuntimeError("out of memory")
+        return read(part)
 
-    monkeypatch.setattr(Fold, "_weights", some)
+    monkeypatch.setattr(fold, "weights_of", broken)
     with pytest.raises(RuntimeError, match="out of memory"), austeer.steer(model, plan, 2.0, mode="fold"):
         pass
     assert_unchanged(model, before)
@@ -119,10 +120,10 @@ def test_a_fold_that_breaks_off_is_undone(monkeypatch):
 def test_what_a_mixture_can_fold():
     model = tiny_model("qwen2_moe")
     assert refusal(model) is None and refusal(model, layer=0) is None
-    assert "would need router weights that sum to 1" in refusal(model, operation="shift")
-    assert refusal(model, operation="shift", layer=0) == "shift needs a bias and the layer has none"
-    assert refusal(model, operation="push") == "push is not linear"
-    assert refusal(model, name="layer") == "no linear layer makes this tensor"
+    assert "router" in refusal(model, operation="shift")
+    assert "bias" in refusal(model, operation="shift", layer=0)
+    assert "push" in refusal(model, operation="push")
+    assert "no linear layer" in refusal(model, name="layer")
 
 
 class Quantised(nn.Parameter):
@@ -162,23 +163,23 @@ def tie(block):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (replace_experts, "OtherExperts's computation is not known"),
-        (subclass_experts, "MyExperts's computation is not known"),
-        (lambda b: setattr(b.experts, "has_post_expert_norm", True), "normalises what its experts make"),
-        (lambda b: setattr(b.experts, "_is_expert_parallel", True), "spread over processes"),
-        (lambda b: setattr(b.experts.config, "_experts_implementation", "mine"), "run as 'mine', which is not known"),
-        (lambda b: bind(b, lambda self, x: x), r"the forward of model\.layers\.2\.mlp was replaced"),
-        (lambda b: bind(b.experts, lambda self, *a: a[0]), r"the forward of .*mlp\.experts was replaced"),
-        (lambda b: bind(b.shared_expert, lambda self, x: x), r"the forward of .*mlp\.shared_expert was replaced"),
-        (lambda b: b.shared_expert.register_forward_hook(lambda *a: None), r"mlp\.shared_expert has hooks"),
-        (lambda b: b.experts.register_forward_hook(lambda *a: None), r"mlp\.experts has hooks"),
-        (offload, "the down_proj is offloaded|the weight is offloaded"),
-        (tie, "the down_proj is shared"),
-        (lambda b: b.shared_expert.down_proj.to(torch.float8_e4m3fn), r"shared_expert.*the weight is torch\.float8"),
-        (lambda b: parameter(b.experts, "down_proj", Quantised(b.experts.down_proj.data)), "down_proj is a Quantised"),
+        (replace_experts, "OtherExperts"),
+        (subclass_experts, "MyExperts"),
+        (lambda b: setattr(b.experts, "has_post_expert_norm", True), "normalises"),
+        (lambda b: setattr(b.experts, "_is_expert_parallel", True), "processes"),
+        (lambda b: setattr(b.experts.config, "_experts_implementation", "mine"), "'mine'"),
+        (lambda b: bind(b, lambda self, x: x), r"forward of model\.layers\.2\.mlp\b"),
+        (lambda b: bind(b.experts, lambda self, *a: a[0]), r"forward of .*mlp\.experts\b"),
+        (lambda b: bind(b.shared_expert, lambda self, x: x), r"forward of .*mlp\.shared_expert\b"),
+        (lambda b: b.shared_expert.register_forward_hook(lambda *a: None), r"mlp\.shared_expert.*hooks"),
+        (lambda b: b.experts.register_forward_hook(lambda *a: None), r"mlp\.experts.*hooks"),
+        (offload, "(down_proj|weight) is offloaded"),
+        (tie, "down_proj.*shared"),
+        (lambda b: b.shared_expert.down_proj.to(torch.float8_e4m3fn), r"shared_expert.*weight.*torch\.float8"),
+        (lambda b: parameter(b.experts, "down_proj", Quantised(b.experts.down_proj.data)), "down_proj.*Quantised"),
         (
             lambda b: parameter(b.experts, "down_proj", nn.Parameter(b.experts.down_proj.data[:, :16])),
-            r"the weight is \(4, 16, 24\), for 32 AUs",
+            r"weight.*\(4, 16, 24\).*32",
         ),
     ],
 )
@@ -198,7 +199,7 @@ def test_refused_layers_are_steered_by_columns_and_the_others_folded():
     with austeer.steer(model, plan, 2.0) as steering:
         torch.testing.assert_close(logits(model, BATCH), expected, rtol=1e-4, atol=1e-4)
         assert [row.path for row in steering.report()] == ["fold", "columns", "fold"]
-        assert "shared_expert.down_proj: Linear is not a plain linear layer" in steering.report()[1].reason
+        assert "shared_expert.down_proj: Linear" in steering.report()[1].reason
 
 
 def test_a_mixture_whose_weights_are_offloaded():
@@ -236,10 +237,10 @@ def test_a_block_that_does_more_than_its_projection_is_neither_folded_nor_fused(
     with austeer.steer(model, plan, 1.5) as steering:
         torch.testing.assert_close(logits(model, ids), expected)
         assert {row.path for row in steering.report()} == {"columns"}
-        assert "does more to the tensor than its projection" in steering.report()[0].reason
+        assert "does more" in steering.report()[0].reason
     assert torch.equal(torch.get_rng_state(), state)
     for mode in ("fold", "fused"):
-        with pytest.raises(austeer.SteeringError, match="does more to the tensor"):
+        with pytest.raises(austeer.SteeringError, match=f"'{mode}'.*'ffn'.*does more"):
             austeer.steer(model, plan, mode=mode)
     austeer.steer(model, random_plan(model, "neuron", 30), mode="fold")  # the projection's input is what it was
     for layer in model.model.layers:
@@ -255,7 +256,7 @@ def test_a_mixture_that_adds_to_its_experts_fails_the_self_check():
     for layer in model.model.layers:
         layer.mlp.__class__ = other
     plan = random_plan(model, "ffn", 30)
-    with pytest.raises(austeer.SteeringError, match=r"self-check: fold at site 'ffn'.*Use another mode"):
+    with pytest.raises(austeer.SteeringError, match=r"self-check.*fold.*'ffn'"):
         austeer.steer(model, plan, 2.0).attach()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     with austeer.steer(model, plan, 2.0, mode="columns"):
@@ -268,6 +269,6 @@ def test_weights_made_in_inference_mode_are_left_alone():
         with austeer.steer(model, random_plan(model, "ffn", 9), 1.0, mode="fold"):
             pass
     plan = random_plan(model, "ffn", 9)
-    assert "made in inference mode" in austeer.steer(model, plan).report()[0].reason
-    with pytest.raises(austeer.SteeringError, match="made in inference mode"):
+    assert "inference mode" in austeer.steer(model, plan).report()[0].reason
+    with pytest.raises(austeer.SteeringError, match=r"'fold'.*'ffn'.*inference mode"):
         austeer.steer(model, plan, mode="fold")

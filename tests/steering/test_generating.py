@@ -54,12 +54,17 @@ GREEDY_FORMS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["auto", "columns", "dense"])
-@pytest.mark.parametrize("form", GREEDY_FORMS)
-def test_greedy_decoding(model, plan, form, mode):
+@pytest.fixture(scope="module")
+def greedy(model, plan):
     expected = by_formula(model, plan, 0.7, ids_of_rows())
     assert not torch.equal(expected, model.generate(**ids_of_rows(), **GREEDY))
-    assert torch.equal(steered(model, plan, 0.7, ids_of_rows(), mode, **GREEDY_FORMS[form]), expected)
+    return expected
+
+
+@pytest.mark.parametrize("mode", ["auto", "columns", "dense"])
+@pytest.mark.parametrize("form", GREEDY_FORMS)
+def test_greedy_decoding(model, plan, greedy, form, mode):
+    assert torch.equal(steered(model, plan, 0.7, ids_of_rows(), mode, **GREEDY_FORMS[form]), greedy)
 
 
 @pytest.mark.parametrize("mode", ["auto", "columns"])
@@ -99,8 +104,9 @@ SLIDING = {
 }
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", None])
-@pytest.mark.parametrize("mode", ["auto", "columns"])
+@pytest.mark.parametrize(
+    ("mode", "cache"), [("auto", "static"), ("columns", "dynamic"), ("columns", "static"), ("columns", None)]
+)
 @pytest.mark.parametrize("family", SLIDING)
 def test_each_row_of_a_left_padded_batch_is_as_the_row_alone(family, mode, cache):
     """Also where the window is shorter than the text, in all layers or in some."""
@@ -145,24 +151,29 @@ def continuous(model, texts):
     return [request.generated_tokens for request in requests(model, texts)]
 
 
-@pytest.mark.parametrize("mode", ["auto", "fused", "columns", "dense"])
-def test_continuous_batching(mode):
+@pytest.fixture(scope="module")
+def batching():
+    """A model whose texts end, and its unsteered texts."""
     model = tiny_model(eos_token_id=63)
-    sites = ("attention", "ffn", "neuron") if mode == "fused" else SITES
-    plan, plain = random_plan(model, sites, 25), copy.deepcopy(model)
+    return model, continuous(model, TEXTS)
+
+
+@pytest.mark.parametrize("mode", ["auto", "columns"])
+def test_continuous_batching(batching, mode):
+    model, without = batching
+    plan, plain = random_plan(model, SITES, 25), copy.deepcopy(model)
     options = {"eos_token_id": 96, "min_new_tokens": 0}
     expected = [by_formula(plain, plan, 0.7, left_padded([text]), **options)[0, len(text) :].tolist() for text in TEXTS]
-    without = continuous(model, TEXTS)
     with austeer.steer(model, plan, 0.7, mode=mode):
         assert continuous(model, TEXTS) == expected
     assert continuous(model, TEXTS) == without != expected
 
 
 @pytest.mark.parametrize("kind", ["scope", "rows"])
-def test_continuous_batching_refuses_what_it_cannot_tell_apart(kind):
+def test_continuous_batching_refuses_what_it_cannot_tell_apart(batching, kind):
     """At the call; and in the forward pass, for whoever packs requests in another way."""
-    model = tiny_model(eos_token_id=63)
-    plan, without = random_plan(model, SITES, 25), continuous(model, TEXTS)
+    model, without = batching
+    plan = random_plan(model, SITES, 25)
     steering = (
         austeer.steer(model, plan, 0.7, scope="generation")
         if kind == "scope"
@@ -171,12 +182,9 @@ def test_continuous_batching_refuses_what_it_cannot_tell_apart(kind):
     with pytest.warns(austeer.SteeringWarning), steering:
         if kind == "rows":
             steering.rows(["one", None, "one"])
-        message = "continuous batching packs many requests"
-        with pytest.raises(austeer.SteeringError, match=message):
-            requests(model, TEXTS)
-        with pytest.raises(austeer.SteeringError, match=message):
-            model.init_continuous_batching()
-        with pytest.raises(austeer.SteeringError, match=message):
-            model(input_ids=torch.tensor([[3, 4, 5]]), cu_seq_lens_q=torch.tensor([0, 1, 3]))
+        packed = {"input_ids": torch.tensor([[3, 4, 5]]), "cu_seq_lens_q": torch.tensor([0, 1, 3])}
+        for call in (lambda: requests(model, TEXTS), model.init_continuous_batching, lambda: model(**packed)):
+            with pytest.raises(austeer.SteeringError, match="continuous batching"):
+                call()
     assert not {"generate", "generate_batch", "init_continuous_batching"} & set(vars(model))
     assert continuous(model, TEXTS) == without

@@ -74,14 +74,14 @@ def test_a_broken_off_write_leaves_nothing(tmp_path, monkeypatch, error, raised)
         raise error
 
     monkeypatch.setattr(files, "save_file", fail)
-    with pytest.raises(raised, match=r"stopped|cannot be written \(I/O error: No space left\)"):
+    with pytest.raises(raised, match=r"stopped|a: .*No space left"):
         files.write(tmp_path / "a", "kind", 1, {}, random_tensors(1))
     assert not list(tmp_path.iterdir())
 
 
 def test_write_onto_a_folder_leaves_nothing_behind(tmp_path):
     (tmp_path / "a").mkdir()
-    with pytest.raises(FileFormatError, match="cannot be written"):
+    with pytest.raises(FileFormatError, match=f"{tmp_path / 'a'}: .*written"):
         files.write(tmp_path / "a", "kind", 1, {}, random_tensors(1))
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
@@ -108,39 +108,38 @@ GOOD = {"format": "kind", "version": "1", "header": "{}"}
 @pytest.mark.parametrize(
     "metadata, message",
     [
-        (None, "found a file of format None, expected 'kind'"),
-        ({**GOOD, "format": "other"}, "found a file of format 'other', expected 'kind'"),
-        ({**GOOD, "version": "2"}, "found version '2', expected 1; use the austeer that wrote it"),
-        ({"format": "kind", "header": "{}"}, "found version None"),
-        ({"format": "kind", "version": "1"}, "damaged or not a kind file"),
-        ({**GOOD, "header": "{"}, "damaged or not a kind file"),
-        (GOOD, "does not match its checksum"),
-        ({**GOOD, "checksum": "0" * 64}, "does not match its checksum"),
+        (None, "format None.*'kind'"),
+        ({**GOOD, "format": "other"}, "format 'other'.*'kind'"),
+        ({**GOOD, "version": "2"}, "version '2'.*1"),
+        ({"format": "kind", "header": "{}"}, "version None"),
+        ({"format": "kind", "version": "1"}, "damaged.*kind"),
+        ({**GOOD, "header": "{"}, "damaged.*kind"),
+        (GOOD, "checksum"),
+        ({**GOOD, "checksum": "0" * 64}, "checksum"),
     ],
 )
 def test_foreign_and_altered_files(tmp_path, metadata, message):
     write_raw(tmp_path / "a", metadata)
-    with pytest.raises(FileFormatError, match=message) as caught:
+    with pytest.raises(FileFormatError, match=f"{tmp_path / 'a'}: .*{message}"):
         files.read(tmp_path / "a", "kind", 1)
-    assert str(tmp_path / "a") in str(caught.value)
 
 
 def test_header_must_be_an_object(tmp_path):
     files.write(tmp_path / "a", "kind", 1, [1, 2], {})
-    with pytest.raises(FileFormatError, match="found a header that is no object"):
+    with pytest.raises(FileFormatError, match=r"a: .*header"):
         files.read(tmp_path / "a", "kind", 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"{}", b"\xff" * 64, (10**9).to_bytes(8, "little") * 3])
 def test_what_is_not_safetensors(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(FileFormatError, match=r"damaged or not a kind file .*make it anew"):
+    with pytest.raises(FileFormatError, match=r"a: .*damaged.*kind"):
         files.read(tmp_path / "a", "kind", 1)
 
 
 @pytest.mark.parametrize("name", ["missing", "."])
 def test_no_file(tmp_path, name):
-    with pytest.raises(FileFormatError, match="no such file; expected an austeer-plan file"):
+    with pytest.raises(FileFormatError, match=f"{tmp_path / name}: no such file.*austeer-plan"):
         files.read(tmp_path / name, "austeer-plan", 1)
 
 
@@ -169,6 +168,6 @@ def test_two_tensors_that_change_places_are_noticed(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("here already")
-    with pytest.raises(FileFormatError, match=r"file/new: cannot be written"):
+    with pytest.raises(FileFormatError, match=r"file/new: .*written"):
         files.write(blocked / "new", "austeer-test", 1, {}, {"a": torch.zeros(1)})
     assert blocked.read_text() == "here already"

@@ -70,6 +70,6 @@ def test_shard_that_is_now_shorter(tmp_path):
     shards = find_shards(tmp_path)
     paths[1].write_bytes(paths[1].read_bytes()[:-1000])
     got = []
-    with pytest.raises(FileFormatError, match=f"{paths[1]}: cut off while it was read"):
+    with pytest.raises(FileFormatError, match=f"{paths[1]}.*cut off"):
         got.extend(c.start for c in Chunks(shards, 5).read())
     assert got[:2] == [0, 5], "what comes before is read"

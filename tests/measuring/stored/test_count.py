@@ -9,12 +9,13 @@ import time
 
 import pytest
 import torch
+from austeer.measuring.measure.stored import count as activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import austeer
 from austeer import AusteerError, CaptureError, FileFormatError, Momentum
-from austeer.measuring.stored import count as activations
+from austeer.measuring.stored.chunks import Chunks
 from austeer.measuring.stored.count import ActivationCount, momentum_from_activations
 from austeer.measuring.stored.folder import StoredActivations
 from austeer.measuring.stored.writer import ActivationWriter
@@ -49,11 +50,12 @@ def often(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_counts_equal_numpys(tmp_path, dtype):
-    sides = random_rows(50, dtype)
-    write_blocks(tmp_path, sides, 16, skip={3, 4, 20})
+    """Also past a shard without rows (the third)."""
+    sides = random_rows(47, dtype)
+    write_blocks(tmp_path, sides, 8, skip={3, 4, *range(16, 24)})
     momentum = momentum_from_activations(tmp_path, device="cpu", chunk_bytes=5 * ROW)
     assert_counts(momentum, sides)
-    assert (momentum.pairs, momentum.identical, momentum.cut) == (53, 3, 4)
+    assert (momentum.pairs, momentum.identical, momentum.cut) == (57, 10, 8)
     assert (momentum.model, momentum.layers, momentum.sources) == (MODEL, LAYERS, ("pairs.jsonl",))
 
 
@@ -115,14 +117,6 @@ def test_stored_while_measuring_gives_what_was_measured(tiny, demo, tmp_path, mo
     assert_same(momentum_from_activations(tmp_path, device="cpu"), measured)
 
 
-def test_counting_goes_on_past_a_shard_without_rows(tmp_path):
-    sides = random_rows(8)
-    write_blocks(tmp_path, sides, 4, skip={4, 5, 6, 7})
-    momentum = momentum_from_activations(tmp_path, device="cpu")
-    assert_counts(momentum, sides)
-    assert (momentum.pairs, momentum.identical) == (12, 4)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gpu_counts_what_a_cpu_does(tmp_path, dtype):
@@ -141,13 +135,12 @@ def test_first_nonfinite_row_is_named(tmp_path):
     sides["ffn"][1][13, 2, 4], sides["attention"][0][12, 1, 6] = torch.inf, torch.nan
     sides["ffn"][0][19, 0, 0] = torch.nan
     paths = write_blocks(tmp_path, sides, 8, skip={1})
-    message = rf"{paths[1]}, row 5 \(pair 13\): site 'attention', layer 1, AU 6: found NaN or infinity"
     for chunk in (3 * ROW, None):
-        with pytest.raises(CaptureError, match=message):
+        with pytest.raises(CaptureError, match=rf"{paths[1]}.*row 5.*pair 13.*'attention'.*layer 1.*AU 6"):
             momentum_from_activations(tmp_path, device="cpu", chunk_bytes=chunk)
     sides["attention"][0][12, 1, 6] = 0
     plain = write_plain(tmp_path / "plain.safetensors", sides)
-    with pytest.raises(CaptureError, match=r"plain\.safetensors, row 13: site 'ffn', layer 3, AU 4"):
+    with pytest.raises(CaptureError, match=r"plain\.safetensors.*row 13.*'ffn'.*layer 3.*AU 4"):
         momentum_from_activations(plain, model=PLAIN, layers=LAYERS, device="cpu")
 
 
@@ -158,7 +151,7 @@ def test_nan_is_found_before_the_end(tmp_path, often):
     write_blocks(tmp_path / "a", sides, 40)
     options = {"device": "cpu", "chunk_bytes": 4 * ROW, "checkpoint": tmp_path / "c"}
     count = ActivationCount(StoredActivations.open(tmp_path / "a"), **options)
-    with pytest.raises(CaptureError, match=r"row 20 \(pair 20\)"):
+    with pytest.raises(CaptureError, match=r"row 20.*pair 20"):
         count.run()
     assert count.report.rows == 24
     sides["ffn"][0][20, 0, 0] = 1
@@ -175,12 +168,9 @@ def test_shard_cut_off_while_it_is_read(tmp_path):
     plain = momentum_from_activations(tmp_path / "a", **options)
     stored = StoredActivations.open(tmp_path / "a")
     paths[2].write_bytes(data[:-700])
-    with pytest.raises(
-        FileFormatError, match=rf"{paths[2]}: cut off while it was read, in rows \d to \d; copy"
-    ) as error:
+    with pytest.raises(FileFormatError, match=rf"{paths[2]}: cut off(?!.*resume)"):
         ActivationCount(stored, **options).run()
-    assert "resume" not in str(error.value)
-    with pytest.raises(FileFormatError, match=rf"{paths[2]}: cut off .*What was counted before is in .*c: then resume"):
+    with pytest.raises(FileFormatError, match=rf"{paths[2]}: cut off.*{tmp_path / 'c'}.*resume"):
         ActivationCount(stored, checkpoint=tmp_path / "c", **options).run()
     paths[2].write_bytes(data)
     resumed = ActivationCount(stored, checkpoint=tmp_path / "c", resume=True, **options)
@@ -193,18 +183,18 @@ def test_shard_that_is_gone(tmp_path):
     paths = write_blocks(tmp_path / "a", random_rows(40), 10)
     stored = StoredActivations.open(tmp_path / "a")
     paths[3].unlink()
-    with pytest.raises(FileFormatError, match=rf"{paths[3]}: cannot be read \(No such file"):
+    with pytest.raises(FileFormatError, match=rf"{paths[3]}.*No such file"):
         ActivationCount(stored, device="cpu").run()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu0"}, "device: found 'tpu0', expected cpu"),
-        ({"device": "meta"}, "device: found 'meta', which this machine does not have"),
-        ({"chunk_bytes": 0}, "chunk_bytes: found 0"),
-        ({"part": (2, 2)}, "part: found"),
-        ({"resume": True}, "resume: found no checkpoint"),
+        ({"device": "tpu0"}, "device.*'tpu0'"),
+        ({"device": "meta"}, "device.*'meta'"),
+        ({"chunk_bytes": 0}, "chunk_bytes.* 0"),
+        ({"part": (2, 2)}, r"part.*\(2, 2\)"),
+        ({"resume": True}, "resume.*checkpoint"),
     ],
 )
 def test_bad_arguments(tmp_path, options, message):
@@ -222,23 +212,22 @@ def test_interrupted_runs_add_up_bit_for_bit(tmp_path_factory, number, stops):
     folder = tmp_path_factory.mktemp("shards")
     write_blocks(folder / "a", random_rows(50, seed=number), 17)
     options = {"device": "cpu", "chunk_bytes": 4 * ROW, "checkpoint": folder / "c"}
-    stored = StoredActivations.open(folder / "a")
+    stored, read = StoredActivations.open(folder / "a"), Chunks.read
     with pytest.MonkeyPatch.context() as patch:
         for stop in stops:
             count = ActivationCount(stored, resume=True, **options)
-            add = count._add
 
-            def interrupted(chunk, data, add=add, left=[stop]):  # noqa: B006
-                add(chunk, data)
-                left[0] -= 1
-                if not left[0]:
-                    os.kill(os.getpid(), signal.SIGINT)
+            def interrupted(*arguments, stop=stop):
+                for number, chunk in enumerate(read(*arguments), 1):
+                    if number == stop:
+                        os.kill(os.getpid(), signal.SIGINT)
+                    yield chunk
 
-            patch.setattr(count, "_add", interrupted)
+            patch.setattr(Chunks, "read", interrupted)
             try:
                 count.run()
             except MeasurementInterrupted as error:
-                assert f"interrupted; {count.report.resumed + count.report.rows} of 50 pairs are counted" in str(error)
+                assert f" {count.report.resumed + count.report.rows} of 50 pairs" in str(error)
     resumed = momentum_from_activations(folder / "a", resume=True, **options)
     assert_same(resumed, momentum_from_activations(folder / "a", device="cpu", chunk_bytes=4 * ROW))
 
@@ -249,10 +238,8 @@ from pathlib import Path
 from austeer import activations
 activations._EVERY_BYTES = activations._EVERY_CHECKPOINTS = 0
 folder = Path(sys.argv[1])
-momentum = activations.momentum_from_activations(
-    folder / "a", device="cpu", chunk_bytes=200_000, checkpoint=folder / "c", resume=True
-)
-momentum.save(folder / "killed.momentum")
+options = {"device": "cpu", "chunk_bytes": 200_000, "checkpoint": folder / "c", "resume": True}
+activations.momentum_from_activations(folder / "a", **options)
 """
 
 
@@ -274,9 +261,9 @@ def test_killed_at_any_moment(tmp_path):
         process.kill()
         killed += process.wait() == -signal.SIGKILL
     assert killed, "the run was over before it could be killed"
-    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], env=environment(), check=True)
-    whole = momentum_from_activations(tmp_path / "a", device="cpu", chunk_bytes=200_000)
-    assert_same(austeer.Momentum.load(tmp_path / "killed.momentum"), whole)
+    options = {"device": "cpu", "chunk_bytes": 200_000}
+    resumed = momentum_from_activations(tmp_path / "a", checkpoint=tmp_path / "c", resume=True, **options)
+    assert_same(resumed, momentum_from_activations(tmp_path / "a", **options))
 
 
 def written(path):
@@ -293,12 +280,12 @@ def test_checkpoint_of_another_run(tmp_path, often):
     with pytest.raises(FileFormatError):
         ActivationCount(stored, **options).run()
     paths[2].write_bytes(data)
-    with pytest.raises(FileFormatError, match="found the checkpoint of an earlier run; go on from it with resume"):
+    with pytest.raises(FileFormatError, match=r"c: .*resume"):
         ActivationCount(stored, **options)
-    with pytest.raises(FileFormatError, match="is of another run: found chunk_rows 4, expected 5"):
+    with pytest.raises(FileFormatError, match=r"chunk_rows 4.* 5"):
         ActivationCount(stored, **{**options, "chunk_bytes": 5 * ROW}, resume=True)
     other = StoredActivations.open(paths[1:])
-    with pytest.raises(FileFormatError, match="found other shards than were counted before"):
+    with pytest.raises(FileFormatError, match="other shards"):
         ActivationCount(other, **options, resume=True)
     fewer = StoredActivations.open(paths[:3])  # those that were not reached may be left out
     rows = {site: tuple(t[:30] for t in pair) for site, pair in sides.items()}
@@ -318,7 +305,7 @@ def test_checkpoint_that_cannot_be_written_stops_nothing(tmp_path, often):
     sides = random_rows(40)
     write_blocks(tmp_path / "a", sides, 20)
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=r"cannot be written .*Counting goes on"):
+    with pytest.warns(UserWarning, match=rf"{tmp_path / 'file' / 'c'}"):
         momentum = momentum_from_activations(tmp_path / "a", device="cpu", checkpoint=tmp_path / "file" / "c")
     assert_counts(momentum, sides)
 
@@ -328,7 +315,7 @@ def test_checkpoint_that_cannot_be_written_stops_nothing(tmp_path, often):
 
 MEMORY = """
 import resource, sys
-from austeer.measuring.stored.count import momentum_from_activations
+from austeer.activations import momentum_from_activations
 def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 momentum_from_activations(sys.argv[1] + "/small", device="cpu", chunk_bytes=4_000_000)
 before = peak()
@@ -390,7 +377,7 @@ def test_millions_of_rows_of_100_000_columns(tmp_path):
     assert needs.seconds > 10
     got = [
         values.clone().view(2, -1, 1, width)
-        for chunk in count._chunks().read(0, (rows - 40) // count.rows * count.rows)
+        for chunk in Chunks(count.shards, count.rows).read(0, (rows - 40) // count.rows * count.rows)
         for _, values in chunk.values(chunk.data)
     ]
     assert torch.cat(got, 1)[:, -40:].equal(last)
