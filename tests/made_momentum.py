@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from austeer import Momentum
-from austeer.counting import Counting
-from austeer.sites import Fingerprint
+from austeer.measuring.tally import Counting
+from austeer.models.sites import Fingerprint
 
 
 def momentum_of(delta, half=None):

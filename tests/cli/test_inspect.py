@@ -4,7 +4,6 @@ import json
 
 import pytest
 from huggingface_hub import constants
-from test_statistics import momentum_of, signal
 from typer.testing import CliRunner
 
 from austeer import Plan

@@ -113,7 +113,7 @@ def test_bad_input_is_one_message(tmp_path, arguments, message):
 
 INTERRUPTED = """
 import os, signal
-from austeer.chunks import Chunks
+from austeer.measuring.stored.chunks import Chunks
 from austeer.cli import main
 read = Chunks.read
 def interrupted(*arguments):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 from scipy import stats
-from test_statistics import momentum_of, signal
 
 from austeer import Counters, FileFormatError, Momentum, SelectionError
 from austeer.models.sites import Fingerprint

@@ -112,7 +112,7 @@ def test_wherever_the_weights_are(tmp_path, monkeypatch, family, way):
     elif way == "cpu":
         cpu_offload(offloaded)
     else:
-        monkeypatch.setattr(austeer.layerwise, "exact", torch.device)
+        monkeypatch.setattr(austeer.measuring.layerwise.layerwise, "exact", torch.device)
         device = "cpu:0"  # to torch another device than "cpu": everything is copied there
     before = snapshot(offloaded)
     found, runner = layer_by_layer(offloaded, sites, blocks, device=device)
@@ -138,7 +138,7 @@ def test_on_a_gpu(tmp_path, monkeypatch, family, way, memory):
         if way == "cpu":
             cpu_offload(offloaded, "cuda")
     if memory != "device":
-        monkeypatch.setattr(austeer.layerwise, "free_memory", lambda device: 0)
+        monkeypatch.setattr(austeer.measuring.layerwise.layerwise, "free_memory", lambda device: 0)
     before = snapshot(offloaded)
     found, runner = layer_by_layer(
         offloaded,
@@ -347,7 +347,7 @@ KILLED = """
     from layer_runs import blocks_of, counters_of, counting_for
     from tiny_models import tiny_model
     from austeer import find_sites
-    from austeer.layerwise import Layerwise
+    from austeer.measuring.layerwise.layerwise import Layerwise
 
     folder, batches = sys.argv[1], int(sys.argv[2])
     model = tiny_model(num_hidden_layers=4)

@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
-from austeer.measuring.measure.stored import count as activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import austeer
 from austeer import AusteerError, CaptureError, FileFormatError, Momentum
+from austeer.measuring.stored import count as activations
 from austeer.measuring.stored.chunks import Chunks
 from austeer.measuring.stored.count import ActivationCount, momentum_from_activations
 from austeer.measuring.stored.folder import StoredActivations
@@ -315,7 +315,7 @@ def test_checkpoint_that_cannot_be_written_stops_nothing(tmp_path, often):
 
 MEMORY = """
 import resource, sys
-from austeer.activations import momentum_from_activations
+from austeer.measuring.stored.count import momentum_from_activations
 def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 momentum_from_activations(sys.argv[1] + "/small", device="cpu", chunk_bytes=4_000_000)
 before = peak()
