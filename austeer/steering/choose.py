@@ -98,7 +98,7 @@ def choose(
         no_fused = "fused already"
     limit = launch.MOST_TOKENS
     if no_fused is None and mode == "auto":
-        limit = _measured_limit(projection)
+        limit = measured_limit(projection)
         no_fused = None if limit else "not measured to be faster here"
     if mode != "fold" and no_fused is None and projection is not None:
         fused.add(projection)
@@ -113,7 +113,7 @@ def choose(
     return Choice(Columns, module, f"no fold: {no_fold}; no fused: {no_fused}")
 
 
-def _measured_limit(projection: nn.Module | None) -> int:
+def measured_limit(projection: nn.Module | None) -> int:
     """Up to how many tokens the fused kernel is faster on this device; 0 where nobody has measured it."""
     if not isinstance(projection, nn.Linear) or projection.weight.device.type != "cuda":
         return 0

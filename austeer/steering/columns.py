@@ -15,7 +15,7 @@ from .routing import Routing
 from .tables import StrengthTable
 
 # The checked functions of austeer_kernels check what is true of every call here; naming the overload saves a search.
-_steer_columns = torch.ops.austeer.steer_columns_.default
+steer_columns_op = torch.ops.austeer.steer_columns_.default
 
 
 #: Up to so many elements one dense operation on a CPU costs less than the sparse kernel's four.
@@ -105,5 +105,5 @@ def steer_columns(x: Tensor, table: StrengthTable, rows: Tensor | None, routing:
         if table.shifts:
             y.add_(shift)
         return x
-    _steer_columns(x.view(-1, x.shape[-1]), table.index, table.gamma, table.shift, table.magnitude, rows)
+    steer_columns_op(x.view(-1, x.shape[-1]), table.index, table.gamma, table.shift, table.magnitude, rows)
     return x

@@ -18,7 +18,7 @@ from .hook_path import HookPath
 from .routing import NOBODY
 from .selfcheck import check_linear
 
-_steered_linear = torch.ops.austeer.steered_linear.default
+steered_linear_op = torch.ops.austeer.steered_linear.default
 
 
 class Fused(HookPath):
@@ -61,7 +61,7 @@ class Fused(HookPath):
         # The definition is differentiable, the kernel is not.
         wanted = (x, linear.weight, linear.bias)
         differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
-        operation = reference.steered_linear if differentiate else _steered_linear
+        operation = reference.steered_linear if differentiate else steered_linear_op
         gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
         if differentiate:
             gamma, shift = gamma.clone(), shift.clone()  # alpha may change before the backward pass

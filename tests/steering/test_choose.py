@@ -20,7 +20,7 @@ def limit_of(monkeypatch):
     """Lets every projection have a limit, as a table of a GPU would; a CPU has none."""
 
     def limit_of(limit):
-        monkeypatch.setattr(dispatch, "_measured_limit", lambda projection: limit)
+        monkeypatch.setattr(dispatch, "measured_limit", lambda projection: limit)
 
     return limit_of
 
@@ -66,8 +66,8 @@ def test_what_depends_on_the_token_is_never_folded(tiny, arguments, reason):
 
 
 def test_a_cpu_has_no_measured_limit(tiny):
-    assert dispatch._measured_limit(tiny.model.layers[0].mlp.down_proj) == 0
-    assert dispatch._measured_limit(None) == 0
+    assert dispatch.measured_limit(tiny.model.layers[0].mlp.down_proj) == 0
+    assert dispatch.measured_limit(None) == 0
     with launch.preferring(fused=[launch.Limit(("float32",), 32, 64, 99)]):
         report = austeer.steer(tiny, random_plan(tiny, "ffn", 9, "push"), 1.0).report()
     assert {(row.path, row.reason) for row in report} == {
@@ -81,15 +81,15 @@ def test_a_cpu_has_no_measured_limit(tiny):
 @pytest.fixture
 def counted(monkeypatch):
     """How many tokens went through the fused kernel at each call."""
-    from austeer.steering import hook_path as paths
+    from austeer.steering import fused
 
-    tokens, kernel = [], paths._steered_linear
+    tokens, kernel = [], fused.steered_linear_op
 
     def counting(x, *rest):
         tokens.append(x.shape[0])
         return kernel(x, *rest)
 
-    monkeypatch.setattr(paths, "_steered_linear", counting)
+    monkeypatch.setattr(fused, "steered_linear_op", counting)
     return tokens
 
 

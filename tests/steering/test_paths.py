@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 import austeer
 from austeer.models.sites import find_sites
 from austeer.plans.fit import LayerUnits
-from austeer.steering import hook_path as paths
+from austeer.steering import columns
 from austeer.steering.choose import plan_paths
 from austeer.steering.tables import StrengthTable
 from dense_formula import (
@@ -83,7 +83,7 @@ def test_the_sparse_and_the_dense_form_of_columns_give_the_same(tiny, tiny_ids, 
     plan, took = random_plan(tiny, site, 20, operation), []
 
     def run(dense):
-        monkeypatch.setattr(paths, "dense_is_cheaper", lambda x, table: took.append(dense) or dense)
+        monkeypatch.setattr(columns, "dense_is_cheaper", lambda x, table: took.append(dense) or dense)
         with austeer.steer(tiny, plan, 0.5, mode="columns"):
             return logits(tiny, tiny_ids)
 
@@ -96,15 +96,15 @@ def test_the_sparse_and_the_dense_form_of_columns_give_the_same(tiny, tiny_ids, 
 def test_the_dense_form_is_for_a_cpu_with_few_elements_or_many_columns():
     def cheaper(tokens, width, count, dtype=torch.float32):
         table = StrengthTable([LayerUnits(0, *(torch.arange(count),) * 4, "scale")], 1, width, torch.device("cpu"))
-        return paths.dense_is_cheaper(torch.empty(tokens, width, dtype=dtype, device="cpu"), table)
+        return columns.dense_is_cheaper(torch.empty(tokens, width, dtype=dtype, device="cpu"), table)
 
     assert cheaper(1, 4096, 4) and cheaper(512, 4096, 100) and cheaper(512, 576, 100)
     assert not cheaper(512, 4096, 4)
     assert cheaper(1, 576, 4, torch.bfloat16) and not cheaper(1, 576, 4, torch.float64)
     mixed = [LayerUnits(i, *(torch.arange(4),) * 4, name) for i, name in enumerate(("scale", "shift"))]
     table = StrengthTable(mixed, 2, 576, torch.device("cpu"))
-    assert paths.dense_is_cheaper(torch.empty(1, 576), table)
-    assert not paths.dense_is_cheaper(torch.empty(1, 576, dtype=torch.bfloat16), table)  # it would round twice
+    assert columns.dense_is_cheaper(torch.empty(1, 576), table)
+    assert not columns.dense_is_cheaper(torch.empty(1, 576, dtype=torch.bfloat16), table)  # it would round twice
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,7 +117,7 @@ def test_the_dense_form_rounds_once(operation, dtype):
     table.fill([(3.0, 40)])
     x = torch.randn(500, 64).to(dtype)
     exact = x.double() + table.dense_gamma * (x.abs() if operation == "push" else x).double() + table.dense_shift
-    got = paths.steer_columns(x.clone(), table, None, None).double()
+    got = columns.steer_columns(x.clone(), table, None, None).double()
     half_a_step = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).tiny
     assert ((got - exact).abs() <= 1.001 * half_a_step + 1e-6 * x.abs()).all()
 
@@ -339,8 +339,8 @@ def test_layers_without_aus_are_left_alone(tiny):
 
 def test_decoding_on_a_cpu_takes_the_short_way_and_stays_exact(tiny, monkeypatch):
     """After a first call the short way runs; it follows alpha, and leaves to the general way what is not its own."""
-    general, general_way = [], paths.steer_columns
-    monkeypatch.setattr(paths, "steer_columns", lambda x, *rest: general.append(x.shape) or general_way(x, *rest))
+    general, general_way = [], columns.steer_columns
+    monkeypatch.setattr(columns, "steer_columns", lambda x, *rest: general.append(x.shape) or general_way(x, *rest))
     module = tiny.model.layers[0].mlp
     found, _ = plan_paths(tiny, [random_plan(tiny, "ffn", 20)], find_sites(tiny, ["ffn"]), "columns", "", None, False)
     path = next(p for p in found if p.module is module)

@@ -9,7 +9,7 @@ import torch
 from transformers import StaticCache
 
 import austeer
-from austeer.steering import hook_path as paths
+from austeer.steering import columns
 from dense_formula import assert_unchanged, formula_at, logits, random_plan, snapshot
 
 NEW = 6
@@ -95,7 +95,7 @@ def test_the_sparse_and_the_dense_form_give_the_same(model, batch, operation, mo
     plans["c"] = plans["a"].with_operation("shift")
     results = []
     for dense in (True, False):
-        monkeypatch.setattr(paths, "dense_is_cheaper", lambda x, table, dense=dense: dense)
+        monkeypatch.setattr(columns, "dense_is_cheaper", lambda x, table, dense=dense: dense)
         with austeer.steer(model, plans, 0.5) as steering, steering.rows(["b", None, "c"]):
             results.append(logits(model, batch)[batch["attention_mask"].bool()])
     assert not torch.equal(results[0], logits(model, batch)[batch["attention_mask"].bool()])

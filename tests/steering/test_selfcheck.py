@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering import fold, selfcheck
-from austeer.steering import hook_path as paths
+from austeer.steering import columns, fold, selfcheck
 from austeer_kernels import reference
 from dense_formula import OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
 from tiny_models import tiny_model
@@ -27,13 +26,13 @@ def test_what_is_right_passes(tiny, tiny_ids, mode, operation, dtype):
             logits(model, tiny_ids)
 
 
-def broken_columns(*args, steer=paths.steer_columns):
+def broken_columns(*args, steer=columns.steer_columns):
     y, table = steer(*args), args[1]
     y[..., int(table.index[0])] *= 1.01
     return y
 
 
-def broken_neighbour(*args, steer=paths.steer_columns):
+def broken_neighbour(*args, steer=columns.steer_columns):
     y, table = steer(*args), args[1]
     y[..., (int(table.index[0]) + 1) % y.shape[-1]] += 0.01
     return y
@@ -43,7 +42,7 @@ def broken_neighbour(*args, steer=paths.steer_columns):
 @pytest.mark.parametrize("site", ["attention", "ffn", "layer"])
 def test_a_wrong_sparse_kernel_is_found_on_the_first_forward(tiny, tiny_ids, monkeypatch, broken, site):
     before = snapshot(tiny)
-    monkeypatch.setattr(paths, "steer_columns", broken)
+    monkeypatch.setattr(columns, "steer_columns", broken)
     plan = random_plan(tiny, site, 20)
     plan = plan.take((plan.index < 31).nonzero().flatten())
     with (
@@ -109,8 +108,8 @@ def test_mixed_rows_are_checked_by_their_own_plans(tiny, tiny_ids, monkeypatch):
     plans = {"a": random_plan(tiny, "ffn", 20), "b": random_plan(tiny, "ffn", 20, "push", seed=1)}
     with austeer.steer(tiny, plans, 2.0) as steering, steering.rows(["b", None]):
         logits(tiny, tiny_ids)
-    right = paths.steer_columns
-    monkeypatch.setattr(paths, "steer_columns", lambda x, t, rows, routing: right(x, t, rows.roll(7), routing))
+    right = columns.steer_columns
+    monkeypatch.setattr(columns, "steer_columns", lambda x, t, rows, routing: right(x, t, rows.roll(7), routing))
     with (
         pytest.raises(austeer.SteeringError, match=r"self-check.*columns"),
         austeer.steer(tiny, plans, 2.0) as steering,
@@ -127,7 +126,7 @@ def test_what_is_not_finite_is_not_a_mistake_of_steering(tiny, tiny_ids):
 
 
 def test_a_scope_of_one_token_among_many_is_checked_there(tiny, monkeypatch):
-    monkeypatch.setattr(paths, "steer_columns", lambda x, *_: x)
+    monkeypatch.setattr(columns, "steer_columns", lambda x, *_: x)
     ids = {"input_ids": torch.arange(240).view(2, 120)}
     with (
         pytest.raises(austeer.SteeringError, match=r"self-check.*columns"),
