@@ -11,12 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from austeer.errors import AusteerError
-
-from . import micro_changes
 from .catalogue import AGAIN, UNSTEERED
-from .inference import KIND, Case
-from .result_files import MICRO, complete, kind_of
+from .lineup import Case
 
 METRICS = {"token": "each token", "first_token": "first token"}
 #: What has no noise: of one decoding step, and what a way holds.
@@ -30,10 +26,10 @@ class Change:
     """One time before and after.
 
     Attributes:
-        metric: "token", "first_token", or, of a micro-benchmark, "call".
-        unit: "ratio" to the unsteered model, or "seconds": of that model itself, and where there is none beside it.
+        metric: "token" or "first_token".
+        unit: "ratio" to the unsteered model, or "seconds": of that model itself.
         before, after: median, low and high: the ratio's interval, or the quartiles of the seconds.
-        noise: how large a difference of the medians may be and mean nothing; 0 where only the intervals are compared.
+        noise: how large a difference of the medians may be and mean nothing.
         verdict: "dearer", "cheaper" or "within noise".
     """
 
@@ -72,21 +68,11 @@ class Changes:
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> Changes:
-    """What differs from a result to a later one, both as :func:`bench.result_files.read_result` gives them.
+    """What differs from a result of kind "inference" to a later one.
 
     A ratio has changed where the two intervals do not meet and the medians differ by more than the noise (of the A/A
     pair) of either run. The unsteered model's seconds are compared, by quartiles, where device and threads agree.
-
-    Raises:
-        AusteerError: results of two kinds, or of a kind that cannot be compared.
     """
-    kinds = kind_of(a), kind_of(b)
-    if kinds == (MICRO, MICRO):
-        return _compare_micro(a, b)
-    if kinds != (KIND, KIND):
-        raise AusteerError(
-            f"found results of kind {kinds[0]!r} and {kinds[1]!r}, expected two of {KIND!r} or two of {MICRO!r}"
-        )
     changes = Changes(notes=list(_unlike(a, b)))
     same_clock = all(a["environment"].get(key) == b["environment"].get(key) for key in ("device", "threads"))
     before, after = _cases(a), _cases(b)
@@ -104,7 +90,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Changes:
 def _unlike(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
     """Where the runs are not of the same thing on the same machine."""
     for side, content in (("before", a), ("after", b)):
-        if not complete(content):
+        if not content["complete"]:
             yield f"the run {side} is incomplete: it was stopped after {len(content['cases'])} cases"
     for key in ("device", "threads", "cores", "python", "cuda"):
         values = a["environment"].get(key), b["environment"].get(key)
@@ -129,7 +115,7 @@ def _cases(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     seen: Counter[str] = Counter()
     for case in content["cases"]:
-        name = str(Case(**{key: case[key] for key in Case.__dataclass_fields__}))
+        name = str(Case.of(case))
         seen[name] += 1
         found[name if seen[name] == 1 else f"{name} ({seen[name]})"] = case
     return found
@@ -192,17 +178,6 @@ def _goals(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{goal['case']}: {words[before[key]]} -> {words[goal['met']]}: {goal['text']}"
 
 
-def _compare_micro(a: dict[str, Any], b: dict[str, Any]) -> Changes:
-    changes = Changes(list(micro_changes.unlike(a, b)))
-    changes.events += micro_changes.new_and_gone(a, b)
-    for pair in micro_changes.pairs(a, b):
-        said = beyond(pair.before, pair.after, pair.noise)
-        changes.timed.append(
-            Change(pair.group, pair.name, "call", pair.unit, pair.before, pair.after, pair.noise, said)
-        )
-    return changes
-
-
 def show(changes: Changes, console: Console) -> None:
     """What makes the runs unlike first, then what changed, and how much did not."""
     for text in changes.notes:
@@ -226,7 +201,7 @@ def _table(changes: Changes) -> Table:
         before, after = change.before["median"], change.after["median"]
         by = f"{100 * (after - before):+.1f} points" if change.unit == "ratio" else f"x {after / before:.2f}"
         table.add_row(
-            *(escape(change.case), escape(change.variant), METRICS.get(change.metric, change.metric)),
+            *(escape(change.case), escape(change.variant), METRICS[change.metric]),
             *(in_words(change.before), in_words(change.after), f"[bold]{change.verdict}[/]\n{by}"),
         )
     return table

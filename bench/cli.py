@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from austeer.cli.common import Device, DType, Json, Quiet, console, emit, split_names
+
+if TYPE_CHECKING:
+    from .inference import Job
 
 app = typer.Typer(rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -97,7 +99,13 @@ def bench(
     if trace is not None:
         _trace(loaded, cases[0], ways, trace, json)
         return
-    _measure(loaded, cases, series, ways, tokens, seconds, full, out, json, quiet)
+    from .inference import Effort, Job
+
+    effort, brief = Effort(seconds=seconds, tokens=tokens), Effort(seconds=seconds / 4, tokens=tokens)
+    swept = {name: way for name, way in ways.items() if name in SWEPT or name.startswith("unsteered")}
+    thorough = {*series["main"], *series.get("site", ())} if full else range(len(cases))
+    jobs = [Job(c, ways, effort) if i in thorough else Job(c, swept, brief) for i, c in enumerate(cases)]
+    _measure(loaded, jobs, series, out, json, quiet)
 
 
 def _expect_writable(folder: Path) -> None:
@@ -150,7 +158,8 @@ def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Any], dict[str, list
     """
     from austeer.errors import AusteerError
 
-    from .inference import Case, sweep
+    from .inference import sweep
+    from .lineup import Case
 
     values: dict[str, list[Any]] = {name: split_names(texts[name]) for name in texts}
     for name, found in values.items():
@@ -179,56 +188,17 @@ def _whole(name: str, text: str, model: Any, sites: list[str]) -> int:
     return int(text)
 
 
-def _measure(
-    model: Any,
-    cases: list[Any],
-    series: dict[str, list[int]],
-    ways: Any,
-    tokens: int,
-    seconds: float,
-    full: bool,
-    out: Path,
-    json: bool,
-    quiet: bool,
-) -> None:
+def _measure(model: Any, jobs: list[Job], series: dict[str, list[int]], out: Path, json: bool, quiet: bool) -> None:
     from austeer.progress import Progress
 
     from . import files
-    from .inference import Effort, run
+    from .inference import KIND, run
     from .show_inference import show
 
-    effort = Effort(seconds=seconds, tokens=tokens)
-    thorough = {*series["main"], *series.get("site", ())} if full else range(len(cases))
-    brief = {name: way for name, way in ways.items() if not full or name in SWEPT or name.startswith("unsteered")}
-    others = {
-        number: (brief, Effort(seconds=seconds / 4, tokens=tokens))
-        for number in range(len(cases))
-        if number not in thorough
-    }
-    path = files.new_file(out, model.device, "inference")
+    path = files.new_file(out, model.device, KIND)
     content: dict[str, Any] = {}
     with Progress("measuring", None, "turns", False if quiet or json else None) as bar:
-        note: list[str] = ["", ""]
-
-        def say(place: int) -> Callable[[str], None]:
-            def update(text: str) -> None:
-                note[place] = text
-                bar.advance(0, " · ".join(note))
-
-            return update
-
-        for content in run(
-            model,
-            model.config._name_or_path,
-            cases,
-            series,
-            ways,
-            effort,
-            others,
-            on_case=say(0),
-            on_way=say(1),
-            on_turn=lambda: bar.advance(1, note[0]),
-        ):
+        for content in run(model, model.config._name_or_path, jobs, series, tell=bar.advance):
             files.write(path, content)  # after each case: an interrupted run keeps what it has
     if json:
         emit(content)
@@ -250,9 +220,9 @@ def _trace(model: Any, case: Any, ways: Any, path: Path, json: bool) -> None:
 
 def _compare(before: Path, after: Path, json: bool) -> None:
     from .changes import compare, show
-    from .result_files import read_result
+    from .files import read
 
-    found = compare(read_result(before), read_result(after))
+    found = compare(read(before, "inference"), read(after, "inference"))
     if json:
         emit(found.to_json())
         return

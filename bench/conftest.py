@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.gate import Exact, Gate
-from bench.inference import GATE_TOKENS, prompts
+from bench.lineup import GATE_TOKENS, prompts
 from bench.plans import spread_plan
 
 

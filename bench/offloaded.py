@@ -38,12 +38,7 @@ def measure(
         counts: with how many pairs each way runs.
     """
     gate = Gate(model, tokenizer, pair_set.pairs[: max(counts.values())])
-    ways = {
-        LAYERWISE: ours("layerwise"),
-        RESIDENT: ours("resident"),
-        STACKED: WAYS[STACKED],
-        PUBLIC: WAYS[PUBLIC],
-    }
+    ways = {LAYERWISE: ours("layerwise"), RESIDENT: ours("resident"), STACKED: WAYS[STACKED], PUBLIC: WAYS[PUBLIC]}
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
         offloaded = copy.deepcopy(model)
@@ -84,9 +79,9 @@ def forgetful(way: Way, weights: Sequence[Path], each_pass: bool) -> Way:
         forget()
         handle = model.get_decoder().register_forward_pre_hook(forget) if each_pass else None
         try:
-            return way.run(model, tokenizer, pairs)
+            return way(model, tokenizer, pairs)
         finally:
             if handle is not None:
                 handle.remove()
 
-    return Way(run, way.moved)
+    return run

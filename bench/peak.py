@@ -1,47 +1,24 @@
 """Peak extra memory of one way to measure momentum, in a process of its own: ``python -m bench.peak ours 128``.
 
-The model is loaded, every weight is touched and two pairs are measured; then the kernel is asked to forget the largest
-resident set so far. What the largest is afterwards, over the resident set at that moment, is what measuring needed.
-Linux only: ``VmHWM`` counts exactly, where a sampling thread would miss what is short.
+The model is loaded, every weight is touched and two pairs are measured before the peak is (:func:`.footprint.peak`).
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from austeer.measuring import BLOCK_PAIRS
 
-from . import files, models, pair_sets
+from . import files, footprint, models, pair_sets
 from .ways import WAYS, tokens_of
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-#: What is written there to set the peak to what is resident now (Linux, Documentation/filesystems/proc).
-_FORGET_PEAK = "5"
-
-
-def resident(field: str) -> int:
-    """Bytes of ``VmRSS`` (resident now) or ``VmHWM`` (the most so far)."""
-    found = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
-    return int(found[field].split()[0]) * 1024
-
-
-def forget_peak() -> None:
-    """Sets ``VmHWM`` to what is resident now.
-
-    Raises:
-        OSError: this system does not count peaks.
-    """
-    _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
 
 
 def extra(way: str, count: int, quick: bool) -> dict[str, int]:
@@ -50,8 +27,7 @@ def extra(way: str, count: int, quick: bool) -> dict[str, int]:
     They are the demo's first, as many as a block, over and over: nothing but their number differs from call to call.
 
     Raises:
-        OSError: this system does not count peaks.
-        ValueError: the demo's model is not installed.
+        ValueError: the demo's model is not installed, or this system does not count peaks.
     """
     loaded = models.small(quick, torch.device("cpu"))
     if loaded is None:
@@ -61,12 +37,11 @@ def extra(way: str, count: int, quick: bool) -> dict[str, int]:
     pairs = replace(pairs, items=(pairs.items * (count // len(pairs) + 1))[:count])
     for parameter in model.parameters():
         parameter.sum()
-    WAYS[way].run(model, tokenizer, pairs[-2:])
-    gc.collect()
-    forget_peak()
-    before = resident("VmRSS")
-    WAYS[way].run(model, tokenizer, pairs)
-    return {"pairs": count, "tokens": sum(tokens_of(tokenizer, pairs)), "bytes": resident("VmHWM") - before}
+    WAYS[way](model, tokenizer, pairs[-2:])
+    nbytes = footprint.peak(lambda: WAYS[way](model, tokenizer, pairs), torch.device("cpu"))
+    if nbytes is None:
+        raise ValueError("found a system that does not count peaks of memory, expected Linux")
+    return {"pairs": count, "tokens": sum(tokens_of(tokenizer, pairs)), "bytes": nbytes}
 
 
 def measured(way: str, count: int, quick: bool) -> dict[str, Any]:

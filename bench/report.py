@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from .cases import AGAIN, ALONE, COLUMNS, PLAIN, RIVALS
 
 #: Set where the output is to be JSON alone.
 quiet = False
@@ -24,58 +27,59 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=180)
 
 
+def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """An empty table with texts on the left and numbers on the right."""
+    found = Table(title=title)
+    for name in left:
+        found.add_column(name, overflow="fold")
+    for name in right:
+        found.add_column(name, justify="right")
+    return found
+
+
+def goal_lines(goals: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Each goal once: how often it was met, where it was not, and how often noise hides that (met: None)."""
+    for text in dict.fromkeys(goal["text"] for goal in goals):
+        own = [goal for goal in goals if goal["text"] == text]
+        missed = [f"{goal['case']} ({goal['value']:.4g})" for goal in own if goal["met"] is False]
+        hidden = sum(goal["met"] is None for goal in own)
+        line = f"{text}: met in {sum(goal['met'] is True for goal in own)} of {len(own)}"
+        line += f"; missed: {'; '.join(missed)}" if missed else ""
+        yield line + (f"; hidden by noise in {hidden}" if hidden else "")
+
+
+def show_goals(goals: Sequence[dict[str, Any]], console: Console) -> None:
+    for line in goal_lines(goals):
+        console.print(line, highlight=False, markup=False)
+
+
 def _spread(of: dict[str, Any]) -> str:
     return f"{of['median']:.3f}\n{of['low']:.2f} to {of['high']:.2f}"
 
 
 def show_dispatch(content: dict[str, Any]) -> None:
     """Ratios and bandwidths case by case, then the goals, then the limits."""
-    from .cases import AGAIN, ALONE, COLUMNS, PLAIN, RIVALS
-
     console = wide_console()
     shown = [AGAIN, *RIVALS, *COLUMNS.values(), *(r[0] for name, r in RIVALS.items() if len(r) == 1)]
-    table = Table(title=f"ratio to plain, median and quartiles; {content['environment']['device']}, {content['dtype']}")
-    for name in ("out x in", "tokens", "plain, us", *shown):
-        table.add_column(name, justify="right")
+    title = f"ratio to plain, median and quartiles; {content['environment']['device']}, {content['dtype']}"
+    ratios = table(title, [], ("out x in", "tokens", "plain, us", *shown))
     for row in content["rows"]:
         v = row["variants"]
         cells = [f"{row['n']}x{row['k']}", str(row["tokens"]), f"{v[PLAIN]['seconds']['median'] * 1e6:.1f}"]
-        table.add_row(*cells, *(_spread(v[name]["ratio"]) for name in shown))
-    console.print(table)
-    table = Table(title="microseconds, and share of the measured copy bandwidth")
+        ratios.add_row(*cells, *(_spread(v[name]["ratio"]) for name in shown))
+    console.print(ratios)
     shown = [PLAIN, *RIVALS, COLUMNS[100], *ALONE.values()]
-    for name in ("out x in", "tokens", *shown):
-        table.add_column(name, justify="right")
+    times = table("microseconds, and share of the measured copy bandwidth", [], ("out x in", "tokens", *shown))
     for row in content["rows"]:
         v = row["variants"]
         cells = [f"{v[name]['seconds']['median'] * 1e6:.2f}\n{v[name]['of_copy_bandwidth']:.0%}" for name in shown]
-        table.add_row(f"{row['n']}x{row['k']}", str(row["tokens"]), *cells)
-    console.print(table)
+        times.add_row(f"{row['n']}x{row['k']}", str(row["tokens"]), *cells)
+    console.print(times)
     show_goals(content["goals"], console)
     for limit in content["limits"]:
         console.print(f"fused up to {limit['m']} tokens at {limit['n']}x{limit['k']}")
     if not content["limits"]:
         console.print("fused at no shape: it was slower than product and columns at the fewest tokens already")
-    if content["quick"]:
-        console.print("[bold]--quick: these times mean nothing[/]")
-
-
-def show_goals(goals: list[dict[str, Any]], console: Console | None = None) -> None:
-    """Each goal once: met, or where it was missed, or where noise is larger than the distance to it (met: None)."""
-    console = console or wide_console()
-    for text in dict.fromkeys(goal["text"] for goal in goals):
-        own = [goal for goal in goals if goal["text"] == text]
-        counts = ", ".join(
-            f"{verdict} in {sum(goal['met'] is met for goal in own)}"
-            for met, verdict in ((True, "met"), (False, "missed"), (None, "hidden by noise"))
-            if any(goal["met"] is met for goal in own)
-        )
-        console.print(f"[bold]{text}: {counts} of {len(own)} cases[/]", highlight=False)
-        for goal in own:
-            if goal["met"] is not True:
-                verdict = "missed" if goal["met"] is False else "hidden by noise"
-                times = goal["value"] / goal["limit"]
-                console.print(f"    {verdict}: {goal['case']}, {times:.3f} times the limit", highlight=False)
 
 
 def show_host(content: dict[str, Any]) -> None:
@@ -87,31 +91,15 @@ def show_host(content: dict[str, Any]) -> None:
             f"host time a steered site over unsteered, us; batch {batch['batch']}, {content['sites']} sites, "
             f"{content['rounds']} rounds of {content['steps']} tokens; {e['device']}, {content['dtype']}"
         )
-        table = Table(title=title)
-        for name in ("variant", "path", "median", "quartiles", "minimum", "by itself", "quartiles"):
-            table.add_column(name, justify="left" if name in ("variant", "path") else "right")
+        times = table(title, ("variant", "path"), ("in the model", "quartiles", "by itself", "quartiles"))
         for name, row in batch["variants"].items():
-            us = row["us_a_site"]
-            quartiles = f"{us['low']:.2f} to {us['high']:.2f}"
-            alone = row["us_by_itself"]
-            table.add_row(
-                *(name, row["path"], f"{us['median']:.2f}", quartiles, f"{row['minimum_us_a_site']:.2f}"),
-                *(f"{alone['median']:.2f}", f"{alone['low']:.2f} to {alone['high']:.2f}"),
-            )
-        console.print(table)
+            found = (row["us_a_site"], row["us_by_itself"])
+            cells = ((f"{us['median']:.2f}", f"{us['low']:.2f} to {us['high']:.2f}") for us in found)
+            times.add_row(name, row["path"], *(text for pair in cells for text in pair))
+        console.print(times)
         console.print(
             f"unsteered {batch['unsteered_us']:.0f} us a forward pass (median); noise {batch['noise_us']:.2f} us a site"
         )
-    show_goals(content["goals"], console)
-
-
-def _table(title: str, left: list[str], right: list[str]) -> Table:
-    table = Table(title=title)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
 
 
 def _ways(console: Console, title: str, row: dict[str, Any], references: list[str]) -> None:
@@ -124,31 +112,21 @@ def _ways(console: Console, title: str, row: dict[str, Any], references: list[st
         many = way[f"faster_than_at_{MANY}"][reference]["median"]
         return f"{_spread(way['faster_than'][reference])}\nat {MANY} pairs {many:.2f}"
 
-    table = _table(
+    rates = table(
         f"{title}{row['set']}: {row['tokens_a_text']['median']:.0f} tokens a text (median)",
         ["way"],
-        [
-            "pairs",
-            "pairs/s",
-            *(f"x {name}" for name in references),
-            "tokens run",
-            "of texts",
-            "to host, MB",
-            "kept, MB",
-            "counts differ",
-        ],
+        ["pairs", "pairs/s", *(f"x {name}" for name in references), "tokens run", "of texts", "counts differ"],
     )
     for name, way in row["ways"].items():
-        table.add_row(
+        rates.add_row(
             *(name, str(way["pairs"]), f"{way['pairs_a_second']:.2f}", *(ratio(way, of) for of in references)),
-            *(str(way["tokens_run"]), f"{way['tokens_run'] / way['tokens']:.2f}"),
-            *(f"{way['to_host'] / 1e6:.1f}", f"{way['kept'] / 1e6:.1f}", str(way["differing_counts"])),
+            *(str(way["tokens_run"]), f"{way['tokens_run'] / way['tokens']:.2f}", str(way["differing_counts"])),
         )
-    console.print(table)
+    console.print(rates)
 
 
 def show_momentum(content: dict[str, Any]) -> None:
-    """Rates and ratios set by set, memory, weights on disk, what a GPU adds, then the goals."""
+    """Rates and ratios set by set, memory, weights on disk, and what a GPU adds."""
     from .offloaded import LAYERWISE, RESIDENT
     from .ways import PUBLIC, STACKED
 
@@ -157,17 +135,13 @@ def show_momentum(content: dict[str, Any]) -> None:
     for row in content["sets"]:
         _ways(console, "", row, [PUBLIC, STACKED])
     if content["memory"]:
-        table = _table("peak memory over the loaded model, demo pairs", ["way"], ["pairs", "MB", "MB a further pair"])
+        memory = table("peak memory over the loaded model, demo pairs", ["way"], ["pairs", "MB", "MB a further pair"])
         for extra in content["memory"]:
             few, many = extra["runs"]
             growth = (many["bytes"] - few["bytes"]) / (many["pairs"] - few["pairs"])
-            table.add_row(
-                extra["way"],
-                f"{few['pairs']}\n{many['pairs']}",
-                f"{few['bytes'] / 1e6:.0f}\n{many['bytes'] / 1e6:.0f}",
-                f"{growth / 1e6:.2f}",
-            )
-        console.print(table)
+            sizes = (f"{few['bytes'] / 1e6:.0f}\n{many['bytes'] / 1e6:.0f}", f"{growth / 1e6:.2f}")
+            memory.add_row(extra["way"], f"{few['pairs']}\n{many['pairs']}", *sizes)
+        console.print(memory)
     for case, row in (content["offloaded"] or {"cases": {}})["cases"].items():
         _ways(console, f"{case}; ", row, [RESIDENT, STACKED, PUBLIC])
         read, weights = row["ways"][LAYERWISE]["report"]["weights_read"], content["offloaded"]["weights"]
@@ -176,18 +150,19 @@ def show_momentum(content: dict[str, Any]) -> None:
             f"{row['read_from_disk'] / 1e9:.2f} GB to all ways and rounds"
         )
     if content["kernel"]:
-        kernel = content["kernel"]
-        console.print(
-            f"counting kernel on [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']}: "
-            f"{kernel['seconds']['kernel']['median'] * 1e6:.1f} us, {kernel['of_copy_bandwidth']:.0%} of the copy "
-            f"bandwidth, {kernel['faster_than_eager']['median']:.1f}x eager operations"
-        )
+        console.print(counting(content["kernel"]))
     if content["large"]:
         for row in content["large"]["sets"]:
             _ways(console, f"random {content['large']['shape']['name']}, ", row, [STACKED])
         for extra in content["large"]["memory"]:
             sizes = ", ".join(f"{nbytes / 1e6:.0f} MB at {pairs} pairs" for pairs, nbytes in extra["bytes"].items())
             console.print(f"{extra['set']}, {extra['way']}: peak device memory over the model {sizes}")
-    show_goals(content["goals"], console)
-    if content["quick"]:
-        console.print("[bold]--quick: these times mean nothing[/]")
+
+
+def counting(kernel: dict[str, Any]) -> str:
+    """The counting kernel, in a sentence."""
+    return (
+        f"The counting kernel reads [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']} in "
+        f"{kernel['seconds']['kernel']['median'] * 1e6:.1f} us, at {kernel['of_copy_bandwidth']:.0%} of the copy "
+        f"bandwidth, {kernel['faster_than_eager']['median']:.1f} times as fast as PyTorch's own operations."
+    )

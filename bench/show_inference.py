@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from .catalogue import AGAIN, UNSTEERED
-from .inference import Case
 from .intervals import FASTER, NOISY, SAME, SLOWER, UNCLEAR
+from .lineup import MEASURED, Case
 from .report import show_goals, wide_console
 
 WORDS = {
@@ -46,11 +46,11 @@ def show(content: dict[str, Any]) -> None:
 def _case(case: dict[str, Any], console: Console) -> None:
     rows = case["variants"]
     metrics = [name for name in _METRICS if name in rows[UNSTEERED]]
-    console.print(f"\n[bold]{Case(**{name: case[name] for name in Case.__dataclass_fields__})}[/]", highlight=False)
+    console.print(f"\n[bold]{Case.of(case)}[/]", highlight=False)
     for metric in metrics:
         console.print(_table(rows, metric))
     for name, row in rows.items():
-        if row["status"] != "measured":
+        if row["status"] != MEASURED:
             console.print(f"  {name}: {row['status']}, {escape(row['reason'])}", highlight=False)
     for metric in metrics:
         if not case["verdicts_possible"][metric]:
@@ -72,7 +72,7 @@ def _table(rows: dict[str, Any], metric: str) -> Table:
     for column in counted if metric == "token" else ():
         table.add_column(column, justify="right")
     for name, row in rows.items():
-        if row["status"] != "measured":
+        if row["status"] != MEASURED:
             continue
         of = row[metric]
         cells = [f"{1e3 * of['seconds']['median']:.2f}", "" if name == UNSTEERED else escape(percent(of["ratio"]))]

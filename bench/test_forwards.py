@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.catalogue import AGAIN, UNSTEERED, WAYS
-from bench.inference import prompts
+from bench.lineup import prompts
 from bench.plans import spread_plan
 from bench.steered import UnavailableError, twin
 

@@ -14,20 +14,16 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedModel
 
 from austeer.errors import AusteerError
 
-from . import steps
-from .catalogue import AGAIN, UNSTEERED
-from .gate import Exact, Gate
+from .gate import Exact
 from .graphs import wait
-from .inference import EAGER, GATE_TOKENS, Case, check_case, prompts
-from .plans import spread_plan
-from .steered import Steered, UnavailableError, Way, twin
+from .lineup import MEASURED, Case, Lineup
+from .steered import Steered, Way
 
 ENDINGS = (".json", ".json.gz")
 #: Decoded tokens of each way, and how many operations its table lists.
@@ -96,55 +92,36 @@ def write_trace(
         WeakGateError: see :class:`bench.gate.Gate`.
     """
     path = check_trace_path(path)
-    check_case(case, model)
-    plan = spread_plan(model, case.site, case.k, case.layers)
-    prompt = prompts(model, case.batch, case.prompt_tokens)
-    gate = Gate(model, Exact(model), plan, prompts(model, case.batch, min(case.prompt_tokens, GATE_TOKENS))(-2))
-    made: dict[str, Steered] = {}
-    phases: dict[str, dict[str, Callable[[], object]]] = {}
-    refused: dict[str, str] = {}
-    try:
-        for name, way in ways.items():
-            on_way(name)
-            try:
-                made[name] = way.make(twin(model), plan, gate.alpha)
-                phases[name] = _phases(made[name], way, case, prompt(-1))
-            except UnavailableError as error:
-                refused[name] = str(error)
-                continue
-            if name not in (UNSTEERED, AGAIN) and (reason := gate(made[name]).reason):
-                refused[name] = f"wrong: {reason}"
-                del phases[name]
-                continue
-            _run(name, made[name], phases[name], prompt(-1).device)
-        device = prompt(-1).device
+    case.check(model)
+    with Lineup(model, Exact(model), case, ways, on_way) as lineup:
+        device = lineup.prompt(-1).device
+        phases = {name: _phases(lineup, name) for name in lineup.made}
+        for name, own in phases.items():  # warms up
+            _run(name, lineup.made[name], own, device)
         on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
         host: dict[tuple[str, str], float] = {}
         with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiled:
             for name, own in phases.items():
-                for phase, seconds in _run(name, made[name], own, device).items():
+                for phase, seconds in _run(name, lineup.made[name], own, device).items():
                     host[name, phase] = seconds
-    finally:
-        for steered in made.values():
-            steered.close()
-        if case.execution == steps.COMPILE:
-            torch._dynamo.reset()
     profiled.export_chrome_trace(str(path))
     events = profiled.events()
-    rows = [_summary(events, name, phase, seconds, device) for (name, phase), seconds in host.items()]
-    rows += [Traced(name, reason=reason) for name, reason in refused.items()]
+    rows = [summary(events, name, phase, seconds, device) for (name, phase), seconds in host.items()]
+    rows += [
+        Traced(name, reason=f"{row['status']}: {row['reason']}")
+        for name, row in lineup.rows.items()
+        if row["status"] != MEASURED
+    ]
     return [asdict(row) for row in sorted(rows, key=lambda row: list(ways).index(row.way))]
 
 
-def _phases(steered: Steered, way: Way, case: Case, ids: Tensor) -> dict[str, Callable[[], object]]:
+def _phases(lineup: Lineup, name: str) -> dict[str, Callable[[], object]]:
     """What is run of a way, by phase; the way is active meanwhile."""
-    if case.execution != EAGER:
-        if not way.module:
-            raise UnavailableError("it runs eagerly only")
-        with steered.active():
-            step = steps.Step(Steered(steered.model), ids, case.execution)  # already active where it runs
-        return {DECODE: lambda: step.advance(STEPS)}
-    if not way.module:
+    steered, ids = lineup.made[name], lineup.prompt(-1)
+    if name in lineup.steps:
+        lineup.steps[name].rewind()
+        return {DECODE: lambda: lineup.steps[name].advance(STEPS)}
+    if not lineup.ways[name].module:
         length = {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
         return {GENERATE: lambda: steered.generate(ids, do_sample=False, **length)}
     found: dict[str, Any] = {}
@@ -181,7 +158,7 @@ def _range(name: str, phase: str) -> str:
     return f"{name}: {phase}"
 
 
-def _summary(events: Iterable[Any], name: str, phase: str, seconds: float, device: torch.device) -> Traced:
+def summary(events: Iterable[Any], name: str, phase: str, seconds: float, device: torch.device) -> Traced:
     """What happened within a range; on a GPU nothing of another range is left over, for each ends with a wait."""
     events = list(events)
     (within,) = (e.time_range for e in events if e.name == _range(name, phase) and e.device_type == DeviceType.CPU)

@@ -11,12 +11,14 @@ from austeer.ceilings import Ceilings
 from austeer.errors import AusteerError
 from bench import catalogue, files, inference, steps, turns
 from bench.catalogue import AGAIN, UNSTEERED
-from bench.inference import Case, Effort, Exact, goals, measure, run, sweep
+from bench.gate import Exact, Gate
+from bench.inference import Effort, Job, goals, measure, run, sweep
+from bench.lineup import Case, prompts
 from bench.plain_ways import Formula
 from bench.steered import UnavailableError, Way
 from tiny_models import tiny_model
 
-SMALL = Case(k=30, prompt_tokens=6)
+SMALL, COMPILED = Case(k=30, prompt_tokens=6), Case("compile", 2, k=30, prompt_tokens=6)
 EFFORT = Effort(seconds=0, least=2, most=2, tokens=3)
 LIMITS = Ceilings(bandwidth=1e10, flops=1e11, launch=1e-6, source="made up")
 
@@ -65,11 +67,11 @@ def contents(model):
     """What a run of three cases gave, case by case."""
     cases, series = sweep(SMALL, k=(30, 60), batch=(1, 2))
     everything = ways("public", "columns", "fold")
-    others = {2: (everything, Effort(seconds=0, least=3, most=3, tokens=3))}
+    longer = Effort(seconds=0, least=3, most=3, tokens=3)
+    jobs = [Job(case, everything, effort) for case, effort in zip(cases, (EFFORT, EFFORT, longer))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "ceilings", lambda device, dtype: LIMITS)
-        patch.setattr(inference, "BREAKDOWN_ROUNDS", 3)
-        found = run(model, "tiny", cases, series, everything, EFFORT, others, commit="c0ffee")
+        found = run(model, "tiny", jobs, series, commit="c0ffee")
         return [json.loads(files.dumps(content)) for content in found]
 
 
@@ -138,14 +140,6 @@ def test_what_is_predicted_is_what_was_counted(contents):
         assert "floor_seconds" not in case["variants"]["whole"]
 
 
-def test_the_operations_of_the_dense_form_are_timed_by_themselves(contents):
-    found = contents[-1]["breakdown"]
-    assert (found["sites"], found["shape"], found["aus"]) == (3, [1, 32], 10)
-    assert {"multiply", "add", "copy", "public form", "columns", "hook"} <= set(found["us"])
-    assert all(us["rounds"] == 3 for us in found["us"].values())
-    assert contents[-1]["ceilings"]["source"] == "made up"
-
-
 def test_memory_is_what_is_held_and_what_a_run_needs_more(contents):
     for case in contents[-1]["cases"]:
         rows = case["variants"]
@@ -193,7 +187,7 @@ def with_times(monkeypatch, ratios, noise=0.0, generations=20):
 
 def test_verdicts_are_those_of_the_intervals(model, monkeypatch):
     with_times(monkeypatch, {"public": 1.1, "columns": 1.004, "fold": 0.9}, noise=0.006)
-    found = measure(model, Exact(model), LIMITS, SMALL, ways("public", "columns", "fold"), EFFORT)
+    found = measure(model, Exact(model), LIMITS, Job(SMALL, ways("public", "columns", "fold"), EFFORT))
     assert found["verdicts_possible"] == {"first_token": True, "token": True}
     assert found["noise"]["token"] == pytest.approx(0.006)
     said = {name: row["verdict"]["token"] for name, row in found["variants"].items() if "verdict" in row}
@@ -207,7 +201,7 @@ def test_verdicts_are_those_of_the_intervals(model, monkeypatch):
 
 def test_noise_refuses_every_verdict(model, monkeypatch):
     with_times(monkeypatch, {"public": 2.0}, noise=0.03)
-    found = measure(model, Exact(model), LIMITS, SMALL, ways("public", "columns", "fold"), EFFORT)
+    found = measure(model, Exact(model), LIMITS, Job(SMALL, ways("public", "columns", "fold"), EFFORT))
     assert found["verdicts_possible"] == {"first_token": False, "token": False}
     said = {word for row in found["variants"].values() for word in row.get("verdict", {}).values()}
     assert said == {"noise"}
@@ -217,9 +211,9 @@ def test_noise_refuses_every_verdict(model, monkeypatch):
 def test_compiled_steps_are_judged_and_timed(model, monkeypatch):
     """Everything but the compiler."""
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)
-    judged, real = [], inference.Gate.judge_step
-    monkeypatch.setattr(inference.Gate, "judge_step", lambda *args: judged.append(1) or real(*args))
-    found = measure(model, Exact(model), LIMITS, Case("compile", 2, k=30, prompt_tokens=6), ways("columns"), EFFORT)
+    judged, real = [], Gate.judge_step
+    monkeypatch.setattr(Gate, "judge_step", lambda *args: judged.append(1) or real(*args))
+    found = measure(model, Exact(model), LIMITS, Job(COMPILED, ways("columns"), EFFORT))
     rows = found["variants"]
     assert rows["whole"]["status"] == "skipped" and "eagerly only" in rows["whole"]["reason"]
     assert rows["crooked"]["status"] == "wrong" and "token" not in rows["crooked"]
@@ -234,13 +228,13 @@ def _times(call, factor):
 def test_an_unsteered_step_that_is_wrong_is_no_reference(model, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **options: lambda: call() * 1.5)
     with pytest.raises(AusteerError, match="the unsteered model itself is wrong: logits of a step differ"):
-        measure(model, Exact(model), LIMITS, Case("compile", 2, k=30, prompt_tokens=6), ways("columns"), EFFORT)
+        measure(model, Exact(model), LIMITS, Job(COMPILED, ways("columns"), EFFORT))
 
 
 def test_a_step_that_is_wrong_only_when_compiled_gets_no_time(model, monkeypatch):
     factors = iter((1.0, 1.0, 1.5))  # unsteered twice, then columns
     monkeypatch.setattr(torch, "compile", lambda call, **options: partial(_times, call, next(factors)))
-    found = measure(model, Exact(model), LIMITS, Case("compile", 2, k=30, prompt_tokens=6), ways("columns"), EFFORT)
+    found = measure(model, Exact(model), LIMITS, Job(COMPILED, ways("columns"), EFFORT))
     row = found["variants"]["columns"]
     assert row["status"] == "wrong" and "logits of a step differ" in row["reason"] and "token" not in row
 
@@ -272,9 +266,9 @@ def test_goals_of_cuda_graphs(model):
 )
 def test_a_case_that_cannot_be_is_refused_before_any_work(model, changes, message):
     worked = []
-    cases = [SMALL, Case(**{**vars(SMALL), **changes})]
+    jobs = [Job(case, ways(), EFFORT) for case in (SMALL, Case(**{**vars(SMALL), **changes}))]
     with pytest.raises(AusteerError, match=message):
-        for _ in run(model, "tiny", cases, {}, ways(), EFFORT, on_case=worked.append, on_way=worked.append):
+        for _ in run(model, "tiny", jobs, {}, tell=lambda turns, text: worked.append(text)):
             worked.append("measured")
     assert not worked
 
@@ -290,7 +284,7 @@ def test_a_way_that_fails_costs_only_itself(model):
         raise ArithmeticError("too much")
 
     own = ways("fold") | {"closing": Way("closing", Closing), "broken": Way("broken", broken)}
-    rows = measure(model, Exact(model), LIMITS, SMALL, own, EFFORT)["variants"]
+    rows = measure(model, Exact(model), LIMITS, Job(SMALL, own, EFFORT))["variants"]
     assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "ArithmeticError: too much")
     assert (
         "token" in rows["closing"]
@@ -302,7 +296,7 @@ def test_a_way_that_fails_costs_only_itself(model):
 
 def test_counting_can_be_left_out(model, monkeypatch):
     with_times(monkeypatch, {})
-    found = measure(model, Exact(model), LIMITS, SMALL, ways("fold"), Effort(counts=False))
+    found = measure(model, Exact(model), LIMITS, Job(SMALL, ways("fold"), Effort(counts=False)))
     for name in (UNSTEERED, "fold"):
         row = found["variants"][name]
         assert row["launches"] is row["bytes"] is None and "predicted" not in row and row["token"]
@@ -319,8 +313,8 @@ def test_effort_lasts_until_its_time_is_over(monkeypatch):
 
 
 def test_the_same_prompt_each_time(model):
-    prompt = inference.prompts(model, 3, 9)
-    assert prompt(4).shape == (3, 9) and torch.equal(prompt(4), inference.prompts(model, 3, 9)(4))
+    prompt = prompts(model, 3, 9)
+    assert prompt(4).shape == (3, 9) and torch.equal(prompt(4), prompts(model, 3, 9)(4))
     assert not torch.equal(prompt(4), prompt(5)) and prompt(4).min() >= 8 and prompt(4).max() < 64
 
 

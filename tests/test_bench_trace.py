@@ -11,8 +11,8 @@ from rich.console import Console
 from torch.autograd import DeviceType
 
 from austeer.errors import AusteerError
-from bench import catalogue, trace
-from bench.inference import Case
+from bench import catalogue, steps, trace
+from bench.lineup import Case
 from bench.plain_ways import Formula
 from bench.steered import UnavailableError, Way
 from tiny_models import tiny_model
@@ -118,19 +118,19 @@ def test_a_compiled_step_has_no_prefill(tmp_path, monkeypatch):
     path, model, seen = tmp_path / "steps.json", tiny_model(), []
     before = [p.clone() for p in model.parameters()]
 
-    class Watched(trace.steps.Step):
+    class Watched(steps.Step):
         def advance(self, count):
             super().advance(count)
             seen.append(not all(map(torch.equal, model.parameters(), before)))
 
-    monkeypatch.setattr(trace.steps, "Step", Watched)
+    monkeypatch.setattr(steps, "Step", Watched)
     found = trace.write_trace(model, Case("compile", k=30, prompt_tokens=6), ways("fold"), path)
     assert [(row["way"], row["phase"]) for row in found] == [
         *(("unsteered", "decode"), ("unsteered again", "decode"), ("fold", "decode")),
         *(("crooked", ""), ("absent", ""), ("whole", "")),
     ]
     assert seen == [False, False, True] * 2, "folded while it is traced, in the warm-up and in the trace, and only then"
-    assert found[-1]["reason"] == "it runs eagerly only"
+    assert found[-1]["reason"] == "skipped: it runs eagerly only"
     assert "fold: decode" in annotations(json.loads(path.read_text())["traceEvents"])
     assert all(map(torch.equal, model.parameters(), before))
 
@@ -184,11 +184,11 @@ def test_on_a_gpu_kernels_of_the_range_are_counted():
         *(event("steer", 116 + 10 * i, 118 + 10 * i, gpu) for i in range(4)),
         event("gemm", 205, 206, gpu),
     ]
-    found = trace._summary(events, "fold", "decode", 40e-6, torch.device("cuda"))
+    found = trace.summary(events, "fold", "decode", 40e-6, torch.device("cuda"))
     assert (found.launches, found.device_seconds, found.host_seconds) == (2, pytest.approx(8e-6), pytest.approx(10e-6))
     assert found.top == (("gemm", pytest.approx(6e-6), 1), ("steer", pytest.approx(2e-6), 1))
     events[0] = event("fold: prefill", 100, 200, note=True)
-    found = trace._summary(events, "fold", "prefill", 40e-6, torch.device("cuda"))
+    found = trace.summary(events, "fold", "prefill", 40e-6, torch.device("cuda"))
     assert (found.launches, found.device_seconds, found.host_seconds) == (8, pytest.approx(32e-6), 40e-6)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..files import ResultsError
 from . import figures, numbers
-from .load import ResultsError, load
+from .load import load
 from .spans import fill
 
 #: docs/efficiency.md is made of this as a whole; other pages are written by hand, but for their spans.

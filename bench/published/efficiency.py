@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from ..cases import ALONE, COLUMNS, FUSED, PLAIN
+from ..report import counting, goal_lines
 from . import figures, tables
 from .conclusion import sentences, worth
 from .inference import AGAIN, PUBLIC, SPARSE, Inference, sweeps
@@ -35,7 +35,6 @@ def blocks(results: Results) -> dict[str, str]:
         "k": _each(results, "inference", lambda result: _sweep(result, "k")),
         "layers": _each(results, "inference", lambda result: _sweep(result, "layers")),
         "operations": _operations(results),
-        "breakdown": _each(results, "inference", _breakdown),
         "momentum": _each(results, "momentum", _momentum),
         **{name.lower(): _kind_of_machine(results, name, devices) for name, devices in results.kinds_of_device()},
     }
@@ -61,9 +60,9 @@ def _title(result: Result) -> str:
 
 def _conclusion(results: Results) -> str:
     def section(result: Result) -> str:
-        goals = result.content.get("goals", [])
         lines = [f"- {text}" for text in sentences(Inference(result))]
-        return "\n".join(lines) + (f"\n\nGoals set beforehand:\n\n{tables.goals(goals)}" if goals else "")
+        goals = [f"- {line}" for line in goal_lines(result.content["goals"])]
+        return "\n".join([*lines, *(["\nGoals set beforehand:\n", *goals] if goals else [])])
 
     return _each(results, "inference", section)
 
@@ -179,39 +178,13 @@ def _operation(result: Result) -> str:
         )
         return f"{text}\n\n{picture}\n\n{tables.host(result)}"
     if result.kind == "kernels":
-        text = tables.kernels(result)
-        return f"{picture}\n\n{text}" if figures.has_kernels(result) else text
+        return tables.kernels(result)
     ceilings = result.content["ceilings"]
     text = (
         f"Ratio to PyTorch's plain product [quartiles], and the share of the roofline that is reached (copy "
         f"{ceilings['copy'] / 1e12:.2f} TB/s, matmul {ceilings['matmul'] / 1e12:.0f} TFLOP/s, both measured there):"
     )
     return f"{text}\n\n{picture}\n\n{tables.dispatch(result.content, DISPATCHED)}"
-
-
-def _breakdown(result: Result) -> str:
-    found = result.content.get("breakdown")
-    if not found:
-        return ""
-    tokens, width = found["shape"]
-    picture = figures.picture(f"{result.name}-breakdown", "Where the dense form's time goes")
-    text = f"A tensor of {tokens} x {width} values{_shares(found)}:"
-    return f"{picture}\n\n{text}\n\n{tables.breakdown(found, result.device)}"
-
-
-def _shares(found: dict[str, Any]) -> str:
-    """What each of the dense form's three steps takes of it, and what one step in place would."""
-    us = {name: part["median"] for name, part in found["us"].items()}
-    steps = [name for name in ("multiply", "add", "copy") if name in us]
-    total = sum(us[name] for name in steps)
-    if not total:
-        return ""
-    text = "; of the dense form's arithmetic " + ", ".join(f"{name} takes {us[name] / total:.0%}" for name in steps)
-    if "in-place" in us:
-        text += f", and one operation in place would take {us['in-place'] / total:.0%}"
-    if "hook" in us:
-        text += f"; a PyTorch hook that does nothing takes {us['hook'] / total:.0%} on top"
-    return text
 
 
 def _momentum(result: Result) -> str:
@@ -225,9 +198,5 @@ def _momentum(result: Result) -> str:
     if large:
         texts.append(f"A random {large['shape']['name']} in {large['dtype']}:\n\n{tables.momentum(large['sets'])}")
     if kernel:
-        texts.append(
-            f"The counting kernel reads [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']} at "
-            f"{kernel['of_copy_bandwidth']:.0%} of the copy bandwidth, {kernel['faster_than_eager']['median']:.1f} "
-            "times as fast as PyTorch's own operations."
-        )
+        texts.append(counting(kernel))
     return "\n\n".join(texts)

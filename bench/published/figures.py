@@ -1,4 +1,4 @@
-"""The report's figures: which there are, with what in them, in light and dark; redrawn only where the data differ.
+"""The report's figures: which there are, with what in them; redrawn only where the data differ.
 
 What a figure shows is plain data first, and drawn from that alone (drawings.py). The data's hash is written into the
 PNG, so that a check does not depend on the version of matplotlib.
@@ -21,8 +21,7 @@ from .inference import AGAIN, METRICS, Case, Inference, in_sweeps, sweeps, varia
 from .load import Result, Results
 
 #: Key of the hash among a PNG's texts; counts up when drawings.py draws the same data in another way.
-_KEY, _DRAWN = "Data", 2
-THEMES = ("light", "dark")
+_KEY, _DRAWN = "Data", 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Figure:
     """What is to be drawn.
 
     Attributes:
-        name: of the file, before its theme. drawing: a function of drawings.py. data: JSON values.
+        name: of the file. drawing: a function of drawings.py. data: JSON values.
     """
 
     name: str
@@ -42,17 +41,13 @@ class Figure:
         text = json.dumps([_DRAWN, self.drawing, self.data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def file(self, folder: Path, theme: str) -> Path:
-        return folder / f"{self.name}-{theme}.png"
+    def file(self, folder: Path) -> Path:
+        return folder / f"{self.name}.png"
 
 
 def picture(name: str, words: str) -> str:
-    """HTML that GitHub shows in the reader's theme."""
-    at = f"{{root}}docs/figures/{name}"
-    return (
-        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{at}-dark.png">\n'
-        f'  <img alt="{words}" src="{at}-light.png">\n</picture>'
-    )
+    """A Markdown image."""
+    return f"![{words}]({{root}}docs/figures/{name}.png)"
 
 
 def figures(results: Results) -> list[Figure]:
@@ -65,8 +60,6 @@ def figures(results: Results) -> list[Figure]:
             found.append(Figure(f"{result.name}-momentum", "bars", data))
         elif result.kind == "host":
             found.append(Figure(f"{result.name}-host", "bars", _host(result)))
-        elif result.kind == "kernels" and has_kernels(result):
-            found.append(Figure(f"{result.name}-kernels", "forms", _kernels(result)))
         elif result.kind == "dispatch":
             found.append(Figure(f"{result.name}-dispatch", "lines", _dispatch(result)))
         elif result.kind == "study":
@@ -85,13 +78,13 @@ def write(wanted: Sequence[Figure], folder: Path, check: bool) -> list[str]:
     """
     require_matplotlib()
     changed = []
-    files = {figure.file(folder, theme): (figure, theme) for figure in wanted for theme in THEMES}
+    files = {figure.file(folder): figure for figure in wanted}
     for path in sorted(folder.glob("*.png")):
         if path not in files and _hash(path) is not None:
             changed.append(f"{path}: no result gives this figure any more")
             if not check:
                 path.unlink()
-    for path, (figure, theme) in files.items():
+    for path, figure in files.items():
         if path.exists():
             if _hash(path) == figure.hash:
                 continue
@@ -99,7 +92,7 @@ def write(wanted: Sequence[Figure], folder: Path, check: bool) -> list[str]:
         else:
             changed.append(f"{path}: is missing")
         if not check:
-            draw(figure, theme, path)
+            draw(figure, path)
     return changed
 
 
@@ -114,12 +107,12 @@ def _hash(path: Path) -> str | None:
         return None
 
 
-def draw(figure: Figure, theme: str, path: Path) -> None:
+def draw(figure: Figure, path: Path) -> None:
     """Draws one PNG."""
     from . import drawings
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawings.save(figure.drawing, figure.data, theme, path, {_KEY: figure.hash})
+    drawings.save(figure.drawing, figure.data, path, {_KEY: figure.hash})
 
 
 def _rounded(*values: float) -> list[float]:
@@ -138,8 +131,6 @@ def _inference(result: Result) -> list[Figure]:
             panels = [_sweep(group, along, metric) for group in groups for metric in METRICS if group[0].times(metric)]
             data = {"title": title, "x": words, "y": "overhead, %", "panels": panels, "columns": len(METRICS)}
             found.append(Figure(f"{result.name}-{along}", "lines", data))
-    if result.content.get("breakdown"):
-        found.append(Figure(f"{result.name}-breakdown", "breakdown", _breakdown(inference, title)))
     return found
 
 
@@ -179,14 +170,6 @@ def _sweep(group: Sequence[Case], along: str, metric: str) -> dict[str, Any]:
     return {"title": title, "lines": {name: own for name, own in lines.items() if own}, "noise": noise}
 
 
-def _breakdown(inference: Inference, title: str) -> dict[str, Any]:
-    found = inference.result.content["breakdown"]
-    layers = {case.content["layers"] for case in inference.series("layers", "main")} | {found["sites"]}
-    words = tables.parts(inference.result.device)
-    parts = {words.get(name, name): _rounded(us["median"], us["low"], us["high"]) for name, us in found["us"].items()}
-    return {"title": title, "parts": parts, "sites": found["sites"], "layers": sorted(layers, reverse=True)}
-
-
 def _momentum(result: Result) -> dict[str, Any]:
     large = result.content["large"]
     sets = [(row, "") for row in result.content["sets"]]
@@ -208,30 +191,6 @@ def _host(result: Result) -> dict[str, Any]:
             bars.append([words.replace("`", ""), *_rounded(us["median"], us["low"], us["high"])])
     title = f"Host time of a steered site by itself; {result.machine}"
     return {"title": title, "x": "us a call, median and quartiles", "panels": [{"title": "", "bars": bars}]}
-
-
-def has_kernels(result: Result) -> bool:
-    """Whether there are operations by themselves in it, of which there is a figure; whole forwards have a table."""
-    return any(row["name"].split("[")[0] in tables.KERNELS for row in result.content["benchmarks"])
-
-
-def _kernels(result: Result) -> dict[str, Any]:
-    panels = []
-    for function, words in tables.KERNELS.items():
-        rows: dict[str, dict[str, list[float]]] = {}
-        for row in result.content["benchmarks"]:
-            if row["name"].split("[")[0] == function:
-                stats = row["stats"]
-                form = str((row.get("params") or {}).get("form", row["name"]))
-                us = _rounded(*(1e6 * stats[key] for key in ("median", "q1", "q3")))
-                rows.setdefault(row["group"] or row["name"], {})[form] = us
-        if rows:
-            panels.append({"title": words, "rows": rows})
-    return {
-        "title": f"The operations by themselves; {result.machine}",
-        "x": "us, median and quartiles",
-        "panels": panels,
-    }
 
 
 def _dispatch(result: Result) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping
 
-from .load import ResultsError
+from ..files import ResultsError
 
 _MARK = re.compile(r"<!--(?:=(?P<name>[^\s:>]+)(?::(?P<spec>[^\s>]*))?|(?P<end>/))-->")
 _LINE_START = re.compile(r"[ \t>*+\-]*(\d+[.)][ \t]+)?")

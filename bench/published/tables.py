@@ -7,7 +7,7 @@ from typing import Any
 
 from ..compare import MANY
 from ..ways import OURS, PUBLIC, STACKED
-from .inference import METRICS, UNSTEERED, Case, Inference, in_sweeps, variants_of
+from .inference import METRICS, Case, Inference, in_sweeps, variants_of
 from .load import CPU, Result
 
 #: How sets of pairs and variants of the host benchmark are called in print.
@@ -31,11 +31,6 @@ KERNELS = {
     "test_steered_linear": "the projection with steering inside it",
     "test_momentum_update": "counting momentum",
 }
-
-#: A forward pass of bench/test_forwards.py, of a row of a pytest-benchmark JSON.
-FORWARD = "test_forward"
-#: The parts of bench/breakdown.py, in words; those that differ by device are in ``parts``.
-_PARTS = {"index": "advanced indexing", "hook": "a PyTorch hook that does nothing"}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -154,48 +149,8 @@ def _beside(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def parts(device: str) -> dict[str, str]:
-    """What the parts of a breakdown are called; on a CPU our columns path is, for few tokens, one operation in place.
-
-    Args:
-        device: the folder of the result.
-    """
-    if device == CPU:
-        own = ("one in-place operation (columns on a CPU, few tokens)", "sparse operation (steer_columns_)")
-    else:
-        own = ("one in-place operation", "the kernel of our columns path (steer_columns_)")
-    return dict(zip(("in-place", "columns"), own)) | _PARTS
-
-
-def breakdown(content: dict[str, Any], device: str) -> str:
-    """Microseconds of each part of the dense form, a site and over all sites."""
-    sites, words = content["sites"], parts(device)
-    rows = [
-        [
-            words.get(name, name),
-            f"{us['median']:.1f} [{us['low']:.1f}, {us['high']:.1f}]",
-            f"{us['median'] * sites:.0f}",
-        ]
-        for name, us in content["us"].items()
-    ]
-    return table(["", "us a site [quartiles]", f"us at all {sites} sites"], rows)
-
-
-def goals(found: Sequence[dict[str, Any]]) -> str:
-    """Each goal once, with how often it was met, and where it was not."""
-    lines = []
-    for text in dict.fromkeys(goal["text"] for goal in found):
-        own = [goal for goal in found if goal["text"] == text]
-        missed = [f"{goal['case']} ({goal['value']:.4g})" for goal in own if goal["met"] is False]
-        hidden = sum(goal["met"] is None for goal in own)
-        line = f"- {text}: met in {sum(goal['met'] is True for goal in own)} of {len(own)}"
-        line += f"; missed: {'; '.join(missed)}" if missed else ""
-        lines.append(line + (f"; hidden by noise in {hidden}" if hidden else ""))
-    return "\n".join(lines)
-
-
 def kernels(result: Result) -> str:
-    """Micro-benchmarks: one row a group, one column a form; whole forwards last; microseconds, median."""
+    """Single operations: one row a group, one column a form; microseconds, median."""
     texts = []
     for function, words in KERNELS.items():
         groups: dict[str, dict[str, float]] = {}
@@ -207,35 +162,7 @@ def kernels(result: Result) -> str:
         cells = [[name, *(f"{own[f]:.1f}" if f in own else "" for f in forms)] for name, own in groups.items()]
         if cells:
             texts.append(f"{_capital(words)}, us (median):\n\n{table(['', *forms], cells)}")
-    if forwards := _forwards(result):
-        texts.append(forwards)
     return "\n\n".join(texts)
-
-
-def _forwards(result: Result) -> str:
-    """Whole steered forwards: one row a way, one column a phase, batch and k; "" where none was benchmarked."""
-    groups: dict[tuple[str, int, int], dict[str, float]] = {}
-    for row in result.content["benchmarks"]:
-        if row["name"].split("[")[0] == FORWARD:
-            info = row["extra_info"]
-            group = groups.setdefault((info["phase"], info["batch"], info["k"]), {})
-            group[info["way"]] = row["stats"]["median"] * 1e6
-    if not groups:
-        return ""
-    ways = dict.fromkeys(way for group in groups.values() for way in group)
-
-    def cell(group: dict[str, float], way: str) -> str:
-        if way not in group:
-            return ""
-        over = f" ({group[way] / group[UNSTEERED]:.3f})" if UNSTEERED in group else ""
-        return f"{group[way]:.0f}{over}"
-
-    head = (f"{phase}, batch {batch}, k = {k}" for phase, batch, k in groups)
-    rows = ([way, *(cell(group, way) for group in groups.values())] for way in ways)
-    return (
-        "Whole forwards of a small random model, one way after the other, us (median; in brackets over the unsteered "
-        f"way's; the overheads above are paired, these are not):\n\n{table(['', *head], rows)}"
-    )
 
 
 def dispatch(content: dict[str, Any], names: Sequence[str]) -> str:
