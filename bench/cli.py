@@ -12,6 +12,7 @@ from austeer.cli.common import Device, DType, Json, Quiet, console, emit, split_
 
 if TYPE_CHECKING:
     from .inference import Job
+    from .lineup import Case
 
 app = typer.Typer(rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -103,8 +104,8 @@ def bench(
 
     effort, brief = Effort(seconds=seconds, tokens=tokens), Effort(seconds=seconds / 4, tokens=tokens)
     swept = {name: way for name, way in ways.items() if name in SWEPT or name.startswith("unsteered")}
-    thorough = {*series["main"], *series.get("site", ())} if full else range(len(cases))
-    jobs = [Job(c, ways, effort) if i in thorough else Job(c, swept, brief) for i, c in enumerate(cases)]
+    thorough = {*series["main"], *series.get("site", ())} if full else set(cases)
+    jobs = [Job(case, ways, effort) if case in thorough else Job(case, swept, brief) for case in cases]
     _measure(loaded, jobs, series, out, json, quiet)
 
 
@@ -150,7 +151,7 @@ def _full(model: Any) -> dict[str, str]:
     return FULL | {"k": fitting("k", aus), "layers": touched, "execution": execution}
 
 
-def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Any], dict[str, list[int]]]:
+def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Case], dict[str, list[Case]]]:
     """The cases that the options ask for.
 
     Raises:
@@ -188,7 +189,7 @@ def _whole(name: str, text: str, model: Any, sites: list[str]) -> int:
     return int(text)
 
 
-def _measure(model: Any, jobs: list[Job], series: dict[str, list[int]], out: Path, json: bool, quiet: bool) -> None:
+def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Path, json: bool, quiet: bool) -> None:
     from austeer.progress import Progress
 
     from . import files

@@ -9,8 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 #: What is written there to set the peak to what is resident now (Linux, Documentation/filesystems/proc).
@@ -32,27 +34,34 @@ def forget_peak() -> None:
     _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
 
 
-def storages(*models: nn.Module) -> dict[int, int]:
-    """Bytes of every storage that a tensor of this process has, by address.
+class Held(TorchDispatchMode):
+    """Notes the storages that operations make inside its context.
 
-    Args:
-        models: theirs count, too, where the collector was told to leave them out (``gc.freeze``).
+    ::
+
+        with Held() as held:
+            steered = way.make(...)
+        held.bytes
     """
-    gc.collect()
-    # A compiler's stand-ins have no memory, and say so with an error.
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and not issubclass(type(o), FakeTensor)]
-    tensors += [t for model in models for t in (*model.parameters(), *model.buffers())]
-    found: dict[int, int] = {}
-    for tensor in tensors:
-        if tensor.device.type != "meta" and tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[StorageWeakRef, int] = {}
 
-def added(before: dict[int, int]) -> int:
-    """Bytes of the storages that are there now, and were not before."""
-    return sum(nbytes for address, nbytes in storages().items() if address not in before)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not any(returned.alias_info for returned in func._schema.returns):  # neither a view nor in place
+            for one in tree_leaves(result):
+                if isinstance(one, Tensor) and one.device.type != "meta" and one.layout == torch.strided:
+                    storage = one.untyped_storage()
+                    self._made[StorageWeakRef(storage)] = storage.nbytes()
+        return result
+
+    @property
+    def bytes(self) -> int:
+        """Of those that are still there."""
+        gc.collect(1)  # what only cycles hold; what is older than the context is none of it
+        return sum(nbytes for storage, nbytes in self._made.items() if not storage.expired())
 
 
 def _give_back() -> None:

@@ -59,9 +59,13 @@ class Suite:
 
     def save(self) -> None:
         """Writes the result file; whenever the process is ended, there is a whole one."""
-        new = self.path.with_suffix(".new")
-        files.write(new, self.content)
-        new.replace(self.path)
+        files.write(self.path, self.content)
+
+    def write(self, path: Path, content: dict[str, Any], entry: dict[str, Any]) -> None:
+        """Writes a part's own file, and its name into the part's entry."""
+        files.write(path, content)
+        entry["files"] = [path.name]
+        self.save()
 
     def new_file(self, kind: str, rest: str = "") -> Path:
         """A file beside the suite's, that is not there yet."""
@@ -75,8 +79,8 @@ class Part:
 
     Attributes:
         least: it is not begun with less time, seconds. most: what it may take.
-        run: measures, and fills its entry in the result file: ``result``, the names of ``files`` of its own, and, where
-            not all went well, ``status`` and ``reason``.
+        run: measures, and fills its entry in the result file: the names of ``files`` of its own, or its ``result``,
+            and, where not all went well, ``status`` and ``reason``.
     """
 
     name: str

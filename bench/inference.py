@@ -74,21 +74,21 @@ def _nobody(turns: int, text: str) -> None:
     """Tells nobody."""
 
 
-def sweep(base: Case, **values: Sequence[Any]) -> tuple[list[Case], dict[str, list[int]]]:
+def sweep(base: Case, **values: Sequence[Any]) -> tuple[list[Case], dict[str, list[Case]]]:
     """The base case, and for each field the cases that differ from it in this one alone.
 
     Args:
         values: for a field of :class:`Case`, all its values; the base's own may be among them.
 
     Returns:
-        The cases, and for "main" and each field that has several values the numbers of its cases, in the order given.
+        The cases, and for "main" and each field that has several values its cases, in the order given.
     """
-    cases, series = [base], {"main": [0]}
+    cases, series = [base], {"main": [base]}
     for name, found in values.items():
         own = [replace(base, **{name: value}) for value in dict.fromkeys(found)]
         cases += [case for case in own if case not in cases]
         if len(own) > 1:
-            series[name] = [cases.index(case) for case in own]
+            series[name] = own
     return cases, series
 
 
@@ -96,14 +96,16 @@ def run(
     model: PreTrainedModel,
     name: str,
     jobs: Sequence[Job],
-    series: Mapping[str, Sequence[int]],
+    series: Mapping[str, Sequence[Case]],
     commit: str | None = None,
     tell: Tell = _nobody,
+    failed: Callable[[Case, Exception], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures case by case; gives, after each, the content of the result file so far.
 
     Args:
-        series: for each sweep the numbers of its jobs. commit: see :func:`bench.files.about`.
+        series: for each sweep its cases. commit: see :func:`bench.files.about`.
+        failed: is told of a case that cannot be measured, and the others go on; without it the error is raised.
 
     Raises:
         AusteerError: a case that the model cannot have, before anything is measured.
@@ -128,15 +130,28 @@ def run(
         },
         "settings": asdict(jobs[0].effort) | settings,
         "complete": False,
-        "series": {key: list(numbers) for key, numbers in series.items()},
+        "series": {},
         "ceilings": limits.to_json(),
         "cases": [],
     }
+    measured: list[Case] = []
     gc.freeze()  # what is there now stays: looking through it again and again would take longer than measuring
     try:
         for job in jobs:
-            content["cases"].append(measure(model, exact, limits, job, tell))
-            content["complete"] = len(content["cases"]) == len(jobs)
+            try:
+                content["cases"].append(measure(model, exact, limits, job, tell))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(job.case, error)
+                continue
+            measured.append(job.case)
+            content["complete"] = len(measured) == len(jobs)
+            content["series"] = {
+                key: numbers
+                for key, own in series.items()
+                if (numbers := [measured.index(case) for case in own if case in measured])
+            }
             yield content | {"goals": goals(content["cases"], device.type)}
     finally:
         gc.unfreeze()

@@ -95,7 +95,7 @@ class Lineup:
 
     Attributes:
         rows: for every way its ``status`` ("measured", or why not: "skipped", "wrong", "failed"), ``reason``, bytes
-            held and errors. made: those that are right. steps: their compiled or captured steps, unless the case is eager.
+            held and errors. made: those that are right. steps: their compiled or captured steps; none in an eager case.
         prompt: the token numbers [batch, prompt] of each generation, by its number; -1 is that of all looks at a way.
 
     Raises:
@@ -142,12 +142,12 @@ class Lineup:
 
     def _add(self, name: str, way: Way) -> None:
         row = self.rows[name] = {"status": MEASURED, "reason": "", "ours": way.ours, "peer": way.peer}
-        before = footprint.storages(self.model)
         try:
             if self.case.execution != EAGER and not way.module:
                 raise UnavailableError("it runs eagerly only")
-            self.made[name] = way.make(twin(self.model), self.plan, self.gate.alpha)
-            row["held_bytes"] = footprint.added(before)
+            with footprint.Held() as held:
+                self.made[name] = way.make(twin(self.model), self.plan, self.gate.alpha)
+            row["held_bytes"] = held.bytes
             if self.case.execution != EAGER:
                 self.steps[name] = steps.Step(self.made[name], self.prompt(-1), self.case.execution)
             row |= self._judged(name)

@@ -6,7 +6,7 @@ import torch
 from bench import gate as gates
 from bench import our_ways, plain_ways
 from bench.gate import Exact, Gate, WeakGateError
-from bench.inference import prompts
+from bench.lineup import prompts
 from bench.plain_ways import Formula
 from bench.plans import spread_plan
 from bench.steered import Steered, UnavailableError, twin

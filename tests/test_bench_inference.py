@@ -1,6 +1,5 @@
 """The whole measurement on a tiny model: what a result holds, what gets no time, and when nothing may be said."""
 
-import gc
 import json
 from functools import partial
 
@@ -46,15 +45,6 @@ def ways(*names):
         "absent": Way("absent", absent, peer=True),
         "whole": Way("whole", Formula, peer=True, module=False),
     }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """What other tests have left does not have to be looked at again and again."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
