@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from austeer.errors import AusteerError
 
 from . import our_ways, plain_ways
-from .peers import WAYS as PEERS
+from .peers.libraries import WAYS as PEERS
 from .plain_ways import AGAIN, UNSTEERED
 from .steered import Way
 

@@ -1,4 +1,4 @@
-"""What differs between two results beyond noise: ratios, counts, variants that came or broke, goals that turned."""
+"""What differs between two results beyond noise: ratios, counts, variants that came or broke."""
 
 from __future__ import annotations
 
@@ -50,8 +50,7 @@ class Changes:
     Attributes:
         notes: what makes the two runs unlike, or one of them weak: to be read first.
         timed: every time that both have, and that may be compared.
-        events: cases and variants that are new, gone, wrong or skipped now, and the reverse; exact counts that differ;
-            goals that turned.
+        events: cases and variants that are new, gone, wrong or skipped now, and the reverse; exact counts that differ.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -83,7 +82,6 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Changes:
         changes.notes += _noisy(case, before[case], after[case])
         changes.timed += _timed(case, before[case], after[case], same_clock)
         changes.events += _variants(case, before[case]["variants"], after[case]["variants"])
-    changes.events += _goals(a["goals"], b["goals"])
     return changes
 
 
@@ -167,15 +165,6 @@ def _variants(case: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
             before, after = row.get(key), other.get(key)
             if before is not None and after is not None and before != after:
                 yield f"{where}: {words} {before:,.10g} -> {after:,.10g}"
-
-
-def _goals(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[str]:
-    words = {True: "met", False: "missed", None: "hidden by noise"}
-    before = {(goal["case"], goal["text"]): goal["met"] for goal in a}
-    for goal in b:
-        key = goal["case"], goal["text"]
-        if key in before and before[key] is not goal["met"]:
-            yield f"{goal['case']}: {words[before[key]]} -> {words[goal['met']]}: {goal['text']}"
 
 
 def show(changes: Changes, console: Console) -> None:

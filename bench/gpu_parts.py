@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from . import catalogue, dispatch, files, inference, large, momentum, pair_sets, report, shapes, steps
+from . import catalogue, dispatch, files, inference, momentum, pair_sets, report, shapes, steps
 from .gpu_suite import DTYPE, FAILED, PARTIAL, Clock, Part, SkippedError, Suite, check_device, in_words
 from .inference import Effort, Job
 from .lineup import EAGER, Case
@@ -165,14 +165,10 @@ def model_part(name: str) -> Callable[[Suite, dict[str, Any], Clock], None]:
 
 def measured_momentum(suite: Suite, entry: dict[str, Any], clock: Clock) -> None:
     """The kernel that counts, and momentum of demo pairs on a random model; a file of kind "momentum"."""
-    shape, quick = shapes.tiny(shapes.LLAMA_8B) if suite.quick else shapes.LLAMA_8B, suite.quick
-    shapes.check_memory(shape, suite.device, DTYPE)
-    content = momentum.empty(suite.device, suite.commit, "demo pairs", MOMENTUM_ROUNDS, quick)
+    sets = [pair_sets.demo_pairs()] if suite.quick else [pair_sets.demo_pairs(), pair_sets.long_demo_pairs()]
+    content = momentum.empty(suite.device, suite.commit, "demo pairs", MOMENTUM_ROUNDS, suite.quick)
     path = suite.new_file("momentum")
-    sizes, rounds = (momentum.QUICK_KERNEL_SHAPE, 3) if quick else (momentum.KERNEL_SHAPE, momentum.KERNEL_ROUNDS)
-    content["kernel"] = large.kernel(*sizes, DTYPE, suite.device, rounds)
-    suite.write(path, content, entry)
-    sets = [pair_sets.demo_pairs()] if quick else [pair_sets.demo_pairs(), pair_sets.long_demo_pairs()]
-    pairs = momentum.QUICK_LARGE_PAIRS if quick else MOMENTUM_PAIRS
-    content["large"] = large.model(shape, DTYPE, suite.device, sets, pairs, MOMENTUM_ROUNDS)
+    for part in momentum.on_random_weights(sets, MOMENTUM_PAIRS, MOMENTUM_ROUNDS, suite.device, suite.quick):
+        content |= part
+        suite.write(path, content, entry)
     suite.write(path, content | {"complete": True}, entry)

@@ -30,11 +30,11 @@ class Clock:
     """How much time is left, seconds."""
 
     def __init__(self, seconds: float):
-        self._end = time.perf_counter() + seconds
+        self.end = time.perf_counter() + seconds
 
     @property
     def left(self) -> float:
-        return self._end - time.perf_counter()
+        return self.end - time.perf_counter()
 
 
 @dataclass

@@ -20,13 +20,11 @@ from . import counts, files, footprint, steps, turns
 from .catalogue import AGAIN, UNSTEERED
 from .gate import Exact
 from .graphs import spread
-from .intervals import LEVEL, NARROW, NOISE, NOISY, SAME, Ratio, ratio, verdict
+from .intervals import LEVEL, NARROW, NOISE, Ratio, ratio, verdict
 from .lineup import EAGER, Case, Lineup
 from .steered import Steered, Way
 
 KIND = "inference"
-#: Decoding under CUDA graphs, ours may take this times what the unsteered model takes.
-GRAPH_GOAL = 1.005
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def run(
                 for key, own in series.items()
                 if (numbers := [measured.index(case) for case in own if case in measured])
             }
-            yield content | {"goals": goals(content["cases"], device.type)}
+            yield content
     finally:
         gc.unfreeze()
 
@@ -245,29 +243,6 @@ def _add_times(
             if what == "token":
                 rows[name]["tokens_a_second"] = batch / statistics.median(flat)
     return noise, possible
-
-
-def goals(cases: Sequence[dict[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
-    """What was to be reached on a kind of device, and what was; ``met`` is None where noise hides the answer."""
-    found = []
-    for case in cases:
-        for name, row in case["variants"].items():
-            if not row["ours"] or "token" not in row:
-                continue
-            said, of = row["verdict"]["token"], row["token"]["ratio"]
-            where = f"{name}, {Case.of(case)}"
-            if case["execution"] == steps.GRAPH:
-                text = f"decoding under CUDA graphs, ours takes at most {GRAPH_GOAL:g}x the unsteered time"
-                within = True if of["high"] <= GRAPH_GOAL else False if of["low"] > GRAPH_GOAL else None
-                value, limit, met = of["median"], GRAPH_GOAL, within
-            elif device == "cpu" and case["execution"] == EAGER and name in ("fold", "columns"):
-                text = "fold and columns: the interval of the ratio contains 1 and is narrower than 2 %"
-                value, limit, met = of["high"] - of["low"], NARROW, said == SAME
-            else:
-                continue
-            met = None if said == NOISY else met
-            found.append({"text": text, "case": where, "value": value, "limit": limit, "met": met})
-    return found
 
 
 def touched_most(model: nn.Module, site: str) -> int:

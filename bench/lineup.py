@@ -140,6 +140,14 @@ class Lineup:
         if self.case.execution == steps.COMPILE:
             torch._dynamo.reset()
 
+    def prefill(self, name: str) -> Any:
+        """A pass of a way over the prompt, as :meth:`prompt` of -1; returns the cache. The way is active meanwhile."""
+        return self.made[name].model(self.prompt(-1), use_cache=True, logits_to_keep=1).past_key_values
+
+    def decode(self, name: str, cache: Any) -> None:
+        """A token a row, after whatever the cache holds."""
+        self.made[name].model(self.prompt(-1)[:, :1], past_key_values=cache, use_cache=True)
+
     def _add(self, name: str, way: Way) -> None:
         row = self.rows[name] = {"status": MEASURED, "reason": "", "ours": way.ours, "peer": way.peer}
         try:

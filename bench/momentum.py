@@ -87,19 +87,34 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
             report.say(f"peak memory: {way}")
             content["memory"].append({"way": way, "runs": [peak.measured(way, n, quick) for n in counts_]})
     if device.type == "cuda" or quick:
-        shape = shapes.tiny(shapes.LLAMA_8B) if quick else shapes.LLAMA_8B
-        report.say("counting kernel")
-        pairs, columns = QUICK_KERNEL_SHAPE if quick else KERNEL_SHAPE
-        content["kernel"] = large.kernel(pairs, columns, torch.bfloat16, device, KERNEL_ROUNDS)
-        yield content
-        report.say(f"random {shape.name}")
-        few_and_many = QUICK_LARGE_PAIRS if quick else LARGE_PAIRS
-        content["large"] = large.model(shape, torch.bfloat16, device, sets, few_and_many, options.rounds)
+        for part in on_random_weights(sets, LARGE_PAIRS, options.rounds, device, quick):
+            content |= part
+            yield content
     if loaded is not None:
         report.say("weights on disk")
         numbers = QUICK_OFFLOADED_PAIRS if quick else OFFLOADED_PAIRS
         content["offloaded"] = offloaded.measure(*loaded, pair_sets.demo_pairs(), numbers, OFFLOADED_ROUNDS)
     yield content | {"complete": True}
+
+
+def on_random_weights(
+    sets: Sequence[pair_sets.PairSet], pairs: tuple[int, int], rounds: int, device: torch.device, quick: bool
+) -> Iterator[dict[str, Any]]:
+    """Two parts of a result: the counting kernel, and a model of 8B's sizes.
+
+    Args:
+        pairs: that are timed, and at which memory is looked at again.
+
+    Raises:
+        TooLargeError: there is no room for the model.
+    """
+    shape = shapes.tiny(shapes.LLAMA_8B) if quick else shapes.LLAMA_8B
+    shapes.check_memory(shape, device)
+    report.say("counting kernel")
+    size = QUICK_KERNEL_SHAPE if quick else KERNEL_SHAPE
+    yield {"kernel": large.kernel(*size, torch.bfloat16, device, 3 if quick else KERNEL_ROUNDS)}
+    report.say(f"random {shape.name}")
+    yield {"large": large.model(shape, torch.bfloat16, device, sets, QUICK_LARGE_PAIRS if quick else pairs, rounds)}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

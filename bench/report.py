@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -37,28 +37,12 @@ def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
     return found
 
 
-def goal_lines(goals: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Each goal once: how often it was met, where it was not, and how often noise hides that (met: None)."""
-    for text in dict.fromkeys(goal["text"] for goal in goals):
-        own = [goal for goal in goals if goal["text"] == text]
-        missed = [f"{goal['case']} ({goal['value']:.4g})" for goal in own if goal["met"] is False]
-        hidden = sum(goal["met"] is None for goal in own)
-        line = f"{text}: met in {sum(goal['met'] is True for goal in own)} of {len(own)}"
-        line += f"; missed: {'; '.join(missed)}" if missed else ""
-        yield line + (f"; hidden by noise in {hidden}" if hidden else "")
-
-
-def show_goals(goals: Sequence[dict[str, Any]], console: Console) -> None:
-    for line in goal_lines(goals):
-        console.print(line, highlight=False, markup=False)
-
-
 def _spread(of: dict[str, Any]) -> str:
     return f"{of['median']:.3f}\n{of['low']:.2f} to {of['high']:.2f}"
 
 
 def show_dispatch(content: dict[str, Any]) -> None:
-    """Ratios and bandwidths case by case, then the goals, then the limits."""
+    """Ratios and bandwidths case by case, then the limits."""
     console = wide_console()
     shown = [AGAIN, *RIVALS, *COLUMNS.values(), *(r[0] for name, r in RIVALS.items() if len(r) == 1)]
     title = f"ratio to plain, median and quartiles; {content['environment']['device']}, {content['dtype']}"
@@ -75,7 +59,6 @@ def show_dispatch(content: dict[str, Any]) -> None:
         cells = [f"{v[name]['seconds']['median'] * 1e6:.2f}\n{v[name]['of_copy_bandwidth']:.0%}" for name in shown]
         times.add_row(f"{row['n']}x{row['k']}", str(row["tokens"]), *cells)
     console.print(times)
-    show_goals(content["goals"], console)
     for limit in content["limits"]:
         console.print(f"fused up to {limit['m']} tokens at {limit['n']}x{limit['k']}")
     if not content["limits"]:
@@ -88,18 +71,14 @@ def show_host(content: dict[str, Any]) -> None:
     e = content["environment"]
     for batch in content["batches"]:
         title = (
-            f"host time a steered site over unsteered, us; batch {batch['batch']}, {content['sites']} sites, "
-            f"{content['rounds']} rounds of {content['steps']} tokens; {e['device']}, {content['dtype']}"
+            f"host time that a steered site adds to a call, us; batch {batch['batch']}, {content['rounds']} rounds; "
+            f"{e['device']}, {content['dtype']}"
         )
-        times = table(title, ("variant", "path"), ("in the model", "quartiles", "by itself", "quartiles"))
+        times = table(title, ("variant", "path"), ("median", "quartiles"))
         for name, row in batch["variants"].items():
-            found = (row["us_a_site"], row["us_by_itself"])
-            cells = ((f"{us['median']:.2f}", f"{us['low']:.2f} to {us['high']:.2f}") for us in found)
-            times.add_row(name, row["path"], *(text for pair in cells for text in pair))
+            us = row["us_by_itself"]
+            times.add_row(name, row["path"], f"{us['median']:.2f}", f"{us['low']:.2f} to {us['high']:.2f}")
         console.print(times)
-        console.print(
-            f"unsteered {batch['unsteered_us']:.0f} us a forward pass (median); noise {batch['noise_us']:.2f} us a site"
-        )
 
 
 def _ways(console: Console, title: str, row: dict[str, Any], references: list[str]) -> None:

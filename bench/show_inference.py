@@ -11,7 +11,7 @@ from rich.table import Table
 from .catalogue import AGAIN, UNSTEERED
 from .intervals import FASTER, NOISY, SAME, SLOWER, UNCLEAR
 from .lineup import MEASURED, Case
-from .report import show_goals, wide_console
+from .report import wide_console
 
 WORDS = {
     SAME: "[green]none[/]",
@@ -30,7 +30,7 @@ def percent(of: dict[str, Any]) -> str:
 
 
 def show(content: dict[str, Any]) -> None:
-    """All cases of a result of kind "inference", then the goals."""
+    """All cases of a result of kind "inference"."""
     console = wide_console()
     model, environment = content["model"], content["environment"]
     console.print(
@@ -40,7 +40,6 @@ def show(content: dict[str, Any]) -> None:
     )
     for case in content["cases"]:
         _case(case, console)
-    show_goals(content["goals"], console)
 
 
 def _case(case: dict[str, Any], console: Console) -> None:

@@ -124,14 +124,14 @@ def _phases(lineup: Lineup, name: str) -> dict[str, Callable[[], object]]:
     if not lineup.ways[name].module:
         length = {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
         return {GENERATE: lambda: steered.generate(ids, do_sample=False, **length)}
-    found: dict[str, Any] = {}
+    cache: list[Any] = []
 
     def prefill() -> None:
-        found["cache"] = steered.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache[:] = [lineup.prefill(name)]
 
     def decode() -> None:
         for _ in range(STEPS):
-            steered.model(ids[:, :1], past_key_values=found["cache"], use_cache=True)
+            lineup.decode(name, cache[0])
 
     return {PREFILL: prefill, DECODE: decode}
 

@@ -175,16 +175,6 @@ def test_counts_have_no_noise(before, after):
     ]
 
 
-@pytest.mark.parametrize(
-    "was, now, words",
-    [(True, False, "met -> missed"), (False, True, "missed -> met"), (True, None, "met -> hidden by noise")],
-)
-def test_goals_that_turned(before, after, was, now, words):
-    before["goals"][0]["met"], after["goals"][0]["met"] = was, now
-    after["goals"].append({"text": "another", "case": "x", "value": 1.0, "limit": 1.0, "met": False})
-    assert compare(before, after).events == [f"eager, batch 1: {words}: fold is the same"]
-
-
 def test_cases_that_are_alike_are_matched_in_their_order(before, after):
     for content in (before, after):
         content["cases"].append(copy.deepcopy(content["cases"][0]))

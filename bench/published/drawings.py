@@ -16,12 +16,10 @@ _COLORS = {
     "dense hook": "#c69026",
     "sparse hook": "#e5534b",
     "columns": "#3987e5",
-    "columns 100": "#3987e5",
     "fused": "#2da44e",
     "fold": "#a371f7",
     "ours": "#3987e5",
     "unsteered again": "#8b949e",
-    "plain": "#8b949e",
     "stacked": "#8b949e",
 }
 _CYCLE = ("#3987e5", "#e36209", "#2da44e", "#a371f7", "#c69026", "#e5534b", "#39c5cf", "#d4679f")
@@ -120,39 +118,33 @@ def _overheads(data: Mapping[str, Any]):
 
 
 def _lines(data: Mapping[str, Any]):
-    """A line for each variant, with its intervals; the band of two unsteered runs, where there is one."""
+    """A line for each variant, with its intervals; the band of two unsteered runs."""
     panels = data["panels"]
-    few = data["columns"] < 4
-    figure, axes = _axes(len(panels), data["columns"], 5.2 if few else 3.4, 3.9 if few else 3.0)
+    figure, axes = _axes(len(panels), 2, 5.2, 3.9)
     names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
     handles: dict[str, Any] = {}
     for axis, panel in zip(axes, panels):
-        ends = [0.0]
-        if panel["noise"]:
-            noise = max(panel["noise"])
-            ends += [-noise, noise]
-            band = axis.axhspan(-noise, noise, color=_BAND, alpha=0.22, linewidth=0)
-            handles["A/A: unsteered twice"] = band
-            axis.axhline(0, color=_TEXT, linewidth=0.9)
+        noise = max(panel["noise"])
+        ends = [-noise, noise]
+        band = axis.axhspan(-noise, noise, color=_BAND, alpha=0.22, linewidth=0)
+        handles["A/A: unsteered twice"] = band
+        axis.axhline(0, color=_TEXT, linewidth=0.9)
         xs = sorted({point[0] for points in panel["lines"].values() for point in points})
         for name, points in panel["lines"].items():
             at = names.index(name)
             x, median, low, high = zip(*points)
             # Side by side, so that intervals at one x do not cover each other.
-            shifted = [v * 1.05 ** (at - (len(names) - 1) / 2) for v in x] if panel["noise"] else x
+            shifted = [v * 1.05 ** (at - (len(names) - 1) / 2) for v in x]
             spread = [[m - v for m, v in zip(median, low)], [v - m for m, v in zip(median, high)]]
             style = {"color": _color(name, at), "marker": _MARKERS[at % len(_MARKERS)], "markersize": 5, "capsize": 2.5}
-            line = axis.errorbar(shifted, median, yerr=spread if panel["noise"] else None, linewidth=1.5, **style)
+            line = axis.errorbar(shifted, median, yerr=spread, linewidth=1.5, **style)
             handles.setdefault(name, line)
             ends += [*low, *high]
         axis.set_xscale("log")
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
         axis.set_xlim(xs[0] / 1.4, xs[-1] * 1.4)
         axis.minorticks_off()
-        if panel["noise"]:
-            _percent_axis(axis, min(ends), max(ends), "y")
-        else:
-            axis.set_ylim(0, max(100, *ends) * 1.05)
+        _percent_axis(axis, min(ends), max(ends), "y")
         axis.set(xlabel=data["x"], ylabel=data["y"], title=panel["title"])
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ..cases import ALONE, COLUMNS, FUSED, PLAIN
-from ..report import counting, goal_lines
+from ..report import counting
 from . import figures, tables
 from .conclusion import sentences, worth
 from .inference import AGAIN, PUBLIC, SPARSE, Inference, sweeps
@@ -60,9 +60,7 @@ def _title(result: Result) -> str:
 
 def _conclusion(results: Results) -> str:
     def section(result: Result) -> str:
-        lines = [f"- {text}" for text in sentences(Inference(result))]
-        goals = [f"- {line}" for line in goal_lines(result.content["goals"])]
-        return "\n".join([*lines, *(["\nGoals set beforehand:\n", *goals] if goals else [])])
+        return "\n".join(f"- {text}" for text in sentences(Inference(result)))
 
     return _each(results, "inference", section)
 
@@ -155,36 +153,36 @@ def _sweep(result: Result, along: str) -> str:
 def _operations(results: Results) -> str:
     texts = []
     for where, devices in results.kinds_of_device():
-        own = []
-        for device in devices:
-            for result in (r for kind in ("dispatch", "kernels", "host") for r in results.of(kind, device)):
-                own.append(f"**{where}: {result.machine}** ({result.link})\n\n{_operation(result)}")
-        measured = {
-            r.kind for device in devices for r in results.of("dispatch", device) + results.of("kernels", device)
-        }
-        if not measured:
-            own.append(f"**{where}**: the kernels by themselves are not measured yet (`{COMMANDS['kernels'][where]}`).")
-        texts += own
+        found = [r for device in devices for kind in OPERATIONS for r in results.of(kind, device)]
+        texts += [
+            f"**{where}: {result.machine}** ({result.link})\n\n{OPERATIONS[result.kind](result)}" for result in found
+        ]
+        if not {"dispatch", "kernels"} & {result.kind for result in found}:
+            texts.append(
+                f"**{where}**: the kernels by themselves are not measured yet (`{COMMANDS['kernels'][where]}`)."
+            )
     return "\n\n".join(texts)
 
 
-def _operation(result: Result) -> str:
-    picture = figures.picture(f"{result.name}-{result.kind}", "The operations by themselves")
-    if result.kind == "host":
-        c = result.content
-        text = (
-            "Host time that a steered site adds to one decoded token in eager mode (a small MLP by itself, in turns "
-            f"with its unsteered twin; median [quartiles] of {c['rounds']} rounds, batch {c['batches'][0]['batch']}):"
-        )
-        return f"{text}\n\n{picture}\n\n{tables.host(result)}"
-    if result.kind == "kernels":
-        return tables.kernels(result)
-    ceilings = result.content["ceilings"]
-    text = (
-        f"Ratio to PyTorch's plain product [quartiles], and the share of the roofline that is reached (copy "
-        f"{ceilings['copy'] / 1e12:.2f} TB/s, matmul {ceilings['matmul'] / 1e12:.0f} TFLOP/s, both measured there):"
+def _host(result: Result) -> str:
+    return (
+        "Host time that a steered site adds to one decoded token in eager mode (a small MLP by itself, in turns with "
+        f"its unsteered twin; median [quartiles] of {result.content['rounds']} rounds, batch "
+        f"{result.content['batches'][0]['batch']}):\n\n{tables.host(result)}"
     )
-    return f"{text}\n\n{picture}\n\n{tables.dispatch(result.content, DISPATCHED)}"
+
+
+def _dispatch(result: Result) -> str:
+    ceilings = result.content["ceilings"]
+    return (
+        "Ratio to PyTorch's plain product [quartiles], and the share of the roofline that is reached (copy "
+        f"{ceilings['bandwidth'] / 1e12:.2f} TB/s, matmul {ceilings['flops'] / 1e12:.0f} TFLOP/s, both measured there):"
+        f"\n\n{tables.dispatch(result.content, DISPATCHED)}"
+    )
+
+
+#: The kinds of results about single operations, and how each is shown.
+OPERATIONS = {"dispatch": _dispatch, "kernels": tables.kernels, "host": _host}
 
 
 def _momentum(result: Result) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 from austeer.figures import require_matplotlib
 
-from ..cases import COLUMNS, FUSED, PLAIN
 from . import study, tables
 from .inference import AGAIN, METRICS, Case, Inference, in_sweeps, sweeps, variants_of
 from .load import Result, Results
@@ -58,10 +57,6 @@ def figures(results: Results) -> list[Figure]:
             found += _inference(result)
         elif result.kind == "momentum" and (data := _momentum(result)):
             found.append(Figure(f"{result.name}-momentum", "bars", data))
-        elif result.kind == "host":
-            found.append(Figure(f"{result.name}-host", "bars", _host(result)))
-        elif result.kind == "dispatch":
-            found.append(Figure(f"{result.name}-dispatch", "lines", _dispatch(result)))
         elif result.kind == "study":
             found.append(Figure(f"{result.name}-study", "bars", study.drawn(result)))
     return found
@@ -129,7 +124,7 @@ def _inference(result: Result) -> list[Figure]:
         groups = sweeps(inference.series(along), along)
         if groups:
             panels = [_sweep(group, along, metric) for group in groups for metric in METRICS if group[0].times(metric)]
-            data = {"title": title, "x": words, "y": "overhead, %", "panels": panels, "columns": len(METRICS)}
+            data = {"title": title, "x": words, "y": "overhead, %", "panels": panels}
             found.append(Figure(f"{result.name}-{along}", "lines", data))
     return found
 
@@ -180,26 +175,3 @@ def _momentum(result: Result) -> dict[str, Any]:
         name = tables.SETS.get(row["set"], row["set"])
         panels.append({"title": f"{model}{name}, {row['tokens_a_text']['median']:.0f} tokens a text", "bars": bars})
     return {"title": f"Measuring momentum; {result.machine}", "x": "pairs a second", "panels": panels} if panels else {}
-
-
-def _host(result: Result) -> dict[str, Any]:
-    batch = result.content["batches"][0]
-    bars = []
-    for name, words in tables.HOST.items():
-        if name in batch["variants"]:
-            us = batch["variants"][name]["us_by_itself"]
-            bars.append([words.replace("`", ""), *_rounded(us["median"], us["low"], us["high"])])
-    title = f"Host time of a steered site by itself; {result.machine}"
-    return {"title": title, "x": "us a call, median and quartiles", "panels": [{"title": "", "bars": bars}]}
-
-
-def _dispatch(result: Result) -> dict[str, Any]:
-    panels: dict[str, dict[str, Any]] = {}
-    for row in sorted(result.content["rows"], key=lambda row: row["tokens"]):
-        title = f"{row['k']} -> {row['n']}"
-        lines = panels.setdefault(title, {"title": title, "lines": {}, "noise": []})["lines"]
-        for name in (PLAIN, FUSED, COLUMNS[100]):
-            reached = 100 * row["variants"][name]["of_floor"]
-            lines.setdefault(name, []).append([row["tokens"], *_rounded(reached, reached, reached)])
-    title = f"Share of the roofline that is reached; {result.machine}"
-    return {"title": title, "x": "tokens", "y": "floor / time, %", "panels": list(panels.values()), "columns": 4}

@@ -8,7 +8,7 @@
 <device>.demo.<chosen|shift|push|scale|random>.over.<another>       of effects
 <device>.demo.time.<variant>.ms, .percent, .low, .high      over unsteered, quartiles
 <device>.demo.printed                   a block: what the demo prints
-<device>.host.<variant>.us, .low, .high by itself; .noise in the whole model; .table a block
+<device>.host.<variant>.us, .low, .high; .table a block
 <device>.momentum.<set>.tokens, .<way>.pairs_a_second, .<way>.over.<other>, .at_1000.<way>.over.<other>
 <device>.momentum.unshared.least, .most          over stacked, over all sets
 <device>.momentum.memory.<way>.few.pairs, .few.mb, .many.pairs, .many.mb, .mb_a_pair
@@ -92,7 +92,6 @@ def _study(result: Result) -> Named:
 def _host(result: Result) -> Named:
     batch = result.content["batches"][0]
     yield "table", tables.host(result)
-    yield "noise", batch["noise_us"]
     for name, row in batch["variants"].items():
         alone = row["us_by_itself"]
         yield f"{slug(name)}.us", alone["median"]
