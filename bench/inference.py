@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from austeer.ceilings import Ceilings, ceilings
 from austeer.overhead import steering_cost
 from austeer.sites import find_sites, fingerprint, input_device, text_config
 
-from . import counts, files, footprint, steps, turns
+from . import counts, files, steps, turns
 from .catalogue import AGAIN, UNSTEERED
 from .gate import Exact
 from .graphs import spread
 from .intervals import LEVEL, NARROW, NOISE, Ratio, ratio, verdict
 from .lineup import EAGER, Case, Lineup
-from .steered import Steered, Way
+from .steered import Way
 
 KIND = "inference"
 
@@ -165,7 +165,6 @@ def measure(model: PreTrainedModel, exact: Exact, limits: Ceilings, job: Job, te
     with Lineup(model, exact, case, job.ways, lambda way: tell(0, f"{case} · {way}")) as lineup:
         rows, made, prompt = lineup.rows, lineup.made, lineup.prompt
         if case.execution == EAGER:
-            _add_peaks(rows, made, prompt(-1), effort.tokens)
             times = turns.by_turns(
                 made, prompt, effort.tokens, effort.clock(), on_generation=lambda: tell(1, str(case))
             )
@@ -208,22 +207,6 @@ def _add_predictions(rows: dict[str, dict[str, Any]], model: nn.Module, case: Ca
             }
         if row.get("bytes") is not None:
             row["floor_seconds"] = limits.seconds(row["bytes"], row["operations"], 0)
-
-
-def _add_peaks(rows: dict[str, dict[str, Any]], made: Mapping[str, Steered], ids: Tensor, tokens: int) -> None:
-    """Bytes at the peak of a generation, and how many more than the unsteered model's, with what is held."""
-
-    def generate(way: Steered) -> None:
-        with way.active():
-            way.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-
-    for name, way in made.items():
-        generate(way)
-        rows[name]["peak_bytes"] = footprint.peak(lambda way=way: generate(way), ids.device)
-    least = rows[UNSTEERED]["peak_bytes"]
-    for name in made:
-        more = None if least is None else rows[name]["peak_bytes"] - least
-        rows[name]["extra_bytes"] = None if more is None else rows[name]["held_bytes"] + more
 
 
 def _add_times(

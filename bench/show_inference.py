@@ -62,7 +62,7 @@ def _case(case: dict[str, Any], console: Console) -> None:
 
 
 def _table(rows: dict[str, Any], metric: str) -> Table:
-    counted = {"tokens/s": "tokens_a_second", "extra MB": "extra_bytes", "launches": "launches"}
+    counted = {"tokens/s": "tokens_a_second", "held MB": "held_bytes", "launches": "launches"}
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("variant", no_wrap=True)
     table.add_column(f"{_METRICS[metric]}, ms", justify="right")
@@ -85,6 +85,6 @@ def _table(rows: dict[str, Any], metric: str) -> Table:
 def _number(column: str, value: float | None) -> str:
     if value is None:
         return ""
-    if column == "extra MB":
+    if column == "held MB":
         return f"{value / 1e6:.2f}"
     return f"{value:.1f}" if column == "tokens/s" else f"{value:.0f}"

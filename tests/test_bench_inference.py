@@ -131,17 +131,11 @@ def test_what_is_predicted_is_what_was_counted(contents):
         assert "floor_seconds" not in case["variants"]["whole"]
 
 
-def test_memory_is_what_is_held_and_what_a_run_needs_more(contents):
+def test_memory_is_what_is_held(contents):
     for case in contents[-1]["cases"]:
         rows = case["variants"]
         assert rows["fold"]["held_bytes"] >= case["k"] * 48 * 4  # the rows that it saves
-        for name in ("public", "columns", "fold"):
-            row = rows[name]
-            if rows[UNSTEERED]["peak_bytes"] is None:
-                assert row["extra_bytes"] is None
-            else:
-                more = row["peak_bytes"] - rows[UNSTEERED]["peak_bytes"]
-                assert row["extra_bytes"] == row["held_bytes"] + more
+        assert rows[UNSTEERED]["held_bytes"] == 0
 
 
 def test_what_is_wrong_or_missing_is_named_and_gets_no_time(contents):
@@ -151,7 +145,7 @@ def test_what_is_wrong_or_missing_is_named_and_gets_no_time(contents):
         assert crooked["error"] > crooked["allowed"]
         assert missing["status"] == "skipped" and "install it with" in missing["reason"]
         for row in (crooked, missing):
-            assert not {"token", "first_token", "verdict", "tokens_a_second", "peak_bytes", "launches"} & set(row)
+            assert not {"token", "first_token", "verdict", "tokens_a_second", "launches"} & set(row)
     assert Crooked.generations == 0
 
 

@@ -117,39 +117,6 @@ def _overheads(data: Mapping[str, Any]):
     return figure
 
 
-def _lines(data: Mapping[str, Any]):
-    """A line for each variant, with its intervals; the band of two unsteered runs."""
-    panels = data["panels"]
-    figure, axes = _axes(len(panels), 2, 5.2, 3.9)
-    names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
-    handles: dict[str, Any] = {}
-    for axis, panel in zip(axes, panels):
-        noise = max(panel["noise"])
-        ends = [-noise, noise]
-        band = axis.axhspan(-noise, noise, color=_BAND, alpha=0.22, linewidth=0)
-        handles["A/A: unsteered twice"] = band
-        axis.axhline(0, color=_TEXT, linewidth=0.9)
-        xs = sorted({point[0] for points in panel["lines"].values() for point in points})
-        for name, points in panel["lines"].items():
-            at = names.index(name)
-            x, median, low, high = zip(*points)
-            # Side by side, so that intervals at one x do not cover each other.
-            shifted = [v * 1.05 ** (at - (len(names) - 1) / 2) for v in x]
-            spread = [[m - v for m, v in zip(median, low)], [v - m for m, v in zip(median, high)]]
-            style = {"color": _color(name, at), "marker": _MARKERS[at % len(_MARKERS)], "markersize": 5, "capsize": 2.5}
-            line = axis.errorbar(shifted, median, yerr=spread, linewidth=1.5, **style)
-            handles.setdefault(name, line)
-            ends += [*low, *high]
-        axis.set_xscale("log")
-        axis.set_xticks(xs, [f"{x:g}" for x in xs])
-        axis.set_xlim(xs[0] / 1.4, xs[-1] * 1.4)
-        axis.minorticks_off()
-        _percent_axis(axis, min(ends), max(ends), "y")
-        axis.set(xlabel=data["x"], ylabel=data["y"], title=panel["title"])
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
-    return figure
-
-
 def _bars(data: Mapping[str, Any]):
     """Horizontal bars, with their values; with an interval where one is given."""
     panels = data["panels"]
@@ -174,4 +141,4 @@ def _bars(data: Mapping[str, Any]):
     return figure
 
 
-_DRAWINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"overheads": _overheads, "lines": _lines, "bars": _bars}
+_DRAWINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"overheads": _overheads, "bars": _bars}

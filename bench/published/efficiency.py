@@ -8,7 +8,7 @@ from ..cases import ALONE, COLUMNS, FUSED, PLAIN
 from ..report import counting
 from . import figures, tables
 from .conclusion import sentences, worth
-from .inference import AGAIN, PUBLIC, SPARSE, Inference, sweeps
+from .inference import AGAIN, PUBLIC, SPARSE, Case, Inference, sweeps
 from .load import Result, Results
 
 #: Which command measures a kind, on a CPU and on a GPU.
@@ -28,7 +28,7 @@ DISPATCHED = (PLAIN, FUSED, COLUMNS[100], ALONE[100])
 def blocks(results: Results) -> dict[str, str]:
     """Markdown, by the section's name."""
     return {
-        "conclusion": _conclusion(results),
+        "conclusion": _each(results, "inference", _conclusion),
         "summary": _summary(results),
         "machines": _machines(results),
         "overhead": _each(results, "inference", _overhead),
@@ -58,11 +58,8 @@ def _title(result: Result) -> str:
     return Inference(result).title if result.kind == "inference" else result.machine
 
 
-def _conclusion(results: Results) -> str:
-    def section(result: Result) -> str:
-        return "\n".join(f"- {text}" for text in sentences(Inference(result)))
-
-    return _each(results, "inference", section)
+def _conclusion(result: Result) -> str:
+    return "\n".join(f"- {text}" for text in sentences(Inference(result)))
 
 
 def _kind_of_machine(results: Results, where: str, devices: Iterable[str]) -> str:
@@ -84,17 +81,17 @@ def _summary(results: Results) -> str:
     for where, devices in results.kinds_of_device():
         found = [Inference(r) for device in devices for r in results.of("inference", device)]
         for inference in found:
-            smallest: dict[str, tuple[int, list[str]]] = {}
+            smallest: dict[str, Case] = {}
             for case in inference.main():
-                if case.execution in smallest and smallest[case.execution][0] <= case.batch:
-                    continue
+                known = smallest.setdefault(case.execution, case)
+                smallest[case.execution] = min(known, case, key=lambda one: one.batch)
+            for case in smallest.values():
                 best = case.best_of_ours("token")
                 own = f"{best[0]} {best[1]} {best[1].verdict}" if best else ""
                 others = (case.overhead(name, "token") for name in (AGAIN, PUBLIC, SPARSE))
-                cells = [f"{o}" if o else "" for o in others]
                 name = f"{where}: {inference.result.machine}; {inference.model['name']}"
-                smallest[case.execution] = case.batch, [name, f"{case.words}, batch {case.batch}", *cells, own]
-            rows += [row for _, row in smallest.values()]
+                cells = (f"{o}" if o else "" for o in others)
+                rows.append([name, f"{case.words}, batch {case.batch}", *cells, own])
         if not found:
             rows.append([where, f"not measured yet (`{COMMANDS['inference'][where]}`)", "", "", "", ""])
     head = ["overhead of a token, %", "setting", "unsteered again", "public form", "sparse hook", "ours, the best path"]
@@ -128,7 +125,7 @@ def _overhead(result: Result) -> str:
     texts = [figures.picture(f"{result.name}-overhead", "Overhead by variant and batch"), tables.overheads(inference)]
     texts.append(
         "What it takes, in the first of these settings; predicted: by `austeer cost`; the floor is the time of the "
-        f"bytes and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0], result.device)}"
+        f"bytes and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0])}"
     )
     without = [f"- {name}: {why}" for name, why in inference.without_time.items()]
     if without:
@@ -138,10 +135,7 @@ def _overhead(result: Result) -> str:
 
 def _sweep(result: Result, along: str) -> str:
     groups = sweeps(Inference(result).series(along), along)
-    if not groups:
-        return ""
-    words = {"k": "the number of AUs", "layers": "the number of layers touched"}[along]
-    texts = [figures.picture(f"{result.name}-{along}", f"Overhead against {words}")]
+    texts = []
     for group in groups:
         execution, site, k, *_ = group[0].setting
         fixed = "" if along == "k" else f", k = {k}"
@@ -154,13 +148,9 @@ def _operations(results: Results) -> str:
     texts = []
     for where, devices in results.kinds_of_device():
         found = [r for device in devices for kind in OPERATIONS for r in results.of(kind, device)]
-        texts += [
-            f"**{where}: {result.machine}** ({result.link})\n\n{OPERATIONS[result.kind](result)}" for result in found
-        ]
-        if not {"dispatch", "kernels"} & {result.kind for result in found}:
-            texts.append(
-                f"**{where}**: the kernels by themselves are not measured yet (`{COMMANDS['kernels'][where]}`)."
-            )
+        texts += [f"**{where}: {r.machine}** ({r.link})\n\n{OPERATIONS[r.kind](r)}" for r in found]
+        if not {"dispatch", "kernels"} & {r.kind for r in found}:
+            texts.append(_missing("kernels", where))
     return "\n\n".join(texts)
 
 

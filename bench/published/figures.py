@@ -16,7 +16,7 @@ from typing import Any
 from austeer.figures import require_matplotlib
 
 from . import study, tables
-from .inference import AGAIN, METRICS, Case, Inference, in_sweeps, sweeps, variants_of
+from .inference import METRICS, Case, Inference, variants_of
 from .load import Result, Results
 
 #: Key of the hash among a PNG's texts; counts up when drawings.py draws the same data in another way.
@@ -53,8 +53,8 @@ def figures(results: Results) -> list[Figure]:
     """Every figure that the results give."""
     found = []
     for result in results:
-        if result.kind == "inference":
-            found += _inference(result)
+        if result.kind == "inference" and Inference(result).main():
+            found.append(Figure(f"{result.name}-overhead", "overheads", _overhead(Inference(result))))
         elif result.kind == "momentum" and (data := _momentum(result)):
             found.append(Figure(f"{result.name}-momentum", "bars", data))
         elif result.kind == "study":
@@ -80,12 +80,9 @@ def write(wanted: Sequence[Figure], folder: Path, check: bool) -> list[str]:
             if not check:
                 path.unlink()
     for path, figure in files.items():
-        if path.exists():
-            if _hash(path) == figure.hash:
-                continue
-            changed.append(f"{path}: shows other data than the results")
-        else:
-            changed.append(f"{path}: is missing")
+        if path.exists() and _hash(path) == figure.hash:
+            continue
+        changed.append(f"{path}: {'shows other data than the results' if path.exists() else 'is missing'}")
         if not check:
             draw(figure, path)
     return changed
@@ -114,22 +111,7 @@ def _rounded(*values: float) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-def _inference(result: Result) -> list[Figure]:
-    inference = Inference(result)
-    title = f"{inference.result.machine}; {inference.model['name']}"
-    found = []
-    if inference.main():
-        found.append(Figure(f"{result.name}-overhead", "overheads", _overhead(inference, title)))
-    for along, words in (("k", "AUs steered, k"), ("layers", "layers touched")):
-        groups = sweeps(inference.series(along), along)
-        if groups:
-            panels = [_sweep(group, along, metric) for group in groups for metric in METRICS if group[0].times(metric)]
-            data = {"title": title, "x": words, "y": "overhead, %", "panels": panels}
-            found.append(Figure(f"{result.name}-{along}", "lines", data))
-    return found
-
-
-def _overhead(inference: Inference, title: str) -> dict[str, Any]:
+def _overhead(inference: Inference) -> dict[str, Any]:
     """For each execution the setting that was measured first (others are in the table), at all batch sizes."""
     chosen: dict[str, list[Case]] = {}
     for case in inference.main():
@@ -149,20 +131,7 @@ def _overhead(inference: Inference, title: str) -> dict[str, Any]:
             if marks:
                 noise = _rounded(max(case.noise(metric) for case in cases if case.times(metric)))[0]
                 panels.append({"title": f"{cases[0].words}\n{words}", "noise": noise, "marks": marks})
-    return {"title": title, "panels": panels}
-
-
-def _sweep(group: Sequence[Case], along: str, metric: str) -> dict[str, Any]:
-    lines = {}
-    for name in variants_of(group):
-        if name == AGAIN or not in_sweeps(group[0], name):
-            continue
-        points = [(case.content[along], o) for case in group if (o := case.overhead(name, metric)) is not None]
-        lines[name] = [[x, *_rounded(o.median, o.low, o.high)] for x, o in points]
-    noise = _rounded(*(case.noise(metric) for case in group))
-    execution, site, *_ = group[0].setting
-    title = f"{execution}, site {site}, batch {group[0].batch}\n{METRICS[metric]}"
-    return {"title": title, "lines": {name: own for name, own in lines.items() if own}, "noise": noise}
+    return {"title": f"{inference.result.machine}; {inference.model['name']}", "panels": panels}
 
 
 def _momentum(result: Result) -> dict[str, Any]:

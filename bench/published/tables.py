@@ -111,7 +111,6 @@ def sweep(group: Sequence[Case], along: str) -> str:
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens_a_second": ("tokens/s", lambda value: f"{value:.1f}"),
     "held_bytes": ("memory held, MB", lambda value: f"{value / 1e6:.3g}"),
-    "extra_bytes": ("extra memory, MB", lambda value: f"{value / 1e6:.3g}"),
     "launches": ("launches a token", lambda value: f"{value:.0f}"),
     "predicted_launches": ("predicted", lambda value: f"{value:.0f}"),
     "bytes": ("MB moved a token", lambda value: f"{value / 1e6:.2f}"),
@@ -122,18 +121,13 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def costs(case: Case, device: str) -> str:
+def costs(case: Case) -> str:
     """Rate, memory, launches, bytes, device and host time of every variant; only what was measured of any.
 
-    Memory is what the way holds and needs in a run; on a CPU what it holds (its tables, rows it saved), since the peak
-    of what is resident there says little.
-
-    Args:
-        device: the folder of the result.
+    Memory is what the way holds: its tables, rows it saved.
     """
-    other = "extra_bytes" if device == CPU else "held_bytes"
     rows = {name: row | _beside(row) for name, row in case.variants.items() if row["status"] == "measured"}
-    shown = [key for key in _COSTS if key != other and any(row.get(key) is not None for row in rows.values())]
+    shown = [key for key in _COSTS if any(row.get(key) is not None for row in rows.values())]
     cells = [
         [name, *("" if row.get(key) is None else _COSTS[key][1](row[key]) for key in shown)]
         for name, row in rows.items()
