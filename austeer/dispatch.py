@@ -32,14 +32,14 @@ class Choice:
     Attributes:
         path: its class. module: what it works on.
         reason: why not a cheaper one; empty for the cheapest.
-        limit: up to how many tokens the fused kernel is used; None: always.
+        limit: up to how many tokens the fused kernel is used; beyond, columns.
         parts: the modules whose weights fold scales.
     """
 
     path: type[Path]
     module: nn.Module
     reason: str
-    limit: int | None = None
+    limit: int = 0
     parts: tuple[nn.Module, ...] = ()
 
     def dense(self, device: torch.device, plans: int) -> bool:
@@ -90,14 +90,15 @@ def choose(
         if mode == "fused":
             return Choice(Columns, module, "its projection is fused with another site already")
         no_fused = "fused already"
-    limit = None
+    limit = launch.MOST_TOKENS
     if no_fused is None and mode == "auto":
         limit = _measured_limit(projection)
         no_fused = None if limit else "not measured to be faster here"
     if mode != "fold" and no_fused is None and projection is not None:
         fused.add(projection)
-        up_to = "" if limit is None else f"; fused up to {limit} tokens, then columns"
-        return Choice(Fused, projection, asked or f"no fold: {no_fold}{up_to}", limit)
+        return Choice(
+            Fused, projection, asked or f"no fold: {no_fold}; fused up to {limit} tokens, then columns", limit
+        )
     if mode != "auto":
         raise SteeringError(
             f"mode {mode!r} is not possible at site {site.name!r} of layer {site.layer} ({site.path}): "

@@ -229,7 +229,10 @@ def fused(place: Place, target: Target) -> Work:
     """``mode="fused"``: what its kernels, or on a CPU its definition, take beyond the product that they replace.
 
     On a GPU the strengths of all dimensions, and, where the sum is split over programs, a finish that adds the parts.
+    Beyond the kernel's number of tokens it is ``columns``.
     """
+    if place.tokens > launch.MOST_TOKENS:
+        return columns(place, target)
     inputs, outputs = place.shape
     size = place.itemsize
     each = 4 if place.operation == "push" else 3
@@ -253,14 +256,14 @@ def fused(place: Place, target: Target) -> Work:
 
 
 def _splits(place: Place, target: Target) -> int:
-    """Over how many programs the decode form splits the sum; 1 for the prefill form."""
+    """Over how many programs the fused kernel splits the sum."""
     inputs, outputs = place.shape
     name = str(place.dtype).removeprefix("torch.")
     for table in launch.tables():
         entries = [e for e in table.entries if e.op == "steered_linear" and name in e.dtypes]
         if entries and table.fits(target.architecture, target.name):
             entry = min(entries, key=lambda e: e.distance(place.tokens, outputs, inputs))
-            return 1 if entry.form == "prefill" else entry.splits(place.tokens, outputs, inputs, target.processors)
+            return entry.splits(place.tokens, outputs, inputs, target.processors)
     return 1
 
 

@@ -288,12 +288,13 @@ class Fused(HookPath):
     """Our projection kernel in place of the linear layer's forward, with the steering inside it.
 
     Args:
-        limit: up to how many tokens the kernel is used; beyond, the model's own product and the sparse kernel.
+        limit: up to how many tokens the kernel is used, its own limit at most; beyond, the model's own product and the
+            sparse kernel.
     """
 
     name = "fused"
 
-    def __init__(self, *args, limit: int | None = None, **kwargs):
+    def __init__(self, *args, limit: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.limit = limit
 
@@ -311,7 +312,7 @@ class Fused(HookPath):
         if rows is NOBODY:
             return self._forward(x)
         linear, table, prologue = cast(nn.Linear, module), self.table, self.site.side == "input"
-        if self.limit is not None and x.numel() > self.limit * x.shape[-1]:
+        if x.numel() > self.limit * x.shape[-1]:
             if prologue:
                 return self._forward(steer_columns(x, table, rows, self.routing))
             return steer_columns(self._forward(x), table, rows, self.routing)

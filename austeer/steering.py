@@ -329,9 +329,9 @@ def steer(
             or a half-open range such as (0, 16) or (16, None), counted from each row's first token after its padding.
             See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
         mode: the path, see ``report()``: "fold" edits weights in place and costs nothing at run time, "fused" runs our
-            projection kernel, "columns" runs the sparse kernel after the model's own computation, "dense" is the
-            public code's arithmetic. "auto" takes fold where it is exact and possible, fused where it was measured to
-            be faster on this device, otherwise columns.
+            projection kernel for up to 64 tokens and "columns" beyond, "columns" runs the sparse kernel after the
+            model's own computation, "dense" is the public code's arithmetic. "auto" takes fold where it is exact and
+            possible, fused where it was measured to be faster on this device, otherwise columns.
         layout: attribute paths of a model whose family is not known.
         check: compare one site of each path with the formula, once.
 

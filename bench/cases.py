@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import austeer_kernels as ak
+from austeer_kernels import launch
 
 from .graphs import check, copies_of
 
@@ -122,10 +123,11 @@ class Case:
         return f"{self.n}x{self.k}, {self.tokens} tokens"
 
     def variants(self) -> dict[str, Variant]:
-        """Every way, by name; plain PyTorch twice, so that the noise shows."""
+        """Every way, by name; plain PyTorch twice, so that the noise shows. No fused kernel beyond its tokens."""
         forms = [(False, False), (True, False), (False, True), (True, True)]
         listed = {PLAIN: self.plain(), AGAIN: self.plain()}
-        listed |= {name: self.fused(*form) for name, form in zip(RIVALS, forms)}
+        if self.tokens <= launch.MOST_TOKENS:
+            listed |= {name: self.fused(*form) for name, form in zip(RIVALS, forms)}
         listed |= {COLUMNS[count]: self.columns(count=count) for count in AUS}
         listed |= {RIVALS[name][0]: self.columns(*form) for name, form in zip(RIVALS, forms) if any(form)}
         return listed | {ALONE[count]: self.alone(count) for count in AUS}

@@ -6,7 +6,8 @@ Ratios are to PyTorch's plain product in the same round, in CUDA graphs, inputs 
 L2 cache; nothing is timed that is not within twice plain PyTorch's own error. With --tune the best launch settings are
 searched first (some minutes a large shape: give a few --shapes at a time, tables are updated). With --write-table the
 kernels' table of this device gets them, and for each shape the number of tokens up to which the fused kernel was no
-slower than the product and the sparse kernel, at that and every smaller number measured, in each of its forms.
+slower than the product and the sparse kernel, at that and every smaller number measured, in each of its forms. Beyond
+launch.MOST_TOKENS it is not timed: there the product and the sparse kernel run.
 
 On a CPU only --quick runs: tiny shapes, to see that everything works. Its times mean nothing.
 """
@@ -43,7 +44,7 @@ TOKENS = (1, 4, 16, 64, 512, 4096)
 QUICK_SHAPES, QUICK_TOKENS = ((48, 64), (160, 112)), (1, 16)
 
 FUSED_TOKENS, FUSED_RATIO = (1, 4, 16), 1.00
-PREFILL_TOKENS, PREFILL_RATIO = (512, 4096), 1.02
+COLUMNS_TOKENS, COLUMNS_RATIO = (512, 4096), 1.02
 ALONE_SECONDS = 3e-6
 
 
@@ -96,6 +97,8 @@ def measure(case: Case, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
         }
     over_rival = {}
     for name, rivals in RIVALS.items():
+        if name not in variants:
+            continue
         rival = min(rivals, key=lambda r: rows[r]["seconds"]["median"])
         over_rival[name] = {"rival": rival} | dataclasses.asdict(ratios(seconds[name], seconds[rival]))
     fixed = {"n": case.n, "k": case.k, "tokens": case.tokens, "copies": case.copies}
@@ -108,6 +111,8 @@ def limits(rows: Iterable[dict[str, Any]], dtype: str) -> list[launch.Limit]:
     stopped = set()
     for row in sorted(rows, key=lambda row: row["tokens"]):
         shape = row["n"], row["k"]
+        if not row["over_rival"]:  # more tokens than the kernel takes
+            continue
         if any(form["median"] > 1 for form in row["over_rival"].values()):
             stopped.add(shape)
         elif shape not in stopped:
@@ -123,10 +128,10 @@ def goals(rows: Iterable[dict[str, Any]]) -> list[Goal]:
         if row["tokens"] in FUSED_TOKENS:
             text = f"fused at {', '.join(map(str, FUSED_TOKENS))} tokens <= {FUSED_RATIO:.2f}x plain"
             found.append(Goal(text, case, variants[FUSED]["ratio"]["median"], FUSED_RATIO))
-        if row["tokens"] in PREFILL_TOKENS:
-            text = f"product and columns at {', '.join(map(str, PREFILL_TOKENS))} tokens <= {PREFILL_RATIO:.2f}x plain"
+        if row["tokens"] in COLUMNS_TOKENS:
+            text = f"product and columns at {', '.join(map(str, COLUMNS_TOKENS))} tokens <= {COLUMNS_RATIO:.2f}x plain"
             for count, name in COLUMNS.items():
-                found.append(Goal(text, f"{case}, k={count}", variants[name]["ratio"]["median"], PREFILL_RATIO))
+                found.append(Goal(text, f"{case}, k={count}", variants[name]["ratio"]["median"], COLUMNS_RATIO))
         for count, name in ALONE.items():
             text = f"columns alone <= {ALONE_SECONDS * 1e6:.0f} us"
             found.append(Goal(text, f"{case}, k={count}", variants[name]["seconds"]["median"], ALONE_SECONDS))
@@ -164,7 +169,7 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
         for tokens in options.tokens:
             case = Case(n, k, tokens, dtype, device)
             report.say(str(case))
-            if options.tune:
+            if options.tune and tokens <= launch.MOST_TOKENS:
                 tuned += tuned_projection(case, ceilings, options.rounds)
             with launch.preferring([t.entry for t in tuned]):
                 rows.append(measure(case, ceilings, options.rounds))
@@ -232,7 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, argpar
     if options.write_table and not whole:
         parser.error(
             "--write-table: found --quick or --tokens, expected the whole series: a limit is about every "
-            "smaller number of tokens, and a shape's settings must be there for few tokens and for many"
+            "smaller number of tokens, and a shape's settings must be there for all of them"
         )
     return options, parser
 

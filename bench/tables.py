@@ -57,7 +57,7 @@ def _row(of: launch.Entry | launch.Limit) -> dict[str, Any]:
     values = {f.name: getattr(of, f.name) for f in dataclasses.fields(of)}
     defaults = {f.name: f.default for f in dataclasses.fields(of)}
     kept = {name: value for name, value in values.items() if value != defaults[name]}
-    first = [name for name in ("op", "form", "dtypes", "m", "n", "k") if name in kept]
+    first = [name for name in ("op", "dtypes", "m", "n", "k") if name in kept]
     row = {name: kept[name] for name in first} | kept
     return row | {"dtypes": list(row["dtypes"])}
 

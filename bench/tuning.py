@@ -19,8 +19,9 @@ from austeer_kernels import launch
 from .cases import Case, Variant
 from .graphs import Ceilings, Replay, Spread, interleaved, ratios
 
-#: (block_n, block_k, warps, stages), with all tokens in one block of 16, 32 or 64: the weights are read once.
-DECODE = (
+#: (block_n, block_k, warps, stages) of the projection, all tokens in one block of 16, 32 or 64, so that the weights
+#: are read once; the tables of a plan a token leave shared memory for blocks of up to 32.
+PROJECTION = (
     (32, 128, 4, 5),
     (32, 256, 4, 4),
     (64, 64, 4, 6),
@@ -38,20 +39,6 @@ DECODE = (
 SHARED_BYTES = 227 * 1024
 #: How many programs a multiprocessor K is split for; 0: not at all.
 PROGRAMS, MOST_SPLITS = (0, 1, 2, 4), 32
-#: (block_m, block_n, block_k, warps, stages)
-PREFILL = (
-    (64, 64, 64, 4, 3),
-    (64, 128, 64, 4, 3),
-    (64, 128, 64, 8, 4),
-    (64, 256, 64, 8, 3),
-    (128, 64, 64, 4, 4),
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (128, 256, 64, 8, 3),
-    (256, 128, 64, 8, 3),
-)
-#: The same with a plan a token, whose tables take registers.
-PREFILL_ROWS = ((64, 64, 32, 4, 3), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 128, 64, 8, 2), (128, 64, 64, 8, 2))
 #: (block_m, block_n, warps) of the sparse kernel.
 COLUMNS = tuple(
     (m, n, w) for m in (1, 2, 4, 8, 16, 32) for n in (16, 32, 64, 128) for w in (1, 2, 4) if m * n <= 1024 * w
@@ -78,39 +65,27 @@ class Tuned:
 
 
 def candidates(op: str, m: int, n: int, k: int, dtype: str) -> Iterator[launch.Entry]:
-    """Entries for a shape, best read as a grid: tiles by splits."""
+    """Entries for a shape, best read as a grid: tiles by splits. A projection is tuned for up to launch.MOST_TOKENS."""
     make = functools.partial(launch.Entry, op=op, dtypes=(dtype,), m=m, n=n, k=k)
     if op == "steer_columns_":
         for block_m, block_n, warps in COLUMNS:
             yield make(block_m=block_m, block_n=block_n, num_warps=warps)
         return
-    if m <= 64:
-        block_m = 16 if m <= 16 else 32 if m <= 32 else 64
-        for block_n, block_k, warps, stages in DECODE:
-            # At most: the pipeline need not hold the tables of a plan a token whole.
-            columns_bytes = 2 * block_n + block_m * (10 if op == "steered_linear_rows" else 2)
-            if stages * block_k * columns_bytes <= SHARED_BYTES:
-                for programs in PROGRAMS:
-                    yield make(
-                        form="decode",
-                        block_m=block_m,
-                        block_n=block_n,
-                        block_k=block_k,
-                        num_warps=warps,
-                        num_stages=stages,
-                        programs_per_processor=programs,
-                        max_splits=MOST_SPLITS if programs else 1,
-                    )
-    if m >= 64:
-        for block_m, block_n, block_k, warps, stages in PREFILL_ROWS if op == "steered_linear_rows" else PREFILL:
-            yield make(
-                form="prefill",
-                block_m=block_m,
-                block_n=block_n,
-                block_k=block_k,
-                num_warps=warps,
-                num_stages=stages,
-            )
+    block_m = 16 if m <= 16 else 32 if m <= 32 or op == "steered_linear_rows" else 64
+    for block_n, block_k, warps, stages in PROJECTION:
+        # At most: the pipeline need not hold the tables of a plan a token whole.
+        columns_bytes = 2 * block_n + block_m * (10 if op == "steered_linear_rows" else 2)
+        if stages * block_k * columns_bytes <= SHARED_BYTES:
+            for programs in PROGRAMS:
+                yield make(
+                    block_m=block_m,
+                    block_n=block_n,
+                    block_k=block_k,
+                    num_warps=warps,
+                    num_stages=stages,
+                    programs_per_processor=programs,
+                    max_splits=MOST_SPLITS if programs else 1,
+                )
 
 
 def tune(op: str, case: Case, ceilings: Ceilings, rounds: int, count: int = 0) -> Tuned:
@@ -176,7 +151,7 @@ def _seconds(replays: Mapping[launch.Settings, Sequence[Replay]], rounds: int) -
 
 
 def _name(s: launch.Settings) -> str:
-    return f"{s.form} {s.block_m}x{s.block_n}x{s.block_k} w{s.num_warps} s{s.num_stages} splits {s.splits}".strip()
+    return f"{s.block_m}x{s.block_n}x{s.block_k} w{s.num_warps} s{s.num_stages} splits {s.splits}"
 
 
 def objections(entry: launch.Entry, architecture: str) -> tuple[str, ...]:

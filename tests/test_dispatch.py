@@ -180,12 +180,17 @@ def test_plans_with_and_without_magnitude_at_one_site_get_columns(tiny, tiny_ids
         austeer.steer(tiny, {"a": a, "b": b}, 1.0, mode="fused")
 
 
-def test_fused_as_asked_has_no_limit(tiny, tiny_ids, limit_of, counted):
+@pytest.mark.parametrize("site", ["attention", "neuron"])
+def test_fused_as_asked_has_the_limit_of_the_kernel(tiny, site, limit_of, counted):
     limit_of(1)
-    with austeer.steer(tiny, random_plan(tiny, "ffn", 60), 1.0, mode="fused", check=False) as steering:
-        logits(tiny, tiny_ids)
-        assert {row.reason for row in steering.report()} == {"as asked"}
-    assert counted == [14] * 3
+    plain, plan = copy.deepcopy(tiny), random_plan(tiny, site, 60, "push")
+    ids = torch.randint(3, 999, (5, 13), generator=torch.Generator().manual_seed(2))
+    with austeer.steer(tiny, plan, 1.5, mode="fused", check=False) as steering:
+        for rows in (4, 5):
+            some = {"input_ids": ids[:rows]}
+            torch.testing.assert_close(logits(tiny, some), formula_logits(plain, some, plan, 1.5))
+        assert {(row.path, row.reason, row.calls) for row in steering.report()} == {("fused", "as asked", 2)}
+    assert counted == [52] * 3, "65 tokens are one too many"
 
 
 # --- the tables' limits ----------------------------------------------------------------------------------------------
@@ -195,7 +200,7 @@ def test_fused_as_asked_has_no_limit(tiny, tiny_ids, limit_of, counted):
 def measured_on_h100(tmp_path, monkeypatch):
     """Tables in a folder of their own, and a device that says it is an H100."""
     monkeypatch.setattr(launch, "TABLES", tmp_path)
-    monkeypatch.setattr(launch, "_device_profile", lambda device: H100 if device.type == "cuda" else ("x", "cpu", 4))
+    monkeypatch.setattr(launch, "device_profile", lambda device: H100 if device.type == "cuda" else ("x", "cpu", 4))
     content = {
         "source": "test",
         "architectures": ["sm_90"],
@@ -204,6 +209,7 @@ def measured_on_h100(tmp_path, monkeypatch):
         "fused": [
             {"dtypes": ["bfloat16", "float16"], "n": 4096, "k": 14336, "m": 16},
             {"dtypes": ["bfloat16"], "n": 4096, "k": 4096, "m": 4},
+            {"dtypes": ["bfloat16"], "n": 128, "k": 128, "m": 512},
         ],
     }
 
@@ -230,12 +236,13 @@ def test_the_nearest_measured_shape_decides(measured_on_h100):
     assert limit(4096, 4096, torch.float16) == 0, "too far from the only shape measured in float16"
     assert limit(4096, 14336, torch.float32) == 0, "never measured in float32"
     assert limit(14336, 4096) == limit(576, 1536) == limit(8192, 28672) == 0, "no shape near it was measured"
+    assert limit(128, 128) == launch.MOST_TOKENS, "the kernel takes no more"
     assert limit(4096, 14336, device=CPU) == 0
 
 
 def test_another_device_is_another_matter(measured_on_h100, monkeypatch):
     for other in (("sm_90", "NVIDIA H200", 132), ("sm_80", "NVIDIA A100-SXM4-80GB", 108)):
-        monkeypatch.setattr(launch, "_device_profile", lambda device, other=other: other)
+        monkeypatch.setattr(launch, "device_profile", lambda device, other=other: other)
         launch.forget()
         assert launch.fused_up_to(4096, 14336, torch.bfloat16, CUDA) == 0
 
@@ -262,7 +269,7 @@ def test_shipped_limits_are_for_named_devices_and_say_where_they_were_measured()
 
 
 def test_preferred_limits_and_entries_are_taken_back():
-    entry = launch.Entry("steered_linear", ("float32",), 1, 64, 32, 128, 8, k=64, block_k=32, form="decode")
+    entry = launch.Entry("steered_linear", ("float32",), 1, 64, 32, 128, 8, k=64, block_k=32)
     before = launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU)
     with pytest.raises(KeyError), launch.preferring([entry], [launch.Limit(("float32",), 64, 64, 7)]):
         inside = launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU)

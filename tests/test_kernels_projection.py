@@ -9,23 +9,15 @@ from austeer_kernels import launch, projection, reference
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-#: (form, block_m, block_n, block_k, splits), small so that every form meets several tiles and their edges.
-FORMS = {
-    "decode": ("decode", 16, 64, 32, 1),
-    "decode, K split": ("decode", 16, 64, 32, 3),
-    "prefill": ("prefill", 32, 32, 32, 1),
-}
+#: Small blocks, so that every case meets several of them and their edges.
+BLOCK_M, BLOCK_N, BLOCK_K = 16, 64, 32
 
 
-def settings_of(name: str) -> launch.Settings:
-    form, m, n, k, splits = FORMS[name]
-    return launch.Settings(form, m, n, k, 4, 2, splits)
-
-
-@pytest.fixture(params=FORMS)
-def form(request, monkeypatch):
-    """Forces one form of the kernel."""
-    monkeypatch.setattr(launch, "settings", lambda *_: settings_of(request.param))
+@pytest.fixture(params=[1, 3], ids=["K whole", "K split"])
+def splits(request, monkeypatch):
+    """Forces small blocks, and over how many programs K is split."""
+    settings = launch.Settings(BLOCK_M, BLOCK_N, BLOCK_K, num_warps=4, num_stages=2, splits=request.param)
+    monkeypatch.setattr(launch, "settings", lambda *_: settings)
     return request.param
 
 
@@ -64,35 +56,42 @@ def check(assert_errs_no_more, operands, prologue, magnitude=False, row_plan=Non
     assert_errs_no_more(project(*operands, prologue, magnitude, row_plan), plain, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prologue", [False, True])
 @pytest.mark.parametrize("plans", [1, 3])
-@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 63, 65), (1, 1, 1), (65, 65, 63), (17, 130, 100)])
-def test_matches_the_definition(seed, device, form, assert_errs_no_more, dtype, prologue, plans, tokens, n, k):
-    *operands, row_plan = case(tokens, n, k, plans, dtype, device, prologue)
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 63, 65), (1, 1, 1), (63, 65, 63), (17, 130, 100)])
+def test_matches_the_definition(seed, device, splits, assert_errs_no_more, prologue, plans, tokens, n, k):
+    *operands, row_plan = case(tokens, n, k, plans, torch.bfloat16, device, prologue)
+    check(assert_errs_no_more, operands, prologue, False, row_plan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prologue", [False, True])
+def test_every_dtype(seed, device, splits, assert_errs_no_more, dtype, prologue):
+    *operands, row_plan = case(33, 65, 97, 3, dtype, device, prologue)
     check(assert_errs_no_more, operands, prologue, False, row_plan)
 
 
 @pytest.mark.parametrize("prologue", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("plans", [1, 2])
-def test_magnitude_and_bias(seed, device, form, assert_errs_no_more, prologue, bias, plans):
+def test_magnitude_and_bias(seed, device, splits, assert_errs_no_more, prologue, bias, plans):
     *operands, row_plan = case(18, 70, 40, plans, torch.bfloat16, device, prologue, bias)
     check(assert_errs_no_more, operands, prologue, True, row_plan)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prologue", [False, True])
-@pytest.mark.parametrize(("tokens", "plans"), [(1, 1), (3, 2), (33, 1), (200, 1), (200, 3)])
-def test_shipped_settings(seed, device, assert_errs_no_more, dtype, prologue, tokens, plans):
+@pytest.mark.parametrize(
+    ("tokens", "plans", "prologue"), [(1, 1, False), (3, 2, True), (33, 1, True), (64, 1, False), (64, 3, True)]
+)
+def test_shipped_settings(seed, device, assert_errs_no_more, dtype, tokens, plans, prologue):
     *operands, row_plan = case(tokens, 65, 300, plans, dtype, device, prologue)
     check(assert_errs_no_more, operands, prologue, False, row_plan)
 
 
 @pytest.mark.parametrize("prologue", [False, True])
-def test_tokens_without_a_plan_are_unsteered(seed, device, form, prologue):
-    x, weight, bias, gamma, shift, row_plan = case(40, 65, 50, 3, torch.bfloat16, device, prologue)
-    row_plan[:16] = -1  # a whole tile of the decode form
+def test_tokens_without_a_plan_are_unsteered(seed, device, splits, prologue):
+    x, weight, bias, gamma, shift, row_plan = case(20, 65, 50, 3, torch.bfloat16, device, prologue)
+    row_plan[:BLOCK_M] = -1
     got = project(x, weight, bias, gamma, shift, prologue, False, row_plan)
     zero = torch.zeros_like(gamma)
     unsteered = project(x, weight, bias, zero, zero, prologue, False, row_plan)
@@ -100,21 +99,92 @@ def test_tokens_without_a_plan_are_unsteered(seed, device, form, prologue):
     assert not torch.equal(got, unsteered)
 
 
-@pytest.mark.parametrize(("tokens", "n", "k"), [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
-def test_empty_sides(seed, device, form, assert_errs_no_more, tokens, n, k):
+# --- many tokens: the product and the sparse kernel -------------------------------------------------------------------
+
+
+def product_and_columns(x, weight, bias, gamma, shift, prologue, magnitude, row_plan):
+    """The same in plain PyTorch, with its roundings: the definition of each, one after the other."""
+    every = torch.arange(gamma.shape[1], device=x.device)
+    y = x.clone() if prologue else torch.nn.functional.linear(x, weight, bias)
+    reference.steer_columns_(y, every, gamma, shift, magnitude, row_plan)
+    return torch.nn.functional.linear(y, weight, bias) if prologue else y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "plans", "magnitude", "bias"),
+    [
+        (65, 63, 65, 1, True, True),
+        (65, 1, 1, 1, False, False),
+        (130, 65, 63, 3, False, True),
+        (70, 3, 9, 2, True, False),
+    ],
+)
+def test_more_tokens_than_the_kernel_takes(
+    seed, device, assert_errs_no_more, dtype, prologue, tokens, n, k, plans, magnitude, bias
+):
+    *operands, row_plan = case(tokens, n, k, plans, dtype, device, prologue, bias)
+    before = operands[0].clone()
+    got = project(*operands, prologue, magnitude, row_plan)
+    exact = exact_linear(*operands, prologue, magnitude, row_plan)
+    assert_errs_no_more(got, product_and_columns(*operands, prologue, magnitude, row_plan), exact)
+    assert torch.equal(operands[0], before), "the input was steered in place"
+
+
+@pytest.mark.parametrize(("tokens", "kernels"), [(64, ["steered_linear"]), (65, ["steer_columns_"])])
+def test_the_kernel_takes_as_many_tokens_as_it_says(seed, device, monkeypatch, tokens, kernels):
+    asked, settings = [], launch.settings
+
+    def asking(op, *rest):
+        asked.append(op)
+        return settings(op, *rest)
+
+    monkeypatch.setattr(launch, "settings", asking)
+    *operands, _ = case(tokens, 5, 4, 1, torch.float32, device, False)
+    project(*operands, False)
+    assert asked == kernels and (tokens <= launch.MOST_TOKENS) == (kernels == ["steered_linear"])
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+def test_many_tokens_without_a_plan_are_unsteered(seed, device, prologue):
+    x, weight, bias, gamma, shift, row_plan = case(70, 9, 7, 3, torch.bfloat16, device, prologue)
+    got = project(x, weight, bias, gamma, shift, prologue, False, row_plan)
+    left = row_plan < 0
+    assert left.any() and torch.equal(got[left], torch.nn.functional.linear(x, weight, bias)[left])
+
+
+def test_many_tokens_under_autocast_and_with_gradients_keep_their_dtype(seed, device):
+    """As the kernel does for few: it computes on what it is given, and is not differentiated."""
+    for prologue in (False, True):
+        *operands, _ = case(70, 9, 7, 1, torch.float32, device, prologue)
+        expected = project(*operands, prologue)
+        with torch.autocast(device, torch.bfloat16):
+            got = project(*operands, prologue)
+        assert got.dtype == torch.float32 and torch.equal(got, expected)
+        operands[1].requires_grad_()
+        assert not project(*operands, prologue).requires_grad
+
+
+# --- edges, roundings, order ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "n", "k"), [(0, 5, 4), (3, 0, 4), (3, 5, 0), (70, 0, 4), (70, 5, 0)])
+def test_empty_sides(seed, device, splits, assert_errs_no_more, tokens, n, k):
     for prologue in (False, True):
         *operands, _ = case(tokens, n, k, 1, torch.float32, device, prologue)
         check(assert_errs_no_more, operands, prologue)
 
 
-def test_rows_may_be_strided(seed, device, form, assert_errs_no_more):
-    x, weight = torch.randn(40, 120).to(device)[::2, 3:68], torch.randn(130, 80).to(device)[::2, 9:74]
+@pytest.mark.parametrize("tokens", [20, 70])
+def test_rows_may_be_strided(seed, device, splits, assert_errs_no_more, tokens):
+    x, weight = torch.randn(2 * tokens, 120).to(device)[::2, 3:68], torch.randn(130, 80).to(device)[::2, 9:74]
     gamma, shift = torch.randn(1, 65, device=device), torch.randn(1, 65, device=device)
     for prologue in (False, True):
         check(assert_errs_no_more, (x, weight, None, gamma, shift), prologue)
 
 
-def test_steered_input_is_rounded_to_its_dtype(device, form):
+def test_steered_input_is_rounded_to_its_dtype(device, splits):
     # 1 + 2^-10 is no bfloat16: rounded, both inputs are 1 and cancel; kept in float32, 0.25 would remain.
     x = torch.ones(1, 2, device=device, dtype=torch.bfloat16)
     weight = torch.tensor([[256.0, -256.0]], device=device, dtype=torch.bfloat16)
@@ -124,31 +194,26 @@ def test_steered_input_is_rounded_to_its_dtype(device, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounds_once(seed, device, form, dtype):
+def test_rounds_once(seed, device, splits, dtype):
     *operands, _ = case(32, 96, 64, 1, dtype, device, False)
     got = project(*operands, False)
     once = exact_linear(*operands, False, False, None).to(dtype)
     assert (got != once).double().mean().item() <= 0.02, "a second rounding on the way"
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("prologue", [False, True])
-def test_repeats_bit_for_bit(seed, device, form, prologue):
-    x, weight, bias, gamma, shift, row_plan = case(20, 65, 130, 2, torch.float16, device, prologue)
+def test_repeats_bit_for_bit(seed, splits, prologue):
+    x, weight, bias, gamma, shift, row_plan = case(20, 650, 1300, 2, torch.float16, "cuda", prologue)
     first = project(x, weight, bias, gamma, shift, prologue, False, row_plan)
     assert torch.equal(first, project(x, weight, bias, gamma, shift, prologue, False, row_plan))
 
 
-def test_k_is_split_only_in_the_decode_form(device):
-    place = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    few = launch.settings("steered_linear", 1, 64, 4096, torch.bfloat16, place)
-    many = launch.settings("steered_linear", 4096, 64, 4096, torch.bfloat16, place)
-    assert (few.form, many.form, many.splits) == ("decode", "prefill", 1) and few.splits > 1
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("prologue", [False, True])
-def test_in_a_cuda_graph(seed, form, assert_errs_no_more, prologue):
-    x, weight, bias, gamma, shift, row_plan = case(20, 256, 192, 3, torch.bfloat16, "cuda", prologue)
+@pytest.mark.parametrize("tokens", [20, 70])
+def test_in_a_cuda_graph(seed, splits, assert_errs_no_more, tokens, prologue):
+    x, weight, bias, gamma, shift, row_plan = case(tokens, 256, 192, 3, torch.bfloat16, "cuda", prologue)
     project(x, weight, bias, gamma, shift, prologue, False, row_plan)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -159,7 +224,7 @@ def test_in_a_cuda_graph(seed, form, assert_errs_no_more, prologue):
     row_plan.random_(-1, 3)
     graph.replay()
     exact = exact_linear(x, weight, bias, gamma, shift, prologue, False, row_plan)
-    plain = reference.steered_linear(x, weight, bias, gamma, shift, prologue, False, row_plan)
+    plain = product_and_columns(x, weight, bias, gamma, shift, prologue, False, row_plan)
     assert_errs_no_more(got, plain, exact)
 
 
@@ -169,4 +234,6 @@ def test_in_a_cuda_graph(seed, form, assert_errs_no_more, prologue):
 def test_a_models_shape(seed, assert_errs_no_more, dtype, tokens):
     for prologue in (False, True):
         *operands, _ = case(tokens, 4096, 4096, 1, dtype, "cuda", prologue)
-        check(assert_errs_no_more, operands, prologue)
+        exact = exact_linear(*operands, prologue, False, None)
+        plain = product_and_columns(*operands, prologue, False, None)
+        assert_errs_no_more(project(*operands, prologue), plain, exact)

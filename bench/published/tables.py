@@ -165,7 +165,9 @@ def dispatch(content: dict[str, Any], names: Sequence[str]) -> str:
     for row in content["rows"]:
         cells = []
         for name in names:
-            v = row["variants"][name]
+            if (v := row["variants"].get(name)) is None:  # more tokens than the fused kernel takes
+                cells.append("")
+                continue
             ratio = v["ratio"]
             cells.append(f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}], {v['of_floor']:.0%}")
         rows.append([f"{row['n']}x{row['k']}", row["tokens"], *cells])

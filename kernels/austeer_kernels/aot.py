@@ -41,9 +41,8 @@ _KERNELS = {
         momentum.momentum_kernel,
         momentum.momentum_finish_kernel,
         columns.steer_columns_kernel,
-        projection.steered_decode_kernel,
+        projection.steered_linear_kernel,
         projection.steered_finish_kernel,
-        projection.steered_prefill_kernel,
     )
 }
 
@@ -73,15 +72,11 @@ _SPLIT = {"SPLIT": True, "p_out": "*fp32", "without": ("p_bias",)}
 _VARIANTS: dict[str, list[dict[str, Any]]] = {
     "momentum_kernel": [{"ACCUMULATE": True}, {"ACCUMULATE": False}],
     "steer_columns_kernel": [{"MAGNITUDE": False}, {"MAGNITUDE": True, "without": ("p_row_plan",)}],
-    "steered_decode_kernel": [
+    "steered_linear_kernel": [
         {**_SPLIT, "PROLOGUE": False, "MAGNITUDE": False},
         {**_SPLIT, "PROLOGUE": True, "MAGNITUDE": True},
         {**_SINGLE, "PROLOGUE": False, "MAGNITUDE": True},
         {**_SINGLE, "PROLOGUE": True, "MAGNITUDE": False, "without": ("p_bias",)},
-    ],
-    "steered_prefill_kernel": [
-        {"PROLOGUE": False, "MAGNITUDE": True},
-        {"PROLOGUE": True, "MAGNITUDE": False, "without": ("p_bias",)},
     ],
     "steered_finish_kernel": [
         {"EPILOGUE": False, "MAGNITUDE": False, "without": ("p_row_plan",)},
@@ -148,10 +143,7 @@ def _constants(entry: launch.Entry) -> tuple[str, dict[str, Any]]:
     if entry.op == "steer_columns_":
         return "steer_columns_kernel", {"BLOCK_T": entry.block_m, "BLOCK_I": entry.block_n}
     sizes = {"BLOCK_T": entry.block_m, "BLOCK_N": entry.block_n, "BLOCK_K": entry.block_k}
-    sizes["NUM_STAGES"] = entry.num_stages
-    if entry.form == "decode":
-        return "steered_decode_kernel", sizes
-    return "steered_prefill_kernel", {**sizes, "GROUP_T": projection.GROUP_T}
+    return "steered_linear_kernel", {**sizes, "NUM_STAGES": entry.num_stages}
 
 
 def jobs(target: str) -> list[Job]:
@@ -226,7 +218,7 @@ def compile_job(job: Job) -> Row:
         loads,
         problems=[],
     )
-    row.problems.extend(_problems(job, row))
+    row.problems.extend(problems(job, row))
     return row
 
 
@@ -263,18 +255,19 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, dict[str, int], dict[int, 
 
 def _wanted_matrix(job: Job) -> str:
     """The matrix instruction that a tile of 16-bit values can have on its target; "" where none is asked for."""
-    tall = {"steered_decode_kernel": job.block[1], "steered_prefill_kernel": job.block[0]}.get(job.kernel)
-    if tall is None or job.dtype == "float32":
+    if job.kernel != "steered_linear_kernel" or job.dtype == "float32":
         return ""
     if job.target.startswith("gfx"):
         return "mfma"
     generation = int(job.target.removeprefix("sm_"))
+    tall = job.block[1]
     if tall >= 64 and job.num_warps >= 4 and 90 <= generation < 120:
         return "wgmma" if generation < 100 else "tcgen05"
     return "mma.sync"
 
 
-def _problems(job: Job, row: Row) -> list[str]:
+def problems(job: Job, row: Row) -> list[str]:
+    """What is wrong with a compiled kernel; empty if nothing is."""
     found = []
     if row.stack:
         found.append(f"{row.stack} bytes of stack or spilled registers, expected none")
@@ -307,10 +300,10 @@ def report(targets: tuple[str, ...] = TARGETS, processes: int = 2) -> list[Row]:
 def _line(row: Row) -> str:
     matrix = " ".join(f"{name} x{count}" for name, count in sorted(row.matrix.items())) or "-"
     loads = " ".join(f"{width}Bx{count}" for width, count in sorted(row.loads.items(), reverse=True))
-    problems = "" if not row.problems else "  FAIL: " + "; ".join(row.problems)
+    failures = "" if not row.problems else "  FAIL: " + "; ".join(row.problems)
     return (
         f"{row.target:<7} {row.kernel:<23} {_SHORT[row.dtype]:<5} {row.setting:<29} {row.variant:<52} "
-        f"{row.registers:>4} {row.stack:>6} {row.shared:>7}  {matrix:<13} {loads}{problems}"
+        f"{row.registers:>4} {row.stack:>6} {row.shared:>7}  {matrix:<13} {loads}{failures}"
     )
 
 

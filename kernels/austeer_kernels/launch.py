@@ -6,13 +6,13 @@ takes the entry nearest to its own shape: first the nearest N and K, then the ne
 devices on which that was measured, up to how many tokens ``steered_linear`` is worth while. The table that names the
 device most closely wins; ``default.json`` is for all others.
 
-===================  ==============  ================  ==========  =======================================
-operation            M (block_m)     N (block_n)       K (block_k)  splits of
-===================  ==============  ================  ==========  =======================================
-``momentum_update``  pairs           columns           not used    the pairs
-``steer_columns_``   tokens          selected columns  not used    not used
-``steered_linear``   tokens          out               in          ``in``, form "decode"; "prefill" has one
-===================  ==============  ================  ==========  =======================================
+===================  ===========  ================  ===========  =========
+operation            M (block_m)  N (block_n)       K (block_k)  splits of
+===================  ===========  ================  ===========  =========
+``momentum_update``  pairs        columns           not used     the pairs
+``steer_columns_``   tokens       selected columns  not used     not used
+``steered_linear``   tokens       out               in           ``in``
+===================  ===========  ================  ===========  =========
 
 ``steered_linear_rows`` is ``steered_linear`` with a plan a token.
 """
@@ -30,6 +30,10 @@ from typing import Any
 import torch
 
 TABLES = Path(__file__).parent / "tables"
+
+#: Up to so many tokens the kernel of ``steered_linear`` runs; its blocks of tokens each read all weights. Beyond it
+#: PyTorch's product and the sparse kernel run, on every device.
+MOST_TOKENS = 64
 
 #: A context manager that does nothing; one object for all launches.
 _SAME_DEVICE = contextlib.nullcontext()
@@ -49,7 +53,6 @@ class Entry:
     k: int = 0
     block_k: int = 0
     num_stages: int = 1
-    form: str = ""
     #: Split until the grid has this many programs a multiprocessor ...
     programs_per_processor: float = 0.0
     #: ... but not further than this, and never below one tile a split.
@@ -108,7 +111,6 @@ class Table:
 class Settings:
     """What a launcher needs: an entry, and the number of splits for one shape on one device."""
 
-    form: str
     block_m: int
     block_n: int
     block_k: int
@@ -149,7 +151,7 @@ def tables() -> tuple[Table, ...]:
 
 def forget() -> None:
     """Reads the tables anew at the next launch."""
-    for cached in (tables, _candidates, settings, fused_up_to):
+    for cached in (tables, entries_for, settings, fused_up_to):
         cached.cache_clear()
 
 
@@ -188,7 +190,7 @@ def shipped(architecture: str) -> list[tuple[str, Entry]]:
 
 
 @functools.cache
-def _device_profile(device: torch.device) -> tuple[str, str, int]:
+def device_profile(device: torch.device) -> tuple[str, str, int]:
     """(architecture, name, multiprocessors) of a device. A CPU runs Triton's interpreter, as a small made-up GPU."""
     if device.type != "cuda":
         return "interpreter", device.type, 4
@@ -202,11 +204,12 @@ def _device_profile(device: torch.device) -> tuple[str, str, int]:
 
 def names_of(device: torch.device) -> tuple[str, str]:
     """(architecture, name) of a device, as the patterns of a table are matched with."""
-    return _device_profile(device)[:2]
+    return device_profile(device)[:2]
 
 
 @functools.cache
-def _candidates(op: str, dtype: torch.dtype, architecture: str, name: str) -> tuple[Entry, ...]:
+def entries_for(op: str, dtype: torch.dtype, architecture: str, name: str) -> tuple[Entry, ...]:
+    """The entries that a device chooses from: those of the first table that is for it and has any."""
     short = str(dtype).removeprefix("torch.")
     for table in tables():
         if table.fits(architecture, name):
@@ -218,15 +221,14 @@ def _candidates(op: str, dtype: torch.dtype, architecture: str, name: str) -> tu
 
 def nearest(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Entry:
     """The entry whose settings a launch gets."""
-    return min(_candidates(op, dtype, *names_of(device)), key=lambda e: e.distance(m, n, k))
+    return min(entries_for(op, dtype, *names_of(device)), key=lambda e: e.distance(m, n, k))
 
 
 @functools.lru_cache(maxsize=65536)
 def settings(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """The settings of one launch. A repeated call is one look-up in a cache."""
-    entry, processors = nearest(op, m, n, k, dtype, device), _device_profile(device)[2]
+    entry, processors = nearest(op, m, n, k, dtype, device), device_profile(device)[2]
     return Settings(
-        form=entry.form,
         block_m=entry.block_m,
         block_n=entry.block_n,
         block_k=entry.block_k,
@@ -244,15 +246,16 @@ _NEAR = 1.5
 def fused_up_to(n: int, k: int, dtype: torch.dtype, device: torch.device) -> int:
     """Up to how many tokens ``steered_linear`` is worth while for a weight [n, k]; 0 where that was not measured.
 
-    Only measured tables (bench/dispatch.py writes them) have limits; the nearest measured shape decides.
+    Only measured tables (bench/dispatch.py writes them) have limits; the nearest measured shape decides. Never more
+    than MOST_TOKENS.
     """
-    architecture, name, _ = _device_profile(device)
+    architecture, name, _ = device_profile(device)
     short = str(dtype).removeprefix("torch.")
     for table in tables():
         limits = [limit for limit in table.fused if short in limit.dtypes]
         if limits and table.fits(architecture, name):
             near = min(limits, key=lambda limit: _ratio(n, limit.n) + _ratio(k, limit.k))
-            return near.m if _ratio(n, near.n) + _ratio(k, near.k) <= math.log2(_NEAR) else 0
+            return min(near.m, MOST_TOKENS) if _ratio(n, near.n) + _ratio(k, near.k) <= math.log2(_NEAR) else 0
     return 0
 
 

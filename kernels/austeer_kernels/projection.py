@@ -1,17 +1,18 @@
-"""Triton: a linear layer with steering of its input (prologue) or of its output (epilogue).
+"""Triton: a linear layer with steering of its input (prologue) or of its output (epilogue), for few tokens.
 
-Two forms. *decode*, for few tokens: the weight is the tall operand of the matrix instruction and 16 tokens are the
-narrow one, and K is split over programs so that a small output still reads the weight with the whole GPU; partial sums
-are added in a fixed order by a second kernel. *prefill*, for many tokens: a plain tiled product.
+The weight is the tall operand of the matrix instruction and 16 tokens are the narrow one, and K is split over programs
+so that a small output still reads the weight with the whole GPU; partial sums are added in a fixed order by a second
+kernel. Many tokens are left to PyTorch's product and the sparse kernel.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import linear
 
 from . import launch
-from .columns import INTERPRETED, plan_of_rows, rounded, steered_block
+from .columns import INTERPRETED, plan_of_rows, rounded, steer_columns_, steered_block
 
 
 @triton.jit
@@ -34,8 +35,7 @@ def finished(
     o_n,
     m_t,
     m_n,
-    width,
-    y_stride,
+    n_width,
     EPILOGUE: tl.constexpr,
     MAGNITUDE: tl.constexpr,
 ):
@@ -44,38 +44,13 @@ def finished(
         b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE:
         b_plan = plan_of_rows(p_row_plan, o_t, m_t)  # [BLOCK_T]
-        b_acc = steered_block(b_acc, p_gamma, p_shift, p_row_plan, b_plan, o_n, m_n, width, MAGNITUDE)
-    p_tile = p_y + o_t[:, None] * y_stride + o_n[None, :]
+        b_acc = steered_block(b_acc, p_gamma, p_shift, p_row_plan, b_plan, o_n, m_n, n_width, MAGNITUDE)
+    p_tile = p_y + o_t[:, None] * n_width + o_n[None, :]
     tl.store(p_tile, rounded(b_acc, p_y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
 
 
-@triton.jit
-def input_tile(
-    p_x,
-    p_gamma,
-    p_shift,
-    p_row_plan,
-    b_plan,
-    o_t,
-    o_k,
-    m_t,
-    m_k,
-    k_width,
-    x_stride,
-    PROLOGUE: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-):
-    """The tile x[o_t, o_k] as a dot operand; steered in float32 and rounded to x's dtype if PROLOGUE."""
-    b_x = tl.load(p_x + o_t[:, None] * x_stride + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
-    if PROLOGUE:
-        b_wide = b_x.to(tl.float32)  # [BLOCK_T, BLOCK_K]
-        b_wide = steered_block(b_wide, p_gamma, p_shift, p_row_plan, b_plan, o_k, m_k, k_width, MAGNITUDE)
-        b_x = rounded(b_wide, p_x.dtype.element_ty)  # [BLOCK_T, BLOCK_K]
-    return dot_operand(b_x)
-
-
 @triton.jit(do_not_specialize=["tokens", "k_tiles"])
-def steered_decode_kernel(
+def steered_linear_kernel(
     p_x,
     p_weight,
     p_bias,
@@ -109,15 +84,19 @@ def steered_decode_kernel(
     m_t = o_t < tokens
     b_plan = plan_of_rows(p_row_plan, o_t, m_t)  # [BLOCK_T]
     p_weight_row = p_weight + o_n[:, None] * weight_stride
+    p_x_row = p_x + o_t[:, None] * x_stride
 
     b_acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)  # [BLOCK_N, BLOCK_T]
     for _ in tl.range(0, k_tiles, num_stages=NUM_STAGES):
         m_k = o_k < k_width
         b_w = tl.load(p_weight_row + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
         b_w = dot_operand(b_w)  # [BLOCK_N, BLOCK_K]
-        b_x = input_tile(
-            p_x, p_gamma, p_shift, p_row_plan, b_plan, o_t, o_k, m_t, m_k, k_width, x_stride, PROLOGUE, MAGNITUDE
-        )  # [BLOCK_T, BLOCK_K]
+        b_x = tl.load(p_x_row + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BLOCK_T, BLOCK_K]
+        if PROLOGUE:
+            b_wide = b_x.to(tl.float32)  # [BLOCK_T, BLOCK_K]
+            b_wide = steered_block(b_wide, p_gamma, p_shift, p_row_plan, b_plan, o_k, m_k, k_width, MAGNITUDE)
+            b_x = rounded(b_wide, p_x.dtype.element_ty)  # [BLOCK_T, BLOCK_K]
+        b_x = dot_operand(b_x)  # [BLOCK_T, BLOCK_K]
         b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision="ieee")
         o_k += BLOCK_K
 
@@ -137,7 +116,6 @@ def steered_decode_kernel(
             o_n,
             m_t,
             m_n,
-            n_width,
             n_width,
             not PROLOGUE,
             MAGNITUDE,
@@ -172,81 +150,9 @@ def steered_finish_kernel(
     for _ in range(splits):
         b_acc += tl.load(p_part + o_part, mask=m_tile, other=0.0).to(tl.float32)
         o_part += step
-    finished(
-        b_acc, p_y, p_bias, p_gamma, p_shift, p_row_plan, o_t, o_n, m_t, m_n, n_width, n_width, EPILOGUE, MAGNITUDE
-    )
+    finished(b_acc, p_y, p_bias, p_gamma, p_shift, p_row_plan, o_t, o_n, m_t, m_n, n_width, EPILOGUE, MAGNITUDE)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def steered_prefill_kernel(
-    p_x,
-    p_weight,
-    p_bias,
-    p_gamma,
-    p_shift,
-    p_row_plan,
-    p_y,
-    tokens,
-    n_width,
-    k_width,
-    x_stride,
-    weight_stride,
-    PROLOGUE: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_T: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    """y[t, n] = e(sum_k p(x)[t, k] * weight[n, k] + bias[n]): the steering is p if PROLOGUE, else e.
-
-    Programs walk down GROUP_T token blocks before the next output block, so that weights stay in the L2 cache.
-    """
-    program = tl.program_id(0)
-    t_blocks = tl.cdiv(tokens, BLOCK_T)
-    group = program // (GROUP_T * tl.cdiv(n_width, BLOCK_N))
-    group_start = group * GROUP_T
-    group_size = tl.minimum(t_blocks - group_start, GROUP_T)
-    within = program % (GROUP_T * tl.cdiv(n_width, BLOCK_N))
-    o_t = (group_start + within % group_size).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_n = (within // group_size).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_t = o_t < tokens
-    m_n = o_n < n_width
-    b_plan = plan_of_rows(p_row_plan, o_t, m_t)  # [BLOCK_T]
-    p_weight_column = p_weight + o_n[None, :] * weight_stride
-    o_k = tl.arange(0, BLOCK_K).to(tl.int64)
-
-    b_acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)  # [BLOCK_T, BLOCK_N]
-    for _ in tl.range(0, tl.cdiv(k_width, BLOCK_K), num_stages=NUM_STAGES):
-        m_k = o_k < k_width
-        b_x = input_tile(
-            p_x, p_gamma, p_shift, p_row_plan, b_plan, o_t, o_k, m_t, m_k, k_width, x_stride, PROLOGUE, MAGNITUDE
-        )  # [BLOCK_T, BLOCK_K]
-        b_w = tl.load(p_weight_column + o_k[:, None], mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_w = dot_operand(b_w)  # [BLOCK_K, BLOCK_N]
-        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
-        o_k += BLOCK_K
-    finished(
-        b_acc,
-        p_y,
-        p_bias,
-        p_gamma,
-        p_shift,
-        p_row_plan,
-        o_t,
-        o_n,
-        m_t,
-        m_n,
-        n_width,
-        n_width,
-        not PROLOGUE,
-        MAGNITUDE,
-    )
-
-
-#: Token blocks that share a pass over the weights in the prefill form.
-GROUP_T = 8
 #: The finish kernel's tile: it only streams the partial sums.
 FINISH_BLOCK_N, FINISH_WARPS = 256, 4
 
@@ -264,6 +170,8 @@ def steered_linear(
     """Launches the kernels behind :func:`austeer_kernels.steered_linear`, which checks the arguments."""
     tokens, k_width = x.shape
     n_width = weight.shape[0]
+    if tokens > launch.MOST_TOKENS:
+        return product_and_columns(x, weight, bias, gamma, shift, prologue, magnitude, row_plan)
     y = torch.empty((tokens, n_width), dtype=x.dtype, device=x.device)
     if tokens == 0 or n_width == 0:
         return y
@@ -272,35 +180,11 @@ def steered_linear(
     s = launch.settings(op, tokens, n_width, k_width, x.dtype, x.device)
     n_blocks, t_blocks = triton.cdiv(n_width, s.block_n), triton.cdiv(tokens, s.block_m)
     with launch.on_device(x.device):
-        if s.form == "prefill":
-            steered_prefill_kernel[(n_blocks * t_blocks,)](
-                x,
-                weight,
-                bias,
-                gamma,
-                shift,
-                row_plan,
-                y,
-                tokens,
-                n_width,
-                k_width,
-                x.stride(0),
-                weight.stride(0),
-                PROLOGUE=prologue,
-                MAGNITUDE=magnitude,
-                BLOCK_T=s.block_m,
-                BLOCK_N=s.block_n,
-                BLOCK_K=s.block_k,
-                GROUP_T=GROUP_T,
-                NUM_STAGES=s.num_stages,
-                num_warps=s.num_warps,
-            )
-            return y
         split = s.splits > 1
         out = y
         if split:
             out = torch.empty((s.splits, tokens, n_width), dtype=torch.float32, device=x.device)
-        steered_decode_kernel[(n_blocks, s.splits, t_blocks)](
+        steered_linear_kernel[(n_blocks, s.splits, t_blocks)](
             x,
             weight,
             None if split else bias,
@@ -341,3 +225,29 @@ def steered_linear(
                 num_warps=FINISH_WARPS,
             )
     return y
+
+
+def product_and_columns(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    shift: Tensor,
+    prologue: bool,
+    magnitude: bool,
+    row_plan: Tensor | None,
+) -> Tensor:
+    """The same for many tokens: PyTorch's product, and the sparse kernel on all columns before or after it.
+
+    The product is rounded to x's dtype before an epilogue steers it.
+    """
+    columns = torch.arange(gamma.shape[1], device=x.device)
+    # A kernel computes in the dtype that it is given, and is not differentiated.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if prologue:
+            x = x.clone(memory_format=torch.contiguous_format)
+            steer_columns_(x, columns, gamma, shift, magnitude, row_plan)
+            return linear(x, weight, bias)
+        y = linear(x, weight, bias)
+        steer_columns_(y, columns, gamma, shift, magnitude, row_plan)
+        return y
