@@ -153,38 +153,6 @@ def ratios(values: Sequence[float], reference: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(values, reference, strict=True)])
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device can do, measured.
-
-    Attributes:
-        copy: bytes a second of a large copy on the device, read plus written.
-        matmul: operations a second of a large square product.
-    """
-
-    copy: float
-    matmul: float
-
-    def floor(self, nbytes: float, operations: float) -> float:
-        """The seconds that moving ``nbytes`` or computing ``operations`` takes at least, whichever is longer."""
-        return max(nbytes / self.copy, operations / self.matmul)
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> Ceilings:
-    """Copies 1 GiB and multiplies 8192 x 8192 matrices of random numbers on a GPU; 4 MiB and 128 x 128 on a CPU."""
-    gpu = device.type == "cuda"
-    length, side = (1 << 29, 8192) if gpu else (1 << 21, 128)
-    source = torch.randn(length, device=device, dtype=torch.float16)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    replays = {
-        "copy": Replay([lambda: target.copy_(source)], device, 1e-3),
-        "matmul": Replay([lambda: torch.matmul(a, b)], device, 1e-3),
-    }
-    seconds = {name: statistics.median(values) for name, values in interleaved(replays, rounds).items()}
-    return Ceilings(2 * source.nbytes / seconds["copy"], 2 * side**3 / seconds["matmul"])
-
-
 def warm_up(device: torch.device, seconds: float = 1.0) -> None:
     """Keeps a GPU busy until its clocks have risen. Nothing on a CPU."""
     if device.type != "cuda":

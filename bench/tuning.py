@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from austeer.ceilings import Ceilings
 from austeer_kernels import launch
 
 from .cases import Case, Variant
-from .graphs import Ceilings, Replay, Spread, interleaved, ratios
+from .graphs import Replay, Spread, interleaved, ratios
 
 #: (block_n, block_k, warps, stages) of the projection, all tokens in one block of 16, 32 or 64, so that the weights
 #: are read once; the tables of a plan a token leave shared memory for blocks of up to 32.
@@ -88,7 +89,7 @@ def candidates(op: str, m: int, n: int, k: int, dtype: str) -> Iterator[launch.E
                 )
 
 
-def tune(op: str, case: Case, ceilings: Ceilings, rounds: int, count: int = 0) -> Tuned:
+def tune(op: str, case: Case, best: Ceilings, rounds: int, count: int = 0) -> Tuned:
     """The best settings of ``op`` for a case; an entry serves steering at the input and at the output, so both count.
 
     Args:
@@ -115,7 +116,7 @@ def tune(op: str, case: Case, ceilings: Ceilings, rounds: int, count: int = 0) -
     for setting, entry in entries.items():
         try:
             with launch.preferring([entry]):
-                replays[setting] = [_checked(variant, case, ceilings) for variant in variants]
+                replays[setting] = [_checked(variant, case, best) for variant in variants]
         except Exception as error:  # too much shared memory, a tile that does not compile, a wrong result
             if setting == now:
                 raise
@@ -135,9 +136,9 @@ def tune(op: str, case: Case, ceilings: Ceilings, rounds: int, count: int = 0) -
     raise AssertionError("the settings in use now are always a finalist")
 
 
-def _checked(variant: Variant, case: Case, ceilings: Ceilings) -> Replay:
+def _checked(variant: Variant, case: Case, best: Ceilings) -> Replay:
     variant.check()
-    return Replay(variant.calls, case.device, ceilings.floor(variant.nbytes, variant.operations))
+    return Replay(variant.calls, case.device, best.seconds(variant.nbytes, variant.operations, 0))
 
 
 def _seconds(replays: Mapping[launch.Settings, Sequence[Replay]], rounds: int) -> dict[launch.Settings, list[float]]:
