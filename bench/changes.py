@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.markup import escape
-from rich.table import Table
 
 from .catalogue import AGAIN, UNSTEERED
 from .lineup import Case
+from .published.tables import table
 
 METRICS = {"token": "each token", "first_token": "first token"}
 #: What has no noise: of one decoding step, and what a way holds.
@@ -90,22 +91,19 @@ def _unlike(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
     for side, content in (("before", a), ("after", b)):
         if not content["complete"]:
             yield f"the run {side} is incomplete: it was stopped after {len(content['cases'])} cases"
-    for key in ("device", "threads", "cores", "python", "cuda"):
-        values = a["environment"].get(key), b["environment"].get(key)
-        if values[0] != values[1]:
-            hint = "; times in seconds are not compared" if key in ("device", "threads") else ""
-            yield f"{key}: {_value(values[0])} -> {_value(values[1])}{hint}"
-    for part, name in ((("model",), "model"), (("environment", "packages"), "version of"), (("settings",), "setting")):
-        left, right = a, b
-        for step in part:
-            left, right = left.get(step, {}), right.get(step, {})
-        for key in dict.fromkeys([*left, *right]):
-            if left.get(key) != right.get(key):
-                yield f"{name} {key}: {_value(left.get(key))} -> {_value(right.get(key))}"
-
-
-def _value(value: Any) -> str:
-    return "none" if value is None else str(value)
+    machine = ("device", "threads", "cores", "python", "cuda")
+    parts = {
+        "": [{key: one["environment"].get(key) for key in machine} for one in (a, b)],
+        "model ": [one["model"] for one in (a, b)],
+        "version of ": [one["environment"].get("packages", {}) for one in (a, b)],
+        "setting ": [one["settings"] for one in (a, b)],
+    }
+    for words, (before, after) in parts.items():
+        for key in dict.fromkeys([*before, *after]):
+            values = ["none" if one.get(key) is None else one[key] for one in (before, after)]
+            if values[0] != values[1]:
+                hint = "; times in seconds are not compared" if not words and key in ("device", "threads") else ""
+                yield f"{words}{key}: {values[0]} -> {values[1]}{hint}"
 
 
 def _cases(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -172,35 +170,27 @@ def show(changes: Changes, console: Console) -> None:
     for text in changes.notes:
         console.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
     if changes.beyond_noise:
-        console.print(_table(changes))
+        console.print(Markdown(_table(changes)))
     for text in changes.events:
         console.print(text, highlight=False, markup=False)
     still = len(changes.timed) - len(changes.beyond_noise)
     console.print(f"{len(changes.beyond_noise)} times changed beyond noise; {still} did not", highlight=False)
 
 
-def _table(changes: Changes) -> Table:
-    table = Table(title="overhead over unsteered with its interval, or time with quartiles")
-    for name in ("case", "variant", "time of"):
-        table.add_column(name, overflow="fold")
-    for name in ("before", "after", "change"):
-        table.add_column(name, justify="right")
+def _table(changes: Changes) -> str:
+    rows = []
     for change in changes.beyond_noise:
-        in_words = _percent if change.unit == "ratio" else _microseconds
         before, after = change.before["median"], change.after["median"]
         by = f"{100 * (after - before):+.1f} points" if change.unit == "ratio" else f"x {after / before:.2f}"
-        table.add_row(
-            *(escape(change.case), escape(change.variant), METRICS[change.metric]),
-            *(in_words(change.before), in_words(change.after), f"[bold]{change.verdict}[/]\n{by}"),
-        )
-    return table
+        spreads = (_in_words(one, change.unit) for one in (change.before, change.after))
+        rows.append([change.case, change.variant, METRICS[change.metric], *spreads, f"{change.verdict} {by}"])
+    head = ["case", "variant", "time of", "before", "after", "change"]
+    return f"Overhead over unsteered with its interval, or time with quartiles:\n\n{table(head, rows)}"
 
 
-def _percent(ratio: Mapping[str, float]) -> str:
-    median, low, high = (100 * (ratio[key] - 1) for key in ENDS)
-    return f"{median:+.1f} %\n{low:+.1f} to {high:+.1f}"
-
-
-def _microseconds(spread: Mapping[str, float]) -> str:
+def _in_words(spread: Mapping[str, float], unit: str) -> str:
+    if unit == "ratio":
+        median, low, high = (100 * (spread[key] - 1) for key in ENDS)
+        return f"{median:+.1f} % ({low:+.1f} to {high:+.1f})"
     median, low, high = (1e6 * spread[key] for key in ENDS)
-    return f"{median:.1f} us\n{low:.1f} to {high:.1f}"
+    return f"{median:.1f} us ({low:.1f} to {high:.1f})"

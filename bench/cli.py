@@ -192,9 +192,8 @@ def _whole(name: str, text: str, model: Any, sites: list[str]) -> int:
 def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Path, json: bool, quiet: bool) -> None:
     from austeer.progress import Progress
 
-    from . import files
+    from . import files, report
     from .inference import KIND, run
-    from .show_inference import show
 
     path = files.new_file(out, model.device, KIND)
     content: dict[str, Any] = {}
@@ -204,7 +203,7 @@ def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Pa
     if json:
         emit(content)
         return
-    show(content)
+    report.show(path, content)
     console.print(f"wrote {path}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +38,14 @@ def new_file(kind: str, options: argparse.Namespace) -> Path:
     return files.new_file(options.out, device(), f"{kind}-quick" if getattr(options, "quick", False) else kind)
 
 
-def show(path: Path, content: dict[str, Any], options: argparse.Namespace, table: Callable[[dict[str, Any]], None]):
-    """A result that is there as a whole."""
-    if options.json:
-        print(files.dumps(content))
-    else:
-        table(content)
-        if content.get("quick"):
-            report.wide_console().print("[bold]--quick: these times mean nothing[/]")
-    report.say(f"written: {path}")
-
-
-def measure(
-    kind: str,
-    options: argparse.Namespace,
-    contents: Iterable[dict[str, Any]],
-    table: Callable[[dict[str, Any]], None],
-) -> tuple[Path, dict[str, Any]]:
+def measure(kind: str, options: argparse.Namespace, contents: Iterable[dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
     """Writes a result as it grows, and shows it in the end."""
     path, content = new_file(kind, options), {}
     for content in contents:
         files.write(path, content)  # after each part: a GPU that is lent may be taken away
-    show(path, content, options, table)
+    if options.json:
+        print(files.dumps(content))
+    else:
+        report.show(path, content)
+    report.say(f"written: {path}")
     return path, content

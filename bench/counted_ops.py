@@ -72,21 +72,11 @@ class CountedOps(TorchDispatchMode):
     def launches(self) -> int:
         return len(self.calls)
 
-    @property
-    def read(self) -> int:
-        return sum(call.read for call in self.calls)
-
-    @property
-    def written(self) -> int:
-        return sum(call.written for call in self.calls)
-
-    @property
-    def weights(self) -> int:
-        return sum(call.weights for call in self.calls)
-
-    @property
-    def operations(self) -> int:
-        return sum(call.operations for call in self.calls)
+    def __getattr__(self, name: str) -> int:
+        """The sum of a field of all calls: ``read``, ``written``, ``weights``, ``operations``."""
+        if name not in Counted.__dataclass_fields__:
+            raise AttributeError(name)
+        return sum(getattr(call, name) for call in self.calls)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -201,7 +201,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options, device = parse(argv), command.device()
-    path, content = command.measure("dispatch", options, run(options, device), report.show_dispatch)
+    path, content = command.measure("dispatch", options, run(options, device))
     if options.write_table:
         table = launch.TABLES / f"{files.device_slug(device)}.json"
         versions = content["environment"]["packages"]

@@ -19,21 +19,6 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FORGET_PEAK = "5"
 
 
-def resident(field: str) -> int:
-    """Bytes of ``VmRSS`` (resident now) or ``VmHWM`` (the most so far)."""
-    found = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
-    return int(found[field].split()[0]) * 1024
-
-
-def forget_peak() -> None:
-    """Sets ``VmHWM`` to what is resident now.
-
-    Raises:
-        OSError: this system does not count peaks.
-    """
-    _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
-
-
 class Held(TorchDispatchMode):
     """Notes the storages that operations make inside its context.
 
@@ -64,16 +49,13 @@ class Held(TorchDispatchMode):
         return sum(nbytes for storage, nbytes in self._made.items() if not storage.expired())
 
 
-def _give_back() -> None:
-    """Has the C library return what it keeps for later: a second run would else find all that it needs there."""
-    with suppress(AttributeError, OSError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a run needs at once over what was taken before; None where this system does not count them.
+def peak(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a run needs at once over what was taken before.
 
     On a GPU what PyTorch allocated; on a CPU what was resident (Linux), in pages: run it once before.
+
+    Raises:
+        OSError: this system does not count them.
     """
     gc.collect()
     if device.type == "cuda":
@@ -83,11 +65,15 @@ def peak(run: Callable[[], object], device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        _give_back()
-        forget_peak()
-        before = resident("VmRSS")
-        run()
-        return max(0, resident("VmHWM") - before)
-    except OSError:
-        return None
+    with suppress(AttributeError, OSError):  # glibc alone has it: a second run would else find all that it needs there
+        ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
+    before = _resident("VmRSS")
+    run()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    """Bytes of ``VmRSS`` (resident now) or ``VmHWM`` (the most so far)."""
+    found = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
+    return int(found[field].split()[0]) * 1024

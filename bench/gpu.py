@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
+from rich.markdown import Markdown
 
-from . import command, files, gpu_parts, report, shapes, show_inference
+from . import command, files, gpu_parts, report, shapes
 from .gpu_suite import DTYPE, FAILED, RUNNING, BrokenDeviceError, Clock, Suite, run_part
+from .published.tables import table
 
 KIND = "gpu"
 SKIPPABLE = ("tests", "kernels", "models", "momentum")
@@ -146,26 +147,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     content["complete"] = "stopped" not in content
     content["seconds"] = time.perf_counter() - end + options.budget
     files.write(path, content)
-    command.show(path, content, options, lambda found: show(path, found))
+    if options.json:
+        print(files.dumps(content))
+    else:
+        show(path, content)
+    report.say(f"written: {path}")
     ran = content["complete"] and all(entry["status"] != FAILED for entry in content["parts"].values())
     return 0 if ran else 1
 
 
 def show(path: Path, content: dict[str, Any]) -> None:
     """Everything that the parts' own files hold, then what became of the parts."""
-    console = report.wide_console()
-    tables = {"dispatch": report.show_dispatch, "inference": show_inference.show, "momentum": report.show_momentum}
-    rows = report.table("parts", ["part", "status", "reason", "files"], ["seconds"])
-    for name, entry in content["parts"].items():
+    for entry in content["parts"].values():
         for file in entry["files"]:
-            found = json.loads((path.parent / file).read_text(encoding="utf-8"))
-            tables[found["kind"]](found)
-        rows.add_row(
-            name, entry["status"], escape(entry["reason"]), "\n".join(entry["files"]), f"{entry['seconds']:.0f}"
-        )
-    console.print(rows)
-    if "stopped" in content:
-        console.print(f"[bold red]{content['stopped']}[/]")
+            report.show(path, json.loads((path.parent / file).read_text(encoding="utf-8")))
+    rows = [
+        [name, entry["status"], f"{entry['seconds']:.0f}", entry["reason"], ", ".join(entry["files"])]
+        for name, entry in content["parts"].items()
+    ]
+    text = table(["part", "status", "seconds", "reason", "files"], rows)
+    report.wide_console().print(Markdown(f"{text}\n\n{content.get('stopped', '')}"))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = parse(argv)
     torch.set_num_threads(1)
-    command.measure("host", options, [run(options, command.device())], report.show_host)
+    command.measure("host", options, [run(options, command.device())])
     return 0
 
 

@@ -7,9 +7,9 @@ careful PyTorch (peers/stacked_momentum.py), ours, and ours without shared promp
 random order, on the first pairs of each set; the public algorithm on fewer, since its rate does not depend on their
 number but for its loop over the AUs. That loop is a fixed cost, as is our question whether the model takes trees, so
 ratios are given twice: as run, and as they would be at 1,000 pairs, the paper's number. Nothing is timed whose counts
-are not those of a naive loop, up to comparisons that rounding can turn (naive.py). Peak memory is measured in a process
-a way (peak.py), a model with its weights on disk in a part of its own (offloaded.py), and on a GPU the counting kernel
-and a random model of 8B's sizes (large.py).
+are not those of a naive loop, up to comparisons that rounding can turn (naive.py). Peak memory has a part of its own,
+as have a model with its weights on disk (offloaded.py), and on a GPU the counting kernel and a random model of 8B's
+sizes (large.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from . import command, files, large, models, offloaded, pair_sets, peak, report, shapes
+from austeer.measuring import BLOCK_PAIRS
+
+from . import command, files, footprint, large, models, offloaded, pair_sets, report, shapes
 from .compare import compare
 from .naive import Gate
-from .ways import OURS, PUBLIC, STACKED, WAYS
+from .ways import OURS, PUBLIC, STACKED, WAYS, tokens_of
 
 #: Pairs of the demo whose peak memory is measured: of ours two blocks, since one is made ready while another runs, and
 #: three times as many; of the others, which only show how they grow, few.
@@ -85,7 +89,7 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     if loaded is not None and device.type == "cpu":
         for way, counts_ in (QUICK_MEMORY_PAIRS if quick else MEMORY_PAIRS).items():
             report.say(f"peak memory: {way}")
-            content["memory"].append({"way": way, "runs": [peak.measured(way, n, quick) for n in counts_]})
+            content["memory"].append({"way": way, "runs": [extra_memory(*loaded, way, n) for n in counts_]})
     if device.type == "cuda" or quick:
         for part in on_random_weights(sets, LARGE_PAIRS, options.rounds, device, quick):
             content |= part
@@ -95,6 +99,21 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
         numbers = QUICK_OFFLOADED_PAIRS if quick else OFFLOADED_PAIRS
         content["offloaded"] = offloaded.measure(*loaded, pair_sets.demo_pairs(), numbers, OFFLOADED_ROUNDS)
     yield content | {"complete": True}
+
+
+def extra_memory(model: PreTrainedModel, tokenizer, way: str, count: int) -> dict[str, int]:
+    """Bytes over the loaded model while ``count`` pairs are measured.
+
+    They are the demo's first, as many as a block, over and over: nothing but their number differs from call to call.
+
+    Raises:
+        OSError: this system does not count peaks.
+    """
+    pairs = pair_sets.demo_pairs().pairs[:BLOCK_PAIRS]
+    pairs = replace(pairs, items=(pairs.items * (count // len(pairs) + 1))[:count])
+    WAYS[way](model, tokenizer, pairs[-2:])  # reads every weight
+    nbytes = footprint.peak(lambda: WAYS[way](model, tokenizer, pairs), torch.device("cpu"))
+    return {"pairs": count, "tokens": sum(tokens_of(tokenizer, pairs)), "bytes": nbytes}
 
 
 def on_random_weights(
@@ -137,7 +156,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = parse(argv)
-    command.measure("momentum", options, run(options, command.device()), report.show_momentum)
+    command.measure("momentum", options, run(options, command.device()))
     return 0
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.markdown import Markdown
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedModel
@@ -23,6 +22,7 @@ from austeer.errors import AusteerError
 from .gate import Exact
 from .graphs import wait
 from .lineup import MEASURED, Case, Lineup
+from .published.tables import table
 from .steered import Steered, Way
 
 ENDINGS = (".json", ".json.gz")
@@ -186,17 +186,16 @@ def summary(events: Iterable[Any], name: str, phase: str, seconds: float, device
 
 def show_trace(rows: Iterable[Mapping[str, Any]], console: Console) -> None:
     """A line for each way and phase."""
-    table = Table(title="a prefill, and a decoded token; under the profiler, which slows the host", show_lines=True)
-    for name in ("way", "phase", "longest operations, us"):
-        table.add_column(name)
-    for name in ("host, us", "device, us", "launches"):
-        table.add_column(name, justify="right")
+    lines = []
     for row in rows:
         if row["reason"]:
-            table.add_row(row["way"], "", escape(row["reason"]))
+            lines.append([row["way"], "", "", "", "", row["reason"]])
             continue
-        top = "\n".join(f"{1e6 * seconds:7.1f} {calls:g} x {name[:60]}" for name, seconds, calls in row["top"])
         device = "" if row["device_seconds"] is None else f"{1e6 * row['device_seconds']:.0f}"
-        numbers = f"{1e6 * row['host_seconds']:.0f}", device, f"{row['launches']:g}"
-        table.add_row(row["way"], row["phase"], escape(top), *numbers)
-    console.print(table)
+        top = ", ".join(f"{calls:g} x {name[:60]} {1e6 * seconds:.1f}" for name, seconds, calls in row["top"])
+        lines.append(
+            [row["way"], row["phase"], f"{1e6 * row['host_seconds']:.0f}", device, f"{row['launches']:g}", top]
+        )
+    head = ["way", "phase", "host, us", "device, us", "launches", "longest operations, us"]
+    title = "A prefill, and a decoded token; under the profiler, which slows the host:"
+    console.print(Markdown(f"{title}\n\n{table(head, lines)}"))

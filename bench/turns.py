@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,15 +30,22 @@ except ImportError:
 TURNS = "generations" if greenlet is None else "tokens"
 
 
-class _HandOver(StoppingCriteria):
-    """Stops nothing; returns to who resumed the generation."""
+class _EachToken(StoppingCriteria):
+    """Stops nothing; calls a function after each token."""
 
-    def __init__(self, ids: Tensor):
-        self._nobody = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    def __init__(self, ids: Tensor, call: Callable[[], object]):
+        self._nobody, self._call = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device), call
 
     def __call__(self, input_ids, scores, **options) -> Tensor:  # type: ignore[override]
-        greenlet.getcurrent().parent.switch()
+        self._call()
         return self._nobody
+
+
+def _generate(steered: Steered, ids: Tensor, tokens: int, call: Callable[[], object]) -> Tensor:
+    """Greedy tokens, exactly so many."""
+    criteria = StoppingCriteriaList([_EachToken(ids, call)])
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    return steered.generate(ids, **length, do_sample=False, stopping_criteria=criteria)
 
 
 class Generation:
@@ -49,9 +57,7 @@ class Generation:
         self.output: Tensor | None = None
 
     def _run(self) -> None:
-        criteria = StoppingCriteriaList([_HandOver(self._ids)])
-        length = {"max_new_tokens": self._tokens, "min_new_tokens": self._tokens}
-        self.output = self._steered.generate(self._ids, **length, do_sample=False, stopping_criteria=criteria)
+        self.output = _generate(self._steered, self._ids, self._tokens, lambda: greenlet.getcurrent().parent.switch())
 
     def step(self) -> float:
         """Seconds until the next token is there."""
@@ -76,28 +82,18 @@ class Generation:
             self._greenlet.throw(greenlet.GreenletExit)
 
 
-class _Ticks(StoppingCriteria):
-    """Stops nothing; notes when each token is there."""
-
-    def __init__(self, ids: Tensor):
-        self._nobody = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-        self.times: list[float] = []
-
-    def __call__(self, input_ids, scores, **options) -> Tensor:  # type: ignore[override]
-        wait(self._nobody.device)
-        self.times.append(time.perf_counter())
-        return self._nobody
-
-
 def _whole(steered: Steered, ids: Tensor, tokens: int) -> list[float]:
     """Seconds of each token of one generation."""
-    ticks = _Ticks(ids)
-    with steered.active():
+    times: list[float] = []
+
+    def tick() -> None:
         wait(ids.device)
-        begin = time.perf_counter()
-        length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        steered.generate(ids, **length, do_sample=False, stopping_criteria=StoppingCriteriaList([ticks]))
-    return [end - start for start, end in zip([begin, *ticks.times], ticks.times)]
+        times.append(time.perf_counter())
+
+    with steered.active():
+        tick()
+        _generate(steered, ids, tokens, tick)
+    return [end - start for start, end in pairwise(times)]
 
 
 @dataclass

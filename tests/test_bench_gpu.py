@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ def test_the_whole_suite_on_a_cpu(tmp_path, capsys):
     parts = content["parts"]
     assert list(parts) == ["tests", "kernels", "Qwen3-30B-A3B", "momentum"]
     assert parts.pop("tests")["status"] == SKIPPED
-    assert {entry["status"] for entry in parts.values()} == {DONE}, parts
+    assert {entry["status"] for entry in parts.values()} == {DONE}, [entry["reason"] for entry in parts.values()]
 
     def file_of(part, kind):
         (name,) = parts[part]["files"]
@@ -83,8 +84,8 @@ def test_the_whole_suite_on_a_cpu(tmp_path, capsys):
     assert found["cases"][2]["variants"]["fused"]["status"] == "measured"
     momentum = file_of("momentum", "momentum")
     assert momentum["large"]["sets"] and momentum["kernel"]["of_copy_bandwidth"] > 0 and momentum["complete"]
-    for text in ("share of the measured copy bandwidth", "The counting kernel", "overhead, %", "found no GPU"):
-        assert text in printed
+    for text in ("roofline", "counting kernel", "token, batch 1, %", "found no GPU"):
+        assert text in " ".join(printed.split())
     assert f"{found['cases'][0]['variants']['public']['token']['ratio']['median'] * 100 - 100:+.1f}" in printed
 
 
@@ -170,12 +171,12 @@ def test_parts_get_the_time_that_later_ones_do_not_need(suite, monkeypatch):
     parts = [part_of(lambda suite, entry, clock: given.append(clock.left), name, *of) for name, of in needs.items()]
     monkeypatch.setattr(gpu_parts, "parts", lambda settings: parts)
     gpu.work(suite.path, 90)  # made-up parts take no time
-    assert given == [pytest.approx(seconds, abs=1) for seconds in (5, 30, 60, 10)]
+    assert given == [pytest.approx(seconds, abs=6) for seconds in (5, 30, 60, 10)]
     suite.save()  # without the parts
     gpu.work(suite.path, 55)
     found = files.read(suite.path, "gpu")["parts"]
     assert [name for name, entry in found.items() if entry["status"] == SKIPPED] == ["a", "b", "c"]
-    assert found["c"]["reason"] in [f"{n} s were left for it, expected at least 50 s" for n in (44, 45)]
+    assert re.fullmatch(r"(3\d|4[0-5]) s were left for it, expected at least 50 s", found["c"]["reason"])
 
 
 def test_after_an_error_that_breaks_the_gpu_another_process_is_asked_for(suite, monkeypatch):
@@ -273,9 +274,9 @@ def test_results_of_tests_are_counted_and_those_that_fail_named(tmp_path):
 def test_tests_that_take_too_long_are_stopped_and_what_ran_is_counted(tmp_path):
     (tmp_path / "test_slow.py").write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n")
     begin = time.perf_counter()
-    entry = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path)], 5)
-    assert time.perf_counter() - begin < 30
-    assert entry["status"] == PARTIAL and entry["reason"] == "stopped after 5 s and 1 tests"
+    entry = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path)], 15)
+    assert time.perf_counter() - begin < 45
+    assert entry["status"] == PARTIAL and entry["reason"] == "stopped after 15 s and 1 tests"
     assert entry["result"]["counts"] == {"passed": 1}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from austeer import Pair
-from bench import compare, large, models, momentum, naive, offloaded, pair_sets, peak, report, ways
+from bench import compare, large, models, momentum, naive, offloaded, pair_sets, report, ways
 from bench.graphs import WrongResultError
 from bench.peers import SITES
 from bench.ways import OURS, PUBLIC, STACKED, UNSHARED, WAYS, Run
@@ -171,21 +171,15 @@ def test_tokens_that_run(loaded, pairs):
     assert not model.get_input_embeddings()._forward_pre_hooks
 
 
-def test_peak_memory_sees_what_a_way_allocates(monkeypatch):
+def test_peak_memory_sees_what_a_way_allocates(loaded, monkeypatch):
     def hungry(model, tokenizer, pairs):
         torch.ones(len(pairs), 4 << 20)
         return Run({}, 0.0)
 
-    monkeypatch.setitem(peak.WAYS, "hungry", hungry)
-    found = peak.extra("hungry", 6, quick=True)
+    monkeypatch.setitem(WAYS, "hungry", hungry)
+    found = momentum.extra_memory(*loaded, "hungry", 6)
     assert found["pairs"] == 6 and found["tokens"] > 60
     assert 0.98 <= found["bytes"] / (6 * 16 << 20) < 1.2
-
-
-def test_peak_memory_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", "kernels"]))  # as from a checkout without installation
-    found = peak.measured(OURS, 3, quick=True)
-    assert found["pairs"] == 3 and found["bytes"] >= 0
 
 
 @pytest.mark.parametrize("each_pass", [True, False])
@@ -256,11 +250,10 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch, counter, message):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(peak, "measured", peak.extra)  # in this process: another test starts one
     assert momentum.main(["--quick", "--out", str(tmp_path), "--data", str(tmp_path / "none")]) == 0
     printed = capsys.readouterr()
     assert "no such folder; the demo's own pairs are used" in printed.err
-    for text in ("peak memory", "these times mean nothing", "1.00x the decoder's", "of the copy bandwidth"):
+    for text in ("Peak memory", "these times mean nothing", "Weights come from the disk", "of the copy bandwidth"):
         assert text in " ".join(printed.out.split())
     (file,) = (tmp_path / "cpu").glob("momentum-quick-*.json")
     found = json.loads(file.read_text())

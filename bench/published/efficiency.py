@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ..cases import ALONE, COLUMNS, FUSED, PLAIN
-from ..report import counting
 from . import figures, tables
 from .conclusion import sentences, worth
 from .inference import AGAIN, PUBLIC, SPARSE, Case, Inference, sweeps
@@ -32,8 +31,8 @@ def blocks(results: Results) -> dict[str, str]:
         "summary": _summary(results),
         "machines": _machines(results),
         "overhead": _each(results, "inference", _overhead),
-        "k": _each(results, "inference", lambda result: _sweep(result, "k")),
-        "layers": _each(results, "inference", lambda result: _sweep(result, "layers")),
+        "k": _each(results, "inference", _along_k),
+        "layers": _each(results, "inference", _along_layers),
         "operations": _operations(results),
         "momentum": _each(results, "momentum", _momentum),
         **{name.lower(): _kind_of_machine(results, name, devices) for name, devices in results.kinds_of_device()},
@@ -175,6 +174,31 @@ def _dispatch(result: Result) -> str:
 OPERATIONS = {"dispatch": _dispatch, "kernels": tables.kernels, "host": _host}
 
 
+def section(result: Result) -> str:
+    """All that a terminal shows of one result."""
+    texts = [f"**{_title(result)}**"]
+    if result.kind == "inference":
+        makers: list[Callable[[Result], str]] = [_conclusion, _overhead, _along_k, _along_layers]
+    elif result.kind == "momentum":
+        makers = [_momentum, lambda result: tables.memory(result.content["memory"]), _offloaded]
+    else:
+        makers = [OPERATIONS[result.kind]]
+    return "\n\n".join(filter(None, [*texts, *(make(result) for make in makers)]))
+
+
+def _offloaded(result: Result) -> str:
+    cases = (result.content["offloaded"] or {"cases": {}})["cases"]
+    return "\n\n".join(f"{case[:1].upper()}{case[1:]}:\n\n{tables.rates(row)}" for case, row in cases.items())
+
+
+def _along_k(result: Result) -> str:
+    return _sweep(result, "k")
+
+
+def _along_layers(result: Result) -> str:
+    return _sweep(result, "layers")
+
+
 def _momentum(result: Result) -> str:
     large, kernel = result.content["large"], result.content["kernel"]
     sets = result.content["sets"] + (large["sets"] if large else [])
@@ -186,5 +210,5 @@ def _momentum(result: Result) -> str:
     if large:
         texts.append(f"A random {large['shape']['name']} in {large['dtype']}:\n\n{tables.momentum(large['sets'])}")
     if kernel:
-        texts.append(counting(kernel))
+        texts.append(tables.counting(kernel))
     return "\n\n".join(texts)

@@ -71,6 +71,34 @@ def momentum(sets: Sequence[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def rates(row: dict[str, Any]) -> str:
+    """Every way on one set of pairs: its rate, and how much faster it is than others."""
+    others = dict.fromkeys(other for own in row["ways"].values() for other in own["faster_than"])
+    rows = []
+    for name, own in row["ways"].items():
+        ratios = (own["faster_than"].get(other) for other in others)
+        cells = (f"{of['median']:.2f} [{of['low']:.2f}, {of['high']:.2f}]" if of else "" for of in ratios)
+        rows.append([name, own["pairs"], f"{own['pairs_a_second']:.2f}", *cells, own["tokens_run"]])
+    return table(["way", "pairs", "pairs/s", *(f"x {other} [quartiles]" for other in others), "tokens run"], rows)
+
+
+def memory(found: Sequence[dict[str, Any]]) -> str:
+    """Peak memory over the loaded model, way by way, at two numbers of pairs."""
+    rows = [
+        [of["way"], *(f"{run['bytes'] / 1e6:.0f} MB at {run['pairs']} pairs" for run in of["runs"])] for of in found
+    ]
+    return "Peak memory over the loaded model:\n\n" + table(["way", "few", "many"], rows) if rows else ""
+
+
+def counting(kernel: dict[str, Any]) -> str:
+    """The counting kernel, in a sentence."""
+    return (
+        f"The counting kernel reads [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']} in "
+        f"{kernel['seconds']['kernel']['median'] * 1e6:.1f} us, at {kernel['of_copy_bandwidth']:.0%} of the copy "
+        f"bandwidth, {kernel['faster_than_eager']['median']:.1f} times as fast as PyTorch's own operations."
+    )
+
+
 def overheads(inference: Inference) -> str:
     """Overhead of every variant, one column a batch and metric, one table a setting."""
     groups: dict[tuple[str, str, int, int, int], list[Case]] = {}
