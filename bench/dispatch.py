@@ -49,7 +49,6 @@ def measure(case: Case, best: Ceilings, rounds: int) -> dict[str, Any]:
     """One row of the result: every variant of a case, checked, then timed."""
     variants = case.variants()
     errors = {name: variant.check() for name, variant in variants.items()}
-    case.forget_references()
     replays = {}
     for name, variant in variants.items():
         floor = best.seconds(variant.nbytes, variant.operations, 0)

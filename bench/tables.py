@@ -43,10 +43,10 @@ def update(
     sources = [*content.get("source", "").split("; "), source]
     content["source"] = "; ".join(dict.fromkeys(filter(None, sources)))
     kept = [row for row in content.get("fused", []) if row["dtypes"] != [dtype] or (row["n"], row["k"]) not in shapes]
-    content["fused"] = sorted(kept + [_row(limit) for limit in limits], key=_order)
+    content["fused"] = sorted(kept + [_row(limit) for limit in limits], key=_key)
     new = [_row(entry) for entry in entries]
     replaced = [_key(row) for row in new]
-    content["entries"] = sorted([row for row in content["entries"] if _key(row) not in replaced] + new, key=_order)
+    content["entries"] = sorted([row for row in content["entries"] if _key(row) not in replaced] + new, key=_key)
     file.write_text(_dumps(content), encoding="utf-8")
     launch.forget()
     launch.tables()  # says where a row does not fit
@@ -63,10 +63,6 @@ def _row(of: launch.Entry | launch.Limit) -> dict[str, Any]:
 
 
 def _key(row: dict[str, Any]) -> tuple:
-    return row["op"], tuple(row["dtypes"]), row["m"], row["n"], row.get("k", 0)
-
-
-def _order(row: dict[str, Any]) -> tuple:
     return row.get("op", ""), row["dtypes"], row["n"], row.get("k", 0), row["m"]
 
 
