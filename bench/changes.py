@@ -27,7 +27,6 @@ class Change:
     """One time before and after.
 
     Attributes:
-        metric: "token" or "first_token".
         unit: "ratio" to the unsteered model, or "seconds": of that model itself.
         before, after: median, low and high: the ratio's interval, or the quartiles of the seconds.
         noise: how large a difference of the medians may be and mean nothing.
@@ -42,6 +41,19 @@ class Change:
     after: dict[str, float]
     noise: float
     verdict: str
+
+    @property
+    def cells(self) -> list[str]:
+        """A line of a table."""
+        if self.unit == "ratio":
+            spreads = [[100 * (of[key] - 1) for key in ENDS] for of in (self.before, self.after)]
+            words = [f"{median:+.1f} % ({low:+.1f} to {high:+.1f})" for median, low, high in spreads]
+            by = f"{spreads[1][0] - spreads[0][0]:+.1f} points"
+        else:
+            spreads = [[1e6 * of[key] for key in ENDS] for of in (self.before, self.after)]
+            words = [f"{median:.1f} us ({low:.1f} to {high:.1f})" for median, low, high in spreads]
+            by = f"x {spreads[1][0] / spreads[0][0]:.2f}"
+        return [self.case, self.variant, METRICS[self.metric], *words, f"{self.verdict} {by}"]
 
 
 @dataclass
@@ -80,7 +92,12 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Changes:
         if case not in before or case not in after:
             changes.events.append(f"{case}: {'new' if case in after else 'gone'}")
             continue
-        changes.notes += _noisy(case, before[case], after[case])
+        for side, content in (("before", before[case]), ("after", after[case])):
+            for metric in (metric for metric, possible in content["verdicts_possible"].items() if not possible):
+                changes.notes.append(
+                    f"{case}: the run {side} is too noisy for verdicts on the time to {METRICS[metric]} "
+                    f"(two unsteered runs differ by up to {content['noise'][metric]:.1%})"
+                )
         changes.timed += _timed(case, before[case], after[case], same_clock)
         changes.events += _variants(case, before[case]["variants"], after[case]["variants"])
     return changes
@@ -117,25 +134,12 @@ def _cases(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _noisy(case: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
-    for side, content in (("before", a), ("after", b)):
-        for metric, possible in content["verdicts_possible"].items():
-            if not possible:
-                noise = f"two unsteered runs differ by up to {content['noise'][metric]:.1%}"
-                yield f"{case}: the run {side} is too noisy for verdicts on the time to {METRICS[metric]} ({noise})"
-
-
 def _timed(case: str, a: dict[str, Any], b: dict[str, Any], same_clock: bool) -> Iterator[Change]:
     for variant, row in a["variants"].items():
-        if variant == AGAIN:  # it is the noise itself
+        other, unit = b["variants"].get(variant, {}), "seconds" if variant == UNSTEERED else "ratio"
+        if variant == AGAIN or (unit == "seconds" and not same_clock):  # the one is the noise itself
             continue
-        other = b["variants"].get(variant, {})
-        for metric in METRICS:
-            if metric not in row or metric not in other:
-                continue
-            unit = "seconds" if variant == UNSTEERED else "ratio"
-            if unit == "seconds" and not same_clock:
-                continue
+        for metric in (metric for metric in METRICS if metric in row and metric in other):
             before, after = ({key: one[metric][unit][key] for key in ENDS} for one in (row, other))
             noise = max(a["noise"][metric], b["noise"][metric]) * (before["median"] if unit == "seconds" else 1)
             yield Change(case, variant, metric, unit, before, after, noise, beyond(before, after, noise))
@@ -170,27 +174,10 @@ def show(changes: Changes, console: Console) -> None:
     for text in changes.notes:
         console.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
     if changes.beyond_noise:
-        console.print(Markdown(_table(changes)))
+        head = ["case", "variant", "time of", "before", "after", "change"]
+        rows = table(head, [change.cells for change in changes.beyond_noise])
+        console.print(Markdown(f"Overhead over unsteered with its interval, or time with quartiles:\n\n{rows}"))
     for text in changes.events:
         console.print(text, highlight=False, markup=False)
     still = len(changes.timed) - len(changes.beyond_noise)
     console.print(f"{len(changes.beyond_noise)} times changed beyond noise; {still} did not", highlight=False)
-
-
-def _table(changes: Changes) -> str:
-    rows = []
-    for change in changes.beyond_noise:
-        before, after = change.before["median"], change.after["median"]
-        by = f"{100 * (after - before):+.1f} points" if change.unit == "ratio" else f"x {after / before:.2f}"
-        spreads = (_in_words(one, change.unit) for one in (change.before, change.after))
-        rows.append([change.case, change.variant, METRICS[change.metric], *spreads, f"{change.verdict} {by}"])
-    head = ["case", "variant", "time of", "before", "after", "change"]
-    return f"Overhead over unsteered with its interval, or time with quartiles:\n\n{table(head, rows)}"
-
-
-def _in_words(spread: Mapping[str, float], unit: str) -> str:
-    if unit == "ratio":
-        median, low, high = (100 * (spread[key] - 1) for key in ENDS)
-        return f"{median:+.1f} % ({low:+.1f} to {high:+.1f})"
-    median, low, high = (1e6 * spread[key] for key in ENDS)
-    return f"{median:.1f} us ({low:.1f} to {high:.1f})"

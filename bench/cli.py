@@ -73,14 +73,14 @@ def bench(
     from austeer.models import fits
 
     from .catalogue import chosen
+    from .inference import Effort, Job
+    from .trace import check_trace_path
 
-    lists = {"site", "k", "layers", "batch", "prompt_tokens", "execution"}
+    lists = ("site", "k", "layers", "batch", "prompt_tokens", "execution")
     given = [name for name in lists if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
     if full and given:
         raise AusteerError(f"--full: found --{given[0].replace('_', '-')} beside it, expected one of the two")
     if trace is not None:
-        from .trace import check_trace_path
-
         check_trace_path(trace)  # before a model is loaded
     ways = chosen(split_names(variants) or None)
     if not fits(model, dtype, device):
@@ -92,16 +92,10 @@ def bench(
         _expect_writable(out)
     loaded, _ = load(model, dtype, device)
     _expect_plain(loaded)
-    texts = {"site": site, "k": k, "layers": layers, "batch": batch, "prompt_tokens": prompt_tokens}
-    texts["execution"] = execution
-    if full:
-        texts = _full(loaded)
-    cases, series = _cases(loaded, texts)
+    cases, series = expand(loaded, full_lists(loaded) if full else {name: context.params[name] for name in lists})
     if trace is not None:
         _trace(loaded, cases[0], ways, trace, json)
         return
-    from .inference import Effort, Job
-
     effort, brief = Effort(seconds=seconds, tokens=tokens), Effort(seconds=seconds / 4, tokens=tokens)
     swept = {name: way for name, way in ways.items() if name in SWEPT or name.startswith("unsteered")}
     thorough = {*series["main"], *series.get("site", ())} if full else set(cases)
@@ -127,17 +121,15 @@ def _expect_plain(model: Any) -> None:
 
     from austeer.errors import AusteerError
 
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1 or torch.device("meta") in devices or getattr(model, "hf_quantizer", None) is not None:
-        found = (
-            "a quantised model" if getattr(model, "hf_quantizer", None) else f"weights on {sorted(map(str, devices))}"
-        )
+    devices, quantised = {p.device for p in model.parameters()}, getattr(model, "hf_quantizer", None) is not None
+    if len(devices) > 1 or torch.device("meta") in devices or quantised:
+        found = "a quantised model" if quantised else f"weights on {sorted(map(str, devices))}"
         raise AusteerError(f"model: found {found}, expected plain weights on one device; give --device cpu or cuda:0")
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # clocks and graphs are the current device's
 
 
-def _full(model: Any) -> dict[str, str]:
+def full_lists(model: Any) -> dict[str, str]:
     """The lists of ``--full``, as far as the model has so many layers and AUs."""
     from .inference import touched_most
 
@@ -151,42 +143,38 @@ def _full(model: Any) -> dict[str, str]:
     return FULL | {"k": fitting("k", aus), "layers": touched, "execution": execution}
 
 
-def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Case], dict[str, list[Case]]]:
-    """The cases that the options ask for.
+def expand(model: Any, texts: dict[str, str]) -> tuple[list[Case], dict[str, list[Case]]]:
+    """The cases that the options ask for, and the sweeps that they make.
 
     Raises:
         AusteerError: what is no number where one is expected.
     """
     from austeer.errors import AusteerError
 
-    from .inference import sweep
+    from .inference import sweep, touched_most
     from .lineup import Case
 
     values: dict[str, list[Any]] = {name: split_names(texts[name]) for name in texts}
     for name, found in values.items():
+        option = f"--{name.replace('_', '-')}"
         if not found and name != "layers":
-            raise AusteerError(f"--{name.replace('_', '-')}: found none, expected at least one value")
-    for name in ("k", "layers", "batch", "prompt_tokens"):
-        values[name] = [_whole(name, text, model, values["site"]) for text in values[name]]
-    defaults = {name: found[0] for name, found in values.items() if found and name != "layers"}
+            raise AusteerError(f"{option}: found none, expected at least one value")
+        if name not in ("k", "layers", "batch", "prompt_tokens"):
+            continue
+        for place, text in enumerate(found):
+            if name == "k" and text == "all":
+                found[place] = touched_most(model, values["site"][0])
+            elif not text.isdecimal() or int(text) < 1:
+                raise AusteerError(f"{option}: found {text!r}, expected numbers from 1 on, such as 1,16")
+            else:
+                found[place] = int(text)
+    defaults = {name: found[0] for name, found in values.items() if name != "layers"}
     whole = min(defaults["k"], model.config.get_text_config().num_hidden_layers)
     own = values["layers"]
     base = Case(**defaults, layers=own[0] if len(own) == 1 else None)
     if len(own) > 1:  # the main case touches them all, and is the last of the sweep
         values["layers"] = [number for number in own if number != whole] + [None]
     return sweep(base, **values)
-
-
-def _whole(name: str, text: str, model: Any, sites: list[str]) -> int:
-    from austeer.errors import AusteerError
-
-    from .inference import touched_most
-
-    if name == "k" and text == "all":
-        return touched_most(model, sites[0])
-    if not text.isdecimal() or int(text) < 1:
-        raise AusteerError(f"--{name.replace('_', '-')}: found {text!r}, expected numbers from 1 on, such as 1,16")
-    return int(text)
 
 
 def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Path, json: bool, quiet: bool) -> None:

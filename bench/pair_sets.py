@@ -61,18 +61,6 @@ DATA: dict[str, tuple[str, Callable[[dict[str, Any]], Pair], bool, int, int]] = 
 NAMES = ("demo", *DATA)
 
 
-def load(name: str, folder: Path) -> PairSet:
-    """The pairs of one of ``NAMES``, all that are short enough, in the file's order.
-
-    Raises:
-        OSError: the folder has no such file.
-    """
-    if name == "demo":
-        return demo_pairs()
-    file, pair_of, long, public, others = DATA[name]
-    return PairSet(name, Pairs.of(_short_enough(_read(folder / file, pair_of)), file), long, public, others)
-
-
 def demo_pairs() -> PairSet:
     """The demo's pairs: short, and there without any other data."""
     return PairSet("demo", Pairs.of(_read(DEMO_PAIRS, _demo), "demo pairs"), False, 16, 48)
@@ -81,29 +69,39 @@ def demo_pairs() -> PairSet:
 def long_demo_pairs() -> PairSet:
     """The demo's pairs, each prompt after ten others: a stand-in for long prompts where there is no other data."""
     pairs = demo_pairs().pairs
-    longer = [
-        Pair(
-            ". ".join([*(pairs[(i + step) % len(pairs)].prompt for step in range(1, BEFORE + 1)), pair.prompt]),
-            *answers,
-        )
-        for i, pair in enumerate(pairs)
-        for answers in [(pair.positive, pair.negative)]
-    ]
+
+    def before(number: int) -> str:
+        return ". ".join(pairs[(number + step) % len(pairs)].prompt for step in range(1, BEFORE + 1))
+
+    longer = [Pair(f"{before(i)}. {pair.prompt}", pair.positive, pair.negative) for i, pair in enumerate(pairs)]
     return PairSet("long demo", Pairs.of(longer, "demo pairs, lengthened"), True, 4, 12)
 
 
 def load_all(names: Sequence[str], folder: Path) -> list[PairSet]:
-    """The named sets; without the folder the demo's pairs alone, as they are and lengthened."""
-    if folder.is_dir():
-        return [load(name, folder) for name in names]
-    return [demo_pairs(), long_demo_pairs()]
+    """The named sets, each with all pairs that are short enough, in the file's order; without the folder the demo's
+    pairs alone, as they are and lengthened.
+
+    Raises:
+        OSError: the folder lacks a file.
+    """
+    if not folder.is_dir():
+        return [demo_pairs(), long_demo_pairs()]
+    found = []
+    for name in names:
+        if name == "demo":
+            found.append(demo_pairs())
+            continue
+        file, pair_of, *sizes = DATA[name]
+        pairs = (p for p in _read(folder / file, pair_of) if _length(p) <= LONGEST)
+        found.append(PairSet(name, Pairs.of(pairs, file), *sizes))
+    return found
+
+
+def _length(pair: Pair) -> int:
+    return len(pair.prompt) + max(len(pair.positive), len(pair.negative))
 
 
 def _read(file: Path, pair_of: Callable[[dict[str, Any]], Pair]) -> Iterator[Pair]:
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             yield pair_of(json.loads(line))
-
-
-def _short_enough(pairs: Iterator[Pair]) -> Iterator[Pair]:
-    return (pair for pair in pairs if len(pair.prompt) + max(len(pair.positive), len(pair.negative)) <= LONGEST)

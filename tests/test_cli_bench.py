@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from austeer.cli import run
 from bench import files
-from bench.cli import FULL, app
+from bench.cli import FULL, app, expand, full_lists
 
 QUICK = ("--seconds", "0", "--tokens", "2", "--variants", "public,columns,fold", "--quiet")
 
@@ -102,12 +102,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(b
 
 
 def test_full_is_cut_to_what_a_model_has(folder):
-    from bench.cli import _cases, _full
-
     model = LlamaForCausalLM.from_pretrained(folder)
-    texts = _full(model)
+    texts = full_lists(model)
     assert (texts["layers"], texts["k"], texts["execution"]) == ("1,3", "100,1,10,all", FULL["execution"])
-    cases, series = _cases(model, texts)
+    cases, series = expand(model, texts)
     assert series["k"][0] == series["layers"][-1] == cases[0] and {case.k for case in cases} == {1, 10, 100, 144}
 
 

@@ -28,14 +28,12 @@ class PublicMomentum:
     """What the public algorithm found.
 
     Attributes:
-        rates: site -> (share of pairs with a larger positive, with a larger negative activation), [layers, width].
-        scores: site -> the signed larger one of both, [layers, width].
-        pairs: how many.
-        scoring_seconds: what the loop over the AUs took; it hardly grows with the pairs.
+        scored: site -> (share of pairs with a larger positive, with a larger negative activation, the signed larger one
+            of both), each [layers, width].
+        pairs: how many. scoring_seconds: what the loop over the AUs took; it hardly grows with the pairs.
     """
 
-    rates: dict[str, tuple[Tensor, Tensor]]
-    scores: dict[str, Tensor]
+    scored: dict[str, tuple[Tensor, Tensor, Tensor]]
     pairs: int
     scoring_seconds: float
 
@@ -43,7 +41,7 @@ class PublicMomentum:
         """The rates as whole numbers of pairs."""
         return {
             site: (torch.round(up * self.pairs).long(), torch.round(down * self.pairs).long())
-            for site, (up, down) in self.rates.items()
+            for site, (up, down, _) in self.scored.items()
         }
 
 
@@ -52,13 +50,8 @@ def measure(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair]) -> PublicM
     positive = collect(model, tokenizer, [pair.prompt + pair.positive for pair in pairs])
     negative = collect(model, tokenizer, [pair.prompt + pair.negative for pair in pairs])
     begin = time.perf_counter()
-    found = {site: score(positive[site], negative[site]) for site in SITES}
-    return PublicMomentum(
-        rates={site: (up, down) for site, (up, down, _) in found.items()},
-        scores={site: beta for site, (_, _, beta) in found.items()},
-        pairs=len(pairs),
-        scoring_seconds=time.perf_counter() - begin,
-    )
+    scored = {site: score(positive[site], negative[site]) for site in SITES}
+    return PublicMomentum(scored, len(pairs), time.perf_counter() - begin)
 
 
 @torch.no_grad()

@@ -82,8 +82,8 @@ def _summary(results: Results) -> str:
         for inference in found:
             smallest: dict[str, Case] = {}
             for case in inference.main():
-                known = smallest.setdefault(case.execution, case)
-                smallest[case.execution] = min(known, case, key=lambda one: one.batch)
+                known = smallest.setdefault(case.content["execution"], case)
+                smallest[case.content["execution"]] = min(known, case, key=lambda one: one.batch)
             for case in smallest.values():
                 best = case.best_of_ours("token")
                 own = f"{best[0]} {best[1]} {best[1].verdict}" if best else ""

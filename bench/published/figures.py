@@ -115,7 +115,7 @@ def _overhead(inference: Inference) -> dict[str, Any]:
     """For each execution the setting that was measured first (others are in the table), at all batch sizes."""
     chosen: dict[str, list[Case]] = {}
     for case in inference.main():
-        own = chosen.setdefault(case.execution, [])
+        own = chosen.setdefault(case.content["execution"], [])
         if not own or own[0].setting == case.setting:
             own.append(case)
     panels = []

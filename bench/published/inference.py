@@ -44,14 +44,10 @@ class Case:
         return int(self.content["batch"])
 
     @property
-    def execution(self) -> str:
-        return str(self.content["execution"])
-
-    @property
     def setting(self) -> tuple[str, str, int, int, int]:
         """All but the batch: execution, site, k, layers touched, and tokens of the prompt."""
         c = self.content
-        return self.execution, c["site"], c["k"], c["layers"], c["prompt_tokens"]
+        return c["execution"], c["site"], c["k"], c["layers"], c["prompt_tokens"]
 
     @property
     def words(self) -> str:
@@ -166,7 +162,7 @@ def sweeps(cases: Iterable[Case], along: str) -> list[list[Case]]:
     for case in cases:
         # With more AUs more layers are touched, unless the sweep fixes them.
         fixed = () if along == "k" else (case.content[other],)
-        key = (case.execution, case.batch, case.content["site"], case.content["prompt_tokens"], *fixed)
+        key = (case.content["execution"], case.batch, case.content["site"], case.content["prompt_tokens"], *fixed)
         groups.setdefault(key, []).append(case)
     found = (sorted(group, key=lambda case: case.content[along]) for group in groups.values())
     return [group for group in found if len({case.content[along] for case in group}) > 1]

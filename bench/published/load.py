@@ -75,15 +75,10 @@ class Results(tuple[Result, ...]):
         """Those of a kind, of a device or of all."""
         return [r for r in self if r.kind == kind and device in (None, r.device)]
 
-    @property
-    def devices(self) -> list[str]:
-        """Every device that has a result, and the CPU, which every report is about."""
-        return list(dict.fromkeys([CPU, *(r.device for r in self)]))
-
     def kinds_of_device(self) -> Iterator[tuple[str, list[str]]]:
         """("CPU", its folder) and ("GPU", those of all GPUs), also where there is none."""
         yield "CPU", [CPU]
-        yield "GPU", [device for device in self.devices if device != CPU]
+        yield "GPU", list(dict.fromkeys(r.device for r in self if r.device != CPU))
 
 
 def slug(name: str) -> str:
@@ -120,11 +115,10 @@ def load(results: Path) -> Results:
 
 def _read(path: Path) -> Result | None:
     found = _NAME.fullmatch(path.name)
-    kinds = ", ".join(KEYS)
     if found is None or found["kind"] not in KEYS:
         raise ResultsError(
-            f"{path}: found a name of no known kind, expected <kind>-<date>.json with one of {kinds}; rename or move "
-            "it, or add its kind to bench/files.py"
+            f"{path}: found a name of no known kind, expected <kind>-<date>.json with one of {', '.join(KEYS)}; rename "
+            "or move it, or add its kind to bench/files.py"
         )
     if found["quick"]:
         return None
