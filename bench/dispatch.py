@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,21 +28,13 @@ import torch
 from austeer.ceilings import Ceilings, ceilings
 from austeer_kernels import launch
 
-from . import command, files, report, tables, tuning
+from . import command, files, report, tuning
 from .cases import ALONE, PLAIN, RIVALS, Case
 from .graphs import Replay, interleaved, ratios, relative_error, spread, warm_up
 
 #: out x in: the square and the two projections of 8B and 70B models, and of smaller ones.
-SHAPES = (
-    (4096, 4096),
-    (4096, 14336),
-    (14336, 4096),
-    (8192, 8192),
-    (8192, 28672),
-    (576, 1536),
-    (2048, 2048),
-    (2048, 8192),
-)
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672))
+SHAPES += ((576, 1536), (2048, 2048), (2048, 8192))
 TOKENS = (1, 4, 16, 64, 512, 4096)
 QUICK_SHAPES, QUICK_TOKENS = ((48, 64), (160, 112)), (1, 16)
 
@@ -149,16 +143,50 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
 
 
 def write_table(content: dict[str, Any], names: tuple[str, str], file: Path, source: str) -> None:
-    """Puts a result's limits and settings into a table."""
-    tables.update(
-        file,
-        names,
-        source,
-        content["dtype"],
-        {(row["n"], row["k"]) for row in content["rows"]},
-        [launch.Limit(**limit) for limit in content["limits"]],
-        [launch.Entry(**t["entry"]) for t in content["tuned"]],
-    )
+    """Puts a result's limits and settings into the kernels' table of a device, made or updated, and reads it back.
+
+    Earlier limits of the same shapes are replaced, also by none; so are settings of the same operation and shape.
+
+    Args:
+        names: the device's, from ``launch.names_of``. source: where the numbers come from; earlier sources stay.
+
+    Raises:
+        ValueError: the file is for other devices.
+    """
+    kept: dict[str, Any] = {"architectures": [names[0]], "devices": [glob.escape(names[1])], "entries": [], "fused": []}
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("devices", "architectures"):
+            if found[key] != kept[key]:
+                raise ValueError(f"{file} is for {key} {found[key]}, expected {kept[key]}")
+        kept |= found
+    shapes = {(row["n"], row["k"]) for row in content["rows"]}
+    fused = [row for row in kept["fused"] if row["dtypes"] != [content["dtype"]] or (row["n"], row["k"]) not in shapes]
+    fused += [_row(launch.Limit(**limit)) for limit in content["limits"]]
+    entries = [_row(launch.Entry(**tuned["entry"])) for tuned in content["tuned"]]
+    entries += [row for row in kept["entries"] if _key(row) not in list(map(_key, entries))]
+    sources = [*kept.get("source", "").split("; "), source]
+    head = {"source": "; ".join(dict.fromkeys(filter(None, sources))), **{key: kept[key] for key in list(kept)[:2]}}
+    parts = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
+    for name, rows in (("entries", entries), ("fused", fused)):
+        lines = ",\n".join(f"    {json.dumps(row)}" for row in sorted(rows, key=_key))
+        parts.append(f'  "{name}": [\n{lines}\n  ]' if lines else f'  "{name}": []')
+    file.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    launch.forget()
+    launch.tables()  # says where a row does not fit
+
+
+def _row(of: launch.Entry | launch.Limit) -> dict[str, Any]:
+    """A row without what has its default value, the operation first, as the tables are written by hand."""
+    fields = dataclasses.fields(of)
+    kept = {f.name: getattr(of, f.name) for f in fields if getattr(of, f.name) != f.default}
+    first = [name for name in ("op", "dtypes", "m", "n", "k") if name in kept]
+    row = {name: kept[name] for name in first} | kept
+    return row | {"dtypes": list(row["dtypes"])}
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return row.get("op", ""), list(row["dtypes"]), row["n"], row.get("k", 0), row["m"]
 
 
 def _shape(text: str) -> tuple[int, int]:

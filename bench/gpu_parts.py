@@ -74,12 +74,8 @@ def run_tests(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
     result = {"counts": counts, "failing": failing, "end": [] if code == 0 else output.splitlines()[-60:]}
     if code == 0:
         return {"result": result}
-    if failing:
-        reason = f"{len(failing)} of {len(results)} tests failed: {', '.join(failing)}"
-    elif code is None:
-        reason = f"stopped after {seconds:.0f} s and {len(results)} tests"
-    else:
-        reason = f"pytest ended with status {code} after {len(results)} tests"
+    ended = f"stopped after {seconds:.0f} s" if code is None else f"pytest ended with status {code}"
+    reason = f"{ended} and {len(results)} tests, {len(failing)} failed{': ' * bool(failing)}{', '.join(failing)}"
     return {"status": PARTIAL if code is None and not failing else FAILED, "reason": reason, "result": result}
 
 

@@ -16,7 +16,7 @@ from austeer.ceilings import Ceilings, ceilings
 from austeer.overhead import steering_cost
 from austeer.sites import find_sites, fingerprint, input_device, text_config
 
-from . import counts, files, steps, turns
+from . import counted_ops, files, steps, turns
 from .catalogue import AGAIN, UNSTEERED
 from .gate import Exact
 from .graphs import spread
@@ -174,7 +174,7 @@ def measure(model: PreTrainedModel, exact: Exact, limits: Ceilings, job: Job, te
             seconds = {"token": steps.by_turns(lineup.steps, effort.tokens, effort.clock(), lambda: tell(1, str(case)))}
         for name, way in made.items():  # when all is timed: a profiler may slow down what comes after it
             counted = effort.counts and job.ways[name].module
-            rows[name] |= counts.of_step(way, prompt(-1)) if counted else counts.UNKNOWN
+            rows[name] |= counted_ops.of_step(way, prompt(-1)) if counted else counted_ops.UNKNOWN
         if effort.counts:
             _add_predictions(rows, model, case, limits)
     noise, possible = _add_times(rows, case.batch, seconds)

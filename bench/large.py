@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import austeer_kernels as ak
+from austeer import Pairs
 from austeer.ceilings import ceilings
 
 from .compare import compare
 from .footprint import peak
 from .graphs import Replay, WrongResultError, copies_of, interleaved, ratios, spread, warm_up
-from .models import trained_tokenizer
 from .naive import Gate
 from .pair_sets import PairSet
 from .shapes import ModelShape, build
@@ -86,6 +88,21 @@ def _check(name: str, replay: Replay, inputs: Sequence[Sequence[Tensor]], counte
         for summed, exact in ((counters[0][2], delta.sum(0)), (counters[0][3], delta.square().sum(0))):
             if not torch.allclose(summed[some], passes * exact, rtol=1e-5, atol=1e-3):
                 raise WrongResultError(f"{name}: a sum differs by more than rounding")
+
+
+def trained_tokenizer(pairs: Iterable[Pairs], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer learnt from the pairs: texts get about as many tokens as from a real one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (text for some in pairs for pair in some for text in (pair.prompt, pair.positive, pair.negative))
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
 def model(

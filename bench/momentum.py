@@ -25,8 +25,9 @@ import torch
 from transformers import PreTrainedModel
 
 from austeer.measuring import BLOCK_PAIRS
+from austeer.models import ModelError, load_model
 
-from . import command, files, footprint, large, models, offloaded, pair_sets, report, shapes
+from . import command, files, footprint, large, offloaded, pair_sets, report, shapes
 from .compare import compare
 from .naive import Gate
 from .ways import OURS, PUBLIC, STACKED, WAYS, tokens_of
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     if not options.data.is_dir():
         report.say(f"{options.data}: no such folder; the demo's own pairs are used, as they are and lengthened")
     content = empty(device, options.commit, data, options.rounds, quick)
-    loaded = models.small(quick, device)
+    loaded = small(quick, device)
     if loaded is None:
         report.say("the demo model is not installed: nothing is measured on it")
     else:
@@ -114,6 +115,17 @@ def extra_memory(model: PreTrainedModel, tokenizer, way: str, count: int) -> dic
     WAYS[way](model, tokenizer, pairs[-2:])  # reads every weight
     nbytes = footprint.peak(lambda: WAYS[way](model, tokenizer, pairs), torch.device("cpu"))
     return {"pairs": count, "tokens": sum(tokens_of(tokenizer, pairs)), "bytes": nbytes}
+
+
+def small(quick: bool, device: torch.device) -> tuple[PreTrainedModel, Any] | None:
+    """The demo's model in float32, or a tiny random one with ``quick``; None where the demo's is not installed."""
+    if quick:
+        model = shapes.build(shapes.tiny(shapes.LLAMA_8B), device, torch.float32)
+        return model, large.trained_tokenizer([pair_sets.demo_pairs().pairs], model.config.vocab_size)
+    try:
+        return load_model("demo", "float32", str(device))
+    except ModelError:
+        return None
 
 
 def on_random_weights(

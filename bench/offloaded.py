@@ -46,19 +46,11 @@ def measure(
         weights = sorted(Path(folder).iterdir())
         found = {}
         for case in (CACHED, FROM_DISK):
-            before = read_from_disk()
             run = {n: forgetful(way, weights, n != LAYERWISE) for n, way in ways.items()} if case == FROM_DISK else ways
             found[case] = compare(
                 offloaded, tokenizer, pair_set, run, counts, gate, rounds, (RESIDENT, STACKED, PUBLIC)
             )
-            found[case]["read_from_disk"] = read_from_disk() - before
     return {"weights": sum(p.nbytes for p in model.get_decoder().parameters()), "cases": found}
-
-
-def read_from_disk() -> int:
-    """Bytes that this process has had the system fetch from a disk so far (Linux)."""
-    found = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
-    return int(found["read_bytes"])
 
 
 def forgetful(way: Way, weights: Sequence[Path], each_pass: bool) -> Way:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import austeer
-from austeer import Pair, Pairs
+from austeer import Pair, Pairs, load_pairs
+from austeer.tasks import load_task
 
 DEMO_PAIRS = Path(austeer.__file__).parent / "data" / "demo_pairs.jsonl"
 #: Texts are no longer than this, in characters: about 512 tokens of English. No way of measuring has to cut them.
@@ -34,36 +33,18 @@ class PairSet:
     others: int
 
 
-def _persona(row: dict[str, Any]) -> Pair:
-    return Pair(row["question"], row["answer_matching_behavior"], row["answer_not_matching_behavior"])
-
-
-def _caa(row: dict[str, Any]) -> Pair:
-    answers = (f" {row[f'answer_{kind}_behavior']}" for kind in ("matching", "not_matching"))
-    return Pair(f"{row['question']}\nAnswer:", *answers)
-
-
-def _boolq(row: dict[str, Any]) -> Pair:
-    answers = (" yes", " no") if row["answer"] else (" no", " yes")
-    return Pair(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", *answers)
-
-
-def _demo(row: dict[str, Any]) -> Pair:
-    return Pair(row["prompt"], row["positive"], row["negative"])
-
-
-#: name -> (file, pair of a row, long, pairs of the public algorithm, pairs of the others)
-DATA: dict[str, tuple[str, Callable[[dict[str, Any]], Pair], bool, int, int]] = {
-    "persona": ("persona_openness.jsonl", _persona, False, 16, 48),
-    "caa": ("caa_hallucination_generate.jsonl", _caa, True, 4, 12),
-    "boolq": ("boolq_a.jsonl", _boolq, True, 4, 12),
+#: name -> (file, the template that reads it, long, pairs of the public algorithm, pairs of the others)
+DATA = {
+    "persona": ("persona_openness.jsonl", "persona", False, 16, 48),
+    "caa": ("caa_hallucination_generate.jsonl", "caa", True, 4, 12),
+    "boolq": ("boolq_a.jsonl", "boolq", True, 4, 12),
 }
 NAMES = ("demo", *DATA)
 
 
 def demo_pairs() -> PairSet:
     """The demo's pairs: short, and there without any other data."""
-    return PairSet("demo", Pairs.of(_read(DEMO_PAIRS, _demo), "demo pairs"), False, 16, 48)
+    return PairSet("demo", replace(load_pairs(DEMO_PAIRS), source="demo pairs"), False, 16, 48)
 
 
 def long_demo_pairs() -> PairSet:
@@ -82,7 +63,7 @@ def load_all(names: Sequence[str], folder: Path) -> list[PairSet]:
     pairs alone, as they are and lengthened.
 
     Raises:
-        OSError: the folder lacks a file.
+        AusteerError: the folder lacks a file.
     """
     if not folder.is_dir():
         return [demo_pairs(), long_demo_pairs()]
@@ -91,17 +72,8 @@ def load_all(names: Sequence[str], folder: Path) -> list[PairSet]:
         if name == "demo":
             found.append(demo_pairs())
             continue
-        file, pair_of, *sizes = DATA[name]
-        pairs = (p for p in _read(folder / file, pair_of) if _length(p) <= LONGEST)
-        found.append(PairSet(name, Pairs.of(pairs, file), *sizes))
+        file, template, *sizes = DATA[name]
+        pairs = load_task(folder / file, template).pairs()
+        short = [p for p in pairs if len(p.prompt) + max(len(p.positive), len(p.negative)) <= LONGEST]
+        found.append(PairSet(name, Pairs.of(short, file), *sizes))
     return found
-
-
-def _length(pair: Pair) -> int:
-    return len(pair.prompt) + max(len(pair.positive), len(pair.negative))
-
-
-def _read(file: Path, pair_of: Callable[[dict[str, Any]], Pair]) -> Iterator[Pair]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield pair_of(json.loads(line))

@@ -70,13 +70,8 @@ class Step:
                 input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
             ).logits[:, -1]
 
-        model, token, mask, position, cache = (
-            self._steered.model,
-            self.token,
-            self._mask,
-            self._position,
-            self._cache,
-        )
+        model, token, mask = self._steered.model, self.token, self._mask
+        position, cache = self._position, self._cache
         return FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)  # type: ignore[return-value]
 
     def _capture(self, device: torch.device) -> None:

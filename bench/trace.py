@@ -1,19 +1,16 @@
-"""A Chrome trace of every way at work, for https://ui.perfetto.dev, and what took the time in each."""
+"""A Chrome trace of every way at work, for https://ui.perfetto.dev."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedModel
 
@@ -26,31 +23,9 @@ from .published.tables import table
 from .steered import Steered, Way
 
 ENDINGS = (".json", ".json.gz")
-#: Decoded tokens of each way, and how many operations its table lists.
-STEPS, TOP = 4, 5
+#: Decoded tokens of each way.
+STEPS = 4
 PREFILL, DECODE, GENERATE = "prefill", "decode", "generate"
-
-
-@dataclass(frozen=True)
-class Traced:
-    """One way in one phase; all numbers are of one token step, or of the one prefill, and under the profiler.
-
-    Attributes:
-        phase: "prefill", "decode", or "generate" for a way that can only generate as a whole.
-        host_seconds: until everything is queued; on a CPU until everything is done.
-        device_seconds, launches: of kernels and copies on a GPU; on a CPU None, and the operations called by the model
-            and its hooks, without those inside them.
-        top: (operation, seconds, calls), the longest first: kernels on a GPU, operations without their parts on a CPU.
-        reason: why it is not in the trace, instead of numbers; empty if it is.
-    """
-
-    way: str
-    phase: str = ""
-    host_seconds: float | None = None
-    device_seconds: float | None = None
-    launches: float | None = None
-    top: tuple[tuple[str, float, float], ...] = ()
-    reason: str = ""
 
 
 def check_trace_path(path: Path | str) -> Path:
@@ -85,7 +60,8 @@ def write_trace(
         path: ``.json``, or ``.json.gz`` to compress it. An existing file is replaced.
 
     Returns:
-        The fields of :class:`Traced` for each way and phase, or why a way has none.
+        For each way its phases ("prefill" and "decode", or "generate" for a way that can only generate as a whole) with
+        the seconds until everything was queued, of one token or of the one prefill; or the reason why it has none.
 
     Raises:
         AusteerError: nothing can be written there, or the model cannot have the case; before any work.
@@ -105,14 +81,16 @@ def write_trace(
                 for phase, seconds in _run(name, lineup.made[name], own, device).items():
                     host[name, phase] = seconds
     profiled.export_chrome_trace(str(path))
-    events = profiled.events()
-    rows = [summary(events, name, phase, seconds, device) for (name, phase), seconds in host.items()]
+    rows = [
+        {"way": name, "phase": phase, "host_seconds": seconds / (1 if phase == PREFILL else STEPS), "reason": ""}
+        for (name, phase), seconds in host.items()
+    ]
     rows += [
-        Traced(name, reason=f"{row['status']}: {row['reason']}")
+        {"way": name, "phase": "", "host_seconds": None, "reason": f"{row['status']}: {row['reason']}"}
         for name, row in lineup.rows.items()
         if row["status"] != MEASURED
     ]
-    return [asdict(row) for row in sorted(rows, key=lambda row: list(ways).index(row.way))]
+    return sorted(rows, key=lambda row: list(ways).index(row["way"]))
 
 
 def _phases(lineup: Lineup, name: str) -> dict[str, Callable[[], object]]:
@@ -146,7 +124,7 @@ def _run(
         wait(device)
         with record_function(name):
             for phase, run in phases.items():
-                with record_function(_range(name, phase)):
+                with record_function(f"{name}: {phase}"):
                     begin = time.perf_counter()
                     run()
                     seconds[phase] = time.perf_counter() - begin
@@ -154,48 +132,11 @@ def _run(
     return seconds
 
 
-def _range(name: str, phase: str) -> str:
-    return f"{name}: {phase}"
-
-
-def summary(events: Iterable[Any], name: str, phase: str, seconds: float, device: torch.device) -> Traced:
-    """What happened within a range; on a GPU nothing of another range is left over, for each ends with a wait."""
-    events = list(events)
-    (within,) = (e.time_range for e in events if e.name == _range(name, phase) and e.device_type == DeviceType.CPU)
-    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
-    own = [
-        e
-        for e in events
-        if e.device_type == kind
-        and not e.is_user_annotation
-        and within.start <= e.time_range.start
-        and e.time_range.end <= within.end
-    ]
-    times = 1 if phase == PREFILL else STEPS
-    spent: dict[str, list[float]] = defaultdict(list)
-    for e in own:
-        spent[e.name].append((e.time_range.elapsed_us() if kind == DeviceType.CUDA else e.self_cpu_time_total) * 1e-6)
-    longest = sorted(spent.items(), key=lambda item: -sum(item[1]))[:TOP]
-    top = tuple((operation, sum(values) / times, len(values) / times) for operation, values in longest)
-    if kind == DeviceType.CUDA:
-        launches, busy = len(own), sum(map(sum, spent.values())) / times
-    else:
-        launches, busy = sum(e.cpu_parent is None or e.cpu_parent.is_user_annotation for e in own), None
-    return Traced(name, phase, seconds / times, busy, launches / times, top)
-
-
 def show_trace(rows: Iterable[Mapping[str, Any]], console: Console) -> None:
     """A line for each way and phase."""
-    lines = []
-    for row in rows:
-        if row["reason"]:
-            lines.append([row["way"], "", "", "", "", row["reason"]])
-            continue
-        device = "" if row["device_seconds"] is None else f"{1e6 * row['device_seconds']:.0f}"
-        top = ", ".join(f"{calls:g} x {name[:60]} {1e6 * seconds:.1f}" for name, seconds, calls in row["top"])
-        lines.append(
-            [row["way"], row["phase"], f"{1e6 * row['host_seconds']:.0f}", device, f"{row['launches']:g}", top]
-        )
-    head = ["way", "phase", "host, us", "device, us", "launches", "longest operations, us"]
+    lines = [
+        [row["way"], row["phase"], "" if row["reason"] else f"{1e6 * row['host_seconds']:.0f}", row["reason"]]
+        for row in rows
+    ]
     title = "A prefill, and a decoded token; under the profiler, which slows the host:"
-    console.print(Markdown(f"{title}\n\n{table(head, lines)}"))
+    console.print(Markdown(f"{title}\n\n{table(['way', 'phase', 'host, us', 'not in the trace'], lines)}"))

@@ -8,7 +8,7 @@ import torch
 
 from austeer.ceilings import Ceilings
 from austeer_kernels import launch
-from bench import cases, dispatch, files, report, tables, tuning
+from bench import cases, dispatch, files, report, tuning
 from bench.graphs import WrongResultError
 
 CPU = torch.device("cpu")
@@ -120,13 +120,24 @@ def test_each_shape_has_its_own_limit():
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+def update(file, names, source, dtype, shapes, limits, entries=()):
+    """Writes made-up findings, as they are read from a file, into a table."""
+    content = {
+        "dtype": dtype,
+        "rows": [{"n": n, "k": k} for n, k in shapes],
+        "limits": [dataclasses.asdict(limit) for limit in limits],
+        "tuned": [{"entry": dataclasses.asdict(entry)} for entry in entries],
+    }
+    dispatch.write_table(json.loads(json.dumps(content)), names, file, source)
+
+
 def test_a_table_with_limits_alone_leaves_every_launch_as_it_was(own_tables):
     """Settings for an operation that a device's table lacks come from the next table."""
     shapes = [("steered_linear", 16, 4096, 4096), ("steer_columns_", 1, 100, 0), ("momentum_update", 500, 4096, 0)]
     before = [launch.entries_for(op, torch.bfloat16, *NAMES) for op, *_ in shapes]
     file = own_tables / "h100.json"
     limits = [launch.Limit(("bfloat16",), 4096, 14336, 16), launch.Limit(("bfloat16",), 4096, 4096, 4)]
-    tables.update(file, NAMES, "a test", "bfloat16", {(4096, 4096), (4096, 14336), (64, 64)}, limits)
+    update(file, NAMES, "a test", "bfloat16", {(4096, 4096), (4096, 14336), (64, 64)}, limits)
     table = launch.tables()[0]
     assert table.file == "h100" and table.source == "a test" and table.entries == ()
     assert set(table.fused) == set(limits) and table.fits(*NAMES)
@@ -142,10 +153,10 @@ def test_an_update_replaces_what_was_measured_again_and_keeps_the_rest(own_table
     entry = launch.Entry("steered_linear", ("bfloat16",), 1, 64, 16, 64, 4, k=64, block_k=64)
     other = dataclasses.replace(entry, m=4, block_n=128)
     a, b = launch.Limit(("bfloat16",), 64, 64, 4), launch.Limit(("bfloat16",), 128, 64, 16)
-    tables.update(file, NAMES, "first", "bfloat16", {(64, 64), (128, 64)}, [a, b], [entry, other])
-    tables.update(file, NAMES, "half", "float16", {(64, 64)}, [dataclasses.replace(a, dtypes=("float16",))])
+    update(file, NAMES, "first", "bfloat16", {(64, 64), (128, 64)}, [a, b], [entry, other])
+    update(file, NAMES, "half", "float16", {(64, 64)}, [dataclasses.replace(a, dtypes=("float16",))])
     better = dataclasses.replace(entry, num_warps=8, num_stages=3)
-    tables.update(file, NAMES, "again", "bfloat16", {(64, 64)}, [], [better])
+    update(file, NAMES, "again", "bfloat16", {(64, 64)}, [], [better])
     table = next(t for t in launch.tables() if t.file == "h100")
     assert table.source == "first; half; again"
     assert {(x.dtypes, x.n, x.m) for x in table.fused} == {(("bfloat16",), 128, 16), (("float16",), 64, 4)}
@@ -153,22 +164,8 @@ def test_an_update_replaces_what_was_measured_again_and_keeps_the_rest(own_table
     content = json.loads(file.read_text())
     assert list(content["entries"][0])[:5] == ["op", "dtypes", "m", "n", "k"]
     assert "max_splits" not in content["entries"][0], "defaults are left out"
-    with pytest.raises(ValueError, match=r"h100\.json is for .*H100.*expected .*B200"):
-        tables.update(file, ("sm_100", "NVIDIA B200"), "x", "bfloat16", set(), [])
-
-
-def test_a_result_becomes_a_table(own_tables):
-    entry = launch.Entry("steered_linear", ("bfloat16",), 1, 64, 16, 64, 4, k=32, block_k=64)
-    content = {
-        "dtype": "bfloat16",
-        "rows": [row(1, 0.9)],
-        "limits": [dataclasses.asdict(limit) for limit in dispatch.limits([row(1, 0.9)], "bfloat16")],
-        "tuned": [{"entry": dataclasses.asdict(entry)}],
-    }
-    content = json.loads(json.dumps(content))  # as it is read from a file
-    dispatch.write_table(content, NAMES, own_tables / "h100.json", "dispatch-2026.json")
-    table = next(t for t in launch.tables() if t.file == "h100")
-    assert table.fused == (launch.Limit(("bfloat16",), 64, 32, 1),) and table.entries == (entry,)
+    with pytest.raises(ValueError, match=r"h100\.json is for devices .*H100.*expected .*B200"):
+        update(file, ("sm_100", "NVIDIA B200"), "x", "bfloat16", set(), [])
 
 
 # --- tuning ----------------------------------------------------------------------------------------------------------

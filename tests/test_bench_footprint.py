@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import footprint
-from bench.our_ways import WAYS
+from bench.catalogue import OURS as WAYS
 from bench.plans import spread_plan
 from bench.steered import twin
 from tiny_models import tiny_model

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bench import catalogue, plain_ways
 from bench import gate as gates
-from bench import our_ways, plain_ways
 from bench.gate import Exact, Gate, WeakGateError
 from bench.lineup import prompts
 from bench.plain_ways import Formula
@@ -12,7 +12,7 @@ from bench.plans import spread_plan
 from bench.steered import Steered, UnavailableError, twin
 from tiny_models import tiny_model
 
-RIGHT = {way.name: way.make for way in (*plain_ways.WAYS[2:], *our_ways.WAYS)}
+RIGHT = {way.name: way.make for way in (*plain_ways.WAYS[2:], *catalogue.OURS)}
 #: GPT-2 has biases and transposed weights; the experts of a Mixtral are one tensor.
 PLACES = [
     *(("llama", site) for site in ("attention", "ffn", "layer", "neuron")),

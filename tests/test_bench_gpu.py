@@ -261,14 +261,16 @@ def test_results_of_tests_are_counted_and_those_that_fail_named(tmp_path):
         "@pytest.mark.skip(reason='no')\ndef test_skipped(): pass\n"
     )
     entry = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path)], 60)
-    assert entry["status"] == FAILED and entry["reason"].startswith("2 of 5 tests failed: ")
+    assert entry["status"] == FAILED and entry["reason"].startswith(
+        "pytest ended with status 1 and 5 tests, 2 failed: "
+    )
     assert entry["result"]["counts"] == {"passed": 2, "failed": 1, "error": 1, "skipped": 1}
     assert [name.split("::")[1] for name in entry["result"]["failing"]] == ["test_bad", "test_error"]
     assert any("assert 1 == 2" in line for line in entry["result"]["end"])
     good = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path), "-k", "good"], 60)
     assert good == {"result": {"counts": {"passed": 2}, "failing": [], "end": []}}
     none = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path), "-k", "nothing"], 60)
-    assert none["status"] == FAILED and none["reason"] == "pytest ended with status 5 after 0 tests"
+    assert none["status"] == FAILED and none["reason"] == "pytest ended with status 5 and 0 tests, 0 failed"
 
 
 def test_tests_that_take_too_long_are_stopped_and_what_ran_is_counted(tmp_path):
@@ -276,7 +278,7 @@ def test_tests_that_take_too_long_are_stopped_and_what_ran_is_counted(tmp_path):
     begin = time.perf_counter()
     entry = gpu_parts.run_tests(["-c", "/dev/null", str(tmp_path)], 15)
     assert time.perf_counter() - begin < 45
-    assert entry["status"] == PARTIAL and entry["reason"] == "stopped after 15 s and 1 tests"
+    assert entry["status"] == PARTIAL and entry["reason"] == "stopped after 15 s and 1 tests, 0 failed"
     assert entry["result"]["counts"] == {"passed": 1}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from austeer import Pair
-from bench import compare, large, models, momentum, naive, offloaded, pair_sets, report, ways
+from bench import compare, large, momentum, naive, offloaded, pair_sets, report, ways
 from bench.graphs import WrongResultError
 from bench.peers import SITES
 from bench.ways import OURS, PUBLIC, STACKED, UNSHARED, WAYS, Run
@@ -20,7 +20,7 @@ DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
 @pytest.fixture(scope="module")
 def loaded():
-    return models.small(True, CPU)
+    return momentum.small(True, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_no_result_from_a_wrong_way(tmp_path, capsys, monkeypatch):
 
 def test_a_machine_without_the_demo_model_is_told_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(models, "small", lambda quick, device: None)
+    monkeypatch.setattr(momentum, "small", lambda quick, device: None)
     assert momentum.main(["--out", str(tmp_path), "--data", str(tmp_path / "none")]) == 0
     assert "the demo model is not installed: nothing is measured on it" in capsys.readouterr().err
 

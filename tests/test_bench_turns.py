@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from bench import turns
-from bench.our_ways import Fold
+from bench.catalogue import Fold
 from bench.plain_ways import WAYS
 from bench.plans import spread_plan
 from bench.steered import Steered, twin

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..intervals import FASTER, NOISE, SAME, SLOWER, UNCLEAR
-from .inference import DENSE, METRICS, PUBLIC, SPARSE, Case, Inference
+from .inference import DENSE, METRICS, PUBLIC, SPARSE, Case, Inference, Overhead
 
 #: The paper's only figure: whole task runs of Gemma2-9B on an H100, steered over unsteered, percent.
 PAPER = 2.8
@@ -30,7 +30,7 @@ def sentences(inference: Inference) -> list[str]:
         timed = [case for case in cases if case.times(metric)]
         some = [case for case in timed if case.decidable(metric)]
         if timed and not some:
-            noise = _range([case.noise(metric) for case in timed])
+            noise = _span([case.noise(metric) for case in timed], "")
             name = where.split(",")[0].capitalize()
             found.append(f"**{name}**: no verdict in any of {len(timed)} cases (noise {noise}).")
             continue
@@ -83,31 +83,21 @@ def worth(quiet: Sequence[Case]) -> str:
         return "the public form has no time in any quiet case, so it cannot be judged."
     slower = [(case, o) for case, o in public if o.verdict == SLOWER]
     unclear = sum(o.verdict not in (SLOWER, SAME, FASTER) for _, o in public)
-    if not slower and unclear:
+    if slower:
+        saved = _span([o.median for _, o in slower])
+        text = f"in {len(slower)} of {len(public)} cases there is something to save, {saved} of a token's time."
+        text += _saved([(o, ours) for case, o in slower if (ours := case.best_of_ours("token")) is not None])
+    elif unclear:
         text = (
             f"the public form could not be told apart from the unsteered model in {unclear} of {len(public)} cases, so "
             "no saving can be shown there"
         )
         text += "." if unclear == len(public) else "; in the others it is not slower, so there is nothing to save."
-    elif not slower:
+    else:
         text = (
             "there is nothing to save that could be measured: even the public form, over the whole width of every "
             "layer, is not slower than the unsteered model."
         )
-    else:
-        medians = [o.median for _, o in slower]
-        text = (
-            f"in {len(slower)} of {len(public)} cases there is something to save, {_span(medians)} of a token's time."
-        )
-        best = [(o, ours) for case, o in slower if (ours := case.best_of_ours("token")) is not None]
-        if best:
-            cheaper = [(name, ours) for o, (name, ours) in best if ours.compared(o) == "cheaper"]
-            free = [name for name, ours in cheaper if ours.verdict in (SAME, FASTER)]
-            less = [name for name, ours in cheaper if ours.verdict not in (SAME, FASTER)]
-            text += f" The best of our paths saves all of it in {len(free)} of {len(best)}{_named(free)}"
-            text += f", part of it in {len(less)}{_named(less)}" if less else ""
-            rest = len(best) - len(free) - len(less)
-            text += f", and a saving is not resolved in {rest}." if rest else "."
     if relations := _relations(quiet):
         text += (
             f" Touching fewer activations, by plain indexing, is cheaper in itself in {relations.count('cheaper')} of "
@@ -117,13 +107,19 @@ def worth(quiet: Sequence[Case]) -> str:
     return text
 
 
-def _span(percents: Sequence[float]) -> str:
-    least, most = f"{min(percents):+.1f}", f"{max(percents):+.1f}"
-    return f"{least} %" if least == most else f"{least} to {most} %"
+def _saved(best: Sequence[tuple[Overhead, tuple[str, Overhead]]]) -> str:
+    """What the best of our paths saves of the public form's time, case by case."""
+    cheaper = [(name, ours) for o, (name, ours) in best if ours.compared(o) == "cheaper"]
+    free = [name for name, ours in cheaper if ours.verdict in (SAME, FASTER)]
+    less = [name for name, ours in cheaper if ours.verdict not in (SAME, FASTER)]
+    text = f" The best of our paths saves all of it in {len(free)} of {len(best)}{_named(free)}"
+    text += f", part of it in {len(less)}{_named(less)}" if less else ""
+    rest = len(best) - len(free) - len(less)
+    return (text + f", and a saving is not resolved in {rest}." if rest else text + ".") if best else ""
 
 
-def _range(percents: Sequence[float]) -> str:
-    least, most = f"{min(percents):.1f}", f"{max(percents):.1f}"
+def _span(percents: Sequence[float], sign: str = "+") -> str:
+    least, most = f"{min(percents):{sign}.1f}", f"{max(percents):{sign}.1f}"
     return f"{least} %" if least == most else f"{least} to {most} %"
 
 

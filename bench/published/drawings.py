@@ -11,17 +11,6 @@ from austeer.figures import require_matplotlib
 
 #: The ground, text, and lines of little weight.
 _PAGE, _TEXT, _WEAK, _BAND = "#ffffff", "#1f2328", "#d1d9e0", "#59636e"
-_COLORS = {
-    "public": "#e36209",
-    "dense hook": "#c69026",
-    "sparse hook": "#e5534b",
-    "columns": "#3987e5",
-    "fused": "#2da44e",
-    "fold": "#a371f7",
-    "ours": "#3987e5",
-    "unsteered again": "#8b949e",
-    "stacked": "#8b949e",
-}
 _CYCLE = ("#3987e5", "#e36209", "#2da44e", "#a371f7", "#c69026", "#e5534b", "#39c5cf", "#d4679f")
 _MARKERS = "osD^vP<>X*"
 #: Beyond this many percent the axis goes on logarithmically, so that small overheads stay readable beside large ones.
@@ -69,21 +58,18 @@ def _axes(panels: int, columns: int, width: float, height: float):
     return figure, list(axes[:panels])
 
 
-def _color(name: str, number: int) -> str:
-    return _COLORS.get(name, _CYCLE[number % len(_CYCLE)])
-
-
-def _percent_axis(axis, least: float, most: float, which: str) -> None:
+def _percent_axis(axis, least: float, most: float) -> None:
     """Linear, or, where overheads are large, linear in the middle and logarithmic beyond it."""
     from matplotlib.ticker import FuncFormatter
 
     if max(abs(least), abs(most)) > 6 * _LINEAR:
-        getattr(axis, f"set_{which}scale")("symlog", linthresh=_LINEAR, linscale=1.2)
-        ticks = [t for t in (-30, -10, -5, -2, 0, 2, 5, 10, 30, 100, 300, 1000) if 1.3 * least <= t <= 1.3 * most]
-        getattr(axis, f"set_{which}ticks")(ticks)
-        getattr(axis, f"set_{which}lim")(min(1.3 * least, -1), 1.4 * most)
-        getattr(axis, f"{which}axis").minorticks_off()
-    getattr(axis, f"{which}axis").set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
+        axis.set_xscale("symlog", linthresh=_LINEAR, linscale=1.2)
+        axis.set_xticks(
+            [t for t in (-30, -10, -5, -2, 0, 2, 5, 10, 30, 100, 300, 1000) if 1.3 * least <= t <= 1.3 * most]
+        )
+        axis.set_xlim(min(1.3 * least, -1), 1.4 * most)
+        axis.xaxis.minorticks_off()
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
 
 
 def _overheads(data: Mapping[str, Any]):
@@ -110,7 +96,7 @@ def _overheads(data: Mapping[str, Any]):
             ends += [mark[i] for mark in own for i in (3, 4)]
         axis.set_yticks(range(len(names)), names if number % 2 == 0 else [""] * len(names))
         axis.set_ylim(len(names) - 0.4, -0.6)
-        _percent_axis(axis, min(ends), max(ends), "x")
+        _percent_axis(axis, min(ends), max(ends))
         axis.set(xlabel="overhead, % over unsteered (95 % interval)", title=panel["title"])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -126,8 +112,7 @@ def _bars(data: Mapping[str, Any]):
         bars = panel["bars"]
         places, values = range(len(bars)), [bar[1] for bar in bars]
         spread = [[bar[1] - bar[2] for bar in bars], [bar[3] - bar[1] for bar in bars]] if len(bars[0]) > 2 else None
-        shades = [_COLORS.get(bar[0].split(",")[0].split(" (")[0], _COLORS["ours"]) for bar in bars]
-        axis.barh(places, values, 0.66, xerr=spread, color=shades, ecolor=_TEXT, capsize=3)
+        axis.barh(places, values, 0.66, xerr=spread, color=_CYCLE[0], ecolor=_TEXT, capsize=3)
         ends = [bar[-1] for bar in bars]
         least = min([0, *(bar[2] for bar in bars)]) if spread else 0
         margin = 0.012 * (max(ends) - least)

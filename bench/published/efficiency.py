@@ -204,9 +204,7 @@ def _momentum(result: Result) -> str:
     sets = result.content["sets"] + (large["sets"] if large else [])
     if not sets:
         return ""
-    texts = [figures.picture(f"{result.name}-momentum", "Pairs a second, by way")]
-    if result.content["sets"]:
-        texts.append(tables.momentum(result.content["sets"]))
+    texts = [tables.momentum(result.content["sets"])] if result.content["sets"] else []
     if large:
         texts.append(f"A random {large['shape']['name']} in {large['dtype']}:\n\n{tables.momentum(large['sets'])}")
     if kernel:

@@ -15,9 +15,9 @@ from typing import Any
 
 from austeer.figures import require_matplotlib
 
-from . import study, tables
+from . import study
 from .inference import METRICS, Case, Inference, variants_of
-from .load import Result, Results
+from .load import Results
 
 #: Key of the hash among a PNG's texts; counts up when drawings.py draws the same data in another way.
 _KEY, _DRAWN = "Data", 3
@@ -55,8 +55,6 @@ def figures(results: Results) -> list[Figure]:
     for result in results:
         if result.kind == "inference" and Inference(result).main():
             found.append(Figure(f"{result.name}-overhead", "overheads", _overhead(Inference(result))))
-        elif result.kind == "momentum" and (data := _momentum(result)):
-            found.append(Figure(f"{result.name}-momentum", "bars", data))
         elif result.kind == "study":
             found.append(Figure(f"{result.name}-study", "bars", study.drawn(result)))
     return found
@@ -132,15 +130,3 @@ def _overhead(inference: Inference) -> dict[str, Any]:
                 noise = _rounded(max(case.noise(metric) for case in cases if case.times(metric)))[0]
                 panels.append({"title": f"{cases[0].words}\n{words}", "noise": noise, "marks": marks})
     return {"title": f"{inference.result.machine}; {inference.model['name']}", "panels": panels}
-
-
-def _momentum(result: Result) -> dict[str, Any]:
-    large = result.content["large"]
-    sets = [(row, "") for row in result.content["sets"]]
-    sets += [(row, f"{large['shape']['name']}, ") for row in large["sets"]] if large else []
-    panels = []
-    for row, model in sets:
-        bars = [[way, *_rounded(own["pairs_a_second"])] for way, own in row["ways"].items()]
-        name = tables.SETS.get(row["set"], row["set"])
-        panels.append({"title": f"{model}{name}, {row['tokens_a_text']['median']:.0f} tokens a text", "bars": bars})
-    return {"title": f"Measuring momentum; {result.machine}", "x": "pairs a second", "panels": panels} if panels else {}

