@@ -66,7 +66,12 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     if compare is not None:
-        _compare(*compare, json=json)
+        from .changes import compare as compared
+        from .changes import show
+        from .files import read
+
+        changes = compared(*(read(path, "inference") for path in compare))
+        emit(changes.to_json()) if json else show(changes, console)
         return
     from austeer.cli.common import load
     from austeer.errors import AusteerError
@@ -74,7 +79,7 @@ def bench(
 
     from .catalogue import chosen
     from .inference import Effort, Job
-    from .trace import check_trace_path
+    from .trace import check_trace_path, show_trace, write_trace
 
     lists = ("site", "k", "layers", "batch", "prompt_tokens", "execution")
     given = [name for name in lists if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
@@ -94,7 +99,12 @@ def bench(
     _expect_plain(loaded)
     cases, series = expand(loaded, full_lists(loaded) if full else {name: context.params[name] for name in lists})
     if trace is not None:
-        _trace(loaded, cases[0], ways, trace, json)
+        rows = write_trace(loaded, cases[0], ways, trace)
+        if json:
+            emit({"file": trace, "ways": rows})
+            return
+        show_trace(rows, console)
+        console.print(f"wrote {trace}; open it in https://ui.perfetto.dev or chrome://tracing")
         return
     effort, brief = Effort(seconds=seconds, tokens=tokens), Effort(seconds=seconds / 4, tokens=tokens)
     swept = {name: way for name, way in ways.items() if name in SWEPT or name.startswith("unsteered")}
@@ -193,28 +203,6 @@ def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Pa
         return
     report.show(path, content)
     console.print(f"wrote {path}")
-
-
-def _trace(model: Any, case: Any, ways: Any, path: Path, json: bool) -> None:
-    from .trace import show_trace, write_trace
-
-    found = write_trace(model, case, ways, path)
-    if json:
-        emit({"file": path, "ways": found})
-        return
-    show_trace(found, console)
-    console.print(f"wrote {path}; open it in https://ui.perfetto.dev or chrome://tracing")
-
-
-def _compare(before: Path, after: Path, json: bool) -> None:
-    from .changes import compare, show
-    from .files import read
-
-    found = compare(read(before, "inference"), read(after, "inference"))
-    if json:
-        emit(found.to_json())
-        return
-    show(found, console)
 
 
 @app.command()

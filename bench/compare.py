@@ -40,10 +40,8 @@ def compare(
     A way that runs fewer pairs than others gets some that are as long as all of them are: see :func:`evenly`.
 
     Args:
-        ways: what to run, by name. counts: with how many pairs, by the same names.
-        gate: made for at least as many pairs.
-        rounds: at least 2; one more, not timed, warms up and counts tokens.
-        references: the ways that speeds are compared with.
+        counts: with how many pairs, by the ways' names. gate: made for at least as many pairs.
+        rounds: at least 2; one more, not timed, warms up and counts tokens. references: what speeds are compared with.
 
     Raises:
         WrongResultError: a way counts something else.

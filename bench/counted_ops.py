@@ -56,17 +56,11 @@ class Counted:
 class CountedOps(TorchDispatchMode):
     """Counts inside its context.
 
-    ::
-
-        with torch.no_grad(), CountedOps(model) as counted:
-            model(ids)
-        counted.launches, counted.read, counted.written, counted.operations
-
     Args:
         model: whose parameters are told apart from other tensors; None: none are.
 
     Attributes:
-        calls: the operations that did work, in order.
+        calls: the operations that did work, in order. launches: how many. read, written, weights, operations: sums.
     """
 
     def __init__(self, model: nn.Module | None = None):
@@ -80,7 +74,6 @@ class CountedOps(TorchDispatchMode):
         return len(self.calls)
 
     def __getattr__(self, name: str) -> int:
-        """The sum of a field of all calls: ``read``, ``written``, ``weights``, ``operations``."""
         if name not in Counted.__dataclass_fields__:
             raise AttributeError(name)
         return sum(getattr(call, name) for call in self.calls)

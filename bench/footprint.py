@@ -20,14 +20,7 @@ _FORGET_PEAK = "5"
 
 
 class Held(TorchDispatchMode):
-    """Notes the storages that operations make inside its context.
-
-    ::
-
-        with Held() as held:
-            steered = way.make(...)
-        held.bytes
-    """
+    """Notes the storages that operations make inside its context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -74,6 +74,23 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def captured(run: Callable[[], Any], warm_up: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
+    """A CUDA graph of ``run``, and what that gave.
+
+    Args:
+        warm_up: compiles kernels, chooses algorithms, allocates workspaces: all forbidden in a capture.
+    """
+    stream, current = capture_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        warm_up()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = run()
+    return graph, result
+
+
 class Replay:
     """Calls that do the same work, each on its own copy of the inputs; timed as a whole.
 
@@ -103,15 +120,8 @@ class Replay:
                 self.result = call()
 
     def _capture(self) -> None:
-        stream, current = capture_stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            self._run(1)  # compiles kernels, chooses algorithms, allocates workspaces: all forbidden in a capture
-        self.result = None
-        current.wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._run(self.count // len(self.calls))
+        passes = self.count // len(self.calls)
+        self._graph, _ = captured(lambda: self._run(passes), lambda: self._run(1), self.device)
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run(self) -> Any:

@@ -2,14 +2,11 @@
 
     python -m bench.momentum [--rounds 3] [--sets persona boolq ...] [--data ../shared/data] [--quick] [--json]
 
-Both sites, attention and ffn, are measured in one pass by every way: the public algorithm (peers/public_momentum.py),
-careful PyTorch (peers/stacked_momentum.py), ours, and ours without shared prompts. In each round all run, in a new
-random order, on the first pairs of each set; the public algorithm on fewer, since its rate does not depend on their
-number but for its loop over the AUs. That loop is a fixed cost, as is our question whether the model takes trees, so
-ratios are given twice: as run, and as they would be at 1,000 pairs, the paper's number. Nothing is timed whose counts
-are not those of a naive loop, up to comparisons that rounding can turn (naive.py). Peak memory has a part of its own,
-as have a model with its weights on disk (offloaded.py), and on a GPU the counting kernel and a random model of 8B's
-sizes (large.py).
+Both sites, attention and ffn, are measured in one pass by every way. In each round all run, in a new random order, on
+the first pairs of each set; the public algorithm on fewer, since its rate does not depend on their number but for its
+loop over the AUs. That loop is a fixed cost, as is our question whether the model takes trees, so ratios are given
+twice: as run, and as they would be at 1,000 pairs, the paper's number. Nothing is timed whose counts are not those of a
+naive loop, up to comparisons that rounding can turn (naive.py).
 """
 
 from __future__ import annotations

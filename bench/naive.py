@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer import Pair
+from austeer.sites import input_device
 
 from .graphs import WrongResultError
 from .peers import SITES, Counts, reading, stacked_momentum
@@ -43,7 +44,7 @@ MARGIN = 4
 @torch.no_grad()
 def naive_activations(model: PreTrainedModel, tokenizer, texts: Sequence[str]) -> dict[str, Tensor]:
     """site -> [texts, layers, width] at the last token, each text alone and unpadded."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     kept: dict[str, list[Tensor]] = {site: [] for site in SITES}
     with reading(model, lambda site, x: kept[site].append(x[0, -1].clone())):
         for text in texts:

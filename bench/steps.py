@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from .graphs import capture_stream, no_collection, wait
+from .graphs import captured, no_collection, wait
 from .steered import Steered, UnavailableError
 
 COMPILE, GRAPH = "compile", "graph"
@@ -77,9 +77,8 @@ class Step:
     def _capture(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise UnavailableError("found a CPU, expected a GPU; use execution 'eager' or 'compile'")
-        stream = capture_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+
+        def warm_up() -> None:
             self.rewind()
             self._call()
             self.rewind()
@@ -90,11 +89,9 @@ class Step:
                 self._call()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.rewind()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._out = self._call()
+            self.rewind()
+
+        self._graph, self._out = captured(self._call, warm_up, device)
 
     @property
     def compiled(self) -> bool:

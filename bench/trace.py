@@ -53,11 +53,8 @@ def write_trace(
 ) -> list[dict[str, Any]]:
     """Profiles one prefill and a few decoding steps under each way, and writes the trace.
 
-    Each way runs inside a range of its own name, after a warm-up and the gate; those that are not to be had, or are
-    wrong, are not in the trace. Compiled or captured steps have no prefill of their own.
-
-    Args:
-        path: ``.json``, or ``.json.gz`` to compress it. An existing file is replaced.
+    Each way runs inside a range of its own name, after a warm-up and the gate. Compiled or captured steps have no
+    prefill of their own.
 
     Returns:
         For each way its phases ("prefill" and "decode", or "generate" for a way that can only generate as a whole) with
@@ -65,7 +62,6 @@ def write_trace(
 
     Raises:
         AusteerError: nothing can be written there, or the model cannot have the case; before any work.
-        WeakGateError: see :class:`bench.gate.Gate`.
     """
     path = check_trace_path(path)
     case.check(model)

@@ -10,22 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 SITES = ("attention", "ffn")
 
 Counts = dict[str, tuple[Tensor, Tensor]]
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go in: where the embedding is, or where accelerate brings it."""
-    embedding: Any = model.get_input_embeddings()
-    device = embedding.weight.device
-    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
 
 
 @contextmanager

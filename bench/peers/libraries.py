@@ -1,16 +1,9 @@
 """Other libraries' ways to steer, each in the form that its own documents recommend. None is imported before use.
 
-- PEFT: an unmerged LoRA adapter that says exactly what the plan does, as one serves it per request: that of
-  ``austeer.export_lora``, with the rank of its AUs in each planned layer and none in others.
-- pyvene: a custom intervention at each planned layer. It scales a copy of the tensor, which pyvene copies back into the
-  original; hooks are put on and taken off by every call of pyvene's own ``forward`` and ``generate``. Without
-  ``intervene_on_prompt`` and with its default locations pyvene would leave positions out.
-- nnsight: an edit, written once and replayed in every trace, at every step of a generation. A trace without a block of
-  its own runs the model, or a method of it, under the edits alone; each planned layer hands its tensor over.
-- repeng: ``ControlModel`` wraps the planned decoder layers; it adds a vector to what a layer returns, and takes another
-  operator in the addition's place. It has one site, ``layer``.
-- steering-vectors: a ``SteeringVector`` of gammas, and an operator that makes x's own change of it. It patches the
-  outputs of the kinds of modules that it knows.
+pyvene copies what its interventions return back into the original, and puts hooks on and takes them off at every call;
+without ``intervene_on_prompt`` and with its default locations it would leave positions out. An edit of nnsight is
+written once and replayed in every trace, at every step of a generation. repeng and steering-vectors add a vector to
+what a module returns, and take another operator in the addition's place.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer import Pair
+from austeer.sites import input_device
 
-from . import SITES, Counts, input_device, reading
+from . import SITES, Counts, reading
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
 from ..cases import ALONE, COLUMNS, FUSED, PLAIN
@@ -100,20 +101,14 @@ def _summary(results: Results) -> str:
 def _machines(results: Results) -> str:
     rows = []
     for result in results:
-        if result.kind == "kernels":
-            environment = {"commit": result.content["commit_info"].get("id"), "date": result.content["datetime"]}
-        else:
-            environment = result.content["environment"]
-        packages = environment.get("packages", {})
-        versions = ", ".join(
-            f"{name} {packages[name]}" for name in ("torch", "triton", "transformers") if name in packages
-        )
+        known = result.content.get("environment") or {"commit": result.content["commit_info"].get("id")}
+        packages = known.get("packages", {})
+        names = (name for name in ("torch", "triton", "transformers") if name in packages)
+        versions = ", ".join(f"{name} {packages[name]}" for name in names)
         kind = result.kind + ("" if result.complete else " (cut off)")
-        date = str(environment.get("date") or result.order[0])[:10]
-        commit = str(environment.get("commit") or "not recorded")
-        commit = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "") if " " not in commit else commit
-        command = f"`{environment['command']}`" if environment.get("command") else ""
-        rows.append([f"{kind}: {result.link}", result.machine, versions, date, commit, command])
+        commit = re.sub(r"^(.{10})[^-]*", r"\1", known["commit"]) if known.get("commit") else "not recorded"
+        command = f"`{known['command']}`" if known.get("command") else ""
+        rows.append([f"{kind}: {result.link}", result.machine, versions, result.order[0], commit, command])
     return tables.table(["result", "device", "versions", "date", "commit", "command"], rows)
 
 

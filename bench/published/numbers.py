@@ -1,25 +1,19 @@
-"""Named numbers and texts from the results: what a span may hold. Names begin with the device's folder.
+"""Named numbers and texts from the results: what a span may hold. Names begin with the device's folder and the kind.
 
-<device>.demo|host|momentum.source      the result file, as a link
-<device>.demo.seconds, .cores, .max_kl, .unsteered.log_odds, .unsteered.accuracy
-<device>.demo.<chosen|shift|push|scale>.operation, .site, .k, .alpha, .effect, .low, .high, .accuracy, .kl, .rise
-<device>.demo.random.effect, .low, .high, .kl, .rise, .draws        means; the least and the greatest effect of a draw
-<device>.demo.<chosen|shift|push|scale|random>.over.<another>       of effects
+<...>.source                            the result file, as a link (demo, host, momentum, inference.<model>, study)
+<device>.demo.seconds, .cores, .max_kl, .unsteered.<log_odds|accuracy>; .printed a block: what the demo prints
+<device>.demo.<chosen|shift|push|scale|random>.<operation|site|k|effect|low|high|kl|...>, .over.<another>
 <device>.demo.time.<variant>.ms, .percent, .low, .high      over unsteered, quartiles
-<device>.demo.printed                   a block: what the demo prints
 <device>.host.<variant>.us, .low, .high; .table a block
-<device>.momentum.<set>.<way>.pairs_a_second, .<way>.over.<other>, .at_1000.<way>.over.<other>
-<device>.momentum.unshared.least, .most          over stacked, over all sets
-<device>.momentum.memory.<way>.few.pairs, .few.mb, .many.pairs, .many.mb, .mb_a_pair
+<device>.momentum.<set>.<way>.pairs_a_second, .<way>.over.<other>, .at_1000.<way>.over.<other>; .table, .report blocks
+<device>.momentum.unshared.<least|most>, .memory.<way>.<few|many>.<pairs|mb>, .memory.<way>.mb_a_pair
 <device>.momentum.offloaded.pairs, .read, .<cached|disk>.over.<other>, .<cached|disk>.at_1000.over.<other>
-<device>.momentum.table, .report        blocks
-<device>.inference.<model>.table        a block
-<device>.inference.<model>.<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
+<device>.inference.<model>.table, .<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
                                         percent over unsteered; with .low and .high behind it the interval's ends
-<device>.study.source, .seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost  blocks
-<device>.study.<task>.table             a block; .<method>.<operation>.effect, .low, .high, .accuracy, .kl, .k
+<device>.study.seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost, .<task>.table
+<device>.study.<task>.<method>.<operation>.<effect|low|high|accuracy|kl|k>
 serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
-efficiency.<section>, efficiency.summary, efficiency.cpu, efficiency.gpu      blocks: see efficiency.py
+efficiency.<section>, .summary, .cpu, .gpu      blocks: see efficiency.py
 """
 
 from __future__ import annotations
