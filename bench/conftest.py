@@ -51,8 +51,7 @@ def timed(to_its_end):
 
 
 #: The sizes of two Llamas of random weights: one that a CPU decodes in milliseconds, and Llama-3.2-1B.
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SIZES += ("head_dim",)
+SIZES = (*shapes.SIZES[1:6], "head_dim")
 SHAPES = {"cpu": (256, 688, 4, 4, 1, 64), "cuda": (2048, 8192, 16, 32, 8, 64)}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 

@@ -97,17 +97,6 @@ def tuned_projection(case: Case, best: Ceilings, rounds: int) -> list[tuning.Tun
     return [tuning.tune(op, case, best, rounds) for op in ("steered_linear", "steered_linear_rows")]
 
 
-def tuned_columns(
-    tokens: Sequence[int], dtype: torch.dtype, device: torch.device, best: Ceilings, rounds: int
-) -> list[tuning.Tuned]:
-    """The best settings of the sparse kernel; they do not depend on the projection."""
-    found = []
-    for m in tokens:
-        case = Case(4096, 16, m, dtype, device)
-        found += [tuning.tune("steer_columns_", case, best, rounds, count) for count in list(ALONE)[1:]]
-    return found
-
-
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measures case by case; gives, after each, the content of the result file so far."""
     dtype = getattr(torch, options.dtype)
@@ -118,7 +107,8 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     tuned: list[tuning.Tuned] = []
     about = files.about(device, options.commit)
     if options.tune:
-        tuned += tuned_columns(options.tokens, dtype, device, best, options.rounds)
+        for case in (Case(4096, 16, m, dtype, device) for m in options.tokens):  # whatever the projection
+            tuned += [tuning.tune("steer_columns_", case, best, options.rounds, count) for count in list(ALONE)[1:]]
     for n, k in options.shapes:
         for tokens in options.tokens:
             case = Case(n, k, tokens, dtype, device)

@@ -77,11 +77,11 @@ def about(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, with ``-dirty`` behind it where tracked files differ; None outside git."""
-    tracked = ["git", "ls-files", "--error-unmatch", "bench/files.py"]  # an installed copy may lie in another's git
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    tracked = ["ls-files", "--error-unmatch", "bench/files.py"]  # an installed copy may lie in another's git
+    options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 30, "check": True}
     try:
-        subprocess.run(tracked, cwd=ROOT, capture_output=True, timeout=30, check=True)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+        subprocess.run(["git", *tracked], **options)
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], **options)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

@@ -92,12 +92,7 @@ def supervise(path: Path, end: float, command: Sequence[str]) -> None:
 
 
 def _status(code: int) -> str:
-    if code >= 0:
-        return f"status {code}"
-    try:
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"signal {-code}"
+    return f"status {code}" if code >= 0 else f"signal {-code} ({signal.strsignal(-code)})"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

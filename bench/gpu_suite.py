@@ -39,23 +39,14 @@ class Clock:
 
 @dataclass
 class Suite:
-    """What all parts share.
-
-    Attributes:
-        path, content: the suite's result file, and what is to be in it; other files go to the same folder.
-    """
+    """What all parts share: the suite's result file, and what is to be in it; other files go to the same folder."""
 
     path: Path
     content: dict[str, Any]
     device: torch.device
 
-    @property
-    def quick(self) -> bool:
-        return bool(self.content["settings"]["quick"])
-
-    @property
-    def commit(self) -> str | None:
-        return self.content["environment"]["commit"]
+    def __post_init__(self) -> None:
+        self.quick, self.commit = bool(self.content["settings"]["quick"]), self.content["environment"]["commit"]
 
     def save(self) -> None:
         """Writes the result file; whenever the process is ended, there is a whole one."""

@@ -165,11 +165,9 @@ def measure(model: PreTrainedModel, exact: Exact, limits: Ceilings, job: Job, te
     with Lineup(model, exact, case, job.ways, lambda way: tell(0, f"{case} · {way}")) as lineup:
         rows, made, prompt = lineup.rows, lineup.made, lineup.prompt
         if case.execution == EAGER:
-            times = turns.by_turns(
+            seconds = turns.by_turns(
                 made, prompt, effort.tokens, effort.clock(), on_generation=lambda: tell(1, str(case))
             )
-            first = {name: [[one] for one in found.first] for name, found in times.items()}
-            seconds = {"first_token": first, "token": {name: found.token for name, found in times.items()}}
         else:
             seconds = {"token": steps.by_turns(lineup.steps, effort.tokens, effort.clock(), lambda: tell(1, str(case)))}
         for name, way in made.items():  # when all is timed: a profiler may slow down what comes after it

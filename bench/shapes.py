@@ -50,13 +50,13 @@ class ModelShape:
 
 
 #: What every shape says, in this order, before what its architecture adds.
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_SIZES += ("num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id", "rms_norm_eps")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id", "rms_norm_eps")
 
 
 def _shape(name: str, kind: str, parameters: int, sizes: tuple[float, ...], theta: float, **more: Any) -> ModelShape:
     rope = {"rope_theta": theta, "rope_type": "default"} | more.pop("rope", {})
-    values = {**dict(zip(_SIZES, sizes, strict=True)), "rope_parameters": rope, "tie_word_embeddings": False, **more}
+    values = {**dict(zip(SIZES, sizes, strict=True)), "rope_parameters": rope, "tie_word_embeddings": False, **more}
     return ModelShape(name, kind, parameters, values)
 
 

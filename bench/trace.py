@@ -37,10 +37,8 @@ def check_trace_path(path: Path | str) -> Path:
     path = Path(path)
     if not path.name.endswith(ENDINGS) or path.name in ENDINGS:
         raise AusteerError(f"trace: found the name {path.name!r}, expected one that ends in {' or '.join(ENDINGS)}")
-    if path.is_dir():
-        raise AusteerError(f"trace: found a folder at {path}, expected a file's name")
-    if not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise AusteerError(f"trace: found no folder {path.parent} to write in, expected one; make it, or name another")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise AusteerError(f"trace: found that {path} cannot be written, expected a file in a folder that is there")
     return path
 
 

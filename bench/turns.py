@@ -11,7 +11,6 @@ import gc
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -96,18 +95,6 @@ def _whole(steered: Steered, ids: Tensor, tokens: int) -> list[float]:
     return [end - start for start, end in pairwise(times)]
 
 
-@dataclass
-class Times:
-    """Seconds of one way.
-
-    Attributes:
-        first: to the first token, one a generation. token: of each further token, [generations][tokens - 1].
-    """
-
-    first: list[float] = field(default_factory=list)
-    token: list[list[float]] = field(default_factory=list)
-
-
 def by_turns(
     ways: Mapping[str, Steered],
     prompts: Callable[[int], Tensor],
@@ -115,16 +102,21 @@ def by_turns(
     go_on: Callable[[int], bool],
     seed: int = 0,
     on_generation: Callable[[], None] = lambda: None,
-) -> dict[str, Times]:
-    """Times all ways token by token, in a new random order at each.
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Seconds of all ways, token by token, in a new random order at each.
 
     Args:
         prompts: the token numbers [batch, prompt] of each generation, by its number; that of the first, which only
             warms up, is -1. tokens: at least 2, of each generation.
         go_on: whether there is to be another generation, by how many there were.
+
+    Returns:
+        "first_token" and "token" (further ones): by way [generations][tokens].
     """
     shuffle = random.Random(seed).shuffle
-    times: dict[str, Times] = {name: Times() for name in ways}
+    times: dict[str, dict[str, list[list[float]]]] = {
+        what: {name: [] for name in ways} for what in ("first_token", "token")
+    }
     order, number = list(ways), -1
     gradients = torch.is_grad_enabled()  # a generation that was left in the middle has switched them off
     while number < 0 or go_on(number):
@@ -146,8 +138,8 @@ def by_turns(
             torch.set_grad_enabled(gradients)
         if number >= 0:
             for name, (first, *rest) in seconds.items():
-                times[name].first.append(first)
-                times[name].token.append(rest)
+                times["first_token"][name].append([first])
+                times["token"][name].append(rest)
         number += 1
         on_generation()
     return times

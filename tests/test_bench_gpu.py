@@ -217,7 +217,7 @@ put("b", "done")
 @pytest.mark.parametrize(
     "how, statuses, reason, stopped",
     [
-        ("abort", {"a": FAILED, "b": DONE}, "its process ended with signal 6 (SIGABRT)", None),
+        ("abort", {"a": FAILED, "b": DONE}, "its process ended with signal 6 (Aborted)", None),
         ("hang", {"a": FAILED}, "stopped, since it was still running 1 s after the time was up", None),
         ("broken", {"a": DONE, "b": DONE}, "", None),
         ("import", {}, "", "the measuring process did not begin: it ended with status 1"),

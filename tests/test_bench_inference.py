@@ -160,12 +160,12 @@ def with_times(monkeypatch, ratios, noise=0.0, generations=20):
     """Replaces what was timed: each way takes its ratio to the unsteered model; the pair of them differs by noise."""
 
     def by_turns(made, prompt, tokens, go_on, on_generation):
-        def times(name):
+        def times(name, seconds, count):
             wobble = [1 + noise * (-1) ** number if name == AGAIN else 1.0 for number in range(generations)]
-            ratio = ratios.get(name, 1.0)
-            return turns.Times([0.5 * ratio * w for w in wobble], [[0.1 * ratio * w] * 2 for w in wobble])
+            return [[seconds * ratios.get(name, 1.0) * w] * count for w in wobble]
 
-        return {name: times(name) for name in made}
+        sizes = {"first_token": (0.5, 1), "token": (0.1, 2)}
+        return {what: {name: times(name, *size) for name in made} for what, size in sizes.items()}
 
     monkeypatch.setattr(turns, "by_turns", by_turns)
 

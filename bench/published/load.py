@@ -91,9 +91,6 @@ def load(results: Path) -> Results:
 
     Quick runs (``<kind>-quick-...``) only show that everything works, and are passed over.
 
-    Args:
-        results: a folder of folders, one for each device.
-
     Raises:
         ResultsError: no folder; or a file of an unknown kind or schema, or without what the report needs.
     """
