@@ -51,6 +51,10 @@ class Table:
         return reference.steered_columns(x, self.dense_gamma, self.dense_shift, False, rows)
 
 
+#: (error, plain PyTorch's error), both relative to float64.
+Check = Callable[[], tuple[float, float]]
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to compute the steered projection.
@@ -65,7 +69,7 @@ class Variant:
     calls: tuple[Callable[[], Tensor], ...]
     nbytes: int
     operations: int
-    check: Callable[[], tuple[float, float]]
+    check: Check
     pure: bool = True
 
 
@@ -95,12 +99,9 @@ class Case:
         self.row_plan = (torch.arange(tokens, device=device) % PLANS).int()
         self.output = {count: Table(n, count, 1, device) for count in AUS}
         # [steered at the input, a plan a token]
-        self.tables = {
-            (False, False): self.output[AUS[-1]],
-            (True, False): Table(k, AUS[-1], 1, device),
-            (False, True): Table(n, AUS[-1], PLANS, device),
-            (True, True): Table(k, AUS[-1], PLANS, device),
-        }
+        sides = {(True, False): (k, 1), (False, True): (n, PLANS), (True, True): (k, PLANS)}
+        self.tables = {form: Table(width, AUS[-1], plans, device) for form, (width, plans) in sides.items()}
+        self.tables[False, False] = self.output[AUS[-1]]
 
     def __str__(self) -> str:
         return f"{self.n}x{self.k}, {self.tokens} tokens"
@@ -182,13 +183,7 @@ class Case:
         calls = tuple((lambda y=y: ak.steer_columns_(y, table.index, gamma, shift)) for y in self.y)
         return Variant(calls, self._sparse_bytes(table), 2 * self.tokens * len(table.index), right, pure=False)
 
-    def _variant(
-        self,
-        call: Callable[[int], Tensor],
-        right: Callable[[], tuple[float, float]],
-        more_bytes: int = 0,
-        pure: bool = True,
-    ) -> Variant:
+    def _variant(self, call: Callable[[int], Tensor], right: Check, more_bytes: int = 0, pure: bool = True) -> Variant:
         calls = tuple((lambda i=i: call(i)) for i in range(self.copies))
         return Variant(calls, self.nbytes + more_bytes, 2 * self.tokens * self.n * self.k, right, pure)
 

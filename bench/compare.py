@@ -37,8 +37,6 @@ def compare(
 ) -> dict[str, Any]:
     """Every way on the first pairs of a set. In each round all run once, in a new random order, and each is checked.
 
-    A way that runs fewer pairs than others gets some that are as long as all of them are: see :func:`evenly`.
-
     Args:
         counts: with how many pairs, by the ways' names. gate: made for at least as many pairs.
         rounds: at least 2; one more, not timed, warms up and counts tokens. references: what speeds are compared with.

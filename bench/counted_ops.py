@@ -176,14 +176,10 @@ _TIMES = 3
 
 @torch.no_grad()
 def of_step(steered: Steered, ids: Tensor) -> dict[str, Any]:
-    """Counts of one token a row after the prompt, in eager mode.
+    """Counts of one token a row after the prompt, in eager mode, of a way whose model takes tokens itself.
 
-    On a CPU ``launches`` are the operations that do work, ``bytes`` what they read and write and ``operations`` their
-    arithmetic. On a GPU ``launches`` are kernels and copies, ``device_seconds`` the time
-    that they run, and ``host_seconds`` the time until all is queued; bytes are counted in the same way.
-
-    Args:
-        steered: its model takes tokens itself. ids: [batch, prompt].
+    On a CPU ``launches`` are the operations that do work; on a GPU kernels and copies, with ``device_seconds``, the
+    time that they run, and ``host_seconds``, until all is queued. Bytes are counted in the same way on both.
     """
     model, token = steered.model, ids[:, :1]
     with steered.active():

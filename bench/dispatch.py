@@ -3,13 +3,10 @@
     python -m bench.dispatch [--tune] [--write-table] [--shapes 4096x14336 ...] [--tokens 1 16 ...]
 
 Ratios are to PyTorch's plain product in the same round, in CUDA graphs, inputs rotated over more than three times the
-L2 cache; nothing is timed that is not within twice plain PyTorch's own error. With --tune the best launch settings are
-searched first (some minutes a large shape: give a few --shapes at a time, tables are updated). With --write-table the
-kernels' table of this device gets them, and for each shape the number of tokens up to which the fused kernel was no
-slower than the product and the sparse kernel, at that and every smaller number measured, in each of its forms. Beyond
-launch.MOST_TOKENS it is not timed: there the product and the sparse kernel run.
-
-On a CPU only --quick runs: tiny shapes, to see that everything works. Its times mean nothing.
+L2 cache; nothing is timed that is not within twice plain PyTorch's own error. --tune searches the best launch settings
+first (some minutes a large shape). --write-table puts them into the kernels' table of this device, and for each shape
+the number of tokens up to which the fused kernel was no slower, in each of its forms, than what it replaces. On a CPU
+only --quick runs: tiny shapes, to see that everything works. Its times mean nothing.
 """
 
 from __future__ import annotations

@@ -3,12 +3,10 @@
     python -m bench.gpu [--budget 480] [--skip tests kernels ...] [--models Llama-3.1-8B ...] [--quick] [--json]
 
 In this order: the tests that need a GPU; the projection kernels; steered inference of random models in the shapes of
-published ones, under CUDA graphs and eagerly; the counting kernel, and momentum of a random model. A part that fails is
-recorded with its error, and the rest still runs: in a new process where it ended its own, or the GPU's context. A part
-for which too little of the budget is left is skipped and named. Results are written as they come, since a GPU that is
-lent may be taken away: the suite's own file, and one for each model and for what other commands measure too.
-
-On a CPU only --quick runs: tiny models, to see that everything works. Its times mean nothing.
+published ones; the counting kernel, and momentum of a random model. A part that fails is recorded with its error, and
+the rest still runs: in a new process where it ended its own, or the GPU's context. A part for which too little of the
+budget is left is skipped and named. Results are written as they come, since a GPU that is lent may be taken away. On a
+CPU only --quick runs: tiny models, to see that everything works. Its times mean nothing.
 """
 
 from __future__ import annotations
@@ -123,10 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "schema": files.SCHEMAS[KIND],
         "environment": files.about(command.device(), options.commit),
         "settings": {
-            "budget": options.budget,
-            "quick": options.quick,
+            **{"budget": options.budget, "quick": options.quick, "skip": options.skip},
             "models": [name for name in shapes.SHAPES if name in options.models],
-            "skip": options.skip,
             "dtype": str(DTYPE).removeprefix("torch."),
         },
         "quick": options.quick,

@@ -94,8 +94,7 @@ def kernels(suite: Suite, entry: dict[str, Any], clock: Clock) -> None:
     for content in dispatch.run(options, suite.device):
         suite.write(path, content, entry)
         if clock.left <= 0 and not content["complete"]:
-            count, of = len(content["rows"]), len(options.shapes) * len(options.tokens)
-            entry |= {"status": PARTIAL, "reason": f"{count} of {of} cases, then its time was up"}
+            entry |= {"status": PARTIAL, "reason": f"{len(content['rows'])} cases, then its time was up"}
             return
 
 

@@ -81,10 +81,7 @@ class Part:
 
 
 def run_part(suite: Suite, part: Part, seconds: float) -> None:
-    """Runs a part; whatever happens is in its entry, and the entry in the file.
-
-    Args:
-        seconds: what it may take; a part that gets less than it needs is skipped.
+    """Runs a part, for so many seconds; whatever happens is in its entry, and the entry in the file.
 
     Raises:
         BrokenDeviceError: after it nothing else can run in this process.

@@ -1,6 +1,6 @@
 """Times on a device: CUDA-graph replays of calls over rotated inputs, in interleaved rounds, on warm clocks.
 
-On a CPU the same calls are made one by one, so that everything that uses this module also runs, and is tested, there.
+On a CPU the same calls are made one by one.
 """
 
 from __future__ import annotations

@@ -141,16 +141,9 @@ def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for batch in options.batch:
         report.say(f"batch {batch}: {options.rounds} rounds of {len(variants(model)) + 1} variants")
         batches.append(measure(model, batch, options.rounds))
-    return {
-        "kind": "host",
-        "environment": files.about(device, options.commit),
-        "dtype": str(dtype).removeprefix("torch."),
-        "sites": options.layers,
-        "site": SITE,
-        "aus_a_layer": AUS_A_LAYER,
-        "rounds": options.rounds,
-        "batches": batches,
-    }
+    known = {"dtype": str(dtype).removeprefix("torch."), "site": SITE, "aus_a_layer": AUS_A_LAYER}
+    sizes = {"sites": options.layers, "rounds": options.rounds, "batches": batches}
+    return {"kind": "host", "environment": files.about(device, options.commit), **known, **sizes}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

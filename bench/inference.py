@@ -156,11 +156,7 @@ def run(
 
 
 def measure(model: PreTrainedModel, exact: Exact, limits: Ceilings, job: Job, tell: Tell = _nobody) -> dict[str, Any]:
-    """One case: every way is checked, looked at, then timed.
-
-    Raises:
-        WeakGateError: see :class:`bench.gate.Gate`.
-    """
+    """One case: every way is checked, looked at, then timed."""
     case, effort = job.case, job.effort
     with Lineup(model, exact, case, job.ways, lambda way: tell(0, f"{case} · {way}")) as lineup:
         rows, made, prompt = lineup.rows, lineup.made, lineup.prompt

@@ -58,10 +58,8 @@ def kernel(pairs: int, columns: int, dtype: torch.dtype, device: torch.device, r
     for name, replay in replays.items():
         _check(name, replay, inputs, counters[name])
     seconds = interleaved(replays, rounds)
-    return {
-        "pairs": pairs,
-        "columns": columns,
-        "dtype": str(dtype).removeprefix("torch."),
+    sizes = {"pairs": pairs, "columns": columns, "dtype": str(dtype).removeprefix("torch.")}
+    return sizes | {
         "bytes": nbytes,
         "copies": copies,
         "copy_bandwidth": bandwidth,

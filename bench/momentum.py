@@ -49,19 +49,10 @@ QUICK_LARGE_PAIRS, QUICK_KERNEL_SHAPE = (4, 8), (6, 100)
 
 def empty(device: torch.device, commit: str | None, data: str, rounds: int, quick: bool) -> dict[str, Any]:
     """A result of this kind of which nothing is measured yet."""
-    return {
-        "kind": "momentum",
-        "environment": files.about(device, commit),
-        "data": data,
-        "rounds": rounds,
-        "quick": quick,
-        "complete": False,
-        "sets": [],
-        "memory": [],
-        "offloaded": None,
-        "large": None,
-        "kernel": None,
-    }
+    known = {"environment": files.about(device, commit), "data": data, "rounds": rounds, "quick": quick}
+    return {"kind": "momentum", **known, "complete": False, "sets": [], "memory": []} | dict.fromkeys(
+        ("offloaded", "large", "kernel")
+    )
 
 
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -129,9 +120,6 @@ def on_random_weights(
     sets: Sequence[pair_sets.PairSet], pairs: tuple[int, int], rounds: int, device: torch.device, quick: bool
 ) -> Iterator[dict[str, Any]]:
     """Two parts of a result: the counting kernel, and a model of 8B's sizes.
-
-    Args:
-        pairs: that are timed, and at which memory is looked at again.
 
     Raises:
         TooLargeError: there is no room for the model.

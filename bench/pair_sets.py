@@ -19,10 +19,9 @@ BEFORE = 10
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pairs of one kind.
+    """Pairs of one kind, with long prompts (a hundred tokens and more) or short ones.
 
     Attributes:
-        long: whether the prompts are long, a hundred tokens and more, or short.
         public, others: with how many pairs the public algorithm is timed on a CPU, and everything else.
     """
 

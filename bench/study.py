@@ -84,10 +84,8 @@ def parts_of(subject: Subject, data: Path | None) -> Parts:
     """
     if not subject.file:
         packaged = load_data()
-        tuned, held_out = (
-            replace(packaged.task(pairs), name=subject.name) for pairs in (packaged.tuning, packaged.held_out)
-        )
-        return Parts(packaged.momentum, tuned, held_out)
+        parts = (packaged.tuning, packaged.held_out)
+        return Parts(packaged.momentum, *(replace(packaged.task(pairs), name=subject.name) for pairs in parts))
     if data is None:
         raise TaskError(f"--data: found none, expected the folder with {subject.file}; see docs/study.md")
     task = load_task(data / subject.file, subject.template)

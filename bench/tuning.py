@@ -71,10 +71,9 @@ def candidates(op: str, m: int, n: int, k: int, dtype: str) -> Iterator[launch.E
 
 
 def tune(op: str, case: Case, best: Ceilings, rounds: int, count: int = 0) -> Tuned:
-    """The best settings of ``op`` for a case; an entry serves steering at the input and at the output, so both count.
+    """The best settings of ``op`` for a case (of ``steer_columns_``, with ``count`` columns).
 
-    Args:
-        count: of ``steer_columns_``, how many columns.
+    An entry serves steering at the input and at the output, so both count.
     """
     if op == "steer_columns_":
         variants: Sequence[Variant] = [case.alone(count)]

@@ -1,8 +1,8 @@
 """Several models generating by turns: after each token of one comes a token of another, so drift meets all alike.
 
 Each generation is a greenlet that hands over in a stopping criterion, which Transformers calls after every token: any
-library's own ``generate`` can take part as it is, and what is timed is all that its user waits for. Where greenlet is
-not installed, whole generations take turns, and the criterion only looks at the clock.
+library's own ``generate`` can take part, and what is timed is all that its user waits for. Without greenlet whole
+generations take turns, and the criterion only looks at the clock.
 """
 
 from __future__ import annotations

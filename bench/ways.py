@@ -23,7 +23,6 @@ class Run:
     """One measurement.
 
     Attributes:
-        counts: what it found.
         seconds: what it took. fixed: the part of it that hardly grows with the number of pairs.
         report: what ours says of itself: where the time went, what weights were read.
     """

@@ -1,11 +1,8 @@
 """The method's public algorithm, as the paper and a reading of its code describe it; no line of it was copied.
 
 Each text runs alone through the whole model, the prompt of a pair twice. Every position of every layer goes to the
-CPU, and all hidden states with it; what is kept of it is the last token, as a view, so that all positions stay in
-memory. Then a Python loop scores one atomic unit (AU) after the other, with a dozen tensor operations each.
-
-Two things are kinder here than there: both sites are read in one pass, where the public code makes a pass a site, and
-texts are not cut.
+CPU, and all hidden states with it; of the last token a view is kept. Then a Python loop scores one atomic unit (AU)
+after the other. Kinder than there: both sites are read in one pass, and texts are not cut.
 """
 
 from __future__ import annotations
@@ -26,12 +23,11 @@ from . import SITES, Counts, reading
 
 @dataclass(frozen=True)
 class PublicMomentum:
-    """What the public algorithm found.
+    """What the public algorithm found, of so many pairs.
 
     Attributes:
         scored: site -> (share of pairs with a larger positive, with a larger negative activation, the signed larger one
-            of both), each [layers, width].
-        pairs: how many. scoring_seconds: what the loop over the AUs took; it hardly grows with the pairs.
+            of both), each [layers, width]. scoring_seconds: of the loop over the AUs; they hardly grow with the pairs.
     """
 
     scored: dict[str, tuple[Tensor, Tensor, Tensor]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from ..cases import ALONE, COLUMNS, FUSED, PLAIN
 from . import figures, tables
@@ -32,8 +33,8 @@ def blocks(results: Results) -> dict[str, str]:
         "summary": _summary(results),
         "machines": _machines(results),
         "overhead": _each(results, "inference", _overhead),
-        "k": _each(results, "inference", _along_k),
-        "layers": _each(results, "inference", _along_layers),
+        "k": _each(results, "inference", partial(_sweep, along="k")),
+        "layers": _each(results, "inference", partial(_sweep, along="layers")),
         "operations": _operations(results),
         "momentum": _each(results, "momentum", _momentum),
         **{name.lower(): _kind_of_machine(results, name, devices) for name, devices in results.kinds_of_device()},
@@ -173,7 +174,8 @@ def section(result: Result) -> str:
     """All that a terminal shows of one result."""
     texts = [f"**{_title(result)}**"]
     if result.kind == "inference":
-        makers: list[Callable[[Result], str]] = [_conclusion, _overhead, _along_k, _along_layers]
+        along: list[Callable[[Result], str]] = [partial(_sweep, along=name) for name in ("k", "layers")]
+        makers = [_conclusion, _overhead, *along]
     elif result.kind == "momentum":
         makers = [_momentum, lambda result: tables.memory(result.content["memory"]), _offloaded]
     else:
@@ -184,14 +186,6 @@ def section(result: Result) -> str:
 def _offloaded(result: Result) -> str:
     cases = (result.content["offloaded"] or {"cases": {}})["cases"]
     return "\n\n".join(f"{case[:1].upper()}{case[1:]}:\n\n{tables.rates(row)}" for case, row in cases.items())
-
-
-def _along_k(result: Result) -> str:
-    return _sweep(result, "k")
-
-
-def _along_layers(result: Result) -> str:
-    return _sweep(result, "layers")
 
 
 def _momentum(result: Result) -> str:

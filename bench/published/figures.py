@@ -63,11 +63,8 @@ def figures(results: Results) -> list[Figure]:
 def write(wanted: Sequence[Figure], folder: Path, check: bool) -> list[str]:
     """Draws what is missing or differs, and removes what no result gives any more; other PNGs stay as they are.
 
-    Args:
-        check: only look.
-
     Returns:
-        What was, or would be, changed.
+        What was changed, or with ``check``, which only looks, would be.
     """
     require_matplotlib()
     changed = []
