@@ -81,8 +81,7 @@ def bench(
     from .inference import Effort, Job
     from .trace import check_trace_path, show_trace, write_trace
 
-    lists = ("site", "k", "layers", "batch", "prompt_tokens", "execution")
-    given = [name for name in lists if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    given = [name for name in FULL if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
     if full and given:
         raise AusteerError(f"--full: found --{given[0].replace('_', '-')} beside it, expected one of the two")
     if trace is not None:
@@ -97,14 +96,10 @@ def bench(
         _expect_writable(out)
     loaded, _ = load(model, dtype, device)
     _expect_plain(loaded)
-    cases, series = expand(loaded, full_lists(loaded) if full else {name: context.params[name] for name in lists})
+    cases, series = expand(loaded, full_lists(loaded) if full else {name: context.params[name] for name in FULL})
     if trace is not None:
         rows = write_trace(loaded, cases[0], ways, trace)
-        if json:
-            emit({"file": trace, "ways": rows})
-            return
-        show_trace(rows, console)
-        console.print(f"wrote {trace}; open it in https://ui.perfetto.dev or chrome://tracing")
+        emit({"file": trace, "ways": rows}) if json else show_trace(rows, trace, console)
         return
     effort, brief = Effort(seconds=seconds, tokens=tokens), Effort(seconds=seconds / 4, tokens=tokens)
     swept = {name: way for name, way in ways.items() if name in SWEPT or name.startswith("unsteered")}

@@ -126,11 +126,12 @@ def _run(
     return seconds
 
 
-def show_trace(rows: Iterable[Mapping[str, Any]], console: Console) -> None:
-    """A line for each way and phase."""
+def show_trace(rows: Iterable[Mapping[str, Any]], path: Path, console: Console) -> None:
+    """A line for each way and phase, and where the trace lies."""
     lines = [
         [row["way"], row["phase"], "" if row["reason"] else f"{1e6 * row['host_seconds']:.0f}", row["reason"]]
         for row in rows
     ]
     title = "A prefill, and a decoded token; under the profiler, which slows the host:"
     console.print(Markdown(f"{title}\n\n{table(['way', 'phase', 'host, us', 'not in the trace'], lines)}"))
+    console.print(f"wrote {path}; open it in https://ui.perfetto.dev or chrome://tracing")

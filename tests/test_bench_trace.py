@@ -101,7 +101,7 @@ def test_what_is_wrong_or_missing_is_not_in_the_trace_and_says_why(traced):
     assert "found no module 'absent'" in row_of(rows, "absent", "")["reason"]
     assert not {"crooked", "absent"} & set(annotations(events))
     console = Console(file=io.StringIO(), width=160)
-    trace.show_trace(rows, console)
+    trace.show_trace(rows, "t.json", console)
     shown = console.file.getvalue()
     assert "absent [1.0]: found no module" in " ".join(shown.split()) and "dense hook" in shown
 
