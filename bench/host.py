@@ -14,7 +14,7 @@ import copy
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -133,7 +133,7 @@ def measure(model: nn.Module, batch: int, rounds: int) -> dict[str, Any]:
     return {"batch": batch, "variants": rows}
 
 
-def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """The content of the result file."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(options.layers, device, dtype)
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         batches.append(measure(model, batch, options.rounds))
     known = {"dtype": str(dtype).removeprefix("torch."), "site": SITE, "aus_a_layer": AUS_A_LAYER}
     sizes = {"sites": options.layers, "rounds": options.rounds, "batches": batches}
-    return {"kind": "host", "environment": files.about(device, options.commit), **known, **sizes}
+    yield {"kind": "host", "environment": files.about(device, options.commit), **known, **sizes}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = parse(argv)
     torch.set_num_threads(1)
-    command.measure("host", options, [run(options, command.device())])
+    command.measure("host", options, run(options, command.device()))
     return 0
 
 
