@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import austeer_kernels as ak
-from austeer_kernels import launch
+from austeer_kernels import launch, reference
 
 from .graphs import check, copies_of
 
@@ -35,15 +35,24 @@ RIVALS = {
 }
 
 
-@dataclass(frozen=True)
 class Table:
-    """The AUs of one side of the projection: sparse and dense, one row a plan."""
+    """Random AUs of one side of the projection: sparse and dense, one row a plan."""
 
-    index: Tensor
-    gamma: Tensor
-    shift: Tensor
-    dense_gamma: Tensor
-    dense_shift: Tensor
+    def __init__(self, width: int, count: int, plans: int, device: torch.device):
+        self.index = torch.randperm(width, device=device)[: min(count, width)].sort().values
+        self.gamma, self.shift = (torch.rand(plans, len(self.index), device=device) - 0.5 for _ in range(2))
+        zeros = torch.zeros(plans, width, device=device)
+        self.dense_gamma, self.dense_shift = (zeros.index_copy(1, self.index, t) for t in (self.gamma, self.shift))
+        #: Only changes signs, x - 2 x: applied again and again in place, nothing grows or vanishes.
+        self.flipping = torch.full_like(self.gamma, -2.0), torch.zeros_like(self.shift)
+
+    def steered(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """By the definition, rounded once, as PyTorch's own operators do."""
+        return reference.steered_columns(x, self.dense_gamma, self.dense_shift, False, rows)
+
+
+#: (error, plain PyTorch's error), both relative to float64.
+Check = Callable[[], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -53,36 +62,15 @@ class Variant:
     Attributes:
         calls: it, on each copy of the inputs.
         nbytes, operations: the least that a call has to move and to compute.
-        check: compares its result with float64; returns its error and plain PyTorch's. For the time before a variant
-            that is not pure was run, or after ``forget_references``.
+        check: compares its result with float64; returns its error and plain PyTorch's.
         pure: whether a call leaves its inputs as they were.
     """
 
     calls: tuple[Callable[[], Tensor], ...]
     nbytes: int
     operations: int
-    check: Callable[[], tuple[float, float]]
+    check: Check
     pure: bool = True
-
-
-def _table(width: int, count: int, plans: int, device: torch.device) -> Table:
-    index = torch.randperm(width, device=device)[: min(count, width)].sort().values
-    gamma, shift = (torch.rand(plans, len(index), device=device) - 0.5 for _ in range(2))
-    dense = (torch.zeros(plans, width, device=device).index_copy_(1, index, t) for t in (gamma, shift))
-    return Table(index, gamma, shift, *dense)
-
-
-def _flipping(table: Table) -> tuple[Tensor, Tensor]:
-    """A table that only changes signs: x - 2 x. Applied again and again in place, nothing grows or vanishes."""
-    return torch.full_like(table.gamma, -2.0), torch.zeros_like(table.shift)
-
-
-def _dense_formula(x: Tensor, table: Table, rows: Tensor | None) -> Tensor:
-    """The steered ``x`` in its own dtype; float32 and one rounding for shorter ones, as PyTorch's own operators do."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    plan = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if rows is None else rows.long()
-    gamma, shift = (t.to(wide.dtype)[plan] for t in (table.dense_gamma, table.dense_shift))
-    return (wide + gamma * wide + shift).to(x.dtype)
 
 
 @contextmanager
@@ -109,15 +97,11 @@ class Case:
         self.x = [torch.randn(tokens, k, device=device, dtype=dtype) for _ in range(self.copies)]
         self.y = [torch.randn(tokens, n, device=device, dtype=dtype) for _ in range(self.copies)]
         self.row_plan = (torch.arange(tokens, device=device) % PLANS).int()
-        self.output = {count: _table(n, count, 1, device) for count in AUS}
+        self.output = {count: Table(n, count, 1, device) for count in AUS}
         # [steered at the input, a plan a token]
-        self.tables = {
-            (False, False): self.output[AUS[-1]],
-            (True, False): _table(k, AUS[-1], 1, device),
-            (False, True): _table(n, AUS[-1], PLANS, device),
-            (True, True): _table(k, AUS[-1], PLANS, device),
-        }
-        self._products: dict[str, Tensor] = {}  # float64, of the first copy, by how its input is steered
+        sides = {(True, False): (k, 1), (False, True): (n, PLANS), (True, True): (k, PLANS)}
+        self.tables = {form: Table(width, AUS[-1], plans, device) for form, (width, plans) in sides.items()}
+        self.tables[False, False] = self.output[AUS[-1]]
 
     def __str__(self) -> str:
         return f"{self.n}x{self.k}, {self.tokens} tokens"
@@ -139,7 +123,8 @@ class Case:
             return linear(self.x[i], self.weights[i])
 
         def right() -> tuple[float, float]:
-            return check(f"{PLAIN}, {self}", call(0), call(0), self._product(""))
+            found = call(0)
+            return check(f"{PLAIN}, {self}", found, found, linear(self.x[0].double(), self.weights[0].double()))
 
         return self._variant(call, right)
 
@@ -156,14 +141,14 @@ class Case:
         def right() -> tuple[float, float]:
             with poisoned():
                 found = call(0)
-            return self._check(f"fused, {self}", found, table, at_input, row_plan)
+            return self._check("fused", found, table, at_input, row_plan)
 
         return self._variant(call, right, gamma.nbytes + shift.nbytes + (self.row_plan.nbytes if rows else 0))
 
     def columns(self, at_input: bool = False, rows: bool = False, count: int = AUS[-1]) -> Variant:
         """PyTorch's product, and the sparse kernel on its output, or before it on its input."""
         table = self.tables[at_input, rows] if at_input or rows else self.output[count]
-        gamma, shift = _flipping(table) if at_input else (table.gamma, table.shift)
+        gamma, shift = table.flipping if at_input else (table.gamma, table.shift)
         row_plan = self.row_plan if rows else None
 
         def steer(y: Tensor, gamma: Tensor, shift: Tensor) -> Tensor:
@@ -179,7 +164,7 @@ class Case:
                 found = linear(steer(self.x[0].clone(), table.gamma, table.shift), self.weights[0])
             else:
                 found = call(0)
-            return self._check(f"columns, {self}", found, table, at_input, row_plan)
+            return self._check("columns", found, table, at_input, row_plan)
 
         more_bytes = self._sparse_bytes(table) + (self.row_plan.nbytes if rows else 0)
         return self._variant(call, right, more_bytes, pure=not at_input)
@@ -187,24 +172,18 @@ class Case:
     def alone(self, count: int) -> Variant:
         """The sparse kernel on outputs that are there, warm or cold in the cache as the copies make them."""
         table = self.output[count]
-        gamma, shift = _flipping(table)
+        gamma, shift = table.flipping
 
         def right() -> tuple[float, float]:
             y = self.y[0].clone()
-            plain, exact = _dense_formula(y, table, None), _dense_formula(y.double(), table, None)
+            plain, exact = table.steered(y, None), table.steered(y.double(), None)
             found = ak.steer_columns_(y, table.index, table.gamma, table.shift)
             return check(f"{ALONE[count]}, {self}", found, plain, exact)
 
         calls = tuple((lambda y=y: ak.steer_columns_(y, table.index, gamma, shift)) for y in self.y)
         return Variant(calls, self._sparse_bytes(table), 2 * self.tokens * len(table.index), right, pure=False)
 
-    def _variant(
-        self,
-        call: Callable[[int], Tensor],
-        right: Callable[[], tuple[float, float]],
-        more_bytes: int = 0,
-        pure: bool = True,
-    ) -> Variant:
+    def _variant(self, call: Callable[[int], Tensor], right: Check, more_bytes: int = 0, pure: bool = True) -> Variant:
         calls = tuple((lambda i=i: call(i)) for i in range(self.copies))
         return Variant(calls, self.nbytes + more_bytes, 2 * self.tokens * self.n * self.k, right, pure)
 
@@ -212,24 +191,13 @@ class Case:
         touched = 2 * self.tokens * len(table.index) * (torch.finfo(self.dtype).bits // 8)
         return touched + table.index.nbytes + 2 * table.gamma.nbytes
 
-    def _product(self, form: str, table: Table | None = None, rows: Tensor | None = None) -> Tensor:
-        """The first copy's product in float64; of its input steered by ``table``, if there is one."""
-        if form not in self._products:
-            x = self.x[0].double()
-            x = x if table is None else _dense_formula(x, table, rows)
-            self._products[form] = linear(x, self.weights[0].double())
-        return self._products[form]
-
     def _check(
         self, name: str, found: Tensor, table: Table, at_input: bool, rows: Tensor | None
     ) -> tuple[float, float]:
-        x, weight = self.x[0], self.weights[0]
-        if at_input:
-            plain = linear(_dense_formula(x, table, rows), weight)
-            return check(name, found, plain, self._product("input" if rows is None else "input rows", table, rows))
-        plain = _dense_formula(linear(x, weight), table, rows)
-        return check(name, found, plain, _dense_formula(self._product(""), table, rows))
+        def formula(x: Tensor, weight: Tensor) -> Tensor:
+            if at_input:
+                return linear(table.steered(x, rows), weight)
+            return table.steered(linear(x, weight), rows)
 
-    def forget_references(self) -> None:
-        """Frees the float64 products; they are the largest tensors of a case."""
-        self._products.clear()
+        x, weight = self.x[0], self.weights[0]
+        return check(f"{name}, {self}", found, formula(x, weight), formula(x.double(), weight.double()))

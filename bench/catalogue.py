@@ -1,17 +1,59 @@
-"""Every way to steer that can be timed, by name, in the order of tables."""
+"""Every way to steer that can be timed, by name, in the order of tables: plain PyTorch's, ours, other libraries'."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
+from torch import nn
+
+import austeer
+from austeer import Plan, SteeringError
 from austeer.errors import AusteerError
 
-from . import our_ways, plain_ways
-from .peers import WAYS as PEERS
+from . import plain_ways
+from .peers.libraries import WAYS as PEERS
 from .plain_ways import AGAIN, UNSTEERED
-from .steered import Way
+from .steered import Steered, UnavailableError, Way
 
-WAYS = {way.name: way for way in (*plain_ways.WAYS, *our_ways.WAYS, *PEERS)}
+
+class Ours(Steered):
+    """``austeer.steer`` with one path for all layers."""
+
+    def __init__(self, mode: str, model: nn.Module, plan: Plan, alpha: float):
+        super().__init__(model)
+        try:
+            self.steering = austeer.steer(model, plan, alpha, mode=mode, check=False).attach()
+        except SteeringError as error:
+            raise UnavailableError(str(error)) from error
+
+    def close(self) -> None:
+        self.steering.detach()
+
+
+class Fold(Ours):
+    """The weights, which other models share, are edited only while this one runs."""
+
+    def __init__(self, model: nn.Module, plan: Plan, alpha: float):
+        super().__init__("fold", model, plan, alpha)
+        self._alpha = alpha
+        self.steering.alpha = 0
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        self.steering.alpha = self._alpha
+        try:
+            yield
+        finally:
+            self.steering.alpha = 0
+
+
+OURS = (
+    *(Way(mode, partial(Ours, mode), ours=True) for mode in ("columns", "fused")),
+    Way("fold", Fold, ours=True),
+)
+WAYS = {way.name: way for way in (*plain_ways.WAYS, *OURS, *PEERS)}
 
 
 def chosen(names: Iterable[str] | None = None) -> dict[str, Way]:

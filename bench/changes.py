@@ -1,4 +1,4 @@
-"""What differs between two results beyond noise: ratios, counts, variants that came or broke, goals that turned."""
+"""What differs between two results beyond noise: ratios, counts, variants that came or broke."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.markup import escape
-from rich.table import Table
 
-from austeer.errors import AusteerError
-
-from . import micro_changes
 from .catalogue import AGAIN, UNSTEERED
-from .inference import KIND, Case
-from .result_files import MICRO, complete, kind_of
+from .lineup import Case
+from .published.tables import table
 
 METRICS = {"token": "each token", "first_token": "first token"}
 #: What has no noise: of one decoding step, and what a way holds.
@@ -30,10 +27,9 @@ class Change:
     """One time before and after.
 
     Attributes:
-        metric: "token", "first_token", or, of a micro-benchmark, "call".
-        unit: "ratio" to the unsteered model, or "seconds": of that model itself, and where there is none beside it.
+        unit: "ratio" to the unsteered model, or "seconds": of that model itself.
         before, after: median, low and high: the ratio's interval, or the quartiles of the seconds.
-        noise: how large a difference of the medians may be and mean nothing; 0 where only the intervals are compared.
+        noise: how large a difference of the medians may be and mean nothing.
         verdict: "dearer", "cheaper" or "within noise".
     """
 
@@ -46,6 +42,19 @@ class Change:
     noise: float
     verdict: str
 
+    @property
+    def cells(self) -> list[str]:
+        """A line of a table."""
+        if self.unit == "ratio":
+            spreads = [[100 * (of[key] - 1) for key in ENDS] for of in (self.before, self.after)]
+            words = [f"{median:+.1f} % ({low:+.1f} to {high:+.1f})" for median, low, high in spreads]
+            by = f"{spreads[1][0] - spreads[0][0]:+.1f} points"
+        else:
+            spreads = [[1e6 * of[key] for key in ENDS] for of in (self.before, self.after)]
+            words = [f"{median:.1f} us ({low:.1f} to {high:.1f})" for median, low, high in spreads]
+            by = f"x {spreads[1][0] / spreads[0][0]:.2f}"
+        return [self.case, self.variant, METRICS[self.metric], *words, f"{self.verdict} {by}"]
+
 
 @dataclass
 class Changes:
@@ -54,8 +63,7 @@ class Changes:
     Attributes:
         notes: what makes the two runs unlike, or one of them weak: to be read first.
         timed: every time that both have, and that may be compared.
-        events: cases and variants that are new, gone, wrong or skipped now, and the reverse; exact counts that differ;
-            goals that turned.
+        events: cases and variants that are new, gone, wrong or skipped now, and the reverse; exact counts that differ.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -72,21 +80,11 @@ class Changes:
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> Changes:
-    """What differs from a result to a later one, both as :func:`bench.result_files.read_result` gives them.
+    """What differs from a result of kind "inference" to a later one.
 
     A ratio has changed where the two intervals do not meet and the medians differ by more than the noise (of the A/A
     pair) of either run. The unsteered model's seconds are compared, by quartiles, where device and threads agree.
-
-    Raises:
-        AusteerError: results of two kinds, or of a kind that cannot be compared.
     """
-    kinds = kind_of(a), kind_of(b)
-    if kinds == (MICRO, MICRO):
-        return _compare_micro(a, b)
-    if kinds != (KIND, KIND):
-        raise AusteerError(
-            f"found results of kind {kinds[0]!r} and {kinds[1]!r}, expected two of {KIND!r} or two of {MICRO!r}"
-        )
     changes = Changes(notes=list(_unlike(a, b)))
     same_clock = all(a["environment"].get(key) == b["environment"].get(key) for key in ("device", "threads"))
     before, after = _cases(a), _cases(b)
@@ -94,34 +92,35 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Changes:
         if case not in before or case not in after:
             changes.events.append(f"{case}: {'new' if case in after else 'gone'}")
             continue
-        changes.notes += _noisy(case, before[case], after[case])
+        for side, content in (("before", before[case]), ("after", after[case])):
+            for metric in (metric for metric, possible in content["verdicts_possible"].items() if not possible):
+                changes.notes.append(
+                    f"{case}: the run {side} is too noisy for verdicts on the time to {METRICS[metric]} "
+                    f"(two unsteered runs differ by up to {content['noise'][metric]:.1%})"
+                )
         changes.timed += _timed(case, before[case], after[case], same_clock)
         changes.events += _variants(case, before[case]["variants"], after[case]["variants"])
-    changes.events += _goals(a["goals"], b["goals"])
     return changes
 
 
 def _unlike(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
     """Where the runs are not of the same thing on the same machine."""
     for side, content in (("before", a), ("after", b)):
-        if not complete(content):
+        if not content["complete"]:
             yield f"the run {side} is incomplete: it was stopped after {len(content['cases'])} cases"
-    for key in ("device", "threads", "cores", "python", "cuda"):
-        values = a["environment"].get(key), b["environment"].get(key)
-        if values[0] != values[1]:
-            hint = "; times in seconds are not compared" if key in ("device", "threads") else ""
-            yield f"{key}: {_value(values[0])} -> {_value(values[1])}{hint}"
-    for part, name in ((("model",), "model"), (("environment", "packages"), "version of"), (("settings",), "setting")):
-        left, right = a, b
-        for step in part:
-            left, right = left.get(step, {}), right.get(step, {})
-        for key in dict.fromkeys([*left, *right]):
-            if left.get(key) != right.get(key):
-                yield f"{name} {key}: {_value(left.get(key))} -> {_value(right.get(key))}"
-
-
-def _value(value: Any) -> str:
-    return "none" if value is None else str(value)
+    machine = ("device", "threads", "cores", "python", "cuda")
+    parts = {
+        "": [{key: one["environment"].get(key) for key in machine} for one in (a, b)],
+        "model ": [one["model"] for one in (a, b)],
+        "version of ": [one["environment"].get("packages", {}) for one in (a, b)],
+        "setting ": [one["settings"] for one in (a, b)],
+    }
+    for words, (before, after) in parts.items():
+        for key in dict.fromkeys([*before, *after]):
+            values = ["none" if one.get(key) is None else one[key] for one in (before, after)]
+            if values[0] != values[1]:
+                hint = "; times in seconds are not compared" if not words and key in ("device", "threads") else ""
+                yield f"{words}{key}: {values[0]} -> {values[1]}{hint}"
 
 
 def _cases(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -129,31 +128,18 @@ def _cases(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     seen: Counter[str] = Counter()
     for case in content["cases"]:
-        name = str(Case(**{key: case[key] for key in Case.__dataclass_fields__}))
+        name = str(Case.of(case))
         seen[name] += 1
         found[name if seen[name] == 1 else f"{name} ({seen[name]})"] = case
     return found
 
 
-def _noisy(case: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
-    for side, content in (("before", a), ("after", b)):
-        for metric, possible in content["verdicts_possible"].items():
-            if not possible:
-                noise = f"two unsteered runs differ by up to {content['noise'][metric]:.1%}"
-                yield f"{case}: the run {side} is too noisy for verdicts on the time to {METRICS[metric]} ({noise})"
-
-
 def _timed(case: str, a: dict[str, Any], b: dict[str, Any], same_clock: bool) -> Iterator[Change]:
     for variant, row in a["variants"].items():
-        if variant == AGAIN:  # it is the noise itself
+        other, unit = b["variants"].get(variant, {}), "seconds" if variant == UNSTEERED else "ratio"
+        if variant == AGAIN or (unit == "seconds" and not same_clock):  # the one is the noise itself
             continue
-        other = b["variants"].get(variant, {})
-        for metric in METRICS:
-            if metric not in row or metric not in other:
-                continue
-            unit = "seconds" if variant == UNSTEERED else "ratio"
-            if unit == "seconds" and not same_clock:
-                continue
+        for metric in (metric for metric in METRICS if metric in row and metric in other):
             before, after = ({key: one[metric][unit][key] for key in ENDS} for one in (row, other))
             noise = max(a["noise"][metric], b["noise"][metric]) * (before["median"] if unit == "seconds" else 1)
             yield Change(case, variant, metric, unit, before, after, noise, beyond(before, after, noise))
@@ -183,60 +169,15 @@ def _variants(case: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
                 yield f"{where}: {words} {before:,.10g} -> {after:,.10g}"
 
 
-def _goals(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[str]:
-    words = {True: "met", False: "missed", None: "hidden by noise"}
-    before = {(goal["case"], goal["text"]): goal["met"] for goal in a}
-    for goal in b:
-        key = goal["case"], goal["text"]
-        if key in before and before[key] is not goal["met"]:
-            yield f"{goal['case']}: {words[before[key]]} -> {words[goal['met']]}: {goal['text']}"
-
-
-def _compare_micro(a: dict[str, Any], b: dict[str, Any]) -> Changes:
-    changes = Changes(list(micro_changes.unlike(a, b)))
-    changes.events += micro_changes.new_and_gone(a, b)
-    for pair in micro_changes.pairs(a, b):
-        said = beyond(pair.before, pair.after, pair.noise)
-        changes.timed.append(
-            Change(pair.group, pair.name, "call", pair.unit, pair.before, pair.after, pair.noise, said)
-        )
-    return changes
-
-
 def show(changes: Changes, console: Console) -> None:
     """What makes the runs unlike first, then what changed, and how much did not."""
     for text in changes.notes:
         console.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
     if changes.beyond_noise:
-        console.print(_table(changes))
+        head = ["case", "variant", "time of", "before", "after", "change"]
+        rows = table(head, [change.cells for change in changes.beyond_noise])
+        console.print(Markdown(f"Overhead over unsteered with its interval, or time with quartiles:\n\n{rows}"))
     for text in changes.events:
         console.print(text, highlight=False, markup=False)
     still = len(changes.timed) - len(changes.beyond_noise)
     console.print(f"{len(changes.beyond_noise)} times changed beyond noise; {still} did not", highlight=False)
-
-
-def _table(changes: Changes) -> Table:
-    table = Table(title="overhead over unsteered with its interval, or time with quartiles")
-    for name in ("case", "variant", "time of"):
-        table.add_column(name, overflow="fold")
-    for name in ("before", "after", "change"):
-        table.add_column(name, justify="right")
-    for change in changes.beyond_noise:
-        in_words = _percent if change.unit == "ratio" else _microseconds
-        before, after = change.before["median"], change.after["median"]
-        by = f"{100 * (after - before):+.1f} points" if change.unit == "ratio" else f"x {after / before:.2f}"
-        table.add_row(
-            *(escape(change.case), escape(change.variant), METRICS.get(change.metric, change.metric)),
-            *(in_words(change.before), in_words(change.after), f"[bold]{change.verdict}[/]\n{by}"),
-        )
-    return table
-
-
-def _percent(ratio: Mapping[str, float]) -> str:
-    median, low, high = (100 * (ratio[key] - 1) for key in ENDS)
-    return f"{median:+.1f} %\n{low:+.1f} to {high:+.1f}"
-
-
-def _microseconds(spread: Mapping[str, float]) -> str:
-    median, low, high = (1e6 * spread[key] for key in ENDS)
-    return f"{median:.1f} us\n{low:.1f} to {high:.1f}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from austeer.cli.common import Device, DType, Json, Quiet, console, emit, split_names
+
+if TYPE_CHECKING:
+    from .inference import Job
+    from .lineup import Case
 
 app = typer.Typer(rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -63,21 +66,25 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     if compare is not None:
-        _compare(*compare, json=json)
+        from .changes import compare as compared
+        from .changes import show
+        from .files import read
+
+        changes = compared(*(read(path, "inference") for path in compare))
+        emit(changes.to_json()) if json else show(changes, console)
         return
     from austeer.cli.common import load
     from austeer.errors import AusteerError
     from austeer.models.load import fits
 
     from .catalogue import chosen
+    from .inference import Effort, Job
+    from .trace import check_trace_path, show_trace, write_trace
 
-    lists = {"site", "k", "layers", "batch", "prompt_tokens", "execution"}
-    given = [name for name in lists if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    given = [name for name in FULL if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
     if full and given:
         raise AusteerError(f"--full: found --{given[0].replace('_', '-')} beside it, expected one of the two")
     if trace is not None:
-        from .trace import check_trace_path
-
         check_trace_path(trace)  # before a model is loaded
     ways = chosen(split_names(variants) or None)
     if not fits(model, dtype, device):
@@ -89,15 +96,16 @@ def bench(
         _expect_writable(out)
     loaded, _ = load(model, dtype, device)
     _expect_plain(loaded)
-    texts = {"site": site, "k": k, "layers": layers, "batch": batch, "prompt_tokens": prompt_tokens}
-    texts["execution"] = execution
-    if full:
-        texts = _full(loaded)
-    cases, series = _cases(loaded, texts)
+    cases, series = expand(loaded, full_lists(loaded) if full else {name: context.params[name] for name in FULL})
     if trace is not None:
-        _trace(loaded, cases[0], ways, trace, json)
+        rows = write_trace(loaded, cases[0], ways, trace)
+        emit({"file": trace, "ways": rows}) if json else show_trace(rows, trace, console)
         return
-    _measure(loaded, cases, series, ways, tokens, seconds, full, out, json, quiet)
+    effort, brief = Effort(seconds=seconds, tokens=tokens), Effort(seconds=seconds / 4, tokens=tokens)
+    swept = {name: way for name, way in ways.items() if name in SWEPT or name.startswith("unsteered")}
+    thorough = {*series["main"], *series.get("site", ())} if full else set(cases)
+    jobs = [Job(case, ways, effort) if case in thorough else Job(case, swept, brief) for case in cases]
+    _measure(loaded, jobs, series, out, json, quiet)
 
 
 def _expect_writable(folder: Path) -> None:
@@ -118,17 +126,15 @@ def _expect_plain(model: Any) -> None:
 
     from austeer.errors import AusteerError
 
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1 or torch.device("meta") in devices or getattr(model, "hf_quantizer", None) is not None:
-        found = (
-            "a quantised model" if getattr(model, "hf_quantizer", None) else f"weights on {sorted(map(str, devices))}"
-        )
+    devices, quantised = {p.device for p in model.parameters()}, getattr(model, "hf_quantizer", None) is not None
+    if len(devices) > 1 or torch.device("meta") in devices or quantised:
+        found = "a quantised model" if quantised else f"weights on {sorted(map(str, devices))}"
         raise AusteerError(f"model: found {found}, expected plain weights on one device; give --device cpu or cuda:0")
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # clocks and graphs are the current device's
 
 
-def _full(model: Any) -> dict[str, str]:
+def full_lists(model: Any) -> dict[str, str]:
     """The lists of ``--full``, as far as the model has so many layers and AUs."""
     from .inference import touched_most
 
@@ -142,23 +148,32 @@ def _full(model: Any) -> dict[str, str]:
     return FULL | {"k": fitting("k", aus), "layers": touched, "execution": execution}
 
 
-def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Any], dict[str, list[int]]]:
-    """The cases that the options ask for.
+def expand(model: Any, texts: dict[str, str]) -> tuple[list[Case], dict[str, list[Case]]]:
+    """The cases that the options ask for, and the sweeps that they make.
 
     Raises:
         AusteerError: what is no number where one is expected.
     """
     from austeer.errors import AusteerError
 
-    from .inference import Case, sweep
+    from .inference import sweep, touched_most
+    from .lineup import Case
 
     values: dict[str, list[Any]] = {name: split_names(texts[name]) for name in texts}
     for name, found in values.items():
+        option = f"--{name.replace('_', '-')}"
         if not found and name != "layers":
-            raise AusteerError(f"--{name.replace('_', '-')}: found none, expected at least one value")
-    for name in ("k", "layers", "batch", "prompt_tokens"):
-        values[name] = [_whole(name, text, model, values["site"]) for text in values[name]]
-    defaults = {name: found[0] for name, found in values.items() if found and name != "layers"}
+            raise AusteerError(f"{option}: found none, expected at least one value")
+        if name not in ("k", "layers", "batch", "prompt_tokens"):
+            continue
+        for place, text in enumerate(found):
+            if name == "k" and text == "all":
+                found[place] = touched_most(model, values["site"][0])
+            elif not text.isdecimal() or int(text) < 1:
+                raise AusteerError(f"{option}: found {text!r}, expected numbers from 1 on, such as 1,16")
+            else:
+                found[place] = int(text)
+    defaults = {name: found[0] for name, found in values.items() if name != "layers"}
     whole = min(defaults["k"], model.config.get_text_config().num_hidden_layers)
     own = values["layers"]
     base = Case(**defaults, layers=own[0] if len(own) == 1 else None)
@@ -167,96 +182,22 @@ def _cases(model: Any, texts: dict[str, str]) -> tuple[list[Any], dict[str, list
     return sweep(base, **values)
 
 
-def _whole(name: str, text: str, model: Any, sites: list[str]) -> int:
-    from austeer.errors import AusteerError
-
-    from .inference import touched_most
-
-    if name == "k" and text == "all":
-        return touched_most(model, sites[0])
-    if not text.isdecimal() or int(text) < 1:
-        raise AusteerError(f"--{name.replace('_', '-')}: found {text!r}, expected numbers from 1 on, such as 1,16")
-    return int(text)
-
-
-def _measure(
-    model: Any,
-    cases: list[Any],
-    series: dict[str, list[int]],
-    ways: Any,
-    tokens: int,
-    seconds: float,
-    full: bool,
-    out: Path,
-    json: bool,
-    quiet: bool,
-) -> None:
+def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Path, json: bool, quiet: bool) -> None:
     from austeer.utils.progress import Progress
 
-    from . import files
-    from .inference import Effort, run
-    from .show_inference import show
+    from . import files, report
+    from .inference import KIND, run
 
-    effort = Effort(seconds=seconds, tokens=tokens)
-    thorough = {*series["main"], *series.get("site", ())} if full else range(len(cases))
-    brief = {name: way for name, way in ways.items() if not full or name in SWEPT or name.startswith("unsteered")}
-    others = {
-        number: (brief, Effort(seconds=seconds / 4, tokens=tokens))
-        for number in range(len(cases))
-        if number not in thorough
-    }
-    path = files.new_file(out, model.device, "inference")
+    path = files.new_file(out, model.device, KIND)
     content: dict[str, Any] = {}
     with Progress("measuring", None, "turns", False if quiet or json else None) as bar:
-        note: list[str] = ["", ""]
-
-        def say(place: int) -> Callable[[str], None]:
-            def update(text: str) -> None:
-                note[place] = text
-                bar.advance(0, " · ".join(note))
-
-            return update
-
-        for content in run(
-            model,
-            model.config._name_or_path,
-            cases,
-            series,
-            ways,
-            effort,
-            others,
-            on_case=say(0),
-            on_way=say(1),
-            on_turn=lambda: bar.advance(1, note[0]),
-        ):
+        for content in run(model, model.config._name_or_path, jobs, series, tell=bar.advance):
             files.write(path, content)  # after each case: an interrupted run keeps what it has
     if json:
         emit(content)
         return
-    show(content)
+    report.show(path, content)
     console.print(f"wrote {path}")
-
-
-def _trace(model: Any, case: Any, ways: Any, path: Path, json: bool) -> None:
-    from .trace import show_trace, write_trace
-
-    found = write_trace(model, case, ways, path)
-    if json:
-        emit({"file": path, "ways": found})
-        return
-    show_trace(found, console)
-    console.print(f"wrote {path}; open it in https://ui.perfetto.dev or chrome://tracing")
-
-
-def _compare(before: Path, after: Path, json: bool) -> None:
-    from .changes import compare, show
-    from .result_files import read_result
-
-    found = compare(read_result(before), read_result(after))
-    if json:
-        emit(found.to_json())
-        return
-    show(found, console)
 
 
 @app.command()

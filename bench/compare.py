@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .graphs import ratios, spread
 from .naive import Gate
 from .pair_sets import PairSet
-from .ways import Run, Sizes, TokensRun, Way, tokens_of
+from .ways import Run, TokensRun, Way, tokens_of
 
 #: The paper measures with up to so many pairs. Ratios are also given as they would be there, because what does not grow
 #: with the pairs (the public loop over all AUs, our question whether the model takes trees) weighs more on few.
@@ -37,18 +37,13 @@ def compare(
 ) -> dict[str, Any]:
     """Every way on the first pairs of a set. In each round all run once, in a new random order, and each is checked.
 
-    A way that runs fewer pairs than others gets some that are as long as all of them are: see :func:`evenly`.
-
     Args:
-        ways: what to run, by name. counts: with how many pairs, by the same names.
-        gate: made for at least as many pairs.
-        rounds: at least 2; one more, not timed, warms up and counts tokens.
-        references: the ways that speeds are compared with.
+        counts: with how many pairs, by the ways' names. gate: made for at least as many pairs.
+        rounds: at least 2; one more, not timed, warms up and counts tokens. references: what speeds are compared with.
 
     Raises:
         WrongResultError: a way counts something else.
     """
-    sizes = Sizes.of(model)
     first = pair_set.pairs[: max(counts.values())]
     lengths = tokens_of(tokenizer, first)
     chosen = {name: evenly([sum(pair) for pair in zip(lengths[::2], lengths[1::2])], counts[name]) for name in ways}
@@ -56,22 +51,20 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     for name, way in ways.items():
         with TokensRun(model) as tokens_run:
-            run = way.run(model, tokenizer, pairs[name])
-        tokens = sum(tokens_of(tokenizer, pairs[name]))
-        # Layer by layer, what lies before the layers runs once for each of them; ours counts by itself.
-        run_tokens = run.report["tokens_padded"] if run.report else tokens_run.count
+            run = way(model, tokenizer, pairs[name])
         rows[name] = {
             "pairs": counts[name],
-            "tokens": tokens,
-            "tokens_run": run_tokens,
+            "tokens": sum(tokens_of(tokenizer, pairs[name])),
+            # Layer by layer, what lies before the layers runs once for each of them; ours counts by itself.
+            "tokens_run": run.report["tokens_padded"] if run.report else tokens_run.count,
             "differing_counts": gate.check(name, run.counts, chosen[name]),
-        } | asdict(way.moved(sizes, tokens, counts[name]))
+        }
     order, shuffle = list(ways), random.Random(0).shuffle
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            run = ways[name].run(model, tokenizer, pairs[name])
+            run = ways[name](model, tokenizer, pairs[name])
             gate.check(name, run.counts, chosen[name])
             runs[name].append(run)
     for name, row in rows.items():

@@ -7,11 +7,12 @@ import functools
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.gate import Exact, Gate
-from bench.inference import GATE_TOKENS, prompts
-from bench.plans import spread_plan
+from bench import shapes
+from bench.catalogue import WAYS
+from bench.gate import Exact
+from bench.graphs import wait
+from bench.lineup import Case, Lineup
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -21,59 +22,56 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture
-def timed(benchmark, device):
-    """Times a function of no arguments to its end on the device, after checking what it gives against ``expected``."""
+def to_its_end(benchmark, device):
+    """Times a function of no arguments to its end on the device."""
 
-    def run(function, expected: torch.Tensor, *, group: str, rtol: float = 1e-2):
-        got = function()
-        error = (got.double() - expected.double()).norm() / expected.double().norm()
-        assert error < rtol, f"wrong by {error:.2e}: a wrong result gets no time"
-        benchmark.group = group
-
-        def to_its_end():
+    def run(function, group: str, **known):
+        def call():
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait(device)
 
-        benchmark(to_its_end)
+        call()
+        benchmark.group = group
+        benchmark.extra_info |= known
+        benchmark(call)
 
     return run
 
 
-#: Llamas of random weights: one that a CPU decodes in milliseconds, and one of the shape of Llama-3.2-1B.
-SHAPES = {
-    "cpu": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-}
+@pytest.fixture
+def timed(to_its_end):
+    """The same, after checking what it gives against ``expected``."""
+
+    def run(function, expected: torch.Tensor, *, group: str, rtol: float = 1e-2):
+        error = (function().double() - expected.double()).norm() / expected.double().norm()
+        assert error < rtol, f"wrong by {error:.2e}: a wrong result gets no time"
+        to_its_end(function, group)
+
+    return run
+
+
+#: The sizes of two Llamas of random weights: one that a CPU decodes in milliseconds, and Llama-3.2-1B.
+SIZES = (*shapes.SIZES[1:6], "head_dim")
+SHAPES = {"cpu": (256, 688, 4, 4, 1, 64), "cuda": (2048, 8192, 16, 32, 8, 64)}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 @functools.cache
-def _model(kind: str) -> tuple[LlamaForCausalLM, Exact]:
-    torch.manual_seed(0)
-    heads = SHAPES[kind]["num_attention_heads"]
-    config = LlamaConfig(**SHAPES[kind], vocab_size=2048, num_key_value_heads=max(heads // 4, 1))
-    with torch.device(kind):
-        model = LlamaForCausalLM(config).to(DTYPES[kind]).eval()
+def _model(kind: str) -> tuple[torch.nn.Module, Exact]:
+    shape = shapes.tiny(shapes.LLAMA_8B, **dict(zip(SIZES, SHAPES[kind])))
+    model = shapes.build(shape, torch.device(kind), DTYPES[kind])
     return model, Exact(model)
 
 
 @functools.cache
-def _gate(kind: str, k: int) -> Gate:
-    model, exact = _model(kind)
-    return Gate(model, exact, spread_plan(model, "ffn", k), prompts(model, 1, GATE_TOKENS)(-2))
+def _lineup(kind: str, batch: int, k: int) -> Lineup:
+    return Lineup(*_model(kind), Case(batch=batch, k=k), WAYS)
 
 
 @pytest.fixture
-def random_llama(device):
-    """A Llama of random weights on the device; the same one for all benchmarks."""
-    return _model(device.type)[0]
-
-
-@pytest.fixture
-def gate_of(device):
-    """The gate of that model for k AUs at the ffn site; its ``alpha`` is the strength to steer with."""
-    return lambda k: _gate(device.type, k)
+def lineup_of(device):
+    """All ways for so many rows and AUs of a random Llama on the device; the same ones for all benchmarks."""
+    return functools.partial(_lineup, device.type)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -8,18 +8,25 @@ On a CPU this library's operations are counted as the PyTorch operations that th
 
 from __future__ import annotations
 
+import copy
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from austeer.costs.unsteered import does_work
 from austeer_kernels import reference
+
+from .steered import Steered
 
 #: Of their first argument they read as many values as they give.
 _GATHER = {"index_select", "index", "embedding", "gather"}
@@ -49,17 +56,11 @@ class Counted:
 class CountedOps(TorchDispatchMode):
     """Counts inside its context.
 
-    ::
-
-        with torch.no_grad(), CountedOps(model) as counted:
-            model(ids)
-        counted.launches, counted.read, counted.written, counted.operations
-
     Args:
         model: whose parameters are told apart from other tensors; None: none are.
 
     Attributes:
-        calls: the operations that did work, in order.
+        calls: the operations that did work, in order. launches: how many. read, written, weights, operations: sums.
     """
 
     def __init__(self, model: nn.Module | None = None):
@@ -72,21 +73,10 @@ class CountedOps(TorchDispatchMode):
     def launches(self) -> int:
         return len(self.calls)
 
-    @property
-    def read(self) -> int:
-        return sum(call.read for call in self.calls)
-
-    @property
-    def written(self) -> int:
-        return sum(call.written for call in self.calls)
-
-    @property
-    def weights(self) -> int:
-        return sum(call.weights for call in self.calls)
-
-    @property
-    def operations(self) -> int:
-        return sum(call.operations for call in self.calls)
+    def __getattr__(self, name: str) -> int:
+        if name not in Counted.__dataclass_fields__:
+            raise AttributeError(name)
+        return sum(getattr(call, name) for call in self.calls)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -177,3 +167,55 @@ def _operations(func, name: str, args, kwargs, result: Any) -> int:
     if torch.Tag.pointwise not in func.tags or not isinstance(result, Tensor) or name == "clone":
         return 0
     return result.numel() * (2 if name in ("addcmul", "addcmul_") else 1)
+
+
+#: For ways whose steps cannot be taken one by one.
+UNKNOWN: dict[str, Any] = dict.fromkeys(("launches", "bytes", "operations", "host_seconds", "device_seconds"))
+_TIMES = 3
+
+
+@torch.no_grad()
+def of_step(steered: Steered, ids: Tensor) -> dict[str, Any]:
+    """Counts of one token a row after the prompt, in eager mode, of a way whose model takes tokens itself.
+
+    On a CPU ``launches`` are the operations that do work; on a GPU kernels and copies, with ``device_seconds``, the
+    time that they run, and ``host_seconds``, until all is queued. Bytes are counted in the same way on both.
+    """
+    model, token = steered.model, ids[:, :1]
+    with steered.active():
+        cache = model(ids, use_cache=True).past_key_values
+        spare = copy.deepcopy(cache)  # not every cache can forget a token
+
+        def step() -> None:
+            model(token, past_key_values=cache, use_cache=True)
+
+        model(token, past_key_values=spare, use_cache=True)
+        with CountedOps(model) as counted:
+            step()
+        found = UNKNOWN | {
+            "launches": counted.launches,
+            "bytes": counted.read + counted.written,
+            "operations": counted.operations,
+        }
+        return found | (_on_gpu(model, step, ids.device) if ids.is_cuda else {})
+
+
+def _on_gpu(model: nn.Module, step: Any, device: torch.device) -> dict[str, Any]:
+    host = []
+    for _ in range(_TIMES):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        step()
+        host.append(time.perf_counter() - begin)
+    torch.cuda.synchronize(device)
+    # Of the device alone: reading the host's tens of thousands of events would take seconds.
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(_TIMES):
+            step()
+        torch.cuda.synchronize(device)
+    events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    return {
+        "launches": len(events) / _TIMES,
+        "device_seconds": sum(event.time_range.elapsed_us() for event in events) * 1e-6 / _TIMES,
+        "host_seconds": statistics.median(host),
+    }

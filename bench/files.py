@@ -1,4 +1,4 @@
-"""Result files: one JSON a measurement, in a folder for each device, with what it was measured on."""
+"""Result files: one JSON a measurement, in a folder for each device, with what it was measured on; written and read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,28 @@ from typing import Any
 
 import torch
 
+from austeer.errors import AusteerError
 from austeer.utils.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+
+#: What a file of a kind must have. "kernels" is pytest-benchmark's own (``--benchmark-json``), and names no kind.
+KEYS: dict[str, tuple[str, ...]] = {
+    "demo": ("model", "pairs", "held_out", "generations", "timings", "environment"),
+    "host": ("batches", "sites", "rounds", "environment"),
+    "momentum": ("sets", "memory", "offloaded", "large", "kernel", "rounds", "environment"),
+    "dispatch": ("rows", "ceilings", "dtype", "environment"),
+    "inference": ("schema", "model", "settings", "complete", "series", "cases", "environment"),
+    "kernels": ("benchmarks", "commit_info", "datetime"),
+    "gpu": ("schema", "settings", "parts", "environment"),
+    "serving": ("model", "rows", "environment"),
+    "study": ("model", "methods", "tasks", "seconds", "environment"),
+}
+SCHEMAS = {"inference": 1, "gpu": 1}
+
+
+class ResultsError(AusteerError):
+    """A result, or a place where one is published, that is not as it has to be."""
 
 
 def device_slug(device: torch.device) -> str:
@@ -58,11 +77,11 @@ def about(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, with ``-dirty`` behind it where tracked files differ; None outside git."""
-    tracked = ["git", "ls-files", "--error-unmatch", "bench/files.py"]  # an installed copy may lie in another's git
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    tracked = ["ls-files", "--error-unmatch", "bench/files.py"]  # an installed copy may lie in another's git
+    options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 30, "check": True}
     try:
-        subprocess.run(tracked, cwd=ROOT, capture_output=True, timeout=30, check=True)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+        subprocess.run(["git", *tracked], **options)
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], **options)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
@@ -91,3 +110,33 @@ def write(path: Path, content: dict[str, Any]) -> None:
     new = path.with_name(f"{path.name}.new")
     new.write_text(dumps(content) + "\n", encoding="utf-8")
     new.replace(path)  # an interrupted write leaves the earlier one whole
+
+
+def read(path: Path, kind: str) -> dict[str, Any]:
+    """The content of a result file, checked for what reports and comparisons need of it.
+
+    Raises:
+        ResultsError: no such file, no JSON, another kind or schema, or parts missing.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(
+            f"{path}: cannot be read as JSON ({error}); measure again, or restore it from git"
+        ) from error
+    found = content.get("kind", kind) if isinstance(content, dict) else type(content).__name__
+    if found != kind or not isinstance(content, dict):
+        raise ResultsError(
+            f"{path}: found a result of kind {found!r}, expected {kind!r}; give or name it as what it is"
+        )
+    missing = [key for key in KEYS[kind] if key not in content]
+    if missing:
+        raise ResultsError(
+            f"{path}: found no {', '.join(missing)}, expected {', '.join(KEYS[kind])} in a result of kind {kind!r}; "
+            "measure again with this version"
+        )
+    if kind in SCHEMAS and content["schema"] != SCHEMAS[kind]:
+        raise ResultsError(
+            f"{path}: found schema {content['schema']!r}, expected {SCHEMAS[kind]}; measure again with this version"
+        )
+    return content

@@ -6,47 +6,49 @@ import ctypes
 import gc
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from .peak import forget_peak, resident
-
-
-def storages(*models: nn.Module) -> dict[int, int]:
-    """Bytes of every storage that a tensor of this process has, by address.
-
-    Args:
-        models: theirs count, too, where the collector was told to leave them out (``gc.freeze``).
-    """
-    gc.collect()
-    # A compiler's stand-ins have no memory, and say so with an error.
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and not issubclass(type(o), FakeTensor)]
-    tensors += [t for model in models for t in (*model.parameters(), *model.buffers())]
-    found: dict[int, int] = {}
-    for tensor in tensors:
-        if tensor.device.type != "meta" and tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+#: What is written there to set the peak to what is resident now (Linux, Documentation/filesystems/proc).
+_FORGET_PEAK = "5"
 
 
-def added(before: dict[int, int]) -> int:
-    """Bytes of the storages that are there now, and were not before."""
-    return sum(nbytes for address, nbytes in storages().items() if address not in before)
+class Held(TorchDispatchMode):
+    """Notes the storages that operations make inside its context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not any(returned.alias_info for returned in func._schema.returns):  # neither a view nor in place
+            for one in tree_leaves(result):
+                if isinstance(one, Tensor) and one.device.type != "meta" and one.layout == torch.strided:
+                    storage = one.untyped_storage()
+                    self._made[StorageWeakRef(storage)] = storage.nbytes()
+        return result
+
+    @property
+    def bytes(self) -> int:
+        """Of those that are still there."""
+        gc.collect(1)  # what only cycles hold; what is older than the context is none of it
+        return sum(nbytes for storage, nbytes in self._made.items() if not storage.expired())
 
 
-def _give_back() -> None:
-    """Has the C library return what it keeps for later: a second run would else find all that it needs there."""
-    with suppress(AttributeError, OSError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a run needs at once over what was taken before; None where this system does not count them.
+def peak(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a run needs at once over what was taken before.
 
     On a GPU what PyTorch allocated; on a CPU what was resident (Linux), in pages: run it once before.
+
+    Raises:
+        OSError: this system does not count them.
     """
     gc.collect()
     if device.type == "cuda":
@@ -56,11 +58,15 @@ def peak(run: Callable[[], object], device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        _give_back()
-        forget_peak()
-        before = resident("VmRSS")
-        run()
-        return max(0, resident("VmHWM") - before)
-    except OSError:
-        return None
+    with suppress(AttributeError, OSError):  # glibc alone has it: a second run would else find all that it needs there
+        ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
+    before = _resident("VmRSS")
+    run()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    """Bytes of ``VmRSS`` (resident now) or ``VmHWM`` (the most so far)."""
+    found = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
+    return int(found[field].split()[0]) * 1024

@@ -36,14 +36,13 @@ class Outcome:
     """What the gate found.
 
     Attributes:
-        error, allowed: root mean square over all logits. effect: of steering, the same. alpha: the strength.
+        error, allowed: root mean square over all logits. effect: of steering, the same.
         reason: what is wrong; empty if nothing is.
     """
 
     error: float
     allowed: float
     effect: float
-    alpha: float
     reason: str
 
 
@@ -92,18 +91,18 @@ class Gate:
     """
 
     def __init__(self, model: nn.Module, exact: Exact, plan: Plan, ids: Tensor):
-        self._model, self._exact_model, self._plan, self.ids = model, exact, plan, ids
+        self._model, self.exact_model, self._plan, self.ids = model, exact, plan, ids
         unsteered = Steered(twin(model))
-        plain_logits, greedy = logits(unsteered, ids), self._greedy(unsteered)
+        plain_logits, greedy = logits(unsteered, ids), self.greedy(unsteered)
         self.alpha = 1.0
         while self.alpha <= MOST_ALPHA:
-            self._exact = exact.logits(plan, self.alpha, ids)
+            self.exact = exact.logits(plan, self.alpha, ids)
             self._plain = Formula(twin(model), plan, self.alpha)
-            self.effect = rms(plain_logits - self._exact)
-            own = rms(logits(self._plain, ids) - self._exact)
+            self.effect = rms(plain_logits - self.exact)
+            own = rms(logits(self._plain, ids) - self.exact)
             self.allowed = max(2 * own, (SHARE if exact.wider else SHARE_UNKNOWN) * self.effect)
-            seen = self.effect > EFFECT * rms(self._exact) and self.effect > CLEAR * self.allowed
-            if seen and self._below(greedy) > SLACK * self.allowed:
+            seen = self.effect > EFFECT * rms(self.exact) and self.effect > CLEAR * self.allowed
+            if seen and self.below(greedy) > SLACK * self.allowed:
                 return
             self.alpha *= 2
         raise WeakGateError(
@@ -113,16 +112,16 @@ class Gate:
 
     def __call__(self, steered: Steered) -> Outcome:
         """Looks at a way: all logits of the prompt, then a few greedy tokens of its own generation."""
-        error = rms(logits(steered, self.ids) - self._exact)
+        error = rms(logits(steered, self.ids) - self.exact)
         reason = self._judged(error, "logits")
         if not reason:
-            below = self._below(self._greedy(steered))
+            below = self.below(self.greedy(steered))
             if not below <= SLACK * self.allowed:
                 reason = (
                     f"generates a token whose logit lies {below:.2g} below the formula's best, expected at most "
                     f"{SLACK * self.allowed:.2g}"
                 )
-        return Outcome(error, self.allowed, self.effect, self.alpha, reason)
+        return Outcome(error, self.allowed, self.effect, reason)
 
     def judge_step(self, found: Tensor, ids: Tensor, unsteered: bool = False) -> Outcome:
         """Looks at one decoded step.
@@ -132,9 +131,9 @@ class Gate:
                 as it is.
         """
         alpha = 0.0 if unsteered else self.alpha
-        exact = self._exact_model.logits(self._plan, alpha, ids)[:, -1]
+        exact = self.exact_model.logits(self._plan, alpha, ids)[:, -1]
         error = rms(found.double() - exact)
-        return Outcome(error, self.allowed, self.effect, self.alpha, self._judged(error, "logits of a step"))
+        return Outcome(error, self.allowed, self.effect, self._judged(error, "logits of a step"))
 
     def _judged(self, error: float, what: str) -> str:
         if error <= self.allowed:  # false for NaN
@@ -145,11 +144,11 @@ class Gate:
         )
 
     @torch.no_grad()
-    def _greedy(self, steered: Steered) -> Tensor:
+    def greedy(self, steered: Steered) -> Tensor:
         with steered.active():
             return steered.generate(self.ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
 
-    def _below(self, generated: Tensor) -> float:
+    def below(self, generated: Tensor) -> float:
         """How far the logit of a generated token lies below the best one at most, both by the formula."""
         found = logits(self._plain, generated[:, :-1])[:, self.ids.shape[1] - 1 :]
         if generated.shape[1] != self.ids.shape[1] + TOKENS:

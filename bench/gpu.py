@@ -2,14 +2,11 @@
 
     python -m bench.gpu [--budget 480] [--skip tests kernels ...] [--models Llama-3.1-8B ...] [--quick] [--json]
 
-In this order: the tests that need a GPU; the device's two ceilings; the projection kernels and the counting kernel
-beside them; steered inference of random models in the shapes of published ones, under CUDA graphs and eagerly;
-momentum of a random model. A part that fails is recorded with its error, and the rest still runs: in a new process
-where it ended its own, or the GPU's context. A part for which too little of the budget is left is skipped and named.
-Results are written as they come, since a GPU that is lent may be taken away: the suite's own file, and one for each
-model and for what other commands measure too. A summary comes last.
-
-On a CPU only --quick runs: tiny models, to see that everything works. Its times mean nothing.
+In this order: the tests that need a GPU; the projection kernels; steered inference of random models in the shapes of
+published ones; the counting kernel, and momentum of a random model. A part that fails is recorded with its error, and
+the rest still runs: in a new process where it ended its own, or the GPU's context. A part for which too little of the
+budget is left is skipped and named. Results are written as they come, since a GPU that is lent may be taken away. On a
+CPU only --quick runs: tiny models, to see that everything works. Its times mean nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markdown import Markdown
 
-from . import files, gpu_parts, gpu_summary, report, shapes
+from . import command, files, gpu_parts, report, shapes
 from .gpu_suite import DTYPE, FAILED, RUNNING, BrokenDeviceError, Clock, Suite, run_part
+from .published.tables import table
 
-KIND, SCHEMA = "gpu", 1
-SKIPPABLE = ("tests", "ceilings", "kernels", "counting", "models", "momentum")
+KIND = "gpu"
+SKIPPABLE = ("tests", "kernels", "models", "momentum")
 BUDGET = 480.0
 #: A process in which the GPU answers no more ends with this status, and another goes on.
 BROKEN = 3
@@ -45,8 +44,8 @@ def work(path: Path, seconds: float) -> int:
         0, or ``BROKEN`` where another process has to go on.
     """
     clock = Clock(seconds)
-    content = read(path)
-    suite = Suite(path, content, _device())
+    content = files.read(path, KIND)
+    suite = Suite(path, content, command.device())
     missing = [part for part in gpu_parts.parts(content["settings"]) if part.name not in content["parts"]]
     for number, part in enumerate(missing):
         kept = sum(later.least for later in missing[number + 1 :])  # for those that come after it
@@ -78,7 +77,7 @@ def supervise(path: Path, end: float, command: Sequence[str]) -> None:
                 why = f"its process ended with {_status(code)}"
         except subprocess.TimeoutExpired:
             code, why = 0, f"stopped, since it was still running {GRACE:.0f} s after the time was up"
-        content = read(path)
+        content = files.read(path, KIND)
         for entry in content["parts"].values():
             if entry["status"] == RUNNING:
                 entry |= {"status": FAILED, "reason": "; ".join(filter(None, [entry["reason"], why]))}
@@ -91,31 +90,14 @@ def supervise(path: Path, end: float, command: Sequence[str]) -> None:
 
 
 def _status(code: int) -> str:
-    if code >= 0:
-        return f"status {code}"
-    try:
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"signal {-code}"
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return f"status {code}" if code >= 0 else f"signal {-code} ({signal.strsignal(-code)})"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=files.ROOT / "bench" / "results", help="folder of the results")
+    parser = command.parser("gpu", __doc__, quick="tiny models, few rounds")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for everything (default: {BUDGET:.0f})")
     parser.add_argument("--skip", nargs="+", choices=SKIPPABLE, default=[], help="parts to leave out")
     parser.add_argument("--models", nargs="+", choices=list(shapes.SHAPES), default=list(shapes.SHAPES))
-    parser.add_argument("--quick", action="store_true", help="tiny models, few rounds: only to see that it runs")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
-    parser.add_argument("--commit", help="the commit, where this copy of the code has no git folder")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.budget <= 0 and not options.work:
@@ -133,19 +115,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.work:
         return work(options.work, options.budget)
     end += options.budget
-    device = _device()
-    path = files.new_file(options.out, device, f"{KIND}-quick" if options.quick else KIND)
+    path = command.new_file(KIND, options)
     content: dict[str, Any] = {
         "kind": KIND,
-        "schema": SCHEMA,
-        "environment": files.about(device, options.commit),
+        "schema": files.SCHEMAS[KIND],
+        "environment": files.about(command.device(), options.commit),
         "settings": {
-            "budget": options.budget,
-            "quick": options.quick,
+            **{"budget": options.budget, "quick": options.quick, "skip": options.skip},
             "models": [name for name in shapes.SHAPES if name in options.models],
-            "skip": options.skip,
             "dtype": str(DTYPE).removeprefix("torch."),
         },
+        "quick": options.quick,
         "complete": False,
         "parts": {},
     }
@@ -154,16 +134,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         work(path, options.budget)
     else:
         supervise(path, end, [sys.executable, "-m", "bench.gpu", *(["--json"] if options.json else [])])
-    content = read(path)
+    content = files.read(path, KIND)
     content["complete"] = "stopped" not in content
     content["seconds"] = time.perf_counter() - end + options.budget
     files.write(path, content)
     if options.json:
         print(files.dumps(content))
     else:
-        gpu_summary.show(path, content)
+        show(path, content)
+    report.say(f"written: {path}")
     ran = content["complete"] and all(entry["status"] != FAILED for entry in content["parts"].values())
     return 0 if ran else 1
+
+
+def show(path: Path, content: dict[str, Any]) -> None:
+    """Everything that the parts' own files hold, then what became of the parts."""
+    for entry in content["parts"].values():
+        for file in entry["files"]:
+            report.show(path, json.loads((path.parent / file).read_text(encoding="utf-8")))
+    rows = [
+        [name, entry["status"], f"{entry['seconds']:.0f}", entry["reason"], ", ".join(entry["files"])]
+        for name, entry in content["parts"].items()
+    ]
+    text = table(["part", "status", "seconds", "reason", "files"], rows)
+    report.wide_console().print(Markdown(f"{text}\n\n{content.get('stopped', '')}"))
 
 
 if __name__ == "__main__":

@@ -30,38 +30,33 @@ class Clock:
     """How much time is left, seconds."""
 
     def __init__(self, seconds: float):
-        self._end = time.perf_counter() + seconds
+        self.end = time.perf_counter() + seconds
 
     @property
     def left(self) -> float:
-        return self._end - time.perf_counter()
+        return self.end - time.perf_counter()
 
 
 @dataclass
 class Suite:
-    """What all parts share.
-
-    Attributes:
-        path, content: the suite's result file, and what is to be in it; other files go to the same folder.
-    """
+    """What all parts share: the suite's result file, and what is to be in it; other files go to the same folder."""
 
     path: Path
     content: dict[str, Any]
     device: torch.device
 
-    @property
-    def quick(self) -> bool:
-        return bool(self.content["settings"]["quick"])
-
-    @property
-    def commit(self) -> str | None:
-        return self.content["environment"]["commit"]
+    def __post_init__(self) -> None:
+        self.quick, self.commit = bool(self.content["settings"]["quick"]), self.content["environment"]["commit"]
 
     def save(self) -> None:
         """Writes the result file; whenever the process is ended, there is a whole one."""
-        new = self.path.with_suffix(".new")
-        files.write(new, self.content)
-        new.replace(self.path)
+        files.write(self.path, self.content)
+
+    def write(self, path: Path, content: dict[str, Any], entry: dict[str, Any]) -> None:
+        """Writes a part's own file, and its name into the part's entry."""
+        files.write(path, content)
+        entry["files"] = [path.name]
+        self.save()
 
     def new_file(self, kind: str, rest: str = "") -> Path:
         """A file beside the suite's, that is not there yet."""
@@ -75,8 +70,8 @@ class Part:
 
     Attributes:
         least: it is not begun with less time, seconds. most: what it may take.
-        run: measures, and fills its entry in the result file: ``result``, the names of ``files`` of its own, and, where
-            not all went well, ``status`` and ``reason``.
+        run: measures, and fills its entry in the result file: the names of ``files`` of its own, or its ``result``,
+            and, where not all went well, ``status`` and ``reason``.
     """
 
     name: str
@@ -86,10 +81,7 @@ class Part:
 
 
 def run_part(suite: Suite, part: Part, seconds: float) -> None:
-    """Runs a part; whatever happens is in its entry, and the entry in the file.
-
-    Args:
-        seconds: what it may take; a part that gets less than it needs is skipped.
+    """Runs a part, for so many seconds; whatever happens is in its entry, and the entry in the file.
 
     Raises:
         BrokenDeviceError: after it nothing else can run in this process.

@@ -1,6 +1,6 @@
 """Times on a device: CUDA-graph replays of calls over rotated inputs, in interleaved rounds, on warm clocks.
 
-On a CPU the same calls are made one by one, so that everything that uses this module also runs, and is tested, there.
+On a CPU the same calls are made one by one.
 """
 
 from __future__ import annotations
@@ -74,6 +74,23 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def captured(run: Callable[[], Any], warm_up: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
+    """A CUDA graph of ``run``, and what that gave.
+
+    Args:
+        warm_up: compiles kernels, chooses algorithms, allocates workspaces: all forbidden in a capture.
+    """
+    stream, current = capture_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        warm_up()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = run()
+    return graph, result
+
+
 class Replay:
     """Calls that do the same work, each on its own copy of the inputs; timed as a whole.
 
@@ -103,15 +120,8 @@ class Replay:
                 self.result = call()
 
     def _capture(self) -> None:
-        stream, current = capture_stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            self._run(1)  # compiles kernels, chooses algorithms, allocates workspaces: all forbidden in a capture
-        self.result = None
-        current.wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._run(self.count // len(self.calls))
+        passes = self.count // len(self.calls)
+        self._graph, _ = captured(lambda: self._run(passes), lambda: self._run(1), self.device)
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run(self) -> Any:
@@ -151,38 +161,6 @@ def interleaved(replays: Mapping[str, Replay], rounds: int, seed: int = 0) -> di
 def ratios(values: Sequence[float], reference: Sequence[float]) -> Spread:
     """The spread of the rounds' ratios: what drifts from round to round drops out."""
     return spread([a / b for a, b in zip(values, reference, strict=True)])
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device can do, measured.
-
-    Attributes:
-        copy: bytes a second of a large copy on the device, read plus written.
-        matmul: operations a second of a large square product.
-    """
-
-    copy: float
-    matmul: float
-
-    def floor(self, nbytes: float, operations: float) -> float:
-        """The seconds that moving ``nbytes`` or computing ``operations`` takes at least, whichever is longer."""
-        return max(nbytes / self.copy, operations / self.matmul)
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> Ceilings:
-    """Copies 1 GiB and multiplies 8192 x 8192 matrices of random numbers on a GPU; 4 MiB and 128 x 128 on a CPU."""
-    gpu = device.type == "cuda"
-    length, side = (1 << 29, 8192) if gpu else (1 << 21, 128)
-    source = torch.randn(length, device=device, dtype=torch.float16)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    replays = {
-        "copy": Replay([lambda: target.copy_(source)], device, 1e-3),
-        "matmul": Replay([lambda: torch.matmul(a, b)], device, 1e-3),
-    }
-    seconds = {name: statistics.median(values) for name, values in interleaved(replays, rounds).items()}
-    return Ceilings(2 * source.nbytes / seconds["copy"], 2 * side**3 / seconds["matmul"])
 
 
 def warm_up(device: torch.device, seconds: float = 1.0) -> None:

@@ -19,11 +19,7 @@ SAME, SLOWER, FASTER, UNCLEAR, NOISY = "same", "slower", "faster", "unclear", "n
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of paired ratios, and the bootstrapped interval of that median.
-
-    Attributes:
-        median, low, high: the ratio, and the interval's ends. level: of the interval. count: of pairs.
-    """
+    """The median of so many paired ratios, and the bootstrapped interval of that median, of this level."""
 
     median: float
     low: float

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerFast
 
 import austeer_kernels as ak
+from austeer import Pairs
+from austeer.ceilings import ceilings
 
 from .compare import compare
-from .graphs import Replay, WrongResultError, copies_of, interleaved, measure_ceilings, ratios, spread, warm_up
-from .models import Shape, random_model, trained_tokenizer
+from .footprint import peak
+from .graphs import Replay, WrongResultError, copies_of, interleaved, ratios, spread, warm_up
 from .naive import Gate
 from .pair_sets import PairSet
-from .ways import OURS, STACKED, UNSHARED, WAYS, Way
+from .shapes import ModelShape, build
+from .ways import OURS, STACKED, UNSHARED, WAYS
 
 KERNEL, EAGER = "kernel", "eager"
 
@@ -38,7 +43,7 @@ def kernel(pairs: int, columns: int, dtype: torch.dtype, device: torch.device, r
         WrongResultError: a count differs, or a sum by more than rounding.
     """
     warm_up(device)
-    ceilings = measure_ceilings(device, dtype)
+    bandwidth = ceilings(device, dtype).bandwidth
     torch.manual_seed(0)
     nbytes = 2 * pairs * columns * dtype.itemsize
     copies = copies_of(nbytes, device)
@@ -49,19 +54,17 @@ def kernel(pairs: int, columns: int, dtype: torch.dtype, device: torch.device, r
         EAGER: [lambda x=x, c=c: eager_update(x[0], x[1], c) for x, c in zip(inputs, counters[EAGER])],
     }
     nbytes += 2 * sum(counter.nbytes for counter in counters[KERNEL][0])  # read and written
-    replays = {name: Replay(own, device, nbytes / ceilings.copy) for name, own in calls.items()}
+    replays = {name: Replay(own, device, nbytes / bandwidth) for name, own in calls.items()}
     for name, replay in replays.items():
         _check(name, replay, inputs, counters[name])
     seconds = interleaved(replays, rounds)
-    return {
-        "pairs": pairs,
-        "columns": columns,
-        "dtype": str(dtype).removeprefix("torch."),
+    sizes = {"pairs": pairs, "columns": columns, "dtype": str(dtype).removeprefix("torch.")}
+    return sizes | {
         "bytes": nbytes,
         "copies": copies,
-        "copy_bandwidth": ceilings.copy,
+        "copy_bandwidth": bandwidth,
         "seconds": {name: dataclasses.asdict(spread(values)) for name, values in seconds.items()},
-        "of_copy_bandwidth": nbytes / spread(seconds[KERNEL]).median / ceilings.copy,
+        "of_copy_bandwidth": nbytes / spread(seconds[KERNEL]).median / bandwidth,
         "faster_than_eager": dataclasses.asdict(ratios(seconds[EAGER], seconds[KERNEL])),
     }
 
@@ -85,8 +88,23 @@ def _check(name: str, replay: Replay, inputs: Sequence[Sequence[Tensor]], counte
                 raise WrongResultError(f"{name}: a sum differs by more than rounding")
 
 
+def trained_tokenizer(pairs: Iterable[Pairs], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer learnt from the pairs: texts get about as many tokens as from a real one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (text for some in pairs for pair in some for text in (pair.prompt, pair.positive, pair.negative))
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
 def model(
-    shape: Shape,
+    shape: ModelShape,
     dtype: torch.dtype,
     device: torch.device,
     sets: Sequence[PairSet],
@@ -98,8 +116,8 @@ def model(
     Args:
         counts: pairs that are timed, and pairs at which memory is looked at again.
     """
-    tokenizer = trained_tokenizer([s.pairs for s in sets], shape.vocabulary)
-    loaded = random_model(shape, device, dtype)
+    tokenizer = trained_tokenizer([s.pairs for s in sets], shape.values["vocab_size"])
+    loaded = build(shape, device, dtype)
     ways = {name: WAYS[name] for name in (STACKED, OURS, UNSHARED)}
     timed, more = counts
     rows, memory = [], []
@@ -111,21 +129,15 @@ def model(
         del gate
         if device.type == "cuda":
             for name in (STACKED, OURS):
-                extra = {str(n): device_extra(loaded, tokenizer, pair_set, ways[name], n) for n in (timed, more)}
+                extra = {
+                    str(count): peak(partial(ways[name], loaded, tokenizer, pair_set.pairs[:count]), device)
+                    for count in (timed, more)
+                }
                 memory.append({"way": name, "set": pair_set.name, "bytes": extra})
     return {
-        "shape": dataclasses.asdict(shape),
+        "shape": {"name": shape.name},
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in loaded.parameters()),
         "sets": rows,
         "memory": memory,
     }
-
-
-def device_extra(loaded: PreTrainedModel, tokenizer, pair_set: PairSet, way: Way, pairs: int) -> int:
-    """Bytes of the GPU's memory that were allocated at once over what is now."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    way.run(loaded, tokenizer, pair_set.pairs[:pairs])
-    return torch.cuda.max_memory_allocated() - before

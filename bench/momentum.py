@@ -2,34 +2,11 @@
 
     python -m bench.momentum [--rounds 3] [--sets persona boolq ...] [--data ../shared/data] [--quick] [--json]
 
-Both sites, attention and ffn, are measured in one pass by every way: the public algorithm (peers/public_momentum.py),
-careful PyTorch (peers/stacked_momentum.py), ours, and ours without shared prompts. In each round all run, in a new
-random order, on the first pairs of each set; the public algorithm on fewer, since its rate does not depend on their
-number but for its loop over the AUs. That loop is a fixed cost, as is our question whether the model takes trees, so
-ratios are given twice: as run, and as they would be at 1,000 pairs, the paper's number. Nothing is timed whose counts
-are not those of a naive loop, up to comparisons that rounding can turn (naive.py). Peak memory is measured in a process
-a way (peak.py), a model with its weights on disk in a part of its own (offloaded.py), and on a GPU the counting kernel
-and a random model of 8B's sizes (large.py).
-
-Predicted before measuring, for two cores, where a batch runs about 400 tokens a second and a text alone costs at least
-the reading of all weights, 0.1 s:
-
-- 8x the public algorithm on short texts. Demo pairs: 2 x 0.13 s a pair against 16 tokens, 0.04 s: 6x to 7x at 1,000
-  pairs; as run, with a loop of 1.4 s over 16 pairs, 9x. Persona pairs: 2 x 0.16 s against 24 tokens, of which 11 begin
-  every prompt and are shared, too: 8x. Met by a little, or missed by a little.
-- 4x on long shared prompts. A text of 150 tokens alone fills the machine; left are the prompt that is run once (2x),
-  the head (a quarter) and the loop: 2.5x to 3x at 1,000 pairs. Missed there; met as run on 4 pairs,
-  for the loop's sake.
-- 1.5x the stacked version where prompts are shared: half the tokens, so 2x on long ones and a little less on short
-  ones. Met.
-- Never slower than the stacked version: without sharing the work is the same less its padding. Met, barely on short
-  texts.
-- Peak extra memory does not depend on the number of pairs: the buffer holds 128 pairs. Met.
-- Layer by layer 5x faster than batch by batch from disk: a pass of 1,024 tokens computes for 2.5 s and loads 0.5 GB in
-  0.2 s from the system's cache, in 1 s from the disk: 1.1x and 1.4x. Missed on this machine, whose cores are slow
-  beside its disk; 5x only over forward passes of one text.
-- The kernel reaches 85 % of the copy bandwidth of a GPU and 4x eager operations: it reads 524 MB once, eager ones read
-  it three times and write and read four temporaries that are as large or twice as large. Met, the 85 % barely.
+Both sites, attention and ffn, are measured in one pass by every way. In each round all run, in a new random order, on
+the first pairs of each set; the public algorithm on fewer, since its rate does not depend on their number but for its
+loop over the AUs. That loop is a fixed cost, as is our question whether the model takes trees, so ratios are given
+twice: as run, and as they would be at 1,000 pairs, the paper's number. Nothing is timed whose counts are not those of a
+naive loop, up to comparisons that rounding can turn (naive.py).
 """
 
 from __future__ import annotations
@@ -37,20 +14,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from . import files, large, models, offloaded, pair_sets, peak, report
-from .compare import MANY, compare
+from austeer.measuring import BLOCK_PAIRS
+from austeer.models import ModelError, load_model
+
+from . import command, files, footprint, large, offloaded, pair_sets, report, shapes
+from .compare import compare
 from .naive import Gate
-from .ways import OURS, PUBLIC, STACKED, UNSHARED, WAYS
-
-SHORT_GOAL, LONG_GOAL, SHARED_GOAL, NEVER_SLOWER = 8.0, 4.0, 1.5, 1.0
-LAYERWISE_GOAL, BANDWIDTH_GOAL, EAGER_GOAL = 5.0, 0.85, 4.0
-#: Peak memory at the larger number of pairs over that at the smaller one: allocators round.
-MEMORY_GOAL = 1.1
+from .ways import OURS, PUBLIC, STACKED, WAYS, tokens_of
 
 #: Pairs of the demo whose peak memory is measured: of ours two blocks, since one is made ready while another runs, and
 #: three times as many; of the others, which only show how they grow, few.
@@ -70,25 +47,22 @@ KERNEL_ROUNDS = 15
 QUICK_LARGE_PAIRS, QUICK_KERNEL_SHAPE = (4, 8), (6, 100)
 
 
+def empty(device: torch.device, commit: str | None, data: str, rounds: int, quick: bool) -> dict[str, Any]:
+    """A result of this kind of which nothing is measured yet."""
+    known = {"environment": files.about(device, commit), "data": data, "rounds": rounds, "quick": quick}
+    return {"kind": "momentum", **known, "complete": False, "sets": [], "memory": []} | dict.fromkeys(
+        ("offloaded", "large", "kernel")
+    )
+
+
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measures part by part; gives, after each, the content of the result file so far."""
-    sets = pair_sets.load_all(options.sets, options.data)
+    sets, quick = pair_sets.load_all(options.sets, options.data), options.quick
     data = "public data sets" if options.data.is_dir() else "demo pairs"
     if not options.data.is_dir():
         report.say(f"{options.data}: no such folder; the demo's own pairs are used, as they are and lengthened")
-    content: dict[str, Any] = {
-        "kind": "momentum",
-        "environment": files.about(device, options.commit),
-        "data": data,
-        "rounds": options.rounds,
-        "quick": options.quick,
-        "sets": [],
-        "memory": [],
-        "offloaded": None,
-        "large": None,
-        "kernel": None,
-    }
-    loaded = models.small(options.quick, device)
+    content = empty(device, options.commit, data, options.rounds, quick)
+    loaded = small(quick, device)
     if loaded is None:
         report.say("the demo model is not installed: nothing is measured on it")
     else:
@@ -102,80 +76,65 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
             )
             yield content
     if loaded is not None and device.type == "cpu":
-        for way, counts_ in (QUICK_MEMORY_PAIRS if options.quick else MEMORY_PAIRS).items():
+        for way, counts_ in (QUICK_MEMORY_PAIRS if quick else MEMORY_PAIRS).items():
             report.say(f"peak memory: {way}")
-            content["memory"].append({"way": way, "runs": [peak.measured(way, n, options.quick) for n in counts_]})
-    if device.type == "cuda" or options.quick:
-        shape = models.TINY if options.quick else models.LLAMA_8B
-        report.say("counting kernel")
-        pairs, columns = QUICK_KERNEL_SHAPE if options.quick else KERNEL_SHAPE
-        content["kernel"] = large.kernel(pairs, columns, torch.bfloat16, device, KERNEL_ROUNDS)
-        yield content
-        report.say(f"random {shape.name}")
-        few_and_many = QUICK_LARGE_PAIRS if options.quick else LARGE_PAIRS
-        content["large"] = large.model(shape, torch.bfloat16, device, sets, few_and_many, options.rounds)
+            content["memory"].append({"way": way, "runs": [extra_memory(*loaded, way, n) for n in counts_]})
+    if device.type == "cuda" or quick:
+        for part in on_random_weights(sets, LARGE_PAIRS, options.rounds, device, quick):
+            content |= part
+            yield content
     if loaded is not None:
         report.say("weights on disk")
-        numbers = QUICK_OFFLOADED_PAIRS if options.quick else OFFLOADED_PAIRS
+        numbers = QUICK_OFFLOADED_PAIRS if quick else OFFLOADED_PAIRS
         content["offloaded"] = offloaded.measure(*loaded, pair_sets.demo_pairs(), numbers, OFFLOADED_ROUNDS)
-    yield content | {"goals": goals(content, gpu=device.type == "cuda")}
+    yield content | {"complete": True}
 
 
-#: Under which names ratios are in a result, and what they are.
-_AT = (("", "as run"), (f"_at_{MANY}", f"at {MANY} pairs"))
+def extra_memory(model: PreTrainedModel, tokenizer, way: str, count: int) -> dict[str, int]:
+    """Bytes over the loaded model while ``count`` pairs are measured.
+
+    They are the demo's first, as many as a block, over and over: nothing but their number differs from call to call.
+
+    Raises:
+        OSError: this system does not count peaks.
+    """
+    pairs = pair_sets.demo_pairs().pairs[:BLOCK_PAIRS]
+    pairs = replace(pairs, items=(pairs.items * (count // len(pairs) + 1))[:count])
+    WAYS[way](model, tokenizer, pairs[-2:])  # reads every weight
+    nbytes = footprint.peak(lambda: WAYS[way](model, tokenizer, pairs), torch.device("cpu"))
+    return {"pairs": count, "tokens": sum(tokens_of(tokenizer, pairs)), "bytes": nbytes}
 
 
-def _goal(text: str, case: str, value: float, limit: float, at_least: bool = True) -> dict[str, Any]:
-    met = value >= limit if at_least else value <= limit
-    return {"text": text, "case": case, "value": value, "limit": limit, "met": met}
+def small(quick: bool, device: torch.device) -> tuple[PreTrainedModel, Any] | None:
+    """The demo's model in float32, or a tiny random one with ``quick``; None where the demo's is not installed."""
+    if quick:
+        model = shapes.build(shapes.tiny(shapes.LLAMA_8B), device, torch.float32)
+        return model, large.trained_tokenizer([pair_sets.demo_pairs().pairs], model.config.vocab_size)
+    try:
+        return load_model("demo", "float32", str(device))
+    except ModelError:
+        return None
 
 
-def goals(content: dict[str, Any], gpu: bool) -> list[dict[str, Any]]:
-    """What is to be reached, and what was, case by case; those for a GPU only with ``gpu``."""
-    found = []
-    for row in content["sets"]:
-        limit, kind = (LONG_GOAL, "long shared prompts") if row["long"] else (SHORT_GOAL, "short texts")
-        for where, name in _AT:
-            text = f"ours >= {limit:g}x the public algorithm on {kind}"
-            value = row["ways"][OURS][f"faster_than{where}"][PUBLIC]["median"]
-            found.append(_goal(text, f"{row['set']}, {name}", value, limit))
-    random_model = content["large"] if gpu and content["large"] else {"sets": [], "memory": []}
-    for row, model in [(r, "") for r in content["sets"]] + [(r, "8B, ") for r in random_model["sets"]]:
-        for where, name in _AT:
-            case = f"{model}{row['set']}, {name}"
-            over = {way: row["ways"][way][f"faster_than{where}"][STACKED]["median"] for way in (OURS, UNSHARED)}
-            text = f"ours >= {SHARED_GOAL:g}x the stacked version where prompts are shared"
-            found.append(_goal(text, case, over[OURS], SHARED_GOAL))
-            for way, value in over.items():
-                found.append(_goal("never slower than the stacked version", f"{case}, {way}", value, NEVER_SLOWER))
-    text = "peak extra memory does not depend on the number of pairs"
-    for extra in content["memory"]:
-        if extra["way"] == OURS:
-            few, many = extra["runs"]
-            case = f"{many['pairs']} pairs beside {few['pairs']}"
-            found.append(_goal(text, case, many["bytes"] / max(few["bytes"], 1), MEMORY_GOAL, at_least=False))
-    for extra in random_model["memory"]:
-        if extra["way"] == OURS:
-            (few, of_few), (many, of_many) = extra["bytes"].items()
-            case = f"8B, {extra['set']}, {many} pairs beside {few}"
-            found.append(_goal(text, case, of_many / max(of_few, 1), MEMORY_GOAL, at_least=False))
-    for case, row in (content["offloaded"] or {"cases": {}})["cases"].items():
-        value = row["ways"][offloaded.LAYERWISE]["faster_than"][offloaded.RESIDENT]["median"]
-        text = f"layer by layer >= {LAYERWISE_GOAL:g}x accelerate's disk_offload"
-        found.append(_goal(text, case, value, LAYERWISE_GOAL))
-    if gpu and content["kernel"]:
-        k = content["kernel"]
-        case = f"[{k['pairs']}, {k['columns']}] {k['dtype']}"
-        text = f"kernel >= {BANDWIDTH_GOAL:.0%} of the copy bandwidth"
-        found.append(_goal(text, case, k["of_copy_bandwidth"], BANDWIDTH_GOAL))
-        text = f"kernel >= {EAGER_GOAL:g}x torch's eager operations"
-        found.append(_goal(text, case, k["faster_than_eager"]["median"], EAGER_GOAL))
-    return found
+def on_random_weights(
+    sets: Sequence[pair_sets.PairSet], pairs: tuple[int, int], rounds: int, device: torch.device, quick: bool
+) -> Iterator[dict[str, Any]]:
+    """Two parts of a result: the counting kernel, and a model of 8B's sizes.
+
+    Raises:
+        TooLargeError: there is no room for the model.
+    """
+    shape = shapes.tiny(shapes.LLAMA_8B) if quick else shapes.LLAMA_8B
+    shapes.check_memory(shape, device)
+    report.say("counting kernel")
+    size = QUICK_KERNEL_SHAPE if quick else KERNEL_SHAPE
+    yield {"kernel": large.kernel(*size, torch.bfloat16, device, 3 if quick else KERNEL_ROUNDS)}
+    report.say(f"random {shape.name}")
+    yield {"large": large.model(shape, torch.bfloat16, device, sets, QUICK_LARGE_PAIRS if quick else pairs, rounds)}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.momentum", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=files.ROOT / "bench" / "results", help="folder of the results")
+    parser = command.parser("momentum", __doc__, quick="on tiny random models")
     parser.add_argument("--rounds", type=int, help="default: 3, quick: 2; at least 2")
     parser.add_argument("--sets", nargs="+", choices=pair_sets.NAMES, default=list(pair_sets.NAMES))
     parser.add_argument(
@@ -184,9 +143,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=files.ROOT.parent / "shared" / "data",
         help="folder of the data sets (default: ../shared/data beside the checkout; without it, the demo's pairs)",
     )
-    parser.add_argument("--quick", action="store_true", help="on tiny random models: only to see that it runs")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
-    parser.add_argument("--commit", help="the commit, where this copy of the code has no git folder")
     options = parser.parse_args(argv)
     options.rounds = options.rounds or (2 if options.quick else 3)
     if options.rounds < 2:
@@ -195,19 +151,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0 also where a goal is missed."""
+    """The command line. Returns the exit status."""
     options = parse(argv)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    report.quiet = options.json
-    path = files.new_file(options.out, device, "momentum-quick" if options.quick else "momentum")
-    content: dict[str, Any] = {}
-    for content in run(options, device):
-        files.write(path, content)  # after each part: a GPU that is lent may be taken away
-    if options.json:
-        print(files.dumps(content))
-    else:
-        report.show_momentum(content)
-    report.say(f"written: {path}")
+    command.measure("momentum", options, run(options, command.device()))
     return 0
 
 

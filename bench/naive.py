@@ -1,8 +1,7 @@
 """The gate of the momentum benchmark: counts are those of a naive loop, up to comparisons that rounding can turn.
 
-A batch, a pad or a shared prompt changes the order of sums, so activations differ in their last digits, and the sign of
-a difference that is as small as that is anybody's. How small is measured: the largest difference between a text by
-itself and the same text in a batch, layer by layer.
+A batch, a pad or a shared prompt changes the order of sums, and the sign of a difference that is as small as that is
+anybody's. How small is measured: by the same texts alone and in a batch, layer by layer.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer import Pair
+from austeer.sites import input_device
 
 from .graphs import WrongResultError
 from .peers import SITES, Counts, reading, stacked_momentum
@@ -22,17 +22,11 @@ from .peers import SITES, Counts, reading, stacked_momentum
 
 @dataclass(frozen=True)
 class Bounds:
-    """What rounding may do in a dtype.
+    """What rounding may do in a dtype."""
 
-    Attributes:
-        error: the most that batching may move an activation, as a share of the layer's largest.
-        near: the largest share of comparisons that may be near ties: with more, the gate would test little.
-        differing: the largest share of AUs whose count may differ.
-    """
-
-    error: float
-    near: float
-    differing: float
+    error: float  #: the most that batching may move an activation, as a share of the layer's largest
+    near: float  #: the largest share of comparisons that may be near ties: with more, the gate would test little
+    differing: float  #: the largest share of AUs whose count may differ
 
 
 BOUNDS = {torch.float32: Bounds(1e-4, 0.02, 0.01), torch.bfloat16: Bounds(0.1, 0.5, 1.0)}
@@ -43,7 +37,7 @@ MARGIN = 4
 @torch.no_grad()
 def naive_activations(model: PreTrainedModel, tokenizer, texts: Sequence[str]) -> dict[str, Tensor]:
     """site -> [texts, layers, width] at the last token, each text alone and unpadded."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     kept: dict[str, list[Tensor]] = {site: [] for site in SITES}
     with reading(model, lambda site, x: kept[site].append(x[0, -1].clone())):
         for text in texts:

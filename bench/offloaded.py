@@ -38,12 +38,7 @@ def measure(
         counts: with how many pairs each way runs.
     """
     gate = Gate(model, tokenizer, pair_set.pairs[: max(counts.values())])
-    ways = {
-        LAYERWISE: ours("layerwise"),
-        RESIDENT: ours("resident"),
-        STACKED: WAYS[STACKED],
-        PUBLIC: WAYS[PUBLIC],
-    }
+    ways = {LAYERWISE: ours("layerwise"), RESIDENT: ours("resident"), STACKED: WAYS[STACKED], PUBLIC: WAYS[PUBLIC]}
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
         offloaded = copy.deepcopy(model)
@@ -51,19 +46,11 @@ def measure(
         weights = sorted(Path(folder).iterdir())
         found = {}
         for case in (CACHED, FROM_DISK):
-            before = read_from_disk()
             run = {n: forgetful(way, weights, n != LAYERWISE) for n, way in ways.items()} if case == FROM_DISK else ways
             found[case] = compare(
                 offloaded, tokenizer, pair_set, run, counts, gate, rounds, (RESIDENT, STACKED, PUBLIC)
             )
-            found[case]["read_from_disk"] = read_from_disk() - before
     return {"weights": sum(p.nbytes for p in model.get_decoder().parameters()), "cases": found}
-
-
-def read_from_disk() -> int:
-    """Bytes that this process has had the system fetch from a disk so far (Linux)."""
-    found = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
-    return int(found["read_bytes"])
 
 
 def forgetful(way: Way, weights: Sequence[Path], each_pass: bool) -> Way:
@@ -84,9 +71,9 @@ def forgetful(way: Way, weights: Sequence[Path], each_pass: bool) -> Way:
         forget()
         handle = model.get_decoder().register_forward_pre_hook(forget) if each_pass else None
         try:
-            return way.run(model, tokenizer, pairs)
+            return way(model, tokenizer, pairs)
         finally:
             if handle is not None:
                 handle.remove()
 
-    return Way(run, way.moved)
+    return run

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import austeer
-from austeer import Pair, Pairs
+from austeer import Pair, Pairs, load_pairs
+from austeer.tasks import load_task
 
 DEMO_PAIRS = Path(austeer.__file__).parent / "data" / "demo_pairs.jsonl"
 #: Texts are no longer than this, in characters: about 512 tokens of English. No way of measuring has to cut them.
@@ -20,10 +19,9 @@ BEFORE = 10
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pairs of one kind.
+    """Pairs of one kind, with long prompts (a hundred tokens and more) or short ones.
 
     Attributes:
-        long: whether the prompts are long, a hundred tokens and more, or short.
         public, others: with how many pairs the public algorithm is timed on a CPU, and everything else.
     """
 
@@ -34,76 +32,47 @@ class PairSet:
     others: int
 
 
-def _persona(row: dict[str, Any]) -> Pair:
-    return Pair(row["question"], row["answer_matching_behavior"], row["answer_not_matching_behavior"])
-
-
-def _caa(row: dict[str, Any]) -> Pair:
-    answers = (f" {row[f'answer_{kind}_behavior']}" for kind in ("matching", "not_matching"))
-    return Pair(f"{row['question']}\nAnswer:", *answers)
-
-
-def _boolq(row: dict[str, Any]) -> Pair:
-    answers = (" yes", " no") if row["answer"] else (" no", " yes")
-    return Pair(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", *answers)
-
-
-def _demo(row: dict[str, Any]) -> Pair:
-    return Pair(row["prompt"], row["positive"], row["negative"])
-
-
-#: name -> (file, pair of a row, long, pairs of the public algorithm, pairs of the others)
-DATA: dict[str, tuple[str, Callable[[dict[str, Any]], Pair], bool, int, int]] = {
-    "persona": ("persona_openness.jsonl", _persona, False, 16, 48),
-    "caa": ("caa_hallucination_generate.jsonl", _caa, True, 4, 12),
-    "boolq": ("boolq_a.jsonl", _boolq, True, 4, 12),
+#: name -> (file, the template that reads it, long, pairs of the public algorithm, pairs of the others)
+DATA = {
+    "persona": ("persona_openness.jsonl", "persona", False, 16, 48),
+    "caa": ("caa_hallucination_generate.jsonl", "caa", True, 4, 12),
+    "boolq": ("boolq_a.jsonl", "boolq", True, 4, 12),
 }
 NAMES = ("demo", *DATA)
 
 
-def load(name: str, folder: Path) -> PairSet:
-    """The pairs of one of ``NAMES``, all that are short enough, in the file's order.
-
-    Raises:
-        OSError: the folder has no such file.
-    """
-    if name == "demo":
-        return demo_pairs()
-    file, pair_of, long, public, others = DATA[name]
-    return PairSet(name, Pairs.of(_short_enough(_read(folder / file, pair_of)), file), long, public, others)
-
-
 def demo_pairs() -> PairSet:
     """The demo's pairs: short, and there without any other data."""
-    return PairSet("demo", Pairs.of(_read(DEMO_PAIRS, _demo), "demo pairs"), False, 16, 48)
+    return PairSet("demo", replace(load_pairs(DEMO_PAIRS), source="demo pairs"), False, 16, 48)
 
 
 def long_demo_pairs() -> PairSet:
     """The demo's pairs, each prompt after ten others: a stand-in for long prompts where there is no other data."""
     pairs = demo_pairs().pairs
-    longer = [
-        Pair(
-            ". ".join([*(pairs[(i + step) % len(pairs)].prompt for step in range(1, BEFORE + 1)), pair.prompt]),
-            *answers,
-        )
-        for i, pair in enumerate(pairs)
-        for answers in [(pair.positive, pair.negative)]
-    ]
+
+    def before(number: int) -> str:
+        return ". ".join(pairs[(number + step) % len(pairs)].prompt for step in range(1, BEFORE + 1))
+
+    longer = [Pair(f"{before(i)}. {pair.prompt}", pair.positive, pair.negative) for i, pair in enumerate(pairs)]
     return PairSet("long demo", Pairs.of(longer, "demo pairs, lengthened"), True, 4, 12)
 
 
 def load_all(names: Sequence[str], folder: Path) -> list[PairSet]:
-    """The named sets; without the folder the demo's pairs alone, as they are and lengthened."""
-    if folder.is_dir():
-        return [load(name, folder) for name in names]
-    return [demo_pairs(), long_demo_pairs()]
+    """The named sets, each with all pairs that are short enough, in the file's order; without the folder the demo's
+    pairs alone, as they are and lengthened.
 
-
-def _read(file: Path, pair_of: Callable[[dict[str, Any]], Pair]) -> Iterator[Pair]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield pair_of(json.loads(line))
-
-
-def _short_enough(pairs: Iterator[Pair]) -> Iterator[Pair]:
-    return (pair for pair in pairs if len(pair.prompt) + max(len(pair.positive), len(pair.negative)) <= LONGEST)
+    Raises:
+        AusteerError: the folder lacks a file.
+    """
+    if not folder.is_dir():
+        return [demo_pairs(), long_demo_pairs()]
+    found = []
+    for name in names:
+        if name == "demo":
+            found.append(demo_pairs())
+            continue
+        file, template, *sizes = DATA[name]
+        pairs = load_task(folder / file, template).pairs()
+        short = [p for p in pairs if len(p.prompt) + max(len(p.positive), len(p.negative)) <= LONGEST]
+        found.append(PairSet(name, Pairs.of(short, file), *sizes))
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -44,19 +43,30 @@ def _on_output(output: Any, steer: Callable[[Tensor], Tensor]) -> Any:
     return (steer(output[0]), *output[1:]) if isinstance(output, tuple) else steer(output)
 
 
-class Formula(Steered):
-    """The definition in plain PyTorch, x + gamma * x, computed in at least float32 and rounded once."""
+class Hooked(Steered):
+    """A PyTorch hook at each layer that has AUs; how it steers is the subclass's."""
 
     def __init__(self, model: nn.Module, plan: Plan, alpha: float):
         super().__init__(model)
         for site, index, gamma in strengths(model, plan, alpha):
             if len(index):
-                hook(model, site, partial(self._steer, dense(site, index, gamma, torch.float64)))
+                hook(model, site, self.steering(model, site, index, gamma))
 
-    @staticmethod
-    def _steer(gamma: Tensor, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return (wide + gamma.to(wide.dtype) * wide).to(x.dtype)
+    def steering(self, model: nn.Module, site: Site, index: Tensor, gamma: Tensor) -> Callable[[Tensor], Tensor]:
+        raise NotImplementedError
+
+
+class Formula(Hooked):
+    """The definition in plain PyTorch, x + gamma * x, computed in at least float32 and rounded once."""
+
+    def steering(self, model: nn.Module, site: Site, index: Tensor, gamma: Tensor) -> Callable[[Tensor], Tensor]:
+        factor = dense(site, index, gamma, torch.float64)
+
+        def steer(x: Tensor) -> Tensor:
+            wide = x if x.dtype == torch.float64 else x.float()
+            return (wide + factor.to(wide.dtype) * wide).to(x.dtype)
+
+        return steer
 
 
 class Public(Steered):
@@ -80,34 +90,25 @@ class Public(Steered):
         return lambda _, *args, **options: _on_output(original(*args, **options), steer)
 
 
-class DenseHook(Steered):
-    """A PyTorch hook that multiplies the tensor in place by 1 + gamma, at the layers that have AUs."""
+class DenseHook(Hooked):
+    """A PyTorch hook that multiplies the tensor in place by 1 + gamma."""
 
-    def __init__(self, model: nn.Module, plan: Plan, alpha: float):
-        super().__init__(model)
-        for site, index, gamma in strengths(model, plan, alpha):
-            if len(index):
-                factor = (1 + dense(site, index, gamma, torch.float64)).to(model.dtype)  # type: ignore[arg-type]
-                hook(model, site, partial(self._steer, factor))
-
-    @staticmethod
-    def _steer(factor: Tensor, x: Tensor) -> Tensor:
-        return x.mul_(factor)
+    def steering(self, model: nn.Module, site: Site, index: Tensor, gamma: Tensor) -> Callable[[Tensor], Tensor]:
+        factor = (1 + dense(site, index, gamma, torch.float64)).to(model.dtype)  # type: ignore[arg-type]
+        return lambda x: x.mul_(factor)
 
 
-class SparseHook(Steered):
-    """A PyTorch hook that multiplies the AUs by advanced indexing, at the layers that have any."""
+class SparseHook(Hooked):
+    """A PyTorch hook that multiplies the AUs by advanced indexing."""
 
-    def __init__(self, model: nn.Module, plan: Plan, alpha: float):
-        super().__init__(model)
-        for site, index, gamma in strengths(model, plan, alpha):
-            if len(index):
-                hook(model, site, partial(self._steer, index, (1 + gamma).to(model.dtype)))  # type: ignore[arg-type]
+    def steering(self, model: nn.Module, site: Site, index: Tensor, gamma: Tensor) -> Callable[[Tensor], Tensor]:
+        factor = (1 + gamma).to(model.dtype)  # type: ignore[arg-type]
 
-    @staticmethod
-    def _steer(index: Tensor, factor: Tensor, x: Tensor) -> Tensor:
-        x[..., index] *= factor
-        return x
+        def steer(x: Tensor) -> Tensor:
+            x[..., index] *= factor
+            return x
+
+        return steer
 
 
 UNSTEERED, AGAIN, PUBLIC = "unsteered", "unsteered again", "public"

@@ -11,7 +11,9 @@ from austeer.errors import PlanError, check_count
 from austeer.models.sites import find_sites, fingerprint
 
 
-def spread_plan(model: nn.Module, site: str, k: int, layers: int | None = None, seed: int = 0) -> Plan:
+def spread_plan(
+    model: nn.Module, site: str, k: int, layers: int | None = None, seed: int = 0, operation: str = "scale"
+) -> Plan:
     """k random AUs of a site, in ``layers`` layers that lie as far apart as they can, about as many in each.
 
     Every beta is +1 or -1, as of an AU that every pair agrees on.
@@ -38,8 +40,8 @@ def spread_plan(model: nn.Module, site: str, k: int, layers: int | None = None, 
         layer=layer.int(),
         index=torch.cat(chosen).int(),
         beta=torch.randint(0, 2, (k,), generator=generator).float() * 2 - 1,
-        delta=torch.zeros(k),
-        operation="scale",
+        delta=torch.randn(k, generator=generator) * 0.1,
+        operation=operation,
         model=print_,
         pairs=10,
     )

@@ -49,136 +49,59 @@ class ModelShape:
         return self.parameters * dtype.itemsize + self.room
 
 
-def _rope(theta: float, **more: Any) -> dict[str, Any]:
-    return {"rope_theta": theta, "rope_type": "default"} | more
+#: What every shape says, in this order, before what its architecture adds.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id", "rms_norm_eps")
 
 
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+def _shape(name: str, kind: str, parameters: int, sizes: tuple[float, ...], theta: float, **more: Any) -> ModelShape:
+    rope = {"rope_theta": theta, "rope_type": "default"} | more.pop("rope", {})
+    values = {**dict(zip(SIZES, sizes, strict=True)), "rope_parameters": rope, "tie_word_embeddings": False, **more}
+    return ModelShape(name, kind, parameters, values)
 
-LLAMA_8B = ModelShape(
-    "Llama-3.1-8B",
-    "llama",
-    8_030_261_248,
-    {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": _rope(5e5, **_LLAMA3_ROPE),
-        "tie_word_embeddings": False,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
+
+_LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3_ROPE["original_max_position_embeddings"] = 8192
+
+LLAMA_8B = _shape(
+    *("Llama-3.1-8B", "llama", 8_030_261_248),
+    (128256, 4096, 14336, 32, 32, 8, 131072, 128000, 128001, 1e-5),
+    theta=5e5,
+    rope=_LLAMA3_ROPE,
 )
-QWEN3_8B = ModelShape(
-    "Qwen3-8B",
-    "qwen3",
-    8_190_735_360,
-    {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": _rope(1e6),
-        "tie_word_embeddings": False,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-    },
+QWEN3_8B = _shape(
+    *("Qwen3-8B", "qwen3", 8_190_735_360),
+    (151936, 4096, 12288, 36, 32, 8, 40960, 151643, 151645, 1e-6),
+    theta=1e6,
+    head_dim=128,
 )
-GEMMA2_9B = ModelShape(
-    "Gemma2-9B",
-    "gemma2",
-    9_241_705_984,
-    {
-        "vocab_size": 256000,
-        "hidden_size": 3584,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 42,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": _rope(1e4),
-        "tie_word_embeddings": True,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    },
+GEMMA2_9B = _shape(
+    *("Gemma2-9B", "gemma2", 9_241_705_984),
+    (256000, 3584, 14336, 42, 16, 8, 8192, 2, 1, 1e-6),
+    theta=1e4,
+    **{"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "pad_token_id": 0},
+    **{"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_activation": "gelu_pytorch_tanh"},
+    tie_word_embeddings=True,
 )
-QWEN3_30B_A3B = ModelShape(
-    "Qwen3-30B-A3B",
-    "qwen3_moe",
-    30_532_122_624,
-    {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": _rope(1e6),
-        "tie_word_embeddings": False,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-    },
+QWEN3_30B_A3B = _shape(
+    *("Qwen3-30B-A3B", "qwen3_moe", 30_532_122_624),
+    (151936, 2048, 6144, 48, 32, 4, 40960, 151643, 151645, 1e-6),
+    theta=1e6,
+    **{"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
+    **{"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
 )
-QWEN25_32B = ModelShape(
-    "Qwen2.5-32B",
-    "qwen2",
-    32_763_876_352,
-    {
-        "vocab_size": 152064,
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "max_window_layers": 64,
-        "use_sliding_window": False,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": _rope(1e6),
-        "tie_word_embeddings": False,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
-    },
+QWEN25_32B = _shape(
+    *("Qwen2.5-32B", "qwen2", 32_763_876_352),
+    (152064, 5120, 27648, 64, 40, 8, 131072, 151643, 151643, 1e-5),
+    theta=1e6,
+    **{"max_window_layers": 64, "use_sliding_window": False},
 )
 #: In the order in which they are measured: what matters most, and takes least memory, comes first.
 SHAPES = {shape.name: shape for shape in (LLAMA_8B, QWEN3_8B, GEMMA2_9B, QWEN3_30B_A3B, QWEN25_32B)}
 
 #: Of every tiny model. Heads are such that the attention site is wider than the others, as Gemma2's is.
 _TINY = {
-    "vocab_size": 256,
+    "vocab_size": 1024,  # of bytes, and of what a tokenizer learns from a few pairs
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -196,9 +119,9 @@ _TINY_OF = {
 }
 
 
-def tiny(shape: ModelShape) -> ModelShape:
-    """The same architecture with two narrow layers, for a CPU."""
-    values = {**shape.values, **_TINY, **_TINY_OF.get(shape.model_type, {})}
+def tiny(shape: ModelShape, **sizes: int) -> ModelShape:
+    """The same architecture with two narrow layers, for a CPU; or with other ``sizes``."""
+    values = {**shape.values, **_TINY, **_TINY_OF.get(shape.model_type, {}), **sizes}
     if shape.model_type == "qwen2":  # has no such setting
         del values["head_dim"]
     small = replace(shape, name=f"tiny {shape.name}", values=values, parameters=0, room=0)

@@ -34,26 +34,19 @@ def twin(model: Model) -> Model:
 
 
 class Steered:
-    """A model steered in one way.
+    """A model steered in one way: a twin (:func:`twin`), to be changed at will, but for its weights.
 
     This base steers nothing: the model as it is.
-
-    Args:
-        model: its own twin (:func:`twin`), to be changed at will, but for its weights.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def generate(self, ids: Tensor, **options: Any) -> Tensor:
-        """The library's own generation, steered from the first position of the prompt on.
+        """The library's own generation, steered from the first position of the prompt on: [batch, prompt + new].
 
         Args:
-            ids: [batch, prompt]. options: for Transformers' ``generate``, passed on as they are (stopping criteria,
-                numbers of tokens ...).
-
-        Returns:
-            [batch, prompt + new] token numbers.
+            ids: [batch, prompt]. options: for Transformers' ``generate``, passed on as they are.
         """
         mask = torch.ones_like(ids)
         return self.model.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from .graphs import capture_stream, no_collection, wait
+from .graphs import captured, no_collection, wait
 from .steered import Steered, UnavailableError
 
 COMPILE, GRAPH = "compile", "graph"
@@ -34,7 +34,7 @@ class Step:
 
     @torch.no_grad()
     def __init__(self, steered: Steered, ids: Tensor, execution: str):
-        self._steered, self._execution = steered, execution
+        self._steered, self.compiled = steered, execution == COMPILE
         model, (rows, length) = steered.model, ids.shape
         self.token = ids[:, :1].clone()
         self._position = torch.full_like(self.token, length)
@@ -46,10 +46,11 @@ class Step:
         self._mask = torch.where(hidden, lowest, 0.0).to(model.dtype).expand(rows, 1, 1, -1).contiguous()
         with steered.active():
             model(ids, past_key_values=self._cache, use_cache=True)
-            self._filled = [
-                {name: v.clone() if isinstance(v, Tensor) else v for name, v in vars(layer).items() if _counts(name)}
-                for layer in self._cache.layers
+            # What says how far a layer of the cache is filled; the rest are keys, values and settings.
+            filled = [
+                {k: v for k, v in vars(c).items() if k.startswith("cumulative_length")} for c in self._cache.layers
             ]
+            self._filled = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in of.items()} for of in filled]
             self._call: Callable[[], Tensor] = self._eager()
             self._graph: torch.cuda.CUDAGraph | None = None
             try:
@@ -70,21 +71,15 @@ class Step:
                 input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
             ).logits[:, -1]
 
-        model, token, mask, position, cache = (
-            self._steered.model,
-            self.token,
-            self._mask,
-            self._position,
-            self._cache,
-        )
+        model, token, mask = self._steered.model, self.token, self._mask
+        position, cache = self._position, self._cache
         return FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)  # type: ignore[return-value]
 
     def _capture(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise UnavailableError("found a CPU, expected a GPU; use execution 'eager' or 'compile'")
-        stream = capture_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+
+        def warm_up() -> None:
             self.rewind()
             self._call()
             self.rewind()
@@ -95,15 +90,9 @@ class Step:
                 self._call()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.rewind()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._out = self._call()
+            self.rewind()
 
-    @property
-    def compiled(self) -> bool:
-        return self._execution == COMPILE
+        self._graph, self._out = captured(self._call, warm_up, device)
 
     def rewind(self) -> None:
         """Makes the cache end with the prompt again."""
@@ -151,11 +140,6 @@ class Step:
             self.advance(steps)
             wait(self.token.device)
             return (time.perf_counter() - start) / steps
-
-
-def _counts(name: str) -> bool:
-    """Whether an attribute of a cache's layer says how far it is filled; the rest are keys, values and settings."""
-    return name.startswith("cumulative_length")
 
 
 def by_turns(

@@ -23,7 +23,7 @@ from austeer.errors import TaskError
 from austeer.momentum.momentum import Momentum
 from austeer.statistics import discoveries, stability
 from austeer.tasks import load_task
-from austeer.tuning import CompareResult, compare
+from austeer.tuning import compare
 from austeer.tuning.data import Parts, split
 from austeer.utils.environment import environment
 
@@ -35,16 +35,7 @@ KS = (10, 100)
 MAX_KL = 0.1
 
 #: Momentum with every operation; of the baselines what tells choosing AUs from steering them.
-COMPARED = (
-    "momentum",
-    "random:shift",
-    "all:scale",
-    "all:shift",
-    "difference:scale",
-    "caa",
-    "iti",
-    "sadi",
-)
+COMPARED = ("momentum", "random:shift", "all:scale", "all:shift", "difference:scale", "caa", "iti", "sadi")
 
 #: Items measured, tuned on and held out, at most.
 MOST = (150, 36, 90)
@@ -93,10 +84,8 @@ def parts_of(subject: Subject, data: Path | None) -> Parts:
     """
     if not subject.file:
         packaged = load_data()
-        tuned, held_out = (
-            replace(packaged.task(pairs), name=subject.name) for pairs in (packaged.tuning, packaged.held_out)
-        )
-        return Parts(packaged.momentum, tuned, held_out)
+        parts = (packaged.tuning, packaged.held_out)
+        return Parts(packaged.momentum, *(replace(packaged.task(pairs), name=subject.name) for pairs in parts))
     if data is None:
         raise TaskError(f"--data: found none, expected the folder with {subject.file}; see docs/study.md")
     task = load_task(data / subject.file, subject.template)
@@ -113,17 +102,8 @@ def run(
     same = {"ks": KS, "max_kl": MAX_KL, "step": step, "progress": progress}
     found = compare(model, tokenizer, parts, methods=COMPARED, sites=SITES, timed=subject.timed, folder=folder, **same)
     momentum = Momentum.load(folder / "momentum.safetensors")
-    residual = compare(
-        model,
-        tokenizer,
-        parts,
-        methods=("momentum",),
-        sites=RESIDUAL,
-        momentum=momentum,
-        timed=False,
-        folder=folder / "layer",
-        **same,
-    ).to_json()
+    alone = {"methods": ("momentum",), "sites": RESIDUAL, "momentum": momentum, "timed": False}
+    residual = compare(model, tokenizer, parts, folder=folder / "layer", **alone, **same).to_json()
     result = found.to_json()
     for name in ("environment", "seconds"):
         del result[name]
@@ -131,22 +111,14 @@ def run(
     result["layer"] = {name: residual[name] for name in ("held_out", "trials")}
     result["stability"] = {site: _stability(momentum, site) for site in (*SITES, *RESIDUAL)}
     if subject.causal:
-        tested = parts.tune.take(CAUSAL_ITEMS)
-        causal = causal_check(
-            model,
-            tokenizer,
-            tested,
-            momentum,
-            CAUSAL_SITE,
-            n=CAUSAL_N,
-            sample=CAUSAL_SAMPLE,
-            record=folder / "causal.jsonl",
-            progress=progress,
-        ).to_json()
+        checked = (model, tokenizer, parts.tune.take(CAUSAL_ITEMS), momentum, CAUSAL_SITE)
+        sizes = {"n": CAUSAL_N, "sample": CAUSAL_SAMPLE}
+        causal = causal_check(*checked, **sizes, record=folder / "causal.jsonl", progress=progress).to_json()
         left_out = ("environment", "seconds", "notes")
         result["causal"] = {name: value for name, value in causal.items() if name not in left_out}
     result["seconds"] = time.perf_counter() - start
-    _show(subject, found)
+    console.print(f"\n[bold]{subject.name}[/], {found.settings['data']['test']['items']} held-out items")
+    console.print(held_out_table(found.unsteered, found.held_out))
     return result
 
 
@@ -159,11 +131,6 @@ def _stability(momentum: Momentum, site: str) -> dict[str, Any]:
         "size": counters.positive.numel(),
         **asdict(found),
     }
-
-
-def _show(subject: Subject, found: CompareResult) -> None:
-    console.print(f"\n[bold]{subject.name}[/], {found.settings['data']['test']['items']} held-out items")
-    console.print(held_out_table(found.unsteered, found.held_out))
 
 
 def main(
@@ -193,11 +160,8 @@ def main(
     tasks: dict[str, Any] = {}
     for subject in subjects:
         tasks[subject.name] = run(subject, network, tokenizer, data, out / subject.name, step=bars(show), progress=show)
-    write(out, {"model": network.config._name_or_path, "methods": _methods(), "tasks": tasks})
-
-
-def _methods() -> dict[str, dict[str, str]]:
-    return {name: {"what": method.what, "source": method.source} for name, method in METHODS.items()}
+    methods = {name: {"what": method.what, "source": method.source} for name, method in METHODS.items()}
+    write(out, {"model": network.config._name_or_path, "methods": methods, "tasks": tasks})
 
 
 def write(out: Path, content: dict[str, Any]) -> None:

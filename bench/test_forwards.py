@@ -1,35 +1,14 @@
 """Whole steered forward passes, a prefill and a decoding step, under every way that can be had here.
 
 The ratios that are published come from ``austeer bench``, which takes turns token by token. These show a pull request
-what it does to each way: compare it with main by ``--benchmark-compare``, or by ``austeer bench --compare``.
+what it does to each way: compare it with main by ``--benchmark-compare``.
 """
-
-from contextlib import ExitStack
 
 import pytest
 import torch
 
-from bench.catalogue import AGAIN, UNSTEERED, WAYS
-from bench.inference import prompts
-from bench.plans import spread_plan
-from bench.steered import UnavailableError, twin
-
-PROMPT = 32
-
-
-def prefill(model, ids):
-    return lambda: model(ids, use_cache=True, logits_to_keep=1)
-
-
-def decode(model, ids):
-    """One step after the prompt, again and again at the same place."""
-    cache, token = model(ids, use_cache=True).past_key_values, ids[:, :1]
-
-    def step():
-        model(token, past_key_values=cache, use_cache=True)
-        cache.crop(-1)
-
-    return step
+from bench.catalogue import WAYS
+from bench.lineup import MEASURED
 
 
 @pytest.fixture(autouse=True)
@@ -45,35 +24,22 @@ def one_thread():
 @pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("k", [10, 100])
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("phase", [prefill, decode], ids=lambda phase: phase.__name__)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @torch.no_grad()
-def test_forward(benchmark, device, random_llama, gate_of, phase, batch, k, way):
+def test_forward(to_its_end, device, lineup_of, phase, batch, k, way):
+    lineup = lineup_of(batch, k)
     if not WAYS[way].module:
         pytest.skip(f"{way} only generates as a whole; austeer bench times it")
-    gate = gate_of(k)
-    with ExitStack() as stack:
-        try:
-            steered = WAYS[way].make(twin(random_llama), spread_plan(random_llama, "ffn", k), gate.alpha)
-        except UnavailableError as reason:
-            pytest.skip(str(reason))
-        stack.callback(steered.close)
-        outcome = gate(steered)
-        if way not in (UNSTEERED, AGAIN):
-            assert not outcome.reason, f"{outcome.reason}: a wrong result gets no time"
-            benchmark.extra_info["error"] = outcome.error
-        stack.enter_context(steered.active())
-        run = phase(steered.model, prompts(random_llama, batch, PROMPT)(-1))
+    row = lineup.rows[way]
+    if row["status"] == "skipped":
+        pytest.skip(row["reason"])
+    assert row["status"] == MEASURED, f"{row['reason']}: a wrong result gets no time"
+    with lineup.made[way].active():
+        cache = lineup.prefill(way)
 
-        def to_its_end():
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+        def decode():
+            lineup.decode(way, cache)
+            cache.crop(-1)
 
-        to_its_end()
-        benchmark.group = f"{phase.__name__}, batch {batch}, k={k}, {device}"
-        benchmark.extra_info |= {
-            **{"way": way, "phase": phase.__name__, "k": k, "batch": batch, "site": "ffn"},
-            **{"device": device.type, "dtype": str(random_llama.dtype).removeprefix("torch.")},
-            **{"effect": outcome.effect, "allowed": outcome.allowed, "alpha": gate.alpha},
-        }
-        benchmark(to_its_end)
+        run = decode if phase == "decode" else lambda: lineup.prefill(way)
+        to_its_end(run, group=f"{phase}, batch {batch}, k={k}, {device}", way=way, **row)

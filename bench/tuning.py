@@ -14,27 +14,16 @@ from typing import Any
 
 import torch
 
+from austeer.ceilings import Ceilings
 from austeer_kernels import launch
 
 from .cases import Case, Variant
-from .graphs import Ceilings, Replay, Spread, interleaved, ratios
+from .graphs import Replay, Spread, interleaved, ratios
 
 #: (block_n, block_k, warps, stages) of the projection, all tokens in one block of 16, 32 or 64, so that the weights
 #: are read once; the tables of a plan a token leave shared memory for blocks of up to 32.
-PROJECTION = (
-    (32, 128, 4, 5),
-    (32, 256, 4, 4),
-    (64, 64, 4, 6),
-    (64, 128, 4, 4),
-    (64, 128, 4, 5),
-    (64, 128, 8, 5),
-    (64, 256, 4, 3),
-    (64, 256, 8, 4),
-    (128, 64, 4, 5),
-    (128, 64, 8, 5),
-    (128, 128, 4, 3),
-    (128, 128, 8, 4),
-)
+PROJECTION = ((32, 128, 4, 5), (32, 256, 4, 4), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 8, 5))
+PROJECTION += ((64, 256, 4, 3), (64, 256, 8, 4), (128, 64, 4, 5), (128, 64, 8, 5), (128, 128, 4, 3), (128, 128, 8, 4))
 #: What a program may have on an H100; a smaller GPU refuses a candidate by itself.
 SHARED_BYTES = 227 * 1024
 #: How many programs a multiprocessor K is split for; 0: not at all.
@@ -72,27 +61,19 @@ def candidates(op: str, m: int, n: int, k: int, dtype: str) -> Iterator[launch.E
             yield make(block_m=block_m, block_n=block_n, num_warps=warps)
         return
     block_m = 16 if m <= 16 else 32 if m <= 32 or op == "steered_linear_rows" else 64
+    # At most: the pipeline need not hold the tables of a plan a token whole.
+    table_bytes = block_m * (10 if op == "steered_linear_rows" else 2)
     for block_n, block_k, warps, stages in PROJECTION:
-        # At most: the pipeline need not hold the tables of a plan a token whole.
-        columns_bytes = 2 * block_n + block_m * (10 if op == "steered_linear_rows" else 2)
-        if stages * block_k * columns_bytes <= SHARED_BYTES:
+        tile = {"block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages}
+        if stages * block_k * (2 * block_n + table_bytes) <= SHARED_BYTES:
             for programs in PROGRAMS:
-                yield make(
-                    block_m=block_m,
-                    block_n=block_n,
-                    block_k=block_k,
-                    num_warps=warps,
-                    num_stages=stages,
-                    programs_per_processor=programs,
-                    max_splits=MOST_SPLITS if programs else 1,
-                )
+                yield make(**tile, programs_per_processor=programs, max_splits=MOST_SPLITS if programs else 1)
 
 
-def tune(op: str, case: Case, ceilings: Ceilings, rounds: int, count: int = 0) -> Tuned:
-    """The best settings of ``op`` for a case; an entry serves steering at the input and at the output, so both count.
+def tune(op: str, case: Case, best: Ceilings, rounds: int, count: int = 0) -> Tuned:
+    """The best settings of ``op`` for a case (of ``steer_columns_``, with ``count`` columns).
 
-    Args:
-        count: of ``steer_columns_``, how many columns.
+    An entry serves steering at the input and at the output, so both count.
     """
     if op == "steer_columns_":
         variants: Sequence[Variant] = [case.alone(count)]
@@ -101,10 +82,7 @@ def tune(op: str, case: Case, ceilings: Ceilings, rounds: int, count: int = 0) -
         variants = [case.fused(at_input, op == "steered_linear_rows") for at_input in (False, True)]
         shape = (case.tokens, case.n, case.k)
     short = str(case.dtype).removeprefix("torch.")
-    now, used = (
-        launch.settings(op, *shape, case.dtype, case.device),
-        launch.nearest(op, *shape, case.dtype, case.device),
-    )
+    now, used = (find(op, *shape, case.dtype, case.device) for find in (launch.settings, launch.nearest))
     m, n, k = shape
     entries = {now: dataclasses.replace(used, dtypes=(short,), m=m, n=n, k=k)}
     for entry in candidates(op, m, n, k, short):
@@ -115,7 +93,7 @@ def tune(op: str, case: Case, ceilings: Ceilings, rounds: int, count: int = 0) -
     for setting, entry in entries.items():
         try:
             with launch.preferring([entry]):
-                replays[setting] = [_checked(variant, case, ceilings) for variant in variants]
+                replays[setting] = [_checked(variant, case, best) for variant in variants]
         except Exception as error:  # too much shared memory, a tile that does not compile, a wrong result
             if setting == now:
                 raise
@@ -135,9 +113,9 @@ def tune(op: str, case: Case, ceilings: Ceilings, rounds: int, count: int = 0) -
     raise AssertionError("the settings in use now are always a finalist")
 
 
-def _checked(variant: Variant, case: Case, ceilings: Ceilings) -> Replay:
+def _checked(variant: Variant, case: Case, best: Ceilings) -> Replay:
     variant.check()
-    return Replay(variant.calls, case.device, ceilings.floor(variant.nbytes, variant.operations))
+    return Replay(variant.calls, case.device, best.seconds(variant.nbytes, variant.operations, 0))
 
 
 def _seconds(replays: Mapping[launch.Settings, Sequence[Replay]], rounds: int) -> dict[launch.Settings, list[float]]:

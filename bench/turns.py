@@ -1,8 +1,8 @@
 """Several models generating by turns: after each token of one comes a token of another, so drift meets all alike.
 
 Each generation is a greenlet that hands over in a stopping criterion, which Transformers calls after every token: any
-library's own ``generate`` can take part as it is, and what is timed is all that its user waits for. Where greenlet is
-not installed, whole generations take turns, and the criterion only looks at the clock.
+library's own ``generate`` can take part, and what is timed is all that its user waits for. Without greenlet whole
+generations take turns, and the criterion only looks at the clock.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,15 +29,22 @@ except ImportError:
 TURNS = "generations" if greenlet is None else "tokens"
 
 
-class _HandOver(StoppingCriteria):
-    """Stops nothing; returns to who resumed the generation."""
+class _EachToken(StoppingCriteria):
+    """Stops nothing; calls a function after each token."""
 
-    def __init__(self, ids: Tensor):
-        self._nobody = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    def __init__(self, ids: Tensor, call: Callable[[], object]):
+        self._nobody, self._call = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device), call
 
     def __call__(self, input_ids, scores, **options) -> Tensor:  # type: ignore[override]
-        greenlet.getcurrent().parent.switch()
+        self._call()
         return self._nobody
+
+
+def _generate(steered: Steered, ids: Tensor, tokens: int, call: Callable[[], object]) -> Tensor:
+    """Greedy tokens, exactly so many."""
+    criteria = StoppingCriteriaList([_EachToken(ids, call)])
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    return steered.generate(ids, **length, do_sample=False, stopping_criteria=criteria)
 
 
 class Generation:
@@ -49,9 +56,7 @@ class Generation:
         self.output: Tensor | None = None
 
     def _run(self) -> None:
-        criteria = StoppingCriteriaList([_HandOver(self._ids)])
-        length = {"max_new_tokens": self._tokens, "min_new_tokens": self._tokens}
-        self.output = self._steered.generate(self._ids, **length, do_sample=False, stopping_criteria=criteria)
+        self.output = _generate(self._steered, self._ids, self._tokens, lambda: greenlet.getcurrent().parent.switch())
 
     def step(self) -> float:
         """Seconds until the next token is there."""
@@ -76,40 +81,18 @@ class Generation:
             self._greenlet.throw(greenlet.GreenletExit)
 
 
-class _Ticks(StoppingCriteria):
-    """Stops nothing; notes when each token is there."""
-
-    def __init__(self, ids: Tensor):
-        self._nobody = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-        self.times: list[float] = []
-
-    def __call__(self, input_ids, scores, **options) -> Tensor:  # type: ignore[override]
-        wait(self._nobody.device)
-        self.times.append(time.perf_counter())
-        return self._nobody
-
-
 def _whole(steered: Steered, ids: Tensor, tokens: int) -> list[float]:
     """Seconds of each token of one generation."""
-    ticks = _Ticks(ids)
-    with steered.active():
+    times: list[float] = []
+
+    def tick() -> None:
         wait(ids.device)
-        begin = time.perf_counter()
-        length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        steered.generate(ids, **length, do_sample=False, stopping_criteria=StoppingCriteriaList([ticks]))
-    return [end - start for start, end in zip([begin, *ticks.times], ticks.times)]
+        times.append(time.perf_counter())
 
-
-@dataclass
-class Times:
-    """Seconds of one way.
-
-    Attributes:
-        first: to the first token, one a generation. token: of each further token, [generations][tokens - 1].
-    """
-
-    first: list[float] = field(default_factory=list)
-    token: list[list[float]] = field(default_factory=list)
+    with steered.active():
+        tick()
+        _generate(steered, ids, tokens, tick)
+    return [end - start for start, end in pairwise(times)]
 
 
 def by_turns(
@@ -119,16 +102,21 @@ def by_turns(
     go_on: Callable[[int], bool],
     seed: int = 0,
     on_generation: Callable[[], None] = lambda: None,
-) -> dict[str, Times]:
-    """Times all ways token by token, in a new random order at each.
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Seconds of all ways, token by token, in a new random order at each.
 
     Args:
         prompts: the token numbers [batch, prompt] of each generation, by its number; that of the first, which only
             warms up, is -1. tokens: at least 2, of each generation.
         go_on: whether there is to be another generation, by how many there were.
+
+    Returns:
+        "first_token" and "token" (further ones): by way [generations][tokens].
     """
     shuffle = random.Random(seed).shuffle
-    times: dict[str, Times] = {name: Times() for name in ways}
+    times: dict[str, dict[str, list[list[float]]]] = {
+        what: {name: [] for name in ways} for what in ("first_token", "token")
+    }
     order, number = list(ways), -1
     gradients = torch.is_grad_enabled()  # a generation that was left in the middle has switched them off
     while number < 0 or go_on(number):
@@ -150,8 +138,8 @@ def by_turns(
             torch.set_grad_enabled(gradients)
         if number >= 0:
             for name, (first, *rest) in seconds.items():
-                times[name].first.append(first)
-                times[name].token.append(rest)
+                times["first_token"][name].append([first])
+                times["token"][name].append(rest)
         number += 1
         on_generation()
     return times

@@ -1,4 +1,4 @@
-"""The ways to measure momentum that are compared, and what each one moves and keeps."""
+"""The ways to measure momentum that are compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 import austeer
 from austeer import Pairs
-from austeer.measuring.measurement import BLOCK_PAIRS
 
 from .peers import SITES, Counts, public_momentum, stacked_momentum
 
@@ -20,44 +19,10 @@ PUBLIC, STACKED, OURS, UNSHARED = "public", "stacked", "ours", "ours, prompts tw
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model's activations.
-
-    Attributes:
-        token: at both sites of all layers, of one token. hidden: the hidden states of one token.
-        counters: what four counters and a mark for NaN take, for every AU of both sites.
-    """
-
-    token: int
-    hidden: int
-    counters: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Sizes:
-        found = austeer.find_sites(model, SITES)
-        units = sum(site.width for sites in found.values() for site in sites)
-        layers, itemsize = len(found[SITES[0]]), next(model.parameters()).dtype.itemsize
-        return cls(units * itemsize, (layers + 1) * model.config.hidden_size * itemsize, 5 * 8 * units)
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Bytes that one way handles beside the forward passes.
-
-    Attributes:
-        to_host: copied to the CPU (on a CPU: what would be). kept: held at once, at the end or in a full buffer.
-    """
-
-    to_host: int
-    kept: int
-
-
-@dataclass(frozen=True)
 class Run:
     """One measurement.
 
     Attributes:
-        counts: what it found.
         seconds: what it took. fixed: the part of it that hardly grows with the number of pairs.
         report: what ours says of itself: where the time went, what weights were read.
     """
@@ -72,18 +37,8 @@ class Run:
         return self.seconds / pairs if at is None else (self.seconds - self.fixed) / pairs + self.fixed / at
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to measure.
-
-    Attributes:
-        run: (model, tokenizer, pairs) -> one measurement, to its end: all give their counts on the CPU, so a GPU has
-            finished.
-        moved: (sizes, tokens of all texts, pairs) -> bytes.
-    """
-
-    run: Callable[[PreTrainedModel, Any, Pairs], Run]
-    moved: Callable[[Sizes, int, int], Moved]
+#: (model, tokenizer, pairs) -> one measurement, to its end: all give their counts on the CPU, so a GPU has finished.
+Way = Callable[[PreTrainedModel, Any, Pairs], Run]
 
 
 def _public(model: PreTrainedModel, tokenizer, pairs: Pairs) -> Run:
@@ -111,28 +66,10 @@ def ours(strategy: str = "resident", share_prompts: bool = True) -> Way:
         # Before the first pair sites are found, and the model is asked whether it takes trees.
         return Run(counts, seconds, seconds - found.report.seconds.total, found.report.to_json())
 
-    return Way(run, _bounded)
+    return run
 
 
-def _all_positions(sizes: Sizes, tokens: int, pairs: int) -> Moved:
-    return Moved(tokens * (sizes.token + sizes.hidden), tokens * sizes.token)
-
-
-def _last_tokens(sizes: Sizes, tokens: int, pairs: int) -> Moved:
-    # What is copied in the end: two int64 counters of each AU.
-    return Moved(sizes.counters * 2 // 5, 2 * pairs * sizes.token)
-
-
-def _bounded(sizes: Sizes, tokens: int, pairs: int) -> Moved:
-    return Moved(sizes.counters * 4 // 5, 2 * min(pairs, BLOCK_PAIRS) * sizes.token + sizes.counters)
-
-
-WAYS = {
-    PUBLIC: Way(_public, _all_positions),
-    STACKED: Way(_stacked, _last_tokens),
-    OURS: ours(),
-    UNSHARED: ours(share_prompts=False),
-}
+WAYS: dict[str, Way] = {PUBLIC: _public, STACKED: _stacked, OURS: ours(), UNSHARED: ours(share_prompts=False)}
 
 
 class TokensRun:

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-SPREAD = ("median", "low", "high", "rounds")
 #: Percent over unsteered of a decoded token at batch 1, and half the width of its interval.
 OVERHEADS = {
     "unsteered again": (0.1, 0.5),
@@ -42,7 +41,7 @@ def variant(name: str, percent: float, half: float, seconds: float) -> dict[str,
     return {
         **{"status": "measured", "reason": "", "ours": name in OURS, "peer": name in PEERS},
         **{"error": 1e-6, "allowed": 1e-5, "effect": 1.2, "first_token": timed, "token": timed},
-        **{"tokens_a_second": 1 / timed["seconds"]["median"], "extra_bytes": 4_000_000, "launches": None},
+        **{"tokens_a_second": 1 / timed["seconds"]["median"], "launches": None},
         **{"held_bytes": 30_000, "bytes": 5.4e8, "device_seconds": None, "host_seconds": None},
         "verdict": {"first_token": word, "token": word},
     }
@@ -73,9 +72,6 @@ def inference(name: str = "synthetic-135M", noise: float = 0.6, **more: tuple[fl
     cases = [case(execution, batch, 100, 30, noise, **more) for execution in ("eager", "compile") for batch in (1, 8)]
     by_k = [case("eager", 1, k, min(k, 30), noise, sparse_hook=(0.5 + 0.063 * k, 0.7)) for k in (1, 10, 1000)]
     by_layers = [case("eager", 1, 100, n, noise, sparse_hook=(0.2 * n, 0.7)) for n in (1, 5, 15)]
-    parts = {"multiply": 2.9, "add": 2.6, "copy": 1.9, "public form": 7.6, "in-place": 1.3, "index": 7.1}
-    parts |= {"columns": 6.2, "hook": 0.9}
-    us = {key: dict(zip(SPREAD, (value, value * 0.95, value * 1.1, 40))) for key, value in parts.items()}
     return {
         **{"kind": "inference", "schema": 1, "complete": True},
         "environment": {
@@ -86,8 +82,6 @@ def inference(name: str = "synthetic-135M", noise: float = 0.6, **more: tuple[fl
         "settings": {"generations": 40, "tokens": 8, "prompt_tokens": 32, "level": 0.95, "threads": 2, "quick": False},
         "series": {"main": [0], "batch": [0, 1], "execution": [0, 2, 3], "k": [4, 5, 0, 6], "layers": [7, 8, 9, 0]},
         "cases": cases + by_k + by_layers,
-        "breakdown": {"sites": 30, "shape": [1, 576], "us": us},
-        "goals": [{"text": "fold is the same", "case": "eager, batch 1", "value": 1.0, "limit": 1.0, "met": True}],
     }
 
 
@@ -105,13 +99,13 @@ def dispatch() -> dict[str, Any]:
 
     return {
         **{"kind": "dispatch", "dtype": "bfloat16", "complete": True, "environment": {"device": "Synthetic GPU"}},
-        "ceilings": {"copy": 3e12, "matmul": 8e14},
+        "ceilings": {"bandwidth": 3e12, "flops": 8e14},
         "rows": [row(n, k, m) for n, k in ((4096, 4096), (4096, 14336)) for m in (1, 16, 512)],
     }
 
 
 def kernels() -> dict[str, Any]:
-    """What pytest-benchmark writes of bench/test_kernels.py and bench/test_forwards.py."""
+    """What pytest-benchmark writes of bench/test_kernels.py."""
 
     def row(function: str, group: str, form: str, us: float) -> dict[str, Any]:
         stats = {"median": us * 1e-6, "q1": us * 0.9e-6, "q3": us * 1.2e-6}
@@ -131,24 +125,8 @@ def kernels() -> dict[str, Any]:
     return {
         "commit_info": {"id": "0" * 40},
         "datetime": "2000-01-01T00:00:00",
-        "benchmarks": steer + linear + forwards(),
+        "benchmarks": steer + linear,
     }
-
-
-def forwards() -> list[dict[str, Any]]:
-    """Whole forwards, of which one way could not be had at batch 8."""
-    times = {"unsteered": 1000.0, "public": 1100.0, "columns": 1010.0}
-    return [
-        {
-            **{"name": f"test_forward[{phase}-{batch}-10-{way}]", "group": f"{phase}, batch {batch}, k=10, cpu"},
-            **{"params": {"way": way}, "extra_info": {"way": way, "phase": phase, "batch": batch, "k": 10}},
-            "stats": {"median": us * batch * 1e-6, "q1": us * 0.9e-6, "q3": us * 1.2e-6},
-        }
-        for phase in ("prefill", "decode")
-        for batch in (1, 8)
-        for way, us in times.items()
-        if (way, batch) != ("public", 8)
-    ]
 
 
 def put(results: Path, device: str, name: str, content: dict[str, Any]) -> Path:

@@ -3,34 +3,20 @@
 Each gives, for every site, how often the positive and the negative text's activation was the larger one:
 site -> (positive, negative), int64 [layers, width].
 
-``WAYS`` lists other libraries' ways to steer, each in the form that its own documents recommend.
+Other libraries' ways to steer are in ``libraries.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-
-from . import nnsight_way, peft_way, pyvene_way, repeng_way, steering_vectors_way
 
 SITES = ("attention", "ffn")
 
 Counts = dict[str, tuple[Tensor, Tensor]]
-
-#: No package is imported before its way is made.
-WAYS = tuple(way.WAY for way in (peft_way, pyvene_way, nnsight_way, repeng_way, steering_vectors_way))
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go in: where the embedding is, or where accelerate brings it."""
-    embedding: Any = model.get_input_embeddings()
-    device = embedding.weight.device
-    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
 
 
 @contextmanager

@@ -1,11 +1,8 @@
 """The method's public algorithm, as the paper and a reading of its code describe it; no line of it was copied.
 
 Each text runs alone through the whole model, the prompt of a pair twice. Every position of every layer goes to the
-CPU, and all hidden states with it; what is kept of it is the last token, as a view, so that all positions stay in
-memory. Then a Python loop scores one atomic unit (AU) after the other, with a dozen tensor operations each.
-
-Two things are kinder here than there: both sites are read in one pass, where the public code makes a pass a site, and
-texts are not cut.
+CPU, and all hidden states with it; of the last token a view is kept. Then a Python loop scores one atomic unit (AU)
+after the other. Kinder than there: both sites are read in one pass, and texts are not cut.
 """
 
 from __future__ import annotations
@@ -19,23 +16,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer import Pair
+from austeer.sites import input_device
 
-from . import SITES, Counts, input_device, reading
+from . import SITES, Counts, reading
 
 
 @dataclass(frozen=True)
 class PublicMomentum:
-    """What the public algorithm found.
+    """What the public algorithm found, of so many pairs.
 
     Attributes:
-        rates: site -> (share of pairs with a larger positive, with a larger negative activation), [layers, width].
-        scores: site -> the signed larger one of both, [layers, width].
-        pairs: how many.
-        scoring_seconds: what the loop over the AUs took; it hardly grows with the pairs.
+        scored: site -> (share of pairs with a larger positive, with a larger negative activation, the signed larger one
+            of both), each [layers, width]. scoring_seconds: of the loop over the AUs; they hardly grow with the pairs.
     """
 
-    rates: dict[str, tuple[Tensor, Tensor]]
-    scores: dict[str, Tensor]
+    scored: dict[str, tuple[Tensor, Tensor, Tensor]]
     pairs: int
     scoring_seconds: float
 
@@ -43,7 +38,7 @@ class PublicMomentum:
         """The rates as whole numbers of pairs."""
         return {
             site: (torch.round(up * self.pairs).long(), torch.round(down * self.pairs).long())
-            for site, (up, down) in self.rates.items()
+            for site, (up, down, _) in self.scored.items()
         }
 
 
@@ -52,13 +47,8 @@ def measure(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair]) -> PublicM
     positive = collect(model, tokenizer, [pair.prompt + pair.positive for pair in pairs])
     negative = collect(model, tokenizer, [pair.prompt + pair.negative for pair in pairs])
     begin = time.perf_counter()
-    found = {site: score(positive[site], negative[site]) for site in SITES}
-    return PublicMomentum(
-        rates={site: (up, down) for site, (up, down, _) in found.items()},
-        scores={site: beta for site, (_, _, beta) in found.items()},
-        pairs=len(pairs),
-        scoring_seconds=time.perf_counter() - begin,
-    )
+    scored = {site: score(positive[site], negative[site]) for site in SITES}
+    return PublicMomentum(scored, len(pairs), time.perf_counter() - begin)
 
 
 @torch.no_grad()

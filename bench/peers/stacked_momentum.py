@@ -1,8 +1,7 @@
 """Momentum as a careful PyTorch user writes it in an afternoon: hooks, batches, last tokens stacked, counted at once.
 
-Sixteen texts a batch, shortest texts first, padded on the left under an attention mask with position ids of their own.
-The language-model head is not run, no cache is made. Last tokens stay on the model's device, all of them until the end,
-where two comparisons count every AU of every layer.
+Sixteen texts a batch, shortest texts first, padded on the left. The language-model head is not run, no cache is made.
+Last tokens stay on the model's device until the end, where two comparisons count every AU of every layer.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer import Pair
+from austeer.sites import input_device
 
-from . import SITES, Counts, input_device, reading
+from . import SITES, Counts, reading
 
 BATCH = 16
 

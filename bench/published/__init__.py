@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
+from ..files import ResultsError
 from . import figures, numbers
-from .load import ResultsError, load
+from .load import load
 from .spans import fill
 
 #: docs/efficiency.md is made of this as a whole; other pages are written by hand, but for their spans.
@@ -19,16 +21,14 @@ def write(results: Path, docs: Path, readme: Path, check: bool = False) -> list[
     """Brings the pages and figures up to the results.
 
     Args:
-        results: the folder of results, a folder for each device in it. docs: the folder of pages; figures go to
-            ``figures`` inside it. readme: the page that lies at the repository's root.
+        results: the folder of results, a folder for each device in it. docs: the folder of pages, and of ``figures``.
         check: change nothing, only say what has drifted.
 
     Returns:
         One line for each file that was changed, or would have to be; none when all is as it should be.
 
     Raises:
-        ResultsError: a result of an unknown kind or schema, or a span that cannot be filled.
-        AusteerError: figures have to be drawn or looked at, and matplotlib is not installed.
+        AusteerError: a result or a span that cannot be read, or matplotlib is not installed.
     """
     found = load(results)
     values = numbers.values(found)
@@ -55,8 +55,6 @@ def _read(path: Path) -> str:
 
 
 def _first_difference(old: str | None, new: str) -> str:
-    if old is None:
-        return "is missing"
-    pairs = list(zip([*old.splitlines(), ""], [*new.splitlines(), ""]))
-    number = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs) - 1)
-    return f"line {number + 1} differs from the results: found {pairs[number][0]!r}, expected {pairs[number][1]!r}"
+    lines = zip_longest((old or "").splitlines(), new.splitlines(), fillvalue="")
+    number, (a, b) = next(((i, pair) for i, pair in enumerate(lines, 1) if pair[0] != pair[1]), (0, ("", "")))
+    return "is missing" if old is None else f"line {number} differs from the results: found {a!r}, expected {b!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..intervals import FASTER, NOISE, SAME, SLOWER, UNCLEAR
-from .inference import DENSE, METRICS, PUBLIC, SPARSE, Case, Inference, Overhead, sweeps
+from .inference import DENSE, METRICS, PUBLIC, SPARSE, Case, Inference, Overhead
 
 #: The paper's only figure: whole task runs of Gemma2-9B on an H100, steered over unsteered, percent.
 PAPER = 2.8
@@ -30,7 +30,7 @@ def sentences(inference: Inference) -> list[str]:
         timed = [case for case in cases if case.times(metric)]
         some = [case for case in timed if case.decidable(metric)]
         if timed and not some:
-            noise = _range([case.noise(metric) for case in timed])
+            noise = _span([case.noise(metric) for case in timed], "")
             name = where.split(",")[0].capitalize()
             found.append(f"**{name}**: no verdict in any of {len(timed)} cases (noise {noise}).")
             continue
@@ -38,9 +38,7 @@ def sentences(inference: Inference) -> list[str]:
         parts = [part for name in names if (part := _counted(name, some, metric))]
         if parts:
             found.append(f"**{where[0].upper()}{where[1:]}**: {'; '.join(parts)}.")
-    found += [text for text in (_paper(quiet), _few_or_all(quiet)) if text]
-    found += [text for along in ("k", "layers") for text in _trend(inference, along)]
-    return [*found, f"**The claim here**: {worth(quiet)}"]
+    return [*found, *_paper(quiet), f"**The claim here**: {worth(quiet)}"]
 
 
 def _noise(cases: Sequence[Case], quiet: Sequence[Case]) -> str:
@@ -63,60 +61,19 @@ def _counted(name: str, cases: Sequence[Case], metric: str) -> str:
     return f"{name} is {', '.join(parts)}" if parts else ""
 
 
-def _paper(quiet: Sequence[Case]) -> str:
+def _paper(quiet: Sequence[Case]) -> list[str]:
     found = [o for case in quiet if (o := case.overhead(PUBLIC, "token")) is not None]
-    if not found:
-        return ""
     below, above = sum(o.high < PAPER for o in found), sum(o.low > PAPER for o in found)
-    text = (
-        f"The paper's {PAPER} % lies within the public form's interval in {len(found) - below - above} of {len(found)}"
-    )
-    text += (f", above it in {below}" if below else "") + (f", below it in {above}" if above else "")
-    return text + "; it is of whole task runs on an H100, the intervals are of a decoded token here."
+    text = f"The paper's {PAPER} % lies within the public form's interval in {len(found) - below - above}"
+    text += f" of {len(found)}" + (f", above it in {below}" if below else "")
+    text += (f", below it in {above}" if above else "") + "; it is of whole task runs on an H100, the intervals are"
+    return [f"{text} of a decoded token here."] if found else []
 
 
-def _relations(quiet: Sequence[Case]) -> list[tuple[str, Overhead, Overhead]]:
+def _relations(quiet: Sequence[Case]) -> list[str]:
+    """How touching k AUs compares with touching the whole width, in the same kind of PyTorch hook, case by case."""
     both = [(case.overhead(SPARSE, "token"), case.overhead(DENSE, "token")) for case in quiet]
-    return [(sparse.compared(dense), sparse, dense) for sparse, dense in both if sparse and dense]
-
-
-def _few_or_all(quiet: Sequence[Case]) -> str:
-    found = _relations(quiet)
-    if not found:
-        return ""
-    counts = {name: sum(relation == name for relation, _, _ in found) for name in ("cheaper", "dearer", "unresolved")}
-    _, sparse, dense = max(found, key=lambda one: abs(one[1].median - one[2].median))
-    return (
-        "Touching k AUs instead of the whole width, in the same kind of PyTorch hook, is cheaper in "
-        f"{counts['cheaper']} of {len(found)} cases, dearer in {counts['dearer']}, not told apart in "
-        f"{counts['unresolved']} (where they lie furthest apart: {sparse} against {dense} %)."
-    )
-
-
-def _trend(inference: Inference, along: str) -> list[str]:
-    """For each sweep what happens from its least to its largest number, variant by variant."""
-    what = {"k": "AUs", "layers": "layers touched"}[along]
-    texts = []
-    for group in sweeps(inference.series(along), along):
-        if not (group[0].decidable("token") and group[-1].decidable("token")):
-            continue
-        first, last = group[0], group[-1]
-        parts: dict[str, list[str]] = {"rises": [], "falls": [], "does not change beyond its intervals": []}
-        for name in dict.fromkeys([PUBLIC, DENSE, SPARSE, *first.ours()]):
-            few, many = first.overhead(name, "token"), last.overhead(name, "token")
-            if few is None or many is None:
-                continue
-            relation = few.compared(many)
-            if relation == "unresolved":
-                parts["does not change beyond its intervals"].append(name)
-            else:
-                span = f"{name} ({few.median:+.1f} to {many.median:+.1f} %)"
-                parts["rises" if relation == "cheaper" else "falls"].append(span)
-        said = "; ".join(f"{verb} for {', '.join(names)}" for verb, names in parts.items() if names)
-        if said:
-            sizes = f"{first.content[along]} to {last.content[along]} {what}"
-            texts.append(f"From {sizes} ({first.execution}, batch {first.batch}) the overhead of a token {said}.")
-    return texts
+    return [sparse.compared(dense) for sparse, dense in both if sparse and dense]
 
 
 def worth(quiet: Sequence[Case]) -> str:
@@ -126,50 +83,43 @@ def worth(quiet: Sequence[Case]) -> str:
         return "the public form has no time in any quiet case, so it cannot be judged."
     slower = [(case, o) for case, o in public if o.verdict == SLOWER]
     unclear = sum(o.verdict not in (SLOWER, SAME, FASTER) for _, o in public)
-    if not slower and unclear:
+    if slower:
+        saved = _span([o.median for _, o in slower])
+        text = f"in {len(slower)} of {len(public)} cases there is something to save, {saved} of a token's time."
+        text += _saved([(o, ours) for case, o in slower if (ours := case.best_of_ours("token")) is not None])
+    elif unclear:
         text = (
             f"the public form could not be told apart from the unsteered model in {unclear} of {len(public)} cases, so "
             "no saving can be shown there"
         )
         text += "." if unclear == len(public) else "; in the others it is not slower, so there is nothing to save."
-    elif not slower:
+    else:
         text = (
             "there is nothing to save that could be measured: even the public form, over the whole width of every "
             "layer, is not slower than the unsteered model."
         )
-    else:
-        medians = [o.median for _, o in slower]
-        text = (
-            f"in {len(slower)} of {len(public)} cases there is something to save, {_span(medians)} of a token's time."
+    if relations := _relations(quiet):
+        text += (
+            f" Touching fewer activations, by plain indexing, is cheaper in itself in {relations.count('cheaper')} of "
+            f"{len(relations)} cases, dearer in {relations.count('dearer')}, not told apart in "
+            f"{relations.count('unresolved')}."
         )
-        best = [(o, ours) for case, o in slower if (ours := case.best_of_ours("token")) is not None]
-        if best:
-            cheaper = [(name, ours) for o, (name, ours) in best if ours.compared(o) == "cheaper"]
-            free = [name for name, ours in cheaper if ours.verdict in (SAME, FASTER)]
-            less = [name for name, ours in cheaper if ours.verdict not in (SAME, FASTER)]
-            text += f" The best of our paths saves all of it in {len(free)} of {len(best)}{_named(free)}"
-            text += f", part of it in {len(less)}{_named(less)}" if less else ""
-            rest = len(best) - len(free) - len(less)
-            text += f", and a saving is not resolved in {rest}." if rest else "."
-    relations = {relation for relation, _, _ in _relations(quiet)}
-    if relations == {"cheaper"}:
-        text += " Touching fewer activations was cheaper in itself."
-    elif "dearer" in relations:
-        verb = "in some cases and cheaper in others" if "cheaper" in relations else "than touching all"
-        text += f" Touching fewer activations is not what saves: by plain indexing it was dearer {verb}."
-    elif relations:
-        verb = "in some cases only" if "cheaper" in relations else "nowhere that could be measured"
-        text += f" Touching fewer activations was cheaper in itself {verb}."
     return text
 
 
-def _span(percents: Sequence[float]) -> str:
-    least, most = f"{min(percents):+.1f}", f"{max(percents):+.1f}"
-    return f"{least} %" if least == most else f"{least} to {most} %"
+def _saved(best: Sequence[tuple[Overhead, tuple[str, Overhead]]]) -> str:
+    """What the best of our paths saves of the public form's time, case by case."""
+    cheaper = [(name, ours) for o, (name, ours) in best if ours.compared(o) == "cheaper"]
+    free = [name for name, ours in cheaper if ours.verdict in (SAME, FASTER)]
+    less = [name for name, ours in cheaper if ours.verdict not in (SAME, FASTER)]
+    text = f" The best of our paths saves all of it in {len(free)} of {len(best)}{_named(free)}"
+    text += f", part of it in {len(less)}{_named(less)}" if less else ""
+    rest = len(best) - len(free) - len(less)
+    return (text + f", and a saving is not resolved in {rest}." if rest else text + ".") if best else ""
 
 
-def _range(percents: Sequence[float]) -> str:
-    least, most = f"{min(percents):.1f}", f"{max(percents):.1f}"
+def _span(percents: Sequence[float], sign: str = "+") -> str:
+    least, most = f"{min(percents):{sign}.1f}", f"{max(percents):{sign}.1f}"
     return f"{least} %" if least == most else f"{least} to {most} %"
 
 

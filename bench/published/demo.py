@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from austeer.cli.demo import show
 from austeer.demo.demo import DemoResult
 from austeer.forward.timing import Timing
 from austeer.momentum.report import MeasureReport, Seconds
@@ -18,6 +17,8 @@ from austeer.tuning.tune import Trial
 
 def printed(content: dict[str, Any]) -> str:
     """What ``austeer demo`` prints of this result, as a block of code."""
+    from austeer.cli.demo import show  # needs typer, which a machine that only measures may lack
+
     own = {field.name: content[field.name] for field in fields(DemoResult)} | {
         "trials": [Trial(**trial) for trial in content["trials"]],
         "chosen": Trial(**content["chosen"]),

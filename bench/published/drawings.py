@@ -1,59 +1,31 @@
-"""Draws a figure's data with matplotlib: PNG, for a light and a dark page."""
+"""Draws a figure's data with matplotlib: one PNG on its own white ground, for light and dark pages alike."""
 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from austeer.utils.figures import require_matplotlib
 
-#: Page, text, and lines of little weight: GitHub's own.
-_THEMES = {
-    "light": {"page": "#ffffff", "text": "#1f2328", "weak": "#d1d9e0", "band": "#59636e"},
-    "dark": {"page": "#0d1117", "text": "#e6edf3", "weak": "#3d444d", "band": "#9198a1"},
-}
-#: Readable on both pages.
-_COLORS = {
-    "public": "#e36209",
-    "dense hook": "#c69026",
-    "sparse hook": "#e5534b",
-    "columns": "#3987e5",
-    "columns 100": "#3987e5",
-    "fused": "#2da44e",
-    "fold": "#a371f7",
-    "ours": "#3987e5",
-    "unsteered again": "#8b949e",
-    "plain": "#8b949e",
-    "stacked": "#8b949e",
-    "linear": "#8b949e",
-    "plain read": "#8b949e",
-    "linear then columns": "#3987e5",
-    "dense": "#c69026",
-    "indexing": "#e5534b",
-    "whole tensors": "#e36209",
-}
+#: The ground, text, and lines of little weight.
+_PAGE, _TEXT, _WEAK, _BAND = "#ffffff", "#1f2328", "#d1d9e0", "#59636e"
 _CYCLE = ("#3987e5", "#e36209", "#2da44e", "#a371f7", "#c69026", "#e5534b", "#39c5cf", "#d4679f")
 _MARKERS = "osD^vP<>X*"
 #: Beyond this many percent the axis goes on logarithmically, so that small overheads stay readable beside large ones.
 _LINEAR = 5.0
 
 
-def make(drawing: str, data: Mapping[str, Any], theme: str):
+def make(drawing: str, data: Mapping[str, Any]):
     """A matplotlib figure of ``data``, drawn by the function of that name."""
     require_matplotlib()
     from matplotlib import rc_context
 
-    colors = _THEMES[theme]
     style: dict[str, Any] = {
-        "figure.facecolor": colors["page"],
-        "axes.facecolor": colors["page"],
-        "grid.color": colors["weak"],
-        "axes.edgecolor": colors["weak"],
-        "legend.facecolor": colors["page"],
-        "legend.edgecolor": colors["weak"],
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), _PAGE),
+        **dict.fromkeys(("grid.color", "axes.edgecolor", "legend.edgecolor"), _WEAK),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT),
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "axes.titlesize": 10,
@@ -62,16 +34,15 @@ def make(drawing: str, data: Mapping[str, Any], theme: str):
         "axes.grid": True,
         "axes.axisbelow": True,
     }
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colors["text"])
     with rc_context(style):  # type: ignore[arg-type]
-        figure = _DRAWINGS[drawing](data, colors)
+        figure = _DRAWINGS[drawing](data)
         figure.suptitle(data["title"], fontsize=11)
     return figure
 
 
-def save(drawing: str, data: Mapping[str, Any], theme: str, path: Path, metadata: Mapping[str, str]) -> None:
+def save(drawing: str, data: Mapping[str, Any], path: Path, metadata: Mapping[str, str]) -> None:
     """Draws a PNG, with these texts in it."""
-    make(drawing, data, theme).savefig(path, metadata=dict(metadata))
+    make(drawing, data).savefig(path, metadata=dict(metadata))
 
 
 def _axes(panels: int, columns: int, width: float, height: float):
@@ -87,24 +58,21 @@ def _axes(panels: int, columns: int, width: float, height: float):
     return figure, list(axes[:panels])
 
 
-def _color(name: str, number: int) -> str:
-    return _COLORS.get(name, _CYCLE[number % len(_CYCLE)])
-
-
-def _percent_axis(axis, least: float, most: float, which: str) -> None:
+def _percent_axis(axis, least: float, most: float) -> None:
     """Linear, or, where overheads are large, linear in the middle and logarithmic beyond it."""
     from matplotlib.ticker import FuncFormatter
 
     if max(abs(least), abs(most)) > 6 * _LINEAR:
-        getattr(axis, f"set_{which}scale")("symlog", linthresh=_LINEAR, linscale=1.2)
-        ticks = [t for t in (-30, -10, -5, -2, 0, 2, 5, 10, 30, 100, 300, 1000) if 1.3 * least <= t <= 1.3 * most]
-        getattr(axis, f"set_{which}ticks")(ticks)
-        getattr(axis, f"set_{which}lim")(min(1.3 * least, -1), 1.4 * most)
-        getattr(axis, f"{which}axis").minorticks_off()
-    getattr(axis, f"{which}axis").set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
+        axis.set_xscale("symlog", linthresh=_LINEAR, linscale=1.2)
+        axis.set_xticks(
+            [t for t in (-30, -10, -5, -2, 0, 2, 5, 10, 30, 100, 300, 1000) if 1.3 * least <= t <= 1.3 * most]
+        )
+        axis.set_xlim(min(1.3 * least, -1), 1.4 * most)
+        axis.xaxis.minorticks_off()
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
 
 
-def _overheads(data: Mapping[str, Any], colors: Mapping[str, str]):
+def _overheads(data: Mapping[str, Any]):
     """Points with intervals: a row for each variant, a colour for each batch; the band of two unsteered runs."""
     panels = data["panels"]
     names = list(dict.fromkeys(mark[0] for panel in panels for mark in panel["marks"]))
@@ -113,8 +81,8 @@ def _overheads(data: Mapping[str, Any], colors: Mapping[str, str]):
     figure, axes = _axes(len(panels), 2, 5.2, height)
     for number, (axis, panel) in enumerate(zip(axes, panels)):
         noise, ends = panel["noise"], [panel["noise"], -panel["noise"]]
-        axis.axvspan(-noise, noise, color=colors["band"], alpha=0.22, linewidth=0, label="A/A: unsteered twice")
-        axis.axvline(0, color=colors["text"], linewidth=0.9)
+        axis.axvspan(-noise, noise, color=_BAND, alpha=0.22, linewidth=0, label="A/A: unsteered twice")
+        axis.axvline(0, color=_TEXT, linewidth=0.9)
         for at, batch in enumerate(batches):
             own = [mark for mark in panel["marks"] if mark[1] == batch]
             if not own:
@@ -128,53 +96,14 @@ def _overheads(data: Mapping[str, Any], colors: Mapping[str, str]):
             ends += [mark[i] for mark in own for i in (3, 4)]
         axis.set_yticks(range(len(names)), names if number % 2 == 0 else [""] * len(names))
         axis.set_ylim(len(names) - 0.4, -0.6)
-        _percent_axis(axis, min(ends), max(ends), "x")
+        _percent_axis(axis, min(ends), max(ends))
         axis.set(xlabel="overhead, % over unsteered (95 % interval)", title=panel["title"])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
-def _lines(data: Mapping[str, Any], colors: Mapping[str, str]):
-    """A line for each variant, with its intervals; the band of two unsteered runs, where there is one."""
-    panels = data["panels"]
-    few = data["columns"] < 4
-    figure, axes = _axes(len(panels), data["columns"], 5.2 if few else 3.4, 3.9 if few else 3.0)
-    names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
-    handles: dict[str, Any] = {}
-    for axis, panel in zip(axes, panels):
-        ends = [0.0]
-        if panel["noise"]:
-            noise = max(panel["noise"])
-            ends += [-noise, noise]
-            band = axis.axhspan(-noise, noise, color=colors["band"], alpha=0.22, linewidth=0)
-            handles["A/A: unsteered twice"] = band
-            axis.axhline(0, color=colors["text"], linewidth=0.9)
-        xs = sorted({point[0] for points in panel["lines"].values() for point in points})
-        for name, points in panel["lines"].items():
-            at = names.index(name)
-            x, median, low, high = zip(*points)
-            # Side by side, so that intervals at one x do not cover each other.
-            shifted = [v * 1.05 ** (at - (len(names) - 1) / 2) for v in x] if panel["noise"] else x
-            spread = [[m - v for m, v in zip(median, low)], [v - m for m, v in zip(median, high)]]
-            style = {"color": _color(name, at), "marker": _MARKERS[at % len(_MARKERS)], "markersize": 5, "capsize": 2.5}
-            line = axis.errorbar(shifted, median, yerr=spread if panel["noise"] else None, linewidth=1.5, **style)
-            handles.setdefault(name, line)
-            ends += [*low, *high]
-        axis.set_xscale("log")
-        axis.set_xticks(xs, [f"{x:g}" for x in xs])
-        axis.set_xlim(xs[0] / 1.4, xs[-1] * 1.4)
-        axis.minorticks_off()
-        if panel["noise"]:
-            _percent_axis(axis, min(ends), max(ends), "y")
-        else:
-            axis.set_ylim(0, max(100, *ends) * 1.05)
-        axis.set(xlabel=data["x"], ylabel=data["y"], title=panel["title"])
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
-    return figure
-
-
-def _bars(data: Mapping[str, Any], colors: Mapping[str, str]):
+def _bars(data: Mapping[str, Any]):
     """Horizontal bars, with their values; with an interval where one is given."""
     panels = data["panels"]
     most = max(len(panel["bars"]) for panel in panels)
@@ -183,8 +112,7 @@ def _bars(data: Mapping[str, Any], colors: Mapping[str, str]):
         bars = panel["bars"]
         places, values = range(len(bars)), [bar[1] for bar in bars]
         spread = [[bar[1] - bar[2] for bar in bars], [bar[3] - bar[1] for bar in bars]] if len(bars[0]) > 2 else None
-        shades = [_COLORS.get(bar[0].split(",")[0].split(" (")[0], _COLORS["ours"]) for bar in bars]
-        axis.barh(places, values, 0.66, xerr=spread, color=shades, ecolor=colors["text"], capsize=3)
+        axis.barh(places, values, 0.66, xerr=spread, color=_CYCLE[0], ecolor=_TEXT, capsize=3)
         ends = [bar[-1] for bar in bars]
         least = min([0, *(bar[2] for bar in bars)]) if spread else 0
         margin = 0.012 * (max(ends) - least)
@@ -198,77 +126,4 @@ def _bars(data: Mapping[str, Any], colors: Mapping[str, str]):
     return figure
 
 
-def _forms(data: Mapping[str, Any], colors: Mapping[str, str]):
-    """A row for each group of benchmarks, a mark for each form; time on a logarithmic axis."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    panels = data["panels"]
-    sizes = [len(panel["rows"]) for panel in panels]
-    figure = Figure(figsize=(9.5, 0.3 * sum(sizes) + 1.1 * len(panels) + 0.4), layout="constrained", dpi=130)
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[size + 1.5 for size in sizes]).ravel()
-    for axis, panel in zip(axes, panels):
-        rows = panel["rows"]
-        forms = list(dict.fromkeys(form for row in rows.values() for form in row))
-        for at, form in enumerate(forms):
-            own = [(i, row[form]) for i, row in enumerate(rows.values()) if form in row]
-            values = [us[0] for _, us in own]
-            spread = [[us[0] - us[1] for _, us in own], [us[2] - us[0] for _, us in own]]
-            style = {"fmt": _MARKERS[at], "color": _color(form, at), "markersize": 6, "capsize": 2.5}
-            axis.errorbar(values, [i for i, _ in own], xerr=spread, label=form, **style)
-        axis.set_xscale("log")
-        times = [us for row in rows.values() for us, *_ in row.values()]
-        wide = max(times) > 300 * min(times)  # with 2 and 5 the numbers would run into each other
-        axis.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-        axis.minorticks_off()
-        axis.set_yticks(range(len(rows)), list(rows))
-        axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set(title=panel["title"], xlabel=data["x"])
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure
-
-
-def _breakdown(data: Mapping[str, Any], colors: Mapping[str, str]):
-    """Each part at one site; and the dense form's three at all sites beside those at the planned ones."""
-    parts = data["parts"]
-    figure, (left, right) = _axes(2, 2, 5.4, 1.4 + 0.42 * len(parts))
-    values = list(parts.values())
-    spread = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
-    dense = [name for name in ("multiply", "add", "copy") if name in parts]
-    shades = [_CYCLE[(1, 4, 5)[dense.index(name)]] if name in dense else _CYCLE[0] for name in parts]
-    left.barh(
-        range(len(parts)), [v[0] for v in values], 0.66, xerr=spread, color=shades, ecolor=colors["text"], capsize=3
-    )
-    for place, v in enumerate(values):
-        left.text(v[2] + 0.012 * max(w[2] for w in values), place, f"{v[0]:.1f}", va="center")
-    left.set_yticks(range(len(parts)), [textwrap.fill(name, 28) for name in parts])
-    left.set_ylim(len(parts) - 0.45, -0.55)
-    left.set_xlim(0, 1.13 * max(v[2] for v in values))
-    left.set(xlabel="us at one site, median and quartiles", title="each part by itself")
-
-    layers = {f"all {n} layers" if n == data["sites"] else f"only {n} planned": n for n in data["layers"]}
-    for place, count in enumerate(layers.values()):
-        start = 0.0
-        for name in dense:
-            right.barh(
-                place, parts[name][0] * count, 0.5, left=start, color=shades[list(parts).index(name)], label=name
-            )
-            start += parts[name][0] * count
-        right.text(start, place, f" {start:.0f}", va="center")
-    right.set_yticks(range(len(layers)), list(layers))
-    right.set_ylim(len(layers) - 0.4, -0.6)
-    right.set_xlim(0, 1.15 * data["sites"] * sum(parts[name][0] for name in dense))
-    right.set(xlabel="us a token, added up", title="the dense form's arithmetic, by layers touched")
-    handles, labels = right.get_legend_handles_labels()
-    right.legend(handles[: len(dense)], labels[: len(dense)], loc="lower right", frameon=False)
-    return figure
-
-
-_DRAWINGS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str]], Any]] = {
-    "overheads": _overheads,
-    "lines": _lines,
-    "bars": _bars,
-    "forms": _forms,
-    "breakdown": _breakdown,
-}
+_DRAWINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"overheads": _overheads, "bars": _bars}

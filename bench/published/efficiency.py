@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
 
 from ..cases import ALONE, COLUMNS, FUSED, PLAIN
 from . import figures, tables
 from .conclusion import sentences, worth
-from .inference import AGAIN, PUBLIC, SPARSE, Inference, sweeps
+from .inference import AGAIN, PUBLIC, SPARSE, Case, Inference, sweeps
 from .load import Result, Results
 
 #: Which command measures a kind, on a CPU and on a GPU.
@@ -28,14 +29,13 @@ DISPATCHED = (PLAIN, FUSED, COLUMNS[100], ALONE[100])
 def blocks(results: Results) -> dict[str, str]:
     """Markdown, by the section's name."""
     return {
-        "conclusion": _conclusion(results),
+        "conclusion": _each(results, "inference", _conclusion),
         "summary": _summary(results),
         "machines": _machines(results),
         "overhead": _each(results, "inference", _overhead),
-        "k": _each(results, "inference", lambda result: _sweep(result, "k")),
-        "layers": _each(results, "inference", lambda result: _sweep(result, "layers")),
+        "k": _each(results, "inference", partial(_sweep, along="k")),
+        "layers": _each(results, "inference", partial(_sweep, along="layers")),
         "operations": _operations(results),
-        "breakdown": _each(results, "inference", _breakdown),
         "momentum": _each(results, "momentum", _momentum),
         **{name.lower(): _kind_of_machine(results, name, devices) for name, devices in results.kinds_of_device()},
     }
@@ -59,13 +59,8 @@ def _title(result: Result) -> str:
     return Inference(result).title if result.kind == "inference" else result.machine
 
 
-def _conclusion(results: Results) -> str:
-    def section(result: Result) -> str:
-        goals = result.content.get("goals", [])
-        lines = [f"- {text}" for text in sentences(Inference(result))]
-        return "\n".join(lines) + (f"\n\nGoals set beforehand:\n\n{tables.goals(goals)}" if goals else "")
-
-    return _each(results, "inference", section)
+def _conclusion(result: Result) -> str:
+    return "\n".join(f"- {text}" for text in sentences(Inference(result)))
 
 
 def _kind_of_machine(results: Results, where: str, devices: Iterable[str]) -> str:
@@ -87,17 +82,17 @@ def _summary(results: Results) -> str:
     for where, devices in results.kinds_of_device():
         found = [Inference(r) for device in devices for r in results.of("inference", device)]
         for inference in found:
-            smallest: dict[str, tuple[int, list[str]]] = {}
+            smallest: dict[str, Case] = {}
             for case in inference.main():
-                if case.execution in smallest and smallest[case.execution][0] <= case.batch:
-                    continue
+                known = smallest.setdefault(case.content["execution"], case)
+                smallest[case.content["execution"]] = min(known, case, key=lambda one: one.batch)
+            for case in smallest.values():
                 best = case.best_of_ours("token")
                 own = f"{best[0]} {best[1]} {best[1].verdict}" if best else ""
                 others = (case.overhead(name, "token") for name in (AGAIN, PUBLIC, SPARSE))
-                cells = [f"{o}" if o else "" for o in others]
                 name = f"{where}: {inference.result.machine}; {inference.model['name']}"
-                smallest[case.execution] = case.batch, [name, f"{case.words}, batch {case.batch}", *cells, own]
-            rows += [row for _, row in smallest.values()]
+                cells = (f"{o}" if o else "" for o in others)
+                rows.append([name, f"{case.words}, batch {case.batch}", *cells, own])
         if not found:
             rows.append([where, f"not measured yet (`{COMMANDS['inference'][where]}`)", "", "", "", ""])
     head = ["overhead of a token, %", "setting", "unsteered again", "public form", "sparse hook", "ours, the best path"]
@@ -107,20 +102,14 @@ def _summary(results: Results) -> str:
 def _machines(results: Results) -> str:
     rows = []
     for result in results:
-        if result.kind == "kernels":
-            environment = {"commit": result.content["commit_info"].get("id"), "date": result.content["datetime"]}
-        else:
-            environment = result.content["environment"]
-        packages = environment.get("packages", {})
-        versions = ", ".join(
-            f"{name} {packages[name]}" for name in ("torch", "triton", "transformers") if name in packages
-        )
+        known = result.content.get("environment") or {"commit": result.content["commit_info"].get("id")}
+        packages = known.get("packages", {})
+        names = (name for name in ("torch", "triton", "transformers") if name in packages)
+        versions = ", ".join(f"{name} {packages[name]}" for name in names)
         kind = result.kind + ("" if result.complete else " (cut off)")
-        date = str(environment.get("date") or result.order[0])[:10]
-        commit = str(environment.get("commit") or "not recorded")
-        commit = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "") if " " not in commit else commit
-        command = f"`{environment['command']}`" if environment.get("command") else ""
-        rows.append([f"{kind}: {result.link}", result.machine, versions, date, commit, command])
+        commit = re.sub(r"^(.{10})[^-]*", r"\1", known["commit"]) if known.get("commit") else "not recorded"
+        command = f"`{known['command']}`" if known.get("command") else ""
+        rows.append([f"{kind}: {result.link}", result.machine, versions, result.order[0], commit, command])
     return tables.table(["result", "device", "versions", "date", "commit", "command"], rows)
 
 
@@ -131,7 +120,7 @@ def _overhead(result: Result) -> str:
     texts = [figures.picture(f"{result.name}-overhead", "Overhead by variant and batch"), tables.overheads(inference)]
     texts.append(
         "What it takes, in the first of these settings; predicted: by `austeer cost`; the floor is the time of the "
-        f"bytes and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0], result.device)}"
+        f"bytes and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0])}"
     )
     without = [f"- {name}: {why}" for name, why in inference.without_time.items()]
     if without:
@@ -141,10 +130,7 @@ def _overhead(result: Result) -> str:
 
 def _sweep(result: Result, along: str) -> str:
     groups = sweeps(Inference(result).series(along), along)
-    if not groups:
-        return ""
-    words = {"k": "the number of AUs", "layers": "the number of layers touched"}[along]
-    texts = [figures.picture(f"{result.name}-{along}", f"Overhead against {words}")]
+    texts = []
     for group in groups:
         execution, site, k, *_ = group[0].setting
         fixed = "" if along == "k" else f", k = {k}"
@@ -156,62 +142,50 @@ def _sweep(result: Result, along: str) -> str:
 def _operations(results: Results) -> str:
     texts = []
     for where, devices in results.kinds_of_device():
-        own = []
-        for device in devices:
-            for result in (r for kind in ("dispatch", "kernels", "host") for r in results.of(kind, device)):
-                own.append(f"**{where}: {result.machine}** ({result.link})\n\n{_operation(result)}")
-        measured = {
-            r.kind for device in devices for r in results.of("dispatch", device) + results.of("kernels", device)
-        }
-        if not measured:
-            own.append(f"**{where}**: the kernels by themselves are not measured yet (`{COMMANDS['kernels'][where]}`).")
-        texts += own
+        found = [r for device in devices for kind in OPERATIONS for r in results.of(kind, device)]
+        texts += [f"**{where}: {r.machine}** ({r.link})\n\n{OPERATIONS[r.kind](r)}" for r in found]
+        if not {"dispatch", "kernels"} & {r.kind for r in found}:
+            texts.append(_missing("kernels", where))
     return "\n\n".join(texts)
 
 
-def _operation(result: Result) -> str:
-    picture = figures.picture(f"{result.name}-{result.kind}", "The operations by themselves")
-    if result.kind == "host":
-        c = result.content
-        text = (
-            "Host time that a steered site adds to one decoded token in eager mode (a small MLP by itself, in turns "
-            f"with its unsteered twin; median [quartiles] of {c['rounds']} rounds, batch {c['batches'][0]['batch']}):"
-        )
-        return f"{text}\n\n{picture}\n\n{tables.host(result)}"
-    if result.kind == "kernels":
-        text = tables.kernels(result)
-        return f"{picture}\n\n{text}" if figures.has_kernels(result) else text
-    ceilings = result.content["ceilings"]
-    text = (
-        f"Ratio to PyTorch's plain product [quartiles], and the share of the roofline that is reached (copy "
-        f"{ceilings['copy'] / 1e12:.2f} TB/s, matmul {ceilings['matmul'] / 1e12:.0f} TFLOP/s, both measured there):"
+def _host(result: Result) -> str:
+    return (
+        "Host time that a steered site adds to one decoded token in eager mode (a small MLP by itself, in turns with "
+        f"its unsteered twin; median [quartiles] of {result.content['rounds']} rounds, batch "
+        f"{result.content['batches'][0]['batch']}):\n\n{tables.host(result)}"
     )
-    return f"{text}\n\n{picture}\n\n{tables.dispatch(result.content, DISPATCHED)}"
 
 
-def _breakdown(result: Result) -> str:
-    found = result.content.get("breakdown")
-    if not found:
-        return ""
-    tokens, width = found["shape"]
-    picture = figures.picture(f"{result.name}-breakdown", "Where the dense form's time goes")
-    text = f"A tensor of {tokens} x {width} values{_shares(found)}:"
-    return f"{picture}\n\n{text}\n\n{tables.breakdown(found, result.device)}"
+def _dispatch(result: Result) -> str:
+    ceilings = result.content["ceilings"]
+    return (
+        "Ratio to PyTorch's plain product [quartiles], and the share of the roofline that is reached (copy "
+        f"{ceilings['bandwidth'] / 1e12:.2f} TB/s, matmul {ceilings['flops'] / 1e12:.0f} TFLOP/s, both measured there):"
+        f"\n\n{tables.dispatch(result.content, DISPATCHED)}"
+    )
 
 
-def _shares(found: dict[str, Any]) -> str:
-    """What each of the dense form's three steps takes of it, and what one step in place would."""
-    us = {name: part["median"] for name, part in found["us"].items()}
-    steps = [name for name in ("multiply", "add", "copy") if name in us]
-    total = sum(us[name] for name in steps)
-    if not total:
-        return ""
-    text = "; of the dense form's arithmetic " + ", ".join(f"{name} takes {us[name] / total:.0%}" for name in steps)
-    if "in-place" in us:
-        text += f", and one operation in place would take {us['in-place'] / total:.0%}"
-    if "hook" in us:
-        text += f"; a PyTorch hook that does nothing takes {us['hook'] / total:.0%} on top"
-    return text
+#: The kinds of results about single operations, and how each is shown.
+OPERATIONS = {"dispatch": _dispatch, "kernels": tables.kernels, "host": _host}
+
+
+def section(result: Result) -> str:
+    """All that a terminal shows of one result."""
+    texts = [f"**{_title(result)}**"]
+    if result.kind == "inference":
+        along: list[Callable[[Result], str]] = [partial(_sweep, along=name) for name in ("k", "layers")]
+        makers = [_conclusion, _overhead, *along]
+    elif result.kind == "momentum":
+        makers = [_momentum, lambda result: tables.memory(result.content["memory"]), _offloaded]
+    else:
+        makers = [OPERATIONS[result.kind]]
+    return "\n\n".join(filter(None, [*texts, *(make(result) for make in makers)]))
+
+
+def _offloaded(result: Result) -> str:
+    cases = (result.content["offloaded"] or {"cases": {}})["cases"]
+    return "\n\n".join(f"{case[:1].upper()}{case[1:]}:\n\n{tables.rates(row)}" for case, row in cases.items())
 
 
 def _momentum(result: Result) -> str:
@@ -219,15 +193,9 @@ def _momentum(result: Result) -> str:
     sets = result.content["sets"] + (large["sets"] if large else [])
     if not sets:
         return ""
-    texts = [figures.picture(f"{result.name}-momentum", "Pairs a second, by way")]
-    if result.content["sets"]:
-        texts.append(tables.momentum(result.content["sets"]))
+    texts = [tables.momentum(result.content["sets"])] if result.content["sets"] else []
     if large:
         texts.append(f"A random {large['shape']['name']} in {large['dtype']}:\n\n{tables.momentum(large['sets'])}")
     if kernel:
-        texts.append(
-            f"The counting kernel reads [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']} at "
-            f"{kernel['of_copy_bandwidth']:.0%} of the copy bandwidth, {kernel['faster_than_eager']['median']:.1f} "
-            "times as fast as PyTorch's own operations."
-        )
+        texts.append(tables.counting(kernel))
     return "\n\n".join(texts)

@@ -1,4 +1,4 @@
-"""The report's figures: which there are, with what in them, in light and dark; redrawn only where the data differ.
+"""The report's figures: which there are, with what in them; redrawn only where the data differ.
 
 What a figure shows is plain data first, and drawn from that alone (drawings.py). The data's hash is written into the
 PNG, so that a check does not depend on the version of matplotlib.
@@ -15,14 +15,12 @@ from typing import Any
 
 from austeer.utils.figures import require_matplotlib
 
-from ..cases import COLUMNS, FUSED, PLAIN
-from . import study, tables
-from .inference import AGAIN, METRICS, Case, Inference, in_sweeps, sweeps, variants_of
-from .load import Result, Results
+from . import study
+from .inference import METRICS, Case, Inference, variants_of
+from .load import Results
 
 #: Key of the hash among a PNG's texts; counts up when drawings.py draws the same data in another way.
-_KEY, _DRAWN = "Data", 2
-THEMES = ("light", "dark")
+_KEY, _DRAWN = "Data", 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Figure:
     """What is to be drawn.
 
     Attributes:
-        name: of the file, before its theme. drawing: a function of drawings.py. data: JSON values.
+        name: of the file. drawing: a function of drawings.py. data: JSON values.
     """
 
     name: str
@@ -42,33 +40,21 @@ class Figure:
         text = json.dumps([_DRAWN, self.drawing, self.data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def file(self, folder: Path, theme: str) -> Path:
-        return folder / f"{self.name}-{theme}.png"
+    def file(self, folder: Path) -> Path:
+        return folder / f"{self.name}.png"
 
 
 def picture(name: str, words: str) -> str:
-    """HTML that GitHub shows in the reader's theme."""
-    at = f"{{root}}docs/figures/{name}"
-    return (
-        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{at}-dark.png">\n'
-        f'  <img alt="{words}" src="{at}-light.png">\n</picture>'
-    )
+    """A Markdown image."""
+    return f"![{words}]({{root}}docs/figures/{name}.png)"
 
 
 def figures(results: Results) -> list[Figure]:
     """Every figure that the results give."""
     found = []
     for result in results:
-        if result.kind == "inference":
-            found += _inference(result)
-        elif result.kind == "momentum" and (data := _momentum(result)):
-            found.append(Figure(f"{result.name}-momentum", "bars", data))
-        elif result.kind == "host":
-            found.append(Figure(f"{result.name}-host", "bars", _host(result)))
-        elif result.kind == "kernels" and has_kernels(result):
-            found.append(Figure(f"{result.name}-kernels", "forms", _kernels(result)))
-        elif result.kind == "dispatch":
-            found.append(Figure(f"{result.name}-dispatch", "lines", _dispatch(result)))
+        if result.kind == "inference" and Inference(result).main():
+            found.append(Figure(f"{result.name}-overhead", "overheads", _overhead(Inference(result))))
         elif result.kind == "study":
             found.append(Figure(f"{result.name}-study", "bars", study.drawn(result)))
     return found
@@ -77,29 +63,23 @@ def figures(results: Results) -> list[Figure]:
 def write(wanted: Sequence[Figure], folder: Path, check: bool) -> list[str]:
     """Draws what is missing or differs, and removes what no result gives any more; other PNGs stay as they are.
 
-    Args:
-        check: only look.
-
     Returns:
-        What was, or would be, changed.
+        What was changed, or with ``check``, which only looks, would be.
     """
     require_matplotlib()
     changed = []
-    files = {figure.file(folder, theme): (figure, theme) for figure in wanted for theme in THEMES}
+    files = {figure.file(folder): figure for figure in wanted}
     for path in sorted(folder.glob("*.png")):
         if path not in files and _hash(path) is not None:
             changed.append(f"{path}: no result gives this figure any more")
             if not check:
                 path.unlink()
-    for path, (figure, theme) in files.items():
-        if path.exists():
-            if _hash(path) == figure.hash:
-                continue
-            changed.append(f"{path}: shows other data than the results")
-        else:
-            changed.append(f"{path}: is missing")
+    for path, figure in files.items():
+        if path.exists() and _hash(path) == figure.hash:
+            continue
+        changed.append(f"{path}: {'shows other data than the results' if path.exists() else 'is missing'}")
         if not check:
-            draw(figure, theme, path)
+            draw(figure, path)
     return changed
 
 
@@ -114,40 +94,23 @@ def _hash(path: Path) -> str | None:
         return None
 
 
-def draw(figure: Figure, theme: str, path: Path) -> None:
+def draw(figure: Figure, path: Path) -> None:
     """Draws one PNG."""
     from . import drawings
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawings.save(figure.drawing, figure.data, theme, path, {_KEY: figure.hash})
+    drawings.save(figure.drawing, figure.data, path, {_KEY: figure.hash})
 
 
 def _rounded(*values: float) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-def _inference(result: Result) -> list[Figure]:
-    inference = Inference(result)
-    title = f"{inference.result.machine}; {inference.model['name']}"
-    found = []
-    if inference.main():
-        found.append(Figure(f"{result.name}-overhead", "overheads", _overhead(inference, title)))
-    for along, words in (("k", "AUs steered, k"), ("layers", "layers touched")):
-        groups = sweeps(inference.series(along), along)
-        if groups:
-            panels = [_sweep(group, along, metric) for group in groups for metric in METRICS if group[0].times(metric)]
-            data = {"title": title, "x": words, "y": "overhead, %", "panels": panels, "columns": len(METRICS)}
-            found.append(Figure(f"{result.name}-{along}", "lines", data))
-    if result.content.get("breakdown"):
-        found.append(Figure(f"{result.name}-breakdown", "breakdown", _breakdown(inference, title)))
-    return found
-
-
-def _overhead(inference: Inference, title: str) -> dict[str, Any]:
+def _overhead(inference: Inference) -> dict[str, Any]:
     """For each execution the setting that was measured first (others are in the table), at all batch sizes."""
     chosen: dict[str, list[Case]] = {}
     for case in inference.main():
-        own = chosen.setdefault(case.execution, [])
+        own = chosen.setdefault(case.content["execution"], [])
         if not own or own[0].setting == case.setting:
             own.append(case)
     panels = []
@@ -163,84 +126,4 @@ def _overhead(inference: Inference, title: str) -> dict[str, Any]:
             if marks:
                 noise = _rounded(max(case.noise(metric) for case in cases if case.times(metric)))[0]
                 panels.append({"title": f"{cases[0].words}\n{words}", "noise": noise, "marks": marks})
-    return {"title": title, "panels": panels}
-
-
-def _sweep(group: Sequence[Case], along: str, metric: str) -> dict[str, Any]:
-    lines = {}
-    for name in variants_of(group):
-        if name == AGAIN or not in_sweeps(group[0], name):
-            continue
-        points = [(case.content[along], o) for case in group if (o := case.overhead(name, metric)) is not None]
-        lines[name] = [[x, *_rounded(o.median, o.low, o.high)] for x, o in points]
-    noise = _rounded(*(case.noise(metric) for case in group))
-    execution, site, *_ = group[0].setting
-    title = f"{execution}, site {site}, batch {group[0].batch}\n{METRICS[metric]}"
-    return {"title": title, "lines": {name: own for name, own in lines.items() if own}, "noise": noise}
-
-
-def _breakdown(inference: Inference, title: str) -> dict[str, Any]:
-    found = inference.result.content["breakdown"]
-    layers = {case.content["layers"] for case in inference.series("layers", "main")} | {found["sites"]}
-    words = tables.parts(inference.result.device)
-    parts = {words.get(name, name): _rounded(us["median"], us["low"], us["high"]) for name, us in found["us"].items()}
-    return {"title": title, "parts": parts, "sites": found["sites"], "layers": sorted(layers, reverse=True)}
-
-
-def _momentum(result: Result) -> dict[str, Any]:
-    large = result.content["large"]
-    sets = [(row, "") for row in result.content["sets"]]
-    sets += [(row, f"{large['shape']['name']}, ") for row in large["sets"]] if large else []
-    panels = []
-    for row, model in sets:
-        bars = [[way, *_rounded(own["pairs_a_second"])] for way, own in row["ways"].items()]
-        name = tables.SETS.get(row["set"], row["set"])
-        panels.append({"title": f"{model}{name}, {row['tokens_a_text']['median']:.0f} tokens a text", "bars": bars})
-    return {"title": f"Measuring momentum; {result.machine}", "x": "pairs a second", "panels": panels} if panels else {}
-
-
-def _host(result: Result) -> dict[str, Any]:
-    batch = result.content["batches"][0]
-    bars = []
-    for name, words in tables.HOST.items():
-        if name in batch["variants"]:
-            us = batch["variants"][name]["us_by_itself"]
-            bars.append([words.replace("`", ""), *_rounded(us["median"], us["low"], us["high"])])
-    title = f"Host time of a steered site by itself; {result.machine}"
-    return {"title": title, "x": "us a call, median and quartiles", "panels": [{"title": "", "bars": bars}]}
-
-
-def has_kernels(result: Result) -> bool:
-    """Whether there are operations by themselves in it, of which there is a figure; whole forwards have a table."""
-    return any(row["name"].split("[")[0] in tables.KERNELS for row in result.content["benchmarks"])
-
-
-def _kernels(result: Result) -> dict[str, Any]:
-    panels = []
-    for function, words in tables.KERNELS.items():
-        rows: dict[str, dict[str, list[float]]] = {}
-        for row in result.content["benchmarks"]:
-            if row["name"].split("[")[0] == function:
-                stats = row["stats"]
-                form = str((row.get("params") or {}).get("form", row["name"]))
-                us = _rounded(*(1e6 * stats[key] for key in ("median", "q1", "q3")))
-                rows.setdefault(row["group"] or row["name"], {})[form] = us
-        if rows:
-            panels.append({"title": words, "rows": rows})
-    return {
-        "title": f"The operations by themselves; {result.machine}",
-        "x": "us, median and quartiles",
-        "panels": panels,
-    }
-
-
-def _dispatch(result: Result) -> dict[str, Any]:
-    panels: dict[str, dict[str, Any]] = {}
-    for row in sorted(result.content["rows"], key=lambda row: row["tokens"]):
-        title = f"{row['k']} -> {row['n']}"
-        lines = panels.setdefault(title, {"title": title, "lines": {}, "noise": []})["lines"]
-        for name in (name for name in (PLAIN, FUSED, COLUMNS[100]) if name in row["variants"]):
-            reached = 100 * row["variants"][name]["of_floor"]
-            lines.setdefault(name, []).append([row["tokens"], *_rounded(reached, reached, reached)])
-    title = f"Share of the roofline that is reached; {result.machine}"
-    return {"title": title, "x": "tokens", "y": "floor / time, %", "panels": list(panels.values()), "columns": 4}
+    return {"title": f"{inference.result.machine}; {inference.model['name']}", "panels": panels}

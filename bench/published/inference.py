@@ -44,14 +44,10 @@ class Case:
         return int(self.content["batch"])
 
     @property
-    def execution(self) -> str:
-        return str(self.content["execution"])
-
-    @property
     def setting(self) -> tuple[str, str, int, int, int]:
         """All but the batch: execution, site, k, layers touched, and tokens of the prompt."""
         c = self.content
-        return self.execution, c["site"], c["k"], c["layers"], c["prompt_tokens"]
+        return c["execution"], c["site"], c["k"], c["layers"], c["prompt_tokens"]
 
     @property
     def words(self) -> str:
@@ -103,9 +99,8 @@ class Inference:
     def title(self) -> str:
         """Machine and model, in words."""
         model = self.result.content["model"]
-        size = (
-            f"{model['parameters'] / 1e9:.2g}B" if model["parameters"] >= 1e9 else f"{model['parameters'] / 1e6:.0f}M"
-        )
+        count = model["parameters"]
+        size = f"{count / 1e9:.2g}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
         cut = "" if self.result.complete else "; cut off, incomplete"
         about = f"{size} parameters, {model['layers']} layers, {model['dtype']}"
         return f"{self.result.machine}; {model['name']} ({about}){cut}"
@@ -139,19 +134,10 @@ class Inference:
         return found
 
 
-def variants_of(cases: Iterable[Case], timed: bool = True) -> list[str]:
-    """Names in their first order, without the unsteered reference.
-
-    Args:
-        timed: only those that have a time in one of the cases.
-    """
-    names = dict.fromkeys(
-        name
-        for case in cases
-        for name, row in case.variants.items()
-        if name != UNSTEERED and (not timed or row["status"] == MEASURED)
-    )
-    return list(names)
+def variants_of(cases: Iterable[Case]) -> list[str]:
+    """Those that have a time in one of the cases, in their first order, without the unsteered reference."""
+    rows = [item for case in cases for item in case.variants.items()]
+    return list(dict.fromkeys(name for name, row in rows if name != UNSTEERED and row["status"] == MEASURED))
 
 
 def in_sweeps(case: Case, name: str) -> bool:
@@ -166,7 +152,7 @@ def sweeps(cases: Iterable[Case], along: str) -> list[list[Case]]:
     for case in cases:
         # With more AUs more layers are touched, unless the sweep fixes them.
         fixed = () if along == "k" else (case.content[other],)
-        key = (case.execution, case.batch, case.content["site"], case.content["prompt_tokens"], *fixed)
+        key = (case.content["execution"], case.batch, case.content["site"], case.content["prompt_tokens"], *fixed)
         groups.setdefault(key, []).append(case)
     found = (sorted(group, key=lambda case: case.content[along]) for group in groups.values())
     return [group for group in found if len({case.content[along] for case in group}) > 1]

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from austeer.errors import AusteerError
+from ..files import KEYS, ResultsError, read
 
-#: What a file of a kind must have; its name is ``<kind>[-<model>]-<date>[-<number>].json``. "kernels" is
-#: pytest-benchmark's own.
-KEYS: dict[str, tuple[str, ...]] = {
-    "demo": ("model", "pairs", "held_out", "generations", "timings", "environment"),
-    "host": ("batches", "sites", "rounds", "environment"),
-    "momentum": ("sets", "memory", "offloaded", "large", "kernel", "rounds", "environment"),
-    "dispatch": ("rows", "ceilings", "dtype", "environment"),
-    "inference": ("schema", "model", "settings", "series", "cases", "environment"),
-    "kernels": ("benchmarks", "commit_info", "datetime"),
-    "gpu": ("schema", "settings", "parts", "environment"),
-    "serving": ("model", "rows", "environment"),
-    "study": ("model", "methods", "tasks", "seconds", "environment"),
-}
-SCHEMAS = {"inference": 1, "gpu": 1}
 CPU = "cpu"
 
 _NAME = re.compile(
     r"(?P<kind>[a-z]+)(?P<quick>-quick)?(-[a-z0-9.-]+?)?-(?P<date>\d{4}-\d\d-\d\d)(-(?P<number>\d+))?\.json"
 )
-
-
-class ResultsError(AusteerError):
-    """A result, or a place where one is published, that is not as it has to be."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +40,7 @@ class Result:
     @property
     def complete(self) -> bool:
         """Whether the measurement came to its end; the files of some kinds are written part by part."""
-        return "goals" in self.content if self.kind == "momentum" else bool(self.content.get("complete", True))
+        return bool(self.content.get("complete", True))
 
     @property
     def name(self) -> str:
@@ -94,15 +75,10 @@ class Results(tuple[Result, ...]):
         """Those of a kind, of a device or of all."""
         return [r for r in self if r.kind == kind and device in (None, r.device)]
 
-    @property
-    def devices(self) -> list[str]:
-        """Every device that has a result, and the CPU, which every report is about."""
-        return list(dict.fromkeys([CPU, *(r.device for r in self)]))
-
     def kinds_of_device(self) -> Iterator[tuple[str, list[str]]]:
         """("CPU", its folder) and ("GPU", those of all GPUs), also where there is none."""
         yield "CPU", [CPU]
-        yield "GPU", [device for device in self.devices if device != CPU]
+        yield "GPU", list(dict.fromkeys(r.device for r in self if r.device != CPU))
 
 
 def slug(name: str) -> str:
@@ -114,9 +90,6 @@ def load(results: Path) -> Results:
     """The newest result of each kind, device and model; one that was cut off only where there is no whole one.
 
     Quick runs (``<kind>-quick-...``) only show that everything works, and are passed over.
-
-    Args:
-        results: a folder of folders, one for each device.
 
     Raises:
         ResultsError: no folder; or a file of an unknown kind or schema, or without what the report needs.
@@ -139,33 +112,13 @@ def load(results: Path) -> Results:
 
 def _read(path: Path) -> Result | None:
     found = _NAME.fullmatch(path.name)
-    kinds = ", ".join(KEYS)
     if found is None or found["kind"] not in KEYS:
         raise ResultsError(
-            f"{path}: found a name of no known kind, expected <kind>-<date>.json with one of {kinds}; rename or move "
-            "it, or add its kind to bench/published/load.py"
+            f"{path}: found a name of no known kind, expected <kind>-<date>.json with one of {', '.join(KEYS)}; rename "
+            "or move it, or add its kind to bench/files.py"
         )
     if found["quick"]:
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultsError(
-            f"{path}: cannot be read as JSON ({error}); measure again, or restore it from git"
-        ) from error
     kind = found["kind"]
-    if not isinstance(content, dict) or content.get("kind", kind) != kind:
-        inside = content.get("kind") if isinstance(content, dict) else type(content).__name__
-        raise ResultsError(f"{path}: found a result of kind {inside!r}, expected {kind!r} as its name says; rename it")
-    missing = [key for key in KEYS[kind] if key not in content]
-    if missing:
-        raise ResultsError(
-            f"{path}: found no {', '.join(missing)}, expected {', '.join(KEYS[kind])} in a result of kind {kind!r}; "
-            "measure again with this version"
-        )
-    if kind in SCHEMAS and content["schema"] != SCHEMAS[kind]:
-        raise ResultsError(
-            f"{path}: found schema {content['schema']!r}, expected {SCHEMAS[kind]}; measure again with this version"
-        )
     order = found["date"], int(found["number"] or 1)
-    return Result(path, path.parent.name, kind, order, content)
+    return Result(path, path.parent.name, kind, order, read(path, kind))

@@ -1,37 +1,31 @@
-"""Named numbers and texts from the results: what a span may hold. Names begin with the device's folder.
+"""Named numbers and texts from the results: what a span may hold. Names begin with the device's folder and the kind.
 
-<device>.demo|host|momentum.source      the result file, as a link
-<device>.demo.seconds, .cores           of the whole run
-<device>.demo.max_kl, .unsteered.log_odds, .unsteered.accuracy
-<device>.demo.<chosen|shift|push|scale>.operation, .site, .k, .alpha, .effect, .low, .high, .accuracy, .kl, .rise
-<device>.demo.random.effect, .low, .high, .kl, .rise, .draws        means; the least and the greatest effect of a draw
-<device>.demo.<chosen|shift|push|scale|random>.over.<another>       of effects
+<...>.source                            the result file, as a link (demo, host, momentum, inference.<model>, study)
+<device>.demo.seconds, .cores, .max_kl, .unsteered.<log_odds|accuracy>; .printed a block: what the demo prints
+<device>.demo.<chosen|shift|push|scale|random>.<operation|site|k|effect|low|high|kl|...>, .over.<another>
 <device>.demo.time.<variant>.ms, .percent, .low, .high      over unsteered, quartiles
-<device>.demo.printed                   a block: what the demo prints
-<device>.host.<variant>.us, .low, .high by itself; .noise in the whole model; .table a block
-<device>.momentum.<set>.tokens, .<way>.pairs_a_second, .<way>.over.<other>, .at_1000.<way>.over.<other>
-<device>.momentum.unshared.least, .most          over stacked, over all sets
-<device>.momentum.memory.<way>.few.pairs, .few.mb, .many.pairs, .many.mb, .mb_a_pair
+<device>.host.<variant>.us, .low, .high; .table a block
+<device>.momentum.<set>.<way>.pairs_a_second, .<way>.over.<other>, .at_1000.<way>.over.<other>; .table, .report blocks
+<device>.momentum.unshared.<least|most>, .memory.<way>.<few|many>.<pairs|mb>, .memory.<way>.mb_a_pair
 <device>.momentum.offloaded.pairs, .read, .<cached|disk>.over.<other>, .<cached|disk>.at_1000.over.<other>
-<device>.momentum.table, .report        blocks
-<device>.inference.<model>.table        a block
-<device>.inference.<model>.<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
+<device>.inference.<model>.table, .<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
                                         percent over unsteered; with .low and .high behind it the interval's ends
-<device>.study.source, .seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost  blocks
-<device>.study.<task>.table             a block; .<method>.<operation>.effect, .low, .high, .accuracy, .kl, .k
+<device>.study.seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost, .<task>.table
+<device>.study.<task>.<method>.<operation>.<effect|low|high|accuracy|kl|k>
 serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
-efficiency.<section>, efficiency.summary, efficiency.cpu, efficiency.gpu      blocks: see efficiency.py
+efficiency.<section>, .summary, .cpu, .gpu      blocks: see efficiency.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import mean
+from typing import Any
 
 from ..compare import MANY
 from ..offloaded import CACHED, FROM_DISK, LAYERWISE
 from ..ways import STACKED, UNSHARED
-from . import demo, efficiency, figures, serving, study, tables
+from . import demo, efficiency, figures, study, tables
 from .inference import METRICS, Inference
 from .load import Result, Results, slug
 
@@ -48,7 +42,7 @@ def values(results: Results) -> dict[str, object]:
             prefix += f".{result.subject}" if result.model else ""
             found[f"{prefix}.source"] = result.link
             found.update((f"{prefix}.{name}", value) for name, value in makers[result.kind](result))
-    found["serving.exactness"] = serving.exactness(results)
+    found["serving.exactness"] = tables.exactness(results)
     found.update((f"efficiency.{name}", text) for name, text in efficiency.blocks(results).items())
     return found
 
@@ -63,25 +57,22 @@ def _demo(result: Result) -> Named:
         yield f"unsteered.{key}", content["unsteered"][key]
     chosen, *_ = held_out = content["held_out"]
     rows = {"chosen": chosen, **{row["operation"]: row for row in held_out if row["method"] == "momentum"}}
-    for name, row in rows.items():
-        for key in ("operation", "site", "k", "alpha", "effect", "low", "high", "accuracy", "kl", "rise"):
-            yield f"{name}.{key}", row[key]
+    keys = ("operation", "site", "k", "alpha", "effect", "low", "high", "accuracy", "kl", "rise")
+    found = {name: {key: row[key] for key in keys} for name, row in rows.items()}
     drawn = [row for row in held_out if row["method"] == "random"]
     if drawn:
-        rows["random"] = {key: mean(row[key] for row in drawn) for key in ("effect", "kl", "rise")}
-        yield from ((f"random.{key}", value) for key, value in rows["random"].items())
-        yield "random.low", min(row["effect"] for row in drawn)
-        yield "random.high", max(row["effect"] for row in drawn)
-        yield "random.draws", len(drawn)
-    for name, row in rows.items():
-        for other, beside in rows.items():
+        found["random"] = {key: mean(row[key] for row in drawn) for key in ("effect", "kl", "rise")}
+        effects = [row["effect"] for row in drawn]
+        found["random"] |= {"low": min(effects), "high": max(effects), "draws": len(drawn)}
+    for name, row in found.items():
+        yield from ((f"{name}.{key}", value) for key, value in row.items())
+        for other, beside in found.items():
             if other != name and beside["effect"]:
                 yield f"{name}.over.{other}", row["effect"] / beside["effect"]
     for name, row in content["timings"].items():
-        at = f"time.{slug(name)}"
-        yield f"{at}.ms", 1000 * row["seconds"]
+        yield f"time.{slug(name)}.ms", 1000 * row["seconds"]
         for key, ratio in (("percent", "ratio"), ("low", "low"), ("high", "high")):
-            yield f"{at}.{key}", 100 * (row[ratio] - 1)
+            yield f"time.{slug(name)}.{key}", 100 * (row[ratio] - 1)
 
 
 def _study(result: Result) -> Named:
@@ -92,7 +83,6 @@ def _study(result: Result) -> Named:
 def _host(result: Result) -> Named:
     batch = result.content["batches"][0]
     yield "table", tables.host(result)
-    yield "noise", batch["noise_us"]
     for name, row in batch["variants"].items():
         alone = row["us_by_itself"]
         yield f"{slug(name)}.us", alone["median"]
@@ -103,15 +93,10 @@ def _host(result: Result) -> Named:
 def _momentum(result: Result) -> Named:
     content = result.content
     yield "table", tables.momentum(content["sets"])
-    yield "rounds", content["rounds"]
     for row in content["sets"]:
-        yield f"{row['set']}.tokens", row["tokens_a_text"]["median"]
         for way, own in row["ways"].items():
             yield f"{row['set']}.{slug(way)}.pairs_a_second", own["pairs_a_second"]
-            for other, ratio in own["faster_than"].items():
-                yield f"{row['set']}.{slug(way)}.over.{slug(other)}", ratio["median"]
-                many = own[f"faster_than_at_{MANY}"][other]["median"]
-                yield f"{row['set']}.at_{MANY}.{slug(way)}.over.{slug(other)}", many
+        yield from ((f"{row['set']}.{name}", value) for name, value in _ratios(row))
     if content["sets"]:
         yield "report", demo.measured(content["sets"][0]["ways"]["ours"]["report"])
         unshared = [row["ways"][UNSHARED]["faster_than"][STACKED]["median"] for row in content["sets"]]
@@ -125,13 +110,20 @@ def _momentum(result: Result) -> Named:
             yield f"{at}.{name}.mb", run["bytes"] / 1e6
         yield f"{at}.mb_a_pair", (many["bytes"] - few["bytes"]) / (many["pairs"] - few["pairs"]) / 1e6
     for case, row in (content["offloaded"] or {"cases": {}})["cases"].items():
-        at, own = {CACHED: "cached", FROM_DISK: "disk"}[case], row["ways"][LAYERWISE]
-        for other, ratio in own["faster_than"].items():
-            yield f"offloaded.{at}.over.{slug(other)}", ratio["median"]
-            many = own[f"faster_than_at_{MANY}"][other]["median"]
-            yield f"offloaded.{at}.at_{MANY}.over.{slug(other)}", many
+        at = {CACHED: "cached", FROM_DISK: "disk"}[case]
+        own = row["ways"][LAYERWISE]
+        yield from ((f"offloaded.{at}.{name}", value) for name, value in _ratios({"ways": {"": own}}))
         yield "offloaded.pairs", own["pairs"]
         yield "offloaded.read", own["report"]["weights_read"] / content["offloaded"]["weights"]
+
+
+def _ratios(row: dict[str, Any]) -> Named:
+    """How much faster every way of a set is than others, as run and at many pairs."""
+    for way, own in row["ways"].items():
+        over = f"{slug(way)}.over" if way else "over"
+        for key, where in (("faster_than", ""), (f"faster_than_at_{MANY}", f"at_{MANY}.")):
+            for other, ratio in own[key].items():
+                yield f"{where}{over}.{slug(other)}", ratio["median"]
 
 
 def _inference(result: Result) -> Named:

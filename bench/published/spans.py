@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping
 
-from .load import ResultsError
+from ..files import ResultsError
 
 _MARK = re.compile(r"<!--(?:=(?P<name>[^\s:>]+)(?::(?P<spec>[^\s>]*))?|(?P<end>/))-->")
 _LINE_START = re.compile(r"[ \t>*+\-]*(\d+[.)][ \t]+)?")
@@ -77,17 +77,3 @@ def _content(
         # CommonMark takes such a line for HTML and shows the rest of it as it is.
         raise ResultsError(f"{line}: found the span {name!r} at the start of a line; wrap the text so that a word is")
     return f"{start[0]}{new}{end[0]}" if keep else new.strip("\n")
-
-
-def outside(text: str) -> str:
-    """The prose: the text without spans, code, comments and the targets of links; line numbers stay."""
-
-    def blank(found: re.Match[str]) -> str:
-        return "\n" * found[0].count("\n")
-
-    text = re.sub(r"<!--=.*?<!--/-->", blank, text, flags=re.S)
-    text = re.sub(r"<!--.*?-->", blank, text, flags=re.S)
-    text = re.sub(r"^(```|~~~).*?^\1[^\n]*$", blank, text, flags=re.S | re.M)
-    text = re.sub(r"^(?: {4}|\t)[^\n]*$", "", text, flags=re.M)
-    text = re.sub(r"`[^`]*`", blank, text, flags=re.S)
-    return re.sub(r"\]\([^)]*\)", "]", text)

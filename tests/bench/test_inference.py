@@ -1,6 +1,5 @@
 """The whole measurement on a tiny model: what a result holds, what gets no time, and when nothing may be said."""
 
-import gc
 import json
 from functools import partial
 
@@ -11,12 +10,14 @@ from austeer.costs.ceilings import Ceilings
 from austeer.errors import AusteerError
 from bench import catalogue, files, inference, steps, turns
 from bench.catalogue import AGAIN, UNSTEERED
-from bench.inference import Case, Effort, Exact, goals, measure, run, sweep
+from bench.gate import Exact, Gate
+from bench.inference import Effort, Job, measure, run, sweep
+from bench.lineup import Case, prompts
 from bench.plain_ways import Formula
 from bench.steered import UnavailableError, Way
 from tiny_models import tiny_model
 
-SMALL = Case(k=30, prompt_tokens=6)
+SMALL, COMPILED = Case(k=30, prompt_tokens=6), Case("compile", 2, k=30, prompt_tokens=6)
 EFFORT = Effort(seconds=0, least=2, most=2, tokens=3)
 LIMITS = Ceilings(bandwidth=1e10, flops=1e11, launch=1e-6, source="made up")
 
@@ -46,15 +47,6 @@ def ways(*names):
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """What other tests have left does not have to be looked at again and again."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
@@ -65,18 +57,19 @@ def contents(model):
     """What a run of three cases gave, case by case."""
     cases, series = sweep(SMALL, k=(30, 60), batch=(1, 2))
     everything = ways("public", "columns", "fold")
-    others = {2: (everything, Effort(seconds=0, least=3, most=3, tokens=3))}
+    longer = Effort(seconds=0, least=3, most=3, tokens=3)
+    jobs = [Job(case, everything, effort) for case, effort in zip(cases, (EFFORT, EFFORT, longer))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "ceilings", lambda device, dtype: LIMITS)
-        patch.setattr(inference, "BREAKDOWN_ROUNDS", 3)
-        found = run(model, "tiny", cases, series, everything, EFFORT, others, commit="c0ffee")
+        found = run(model, "tiny", jobs, series, commit="c0ffee")
         return [json.loads(files.dumps(content)) for content in found]
 
 
 def test_a_sweep_changes_one_field_at_a_time():
     cases, series = sweep(Case(), k=(1, 100, 1000), batch=(1, 8, 8), site=("ffn",), execution=("eager", "compile"))
     assert cases[0] == Case() and len(cases) == len(set(cases)) == 5
-    assert series == {"main": [0], "k": [1, 0, 2], "batch": [0, 3], "execution": [0, 4]}
+    numbers = {name: [cases.index(case) for case in own] for name, own in series.items()}
+    assert numbers == {"main": [0], "k": [1, 0, 2], "batch": [0, 3], "execution": [0, 4]}
     assert [case.k for case in cases] == [100, 1, 1000, 100, 100]
     assert str(cases[4]) == "compile, batch 1, ffn, k=100, prompt of 32 tokens"
     assert "3 layers" in str(Case(layers=3))
@@ -138,25 +131,11 @@ def test_what_is_predicted_is_what_was_counted(contents):
         assert "floor_seconds" not in case["variants"]["whole"]
 
 
-def test_the_operations_of_the_dense_form_are_timed_by_themselves(contents):
-    found = contents[-1]["breakdown"]
-    assert (found["sites"], found["shape"], found["aus"]) == (3, [1, 32], 10)
-    assert {"multiply", "add", "copy", "public form", "columns", "hook"} <= set(found["us"])
-    assert all(us["rounds"] == 3 for us in found["us"].values())
-    assert contents[-1]["ceilings"]["source"] == "made up"
-
-
-def test_memory_is_what_is_held_and_what_a_run_needs_more(contents):
+def test_memory_is_what_is_held(contents):
     for case in contents[-1]["cases"]:
         rows = case["variants"]
         assert rows["fold"]["held_bytes"] >= case["k"] * 48 * 4  # the rows that it saves
-        for name in ("public", "columns", "fold"):
-            row = rows[name]
-            if rows[UNSTEERED]["peak_bytes"] is None:
-                assert row["extra_bytes"] is None
-            else:
-                more = row["peak_bytes"] - rows[UNSTEERED]["peak_bytes"]
-                assert row["extra_bytes"] == row["held_bytes"] + more
+        assert rows[UNSTEERED]["held_bytes"] == 0
 
 
 def test_what_is_wrong_or_missing_is_named_and_gets_no_time(contents):
@@ -166,7 +145,7 @@ def test_what_is_wrong_or_missing_is_named_and_gets_no_time(contents):
         assert crooked["error"] > crooked["allowed"]
         assert missing["status"] == "skipped" and "install it with" in missing["reason"]
         for row in (crooked, missing):
-            assert not {"token", "first_token", "verdict", "tokens_a_second", "peak_bytes", "launches"} & set(row)
+            assert not {"token", "first_token", "verdict", "tokens_a_second", "launches"} & set(row)
     assert Crooked.generations == 0
 
 
@@ -181,19 +160,19 @@ def with_times(monkeypatch, ratios, noise=0.0, generations=20):
     """Replaces what was timed: each way takes its ratio to the unsteered model; the pair of them differs by noise."""
 
     def by_turns(made, prompt, tokens, go_on, on_generation):
-        def times(name):
+        def times(name, seconds, count):
             wobble = [1 + noise * (-1) ** number if name == AGAIN else 1.0 for number in range(generations)]
-            ratio = ratios.get(name, 1.0)
-            return turns.Times([0.5 * ratio * w for w in wobble], [[0.1 * ratio * w] * 2 for w in wobble])
+            return [[seconds * ratios.get(name, 1.0) * w] * count for w in wobble]
 
-        return {name: times(name) for name in made}
+        sizes = {"first_token": (0.5, 1), "token": (0.1, 2)}
+        return {what: {name: times(name, *size) for name in made} for what, size in sizes.items()}
 
     monkeypatch.setattr(turns, "by_turns", by_turns)
 
 
 def test_verdicts_are_those_of_the_intervals(model, monkeypatch):
     with_times(monkeypatch, {"public": 1.1, "columns": 1.004, "fold": 0.9}, noise=0.006)
-    found = measure(model, Exact(model), LIMITS, SMALL, ways("public", "columns", "fold"), EFFORT)
+    found = measure(model, Exact(model), LIMITS, Job(SMALL, ways("public", "columns", "fold"), EFFORT))
     assert found["verdicts_possible"] == {"first_token": True, "token": True}
     assert found["noise"]["token"] == pytest.approx(0.006)
     said = {name: row["verdict"]["token"] for name, row in found["variants"].items() if "verdict" in row}
@@ -201,25 +180,22 @@ def test_verdicts_are_those_of_the_intervals(model, monkeypatch):
     assert found["variants"]["public"]["token"]["ratio"]["median"] == pytest.approx(1.1)
     assert found["variants"]["public"]["first_token"]["seconds"]["median"] == pytest.approx(0.55)
     assert found["variants"]["public"]["tokens_a_second"] == pytest.approx(1 / 0.11)
-    met = {goal["case"].split(",")[0]: goal["met"] for goal in goals([found])}
-    assert met == {"columns": False, "fold": False}
 
 
 def test_noise_refuses_every_verdict(model, monkeypatch):
     with_times(monkeypatch, {"public": 2.0}, noise=0.03)
-    found = measure(model, Exact(model), LIMITS, SMALL, ways("public", "columns", "fold"), EFFORT)
+    found = measure(model, Exact(model), LIMITS, Job(SMALL, ways("public", "columns", "fold"), EFFORT))
     assert found["verdicts_possible"] == {"first_token": False, "token": False}
     said = {word for row in found["variants"].values() for word in row.get("verdict", {}).values()}
     assert said == {"noise"}
-    assert [goal["met"] for goal in goals([found])] == [None, None]
 
 
 def test_compiled_steps_are_judged_and_timed(model, monkeypatch):
     """Everything but the compiler."""
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)
-    judged, real = [], inference.Gate.judge_step
-    monkeypatch.setattr(inference.Gate, "judge_step", lambda *args: judged.append(1) or real(*args))
-    found = measure(model, Exact(model), LIMITS, Case("compile", 2, k=30, prompt_tokens=6), ways("columns"), EFFORT)
+    judged, real = [], Gate.judge_step
+    monkeypatch.setattr(Gate, "judge_step", lambda *args: judged.append(1) or real(*args))
+    found = measure(model, Exact(model), LIMITS, Job(COMPILED, ways("columns"), EFFORT))
     rows = found["variants"]
     assert rows["whole"]["status"] == "skipped" and "eagerly only" in rows["whole"]["reason"]
     assert rows["crooked"]["status"] == "wrong" and "token" not in rows["crooked"]
@@ -234,28 +210,15 @@ def _times(call, factor):
 def test_an_unsteered_step_that_is_wrong_is_no_reference(model, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **options: lambda: call() * 1.5)
     with pytest.raises(AusteerError, match="the unsteered model itself is wrong: logits of a step differ"):
-        measure(model, Exact(model), LIMITS, Case("compile", 2, k=30, prompt_tokens=6), ways("columns"), EFFORT)
+        measure(model, Exact(model), LIMITS, Job(COMPILED, ways("columns"), EFFORT))
 
 
 def test_a_step_that_is_wrong_only_when_compiled_gets_no_time(model, monkeypatch):
     factors = iter((1.0, 1.0, 1.5))  # unsteered twice, then columns
     monkeypatch.setattr(torch, "compile", lambda call, **options: partial(_times, call, next(factors)))
-    found = measure(model, Exact(model), LIMITS, Case("compile", 2, k=30, prompt_tokens=6), ways("columns"), EFFORT)
+    found = measure(model, Exact(model), LIMITS, Job(COMPILED, ways("columns"), EFFORT))
     row = found["variants"]["columns"]
     assert row["status"] == "wrong" and "logits of a step differ" in row["reason"] and "token" not in row
-
-
-def test_goals_of_cuda_graphs(model):
-    def case(name, median, verdict, ours=True):
-        token = {"ratio": {"median": median, "low": median, "high": median}}
-        row = {"ours": ours, "token": token, "verdict": {"token": verdict}}
-        return vars(Case("graph")) | {"variants": {name: row}}
-
-    cases = [case("columns", 1.004, "same"), case("fused", 1.02, "slower"), case("fold", 1.3, "noise")]
-    found = goals([*cases, case("public", 2.0, "slower", ours=False)], "cuda")
-    assert [goal["met"] for goal in found] == [True, False, None]
-    assert {goal["limit"] for goal in found} == {1.005} and found[1]["value"] == 1.02
-    assert found[0]["case"] == "columns, graph, batch 1, ffn, k=100, prompt of 32 tokens"
 
 
 @pytest.mark.parametrize(
@@ -272,9 +235,9 @@ def test_goals_of_cuda_graphs(model):
 )
 def test_a_case_that_cannot_be_is_refused_before_any_work(model, changes, message):
     worked = []
-    cases = [SMALL, Case(**{**vars(SMALL), **changes})]
+    jobs = [Job(case, ways(), EFFORT) for case in (SMALL, Case(**{**vars(SMALL), **changes}))]
     with pytest.raises(AusteerError, match=message):
-        for _ in run(model, "tiny", cases, {}, ways(), EFFORT, on_case=worked.append, on_way=worked.append):
+        for _ in run(model, "tiny", jobs, {}, tell=lambda turns, text: worked.append(text)):
             worked.append("measured")
     assert not worked
 
@@ -290,7 +253,7 @@ def test_a_way_that_fails_costs_only_itself(model):
         raise ArithmeticError("too much")
 
     own = ways("fold") | {"closing": Way("closing", Closing), "broken": Way("broken", broken)}
-    rows = measure(model, Exact(model), LIMITS, SMALL, own, EFFORT)["variants"]
+    rows = measure(model, Exact(model), LIMITS, Job(SMALL, own, EFFORT))["variants"]
     assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "ArithmeticError: too much")
     assert (
         "token" in rows["closing"]
@@ -302,7 +265,7 @@ def test_a_way_that_fails_costs_only_itself(model):
 
 def test_counting_can_be_left_out(model, monkeypatch):
     with_times(monkeypatch, {})
-    found = measure(model, Exact(model), LIMITS, SMALL, ways("fold"), Effort(counts=False))
+    found = measure(model, Exact(model), LIMITS, Job(SMALL, ways("fold"), Effort(counts=False)))
     for name in (UNSTEERED, "fold"):
         row = found["variants"][name]
         assert row["launches"] is row["bytes"] is None and "predicted" not in row and row["token"]
@@ -319,8 +282,8 @@ def test_effort_lasts_until_its_time_is_over(monkeypatch):
 
 
 def test_the_same_prompt_each_time(model):
-    prompt = inference.prompts(model, 3, 9)
-    assert prompt(4).shape == (3, 9) and torch.equal(prompt(4), inference.prompts(model, 3, 9)(4))
+    prompt = prompts(model, 3, 9)
+    assert prompt(4).shape == (3, 9) and torch.equal(prompt(4), prompts(model, 3, 9)(4))
     assert not torch.equal(prompt(4), prompt(5)) and prompt(4).min() >= 8 and prompt(4).max() < 64
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from bench import our_ways
+from bench import catalogue
 from bench.steered import UnavailableError, twin
 from dense_formula import assert_unchanged, formula_logits, logits, random_plan, snapshot
 from tiny_models import ids_of_rows, tiny_model
 
 ALPHA = 4.0  # alpha * beta is exact in float32
-WAYS = {way.name: way for way in our_ways.WAYS}
+WAYS = {way.name: way for way in catalogue.OURS}
 #: The neuron site is inside the experts of a mixture, and a GPT-2's layers are no plain linear layers.
 SITES = {
     ("columns", "llama"): ("attention", "ffn", "layer", "neuron"),
@@ -40,7 +40,7 @@ def wide(family="llama"):
 
 def test_names_and_flags():
     assert list(WAYS) == ["columns", "fused", "fold"]
-    assert all(way.ours and way.module and not way.peer for way in our_ways.WAYS)
+    assert all(way.ours and way.module and not way.peer for way in catalogue.OURS)
 
 
 @pytest.mark.parametrize("name, family, site", CASES)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from bench import peers
+from bench.peers import libraries as peers
 from bench.steered import UnavailableError, twin
 from dense_formula import formula_at, random_plan
 from tiny_models import ids_of_rows, tiny_model

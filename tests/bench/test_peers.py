@@ -71,7 +71,7 @@ def test_both_equal_the_naive_formula(tiny64, demo):
                 assert found.dtype == torch.int64 and torch.equal(found, right), site
     for site in SITES:
         up, down = expected[site] / len(PAIRS)
-        torch.testing.assert_close(public.scores[site], torch.where(up >= down, up, -down).float())
+        torch.testing.assert_close(public.scored[site][2], torch.where(up >= down, up, -down).float())
     # Transformers leaves hooks of its own where hidden states were asked for, on layers and attentions.
     assert not any(layer.self_attn.o_proj._forward_pre_hooks for layer in tiny64.model.layers)
     assert not any(layer.mlp._forward_hooks for layer in tiny64.model.layers)

@@ -7,7 +7,7 @@ import torch
 
 from austeer import find_sites
 from austeer.models.sites import fingerprint
-from bench import models, shapes
+from bench import shapes
 
 CPU = torch.device("cpu")
 
@@ -23,15 +23,6 @@ def test_every_shape_has_as_many_parameters_as_the_published_model(name):
         "Qwen2.5-32B": 32763876352,
     }
     assert shapes.SHAPES[name].parameters == shapes.count(shapes.SHAPES[name]) == published[name]
-
-
-def test_the_8b_shape_is_the_momentum_benchmarks():
-    values, other = shapes.LLAMA_8B.values, models.LLAMA_8B
-    assert other.name == shapes.LLAMA_8B.name
-    assert (other.hidden, other.intermediate, other.layers, other.heads, other.kv_heads, other.vocabulary) == tuple(
-        values[f"{key}_size" if key in ("hidden", "intermediate", "vocab") else f"num_{key}"]
-        for key in ("hidden", "intermediate", "hidden_layers", "attention_heads", "key_value_heads", "vocab")
-    )
 
 
 def test_settings_that_no_size_shows_reach_the_config():
@@ -52,7 +43,7 @@ def test_a_tiny_shape_keeps_the_architecture(name):
     shape = shapes.tiny(shapes.SHAPES[name])
     model = shapes.build(shape, CPU, torch.float32)
     assert model.config.model_type == shapes.SHAPES[name].model_type and not model.training
-    assert shape.parameters == sum(p.numel() for p in model.parameters()) < 1e5
+    assert shape.parameters == sum(p.numel() for p in model.parameters()) < 2e5
     sites = find_sites(model, ["attention", "ffn", "layer"])
     assert fingerprint(model, sites).layers == 2
     again = shapes.build(shape, CPU, torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import steps
-from bench.our_ways import WAYS
+from bench.catalogue import OURS as WAYS
 from bench.plain_ways import Formula
 from bench.plans import spread_plan
 from bench.steered import Steered, UnavailableError, twin

@@ -1,18 +1,16 @@
-"""Chrome traces: every way in a range of its own, steered while it is traced; what is refused, and the table."""
+"""Chrome traces: every way in a range of its own, steered while it is traced; and what is refused."""
 
 import gzip
 import io
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
-from torch.autograd import DeviceType
 
 from austeer.errors import AusteerError
-from bench import catalogue, trace
-from bench.inference import Case
+from bench import catalogue, steps, trace
+from bench.lineup import Case
 from bench.plain_ways import Formula
 from bench.steered import UnavailableError, Way
 from tiny_models import tiny_model
@@ -91,13 +89,9 @@ def test_the_table_has_a_line_for_each_way_and_phase(traced):
         *("unsteered", "unsteered", "unsteered again", "unsteered again", "public", "public"),
         *("dense hook", "dense hook", "fold", "fold", "crooked", "absent", "whole"),
     ]
-    plain, public = row_of(rows, "unsteered", "decode"), row_of(rows, "public", "decode")
-    assert public["launches"] == plain["launches"] + 9 and public["launches"] % 1 == 0
     for row in rows:
         if not row["reason"]:
-            seconds = [seconds for _, seconds, _ in row["top"]]
-            assert len(seconds) == trace.TOP and seconds == sorted(seconds, reverse=True)
-            assert 0 < sum(seconds) < row["host_seconds"] < 10 and row["device_seconds"] is None
+            assert 0 < row["host_seconds"] < 10
     json.dumps(rows)
 
 
@@ -107,9 +101,9 @@ def test_what_is_wrong_or_missing_is_not_in_the_trace_and_says_why(traced):
     assert "found no module 'absent'" in row_of(rows, "absent", "")["reason"]
     assert not {"crooked", "absent"} & set(annotations(events))
     console = Console(file=io.StringIO(), width=160)
-    trace.show_trace(rows, console)
+    trace.show_trace(rows, "t.json", console)
     shown = console.file.getvalue()
-    assert "absent [1.0]: found no module" in shown and "aten::" in shown and "dense hook" in shown
+    assert "absent [1.0]: found no module" in " ".join(shown.split()) and "dense hook" in shown
 
 
 def test_a_compiled_step_has_no_prefill(tmp_path, monkeypatch):
@@ -118,19 +112,19 @@ def test_a_compiled_step_has_no_prefill(tmp_path, monkeypatch):
     path, model, seen = tmp_path / "steps.json", tiny_model(), []
     before = [p.clone() for p in model.parameters()]
 
-    class Watched(trace.steps.Step):
+    class Watched(steps.Step):
         def advance(self, count):
             super().advance(count)
             seen.append(not all(map(torch.equal, model.parameters(), before)))
 
-    monkeypatch.setattr(trace.steps, "Step", Watched)
+    monkeypatch.setattr(steps, "Step", Watched)
     found = trace.write_trace(model, Case("compile", k=30, prompt_tokens=6), ways("fold"), path)
     assert [(row["way"], row["phase"]) for row in found] == [
         *(("unsteered", "decode"), ("unsteered again", "decode"), ("fold", "decode")),
         *(("crooked", ""), ("absent", ""), ("whole", "")),
     ]
     assert seen == [False, False, True] * 2, "folded while it is traced, in the warm-up and in the trace, and only then"
-    assert found[-1]["reason"] == "it runs eagerly only"
+    assert found[-1]["reason"] == "skipped: it runs eagerly only"
     assert "fold: decode" in annotations(json.loads(path.read_text())["traceEvents"])
     assert all(map(torch.equal, model.parameters(), before))
 
@@ -140,8 +134,8 @@ def test_a_compiled_step_has_no_prefill(tmp_path, monkeypatch):
     [
         ("trace.txt", "found the name 'trace.txt', expected one that ends in .json or .json.gz"),
         (".json.gz", "found the name '.json.gz'"),
-        ("folder.json", "found a folder at .*folder.json, expected a file's name"),
-        ("none/trace.json", "found no folder .*none to write in"),
+        ("folder.json", "folder.json cannot be written"),
+        ("none/trace.json", "trace.json cannot be written"),
     ],
 )
 def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, name, message):
@@ -159,45 +153,9 @@ def test_a_case_that_cannot_be_is_refused_before_any_work(tmp_path):
     assert not worked and not list(tmp_path.iterdir())
 
 
-def event(name, start, end, device=DeviceType.CPU, note=False, parent=None):
-    microseconds = end - start
-    within = SimpleNamespace(start=start, end=end, elapsed_us=lambda: microseconds)
-    return SimpleNamespace(
-        name=name,
-        time_range=within,
-        device_type=device,
-        is_user_annotation=note,
-        cpu_parent=parent,
-        self_cpu_time_total=microseconds,
-    )
-
-
-def test_on_a_gpu_kernels_of_the_range_are_counted():
-    """With made-up events of a GPU; the range of four decoded tokens ends with a wait."""
-    gpu = DeviceType.CUDA
-    events = [
-        event("fold: decode", 100, 200, note=True),
-        event("fold: decode", 101, 190, gpu, note=True),  # the same range as the GPU saw it
-        event("aten::mm", 100, 110),
-        event("gemm", 90, 99, gpu),  # of the range before
-        *(event("gemm", 110 + 10 * i, 116 + 10 * i, gpu) for i in range(4)),
-        *(event("steer", 116 + 10 * i, 118 + 10 * i, gpu) for i in range(4)),
-        event("gemm", 205, 206, gpu),
-    ]
-    found = trace._summary(events, "fold", "decode", 40e-6, torch.device("cuda"))
-    assert (found.launches, found.device_seconds, found.host_seconds) == (2, pytest.approx(8e-6), pytest.approx(10e-6))
-    assert found.top == (("gemm", pytest.approx(6e-6), 1), ("steer", pytest.approx(2e-6), 1))
-    events[0] = event("fold: prefill", 100, 200, note=True)
-    found = trace._summary(events, "fold", "prefill", 40e-6, torch.device("cuda"))
-    assert (found.launches, found.device_seconds, found.host_seconds) == (8, pytest.approx(32e-6), 40e-6)
-
-
 @pytest.mark.gpu
 def test_a_trace_of_a_gpu_has_its_kernels(tmp_path):
     model = tiny_model().cuda()
-    rows = trace.write_trace(model, CASE, catalogue.chosen(["columns", "fold"]), tmp_path / "a.json")
-    for row in rows:
-        assert row["device_seconds"] > 0 and row["launches"] > 10
-    assert row_of(rows, "columns", "decode")["launches"] > row_of(rows, "fold", "decode")["launches"]
+    trace.write_trace(model, CASE, catalogue.chosen(["columns", "fold"]), tmp_path / "a.json")
     events = json.loads((tmp_path / "a.json").read_text())["traceEvents"]
     assert any(e.get("cat") == "kernel" for e in events)

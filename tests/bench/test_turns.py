@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from bench import turns
-from bench.our_ways import Fold
+from bench.catalogue import Fold
 from bench.plain_ways import WAYS
 from bench.plans import spread_plan
 from bench.steered import Steered, twin
@@ -84,8 +84,8 @@ def test_each_way_has_its_own_clock(world):
     generations = []
     times = turns.by_turns(ways, prompt_of, 4, lambda done: done < 3, on_generation=lambda: generations.append(1))
     for name, fake in ways.items():
-        assert times[name].first == [10 * fake.seconds] * 3
-        assert times[name].token == [[fake.seconds] * 3] * 3
+        assert times["first_token"][name] == [[10 * fake.seconds]] * 3
+        assert times["token"][name] == [[fake.seconds] * 3] * 3
     assert len(generations) == 4  # and one that warms up
     assert {number for _, number, _ in world.log} == {-1, 0, 1, 2} and not world.active
 
@@ -112,8 +112,8 @@ def test_without_greenlets_whole_generations_take_turns(world, monkeypatch):
     ways = {name: Fake(world, name, seconds) for name, seconds in {"a": 1.0, "b": 2.0, "c": 0.5}.items()}
     times = turns.by_turns(ways, prompt_of, 4, lambda done: done < 6)
     for name, fake in ways.items():
-        assert times[name].first == [10 * fake.seconds] * 6
-        assert times[name].token == [[fake.seconds] * 3] * 6
+        assert times["first_token"][name] == [[10 * fake.seconds]] * 6
+        assert times["token"][name] == [[fake.seconds] * 3] * 6
     runs = ["".join(name for name, _, _ in world.log[i : i + 12 : 4]) for i in range(0, len(world.log), 12)]
     assert len(runs) == 7 and all(sorted(one) == list("abc") for one in runs) and len(set(runs)) > 2
     assert [token for _, _, token in world.log] == [0, 1, 2, 3] * 3 * 7 and not world.active
@@ -177,8 +177,9 @@ def test_folded_weights_are_those_of_the_model_while_others_run(ways, fails):
             turns.by_turns(ways, lambda number: prompt, 3, lambda done: done < 2)
     else:
         times = turns.by_turns(ways, lambda number: prompt, 3, lambda done: done < 2)
-        assert all(len(t.first) == 2 and [len(row) for row in t.token] == [2, 2] for t in times.values())
-        assert all(min(*t.first, *t.token[0], *t.token[1]) > 0 for t in times.values())
+        for what, count in (("first_token", 1), ("token", 2)):
+            rows = [row for of in times[what].values() for row in of]
+            assert len(rows) == 2 * len(ways) and all(len(row) == count and min(row) > 0 for row in rows)
     assert len(calls) == (5 if fails else 9) and all(calls)
     assert all(map(torch.equal, model.parameters(), before)) and gc.isenabled()
 
