@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from austeer.ceilings import Ceilings, ceilings
+from austeer.costs.ceilings import Ceilings, ceilings
 from austeer_kernels import launch
 
 from . import command, files, report, tuning

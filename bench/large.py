@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import austeer_kernels as ak
 from austeer import Pairs
-from austeer.ceilings import ceilings
+from austeer.costs.ceilings import ceilings
 
 from .compare import compare
 from .footprint import peak

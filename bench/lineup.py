@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from austeer.errors import AusteerError
-from austeer.sites import input_device, text_config
+from austeer.models.structure import input_device, text_config
 
 from . import footprint, steps
 from .catalogue import AGAIN, UNSTEERED

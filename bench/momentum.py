@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from austeer.measuring import BLOCK_PAIRS
-from austeer.models import ModelError, load_model
+from austeer.errors import ModelError
+from austeer.measuring.measurement import BLOCK_PAIRS
+from austeer.models.load import load_model
 
 from . import command, files, footprint, large, offloaded, pair_sets, report, shapes
 from .compare import compare

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer import Pair
-from austeer.sites import input_device
+from austeer.models.structure import input_device
 
 from .graphs import WrongResultError
 from .peers import SITES, Counts, reading, stacked_momentum

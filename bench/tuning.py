@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from austeer.ceilings import Ceilings
+from austeer.costs.ceilings import Ceilings
 from austeer_kernels import launch
 
 from .cases import Case, Variant

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from austeer import Plan
-from austeer.capture import first_tensor
 from austeer.export import export_lora
-from austeer.sites import Site, find_sites
+from austeer.models.sites import Site, find_sites
+from austeer.models.structure import first_tensor
 
 from ..plain_ways import dense, strengths
 from ..steered import Steered, UnavailableError, Way

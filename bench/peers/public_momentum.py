@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer import Pair
-from austeer.sites import input_device
+from austeer.models.structure import input_device
 
 from . import SITES, Counts, reading
 

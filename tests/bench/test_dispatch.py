@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from austeer.ceilings import Ceilings
+from austeer.costs.ceilings import Ceilings
 from austeer_kernels import launch
 from bench import cases, dispatch, files, report, tuning
 from bench.graphs import WrongResultError
