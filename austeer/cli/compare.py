@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from .common import Device, DType, Json, Model, Quiet, console, emit, load, split_names, write_json
+from .common import Device, DType, Json, Model, Quiet, console, split_names
 from .search_options import (
-    LEGEND,
     Budget,
     Chat,
     DataArgument,
+    ForceAnew,
     Ks,
     Limit,
     MaxKl,
@@ -22,16 +21,14 @@ from .search_options import (
     Seed,
     Sites,
     Template,
-    bars,
-    held_out_table,
-    load_data,
-    open_folder,
-    parse_budget,
-    parse_counts,
-    read_neutral,
+    open_search,
+    read_options,
+    write_result,
 )
+from .search_text import LEGEND, held_out_table, show_ratio
 
 if TYPE_CHECKING:
+    from ..tuning import CompareResult
     from ..tuning.held_out import HeldOut
 
 
@@ -58,7 +55,7 @@ def compare(
     chat: Chat = False,
     dtype: DType = "auto",
     device: Device = None,
-    force: Annotated[bool, typer.Option("--force", help="Start anew over an earlier search in --out.")] = False,
+    force: ForceAnew = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,35 +68,20 @@ def compare(
     """
     from ..tuning import compare as compare_methods
     from ..tuning.figures import draw_compare
-    from ..utils.figures import require_matplotlib
 
-    seconds, counts, texts = parse_budget(budget), parse_counts("--ks", ks), read_neutral(neutral)
-    require_matplotlib()
-    open_folder(out, force)
-    network, tokenizer = load(model, dtype, device)
-    show = False if quiet or json else None
-    result = compare_methods(
-        network,
-        tokenizer,
-        load_data(data, template, limit, chat, tokenizer),
-        methods=split_names(methods),
-        sites=split_names(sites),
-        operations=split_names(operations),
-        ks=counts,
-        max_kl=max_kl,
-        budget=seconds,
-        neutral=texts,
-        timed=timed,
-        seed=seed,
-        folder=out,
-        step=bars(show),
-        progress=show,
-    )
-    write_json(out / "result.json", result.to_json())
-    draw_compare(result, out / "compare.png")
+    show_bars = False if quiet or json else None
+    options = read_options(sites, operations, ks, max_kl, budget, neutral, seed, out, show_bars)
+    network, tokenizer, task = open_search(data, model, template, out, limit, chat, dtype, device, force)
+    result = compare_methods(network, tokenizer, task, methods=split_names(methods), timed=timed, **options)
+    write_result(result, out / "compare.png", draw_compare, json)
     if json:
-        emit({"out": out, **result.to_json()})
         return
+    show(result)
+    console.print(f"\n{result.seconds:.0f} s; wrote result.json and compare.png in {out}")
+
+
+def show(result: CompareResult) -> None:
+    """What each method does to held-out data, and what it costs."""
     split = result.settings["data"]
     console.print(
         f"{split['measure']['pairs']} pairs measured, {split['tune']['items']} items tuned on, {len(result.trials)} "
@@ -108,15 +90,12 @@ def compare(
     )
 
     def time_of(row: HeldOut) -> str:
-        timing = result.cost.get(row.name)
-        return "" if timing is None else escape(f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]")
+        return show_ratio(result.cost[row.name]) if row.name in result.cost else ""
 
     console.print(held_out_table(result.unsteered, result.held_out, time_of if result.cost else None))
     console.print(LEGEND)
     if result.cost:
-        again = result.cost["unsteered again"]
         console.print(
             "time: of a token over unsteered, decoding at batch 1, median and quartiles; unsteered again "
-            + escape(f"{again.ratio:.3f} [{again.low:.3f}, {again.high:.3f}]")
+            + show_ratio(result.cost["unsteered again"])
         )
-    console.print(f"\n{result.seconds:.0f} s; wrote result.json and compare.png in {out}")

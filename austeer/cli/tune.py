@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import Device, DType, Json, Model, Quiet, console, emit, load, split_names, write_json
+from .common import Device, DType, Json, Model, Quiet, console
 from .search_options import (
-    LEGEND,
     Budget,
     Chat,
     DataArgument,
+    ForceAnew,
     Ks,
     Limit,
     MaxKl,
@@ -24,15 +24,14 @@ from .search_options import (
     Seed,
     Sites,
     Template,
-    bars,
-    held_out_table,
-    load_data,
-    open_folder,
-    parse_budget,
-    parse_counts,
-    read_neutral,
-    show_alpha,
+    open_search,
+    read_options,
+    write_result,
 )
+from .search_text import LEGEND, held_out_table, show_alpha, show_value
+
+if TYPE_CHECKING:
+    from ..tuning import TuneResult
 
 
 def tune(
@@ -56,7 +55,7 @@ def tune(
     rows: Annotated[int, typer.Option(help="How many settings are listed.", min=1)] = 10,
     dtype: DType = "auto",
     device: Device = None,
-    force: Annotated[bool, typer.Option("--force", help="Start anew over an earlier search in --out.")] = False,
+    force: ForceAnew = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -70,37 +69,25 @@ def tune(
     from ..momentum.momentum import Momentum as Counted
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
-    from ..utils.figures import require_matplotlib
 
-    seconds, counts = parse_budget(budget), parse_counts("--ks", ks)
-    texts, counted = read_neutral(neutral), None if momentum is None else Counted.load(momentum)
-    require_matplotlib()  # before minutes of work, not after
-    open_folder(out, force)
-    network, tokenizer = load(model, dtype, device)
-    show = False if quiet or json else None
-    result = search_plan(
-        network,
-        tokenizer,
-        load_data(data, template, limit, chat, tokenizer),
-        momentum=counted,
-        sites=split_names(sites),
-        operations=split_names(operations),
-        ks=counts,
-        max_kl=max_kl,
-        budget=seconds,
-        neutral=texts,
-        mix=mix,
-        seed=seed,
-        folder=out,
-        step=bars(show),
-        progress=show,
-    )
+    show_bars = False if quiet or json else None
+    options = read_options(sites, operations, ks, max_kl, budget, neutral, seed, out, show_bars)
+    counted = None if momentum is None else Counted.load(momentum)
+    network, tokenizer, task = open_search(data, model, template, out, limit, chat, dtype, device, force)
+    result = search_plan(network, tokenizer, task, momentum=counted, mix=mix, **options)
     result.plan.save_pretrained(out / "plan")
-    write_json(out / "result.json", result.to_json())
-    draw_tune(result, out / "tune.png")
+    write_result(result, out / "tune.png", draw_tune, json)
     if json:
-        emit({"out": out, **result.to_json()})
         return
+    show(result, max_kl, rows)
+    console.print(
+        f"\n{result.seconds:.0f} s; wrote plan, result.json and tune.png in {out}\n"
+        f"next: austeer generate {out}/plan --model {model} --prompt ..."
+    )
+
+
+def show(result: TuneResult, max_kl: float, rows: int) -> None:
+    """The best settings of the search, so many rows, and what the chosen one does to held-out data."""
     split = result.settings["data"]
     measured = f"{split['measure']['pairs']} pairs measured, " if "measure" in split else ""
     console.print(
@@ -109,9 +96,7 @@ def tune(
     )
     table = Table("setting", "k", "alpha", "items", escape("effect, nats [95 %]"), "up", box=None, pad_edge=False)
     for t in result.trials[:rows]:
-        interval = "" if t.low is None else f" [{t.low:+.2f}, {t.high:+.2f}]"
-        effect = escape(f"{t.effect:+.2f}{interval}")
-        where = f"{t.operation} at {t.detail or t.site}"
+        where, effect = f"{t.operation} at {t.detail or t.site}", show_value(t.effect, t.low, t.high)
         table.add_row(where, str(t.k), show_alpha(t.alpha), str(t.items), effect, f"{t.share:.0%}")
     console.print(table)
     console.print(f"\n[bold]On {split['test']['items']} held-out items[/]: the chosen setting first")
@@ -125,7 +110,3 @@ def tune(
         )
     if first.kl > 1.5 * max_kl:
         console.print(f"the limit of {max_kl:g} held on the tuning texts; on held-out ones it is {first.kl:.3f}")
-    console.print(
-        f"\n{result.seconds:.0f} s; wrote plan, result.json and tune.png in {out}\n"
-        f"next: austeer generate {out}/plan --model {model} --prompt ..."
-    )

@@ -284,7 +284,7 @@ def options(files, out):
 
 
 def test_command(files, tmp_path, counted, demo, monkeypatch):
-    monkeypatch.setattr("austeer.cli.causal.load", lambda *options: demo)
+    monkeypatch.setattr("austeer.cli.common.load", lambda *options: demo)
     done = run(files / "pairs.jsonl", *options(files, tmp_path / "out"), "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
