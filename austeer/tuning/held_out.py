@@ -9,7 +9,7 @@ from typing import Any
 from ..baselines.arm import Candidate
 from ..statistics.intervals import group_interval, mcnemar, mean_interval, share_interval
 from .scorer import Scorer
-from .search import Step, silent
+from .search import Step, no_bars
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Unsteered:
     accuracy_high: float
 
 
-def hold_out(scorer: Scorer, candidates: Sequence[Candidate], step: Step = silent) -> tuple[Unsteered, list[HeldOut]]:
+def hold_out(scorer: Scorer, candidates: Sequence[Candidate], step: Step = no_bars) -> tuple[Unsteered, list[HeldOut]]:
     """Scores candidates on all items and neutral texts of a scorer; the first is what the others are set against."""
     items = range(len(scorer.task))
     groups = [item.group for item in scorer.task]

@@ -1,9 +1,9 @@
-"""What a search stands on: the parts of the data, neutral texts, the record, and the momentum of the measured part."""
+"""Prepares a search: the parts of the data, neutral texts, the record, and the momentum of the measured part."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
 from ..tasks.neutral import neutral_texts
 from ..tasks.task import Task
-from .data import Most, Parts, digest_of, halved, split
+from .data import Parts, digest_of, halved, split
+from .options import SearchOptions
 from .record import Record
 from .scorer import Scorer
 
@@ -29,65 +30,64 @@ MEASURING, FEWEST_PAIRS = 0.3, 20
 
 
 @dataclass(frozen=True)
-class Ground:
+class Preparation:
     """Attributes:
     parts: of the data. settings: all that the search depends on, for its record and its result.
     material: what methods make their plans from.
-    tune, test: score on the tuning part, and on the test part with other neutral texts.
+    tune_scorer, test_scorer: score on the tuning part, and on the test part with other neutral texts.
     """
 
     parts: Parts
     settings: dict[str, Any]
     material: Material
-    tune: Scorer
-    test: Scorer
+    tune_scorer: Scorer
+    test_scorer: Scorer
 
 
 def prepare(
     model: nn.Module,
     tokenizer,
     data: Task | Pairs | Parts,
+    options: SearchOptions,
     *,
-    momentum: Momentum | None,
     sites: Iterable[str],
-    budget: float | None,
-    neutral: Sequence[str] | None,
-    most: Most,
-    seed: int,
-    folder: str | Path | None,
-    progress: bool | None,
     settings: dict[str, Any],
-) -> Ground:
+) -> Preparation:
     """
     Args:
+        options: with a budget, as many pairs are measured as a part of it allows.
         sites: those to measure, where there is no momentum. settings: what else the search depends on.
-        budget: what measures as many pairs as a part of it allows. Others as for :func:`austeer.tune`.
 
     Raises:
         TaskError: a numeric task, too little data, or a budget too small to measure.
         FileFormatError: ``folder`` holds another search.
     """
+    momentum, budget, neutral = options.momentum, options.budget, options.neutral
     given = isinstance(data, Parts) and data.measure is not None
-    parts = split(data, measured=momentum is not None and not given, most=most, seed=seed)
-    chosen_on, reported_on = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
+    parts = split(data, measured=momentum is not None and not given, most=options.most, seed=options.seed)
+    tune_texts, test_texts = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
     settings = {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "data": {"name": parts.name, "source": parts.source, **parts.to_json()},
-        "neutral": {"tune": digest_of(chosen_on), "test": digest_of(reported_on)},
+        "neutral": {"tune": digest_of(tune_texts), "test": digest_of(test_texts)},
         **settings,
     }
-    record = Record(None if folder is None else Path(folder, "search.jsonl"), settings)
-    tune = Scorer(model, tokenizer, parts.tune, chosen_on, record)
-    test = Scorer(model, tokenizer, parts.test, reported_on, record, name="test")
+    record = Record(None if options.folder is None else Path(options.folder, "search.jsonl"), settings)
+    tune_scorer = Scorer(model, tokenizer, parts.tune, tune_texts, record)
+    test_scorer = Scorer(model, tokenizer, parts.test, test_texts, record, name="test")
     if momentum is None:
-        if budget is not None and parts.measure is not None:
-            parts = replace(parts, measure=_affordable(parts.measure, tune, budget))
+        pairs = parts.measure
+        assert pairs is not None
+        if budget is not None:
+            pairs = _affordable_pairs(pairs, tune_scorer, budget)
+            parts = replace(parts, measure=pairs)
             settings["data"] |= parts.to_json()
-        momentum = _measured(model, tokenizer, parts, sorted(sites), folder, progress)
-    return Ground(parts, settings, Material(model, tokenizer, parts.measure or Pairs(()), momentum), tune, test)
+        momentum = _measured_momentum(model, tokenizer, pairs, sorted(sites), options)
+    material = Material(model, tokenizer, parts.measure or Pairs(()), momentum)
+    return Preparation(parts, settings, material, tune_scorer, test_scorer)
 
 
-def _affordable(pairs: Pairs, scorer: Scorer, budget: float) -> Pairs:
+def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float) -> Pairs:
     """As many of the pairs as can be measured within a part of the budget, from all over them.
 
     Raises:
@@ -109,32 +109,15 @@ def _affordable(pairs: Pairs, scorer: Scorer, budget: float) -> Pairs:
     return replace(pairs, items=tuple(pairs[i * len(pairs) // count] for i in range(count)))
 
 
-def _measured(
-    model: nn.Module, tokenizer, parts: Parts, sites: Sequence[str], folder: str | Path | None, progress: bool | None
-) -> Momentum:
-    """The momentum of the measured part; from ``folder`` if it was counted there before."""
-    assert parts.measure is not None
-    path = None if folder is None else Path(folder, FILE_NAME)
-    if path is not None and path.exists():
+def _measured_momentum(model: nn.Module, tokenizer, pairs: Pairs, sites: list[str], options: SearchOptions) -> Momentum:
+    """The momentum of the measured part; from the search's folder if it was counted there before."""
+    if options.folder is None:
+        return measure(model, tokenizer, pairs, sites, progress=options.progress)
+    path = Path(options.folder, FILE_NAME)
+    if path.exists():
         return Momentum.load(path)
-    checkpoint = None if path is None else path.with_name("momentum.checkpoint")
-    momentum = measure(
-        model, tokenizer, parts.measure, sites, checkpoint=checkpoint, resume=checkpoint is not None, progress=progress
-    )
-    if path is not None and checkpoint is not None:
-        momentum.save(path)
-        checkpoint.unlink(missing_ok=True)
+    checkpoint = path.with_name("momentum.checkpoint")
+    momentum = measure(model, tokenizer, pairs, sites, checkpoint=checkpoint, resume=True, progress=options.progress)
+    momentum.save(path)
+    checkpoint.unlink(missing_ok=True)
     return momentum
-
-
-def fitting(ks: Iterable[int], momentum: Momentum, sites: Sequence[str]) -> list[int]:
-    """The numbers of AUs that every site has; a small model has fewer than the default's largest.
-
-    Raises:
-        TaskError: none are given. SelectionError: a site that was not measured.
-    """
-    ks = list(ks)
-    if not ks:
-        raise TaskError("ks: found none, expected numbers of AUs, for example (10, 100)")
-    smallest = min(momentum.counters(site).positive.numel() for site in sites)
-    return [k for k in ks if k <= smallest] or [smallest]

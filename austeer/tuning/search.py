@@ -14,7 +14,7 @@ from torch import Tensor
 from ..baselines.arm import Arm, Candidate
 from ..errors import TaskError
 from ..statistics.intervals import group_interval
-from .calibrate import Limit, calibrate
+from .calibrate import Limit, calibrate, check_limit
 from .schedule import ETA, Schedule, make_schedule
 from .scorer import Scorer
 
@@ -23,7 +23,7 @@ Step = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @contextmanager
-def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def no_bars(what: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda by: None
 
 
@@ -56,7 +56,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Attributes:
     standings: every candidate as it stood when it was last judged, best first among those judged by as many items.
     schedule: what was run.
@@ -89,8 +89,8 @@ def search(
     max_kl: float,
     budget: float | None = None,
     started: float | None = None,
-    step: Step = silent,
-) -> Found:
+    step: Step = no_bars,
+) -> SearchResult:
     """Finds the best candidate of each group.
 
     Every arm is first brought to the limit on the side effect (:func:`calibrate`), so that candidates compare at equal
@@ -107,8 +107,7 @@ def search(
     """
     if not arms:
         raise TaskError("search: found no arm, expected at least one; give sites, operations and numbers of AUs")
-    if isinstance(max_kl, bool) or not 0 < max_kl < math.inf:
-        raise TaskError(f"max_kl: found {max_kl!r}, expected a positive number of nats a token, for example 0.1")
+    check_limit(max_kl)
     started = time.perf_counter() if started is None else started
     order = scorer.order
     schedule = _schedule(scorer, [group(arm) for arm in arms], budget, started, order, step)
@@ -143,7 +142,7 @@ def search(
         kept = _keep(standings)
         done = [s for s in standings if s not in kept] + done
         remaining = [(s.candidate.arm, s.fraction) for s in kept]
-    return Found(done, schedule)
+    return SearchResult(done, schedule)
 
 
 def _limits_on_more(
