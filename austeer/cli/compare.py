@@ -7,24 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Device, DType, Json, Model, Quiet, console, split_names
-from .search_options import (
-    Budget,
-    Chat,
-    DataArgument,
-    ForceAnew,
-    Ks,
-    Limit,
-    MaxKl,
-    Neutral,
-    Operations,
-    Seed,
-    Sites,
-    Template,
-    open_search,
-    read_options,
-    write_result,
-)
+from . import common
+from . import search_options as options
+from .common import Device, DType, Json, Model, Quiet, console
 from .search_text import LEGEND, held_out_table, show_ratio
 
 if TYPE_CHECKING:
@@ -33,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def compare(
-    data: DataArgument,
+    data: options.DataArgument,
     model: Model,
-    template: Template = None,
+    template: options.Template = None,
     methods: Annotated[
         str,
         typer.Option(help="Methods, separated by commas; NAME:OPERATION takes one operation only."),
@@ -43,19 +28,19 @@ def compare(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for result, figure and search.")] = Path(
         "runs/compare"
     ),
-    sites: Sites = "attention,ffn",
-    operations: Operations = "scale,push,shift",
-    ks: Ks = "10,100",
-    max_kl: MaxKl = 0.1,
-    budget: Budget = None,
-    neutral: Neutral = None,
+    sites: options.Sites = "attention,ffn",
+    operations: options.Operations = "scale,push,shift",
+    ks: options.Ks = "10,100",
+    max_kl: options.MaxKl = 0.1,
+    budget: options.Budget = None,
+    neutral: options.Neutral = None,
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time decoding with each method.")] = True,
-    limit: Limit = None,
-    seed: Seed = 0,
-    chat: Chat = False,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    chat: options.Chat = False,
     dtype: DType = "auto",
     device: Device = None,
-    force: ForceAnew = False,
+    force: options.ForceAnew = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -70,10 +55,13 @@ def compare(
     from ..tuning.figures import draw_compare
 
     show_bars = False if quiet or json else None
-    options = read_options(sites, operations, ks, max_kl, budget, neutral, seed, out, show_bars)
-    network, tokenizer, task = open_search(data, model, template, out, limit, chat, dtype, device, force)
-    result = compare_methods(network, tokenizer, task, methods=split_names(methods), timed=timed, **options)
-    write_result(result, out / "compare.png", draw_compare, json)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, show_bars)
+    options.open_folder(out, force)
+    network, tokenizer = common.load(model, dtype, device)
+    task = options.load_data(data, template, limit, chat, tokenizer)
+    shared |= {"methods": common.split_names(methods), "timed": timed, "max_kl": max_kl, "seed": seed}
+    result = compare_methods(network, tokenizer, task, **shared)
+    options.write_result(result, out / "compare.png", draw_compare, json)
     if json:
         return
     show(result)

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from ..tasks import Variant
 
 TaskFile = Annotated[
-    str | None,
-    typer.Argument(help="A labelled task: a file, a pattern or hf:ORG/NAME.", show_default=False),
+    str | None, typer.Argument(help="A labelled task: a file, a pattern or hf:ORG/NAME.", show_default=False)
 ]
 Model = Annotated[
     str | None,
@@ -87,6 +86,7 @@ def evaluate(
     `austeer evaluate --templates` lists the templates; a file with the fields prompt, options and label (or prompt and
     answer) needs none.
     """
+    from ..errors import AusteerError
     from ..plans.plan import Plan
     from ..tasks import checked_variants, load_task
     from ..tasks import evaluate as evaluate_task
@@ -101,7 +101,9 @@ def evaluate(
     texts = read_neutral(neutral)
     variants = checked_variants(make_variants(plan or [], alpha or [], k or [], Plan.from_pretrained))
     if lm_eval is not None:
-        refuse_beside_lm_eval({"--template": template, "--where": where, "--split": split, "--neutral": neutral})
+        ignored = {"--template": template, "--where": where, "--split": split, "--neutral": neutral}
+        for name in (name for name, value in ignored.items() if value):
+            raise AusteerError(f"{name}: found it beside --lm-eval, whose tasks have their own data; leave it out")
         scores = lm_eval_scores(lm_eval, lm_eval_path, model, dtype, device, variants, limit=limit, chat=chat)
         if out is not None:
             common.write_json(out, scores)
@@ -140,15 +142,6 @@ def check_sources(task: str | None, lm_eval: str | None, model: str | None) -> s
     if model is None:
         raise AusteerError("--model: found none, expected a folder, a Hub id, or demo")
     return model
-
-
-def refuse_beside_lm_eval(options: dict[str, object]) -> None:
-    """Refuses the options of a task's file."""
-    from ..errors import AusteerError
-
-    for name, value in options.items():
-        if value:
-            raise AusteerError(f"{name}: found it beside --lm-eval, whose tasks have their own data; leave it out")
 
 
 def lm_eval_scores(

@@ -103,7 +103,7 @@ def measure(
         show_estimate(model, loaded, chat, json, dtype=dtype, device=device, **work)
         return
     assert out is not None and checkpoint is not None
-    momentum_file.check_files(out, checkpoint, force)
+    common.check_writable(out, force)
     check_checkpoint(checkpoint, out, pairs)
     main = os.environ.get("RANK", "0") == "0"
     open_checkpoint(checkpoint, scratch, force, resume, main)
@@ -145,9 +145,11 @@ def show_estimate(model: str, pairs: PairStream, chat: bool, json: bool, **optio
 
 
 def check_checkpoint(checkpoint: Path, out: Path, pairs: Sequence[str]) -> None:
-    """Refuses a checkpoint that would overwrite the result or the pairs."""
+    """Refuses a checkpoint that is no file, or would overwrite the result or the pairs."""
     from ..errors import AusteerError
+    from ..measuring.checkpoint import check_path
 
+    check_path(checkpoint)
     if checkpoint.absolute() in [out.absolute(), *(Path(path).absolute() for path in pairs)]:
         raise AusteerError(
             f"--checkpoint: found {checkpoint}, which is the result or the pairs; give a name of its own"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import Force, Json, Quiet, check_writable, console, emit
-from .momentum_file import Checkpoint, ForceAnew, Out, Resume, check_files, check_out, figures, parse_layers, save, show
+from .momentum_file import Checkpoint, ForceAnew, Out, Resume, check_out, figures, parse_layers, save, show
 
 if TYPE_CHECKING:
     from ..models.sites import Fingerprint
@@ -65,7 +65,7 @@ def from_activations(
     Arrays of other tools: `... shards/*.safetensors --model Qwen/Qwen3-8B --out kind.momentum` (only its config is
     read).
     """
-    from ..measuring.checkpoint import remove
+    from ..measuring.checkpoint import check_path, remove
     from ..measuring.stored.count import ActivationCount
     from ..measuring.stored.folder import StoredActivations
 
@@ -85,8 +85,9 @@ def from_activations(
             console.print("\n".join(needs.lines()))
         return
     assert out is not None
+    check_writable(out, force)
     checkpoint = checkpoint or out.with_name(f"{out.name}.checkpoint")
-    check_files(out, checkpoint, force)
+    check_path(checkpoint)
     if force and not resume:
         remove(checkpoint)
     count = ActivationCount(

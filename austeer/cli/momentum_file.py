@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import check_writable, console, split_names
+from .common import console, split_names
 
 if TYPE_CHECKING:
     from ..momentum.momentum import Momentum
@@ -27,14 +27,6 @@ def check_out(out: Path | None, dry_run: bool) -> None:
 
     if out is None and not dry_run:
         raise AusteerError("--out: found none, expected the momentum file to write")
-
-
-def check_files(out: Path, checkpoint: Path, force: bool) -> None:
-    """Refuses, before any work is done, a result and a checkpoint that cannot be written."""
-    from ..measuring.checkpoint import check_path
-
-    check_writable(out, force)
-    check_path(checkpoint)
 
 
 def parse_layers(text: str | None) -> list[int] | None:

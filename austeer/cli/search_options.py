@@ -47,49 +47,19 @@ ForceAnew = Annotated[bool, typer.Option("--force", help="Start anew over an ear
 
 
 def read_options(
-    sites: str,
-    operations: str,
-    ks: str,
-    max_kl: float,
-    budget: str | None,
-    neutral: Path | None,
-    seed: int,
-    out: Path,
-    show: bool | None,
+    sites: str, operations: str, ks: str, budget: str | None, neutral: Path | None, out: Path, show: bool | None
 ) -> dict[str, Any]:
-    """The arguments that :func:`austeer.tune` and :func:`austeer.compare` share; ``show`` as of progress bars."""
+    """Arguments that :func:`austeer.tune` and :func:`austeer.compare` share; ``show`` as of progress bars."""
     return {
         "budget": parse_budget(budget),
         "ks": parse_counts("--ks", ks),
         "neutral": read_neutral(neutral),
         "sites": common.split_names(sites),
         "operations": common.split_names(operations),
-        "max_kl": max_kl,
-        "seed": seed,
         "folder": out,
         "step": bars(show),
         "progress": show,
     }
-
-
-def open_search(
-    data: str,
-    model: str,
-    template: str | None,
-    out: Path,
-    limit: int | None,
-    chat: bool,
-    dtype: str,
-    device: str | None,
-    force: bool,
-):
-    """Model, tokenizer and task; whatever would stop the search is looked for first."""
-    from ..utils.figures import require_matplotlib
-
-    require_matplotlib()  # before minutes of work, not after
-    open_folder(out, force)
-    network, tokenizer = common.load(model, dtype, device)
-    return network, tokenizer, load_data(data, template, limit, chat, tokenizer)
 
 
 def write_result(result: Any, figure: Path, draw: Callable[[Any, Path], None], json: bool) -> None:
@@ -162,9 +132,11 @@ def bars(show: bool | None) -> Step:
 
 
 def open_folder(out: Path, force: bool) -> None:
-    """Refuses what is no folder; with ``force`` removes what an earlier search wrote there."""
+    """Refuses what is no folder, and a search whose figure could not be drawn; ``force`` removes an earlier search."""
     from ..errors import AusteerError
+    from ..utils.figures import require_matplotlib
 
+    require_matplotlib()  # before minutes of work, not after
     if out.exists() and not out.is_dir():
         raise AusteerError(f"{out}: found a file, expected a folder for the search and its result")
     if force:

@@ -9,25 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from . import common
+from . import search_options as options
 from .common import Device, DType, Json, Model, Quiet, console
-from .search_options import (
-    Budget,
-    Chat,
-    DataArgument,
-    ForceAnew,
-    Ks,
-    Limit,
-    MaxKl,
-    Momentum,
-    Neutral,
-    Operations,
-    Seed,
-    Sites,
-    Template,
-    open_search,
-    read_options,
-    write_result,
-)
 from .search_text import LEGEND, held_out_table, show_alpha, show_value
 
 if TYPE_CHECKING:
@@ -35,27 +19,27 @@ if TYPE_CHECKING:
 
 
 def tune(
-    data: DataArgument,
+    data: options.DataArgument,
     model: Model,
-    template: Template = None,
+    template: options.Template = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for plan, result, figure and search.")] = Path(
         "runs/tune"
     ),
-    momentum: Momentum = None,
-    sites: Sites = "attention,ffn",
-    operations: Operations = "scale,push,shift",
-    ks: Ks = "3,10,30,100,300",
-    max_kl: MaxKl = 0.1,
-    budget: Budget = None,
-    neutral: Neutral = None,
+    momentum: options.Momentum = None,
+    sites: options.Sites = "attention,ffn",
+    operations: options.Operations = "scale,push,shift",
+    ks: options.Ks = "3,10,30,100,300",
+    max_kl: options.MaxKl = 0.1,
+    budget: options.Budget = None,
+    neutral: options.Neutral = None,
     mix: Annotated[bool, typer.Option("--mix/--no-mix", help="Also try the best two sites together.")] = True,
-    limit: Limit = None,
-    seed: Seed = 0,
-    chat: Chat = False,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    chat: options.Chat = False,
     rows: Annotated[int, typer.Option(help="How many settings are listed.", min=1)] = 10,
     dtype: DType = "auto",
     device: Device = None,
-    force: ForceAnew = False,
+    force: options.ForceAnew = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,12 +55,14 @@ def tune(
     from ..tuning.figures import draw_tune
 
     show_bars = False if quiet or json else None
-    options = read_options(sites, operations, ks, max_kl, budget, neutral, seed, out, show_bars)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, show_bars)
     counted = None if momentum is None else Counted.load(momentum)
-    network, tokenizer, task = open_search(data, model, template, out, limit, chat, dtype, device, force)
-    result = search_plan(network, tokenizer, task, momentum=counted, mix=mix, **options)
+    options.open_folder(out, force)
+    network, tokenizer = common.load(model, dtype, device)
+    task = options.load_data(data, template, limit, chat, tokenizer)
+    result = search_plan(network, tokenizer, task, momentum=counted, mix=mix, max_kl=max_kl, seed=seed, **shared)
     result.plan.save_pretrained(out / "plan")
-    write_result(result, out / "tune.png", draw_tune, json)
+    options.write_result(result, out / "tune.png", draw_tune, json)
     if json:
         return
     show(result, max_kl, rows)

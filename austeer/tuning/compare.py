@@ -131,7 +131,6 @@ def compare(
         most=most,
         seed=seed,
         folder=folder,
-        step=step,
         progress=progress,
     )
     operations_of = parse_methods(methods, options.operations)

@@ -11,7 +11,6 @@ from ..errors import TaskError
 from ..momentum.momentum import Momentum
 from .calibrate import check_limit
 from .data import Most
-from .search import Step
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class SearchOptions:
     most: Most
     seed: int
     folder: str | Path | None
-    step: Step
     progress: bool | None
 
     def __post_init__(self) -> None:

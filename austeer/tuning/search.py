@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +51,22 @@ class Standing:
         mean = float(self.change.mean())
         return mean if math.isfinite(mean) else -math.inf
 
-    def interval(self, groups: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
-        """The effect's 95 % interval over the items' groups; None where there are not two of them."""
-        return group_interval(self.change, groups)
+
+def outcome_of(candidate: Candidate, change: Tensor, groups: Sequence[str]) -> dict[str, Any]:
+    """A candidate's setting, and what it did to items: the columns that tables of trials and of held-out data share.
+
+    Args:
+        change: float64 [items], of the log-odds, nats. groups: of the items.
+    """
+    arm, (low, high) = candidate.arm, group_interval(change, groups)
+    return {
+        **{name: getattr(arm, name) for name in ("method", "detail", "site", "operation", "k")},
+        "alpha": candidate.strength,
+        "effect": float(change.mean()),
+        "low": low,
+        "high": high,
+        "share": float((change > 0).double().mean()),
+    }
 
 
 @dataclass(frozen=True)

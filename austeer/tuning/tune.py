@@ -25,7 +25,7 @@ from .held_out import HeldOut, Unsteered, hold_out
 from .options import SearchOptions
 from .preparation import prepare
 from .scorer import Scorer
-from .search import SearchResult, Standing, Step, no_bars, search
+from .search import SearchResult, Standing, Step, no_bars, outcome_of, search
 
 SITES = ("attention", "ffn")
 KS = (3, 10, 30, 100, 300)
@@ -142,22 +142,14 @@ def tune(
         most=most,
         seed=seed,
         folder=folder,
-        step=step,
         progress=progress,
     )
     settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix}
     prepared = prepare(model, tokenizer, data, options, sites=options.sites, settings=settings)
     parts, scorer, material = prepared.parts, prepared.tune_scorer, prepared.material
     ks = options.ks_of(material.momentum)
-    found = search(
-        scorer,
-        arms_of("momentum", material, sites=options.sites, operations=options.operations, ks=ks),
-        group=lambda arm: f"{arm.operation} at {arm.site}",
-        max_kl=max_kl,
-        budget=budget,
-        started=started,
-        step=step,
-    )
+    arms = arms_of("momentum", material, sites=options.sites, operations=options.operations, ks=ks)
+    found = search(scorer, arms, group=_group, max_kl=max_kl, budget=budget, started=started, step=step)
     if mix and len(options.sites) > 1:
         found = replace(found, standings=[*_mixed_sites(scorer, found, max_kl, step), *found.standings])
     best = found.best()
@@ -179,6 +171,10 @@ def tune(
         seconds=time.perf_counter() - started,
         environment=environment(),
     )
+
+
+def _group(arm: Arm) -> str:
+    return f"{arm.operation} at {arm.site}"
 
 
 def _mixed_sites(scorer: Scorer, found: SearchResult, max_kl: float, step: Step) -> list[Standing]:
@@ -204,8 +200,7 @@ def _mixed_sites(scorer: Scorer, found: SearchResult, max_kl: float, step: Step)
         return []
     changes = scorer.changes(candidates, items)
     return [
-        Standing(c, f"{c.arm.operation} at {c.arm.site}", 1.0, limits[c.arm.digest], items, change)
-        for c, change in zip(candidates, changes)
+        Standing(c, _group(c.arm), 1.0, limits[c.arm.digest], items, change) for c, change in zip(candidates, changes)
     ]
 
 
@@ -224,21 +219,10 @@ def trials_of(found: SearchResult, task: Task) -> list[Trial]:
 
 
 def _trial(standing: Standing, task: Task) -> Trial:
-    arm = standing.candidate.arm
-    low, high = standing.interval([task[i].group for i in standing.items])
     return Trial(
-        method=arm.method,
-        detail=arm.detail,
-        site=arm.site,
-        operation=arm.operation,
-        k=arm.k,
-        alpha=standing.candidate.strength,
+        **outcome_of(standing.candidate, standing.change, [task[i].group for i in standing.items]),
         fraction=standing.fraction,
         items=len(standing.items),
-        effect=float(standing.change.mean()),
-        low=low,
-        high=high,
-        share=float((standing.change > 0).double().mean()),
         kl=standing.limit.kl,
     )
 

@@ -151,11 +151,7 @@ class Upload:
 
 
 def half_of(chunk: Chunk, shard: Shard) -> Tensor:
-    """Which of a chunk's rows are in the half that is counted by itself: int64, from 0.
-
-    Raises:
-        FileFormatError: the shard cannot be read.
-    """
+    """Which of a chunk's rows are in the half that is counted by itself: int64, from 0."""
     try:
         return shard.half(chunk.start, chunk.stop)
     except OSError as error:
@@ -163,9 +159,5 @@ def half_of(chunk: Chunk, shard: Shard) -> Tensor:
 
 
 def upload_to(device: torch.device, size: int) -> Callable[[Chunk], Tensor]:
-    """What brings a chunk's data to the device; on the CPU they are there.
-
-    Args:
-        size: bytes of the largest chunk.
-    """
+    """What brings the data of chunks, of at most so many bytes, to the device; on the CPU they are there."""
     return Upload(device, size) if device.type == "cuda" else lambda chunk: chunk.data
