@@ -17,7 +17,8 @@ import typer
 from austeer.baselines import METHODS
 from austeer.causal import causal_check
 from austeer.cli.common import console, load, to_json
-from austeer.cli.search_options import bars, held_out_table
+from austeer.cli.search_options import bars
+from austeer.cli.search_text import held_out_table
 from austeer.demo.demo import load_data
 from austeer.errors import TaskError
 from austeer.momentum.momentum import Momentum

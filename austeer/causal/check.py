@@ -128,7 +128,7 @@ def causal_check(
         raise SelectionError(f"ways: found {list(ways)}, expected some of {', '.join(WAYS)}")
     if task.kind == "numeric":
         raise TaskError(f"{task.name}: found a numeric task, expected options, whose log-odds can change")
-    counters = momentum.counters(site)
+    momentum.counters(site)  # refuses a site that was not measured
     found = find_sites(model, [site])
     check_plan_fits(momentum.select(site, k=1), model, found)
     sites = [place for place in found[site] if place.layer in momentum.layers]
@@ -145,32 +145,11 @@ def causal_check(
         "momentum": _digest(momentum, site),
     }
     runner = Runner(model, tokenizer, task, momentum, site, scale, Record(record, settings), batch_tokens)
-    units = chosen.units()
-    with Progress("steering AUs alone", len(units) * len(ways), "effects", progress) as bar:
-        raised = runner.run(units, ways, bar)
-    beta = signed_rate(counters, momentum.pairs).flatten()[units].numpy()
-    delta = (counters.delta_sum.flatten()[units] / momentum.pairs).numpy()
-    width = counters.positive.shape[1]
-    size, deviation = scale.size.flatten()[units].numpy(), scale.deviation.flatten()[units].numpy()
-    layers = np.array(momentum.layers)[(units // width).numpy()]
-    places = {unit: place for place, unit in enumerate(units.tolist())}
-    places_of = {
-        name: np.array([places[unit] for unit in getattr(chosen, name).tolist()])
-        for name in ("top", "matched", "spread")
-    }
-    results = {
-        way: findings(
-            raised=raised[way],
-            sign=np.where((delta if way == "shift" else beta) >= 0, 1.0, -1.0),
-            beta=beta,
-            given=np.column_stack([layers, size, deviation]),
-            groups=[item.group for item in task],
-            seed=seed,
-            **places_of,
-        )
-        for way in ways
-    }
-    rows = _units(units, width, layers, beta, delta, size, deviation, chosen, raised)
+    columns = _Columns.of(momentum, site, scale, chosen.units())
+    with Progress("steering AUs alone", len(columns.units) * len(ways), "effects", progress) as bar:
+        raised = runner.run(columns.units, ways, bar)
+    groups = [item.group for item in task]
+    results = {way: columns.findings(way, raised[way], chosen, groups, seed) for way in ways}
     return CausalResult(
         model=momentum.model.name,
         dtype=str(floating_dtype(model)).removeprefix("torch."),
@@ -181,13 +160,78 @@ def causal_check(
         pairs=momentum.pairs,
         n=n,
         seed=seed,
-        units=rows,
+        units=columns.rows(raised, chosen),
         findings=results,
         verdict={way: verdict(found) for way, found in results.items()},
         notes=notes(model, task, momentum),
         seconds=time.perf_counter() - start,
         environment=environment(),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """What is known of the sampled AUs before they are steered.
+
+    Attributes:
+        units: int64 [AUs], as in :class:`Sample`. The others: [AUs] each, as of :class:`Unit`.
+    """
+
+    units: Tensor
+    layer: np.ndarray
+    index: np.ndarray
+    beta: np.ndarray
+    delta: np.ndarray
+    size: np.ndarray
+    deviation: np.ndarray
+
+    @classmethod
+    def of(cls, momentum: Momentum, site: str, scale: Scale, units: Tensor) -> _Columns:
+        counters = momentum.counters(site)
+        row, index = np.divmod(units.numpy(), counters.positive.shape[1])
+        return cls(
+            units=units,
+            layer=np.array(momentum.layers)[row],
+            index=index,
+            beta=signed_rate(counters, momentum.pairs).flatten()[units].numpy(),
+            delta=(counters.delta_sum.flatten()[units] / momentum.pairs).numpy(),
+            size=scale.size.flatten()[units].numpy(),
+            deviation=scale.deviation.flatten()[units].numpy(),
+        )
+
+    def findings(self, way: str, raised: np.ndarray, chosen: Sample, groups: Sequence[str], seed: int) -> Findings:
+        """What one way of steering shows; ``raised``: [AUs, items], nats."""
+        places = {unit: place for place, unit in enumerate(self.units.tolist())}
+        return findings(
+            raised=raised,
+            sign=np.where((self.delta if way == "shift" else self.beta) >= 0, 1.0, -1.0),
+            beta=self.beta,
+            given=np.column_stack([self.layer, self.size, self.deviation]),
+            groups=groups,
+            seed=seed,
+            **{name: np.array([places[unit] for unit in units.tolist()]) for name, units in vars(chosen).items()},
+        )
+
+    def rows(self, raised: dict[str, np.ndarray], chosen: Sample) -> list[Unit]:
+        """A row for each AU, with what steering it did."""
+        numbers = self.units.tolist()
+        members = {name: set(units.tolist()) for name, units in vars(chosen).items()}
+        place = dict(zip(numbers, zip(self.layer.tolist(), self.index.tolist())))
+        match = {top: place[other] for top, other in zip(chosen.top.tolist(), chosen.matched.tolist())}
+        return [
+            Unit(
+                layer=place[unit][0],
+                index=place[unit][1],
+                beta=float(self.beta[i]),
+                delta=float(self.delta[i]),
+                size=float(self.size[i]),
+                deviation=float(self.deviation[i]),
+                groups=tuple(name for name, units in members.items() if unit in units),
+                match=match.get(unit),
+                raised={way: float(values[i].mean()) for way, values in raised.items()},
+            )
+            for i, unit in enumerate(numbers)
+        ]
 
 
 def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
@@ -217,33 +261,3 @@ def _digest(momentum: Momentum, site: str) -> str:
     for tensor in momentum.counters(site).tensors().values():
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _units(
-    units: Tensor,
-    width: int,
-    layers: np.ndarray,
-    beta: np.ndarray,
-    delta: np.ndarray,
-    size: np.ndarray,
-    deviation: np.ndarray,
-    chosen: Sample,
-    raised: dict[str, np.ndarray],
-) -> list[Unit]:
-    numbers = units.tolist()
-    member = {name: set(getattr(chosen, name).tolist()) for name in ("top", "matched", "spread")}
-    place = {unit: (int(layers[i]), unit % width) for i, unit in enumerate(numbers)}
-    match = {top: place[other] for top, other in zip(chosen.top.tolist(), chosen.matched.tolist())}
-    return [
-        Unit(
-            *place[unit],
-            float(beta[i]),
-            float(delta[i]),
-            float(size[i]),
-            float(deviation[i]),
-            tuple(name for name, members in member.items() if unit in members),
-            match.get(unit),
-            {way: float(values[i].mean()) for way, values in raised.items()},
-        )
-        for i, unit in enumerate(numbers)
-    ]

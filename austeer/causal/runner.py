@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from ..plans.plan import Plan
 from ..steering.steering import steer
 from ..tasks import Task, option_scores
 from ..tuning.record import Record
+from ..tuning.scorer import slices
 from ..utils.progress import Progress
 from .sample import Scale
 
 #: Plans that one steering carries: each has a row in the strength tables of the layers that it touches.
-TOGETHER = 60
+PLANS_AT_ONCE = 60
 
 
 class Runner:
@@ -45,7 +46,7 @@ class Runner:
         jobs = [(unit, way) for unit in units.tolist() for way in ways]
         missing = [job for job in jobs if self.record.get(self._key(*job)) is None]
         bar.advance(len(jobs) - len(missing))
-        for part in _parts(missing, TOGETHER // 2):
+        for part in slices(missing, PLANS_AT_ONCE // 2):
             self._measure(part)
             bar.advance(len(part))
         return {way: np.array([self.record.get(self._key(unit, way)) for unit in units.tolist()]) for way in ways}
@@ -98,7 +99,3 @@ class Runner:
             pairs=self.momentum.pairs,
             chat_template=self.momentum.chat_template,
         )
-
-
-def _parts(values: Sequence[tuple[int, str]], size: int) -> Iterator[Sequence[tuple[int, str]]]:
-    return (values[i : i + size] for i in range(0, len(values), size))

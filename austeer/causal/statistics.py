@@ -181,32 +181,27 @@ def findings(
 
 def verdict(found: Findings) -> list[str]:
     """In plain words what follows from the intervals, and nothing else."""
-    size, wanted = found.size, found.wanted
     return [
         _sentence(
-            size.low,
-            size.high,
+            found.size,
             "top AUs have a larger effect than matched random AUs",
             "top AUs have a smaller effect than matched random AUs",
             "no difference in the size of the effect from matched random AUs was found",
         ),
         _sentence(
-            wanted.low,
-            wanted.high,
+            found.wanted,
             "top AUs act in the wanted direction more than matched random AUs",
             "top AUs act in the wanted direction less than matched random AUs",
             "no difference in the wanted direction from matched random AUs was found",
         ),
         _sentence(
-            found.signed.low,
-            found.signed.high,
+            found.signed,
             "the direction of the effect goes with the sign and size of beta",
             "the direction of the effect goes against beta",
             "no rank correlation of beta with the effect was found",
         ),
         _sentence(
-            found.absolute_given.low,
-            found.absolute_given.high,
+            found.absolute_given,
             "the size of the effect rises with |beta|, layer and scale held constant",
             "the size of the effect falls with |beta|, layer and scale held constant",
             "no rank correlation of |beta| with the size of the effect was found, layer and scale held constant",
@@ -214,5 +209,5 @@ def verdict(found: Findings) -> list[str]:
     ]
 
 
-def _sentence(low: float, high: float, above: str, below: str, neither: str) -> str:
-    return above if low > 0 else below if high < 0 else neither
+def _sentence(found: Difference | Correlation, above: str, below: str, neither: str) -> str:
+    return above if found.low > 0 else below if found.high < 0 else neither

@@ -9,24 +9,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import (
-    Device,
-    DType,
-    Json,
-    Model,
-    Quiet,
-    check_writable,
-    console,
-    emit,
-    load,
-    note,
-    parse_where,
-    split_names,
-    write_json,
-)
+from . import common
+from .common import Chat, Device, DType, Json, Model, Quiet, Split, Where, console, note
+from .search_text import show_value
 
 if TYPE_CHECKING:
-    from ..causal import CausalResult, Correlation, Difference
+    from ..causal import CausalResult, Difference
 
 
 def causal(
@@ -47,9 +35,9 @@ def causal(
     sample: Annotated[int, typer.Option(help="AUs over the whole range of |beta|, for the correlations.", min=4)] = 75,
     items: Annotated[int, typer.Option(help="Held-out items, drawn with the seed.", min=2)] = 32,
     ways: Annotated[str, typer.Option(help="scale, shift, deviation; comma-separated.")] = "scale,shift,deviation",
-    where: Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of a dataset.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
+    where: Where = None,
+    split: Split = None,
+    chat: Chat = False,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch.", min=1)] = 2048,
     dtype: DType = "float32",
@@ -73,13 +61,13 @@ def causal(
     from ..tasks import load_task
 
     result_file, record = out / "causal.json", out / "record.jsonl"
-    check_writable(result_file, force=True)
+    common.check_writable(result_file, force=True)
     measured = Momentum.load(momentum)
     measured.counters(site)
-    task = load_task(held_out, template, where=parse_where(where), split=split).take(items, seed)
+    task = load_task(held_out, template, where=common.parse_where(where), split=split).take(items, seed)
     if force:
         record.unlink(missing_ok=True)
-    network, tokenizer = load(model, dtype, device)
+    network, tokenizer = common.load(model, dtype, device)
     if chat:
         task = task.with_chat_template(tokenizer)
     try:
@@ -91,7 +79,7 @@ def causal(
             site,
             n=n,
             sample=sample,
-            ways=split_names(ways),
+            ways=common.split_names(ways),
             seed=seed,
             batch_tokens=batch_tokens,
             record=record,
@@ -100,7 +88,7 @@ def causal(
     except KeyboardInterrupt:
         note(f"what is finished is in {record}: the same command goes on")
         raise
-    write_json(result_file, result.to_json())
+    common.write_json(result_file, result.to_json())
     figure = None
     if find_spec("matplotlib") is not None:
         from ..causal.figures import draw_causal
@@ -109,7 +97,7 @@ def causal(
     for text in result.notes:
         note(text)
     if json:
-        emit({"out": out, "figure": figure, **result.to_json()})
+        common.emit({"out": out, "figure": figure, **result.to_json()})
         return
     show(result)
     console.print(f"\n{result.seconds:.0f} s; wrote {result_file.name}{' and causal.png' if figure else ''} in {out}")
@@ -133,7 +121,9 @@ def show(result: CausalResult) -> None:
     console.print("\n[bold]Rank correlation with the effect[/], AUs over the whole range of |beta|")
     table = Table("steered", "beta, effect", "|beta|, |effect|", "the same, layer and scale held constant", box=None)
     for way, found in result.findings.items():
-        table.add_row(way, *(_rho(c) for c in (found.signed, found.absolute, found.absolute_given)))
+        table.add_row(
+            way, *(show_value(c.rho, c.low, c.high) for c in (found.signed, found.absolute, found.absolute_given))
+        )
     console.print(table)
     for way, sentences in result.verdict.items():
         console.print(f"\n[bold]{way}[/] ({WAYS[way]})")
@@ -142,10 +132,7 @@ def show(result: CausalResult) -> None:
 
 
 def _cells(row: Difference) -> list[str]:
-    values = [1000 * value for value in (row.top, row.matched, row.difference, row.low, row.high)]
-    spread = escape(f"{values[2]:+.2f} [{values[3]:+.2f}, {values[4]:+.2f}]")
-    return [f"{values[0]:+.2f}", f"{values[1]:+.2f}", spread, f"{row.p:.2g}"]
-
-
-def _rho(found: Correlation) -> str:
-    return escape(f"{found.rho:+.2f} [{found.low:+.2f}, {found.high:+.2f}]")
+    top, matched, difference, low, high = (
+        1000 * value for value in (row.top, row.matched, row.difference, row.low, row.high)
+    )
+    return [f"{top:+.2f}", f"{matched:+.2f}", show_value(difference, low, high), f"{row.p:.2g}"]

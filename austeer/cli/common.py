@@ -6,11 +6,15 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from ..plans.plan import Plan
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -23,6 +27,13 @@ Device = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite --out.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")]
+Where = Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")]
+Split = Annotated[str | None, typer.Option(help="Which split of a dataset.")]
+PromptField = Annotated[str, typer.Option(help="The name of the prompt's field.")]
+PositiveField = Annotated[str, typer.Option(help="The name of the desired continuation's field.")]
+NegativeField = Annotated[str, typer.Option(help="The name of the undesired continuation's field.")]
 
 
 def fail(message: str) -> NoReturn:
@@ -54,6 +65,14 @@ def note(message: str) -> None:
     """What a user should know, beside the result: on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print("[yellow]note:[/] ", end="")
     print(message, file=sys.stderr)
+
+
+def note_chat_form(plans: Mapping[str, Plan], chat: bool) -> None:
+    """Says which plans were measured on prompts of another form than these."""
+    for name, plan in plans.items():
+        if plan.chat_template != chat:
+            form = "through" if plan.chat_template else "without"
+            note(f"{name} was measured {form} a chat template, and these prompts are not; see --chat")
 
 
 def check_writable(path: Path, force: bool) -> None:
@@ -90,6 +109,12 @@ def parse_where(conditions: list[str] | None) -> dict[str, str]:
 def split_names(value: str) -> list[str]:
     """Names of a comma-separated option."""
     return [name.strip() for name in value.split(",") if name.strip()]
+
+
+def plan_names(sources: Sequence[str]) -> list[str]:
+    """A name for each plan: its folder's or repository's, or all that was given where two are called the same."""
+    short = [Path(source).resolve().name for source in sources]
+    return short if len(set(short)) == len(short) else list(sources)
 
 
 def load(name: str, dtype: str, device: str | None, strategy: str = "resident"):

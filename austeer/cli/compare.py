@@ -6,39 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from .common import Device, DType, Json, Model, Quiet, console, emit, load, split_names, write_json
-from .search_options import (
-    LEGEND,
-    Budget,
-    Chat,
-    DataArgument,
-    Ks,
-    Limit,
-    MaxKl,
-    Neutral,
-    Operations,
-    Seed,
-    Sites,
-    Template,
-    bars,
-    held_out_table,
-    load_data,
-    open_folder,
-    parse_budget,
-    parse_counts,
-    read_neutral,
-)
+from . import common
+from . import search_options as options
+from .common import Device, DType, Json, Model, Quiet, console
+from .search_text import LEGEND, held_out_table, show_ratio
 
 if TYPE_CHECKING:
+    from ..tuning import CompareResult
     from ..tuning.held_out import HeldOut
 
 
 def compare(
-    data: DataArgument,
+    data: options.DataArgument,
     model: Model,
-    template: Template = None,
+    template: options.Template = None,
     methods: Annotated[
         str,
         typer.Option(help="Methods, separated by commas; NAME:OPERATION takes one operation only."),
@@ -46,19 +28,19 @@ def compare(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for result, figure and search.")] = Path(
         "runs/compare"
     ),
-    sites: Sites = "attention,ffn",
-    operations: Operations = "scale,push,shift",
-    ks: Ks = "10,100",
-    max_kl: MaxKl = 0.1,
-    budget: Budget = None,
-    neutral: Neutral = None,
+    sites: options.Sites = "attention,ffn",
+    operations: options.Operations = "scale,push,shift",
+    ks: options.Ks = "10,100",
+    max_kl: options.MaxKl = 0.1,
+    budget: options.Budget = None,
+    neutral: options.Neutral = None,
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time decoding with each method.")] = True,
-    limit: Limit = None,
-    seed: Seed = 0,
-    chat: Chat = False,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    chat: options.Chat = False,
     dtype: DType = "auto",
     device: Device = None,
-    force: Annotated[bool, typer.Option("--force", help="Start anew over an earlier search in --out.")] = False,
+    force: options.ForceAnew = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,35 +53,23 @@ def compare(
     """
     from ..tuning import compare as compare_methods
     from ..tuning.figures import draw_compare
-    from ..utils.figures import require_matplotlib
 
-    seconds, counts, texts = parse_budget(budget), parse_counts("--ks", ks), read_neutral(neutral)
-    require_matplotlib()
-    open_folder(out, force)
-    network, tokenizer = load(model, dtype, device)
-    show = False if quiet or json else None
-    result = compare_methods(
-        network,
-        tokenizer,
-        load_data(data, template, limit, chat, tokenizer),
-        methods=split_names(methods),
-        sites=split_names(sites),
-        operations=split_names(operations),
-        ks=counts,
-        max_kl=max_kl,
-        budget=seconds,
-        neutral=texts,
-        timed=timed,
-        seed=seed,
-        folder=out,
-        step=bars(show),
-        progress=show,
-    )
-    write_json(out / "result.json", result.to_json())
-    draw_compare(result, out / "compare.png")
+    show_bars = False if quiet or json else None
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, show_bars)
+    options.open_folder(out, force)
+    network, tokenizer = common.load(model, dtype, device)
+    task = options.load_data(data, template, limit, chat, tokenizer)
+    shared |= {"methods": common.split_names(methods), "timed": timed, "max_kl": max_kl, "seed": seed}
+    result = compare_methods(network, tokenizer, task, **shared)
+    options.write_result(result, out / "compare.png", draw_compare, json)
     if json:
-        emit({"out": out, **result.to_json()})
         return
+    show(result)
+    console.print(f"\n{result.seconds:.0f} s; wrote result.json and compare.png in {out}")
+
+
+def show(result: CompareResult) -> None:
+    """What each method does to held-out data, and what it costs."""
     split = result.settings["data"]
     console.print(
         f"{split['measure']['pairs']} pairs measured, {split['tune']['items']} items tuned on, {len(result.trials)} "
@@ -108,15 +78,12 @@ def compare(
     )
 
     def time_of(row: HeldOut) -> str:
-        timing = result.cost.get(row.name)
-        return "" if timing is None else escape(f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]")
+        return show_ratio(result.cost[row.name]) if row.name in result.cost else ""
 
     console.print(held_out_table(result.unsteered, result.held_out, time_of if result.cost else None))
     console.print(LEGEND)
     if result.cost:
-        again = result.cost["unsteered again"]
         console.print(
             "time: of a token over unsteered, decoding at batch 1, median and quartiles; unsteered again "
-            + escape(f"{again.ratio:.3f} [{again.low:.3f}, {again.high:.3f}]")
+            + show_ratio(result.cost["unsteered again"])
         )
-    console.print(f"\n{result.seconds:.0f} s; wrote result.json and compare.png in {out}")

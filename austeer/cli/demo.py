@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .common import DType, Json, Quiet, check_writable, console, emit, load, write_json
-from .search_options import LEGEND, bars, held_out_table, show_alpha
+from .common import DType, Json, Quiet, check_writable, console, load
+from .search_options import bars, write_result
+from .search_text import LEGEND, held_out_table, show_alpha, show_ratio
 
 if TYPE_CHECKING:
     from ..demo.demo import DemoResult
@@ -43,10 +44,8 @@ def demo(
     say(f"model     {network.config._name_or_path}, loaded in {time.perf_counter() - start:.1f} s")
     show_bars = False if quiet or json else None
     result, _, _ = demonstration.run(network, tokenizer, out, say=say, step=bars(show_bars), progress=show_bars)
-    write_json(out / "result.json", result.to_json())
-    draw_demo(result, out / "demo.png")
+    write_result(result, out / "demo.png", draw_demo, json)
     if json:
-        emit({"out": out, **result.to_json()})
         return
     show(result, console)
     console.print(
@@ -85,8 +84,7 @@ def show(result: DemoResult, console: Console) -> None:
     console.print("\n[bold]Time per token[/], decoding at batch 1, interleaved rounds")
     table = Table("path", "ms", escape("ratio to unsteered [quartiles]"), box=None)
     for name, timing in result.timings.items():
-        spread = escape(f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]")
-        table.add_row(name, f"{1000 * timing.seconds:.1f}", spread)
+        table.add_row(name, f"{1000 * timing.seconds:.1f}", show_ratio(timing))
     console.print(table)
     console.print(
         "fused: its PyTorch definition, as this is a CPU; differences within those of unsteered again are noise"

@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    Device,
-    DType,
-    Json,
-    Quiet,
-    check_writable,
-    console,
-    emit,
-    load,
-    note,
-    parse_where,
-    split_names,
-    write_json,
-)
+from . import common
+from .common import Device, DType, Force, Json, Quiet, Split, Where
 from .evaluate_text import list_templates, show, show_lm_eval
 from .search_options import Chat, Neutral, Template, read_neutral
 
@@ -29,34 +17,50 @@ if TYPE_CHECKING:
     from ..plans.plan import Plan
     from ..tasks import Variant
 
+TaskFile = Annotated[
+    str | None, typer.Argument(help="A labelled task: a file, a pattern or hf:ORG/NAME.", show_default=False)
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Folder or Hub id; 'demo' is SmolLM2-135M-Instruct.", show_default=False),
+]
+Plans = Annotated[
+    list[str] | None,
+    typer.Option("--plan", "-p", help="A plan's folder or Hub id; may be repeated.", show_default=False),
+]
+Alphas = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--alpha",
+        "-a",
+        help="Strength: one for each plan, one for all, or several of one plan. [default: the plan's own, if its "
+        "evidence has one]",
+        show_default=False,
+    ),
+]
+LmEval = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of a file: tasks of lm-eval by name, comma-separated (austeer[lm-eval]).", show_default=False
+    ),
+]
+LmEvalPath = Annotated[
+    Path | None, typer.Option(help="A folder with further tasks of lm-eval, as YAML.", show_default=False)
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="A JSON file for everything, item by item.", show_default=False)
+]
+
 
 def evaluate(
-    task: Annotated[
-        str | None,
-        typer.Argument(help="A labelled task: a file, a pattern or hf:ORG/NAME.", show_default=False),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Folder or Hub id; 'demo' is SmolLM2-135M-Instruct.", show_default=False),
-    ] = None,
+    task: TaskFile = None,
+    model: Model = None,
     template: Template = None,
-    plan: Annotated[
-        list[str] | None,
-        typer.Option("--plan", "-p", help="A plan's folder or Hub id; may be repeated.", show_default=False),
-    ] = None,
-    alpha: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--alpha",
-            "-a",
-            help="Strength: one for each plan, one for all, or several of one plan. [default: the plan's own, if its "
-            "evidence has one]",
-            show_default=False,
-        ),
-    ] = None,
+    plan: Plans = None,
+    alpha: Alphas = None,
     k: Annotated[list[int] | None, typer.Option(help="Only the k most important AUs; as --alpha.", min=1)] = None,
-    where: Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of a dataset.")] = None,
+    where: Where = None,
+    split: Split = None,
     limit: Annotated[int | None, typer.Option(help="At most so many items, drawn with --seed.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of the items that --limit draws.")] = 0,
     drop_duplicates: Annotated[
@@ -66,19 +70,10 @@ def evaluate(
     neutral: Neutral = None,
     max_new_tokens: Annotated[int, typer.Option(help="What is written for a numeric answer, at most.", min=1)] = 128,
     templates: Annotated[bool, typer.Option("--templates", help="List the templates that are shipped.")] = False,
-    lm_eval: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of a file: tasks of lm-eval by name, comma-separated (austeer[lm-eval]).", show_default=False
-        ),
-    ] = None,
-    lm_eval_path: Annotated[
-        Path | None, typer.Option(help="A folder with further tasks of lm-eval, as YAML.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A JSON file for everything, item by item.", show_default=False)
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    lm_eval: LmEval = None,
+    lm_eval_path: LmEvalPath = None,
+    out: Out = None,
+    force: Force = False,
     dtype: DType = "auto",
     device: Device = None,
     json: Json = False,
@@ -95,67 +90,75 @@ def evaluate(
     from ..plans.plan import Plan
     from ..tasks import checked_variants, load_task
     from ..tasks import evaluate as evaluate_task
-    from ..tasks.lm_eval import check_tasks, lm_evaluate
 
     if templates:
         list_templates(json)
         return
+    model = check_sources(task, lm_eval, model)
+    conditions = common.parse_where(where)
+    if out is not None:
+        common.check_writable(out, force)
+    texts = read_neutral(neutral)
+    variants = checked_variants(make_variants(plan or [], alpha or [], k or [], Plan.from_pretrained))
+    if lm_eval is not None:
+        ignored = {"--template": template, "--where": where, "--split": split, "--neutral": neutral}
+        for name in (name for name, value in ignored.items() if value):
+            raise AusteerError(f"{name}: found it beside --lm-eval, whose tasks have their own data; leave it out")
+        scores = lm_eval_scores(lm_eval, lm_eval_path, model, dtype, device, variants, limit=limit, chat=chat)
+        if out is not None:
+            common.write_json(out, scores)
+        common.emit(scores) if json else show_lm_eval(scores["lm_eval"])
+        return
+    assert task is not None
+    duplicates = "drop" if drop_duplicates else None
+    loaded = load_task(task, template, where=conditions, split=split, duplicates=duplicates)
+    if limit is not None:
+        loaded = loaded.take(limit, seed)
+    network, tokenizer = common.load(model, dtype, device)
+    if chat:
+        loaded = loaded.with_chat_template(tokenizer)
+    common.note_chat_form({name: variant.plan for name, variant in variants.items()}, chat)
+    show_bar = False if quiet or json else None
+    result = evaluate_task(
+        network, tokenizer, loaded, variants, neutral=texts, max_new_tokens=max_new_tokens, progress=show_bar
+    )
+    if out is not None:
+        common.write_json(out, result.to_json())
+    if json:
+        common.emit(result.to_json(rows=False))
+        return
+    show(result)
+    if out is not None:
+        common.console.print(f"wrote {out}")
+
+
+def check_sources(task: str | None, lm_eval: str | None, model: str | None) -> str:
+    """The model's name; refuses what is no task, or two of them."""
+    from ..errors import AusteerError
+
     if (task is None) == (lm_eval is None):
         found = "neither" if task is None else "both"
         raise AusteerError(f"found {found} a task's file and --lm-eval, expected one of them")
     if model is None:
         raise AusteerError("--model: found none, expected a folder, a Hub id, or demo")
-    conditions = parse_where(where)
-    if out is not None:
-        check_writable(out, force)
-    texts = read_neutral(neutral)
-    variants = checked_variants(make_variants(plan or [], alpha or [], k or [], Plan.from_pretrained))
-    if lm_eval is not None:
-        ignored = {"--template": template, "--where": where, "--split": split, "--neutral": neutral}
-        for name, value in ignored.items():
-            if value:
-                raise AusteerError(f"{name}: found it beside --lm-eval, whose tasks have their own data; leave it out")
-        names = check_tasks(split_names(lm_eval), lm_eval_path)
-        network, tokenizer = load(model, dtype, device)
-        scores = lm_evaluate(network, tokenizer, names, variants, limit=limit, chat=chat, include_path=lm_eval_path)
-        data: dict[str, Any] = {"model": model, "lm_eval": scores}
-        if out is not None:
-            write_json(out, data)
-        emit(data) if json else show_lm_eval(scores)
-        return
-    loaded = load_task(
-        task,
-        template,
-        where=conditions,
-        split=split,
-        duplicates="drop" if drop_duplicates else None,
-    )
-    if limit is not None:
-        loaded = loaded.take(limit, seed)
-    network, tokenizer = load(model, dtype, device)
-    if chat:
-        loaded = loaded.with_chat_template(tokenizer)
-    for name, variant in variants.items():
-        if variant.plan.chat_template != chat:
-            form = "through" if variant.plan.chat_template else "without"
-            note(f"{name} was measured {form} a chat template, and these prompts are not; see --chat")
-    result = evaluate_task(
-        network,
-        tokenizer,
-        loaded,
-        variants,
-        neutral=texts,
-        max_new_tokens=max_new_tokens,
-        progress=False if quiet or json else None,
-    )
-    if out is not None:
-        write_json(out, result.to_json())
-    if json:
-        emit(result.to_json(rows=False))
-        return
-    show(result)
-    if out is not None:
-        console.print(f"wrote {out}")
+    return model
+
+
+def lm_eval_scores(
+    tasks: str,
+    path: Path | None,
+    model: str,
+    dtype: str,
+    device: str | None,
+    variants: dict[str, Variant],
+    **options: Any,
+) -> dict[str, Any]:
+    """What lm-eval finds on its own tasks."""
+    from ..tasks.lm_eval import check_tasks, lm_evaluate
+
+    names = check_tasks(common.split_names(tasks), path)
+    network, tokenizer = common.load(model, dtype, device)
+    return {"model": model, "lm_eval": lm_evaluate(network, tokenizer, names, variants, include_path=path, **options)}
 
 
 def make_variants(
@@ -179,9 +182,7 @@ def make_variants(
     count = max(len(plans), len(alphas), len(ks)) if plans else 0
     sources, strengths, numbers = _spread(plans, count), _spread(alphas, count), _spread(ks, count)
     loaded = {source: read(source) for source in dict.fromkeys(plans)}
-    short = {source: Path(source).resolve().name for source in loaded}
-    if len(set(short.values())) < len(short):
-        short = {source: source for source in loaded}
+    short = dict(zip(loaded, common.plan_names(list(loaded))))
     found: dict[str, Variant] = {}
     for source, alpha, k in zip(sources, strengths, numbers):
         name = short[source]

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import console, emit
-from .search_options import show_alpha
+from .search_text import show_alpha, show_value
 
 if TYPE_CHECKING:
     from ..tasks import Evaluation, IntervalEstimate
@@ -107,7 +107,4 @@ def _share(estimate: IntervalEstimate) -> str:
 
 
 def _signed(estimate: IntervalEstimate | None) -> str:
-    if estimate is None:
-        return ""
-    interval = "" if estimate.low is None else f" [{estimate.low:+.2f}, {estimate.high:+.2f}]"
-    return escape(f"{estimate.value:+.2f}{interval}")
+    return "" if estimate is None else show_value(estimate.value, estimate.low, estimate.high)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json as json_module
 import shlex
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import export_checkpoint, export_gguf
-from .common import Json, Model, Quiet, console, emit
-from .export_options import Alphas, Force, Out, Plans, read_plans, warnings_as_notes
+from .common import Json, Model, Quiet, console, emit, note
+
+Plans = Annotated[list[str], typer.Argument(help="A plan's folder or Hub id; effects of several add up.")]
+Alphas = Annotated[
+    list[float] | None, typer.Option("--alpha", "-a", help="Strength: one for all plans, or one for each. [1]")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is in --out.")]
+_COPY = "Copy files that stay as they are; linked otherwise: one file on disk under two names."
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -86,6 +96,112 @@ def lora(
     )
 
 
+@app.command()
+def checkpoint(
+    plan: Plans,
+    model: Model,
+    out: Out,
+    alpha: Alphas = None,
+    copy: Annotated[bool, typer.Option("--copy", help=_COPY)] = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fold plans into a model's weights: a checkpoint for any engine. Needs no GPU, and little memory.
+
+    The operation shift becomes biases, where the model's config has them.
+
+    Example: `austeer export checkpoint plans/kind --model meta-llama/Llama-3.1-8B-Instruct --alpha 8 --out kind-8b`
+    """
+    from ..export.biases import READ_BY_VLLM
+    from ..export.checkpoint import export_checkpoint
+    from ..export.output import RECORD, gigabytes
+    from ..export.tensors import INDEX
+
+    with warnings_as_notes():
+        export_checkpoint(
+            read_plans(plan, alpha), model, out, force=force, link=not copy, progress=False if quiet or json else None
+        )
+    record = json_module.loads((out / RECORD).read_text(encoding="utf-8"))
+    files = sorted(file for file in out.rglob("*.safetensors"))
+    own = [file for file in files if file.stat().st_nlink == 1]
+    found = {
+        "folder": out,
+        "model": record["model"],
+        "files": len(files),
+        "linked": len(files) - len(own),
+        "rewritten": record["rewritten"],
+        "bytes": sum(file.stat().st_size for file in own),
+        "settings": record.get("biases", {}).get("settings", []),
+        "plans": record["plans"],
+        "sharded": (out / INDEX).is_file(),
+    }
+    if "base" in record:
+        note(f"{record['model']} had plans folded in already, and has these as well now; see {out / RECORD}")
+    if json:
+        emit(found)
+        return
+    family = record["plans"][0]["model"]["model_type"]
+    unread = " --model-impl transformers" if found["settings"] and family not in READ_BY_VLLM else ""
+    biases = f", new biases ({', '.join(found['settings'])})" if found["settings"] else ""
+    console.print(
+        f"weight files: {len(files) - found['linked']} written ({gigabytes(found['bytes'])}), {found['linked']} linked"
+        f"{biases}\n"
+        f"wrote {out}\n"
+        f"next: vllm serve {shlex.quote(str(out))}{unread}",
+        markup=False,
+    )
+
+
+@app.command()
+def gguf(
+    plan: Plans,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to make, FILE.gguf.")],
+    alpha: Alphas = None,
+    dtype: Annotated[str, typer.Option(help="Of an adapter: float32 or float16.")] = "float32",
+    architecture: Annotated[
+        str | None, typer.Option(help="general.architecture of the model's GGUF. [default: its family's]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace --out.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write plans for llama.cpp: a LoRA adapter (scale) or a control vector (shift at the sites layer and ffn).
+
+    --model is what the GGUF was converted from. Any quantisation of it can be served with the file.
+
+    Example: `austeer export gguf plans/kind --model Qwen/Qwen3-8B --alpha 8 --out kind.gguf`
+    """
+    from ..export.gguf import export_gguf
+    from ..export.output import gigabytes
+
+    plans = read_plans(plan, alpha)
+    with warnings_as_notes():
+        export_gguf(
+            plans,
+            model,
+            out,
+            dtype=dtype,
+            architecture=architecture,
+            force=force,
+            progress=False if quiet or json else None,
+        )
+    vector = plans[0][0].operation == "shift"
+    size = out.stat().st_size
+    if json:
+        kind = "controlvector" if vector else "lora"
+        emit({"file": out, "kind": kind, "bytes": size, "alphas": [strength for _, strength in plans]})
+        return
+    option = "--control-vector" if vector else "--lora"
+    console.print(
+        f"{'control vector' if vector else 'LoRA adapter'}, {gigabytes(size)}\n"
+        f"wrote {out}\n"
+        f"next: llama-server -m MODEL.gguf {option} {shlex.quote(str(out))}",
+        markup=False,
+    )
+
+
 def _next(found: dict[str, Any], peft_only: bool) -> str:
     """What to do with an adapter."""
     from ..plans.serving import VLLM_DEFAULT_RANK, VLLM_RANKS
@@ -100,5 +216,27 @@ def _next(found: dict[str, Any], peft_only: bool) -> str:
     return f"vllm serve {shlex.quote(found['model'])} --enable-lora{more} --lora-modules {module}"
 
 
-app.command()(export_checkpoint.checkpoint)
-app.command()(export_gguf.gguf)
+def read_plans(names: Sequence[str], alphas: Sequence[float] | None) -> list:
+    """Plans from folders or the Hub, each with its strength."""
+    from ..errors import PlanError
+    from ..plans.plan import Plan
+
+    given = list(alphas or [1.0])
+    if len(given) not in (1, len(names)):
+        raise PlanError(f"--alpha: found {len(given)} for {len(names)} plans, expected one, or one for each plan")
+    return list(zip(map(Plan.from_pretrained, names), given if len(given) > 1 else given * len(names)))
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """What an export warns of, in the command line's form."""
+    from ..export import ExportWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExportWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, ExportWarning):
+            note(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, DType, Json, Model, console, emit, load, note
+from . import common
+from .common import Chat, Device, DType, Json, Model, console
 
 if TYPE_CHECKING:
     from ..plans.plan import Plan
@@ -31,7 +31,7 @@ def generate(
         str, typer.Option(help="all, prompt, generation, last_prompt_token, or tokens such as 0:16 or 16:")
     ] = "all",
     mode: Annotated[str, typer.Option(help="auto, fold, fused, columns or dense.")] = "auto",
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
+    chat: Chat = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 40,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
     temperature: Annotated[float, typer.Option(help="With --sample.", min=0.01)] = 1.0,
@@ -52,16 +52,13 @@ def generate(
     from ..plans.plan import Plan
     from ..steering.steering import steer
 
-    plans = dict(zip(_names(plan), map(Plan.from_pretrained, plan)))
+    plans = dict(zip(common.plan_names(plan), map(Plan.from_pretrained, plan)))
     only = next(iter(plans.values())) if len(plans) == 1 else None
     recommended = {name: _recommended(loaded) for name, loaded in plans.items()}
     own = recommended[next(iter(plans))] if only is not None else recommended
     strengths: list[Any] = list(alpha) if alpha else [own]
-    network, tokenizer = load(model, dtype, device)
-    for name, loaded in plans.items():
-        if loaded.chat_template != chat:
-            form = "through" if loaded.chat_template else "without"
-            note(f"{name} was measured {form} a chat template, and these prompts are not; see --chat")
+    network, tokenizer = common.load(model, dtype, device)
+    common.note_chat_form(plans, chat)
     write = partial(
         continue_prompts,
         network,
@@ -89,7 +86,7 @@ def generate(
                 part = texts[number * len(prompt) : (number + 1) * len(prompt)]
                 results["unsteered" if row is None else f"{row}, {label}"] = part
     if json:
-        emit({"prompts": prompt, "continuations": results, "report": [asdict(row) for row in steering.report()]})
+        common.emit({"prompts": prompt, "continuations": results, "report": [asdict(row) for row in steering.report()]})
         return
     width = max(12, *map(len, results))
     for i, text in enumerate(prompt):
@@ -98,12 +95,6 @@ def generate(
             console.print(f"  [cyan]{name:<{width}}[/] {_plain(texts[i])}")
     if report:
         console.print(str(steering.report()))
-
-
-def _names(sources: list[str]) -> list[str]:
-    """A name for each plan: its folder's or repository's, or all that was given where two are called the same."""
-    short = [Path(source).resolve().name for source in sources]
-    return short if len(set(short)) == len(short) else sources
 
 
 def _recommended(plan: Plan) -> float | dict[str, float]:

@@ -3,74 +3,72 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    Device,
-    DType,
-    Json,
-    Model,
-    Quiet,
-    check_writable,
-    console,
-    emit,
-    load,
-    note,
-    parse_where,
-    split_names,
-)
+from . import common, momentum_file
+from .common import Chat, Device, DType, Json, Model, NegativeField, PositiveField, PromptField, Quiet, Split, Where
+from .momentum_file import Checkpoint, ForceAnew, Out, Resume
+
+if TYPE_CHECKING:
+    from ..momentum.momentum import Momentum
+    from ..pairs.stream import PairStream
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files with a prompt and two continuations a row: JSONL, JSON, CSV (also .gz, .zst), Parquet; or "
+        "hf:ORG/NAME, or a folder of Dataset.save_to_disk.",
+        show_default=False,
+    ),
+]
+Layers = Annotated[
+    str | None, typer.Option(help="Only these, for example 0-11,15; what is above is not run. [default: all]")
+]
+Strategy = Annotated[
+    str, typer.Option(help="resident, layerwise (each layer is loaded once), or auto: by what fits into memory.")
+]
+BatchTokens = Annotated[
+    int | None, typer.Option(help="Tokens in a batch, with padding. [default: by the device and its memory]", min=1)
+]
+SaveActivations = Annotated[
+    Path | None, typer.Option(help="A folder to keep the activations in, for momentum from-activations.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only estimate time, memory and bytes, from the model's config.")
+]
 
 
 def measure(
-    pairs: Annotated[
-        list[str],
-        typer.Argument(
-            help="Files with a prompt and two continuations a row: JSONL, JSON, CSV (also .gz, .zst), Parquet; or "
-            "hf:ORG/NAME, or a folder of Dataset.save_to_disk.",
-            show_default=False,
-        ),
-    ],
+    pairs: Sources,
     model: Model,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The momentum file to write (safetensors).", show_default=False)
-    ] = None,
+    out: Out = None,
     sites: Annotated[str, typer.Option(help="attention, ffn, layer, neuron; comma-separated.")] = "attention,ffn",
-    layers: Annotated[
-        str | None, typer.Option(help="Only these, for example 0-11,15; what is above is not run. [default: all]")
-    ] = None,
-    prompt_field: Annotated[str, typer.Option(help="The name of the prompt's field.")] = "prompt",
-    positive_field: Annotated[str, typer.Option(help="The name of the desired continuation's field.")] = "positive",
-    negative_field: Annotated[str, typer.Option(help="The name of the undesired continuation's field.")] = "negative",
-    where: Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of a dataset.")] = None,
+    layers: Layers = None,
+    prompt_field: PromptField = "prompt",
+    positive_field: PositiveField = "positive",
+    negative_field: NegativeField = "negative",
+    where: Where = None,
+    split: Split = None,
     limit: Annotated[int | None, typer.Option(help="Read at most so many pairs.", min=2)] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
+    chat: Chat = False,
     max_length: Annotated[int | None, typer.Option(help="Cut texts on the left to so many tokens.", min=1)] = None,
-    strategy: Annotated[
-        str, typer.Option(help="resident, layerwise (each layer is loaded once), or auto: by what fits into memory.")
-    ] = "auto",
+    strategy: Strategy = "auto",
     share_prompts: Annotated[bool, typer.Option(help="Run what texts have in common once.")] = True,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens in a batch, with padding. [default: by the device and its memory]", min=1)
-    ] = None,
+    batch_tokens: BatchTokens = None,
     dtype: DType = "auto",
     device: Device = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Where counters are kept. [default: OUT.checkpoint]")] = None,
+    checkpoint: Checkpoint = None,
     checkpoint_every: Annotated[int, typer.Option(help="Pairs between two checkpoints.", min=1)] = 1024,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
-    save_activations: Annotated[
-        Path | None, typer.Option(help="A folder to keep the activations in, for momentum from-activations.")
-    ] = None,
+    resume: Resume = False,
+    save_activations: SaveActivations = None,
     scratch: Annotated[Path | None, typer.Option(help="A folder for hidden states (layerwise).")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only estimate time, memory and bytes, from the model's config.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out, and start anew over a checkpoint.")] = False,
+    dry_run: DryRun = False,
+    force: ForceAnew = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -80,165 +78,110 @@ def measure(
 
     On several GPUs: `accelerate launch -m austeer measure ...` splits the pairs over the processes.
     """
-    from ..errors import AusteerError
     from ..making import grave_note
-    from ..measuring.checkpoint import check_path, remove, written
     from ..measuring.measure import measure as measure_momentum
-    from ..measuring.processes import Processes
     from ..pairs.stream import stream_pairs
 
-    conditions = parse_where(where)
-    if out is None and not dry_run:
-        raise AusteerError("--out: found none, expected the momentum file to write")
-    loaded = stream_pairs(
-        pairs[0] if len(pairs) == 1 else pairs,
-        prompt=prompt_field,
-        positive=positive_field,
-        negative=negative_field,
-        where=conditions,
-        limit=limit,
-        split=split,
-    )
-    names, numbers = split_names(sites), parse_layers(layers)
+    conditions = common.parse_where(where)
+    momentum_file.check_out(out, dry_run)
+    fields = {"prompt": prompt_field, "positive": positive_field, "negative": negative_field}
+    source = pairs[0] if len(pairs) == 1 else pairs
+    loaded = stream_pairs(source, **fields, where=conditions, limit=limit, split=split)
     if checkpoint is None and out is not None:
         checkpoint = out.with_name(f"{out.name}.checkpoint")
+    work: dict[str, Any] = {  # what a run and its estimate take alike
+        "sites": common.split_names(sites),
+        "layers": momentum_file.parse_layers(layers),
+        "strategy": strategy,
+        "share_prompts": share_prompts,
+        "batch_tokens": batch_tokens,
+        "max_length": max_length,
+        "checkpoint": checkpoint,
+        "scratch": scratch,
+    }
     if dry_run:
-        estimate_only(
-            model,
-            loaded,
-            names,
-            chat,
-            json,
-            layers=numbers,
-            strategy=strategy,
-            dtype=dtype,
-            device=device,
-            batch_tokens=batch_tokens,
-            share_prompts=share_prompts,
-            max_length=max_length,
-            checkpoint=checkpoint,
-            scratch=scratch,
-        )
+        show_estimate(model, loaded, chat, json, dtype=dtype, device=device, **work)
         return
     assert out is not None and checkpoint is not None
-    check_writable(out, force)
-    check_path(checkpoint)
-    if checkpoint.absolute() in [out.absolute(), *(Path(path).absolute() for path in pairs)]:
-        raise AusteerError(
-            f"--checkpoint: found {checkpoint}, which is the result or the pairs; give a name of its own"
-        )
-    distributed, main = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0") == "0"
-    if force and not resume:
-        if distributed:
-            Processes.launched().main_first(lambda: remove(checkpoint, scratch))
-        else:
-            remove(checkpoint, scratch)
-    if resume and main and not written(checkpoint):
-        note(f"{checkpoint}: there is no checkpoint; starting with the first pair")
+    common.check_writable(out, force)
+    check_checkpoint(checkpoint, out, pairs)
+    main = os.environ.get("RANK", "0") == "0"
+    open_checkpoint(checkpoint, scratch, force, resume, main)
     start = time.perf_counter()
-    network, tokenizer = load(model, dtype, device, strategy)
+    network, tokenizer = common.load(model, dtype, device, strategy)
     load_seconds = time.perf_counter() - start
     if chat:
         loaded = loaded.with_chat_template(tokenizer)
     if main and (grave := grave_note(loaded, tokenizer, chat_template=chat)):
-        note(grave)
+        common.note(grave)
     momentum = measure_momentum(
         network,
         tokenizer,
         loaded,
-        names,
-        layers=numbers,
-        strategy=strategy,
-        share_prompts=share_prompts,
-        batch_tokens=batch_tokens,
-        max_length=max_length,
-        checkpoint=checkpoint,
+        **work,
         checkpoint_every=checkpoint_every,
         resume=resume,
-        distributed=distributed,
+        distributed=distributed(),
         save_activations=save_activations,
-        scratch=scratch,
         progress=False if quiet or not main else None,
     )
-    if not main:
-        return
-    save(momentum, out, checkpoint, scratch)
-    assert momentum.report is not None
-    momentum.report.seconds.load = load_seconds
-    if json:
-        emit(
-            {
-                "file": out,
-                "pairs": momentum.pairs,
-                "cut": momentum.cut,
-                "identical": momentum.identical,
-                "sites": {name: list(c.positive.shape) for name, c in momentum.sites.items()},
-                "layers": list(momentum.layers),
-                "seconds": momentum.report.seconds.total,
-                "report": momentum.report.to_json(),
-            }
-        )
-        return
-    console.print(f"{momentum.pairs} pairs on {momentum.model.name} in {momentum.report.seconds.total:.1f} s")
-    for name, counters in momentum.sites.items():
-        count, width = counters.positive.shape
-        console.print(f"  {name:<9} {count} layers x {width} AUs")
-    if momentum.cut:
-        console.print(f"  {momentum.cut} texts were cut on the left to fit")
-    if momentum.identical:
-        console.print(f"  {momentum.identical} pairs have equal sides and count for nothing")
-    for line in momentum.report.lines():
-        console.print(f"  {line}")
-    console.print(f"wrote {out}\nnext: austeer inspect {out}")
+    if main:
+        momentum_file.save(momentum, out, checkpoint, scratch)
+        show(momentum, out, load_seconds, json)
 
 
-def estimate_only(model: str, pairs: Any, sites: list[str], chat: bool, json: bool, **options: Any) -> None:
+def show_estimate(model: str, pairs: PairStream, chat: bool, json: bool, **options: Any) -> None:
     """Prints what the same command without ``--dry-run`` will take."""
     from ..costs.estimate import estimate
     from ..models.skeleton import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    found = estimate(model, pairs.with_chat_template(tokenizer) if chat else pairs, sites, **options)
+    found = estimate(model, pairs.with_chat_template(tokenizer) if chat else pairs, **options)
     if json:
-        emit(found.to_json())
+        common.emit(found.to_json())
         return
     for line in found.lines():
-        console.print(line)
+        common.console.print(line)
 
 
-def parse_layers(text: str | None) -> list[int] | None:
-    """``0-11,15`` as numbers."""
-    from ..errors import SiteError
+def check_checkpoint(checkpoint: Path, out: Path, pairs: Sequence[str]) -> None:
+    """Refuses a checkpoint that is no file, or would overwrite the result or the pairs."""
+    from ..errors import AusteerError
+    from ..measuring.checkpoint import check_path
 
-    if text is None:
-        return None
-    numbers: list[int] = []
-    for part in split_names(text):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise SiteError(f"--layers: found {part!r}, expected numbers and ranges, for example 0-11,15")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
+    check_path(checkpoint)
+    if checkpoint.absolute() in [out.absolute(), *(Path(path).absolute() for path in pairs)]:
+        raise AusteerError(
+            f"--checkpoint: found {checkpoint}, which is the result or the pairs; give a name of its own"
+        )
 
 
-def save(momentum, out: Path, checkpoint: Path, scratch: Path | None) -> None:
-    """Writes the result and drops the checkpoint; where the disk is full, saves what can be saved and says where."""
-    from ..errors import AusteerError, FileFormatError
+def distributed() -> bool:
+    """Whether ``accelerate launch`` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def open_checkpoint(checkpoint: Path, scratch: Path | None, force: bool, resume: bool, main: bool) -> None:
+    """With ``--force`` removes an earlier checkpoint; with ``--resume`` says so where there is none."""
     from ..measuring.checkpoint import remove, written
+    from ..measuring.processes import Processes
 
-    try:
-        momentum.save(out)
-    except FileFormatError as error:
-        elsewhere = Path(tempfile.mkdtemp(prefix="austeer-"), out.name)
-        try:
-            momentum.save(elsewhere)
-        except FileFormatError:
-            elsewhere.parent.rmdir()
-            kept = (
-                f"What was counted up to the last checkpoint is in {checkpoint}: make"
-                if written(checkpoint)
-                else "Make"
-            )
-            raise AusteerError(f"{error}. {kept} room, and run the same with --resume") from error
-        raise AusteerError(f"{error}. The result is whole, in {elsewhere}: move it from there") from error
-    remove(checkpoint, scratch)
+    if force and not resume:
+        if distributed():
+            Processes.launched().main_first(lambda: remove(checkpoint, scratch))
+        else:
+            remove(checkpoint, scratch)
+    if resume and main and not written(checkpoint):
+        common.note(f"{checkpoint}: there is no checkpoint; starting with the first pair")
+
+
+def show(momentum: Momentum, out: Path, load_seconds: float, json: bool) -> None:
+    """What was measured, and how the measurement went."""
+    report = momentum.report
+    assert report is not None
+    report.seconds.load = load_seconds
+    if json:
+        figures = momentum_file.figures(momentum)
+        common.emit({"file": out, **figures, "seconds": report.seconds.total, "report": report.to_json()})
+    else:
+        momentum_file.show(momentum, out, *report.lines())

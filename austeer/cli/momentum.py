@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Json, Quiet, check_writable, console, emit
-from .measure import parse_layers, save
+from .common import Force, Json, Quiet, check_writable, console, emit
+from .momentum_file import Checkpoint, ForceAnew, Out, Resume, check_out, figures, parse_layers, save, show
+
+if TYPE_CHECKING:
+    from ..models.sites import Fingerprint
+    from ..momentum.momentum import Momentum
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Make momentum files from stored activations, or from other momentum files.",
 )
-
-Out = Annotated[Path, typer.Option("--out", "-o", help="The momentum file to write (safetensors).")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite --out.")]
 
 
 @app.command()
@@ -30,9 +31,7 @@ def from_activations(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The momentum file to write (safetensors).", show_default=False)
-    ] = None,
+    out: Out = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="What the activations are of, if the shards do not say: folder or Hub id."),
@@ -50,12 +49,12 @@ def from_activations(
     chunk_mb: Annotated[
         int | None, typer.Option(help="MB read at a time; three such are held. [default: 64 MiB, or 32 rows]", min=1)
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Where counters are kept. [default: OUT.checkpoint]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
+    checkpoint: Checkpoint = None,
+    resume: Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it takes: bytes, memory, and time by a short trial.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out, and start anew over a checkpoint.")] = False,
+    force: ForceAnew = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -66,16 +65,14 @@ def from_activations(
     Arrays of other tools: `... shards/*.safetensors --model Qwen/Qwen3-8B --out kind.momentum` (only its config is
     read).
     """
-    from ..errors import AusteerError
     from ..measuring.checkpoint import check_path, remove
     from ..measuring.stored.count import ActivationCount
     from ..measuring.stored.folder import StoredActivations
 
-    if out is None and not dry_run:
-        raise AusteerError("--out: found none, expected the momentum file to write")
+    check_out(out, dry_run)
     stored = StoredActivations.open(
         shards,
-        model=described(model, model_type, model_layers, name),
+        model=fingerprint_option(model, model_type, model_layers, name),
         layers=parse_layers(layers),
         chat_template=chat or None,
     )
@@ -102,19 +99,17 @@ def from_activations(
         progress=False if quiet else None,
     )
     momentum = count.run()
-    save(momentum, out, checkpoint, None)
+    save(momentum, out, checkpoint)
     if json:
-        emit({**described_file(out, momentum), "report": count.report.to_json()})
-        return
-    print_momentum(momentum)
-    console.print(f"  {count.report.line()}")
-    console.print(f"wrote {out}\nnext: austeer inspect {out}")
+        emit({**file_figures(out, momentum), "report": count.report.to_json()})
+    else:
+        show(momentum, out, count.report.line())
 
 
 @app.command()
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Momentum files of one model.", show_default=False)],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The momentum file to write (safetensors).")],
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -129,13 +124,14 @@ def merge(
     momentum = merge_files(files, progress=False if quiet else None)
     momentum.save(out)
     if json:
-        emit(described_file(out, momentum))
-        return
-    print_momentum(momentum)
-    console.print(f"wrote {out}\nnext: austeer inspect {out}")
+        emit(file_figures(out, momentum))
+    else:
+        show(momentum, out)
 
 
-def described(model: str | None, model_type: str | None, layers: int | None, name: str | None):
+def fingerprint_option(
+    model: str | None, model_type: str | None, layers: int | None, name: str | None
+) -> Fingerprint | None:
     """The fingerprint of the model that the options name; None if they name none."""
     from ..errors import AusteerError
     from ..measuring.stored.folder import fingerprint_of
@@ -156,23 +152,6 @@ def described(model: str | None, model_type: str | None, layers: int | None, nam
     return Fingerprint(model_type, layers, {}, name, None)
 
 
-def described_file(out: Path, momentum) -> dict[str, object]:
-    return {
-        "file": out,
-        "model": momentum.model.name,
-        "pairs": momentum.pairs,
-        "cut": momentum.cut,
-        "identical": momentum.identical,
-        "sites": {name: list(c.positive.shape) for name, c in momentum.sites.items()},
-        "layers": list(momentum.layers),
-        "sources": list(momentum.sources),
-    }
-
-
-def print_momentum(momentum) -> None:
-    console.print(f"{momentum.pairs} pairs on {momentum.model.name}")
-    for name, counters in momentum.sites.items():
-        count, width = counters.positive.shape
-        console.print(f"  {name:<9} {count} layers x {width} AUs")
-    if momentum.identical:
-        console.print(f"  {momentum.identical} pairs have equal sides and count for nothing")
+def file_figures(out: Path, momentum: Momentum) -> dict[str, Any]:
+    """What a file was counted on, for JSON."""
+    return {"file": out, "model": momentum.model.name, **figures(momentum), "sources": list(momentum.sources)}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from . import pairs_make
-from .common import Device, DType, Json, Model, Quiet, check_writable, console, emit, load, note
+from . import common, pairs_make
+from .common import Chat, Device, DType, Json, Model, NegativeField, PositiveField, PromptField, Quiet, console, note
 
 if TYPE_CHECKING:
     from ..making import PairsReport
@@ -38,11 +38,11 @@ def check(
     out_control: Annotated[
         Path | None, typer.Option(help="Write the pairs of the control, which differ in length only, here (.jsonl).")
     ] = None,
-    prompt_field: Annotated[str, typer.Option(help="The name of the prompt's field.")] = "prompt",
-    positive_field: Annotated[str, typer.Option(help="The name of the desired continuation's field.")] = "positive",
-    negative_field: Annotated[str, typer.Option(help="The name of the undesired continuation's field.")] = "negative",
+    prompt_field: PromptField = "prompt",
+    positive_field: PositiveField = "positive",
+    negative_field: NegativeField = "negative",
     limit: Annotated[int | None, typer.Option(help="Look at the first so many pairs.", min=2)] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
+    chat: Chat = False,
     max_length: Annotated[int | None, typer.Option(help="Texts are cut to so many tokens.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="For the control.")] = 0,
     dtype: DType = "auto",
@@ -68,20 +68,20 @@ def check(
     names = {"prompt": prompt_field, "positive": positive_field, "negative": negative_field}
     found = read_unchecked(pairs, names, limit)
     if out_control is not None:
-        check_writable(check_out(out_control), force)
+        common.check_writable(check_out(out_control), force)
     counted = None if momentum is None else Momentum.load(momentum)
     network, config = None, None
     if control or counted is not None:
-        network, tokenizer = load(model, dtype, device)
+        network, tokenizer = common.load(model, dtype, device)
     else:
         config, tokenizer = load_config(model).get_text_config(), load_tokenizer(model)
         if tokenizer is None:
             raise ModelError(f"{model}: found no tokenizer, expected one beside the model's config")
-    asked = found.with_chat_template(tokenizer) if chat else found
+    in_form = found.with_chat_template(tokenizer) if chat else found
     if not chat and getattr(tokenizer, "chat_template", None) and counted is None:
         note("prompts are read as they are; with --chat they go through the model's chat template")
     report = check_pairs(
-        asked,
+        in_form,
         tokenizer,
         network,
         counted,
@@ -97,7 +97,7 @@ def check(
     if out_control is not None:
         write_pairs(out_control, control_set(found, tokenizer, count=control_pairs, seed=seed))
     if json:
-        emit({**report.to_json(), "control_file": out_control})
+        common.emit({**report.to_json(), "control_file": out_control})
         return
     show(report)
     if out_control is not None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Device, DType, Json, Model, Quiet, check_writable, console, emit, load, note, parse_where
+from . import common
+from .common import Device, DType, Force, Json, Model, PromptField, Quiet, Split, Where, console, note
 
 if TYPE_CHECKING:
     from ..making import Made
@@ -19,7 +20,6 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="The file of pairs to write (.jsonl).", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite --out.")]
 
 
 @app.command()
@@ -36,8 +36,8 @@ def task(
         bool, typer.Option("--balance", help="Leave pairs out until each answer is right as often as wrong.")
     ] = False,
     ending: Annotated[str, typer.Option(help="Text behind both sides, for example '.'.")] = "",
-    where: Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of a dataset.")] = None,
+    where: Where = None,
+    split: Split = None,
     limit: Annotated[int | None, typer.Option(help="Read at most so many rows.", min=1)] = None,
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Drop questions that come again with the same answer.")
@@ -54,8 +54,8 @@ def task(
     from ..making.made import check_out
     from ..tasks.load import load_task
 
-    check_writable(check_out(out), force)
-    conditions = parse_where(where)
+    common.check_writable(check_out(out), force)
+    conditions = common.parse_where(where)
     found = load_task(
         source[0] if len(source) == 1 else source,
         template,
@@ -79,7 +79,7 @@ def instructions(
         str | None,
         typer.Argument(help="What to answer: a .txt with one a line, or rows with a prompt. [default: the package's]"),
     ] = None,
-    prompt_field: Annotated[str, typer.Option(help="The name of the prompt's field.")] = "prompt",
+    prompt_field: PromptField = "prompt",
     limit: Annotated[int | None, typer.Option(help="The first so many prompts.", min=1)] = None,
     samples: Annotated[int, typer.Option(help="Pairs of each prompt.", min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 32,
@@ -112,14 +112,14 @@ def instructions(
     from ..making.partial import partial_path
     from ..making.prompts import read_prompts
 
-    check_writable(check_out(out), force)
+    common.check_writable(check_out(out), force)
     check_instructions((positive_prompt, negative_prompt))
     found = read_prompts(prompts, field=prompt_field, limit=limit)
     if force and not resume:
         partial_path(out).unlink(missing_ok=True)
     if resume and not partial_path(out).exists():
         note(f"{partial_path(out)}: there is no unfinished run; starting with the first prompt")
-    network, tokenizer = load(model, dtype, device)
+    network, tokenizer = common.load(model, dtype, device)
     made = pairs_from_instructions(
         network,
         tokenizer,
@@ -164,7 +164,7 @@ def template(
     from ..making.made import check_out
     from ..making.template import read_values
 
-    check_writable(check_out(out), force)
+    common.check_writable(check_out(out), force)
     found = read_values(values, value or ())
     finish(pairs_from_template(prompt, positive, negative, found, count=count, seed=seed), out, json)
 
@@ -176,7 +176,7 @@ def finish(made: Made, out: Path, json: bool, write: bool = True) -> None:
     if write:
         write_pairs(out, made.pairs)
     if json:
-        emit({"file": out, "pairs": len(made.pairs), "dropped": dict(made.dropped), "notes": list(made.notes)})
+        common.emit({"file": out, "pairs": len(made.pairs), "dropped": dict(made.dropped), "notes": list(made.notes)})
         return
     console.print(f"{len(made.pairs)} pairs")
     for reason, number in made.dropped.items():

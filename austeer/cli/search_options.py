@@ -1,19 +1,18 @@
-"""What ``austeer tune`` and ``austeer compare`` share: data, limits, the folder, progress and tables."""
+"""What ``austeer tune`` and ``austeer compare`` share: options, data, limits, the folder, progress and the result."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
+
+from . import common
 
 if TYPE_CHECKING:
-    from ..tuning.held_out import HeldOut, Unsteered
     from ..tuning.search import Step
 
 DataArgument = Annotated[
@@ -44,6 +43,31 @@ Neutral = Annotated[
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")]
 Limit = Annotated[int | None, typer.Option(help="Use at most so many items of the data.", min=8)]
 Seed = Annotated[int, typer.Option(help="Of the split into measured, tuned and held-out parts.")]
+ForceAnew = Annotated[bool, typer.Option("--force", help="Start anew over an earlier search in --out.")]
+
+
+def read_options(
+    sites: str, operations: str, ks: str, budget: str | None, neutral: Path | None, out: Path, show: bool | None
+) -> dict[str, Any]:
+    """Arguments that :func:`austeer.tune` and :func:`austeer.compare` share; ``show`` as of progress bars."""
+    return {
+        "budget": parse_budget(budget),
+        "ks": parse_counts("--ks", ks),
+        "neutral": read_neutral(neutral),
+        "sites": common.split_names(sites),
+        "operations": common.split_names(operations),
+        "folder": out,
+        "step": bars(show),
+        "progress": show,
+    }
+
+
+def write_result(result: Any, figure: Path, draw: Callable[[Any, Path], None], json: bool) -> None:
+    """Writes a result and beside it its figure; with ``--json`` prints the result, too."""
+    common.write_json(figure.with_name("result.json"), result.to_json())
+    draw(result, figure)
+    if json:
+        common.emit({"out": figure.parent, **result.to_json()})
 
 
 def load_data(source: str, template: str | None, limit: int | None, chat: bool, tokenizer):
@@ -88,9 +112,8 @@ def parse_budget(text: str | None) -> float | None:
 
 def parse_counts(name: str, text: str) -> list[int]:
     from ..errors import TaskError
-    from .common import split_names
 
-    parts = split_names(text)
+    parts = common.split_names(text)
     if not parts or not all(part.isdecimal() and int(part) for part in parts):
         raise TaskError(f"{name}: found {text!r}, expected positive whole numbers with commas between, such as 10,100")
     return sorted({int(part) for part in parts})
@@ -109,49 +132,13 @@ def bars(show: bool | None) -> Step:
 
 
 def open_folder(out: Path, force: bool) -> None:
-    """Refuses what is no folder; with ``force`` removes what an earlier search wrote there."""
+    """Refuses what is no folder, and a search whose figure could not be drawn; ``force`` removes an earlier search."""
     from ..errors import AusteerError
+    from ..utils.figures import require_matplotlib
 
+    require_matplotlib()  # before minutes of work, not after
     if out.exists() and not out.is_dir():
         raise AusteerError(f"{out}: found a file, expected a folder for the search and its result")
     if force:
         for name in ("search.jsonl", "momentum.safetensors", "momentum.checkpoint", "result.json"):
             (out / name).unlink(missing_ok=True)
-
-
-def held_out_table(
-    unsteered: Unsteered, rows: Sequence[HeldOut], extra: Callable[[HeldOut], str] | None = None
-) -> Table:
-    table = Table(box=None, pad_edge=False)
-    names = ["alpha", "AUs", escape("effect, nats [95 %]"), "up", "accuracy", "p", "KL", *(["time"] if extra else [])]
-    table.add_column("setting")
-    for name in names:  # only what a setting is called may be broken
-        table.add_column(name, no_wrap=True)
-    table.add_row("unsteered", "", "", "", "", f"{unsteered.accuracy:.1%}")
-    for row in rows:
-        interval = "" if row.low is None else f" [{row.low:+.2f}, {row.high:+.2f}]"
-        cells = [
-            escape(f"{row.method} {row.operation}, {row.detail or row.site}"),
-            show_alpha(row.alpha),
-            str(row.k),
-            escape(f"{row.effect:+.2f}{interval}"),
-            f"{row.share:.0%}",
-            f"{row.accuracy:.1%}",
-            f"{row.p:.2g}",
-            f"{row.kl:.3f}",
-        ]
-        table.add_row(*cells, *([extra(row)] if extra else []))
-    return table
-
-
-def show_alpha(alpha: float | dict[str, float]) -> str:
-    if isinstance(alpha, dict):
-        return "\n".join(f"{site} {value:.3g}" for site, value in alpha.items())
-    return f"{alpha:.3g}"
-
-
-LEGEND = (
-    "effect: mean change of log p(wanted) - log p(best other option), with its 95 % interval over groups of items; up: "
-    "share of items that moved the wanted way;\np: McNemar's exact test of the accuracy against unsteered; KL: of the "
-    "next token on held-out neutral text against unsteered, nats a token"
-)

@@ -3,60 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import Device, DType, Json, Model, Quiet, console, emit, load, split_names, write_json
-from .search_options import (
-    LEGEND,
-    Budget,
-    Chat,
-    DataArgument,
-    Ks,
-    Limit,
-    MaxKl,
-    Momentum,
-    Neutral,
-    Operations,
-    Seed,
-    Sites,
-    Template,
-    bars,
-    held_out_table,
-    load_data,
-    open_folder,
-    parse_budget,
-    parse_counts,
-    read_neutral,
-    show_alpha,
-)
+from . import common
+from . import search_options as options
+from .common import Device, DType, Json, Model, Quiet, console
+from .search_text import LEGEND, held_out_table, show_alpha, show_value
+
+if TYPE_CHECKING:
+    from ..tuning import TuneResult
 
 
 def tune(
-    data: DataArgument,
+    data: options.DataArgument,
     model: Model,
-    template: Template = None,
+    template: options.Template = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for plan, result, figure and search.")] = Path(
         "runs/tune"
     ),
-    momentum: Momentum = None,
-    sites: Sites = "attention,ffn",
-    operations: Operations = "scale,push,shift",
-    ks: Ks = "3,10,30,100,300",
-    max_kl: MaxKl = 0.1,
-    budget: Budget = None,
-    neutral: Neutral = None,
+    momentum: options.Momentum = None,
+    sites: options.Sites = "attention,ffn",
+    operations: options.Operations = "scale,push,shift",
+    ks: options.Ks = "3,10,30,100,300",
+    max_kl: options.MaxKl = 0.1,
+    budget: options.Budget = None,
+    neutral: options.Neutral = None,
     mix: Annotated[bool, typer.Option("--mix/--no-mix", help="Also try the best two sites together.")] = True,
-    limit: Limit = None,
-    seed: Seed = 0,
-    chat: Chat = False,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    chat: options.Chat = False,
     rows: Annotated[int, typer.Option(help="How many settings are listed.", min=1)] = 10,
     dtype: DType = "auto",
     device: Device = None,
-    force: Annotated[bool, typer.Option("--force", help="Start anew over an earlier search in --out.")] = False,
+    force: options.ForceAnew = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -70,37 +53,27 @@ def tune(
     from ..momentum.momentum import Momentum as Counted
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
-    from ..utils.figures import require_matplotlib
 
-    seconds, counts = parse_budget(budget), parse_counts("--ks", ks)
-    texts, counted = read_neutral(neutral), None if momentum is None else Counted.load(momentum)
-    require_matplotlib()  # before minutes of work, not after
-    open_folder(out, force)
-    network, tokenizer = load(model, dtype, device)
-    show = False if quiet or json else None
-    result = search_plan(
-        network,
-        tokenizer,
-        load_data(data, template, limit, chat, tokenizer),
-        momentum=counted,
-        sites=split_names(sites),
-        operations=split_names(operations),
-        ks=counts,
-        max_kl=max_kl,
-        budget=seconds,
-        neutral=texts,
-        mix=mix,
-        seed=seed,
-        folder=out,
-        step=bars(show),
-        progress=show,
-    )
+    show_bars = False if quiet or json else None
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, show_bars)
+    counted = None if momentum is None else Counted.load(momentum)
+    options.open_folder(out, force)
+    network, tokenizer = common.load(model, dtype, device)
+    task = options.load_data(data, template, limit, chat, tokenizer)
+    result = search_plan(network, tokenizer, task, momentum=counted, mix=mix, max_kl=max_kl, seed=seed, **shared)
     result.plan.save_pretrained(out / "plan")
-    write_json(out / "result.json", result.to_json())
-    draw_tune(result, out / "tune.png")
+    options.write_result(result, out / "tune.png", draw_tune, json)
     if json:
-        emit({"out": out, **result.to_json()})
         return
+    show(result, max_kl, rows)
+    console.print(
+        f"\n{result.seconds:.0f} s; wrote plan, result.json and tune.png in {out}\n"
+        f"next: austeer generate {out}/plan --model {model} --prompt ..."
+    )
+
+
+def show(result: TuneResult, max_kl: float, rows: int) -> None:
+    """The best settings of the search, so many rows, and what the chosen one does to held-out data."""
     split = result.settings["data"]
     measured = f"{split['measure']['pairs']} pairs measured, " if "measure" in split else ""
     console.print(
@@ -109,9 +82,7 @@ def tune(
     )
     table = Table("setting", "k", "alpha", "items", escape("effect, nats [95 %]"), "up", box=None, pad_edge=False)
     for t in result.trials[:rows]:
-        interval = "" if t.low is None else f" [{t.low:+.2f}, {t.high:+.2f}]"
-        effect = escape(f"{t.effect:+.2f}{interval}")
-        where = f"{t.operation} at {t.detail or t.site}"
+        where, effect = f"{t.operation} at {t.detail or t.site}", show_value(t.effect, t.low, t.high)
         table.add_row(where, str(t.k), show_alpha(t.alpha), str(t.items), effect, f"{t.share:.0%}")
     console.print(table)
     console.print(f"\n[bold]On {split['test']['items']} held-out items[/]: the chosen setting first")
@@ -125,7 +96,3 @@ def tune(
         )
     if first.kl > 1.5 * max_kl:
         console.print(f"the limit of {max_kl:g} held on the tuning texts; on held-out ones it is {first.kl:.3f}")
-    console.print(
-        f"\n{result.seconds:.0f} s; wrote plan, result.json and tune.png in {out}\n"
-        f"next: austeer generate {out}/plan --model {model} --prompt ..."
-    )

@@ -34,7 +34,7 @@ from ..tasks.task import Task
 from ..tuning.calibrate import calibrate
 from ..tuning.held_out import HeldOut, Unsteered, hold_out
 from ..tuning.scorer import Scorer
-from ..tuning.search import Found, Step, search, silent
+from ..tuning.search import SearchResult, Step, no_bars, search
 from ..tuning.tune import MAX_KL, Trial, trials_of
 from ..utils.environment import environment
 
@@ -107,7 +107,7 @@ def run(
     out: Path,
     *,
     say: Callable[[str], None] = lambda text: None,
-    step: Step = silent,
+    step: Step = no_bars,
     progress: bool | None = False,
 ) -> tuple[DemoResult, Momentum, Plan]:
     """Runs the whole demo and writes ``momentum.safetensors`` and ``plan/`` into ``out``.
@@ -178,19 +178,19 @@ def run(
     return result, momentum, plan
 
 
-def _choose(scorer: Scorer, material: Material, step: Step) -> Found:
+def _choose(scorer: Scorer, material: Material, step: Step) -> SearchResult:
     """The search; the best of each operation reaches all tuning pairs."""
     found = arms("momentum", material, sites=SITES, operations=OPERATIONS, ks=KS)
     return search(scorer, found, group=lambda arm: arm.operation, max_kl=MAX_KL, step=step)
 
 
-def _best_of_each(found: Found) -> list[Candidate]:
+def _best_of_each(found: SearchResult) -> list[Candidate]:
     """The best setting of each operation, best first."""
     best = [s for s in (found.best_of(operation=operation) for operation in OPERATIONS) if s is not None]
     return [s.candidate for s in sorted(best, key=lambda s: (-len(s.items), -s.effect))]
 
 
-def _random(scorer: Scorer, found: Found, momentum: Momentum, step: Step) -> list[Candidate]:
+def _random(scorer: Scorer, found: SearchResult, momentum: Momentum, step: Step) -> list[Candidate]:
     """Random AUs in the place of the chosen ones, brought to the same side effect.
 
     Random AUs have smaller betas and deltas than chosen ones, so at the same alpha they would also be pushed less.

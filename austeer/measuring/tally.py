@@ -17,18 +17,52 @@ from ..models.sites import Site
 from .blocks import Block, Blocks
 
 
-class Tally:
-    """Counters of all sites of one process, and how many pairs they hold.
+class Counts:
+    """Counters of all sites of one process.
+
+    Args:
+        shapes: site name -> layers and width. device: where activations come from.
+
+    Attributes:
+        half_pairs: how many pairs the counters of a half hold.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], device: torch.device):
+        self.counting = {name: Counting(*shape, device) for name, shape in shapes.items()}
+        self.half_pairs = 0
+
+    def nonfinite(self) -> tuple[int, int, int, str] | None:
+        """The first pair with a NaN or an infinity, its row of layers, its AU and site; waits for the device."""
+        found = [(*place, name) for name, c in self.counting.items() if (place := c.nonfinite()) is not None]
+        return min(found, default=None)
+
+    def counters(self) -> dict[str, Any]:
+        """Copies on the CPU, as a momentum and a :class:`State` hold them."""
+        return {
+            "sites": {name: counting.counters() for name, counting in self.counting.items()},
+            "half": {name: counting.half_counters() for name, counting in self.counting.items()},
+            "half_pairs": self.half_pairs,
+        }
+
+    def restore(self, state: State) -> None:
+        """Goes on from earlier counters."""
+        for name, counting in self.counting.items():
+            counting.restore(state.sites[name], state.half[name])
+        self.half_pairs = state.half_pairs
+
+
+class Tally(Counts):
+    """The counters of blocks, and how many pairs they hold.
 
     Args:
         sites: what is read, the measured layers only. device: where activations come from.
     """
 
     def __init__(self, sites: Mapping[str, Sequence[Site]], device: torch.device):
+        super().__init__({name: (len(found), found[0].width) for name, found in sites.items()}, device)
         self.sites = sites
-        self.counting = {name: Counting(len(found), found[0].width, device) for name, found in sites.items()}
         self.block, self.digest = 0, ""
-        self.pairs = self.half_pairs = self.cut = self.identical = 0
+        self.pairs = self.cut = self.identical = 0
 
     def add(self, block: Block, buffers: Mapping[str, Tensor]) -> None:
         """Counts a whole block: two kernel calls a site, one of them over the pairs of a half."""
@@ -47,14 +81,10 @@ class Tally:
 
     def check(self, blocks: Blocks) -> None:
         """Raises CaptureError if an activation was NaN or infinite; waits for the device."""
-        found = []
-        for name, counting in self.counting.items():
-            place = counting.nonfinite()
-            if place is not None:
-                found.append((*place, name))
-        if not found:
+        found = self.nonfinite()
+        if found is None:
             return
-        value, row, au, name = min(found)
+        value, row, au, name = found
         offset = value // blocks.block_pairs * blocks.block_pairs
         number, pair = blocks.pair(value - offset, offset)
         # Attention spreads a NaN over all texts of a row, masked or not.
@@ -70,20 +100,16 @@ class Tally:
             block=self.block,
             digest=self.digest,
             pairs=self.pairs,
-            half_pairs=self.half_pairs,
             cut=self.cut,
             identical=self.identical,
-            sites={name: counting.counters() for name, counting in self.counting.items()},
-            half={name: counting.half_counters() for name, counting in self.counting.items()},
             extra=extra,
+            **self.counters(),
         )
 
     def restore(self, state: State) -> None:
-        for name, counting in self.counting.items():
-            counting.restore(state.sites[name], state.half[name])
+        super().restore(state)
         self.block, self.digest = state.block, state.digest
-        self.pairs, self.half_pairs = state.pairs, state.half_pairs
-        self.cut, self.identical = state.cut, state.identical
+        self.pairs, self.cut, self.identical = state.pairs, state.cut, state.identical
 
 
 class Counting:

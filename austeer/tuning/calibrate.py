@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..baselines.arm import Arm, Candidate
+from ..errors import TaskError
 from .scorer import Scorer
 
 #: The weakest and the strongest alpha that is tried.
@@ -17,6 +18,12 @@ NEAR = 0.8
 
 #: Forward passes for an arm, at most.
 STEPS = 9
+
+
+def check_limit(max_kl: float) -> None:
+    """Raises TaskError unless it is a positive number."""
+    if isinstance(max_kl, bool) or not 0 < max_kl < math.inf:
+        raise TaskError(f"max_kl: found {max_kl!r}, expected a positive number of nats a token, for example 0.1")
 
 
 @dataclass(frozen=True)

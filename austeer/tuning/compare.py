@@ -24,10 +24,11 @@ from ..steering.steering import steer
 from ..tasks.task import Task
 from ..utils.environment import environment
 from .data import Most, Parts
-from .ground import fitting, prepare
 from .held_out import HeldOut, Unsteered, hold_out
+from .options import SearchOptions
+from .preparation import prepare
 from .record import Record
-from .search import Step, search, silent
+from .search import Step, no_bars, search
 from .tune import MAX_KL, SITES, Trial, trials_of
 
 KS = (10, 100)
@@ -100,7 +101,7 @@ def compare(
     most: Most = (400, 200, 400),
     seed: int = 0,
     folder: str | Path | None = None,
-    step: Step = silent,
+    step: Step = no_bars,
     progress: bool | None = False,
 ) -> CompareResult:
     """Tunes every method alike and reports the best of each, and of each operation, on the test part.
@@ -139,54 +140,52 @@ def compare(
         FileFormatError: ``folder`` holds another search.
     """
     started = time.perf_counter()
-    wanted = parse_methods(methods, operations)
-    ks = list(ks)
-    ground = prepare(
-        model,
-        tokenizer,
-        data,
+    options = SearchOptions(
         momentum=momentum,
-        sites=sites_needed(wanted, sites),
+        sites=sites,
+        operations=operations,
+        ks=ks,
+        max_kl=max_kl,
         budget=budget,
         neutral=neutral,
         most=most,
         seed=seed,
         folder=folder,
         progress=progress,
-        settings={
-            "methods": {method: list(names) for method, names in wanted.items()},
-            "sites": list(sites),
-            "ks": ks,
-            "layers": None if layers is None else list(layers),
-            "max_kl": max_kl,
-            "budget": budget,
-        },
     )
-    parts, scorer, material = ground.parts, ground.tune, ground.material
-    ks = fitting(ks, material.momentum, sites)
+    operations_of = parse_methods(methods, options.operations)
+    settings = {
+        "methods": {method: list(names) for method, names in operations_of.items()},
+        **options.settings("sites", "ks"),
+        "layers": None if layers is None else list(layers),
+        **options.settings("max_kl", "budget"),
+    }
+    needed = sites_needed(operations_of, options.sites)
+    prepared = prepare(model, tokenizer, data, options, sites=needed, settings=settings)
+    scorer, test_scorer, material = prepared.tune_scorer, prepared.test_scorer, prepared.material
+    ks = options.ks_of(material.momentum)
     arms = [
         arm
-        for method, names in wanted.items()
-        for arm in arms_of(method, material, sites=sites, operations=names, ks=ks, layers=layers)
+        for method, names in operations_of.items()
+        for arm in arms_of(method, material, sites=options.sites, operations=names, ks=ks, layers=layers)
     ]
     found = search(scorer, arms, group=_group, max_kl=max_kl, budget=budget, started=started, step=step)
     groups = dict.fromkeys(_group(s.candidate.arm) for s in found.standings)
     best = sorted((found.best_in(group) for group in groups), key=lambda s: -s.effect)
-    unsteered, held_out = hold_out(ground.test, [s.candidate for s in best], step)
+    unsteered, held_out = hold_out(test_scorer, [s.candidate for s in best], step)
     variants = {
         s.candidate.arm.name: partial(steer, model, s.candidate.arm.plan, s.candidate.strength, k=s.candidate.arm.k)
         for s in best
     }
-    cost = _cost(model, tokenizer, variants, ground.test.neutral[0], scorer.record, step) if timed else {}
     return CompareResult(
-        ground.settings,
-        found.schedule.to_json(),
-        unsteered,
-        held_out,
-        cost,
-        trials_of(found, parts.tune),
-        time.perf_counter() - started,
-        environment(),
+        settings=prepared.settings,
+        schedule=found.schedule.to_json(),
+        unsteered=unsteered,
+        held_out=held_out,
+        cost=_cost(model, tokenizer, variants, test_scorer.neutral[0], scorer.record, step) if timed else {},
+        trials=trials_of(found, scorer.task),
+        seconds=time.perf_counter() - started,
+        environment=environment(),
     )
 
 

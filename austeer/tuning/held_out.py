@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..baselines.arm import Candidate
-from ..statistics.intervals import group_interval, mcnemar, mean_interval, share_interval
+from ..statistics.intervals import mcnemar, mean_interval, share_interval
 from .scorer import Scorer
-from .search import Step, silent
+from .search import Step, no_bars, outcome_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Unsteered:
     accuracy_high: float
 
 
-def hold_out(scorer: Scorer, candidates: Sequence[Candidate], step: Step = silent) -> tuple[Unsteered, list[HeldOut]]:
+def hold_out(scorer: Scorer, candidates: Sequence[Candidate], step: Step = no_bars) -> tuple[Unsteered, list[HeldOut]]:
     """Scores candidates on all items and neutral texts of a scorer; the first is what the others are set against."""
     items = range(len(scorer.task))
     groups = [item.group for item in scorer.task]
@@ -75,7 +75,6 @@ def hold_out(scorer: Scorer, candidates: Sequence[Candidate], step: Step = silen
     found = []
     for number, (candidate, (kl, rise)) in enumerate(zip(candidates, side_effects)):
         arm, change, correct = candidate.arm, changes[number], scores.correct[number]
-        low, high = group_interval(change, groups)
         accuracy_low, accuracy_high = share_interval(int(correct.sum()), len(items))
         behind = None
         if number and len(set(groups)) > 1:
@@ -84,17 +83,8 @@ def hold_out(scorer: Scorer, candidates: Sequence[Candidate], step: Step = silen
         found.append(
             HeldOut(
                 name=arm.name,
-                method=arm.method,
-                detail=arm.detail,
-                site=arm.site,
-                operation=arm.operation,
-                k=arm.k,
-                alpha=candidate.strength,
+                **outcome_of(candidate, change, groups),
                 layers=len(arm.plan.layer[: arm.k].unique()),
-                effect=float(change.mean()),
-                low=low,
-                high=high,
-                share=float((change > 0).double().mean()),
                 accuracy=float(correct.double().mean()),
                 accuracy_low=accuracy_low,
                 accuracy_high=accuracy_high,

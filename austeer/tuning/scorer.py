@@ -23,7 +23,7 @@ from .record import Record
 from .schedule import Costs
 
 #: Candidates that one steering carries: each has a row in the strength tables of every layer.
-TOGETHER = 32
+PLANS_AT_ONCE = 32
 
 #: Items between two entries in the record: what an interruption may cost.
 ITEMS = 32
@@ -121,7 +121,7 @@ class Scorer:
         texts = len(self.neutral) if texts is None else min(texts, len(self.neutral))
         keys = [f"{self.name} side {texts} {candidate.key}" for candidate in candidates]
         missing = _distinct(keys, candidates, lambda key: self.record.get(key) is None)
-        for part in _parts(list(missing), TOGETHER):
+        for part in slices(list(missing), PLANS_AT_ONCE):
             chosen = {str(i): missing[key] for i, key in enumerate(part)}
             with self._steered(chosen) as steering:
                 assert steering is not None
@@ -146,12 +146,12 @@ class Scorer:
             groups.setdefault(tuple(i for i in items if str(i) not in known[key]), []).append(key)
         advance(len(keys) * len(items) - sum(len(wanted) * len(members) for wanted, members in groups.items()))
         for wanted, members in groups.items():
-            for part in _parts(members, TOGETHER):
+            for part in slices(members, PLANS_AT_ONCE):
                 chosen = {str(i): missing[key] for i, key in enumerate(part)}
                 steered = {name: candidate for name, candidate in chosen.items() if candidate is not None}
                 names = [name if name in steered else None for name in chosen]
                 with self._steered(steered) as steering:
-                    for some in _parts(wanted, ITEMS):
+                    for some in slices(wanted, ITEMS):
                         task = self.task.pick(some)
                         found = option_scores(
                             self.model, self.tokenizer, task, steering, names, batch_tokens=self.batch_tokens
@@ -185,5 +185,6 @@ def _distinct(keys: Sequence[str], candidates: Sequence[T], wanted: Callable[[st
     return {key: candidate for key, candidate in zip(keys, candidates) if wanted(key)}
 
 
-def _parts(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def slices(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The values, so many at a time."""
     return (values[i : i + size] for i in range(0, len(values), size))

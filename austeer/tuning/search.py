@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..baselines.arm import Arm, Candidate
 from ..errors import TaskError
 from ..statistics.intervals import group_interval
-from .calibrate import Limit, calibrate
+from .calibrate import Limit, calibrate, check_limit
 from .schedule import ETA, Schedule, make_schedule
 from .scorer import Scorer
 
@@ -23,7 +24,7 @@ Step = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @contextmanager
-def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def no_bars(what: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda by: None
 
 
@@ -50,13 +51,26 @@ class Standing:
         mean = float(self.change.mean())
         return mean if math.isfinite(mean) else -math.inf
 
-    def interval(self, groups: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
-        """The effect's 95 % interval over the items' groups; None where there are not two of them."""
-        return group_interval(self.change, groups)
+
+def outcome_of(candidate: Candidate, change: Tensor, groups: Sequence[str]) -> dict[str, Any]:
+    """A candidate's setting, and what it did to items: the columns that tables of trials and of held-out data share.
+
+    Args:
+        change: float64 [items], of the log-odds, nats. groups: of the items.
+    """
+    arm, (low, high) = candidate.arm, group_interval(change, groups)
+    return {
+        **{name: getattr(arm, name) for name in ("method", "detail", "site", "operation", "k")},
+        "alpha": candidate.strength,
+        "effect": float(change.mean()),
+        "low": low,
+        "high": high,
+        "share": float((change > 0).double().mean()),
+    }
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Attributes:
     standings: every candidate as it stood when it was last judged, best first among those judged by as many items.
     schedule: what was run.
@@ -89,8 +103,8 @@ def search(
     max_kl: float,
     budget: float | None = None,
     started: float | None = None,
-    step: Step = silent,
-) -> Found:
+    step: Step = no_bars,
+) -> SearchResult:
     """Finds the best candidate of each group.
 
     Every arm is first brought to the limit on the side effect (:func:`calibrate`), so that candidates compare at equal
@@ -107,8 +121,7 @@ def search(
     """
     if not arms:
         raise TaskError("search: found no arm, expected at least one; give sites, operations and numbers of AUs")
-    if isinstance(max_kl, bool) or not 0 < max_kl < math.inf:
-        raise TaskError(f"max_kl: found {max_kl!r}, expected a positive number of nats a token, for example 0.1")
+    check_limit(max_kl)
     started = time.perf_counter() if started is None else started
     order = scorer.order
     schedule = _schedule(scorer, [group(arm) for arm in arms], budget, started, order, step)
@@ -143,7 +156,7 @@ def search(
         kept = _keep(standings)
         done = [s for s in standings if s not in kept] + done
         remaining = [(s.candidate.arm, s.fraction) for s in kept]
-    return Found(done, schedule)
+    return SearchResult(done, schedule)
 
 
 def _limits_on_more(

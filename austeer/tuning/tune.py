@@ -21,10 +21,11 @@ from ..tasks.task import Task
 from ..utils.environment import environment
 from .calibrate import calibrate
 from .data import Most, Parts
-from .ground import fitting, prepare
 from .held_out import HeldOut, Unsteered, hold_out
+from .options import SearchOptions
+from .preparation import prepare
 from .scorer import Scorer
-from .search import Found, Standing, Step, search, silent
+from .search import SearchResult, Standing, Step, no_bars, outcome_of, search
 
 SITES = ("attention", "ffn")
 KS = (3, 10, 30, 100, 300)
@@ -102,7 +103,7 @@ def tune(
     most: Most = (400, 200, 400),
     seed: int = 0,
     folder: str | Path | None = None,
-    step: Step = silent,
+    step: Step = no_bars,
     progress: bool | None = False,
 ) -> TuneResult:
     """Chooses site, operation, k and alpha on data that was not measured, under a limit on the side effect.
@@ -139,64 +140,53 @@ def tune(
         FileFormatError: ``folder`` holds another search.
     """
     started = time.perf_counter()
-    ks = list(ks)
-    ground = prepare(
-        model,
-        tokenizer,
-        data,
+    options = SearchOptions(
         momentum=momentum,
         sites=sites,
+        operations=operations,
+        ks=ks,
+        max_kl=max_kl,
         budget=budget,
         neutral=neutral,
         most=most,
         seed=seed,
         folder=folder,
         progress=progress,
-        settings={
-            "sites": list(sites),
-            "operations": list(operations),
-            "ks": ks,
-            "max_kl": max_kl,
-            "budget": budget,
-            "mix": mix,
-        },
     )
-    parts, scorer = ground.parts, ground.tune
-    ks = fitting(ks, ground.material.momentum, sites)
-    arms = arms_of("momentum", ground.material, sites=sites, operations=operations, ks=ks)
-    found = search(
-        scorer,
-        arms,
-        group=lambda arm: f"{arm.operation} at {arm.site}",
-        max_kl=max_kl,
-        budget=budget,
-        started=started,
-        step=step,
-    )
-    if mix and len(sites) > 1:
-        found = replace(found, standings=[*_mixed(scorer, found, max_kl, step), *found.standings])
+    settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix}
+    prepared = prepare(model, tokenizer, data, options, sites=options.sites, settings=settings)
+    parts, scorer, material = prepared.parts, prepared.tune_scorer, prepared.material
+    ks = options.ks_of(material.momentum)
+    arms = arms_of("momentum", material, sites=options.sites, operations=options.operations, ks=ks)
+    found = search(scorer, arms, group=_group, max_kl=max_kl, budget=budget, started=started, step=step)
+    if mix and len(options.sites) > 1:
+        found = replace(found, standings=[*_mixed_sites(scorer, found, max_kl, step), *found.standings])
     best = found.best()
-    others = [found.best_of(operation=o) for o in operations]
+    others = [found.best_of(operation=o) for o in options.operations]
     rows = [best, *(s for s in others if s is not None and s.candidate.arm.operation != best.candidate.arm.operation)]
-    unsteered, held_out = hold_out(ground.test, [s.candidate for s in rows], step)
+    unsteered, held_out = hold_out(prepared.test_scorer, [s.candidate for s in rows], step)
     trials = trials_of(found, parts.tune)
     chosen = _trial(best, parts.tune)
     plan = best.candidate.arm.plan.top(best.candidate.arm.k)
     return TuneResult(
-        plan.with_evidence(_evidence(chosen, trials, held_out[0], parts)),
-        chosen.alpha,
-        ground.settings,
-        found.schedule.to_json(),
-        trials,
-        chosen,
-        unsteered,
-        held_out,
-        time.perf_counter() - started,
-        environment(),
+        plan=plan.with_evidence(_evidence(chosen, trials, held_out[0], parts)),
+        alpha=chosen.alpha,
+        settings=prepared.settings,
+        schedule=found.schedule.to_json(),
+        trials=trials,
+        chosen=chosen,
+        unsteered=unsteered,
+        held_out=held_out,
+        seconds=time.perf_counter() - started,
+        environment=environment(),
     )
 
 
-def _mixed(scorer: Scorer, found: Found, max_kl: float, step: Step) -> list[Standing]:
+def _group(arm: Arm) -> str:
+    return f"{arm.operation} at {arm.site}"
+
+
+def _mixed_sites(scorer: Scorer, found: SearchResult, max_kl: float, step: Step) -> list[Standing]:
     """The best of each site, two sites together: their strengths keep the ratio that each has alone at the limit."""
     best: list[Standing] = []
     for operation in dict.fromkeys(s.candidate.arm.operation for s in found.standings):
@@ -207,7 +197,7 @@ def _mixed(scorer: Scorer, found: Found, max_kl: float, step: Step) -> list[Stan
         members = sorted((s for s in by_site if s is not None and s.effect > 0), key=lambda s: -s.effect)
         if len(members) > 1:
             best += members[:2]
-    arms = [_together(first, second) for first, second in zip(best[::2], best[1::2])]
+    arms = [_joined_arm(first, second) for first, second in zip(best[::2], best[1::2])]
     if not arms:
         return []
     with step("two sites together", len(arms)) as advance:
@@ -219,12 +209,11 @@ def _mixed(scorer: Scorer, found: Found, max_kl: float, step: Step) -> list[Stan
         return []
     changes = scorer.changes(candidates, items)
     return [
-        Standing(c, f"{c.arm.operation} at {c.arm.site}", 1.0, limits[c.arm.digest], items, change)
-        for c, change in zip(candidates, changes)
+        Standing(c, _group(c.arm), 1.0, limits[c.arm.digest], items, change) for c, change in zip(candidates, changes)
     ]
 
 
-def _together(first: Standing, second: Standing) -> Arm:
+def _joined_arm(first: Standing, second: Standing) -> Arm:
     plans = [s.candidate.arm.plan.top(s.candidate.arm.k) for s in (first, second)]
     weights = {s.candidate.arm.site: s.candidate.alpha / 2**0.5 for s in (first, second)}
     plan = plans[0] + plans[1]
@@ -232,28 +221,17 @@ def _together(first: Standing, second: Standing) -> Arm:
     return Arm(first.candidate.arm.method, plan, len(plan), detail, weights)
 
 
-def trials_of(found: Found, task: Task) -> list[Trial]:
+def trials_of(found: SearchResult, task: Task) -> list[Trial]:
     """All settings, best first among those judged by as many items."""
     standings = sorted(found.standings, key=lambda s: (-len(s.items), -s.effect))
     return [_trial(standing, task) for standing in standings]
 
 
 def _trial(standing: Standing, task: Task) -> Trial:
-    arm = standing.candidate.arm
-    low, high = standing.interval([task[i].group for i in standing.items])
     return Trial(
-        method=arm.method,
-        detail=arm.detail,
-        site=arm.site,
-        operation=arm.operation,
-        k=arm.k,
-        alpha=standing.candidate.strength,
+        **outcome_of(standing.candidate, standing.change, [task[i].group for i in standing.items]),
         fraction=standing.fraction,
         items=len(standing.items),
-        effect=float(standing.change.mean()),
-        low=low,
-        high=high,
-        share=float((standing.change > 0).double().mean()),
         kl=standing.limit.kl,
     )
 

@@ -149,7 +149,7 @@ def same(result, other):
 
 
 def test_an_interrupted_check_goes_on(model, demo, momentum, counted, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "TOGETHER", 12)  # two AUs at a time
+    monkeypatch.setattr(runner, "PLANS_AT_ONCE", 12)  # two AUs at a time
     whole = checked(model, demo, momentum)
     total, calls = counted["names"], counted["calls"]
     assert total == 6 * len(whole.units) and calls > 3

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import austeer
 from austeer import FileFormatError, Momentum
 from austeer.cli import main
-from austeer.cli.measure import parse_layers
+from austeer.cli.momentum_file import parse_layers
 from naive_momentum import numbered_pairs
 from places import ROOT
 

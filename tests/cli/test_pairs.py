@@ -51,9 +51,7 @@ once = functools.cache(load)
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs a command in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr("austeer.cli.pairs.load", once)
-    monkeypatch.setattr("austeer.cli.pairs_make.load", once)
-    monkeypatch.setattr("austeer.cli.measure.load", once)
+    monkeypatch.setattr("austeer.cli.common.load", once)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["austeer", *map(str, arguments)])
@@ -159,14 +157,14 @@ def test_two_instructions(run, place, tmp_path):
     ],
 )
 def test_what_is_refused_before_a_model_is_loaded(run, monkeypatch, tmp_path, changes, message):
-    monkeypatch.setattr("austeer.cli.pairs_make.load", None)
+    monkeypatch.setattr("austeer.cli.common.load", None)
     monkeypatch.chdir(tmp_path)
     code, _, error = run("pairs", "make", "instructions", "-m", "none", *TWO, "--out", "p.jsonl", *changes)
     assert code == 2 and message in error and not list(tmp_path.iterdir())
 
 
 def test_a_check_needs_no_weights(run, place, monkeypatch):
-    monkeypatch.setattr("austeer.cli.pairs.load", None)
+    monkeypatch.setattr("austeer.cli.common.load", None)
     code, text, _ = run("pairs", "check", place / "pairs.jsonl", "--model", place / "model")
     assert code == 0 and "30 pairs, 30 of them with two sides" in text
     assert text.index("answer words") < text.index("blank sides"), "the gravest first"

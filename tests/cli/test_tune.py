@@ -6,7 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from austeer.cli import app
-from austeer.cli.search_options import open_folder, parse_budget, parse_counts, read_neutral, show_alpha
+from austeer.cli.search_options import open_folder, parse_budget, parse_counts, read_neutral
+from austeer.cli.search_text import show_alpha
 from austeer.errors import AusteerError, PairsError, TaskError
 
 
@@ -68,8 +69,7 @@ def test_strengths_in_print():
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("austeer.cli.tune.load", None)
-    monkeypatch.setattr("austeer.cli.compare.load", None)
+    monkeypatch.setattr("austeer.cli.common.load", None)
     data = tmp_path / "pairs.jsonl"
     data.write_text("")
     result = CliRunner().invoke(app, [a.format(data=data) for a in arguments] + ["--out", str(tmp_path / "out")])

@@ -141,7 +141,7 @@ def test_a_budget_measures_as_many_pairs_as_it_allows(loaded, tmp_path, monkeypa
 
 def test_a_budget_too_small_to_measure_is_refused_before_it_is_spent(loaded, tmp_path, monkeypatch):
     cost(monkeypatch, 1.0)
-    monkeypatch.setattr("austeer.tuning.ground.measure", None)
+    monkeypatch.setattr("austeer.tuning.preparation.measure", None)
     with pytest.raises(TaskError, match=r"budget.*60 s.*20 pairs"):
         tune(*loaded, task_of(), **FEW, budget=60, folder=tmp_path)
 

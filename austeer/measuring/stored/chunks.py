@@ -7,7 +7,7 @@ copies from it at full speed), and a disk's error is an error here and no crash.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import BinaryIO
@@ -148,3 +148,16 @@ class Upload:
             chunk.copied.record(self._stream)
         work.wait_event(chunk.copied)
         return data
+
+
+def half_of(chunk: Chunk, shard: Shard) -> Tensor:
+    """Which of a chunk's rows are in the half that is counted by itself: int64, from 0."""
+    try:
+        return shard.half(chunk.start, chunk.stop)
+    except OSError as error:
+        raise FileFormatError(f"{shard.path}: cannot be read ({error.strerror or error})") from error
+
+
+def upload_to(device: torch.device, size: int) -> Callable[[Chunk], Tensor]:
+    """What brings the data of chunks, of at most so many bytes, to the device; on the CPU they are there."""
+    return Upload(device, size) if device.type == "cuda" else lambda chunk: chunk.data

@@ -20,19 +20,16 @@ from ...errors import AusteerError, CaptureError, FileFormatError, check_count
 from ...models.sites import Fingerprint
 from ...momentum.momentum import Momentum
 from ...utils.interrupt import Interruption, MeasurementInterrupted
-from ...utils.machine import read_rate
 from ...utils.progress import Progress
-from ..checkpoint import Checkpoint, State
-from ..tally import Counting
-from .chunks import BUFFERS, Chunk, Chunks, Upload
+from ..checkpoint import Checkpoint
+from ..tally import Counts, State
+from .chunks import Chunk, Chunks, half_of, upload_to
 from .folder import StoredActivations
+from .needs import SAVED_BYTES, CountNeeds
 
 #: By default a chunk has so many bytes, and at least so many rows: of fewer, going over the counters would cost as
 #: much as counting.
 CHUNK_BYTES, CHUNK_ROWS = 64 * 2**20, 32
-
-#: Bytes of an AU's counters while counting, and in a file.
-COUNTER_BYTES, SAVED_BYTES = 80, 64
 
 #: Between two looks for NaN (each waits for the device) and two checkpoints: bytes read, and times a checkpoint's size.
 _EVERY_BYTES, _EVERY_CHECKPOINTS = 2**30, 100
@@ -98,12 +95,7 @@ class ActivationCount:
 
     Args:
         stored: what to count.
-        device: where to count; by default a GPU if there is one.
-        chunk_bytes: of a chunk; by default 64 MiB or 32 rows, whichever is more.
-        part: (i, n) counts the shards i, i + n, i + 2 n ... for the caller to merge.
-        checkpoint: a file in which the counters are kept every GB or so, and when a shard cannot be read; remove it
-            when the result is saved. resume: go on from it, if it is there, to the identical result.
-        progress: a progress bar on standard error; by default if that is a terminal.
+        Others as of :func:`momentum_from_activations`.
 
     Attributes:
         report: how it went.
@@ -131,9 +123,8 @@ class ActivationCount:
         self.shards = stored.part(*part).shards
         self.report = CountReport()
         self._offsets = [0, *accumulate(shard.rows for shard in self.shards)]
-        self._counting = {site: Counting(*shape, self.device) for site, shape in stored.shapes.items()}
+        self._counts = Counts(stored.shapes, self.device)
         self._done = (0, 0)  # the shard and row up to which everything is counted
-        self._half_pairs = 0
         self._checkpoint: Checkpoint | None = None
         if checkpoint is not None:
             settings = {
@@ -145,11 +136,11 @@ class ActivationCount:
                 "chunk_rows": self.rows,
             }
             self._checkpoint = Checkpoint(checkpoint, settings, part)
-            self._go_on(self._checkpoint, resume)
+            self._resume(self._checkpoint, resume)
         elif resume:
             raise FileFormatError("resume: found no checkpoint to go on from; name its file with checkpoint=...")
 
-    def _go_on(self, checkpoint: Checkpoint, resume: bool) -> None:
+    def _resume(self, checkpoint: Checkpoint, resume: bool) -> None:
         if not checkpoint.path.exists():
             return
         if not resume:
@@ -164,10 +155,8 @@ class ActivationCount:
                 f"{checkpoint.path}: found other shards than were counted before; give the same, unchanged (those that "
                 "were not reached may differ), or start anew"
             )
-        for site, counting in self._counting.items():
-            counting.restore(state.sites[site], state.half[site])
+        self._counts.restore(state)
         self._done, self.report.resumed = done, self._offsets[done[0]] + done[1]
-        self._half_pairs = state.half_pairs
 
     def _digest(self, done: tuple[int, int]) -> str:
         """A hash of the names, sizes and headers of all shards that are counted, in whole or in part."""
@@ -178,23 +167,7 @@ class ActivationCount:
 
     def needs(self) -> CountNeeds:
         """What :meth:`run` will take; reads and counts the first chunk, and keeps nothing of it."""
-        columns, size = self.stored.columns, self._chunks().size
-        on_gpu = self.device.type == "cuda"
-        reads, counts = read_rate([shard.path for shard in self.shards]), self._count_rate()
-        total = sum(shard.rows for shard in self.shards) * 2 * columns * self.stored.shards[0].dtype.itemsize
-        return CountNeeds(
-            shards=len(self.shards),
-            rows=self._offsets[-1],
-            columns=columns,
-            bytes=total,
-            counters=COUNTER_BYTES * columns,
-            chunks=BUFFERS * size + size // 2,
-            device_chunks=2 * size if on_gpu else 0,
-            result=SAVED_BYTES * columns,
-            read_rate=reads or 0.0,
-            count_rate=counts,
-            seconds=total / max(min(reads or 0.0, counts), 1.0),
-        )
+        return CountNeeds.of(self.stored, self._chunks(), self.device)
 
     def run(self) -> Momentum:
         """Counts everything that is not counted yet.
@@ -211,12 +184,11 @@ class ActivationCount:
                 raise
             raise FileFormatError(f"{error}. What was counted before is in {self._place()}: then resume") from error
         self._check()
-        sites = {site: counting.counters() for site, counting in self._counting.items()}
+        counters = self._counts.counters()
         self.report.seconds = time.perf_counter() - begin
         headers = [(shard, shard.header) for shard in self.shards]
         pairs = sum(header.pairs if header else shard.rows for shard, header in headers)
         return Momentum(
-            sites=sites,
             pairs=pairs,
             model=self.stored.model,
             chat_template=self.stored.chat_template,
@@ -224,8 +196,7 @@ class ActivationCount:
             identical=pairs - self._offsets[-1],
             sources=tuple(sorted({header.source if header else str(shard.path.parent) for shard, header in headers})),
             layers=self.stored.layers,
-            half={site: counting.half_counters() for site, counting in self._counting.items()},
-            half_pairs=self._half_pairs,
+            **counters,
         )
 
     def _chunks(self) -> Chunks:
@@ -233,7 +204,7 @@ class ActivationCount:
 
     def _count(self) -> None:
         chunks, report = self._chunks(), self.report
-        upload = Upload(self.device, chunks.size) if self.device.type == "cuda" else None
+        upload = upload_to(self.device, chunks.size)
         every, unsaved = max(_EVERY_BYTES, _EVERY_CHECKPOINTS * SAVED_BYTES * self.stored.columns), 0
         with (
             Progress("counting", self._offsets[-1], "pairs", self.progress) as bar,
@@ -249,7 +220,7 @@ class ActivationCount:
                 report.seconds_read = chunks.seconds
                 if chunk is None:
                     return
-                self._add(chunk, chunk.data if upload is None else upload(chunk))
+                self._add(chunk, upload(chunk))
                 unsaved += len(chunk.data)
                 report.seconds_count += time.perf_counter() - now
                 speed = report.bytes / (report.seconds_wait + report.seconds_count)
@@ -265,20 +236,13 @@ class ActivationCount:
 
     def _add(self, chunk: Chunk, data: Tensor) -> None:
         rows, shard = chunk.stop - chunk.start, self.shards[chunk.shard]
-        half = self._half(chunk)
+        half = half_of(chunk, shard)
         for site, values in chunk.values(data):
-            self._counting[site].add(values, rows, self._offsets[chunk.shard] + chunk.start, half=half)
-        self._half_pairs += len(half)
+            self._counts.counting[site].add(values, rows, self._offsets[chunk.shard] + chunk.start, half=half)
+        self._counts.half_pairs += len(half)
         self._done = (chunk.shard + 1, 0) if chunk.stop == shard.rows else (chunk.shard, chunk.stop)
         self.report.rows += rows
         self.report.bytes += len(chunk.data)
-
-    def _half(self, chunk: Chunk) -> Tensor:
-        shard = self.shards[chunk.shard]
-        try:
-            return shard.half(chunk.start, chunk.stop)
-        except OSError as error:
-            raise FileFormatError(f"{shard.path}: cannot be read ({error.strerror or error})") from error
 
     def _save(self) -> bool:
         """Looks for NaN and infinities, then writes the checkpoint; whether there is one now."""
@@ -292,12 +256,10 @@ class ActivationCount:
             block=self._done[0],
             digest=self._digest(self._done),
             pairs=self.report.resumed + self.report.rows,
-            half_pairs=self._half_pairs,
             cut=0,
             identical=0,
-            sites={site: counting.counters() for site, counting in self._counting.items()},
-            half={site: counting.half_counters() for site, counting in self._counting.items()},
             extra={"row": self._done[1]},
+            **self._counts.counters(),
         )
         try:
             self._checkpoint.save(state)
@@ -313,10 +275,10 @@ class ActivationCount:
 
     def _check(self) -> None:
         """Raises CaptureError if an activation was NaN or infinite; waits for the device."""
-        found = [(*place, site) for site, c in self._counting.items() if (place := c.nonfinite()) is not None]
-        if not found:
+        found = self._counts.nonfinite()
+        if found is None:
             return
-        value, row_of_layers, au, site = min(found)
+        value, row_of_layers, au, site = found
         which = bisect_right(self._offsets, value) - 1
         shard, row = self.shards[which], value - self._offsets[which]
         number = shard.number(row)
@@ -325,25 +287,6 @@ class ActivationCount:
             f"{self.stored.layers[row_of_layers]}, AU {au}: found NaN or infinity, expected finite activations. Store "
             "them in bfloat16 or float32, or leave the pair out"
         )
-
-    def _count_rate(self) -> float:
-        """Bytes a second counted, of the first chunk; the better of two tries, the first of which compiles."""
-        chunks = self._chunks()
-        with closing(chunks.read()) as reading:
-            chunk = next(reading, None)
-            if chunk is None:
-                return 0.0
-            upload = Upload(self.device, chunks.size) if self.device.type == "cuda" else None
-            counting = {site: Counting(*shape, self.device) for site, shape in self.stored.shapes.items()}
-            seconds, half = [], self._half(chunk)
-            for _ in range(2):
-                start = time.perf_counter()
-                for site, values in chunk.values(chunk.data if upload is None else upload(chunk)):
-                    counting[site].add(values, chunk.stop - chunk.start, 0, half=half)
-                if upload is not None:
-                    torch.cuda.synchronize(self.device)
-                seconds.append(time.perf_counter() - start)
-        return len(chunk.data) / max(min(seconds), 1e-9)
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -390,42 +333,3 @@ class CountReport:
             f"GB/s; waiting for storage {self.seconds_wait:.1f} s, counting {self.seconds_count:.1f} s, checkpoints "
             f"{self.seconds_save:.1f} s (reading, beside it, {self.seconds_read:.1f} s)"
         )
-
-
-@dataclass(frozen=True)
-class CountNeeds:
-    """What a count takes, found out on the first chunk. Sizes are bytes.
-
-    Attributes:
-        shards, rows: how many. columns: AUs of all sites and layers. bytes: of activations, each read once.
-        counters: on the device. chunks: in the CPU's memory. device_chunks: on a GPU. result: the momentum file.
-        read_rate, count_rate: bytes a second from the shards (what lies in the page cache included), and counted.
-        seconds: for all; reading and counting go on side by side.
-    """
-
-    shards: int
-    rows: int
-    columns: int
-    bytes: int
-    counters: int
-    chunks: int
-    device_chunks: int
-    result: int
-    read_rate: float
-    count_rate: float
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """For people."""
-        gb = 1e9
-        gpu = f", {self.device_chunks / gb:.3f} GB of chunks on the GPU" if self.device_chunks else ""
-        return [
-            f"{self.rows} rows x {self.columns} AUs in {self.shards} shards: {self.bytes / gb:.2f} GB, read once",
-            f"memory: {self.counters / gb:.3f} GB of counters, {self.chunks / gb:.3f} GB of chunks{gpu}; "
-            f"momentum file {self.result / gb:.3f} GB",
-            f"storage gives {self.read_rate / gb:.2f} GB/s, counting takes {self.count_rate / gb:.2f} GB/s: about "
-            f"{self.seconds:.0f} s",
-        ]

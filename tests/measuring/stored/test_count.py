@@ -235,7 +235,7 @@ def test_interrupted_runs_add_up_bit_for_bit(tmp_path_factory, number, stops):
 PROGRAM = """
 import sys
 from pathlib import Path
-from austeer import activations
+from austeer.measuring.stored import count as activations
 activations._EVERY_BYTES = activations._EVERY_CHECKPOINTS = 0
 folder = Path(sys.argv[1])
 options = {"device": "cpu", "chunk_bytes": 200_000, "checkpoint": folder / "c", "resume": True}

@@ -1,6 +1,7 @@
 """What is told of a count of stored activations."""
 
-from austeer.measuring.stored.count import CountNeeds, CountReport
+from austeer.measuring.stored.count import CountReport
+from austeer.measuring.stored.needs import CountNeeds
 
 
 def test_needs_for_people():

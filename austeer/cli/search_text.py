@@ -1,0 +1,59 @@
+"""What commands print of steerings alike: strengths, values with their intervals, and the held-out table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..forward.timing import Timing
+    from ..tuning.held_out import HeldOut, Unsteered
+
+LEGEND = (
+    "effect: mean change of log p(wanted) - log p(best other option), with its 95 % interval over groups of items; up: "
+    "share of items that moved the wanted way;\np: McNemar's exact test of the accuracy against unsteered; KL: of the "
+    "next token on held-out neutral text against unsteered, nats a token"
+)
+
+
+def held_out_table(
+    unsteered: Unsteered, rows: Sequence[HeldOut], extra: Callable[[HeldOut], str] | None = None
+) -> Table:
+    table = Table(box=None, pad_edge=False)
+    names = ["alpha", "AUs", escape("effect, nats [95 %]"), "up", "accuracy", "p", "KL", *(["time"] if extra else [])]
+    table.add_column("setting")
+    for name in names:  # only what a setting is called may be broken
+        table.add_column(name, no_wrap=True)
+    table.add_row("unsteered", "", "", "", "", f"{unsteered.accuracy:.1%}")
+    for row in rows:
+        cells = [
+            escape(f"{row.method} {row.operation}, {row.detail or row.site}"),
+            show_alpha(row.alpha),
+            str(row.k),
+            show_value(row.effect, row.low, row.high),
+            f"{row.share:.0%}",
+            f"{row.accuracy:.1%}",
+            f"{row.p:.2g}",
+            f"{row.kl:.3f}",
+        ]
+        table.add_row(*cells, *([extra(row)] if extra else []))
+    return table
+
+
+def show_alpha(alpha: float | dict[str, float]) -> str:
+    if isinstance(alpha, dict):
+        return "\n".join(f"{site} {value:.3g}" for site, value in alpha.items())
+    return f"{alpha:.3g}"
+
+
+def show_value(value: float, low: float | None, high: float | None) -> str:
+    """With its interval, where it has one."""
+    return escape(f"{value:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]"))
+
+
+def show_ratio(timing: Timing) -> str:
+    """To unsteered, with quartiles."""
+    return escape(f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]")

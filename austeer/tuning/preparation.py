@@ -1,0 +1,123 @@
+"""Prepares a search: the parts of the data, neutral texts, the record, and the momentum of the measured part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..baselines.arm import Material
+from ..errors import TaskError
+from ..forward.tokens import encode
+from ..measuring.measure import measure
+from ..momentum.momentum import Momentum
+from ..pairs.pairs import Pairs
+from ..tasks.neutral import neutral_texts
+from ..tasks.task import Task
+from .data import Parts, digest_of, halved, split
+from .options import SearchOptions
+from .record import Record
+from .scorer import Scorer
+
+FILE_NAME = "momentum.safetensors"
+
+#: Of a time budget, what measuring may take; and on how many pairs, at least, there is something to search with.
+MEASURING, FEWEST_PAIRS = 0.3, 20
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Attributes:
+    parts: of the data. settings: all that the search depends on, for its record and its result.
+    material: what methods make their plans from.
+    tune_scorer, test_scorer: score on the tuning part, and on the test part with other neutral texts.
+    """
+
+    parts: Parts
+    settings: dict[str, Any]
+    material: Material
+    tune_scorer: Scorer
+    test_scorer: Scorer
+
+
+def prepare(
+    model: nn.Module,
+    tokenizer,
+    data: Task | Pairs | Parts,
+    options: SearchOptions,
+    *,
+    sites: Iterable[str],
+    settings: dict[str, Any],
+) -> Preparation:
+    """
+    Args:
+        options: with a budget, as many pairs are measured as a part of it allows.
+        sites: those to measure, where there is no momentum. settings: what else the search depends on.
+
+    Raises:
+        TaskError: a numeric task, too little data, or a budget too small to measure.
+        FileFormatError: ``folder`` holds another search.
+    """
+    momentum, budget, neutral = options.momentum, options.budget, options.neutral
+    given = isinstance(data, Parts) and data.measure is not None
+    parts = split(data, measured=momentum is not None and not given, most=options.most, seed=options.seed)
+    tune_texts, test_texts = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
+    settings = {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "data": {"name": parts.name, "source": parts.source, **parts.to_json()},
+        "neutral": {"tune": digest_of(tune_texts), "test": digest_of(test_texts)},
+        **settings,
+    }
+    record = Record(None if options.folder is None else Path(options.folder, "search.jsonl"), settings)
+    tune_scorer = Scorer(model, tokenizer, parts.tune, tune_texts, record)
+    test_scorer = Scorer(model, tokenizer, parts.test, test_texts, record, name="test")
+    if momentum is None:
+        pairs = parts.measure
+        assert pairs is not None
+        if budget is not None:
+            pairs = _affordable_pairs(pairs, tune_scorer, budget)
+            parts = replace(parts, measure=pairs)
+            settings["data"] |= parts.to_json()
+        momentum = _measured_momentum(model, tokenizer, pairs, sorted(sites), options)
+    material = Material(model, tokenizer, parts.measure or Pairs(()), momentum)
+    return Preparation(parts, settings, material, tune_scorer, test_scorer)
+
+
+def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float) -> Pairs:
+    """As many of the pairs as can be measured within a part of the budget, from all over them.
+
+    Raises:
+        TaskError: they are too few for a search.
+    """
+    count = scorer.record.get("pairs to measure")
+    if count is None:
+        some = pairs[:: max(1, len(pairs) // 100)]
+        texts = [pair.prompt + side for pair in some for side in (pair.positive, pair.negative)]
+        seconds = scorer.costs.token * sum(map(len, encode(scorer.tokenizer, texts))) / len(some)
+        least = min(FEWEST_PAIRS, len(pairs))
+        if MEASURING * budget < least * seconds:
+            raise TaskError(
+                f"budget: found {budget:.0f} s, too little to measure {least} pairs; expected at least "
+                f"{math.ceil(least * seconds / MEASURING)} s here, or a momentum that was measured before"
+            )
+        count = min(len(pairs), int(MEASURING * budget / seconds))
+        scorer.record.put("pairs to measure", count)
+    return replace(pairs, items=tuple(pairs[i * len(pairs) // count] for i in range(count)))
+
+
+def _measured_momentum(model: nn.Module, tokenizer, pairs: Pairs, sites: list[str], options: SearchOptions) -> Momentum:
+    """The momentum of the measured part; from the search's folder if it was counted there before."""
+    if options.folder is None:
+        return measure(model, tokenizer, pairs, sites, progress=options.progress)
+    path = Path(options.folder, FILE_NAME)
+    if path.exists():
+        return Momentum.load(path)
+    checkpoint = path.with_name("momentum.checkpoint")
+    momentum = measure(model, tokenizer, pairs, sites, checkpoint=checkpoint, resume=True, progress=options.progress)
+    momentum.save(path)
+    checkpoint.unlink(missing_ok=True)
+    return momentum
