@@ -8,8 +8,8 @@ from torch import nn
 from austeer.forward.capture import LastTokens
 from austeer.forward.packing import batches
 from austeer.measuring.blocks import Block
+from austeer.measuring.counting import Counting
 from austeer.measuring.layerwise.layerwise import Layerwise
-from austeer.measuring.tally import Counting
 from austeer.models.hooks import hooks_on
 
 

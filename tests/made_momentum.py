@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from austeer import Momentum
-from austeer.measuring.tally import Counting
+from austeer.measuring.counting import Counting
 from austeer.models.sites import Fingerprint
 
 

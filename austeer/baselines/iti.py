@@ -30,8 +30,8 @@ from ..plans.plan import Plan
 from ..statistics import signed_rate
 from .arm import Arm, Material
 from .heads import SITE, attention_sites, head_size
+from .pair_activations import PairActivations, pair_activations
 from .probes import fit
-from .reading import PairActivations, pair_activations
 
 
 @dataclass(frozen=True)

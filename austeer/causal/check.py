@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..baselines.reading import pair_activations
+from ..baselines.pair_activations import pair_activations
 from ..errors import SelectionError, TaskError
 from ..models.sites import find_sites, fingerprint
 from ..models.structure import floating_dtype

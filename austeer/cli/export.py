@@ -57,7 +57,7 @@ def lora(
     """
     from ..export import export_lora
     from ..export.adapter import CONFIG, TENSORS
-    from ..export.output import RECORD, gigabytes
+    from ..export.output_files import RECORD, gigabytes
     from ..plans.serving import vllm_rank
 
     with warnings_as_notes():
@@ -115,8 +115,8 @@ def checkpoint(
     """
     from ..export.biases import READ_BY_VLLM
     from ..export.checkpoint import export_checkpoint
-    from ..export.output import RECORD, gigabytes
-    from ..export.tensors import INDEX
+    from ..export.model_weights import INDEX
+    from ..export.output_files import RECORD, gigabytes
 
     with warnings_as_notes():
         export_checkpoint(
@@ -174,7 +174,7 @@ def gguf(
     Example: `austeer export gguf plans/kind --model Qwen/Qwen3-8B --alpha 8 --out kind.gguf`
     """
     from ..export.gguf import export_gguf
-    from ..export.output import gigabytes
+    from ..export.output_files import gigabytes
 
     plans = read_plans(plan, alpha)
     with warnings_as_notes():

@@ -61,7 +61,7 @@ def check(
     from ..making import check_pairs, write_pairs
     from ..making import control_pairs as control_set
     from ..making.check import read_unchecked
-    from ..making.made import check_out
+    from ..making.made_pairs import check_out
     from ..models.skeleton import load_config, load_tokenizer
     from ..momentum.momentum import Momentum
 

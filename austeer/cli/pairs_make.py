@@ -51,7 +51,7 @@ def task(
     Example: `austeer pairs make task boolq.jsonl --template boolq --balance --out pairs.jsonl`
     """
     from ..making import pairs_from_task
-    from ..making.made import check_out
+    from ..making.made_pairs import check_out
     from ..tasks.load import load_task
 
     common.check_writable(check_out(out), force)
@@ -107,10 +107,10 @@ def instructions(
     rudely." --out pairs.jsonl`
     """
     from ..making import pairs_from_instructions
-    from ..making.forms import check_instructions
-    from ..making.made import check_out
-    from ..making.partial import partial_path
+    from ..making.instruction_forms import check_instructions
+    from ..making.made_pairs import check_out
     from ..making.prompts import read_prompts
+    from ..making.unfinished_run import partial_path
 
     common.check_writable(check_out(out), force)
     check_instructions((positive_prompt, negative_prompt))
@@ -161,7 +161,7 @@ def template(
     noun=film,book --value good=fine,clever --value bad=poor,silly --out pairs.jsonl`
     """
     from ..making import pairs_from_template
-    from ..making.made import check_out
+    from ..making.made_pairs import check_out
     from ..making.template import read_values
 
     common.check_writable(check_out(out), force)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import SiteError
 from ..forward.batch_size import LARGEST, SHARE, bytes_a_token
-from ..measuring.choices import chosen_layers
+from ..measuring.arguments import chosen_layers
 from ..measuring.layerwise.hidden_states import bytes_needed
 from ..measuring.layerwise.one_layer import Anatomy, LayerwiseError
 from ..models.families import Layout

@@ -13,7 +13,7 @@ from ..models.linear import WeightNames, weights_of
 from ..models.sites import find_sites
 from . import factors
 from .edits import Edit
-from .tensors import ModelWeights
+from .model_weights import ModelWeights
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: Where PEFT has the model that it wraps.

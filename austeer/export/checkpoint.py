@@ -18,9 +18,9 @@ from ..utils.progress import Progress
 from .biases import NewBiases, new_biases, warn_of_unread
 from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
 from .folding import folded_bias, folded_weight
-from .output import RECORD, check_output, nearest_folder, staged
+from .model_weights import INDEX, LoadedWeights, Piece, StoredWeights, weights_of_model
+from .output_files import RECORD, check_output, nearest_folder, staged
 from .rewrite import DTYPES, SafetensorsHeader, TensorEntry, link_or_copy, read_header, rewrite
-from .tensors import INDEX, LoadedWeights, Piece, StoredWeights, weights_of_model
 
 
 def export_checkpoint(

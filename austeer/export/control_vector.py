@@ -19,7 +19,7 @@ from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
 from .edits import ExportError, warn_of_another_model
 from .gguf_file import ARCHITECTURES, add, finish, writer_of
-from .output import check_output, staged_file
+from .output_files import check_output, staged_file
 
 #: Families whose decoder layers add the MLP's output to their own as it is, so that a shift of the one is a shift of
 #: the other: no norm behind the MLP, no factor.

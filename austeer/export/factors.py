@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models.linear import WeightNames
 from .edits import Edit, Strengths
 from .folding import steered_bias
-from .tensors import ModelWeights
+from .model_weights import ModelWeights
 
 
 def sizes(network: nn.Module, path: str, names: WeightNames) -> tuple[int, int]:

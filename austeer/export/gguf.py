@@ -18,8 +18,8 @@ from . import factors
 from .control_vector import write_control_vector
 from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
 from .gguf_file import ARCHITECTURES, add, finish, writer_of
-from .output import check_output, staged_file
-from .tensors import weights_of_model
+from .model_weights import weights_of_model
+from .output_files import check_output, staged_file
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

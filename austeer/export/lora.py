@@ -24,8 +24,8 @@ from ..utils.progress import Progress
 from . import factors
 from .adapter import CONFIG, PREFIX, TENSORS, AdapterLayer, config_of, taken_for_experts, target_of, tensors_of
 from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
-from .output import RECORD, check_output, staged
-from .tensors import FLOATING, ModelWeights, StoredWeights, weights_of_model
+from .model_weights import FLOATING, ModelWeights, StoredWeights, weights_of_model
+from .output_files import RECORD, check_output, staged
 
 _LARGEST_RANK = 1 << 20
 

@@ -10,7 +10,7 @@ from .findings import PairsFinding
 from .from_task import pairs_from_task
 from .instructions import pairs_from_instructions
 from .length_control import LengthControl, control_pairs
-from .made import Made, write_pairs
+from .made_pairs import Made, write_pairs
 from .template import pairs_from_template
 
 __all__ = [

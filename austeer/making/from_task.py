@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import PairsError
 from ..pairs.pair import Pair
 from ..pairs.pairs import Pairs
-from .made import Made
+from .made_pairs import Made
 
 if TYPE_CHECKING:
     from ..tasks.task import Task

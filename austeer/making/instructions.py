@@ -14,16 +14,16 @@ from torch import nn
 from ..errors import AusteerError, PairsError, check_count
 from ..forward.generation import continue_prompts
 from ..forward.tokens import encode
-from ..measuring.choices import tokenizer_signature
+from ..measuring.arguments import tokenizer_signature
 from ..models.structure import name_of
 from ..models.weights import signature
 from ..pairs.pair import Pair, render_chat
 from ..pairs.pairs import Pairs
 from ..utils.progress import Progress
-from .cutting import even, whole_words
-from .forms import drops_blank, instructed, instruction_form, join
-from .made import Made, check_out, write_pairs
-from .partial import Partial
+from .instruction_forms import drops_blank, instructed, instruction_form, join
+from .made_pairs import Made, check_out, write_pairs
+from .truncation import even, whole_words
+from .unfinished_run import Partial
 
 #: Why a pair is left out.
 EMPTY, EQUAL, NO_LENGTH, REPEATED = "empty side", "equal sides", "no common length at a word's end", "repeated"

@@ -23,10 +23,10 @@ from ..models.sites import find_sites, fingerprint
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
 from ..statistics import discoveries, ranking, signed_rate
+from .momentum_signs import following, momentum_signs
 from .side_checks import Sides
-from .signs import following, momentum_signs
+from .side_prediction import sign_test
 from .text_checks import with_sides
-from .told import sign_test
 
 #: Neutral in tone, and true of anything.
 FILLERS = (

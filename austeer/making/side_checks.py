@@ -11,7 +11,7 @@ from statistics import mean, median
 from ..forward.tokens import encode
 from ..pairs.pair import Pair
 from .findings import PairsFinding, percent, share, worst
-from .told import sign_test, told_by, told_by_longer
+from .side_prediction import sign_test, told_by, told_by_longer
 
 #: A first word of so many of the pairs is an answer word (yes, no, a letter).
 ANSWER_WORD = 0.1

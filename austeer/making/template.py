@@ -13,7 +13,7 @@ from ..errors import PairsError
 from ..pairs.pair import Pair
 from ..pairs.pairs import Pairs
 from ..pairs.text_file import TextFile
-from .made import Made
+from .made_pairs import Made
 
 #: More combinations than these are not made unless their number is asked for.
 MOST = 1_000_000

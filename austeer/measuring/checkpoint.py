@@ -11,8 +11,8 @@ from typing import Any
 from ..counters import counters_from, tensors_of
 from ..errors import FileFormatError
 from ..utils import files
+from .counting import State
 from .layerwise import hidden_states as hidden
-from .tally import State
 
 FORMAT, VERSION = "austeer-checkpoint", 2
 

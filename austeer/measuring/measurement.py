@@ -36,13 +36,13 @@ from ..momentum.report import MeasureReport
 from ..pairs.pair import Pair
 from ..pairs.pairs import Pairs
 from ..pairs.stream import PairStream
+from .arguments import chosen_layers, chosen_strategy, tokenizer_signature
 from .blocks import Blocks
 from .checkpoint import Checkpoint
-from .choices import chosen_layers, chosen_strategy, tokenizer_signature
+from .counting import Tally
 from .layerwise.layerwise import Layerwise
 from .processes import Processes
 from .stored.writer import ActivationWriter
-from .tally import Tally
 
 STRATEGIES = ("auto", "resident", "layerwise")
 

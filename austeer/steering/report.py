@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .levels import Levels
 from .path import Path
 from .scope import Scope
+from .strength import Strength
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Report(tuple[SiteReport, ...]):
         return "\n".join(map(str, self))
 
 
-def make_report(paths: Sequence[Path], reasons: Sequence[str], names: Sequence[str], levels: Levels) -> Report:
+def make_report(paths: Sequence[Path], reasons: Sequence[str], names: Sequence[str], levels: Strength) -> Report:
     """The report of ``paths`` with the strengths as they are now; ``names`` are the plans'."""
     strengths: list[list[tuple[int, int, float]]] = []  # for each path (plan, index, strength)
     totals = [0.0] * len(names)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import SteeringError
 from ..models.hooks import Attachment, Hook
 from .prompt import PACKED, Prompt, padding
-from .rows import Rows
+from .row_plans import Rows
 from .scope import END, Scope
 
 #: No token of this forward pass is steered. (None stands for every token.)

@@ -18,17 +18,17 @@ from ..models.sites import Layout, find_sites
 from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
-from .choose import MODES, plan_paths
 from .fold import Fold
 from .hook_path import expect_free
-from .levels import Alpha, Levels
 from .path import Path
+from .path_choice import MODES, plan_paths
 from .prompt import Prompt
 from .report import Report, complaint, make_report
 from .routing import Routing
-from .rows import NO_NAMES, Rows
+from .row_plans import NO_NAMES, Rows
 from .scope import parse_scope
 from .selfcheck import FoldProbe
+from .strength import Alpha, Strength
 
 #: The modules with folded weights, of all models: two models may share some.
 _folded: WeakSet[nn.Module] = WeakSet()
@@ -61,7 +61,7 @@ class Steering:
         self.plans = _plans(plan)
         self.scope = parse_scope(scope)
         self._named = isinstance(plan, Mapping)
-        self._levels = Levels(self.plans, self._named)
+        self._levels = Strength(self.plans, self._named)
         self._levels.set_alpha(alpha)
         self._levels.set_k(k)
         self._model = unwrap(model)

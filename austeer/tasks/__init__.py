@@ -1,6 +1,6 @@
 """Labelled tasks: read through templates, run and scored."""
 
-from .evaluating import Variant, check_options, checked_variants, evaluate
+from .evaluate import Variant, check_options, checked_variants, evaluate
 from .evaluation import Comparison, Evaluation, IntervalEstimate, VariantResult
 from .load import load_task
 from .numeric import last_number, numeric_answers

@@ -14,9 +14,9 @@ from torch import nn
 from ..errors import TaskError
 from ..models.structure import evaluating
 from ..plans.plan import Plan
-from ..steering.levels import Alpha
 from ..steering.steering import steer
-from .evaluating import Variant, checked_variants
+from ..steering.strength import Alpha
+from .evaluate import Variant, checked_variants
 from .evaluation import UNSTEERED
 
 

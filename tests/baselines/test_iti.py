@@ -12,8 +12,8 @@ from austeer import CaptureError, Pairs, SelectionError
 from austeer.baselines import arms
 from austeer.baselines.heads import attention_sites, head_size
 from austeer.baselines.iti import rank_heads, train_half
+from austeer.baselines.pair_activations import pair_activations
 from austeer.baselines.probes import fit
-from austeer.baselines.reading import pair_activations
 from austeer.demo.demo import load_data
 from austeer.models.sites import find_sites
 from baseline_material import IDS, PAIRS, hooked, material_of, reference_activations

@@ -265,7 +265,7 @@ def test_figure(model, demo, momentum, tmp_path):
 @pytest.fixture
 def files(model, demo, momentum, tmp_path, monkeypatch):
     """Momentum, pairs, and the same pairs as a task."""
-    monkeypatch.setattr("austeer.cli.causal.load", lambda *options: (model, demo[1]))
+    monkeypatch.setattr("austeer.cli.common.load", lambda *options: (model, demo[1]))
     momentum.save(tmp_path / "m.momentum")
     rows = [{**vars(pair), "topic": "x"} for pair in load_data().held_out[:3]]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

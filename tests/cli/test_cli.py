@@ -34,7 +34,7 @@ def run(*arguments):
 def loaded_once(demo, monkeypatch):
     for command in ("measure", "generate"):
         monkeypatch.setattr(
-            f"austeer.cli.{command}.load", lambda name, *options: demo if name == "demo" else load(name, *options)
+            "austeer.cli.common.load", lambda name, *options: demo if name == "demo" else load(name, *options)
         )
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import austeer
 from austeer.cli import main
 from austeer.cli.common import load
-from austeer.making.partial import partial_path
+from austeer.making.unfinished_run import partial_path
 from places import SHARED_DATA as DATA
 
 TEMPLATE = ("pairs", "make", "template", "--prompt", "The {noun} was", "--positive", " {good}", "--negative", " {bad}")

@@ -132,7 +132,7 @@ def test_help_teaches_with_an_example():
 
 
 def test_generate_takes_names_of_the_hub(hub, demo, monkeypatch):
-    monkeypatch.setattr("austeer.cli.generate.load", lambda *options: demo)
+    monkeypatch.setattr("austeer.cli.common.load", lambda *options: demo)
     model = Fingerprint("llama", 30, {"attention": 576}, "HuggingFaceTB/SmolLM2-135M-Instruct", None)
     first, second = (
         plan_of([("attention", 12, i) for i in range(9)], "shift", model=model, seed=seed) for seed in (1, 2)

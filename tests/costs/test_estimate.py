@@ -17,7 +17,7 @@ from austeer.demo.demo import load_data
 from austeer.errors import CaptureError, ModelError, PairsError, SiteError
 from austeer.forward.capture import LastTokens
 from austeer.forward.packing import batches
-from austeer.measuring.tally import Counting
+from austeer.measuring.counting import Counting
 from austeer.models.load import load_offloaded
 from austeer.models.sites import find_sites
 from austeer.models.skeleton import checkpoint_files, load_config

@@ -16,8 +16,8 @@ from austeer.costs.steering import spread, steering_cost
 from austeer.costs.work import WAYS, Place, Target, Work, columns, columns_are_dense, fused
 from austeer.models.sites import find_sites
 from austeer.plans.table import OPERATIONS
-from austeer.steering.choose import plan_paths
 from austeer.steering.columns import dense_is_cheaper
+from austeer.steering.path_choice import plan_paths
 from austeer_kernels import launch
 from bench.counted_ops import count
 from bench.plain_ways import DenseHook, Public, SparseHook

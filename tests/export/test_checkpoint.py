@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import austeer
 from austeer.export.checkpoint import export_checkpoint
 from austeer.export.edits import ExportWarning, digest
-from austeer.export.tensors import INDEX
+from austeer.export.model_weights import INDEX
 from austeer.models.sites import find_sites, layers_path
 from dense_formula import assert_unchanged, logits, random_plan, snapshot
 from tiny_checkpoints import BATCH, assert_steered, expected, folding_sites, loaded, record, saved, tensors_of

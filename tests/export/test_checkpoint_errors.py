@@ -19,7 +19,7 @@ import austeer
 from austeer.errors import PlanError
 from austeer.export.checkpoint import export_checkpoint
 from austeer.export.edits import ExportError
-from austeer.export.tensors import INDEX
+from austeer.export.model_weights import INDEX
 from dense_formula import logits, random_plan
 from tiny_checkpoints import BATCH, assert_steered, expected, loaded, saved
 from tiny_models import tiny_model

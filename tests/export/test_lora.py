@@ -224,7 +224,7 @@ import sys, threading, time
 import torch
 from austeer import Plan
 from austeer.export import export_lora
-from austeer.export.tensors import StoredWeights
+from austeer.export.model_weights import StoredWeights
 
 def kilobytes(what):
     with open("/proc/self/status") as file:

@@ -8,8 +8,8 @@ import pytest
 import austeer
 from austeer import FileFormatError, PairsError
 from austeer.making import check_pairs, instructions, pairs_from_instructions
-from austeer.making.partial import partial_path
 from austeer.making.prompts import read_prompts
+from austeer.making.unfinished_run import partial_path
 
 TWO = ("Answer kindly.", "Answer rudely.")
 PROMPTS = [f"Question {i}?" for i in range(7)]

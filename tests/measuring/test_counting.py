@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from austeer.measuring.tally import Counting
+from austeer.measuring.counting import Counting
 
 LAYERS, WIDTH = 3, 5
 

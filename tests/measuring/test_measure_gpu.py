@@ -8,7 +8,7 @@ import torch
 import austeer
 from austeer import CaptureError
 from austeer.forward.capture import LastTokens
-from austeer.measuring.tally import Tally
+from austeer.measuring.counting import Tally
 from letter_tokens import Letters, letter_pairs
 from tiny_models import tiny_model
 

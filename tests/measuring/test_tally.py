@@ -9,7 +9,7 @@ from austeer import CaptureError, Pair, Pairs
 from austeer.forward.capture import LastTokens
 from austeer.measuring.blocks import Blocks
 from austeer.measuring.checkpoint import Checkpoint
-from austeer.measuring.tally import Tally
+from austeer.measuring.counting import Tally
 from austeer.models.sites import find_sites
 from austeer.pairs.halves import half_of
 from letter_tokens import Letters, letter_pairs

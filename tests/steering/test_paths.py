@@ -15,7 +15,7 @@ import austeer
 from austeer.models.sites import find_sites
 from austeer.plans.fit import LayerUnits
 from austeer.steering import columns
-from austeer.steering.choose import plan_paths
+from austeer.steering.path_choice import plan_paths
 from austeer.steering.tables import StrengthTable
 from dense_formula import (
     OPERATIONS,

@@ -23,7 +23,7 @@ from ...models.structure import text_config
 from ...models.weights import LayerWeights, Traffic, WeightsError, exact, in_turn
 from ...utils.machine import free_memory
 from ..blocks import Block
-from ..tally import Counting
+from ..counting import Counting
 from .hidden_states import HiddenStates
 from .one_layer import Anatomy, LayerwiseError, OneLayer
 

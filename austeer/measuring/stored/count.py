@@ -22,7 +22,7 @@ from ...momentum.momentum import Momentum
 from ...utils.interrupt import Interruption, MeasurementInterrupted
 from ...utils.progress import Progress
 from ..checkpoint import Checkpoint
-from ..tally import Counts, State
+from ..counting import Counts, State
 from .chunks import Chunk, Chunks, half_of, upload_to
 from .folder import StoredActivations
 from .needs import SAVED_BYTES, CountNeeds

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...utils.machine import read_rate
-from ..tally import Counts
+from ..counting import Counts
 from .chunks import BUFFERS, Chunks, half_of, upload_to
 from .folder import StoredActivations
 

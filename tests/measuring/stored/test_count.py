@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import austeer
 from austeer import AusteerError, CaptureError, FileFormatError, Momentum
+from austeer.measuring.counting import Tally
 from austeer.measuring.stored import count as activations
 from austeer.measuring.stored.chunks import Chunks
 from austeer.measuring.stored.count import ActivationCount, momentum_from_activations
 from austeer.measuring.stored.folder import StoredActivations
 from austeer.measuring.stored.writer import ActivationWriter
-from austeer.measuring.tally import Tally
 from austeer.models.sites import Fingerprint, find_sites, fingerprint
 from austeer.pairs.halves import half_rows_without_texts
 from austeer.utils.interrupt import MeasurementInterrupted

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering import choose as dispatch
+from austeer.steering import path_choice as dispatch
 from austeer_kernels import launch
 from dense_formula import formula, formula_at, formula_logits, logits, random_plan
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import austeer
 from austeer.errors import ModelError
 from austeer.export.edits import ExportError, edits_of
-from austeer.export.tensors import INDEX, LoadedWeights, StoredWeights, weights_of_model
+from austeer.export.model_weights import INDEX, LoadedWeights, StoredWeights, weights_of_model
 from austeer.models.demo_model import DEMO_ID
 from austeer.models.sites import find_sites
 from dense_formula import random_plan

@@ -3,7 +3,7 @@
 import pytest
 
 from austeer import PlanError, SteeringError
-from austeer.steering.levels import Levels
+from austeer.steering.strength import Strength
 from dense_formula import random_plan
 
 
@@ -13,7 +13,7 @@ def two(tiny):
 
 
 def test_one_number_for_all_and_one_for_each(two):
-    levels = Levels(two, named=True)
+    levels = Strength(two, named=True)
     levels.set_alpha(2)
     levels.set_k(None)
     assert levels.alpha() == 2.0 and levels.k() == {"a": 8, "b": 5}
@@ -27,7 +27,7 @@ def test_one_number_for_all_and_one_for_each(two):
 
 
 def test_a_plan_without_a_name_takes_its_sites(two):
-    levels = Levels({"": two["a"]}, named=False)
+    levels = Strength({"": two["a"]}, named=False)
     levels.set_alpha({"ffn": 1, "attention": 3})
     assert levels.alpha() == {"ffn": 1.0, "attention": 3.0}
     levels.set_alpha({"ffn": 3, "attention": 3})
@@ -47,7 +47,7 @@ def test_a_plan_without_a_name_takes_its_sites(two):
     ],
 )
 def test_what_is_refused_changes_nothing(two, method, value, error, message):
-    levels = Levels(two, named=True)
+    levels = Strength(two, named=True)
     levels.set_alpha(1.5)
     levels.set_k(2)
     with pytest.raises(error, match=message):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from austeer.forward.tokens import tokenise
-from austeer.making import signs
-from austeer.making.signs import following, momentum_signs
+from austeer.making import momentum_signs as signs
+from austeer.making.momentum_signs import following, momentum_signs
 from naive_momentum import naive_activations, numbered_pairs
 
 

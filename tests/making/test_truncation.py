@@ -3,7 +3,7 @@
 import pytest
 
 from austeer.forward.tokens import encode
-from austeer.making.cutting import ends, even, whole_words
+from austeer.making.truncation import ends, even, whole_words
 
 
 def test_a_text_may_be_cut_behind_words_and_marks():

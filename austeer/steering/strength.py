@@ -15,7 +15,7 @@ from ..plans.plan import Plan
 Alpha = float | Mapping[str, Any]
 
 
-class Levels:
+class Strength:
     """alpha for each plan and site, and k for each plan; checked as they are set, and unchanged if that fails.
 
     Args:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from austeer.making.told import sign_test, told_by, told_by_longer
+from austeer.making.side_prediction import sign_test, told_by, told_by_longer
 
 N = 400
 PROMPTS = [f"prompt {i}" for i in range(N)]

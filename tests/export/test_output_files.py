@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from austeer.export.edits import ExportError
-from austeer.export.output import RECORD, check_output, check_replaced, nearest_folder, staged, staged_file
+from austeer.export.output_files import RECORD, check_output, check_replaced, nearest_folder, staged, staged_file
 
 
 def names(folder):

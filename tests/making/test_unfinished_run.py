@@ -3,7 +3,7 @@
 import pytest
 
 from austeer import FileFormatError, PairsError
-from austeer.making.partial import Partial, partial_path
+from austeer.making.unfinished_run import Partial, partial_path
 
 SETTINGS = {"seed": 1, "positive": "Answer kindly.", "temperature": None}
 BATCHES = [{"batch": i, "rows": [[f"p{i}", "ä", "b"]], "dropped": {}} for i in range(3)]

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from austeer import PairsError
-from austeer.making.forms import drops_blank, instructed, instruction_form, join
+from austeer.making.instruction_forms import drops_blank, instructed, instruction_form, join
 from austeer.pairs.pair import render_chat
 
 WORDS = ("one", "two")
