@@ -157,7 +157,7 @@ def test_a_failing_part_is_recorded_and_the_rest_runs(suite, monkeypatch):
     assert seen == [{"a": FAILED, "b": SKIPPED, "c": RUNNING}], "the file is written after each part"
     found = files.read(suite.path, "gpu")["parts"]
     assert found["a"]["reason"].startswith("one case failed before; ZeroDivisionError: a made-up error [")
-    assert "tests/bench/test_gpu.py:" in found["a"]["reason"] and "/work" not in found["a"]["reason"]
+    assert "bench/test_gpu.py:" in found["a"]["reason"] and "/work" not in found["a"]["reason"]
     assert found["b"]["reason"] == "needs more"
     assert (found["c"]["status"], found["c"]["result"]) == (DONE, {"x": 1})
     seen.clear()

@@ -32,10 +32,9 @@ def run(*arguments):
 
 @pytest.fixture(autouse=True)
 def loaded_once(demo, monkeypatch):
-    for command in ("measure", "generate"):
-        monkeypatch.setattr(
-            "austeer.cli.common.load", lambda name, *options: demo if name == "demo" else load(name, *options)
-        )
+    monkeypatch.setattr(
+        "austeer.cli.common.load", lambda name, *options: demo if name == "demo" else load(name, *options)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -221,7 +221,7 @@ LARGE = """
 import resource, sys
 from transformers import AutoConfig
 import austeer
-from austeer.estimate import estimate
+from austeer.costs.estimate import estimate
 from austeer.utils.machine import Machine
 resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))
 llama = AutoConfig.for_model(

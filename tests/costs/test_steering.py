@@ -243,16 +243,24 @@ def test_the_fused_kernel_on_a_gpu_is_launched_as_predicted():
     """Against the settings that the kernel takes; in the interpreter's made-up GPU, which can be asked here."""
     interpreter, here = Target("cuda", "interpreter", "cpu", 4), torch.device("cpu")
     seen = set()
-    for tokens, inputs, outputs in itertools.product((1, 8, 512), (64, 4096), (64, 4096)):
+    for tokens, inputs, outputs in itertools.product((1, 8, 64), (64, 4096), (64, 4096)):
         place = Place(tokens, outputs, 4, torch.bfloat16, "scale", projection=(inputs, outputs))
         taken = launch.settings("steered_linear", tokens, outputs, inputs, torch.bfloat16, here)
-        splits = 1 if taken.form == "prefill" else taken.splits
+        splits = taken.splits
         work = fused(place, interpreter)
-        seen.add((taken.form, splits > 1))
+        seen.add(splits > 1)
         assert work.launches == (1 if splits > 1 else 0)
         parts = 4 * tokens * outputs * splits if splits > 1 else 0
         assert (work.read, work.written) == (8 * outputs + parts, parts)
-    assert len(seen) == 3, "both forms, the decode form with and without a split"
+    assert seen == {False, True}, "with and without a split"
+
+
+@pytest.mark.parametrize("target", [Target("cpu"), Target("cuda")], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_beyond_its_tokens_fused_is_columns(target, side):
+    few = Place(64, 96, 4, torch.bfloat16, "scale", side, projection=(96, 96))
+    many = replace(few, tokens=65)
+    assert fused(many, target) == columns(many, target) and fused(few, target) != columns(few, target)
 
 
 def test_launches_on_a_gpu():

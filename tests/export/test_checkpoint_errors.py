@@ -175,13 +175,13 @@ import sys, time
 import torch
 from austeer import Plan
 from austeer.export import checkpoint
-plain = checkpoint.Entry
+plain = checkpoint.TensorEntry
 def slow(shape, dtype, make):
     def wait():
         print("writing", flush=True)
         time.sleep(60)
     return plain(shape, dtype, wait)
-checkpoint.Entry = slow
+checkpoint.TensorEntry = slow
 checkpoint.export_checkpoint(Plan.from_pretrained(sys.argv[1]), sys.argv[2], sys.argv[3])
 """
 

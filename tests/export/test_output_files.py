@@ -160,7 +160,7 @@ def test_a_full_disk_is_called_that(error, tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from austeer.export import output
+from austeer.export import output_files
 out = Path(sys.argv[1])
 if len(sys.argv) > 2:  # between taking the old one away and putting the new one there
     rename = Path.rename
@@ -170,7 +170,7 @@ if len(sys.argv) > 2:  # between taking the old one away and putting the new one
             time.sleep(60)
         return rename(self, target)
     Path.rename = stop
-with output.staged(out) as staging:
+with output_files.staged(out) as staging:
     (staging / "half").touch()
     if len(sys.argv) == 2:
         print("there", flush=True)

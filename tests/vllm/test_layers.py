@@ -257,9 +257,9 @@ def test_nothing_of_the_steering_is_saved_with_the_model():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"model_type": "qwen2"}, "qwen2 of 2.*llama of 2"),
-        ({"layers": 3}, "llama of 3.*llama of 2"),
-        ({"widths": WIDTHS | {"neuron": 12}}, "12 AUs.*'neuron'.*10"),
+        ({"model_type": "qwen2"}, "qwen2, 2 layers.*llama, 2 layers"),
+        ({"layers": 3}, "llama, 3 layers.*llama, 2 layers"),
+        ({"widths": WIDTHS | {"neuron": 12}}, "'neuron': 12.*'neuron': 10"),
     ],
 )
 def test_a_plan_for_another_model_is_refused(change, match):
