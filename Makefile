@@ -21,8 +21,9 @@ demo: $(READY) ## pairs -> momentum -> plan -> steered SmolLM2-135M, with figure
 test: $(READY) ## all tests that need no GPU (WORKERS=2 processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-engines: $(ENGINES) ## plans inside vLLM for CPUs: its server, its Python interface (about 10 minutes)
-	$(ENGINES_VENV)/bin/python -m pytest tests/engines -m engine $(if $(EXACTNESS),--exactness $(EXACTNESS))
+test-engines: $(ENGINES) ## plans inside vLLM for CPUs and llama.cpp (WORKERS=2 processes)
+	OMP_NUM_THREADS=1 $(ENGINES_VENV)/bin/python -m pytest tests/engines -m engine --dist loadfile \
+	  $(if $(EXACTNESS),-n 0 --exactness $(EXACTNESS),-n $(WORKERS))
 
 study: $(READY) ## momentum beside every baseline on five tasks (DATA=FOLDER; docs/study.md)
 	PYTHONPATH=.:kernels $(BIN)/python -m bench.study $(if $(DATA),--data $(DATA)) --out runs/study

@@ -46,6 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("vLLM is not installed in this environment; run: make test-engines")
     os.environ.pop("TRITON_INTERPRET", None)  # an engine would take its own kernels to the interpreter
     os.environ.update(SETTINGS)
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:  # engines that run beside each other would wait for each other's threads
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(worker.removeprefix("gw")) % len(cores)])
 
 
 class Exactness:
