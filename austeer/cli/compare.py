@@ -9,7 +9,7 @@ import typer
 
 from . import common
 from . import search_options as options
-from .common import Device, DType, Json, Model, Quiet, console
+from .common import Chat, Device, DType, Json, Model, Quiet, console
 from .search_text import LEGEND, held_out_table, show_ratio
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def compare(
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time decoding with each method.")] = True,
     limit: options.Limit = None,
     seed: options.Seed = 0,
-    chat: options.Chat = False,
+    chat: Chat = False,
     dtype: DType = "auto",
     device: Device = None,
     force: options.ForceAnew = False,

@@ -40,7 +40,6 @@ Budget = Annotated[
 Neutral = Annotated[
     Path | None, typer.Option(help="Text that should not change, a paragraph a line. [default: packaged texts]")
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")]
 Limit = Annotated[int | None, typer.Option(help="Use at most so many items of the data.", min=8)]
 Seed = Annotated[int, typer.Option(help="Of the split into measured, tuned and held-out parts.")]
 ForceAnew = Annotated[bool, typer.Option("--force", help="Start anew over an earlier search in --out.")]
