@@ -166,14 +166,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="OUTxIN", help="default: all")
     parser.add_argument("--tokens", nargs="+", type=int, help=f"default: {' '.join(map(str, TOKENS))}")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, help="default: 15, quick: 3; at least 2")
+    parser.add_argument("--rounds", type=command.rounds, help="default: 15, quick: 3; at least 2")
     options = parser.parse_args(argv)
     whole = options.tokens is None and not options.quick
     options.shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES)
     options.tokens = sorted(options.tokens or (QUICK_TOKENS if options.quick else TOKENS))
     options.rounds = options.rounds or (3 if options.quick else 15)
-    if options.rounds < 2:
-        parser.error("--rounds: expected at least 2, for a spread")
     if not torch.cuda.is_available():
         if options.write_table:
             parser.error("--write-table: found no GPU, and a table may only hold what was measured on one")

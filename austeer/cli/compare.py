@@ -54,8 +54,7 @@ def compare(
     from ..tuning import compare as compare_methods
     from ..tuning.figures import draw_compare
 
-    show_bars = False if quiet or json else None
-    shared = options.read_options(sites, operations, ks, budget, neutral, out, show_bars)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
     task = options.load_data(data, template, limit, chat, tokenizer)

@@ -46,9 +46,10 @@ ForceAnew = Annotated[bool, typer.Option("--force", help="Start anew over an ear
 
 
 def read_options(
-    sites: str, operations: str, ks: str, budget: str | None, neutral: Path | None, out: Path, show: bool | None
+    sites: str, operations: str, ks: str, budget: str | None, neutral: Path | None, out: Path, quiet: bool
 ) -> dict[str, Any]:
-    """Arguments that :func:`austeer.tune` and :func:`austeer.compare` share; ``show`` as of progress bars."""
+    """Arguments that :func:`austeer.tune` and :func:`austeer.compare` share; ``quiet``: without progress bars."""
+    show = False if quiet else None
     return {
         "budget": parse_budget(budget),
         "ks": parse_counts("--ks", ks),

@@ -54,8 +54,7 @@ def tune(
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
 
-    show_bars = False if quiet or json else None
-    shared = options.read_options(sites, operations, ks, budget, neutral, out, show_bars)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
     counted = None if momentum is None else Counted.load(momentum)
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)

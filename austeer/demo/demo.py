@@ -137,7 +137,9 @@ def run(
     )
 
     scorer = Scorer(model, tokenizer, data.task(data.tuning), neutral_texts())
-    found = _choose(scorer, Material(model, tokenizer, data.momentum, momentum), step)
+    material = Material(model, tokenizer, data.momentum, momentum)
+    tried = arms("momentum", material, sites=SITES, operations=OPERATIONS, ks=KS)
+    found = search(scorer, tried, group=lambda arm: arm.operation, max_kl=MAX_KL, step=step)
     trials = trials_of(found, scorer.task)
     best, chosen = found.best().candidate, trials[0]
     plan = best.arm.plan.top(best.arm.k)
@@ -178,12 +180,6 @@ def run(
         environment=environment(),
     )
     return result, momentum, plan
-
-
-def _choose(scorer: Scorer, material: Material, step: Step) -> SearchResult:
-    """The search; the best of each operation reaches all tuning pairs."""
-    found = arms("momentum", material, sites=SITES, operations=OPERATIONS, ks=KS)
-    return search(scorer, found, group=lambda arm: arm.operation, max_kl=MAX_KL, step=step)
 
 
 def _best_of_each(found: SearchResult) -> list[Candidate]:
