@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from austeer.errors import FileFormatError
@@ -23,6 +23,7 @@ def test_values_and_cells_come_back(tmp_path):
     assert again.get("a") == [1.5, float("inf")] and again.get("b") == {"0": [0.25, True], "3": [-1e-300, False]}
 
 
+@settings(deadline=None)  # each line is brought to the disk
 @given(cut=st.integers(min_value=1))
 def test_a_file_cut_anywhere_behind_its_header_loses_its_last_line_only(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("record") / "search.jsonl"
