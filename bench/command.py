@@ -12,6 +12,13 @@ import torch
 from . import files, report
 
 
+def rounds(text: str) -> int:
+    """A number of rounds, as an option."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected at least 2, for a spread")
+    return int(text)
+
+
 def parser(name: str, doc: str | None, quick: str = "") -> argparse.ArgumentParser:
     """The options of all of them.
 

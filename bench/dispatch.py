@@ -1,12 +1,12 @@
 """Times every way to steer a projection on a GPU, and writes from how few tokens on the fused kernel is worth while.
 
-    python -m bench.dispatch [--tune] [--write-table] [--shapes 4096x14336 ...] [--tokens 1 16 ...]
+    python -m bench.dispatch [--write-table] [--shapes 4096x14336 ...] [--tokens 1 16 ...]
 
 Ratios are to PyTorch's plain product in the same round, in CUDA graphs, inputs rotated over more than three times the
-L2 cache; nothing is timed that is not within twice plain PyTorch's own error. --tune searches the best launch settings
-first (some minutes a large shape). --write-table puts them into the kernels' table of this device, and for each shape
-the number of tokens up to which the fused kernel was no slower, in each of its forms, than what it replaces. On a CPU
-only --quick runs: tiny shapes, to see that everything works. Its times mean nothing.
+L2 cache; nothing is timed that is not within twice plain PyTorch's own error. --write-table puts into the kernels'
+table of this device, for each shape, the number of tokens up to which the fused kernel was no slower, in each of its
+forms, than what it replaces. On a CPU only --quick runs: tiny shapes, to see that everything works. Its times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from austeer.costs.ceilings import Ceilings, ceilings
 from austeer_kernels import launch
 
-from . import command, files, report, tuning
-from .cases import ALONE, PLAIN, RIVALS, Case
+from . import command, files, report
+from .cases import PLAIN, RIVALS, Case
 from .graphs import Replay, interleaved, ratios, relative_error, spread, warm_up
 
 #: out x in: the square and the two projections of 8B and 70B models, and of smaller ones.
@@ -89,11 +89,6 @@ def limits(rows: Iterable[dict[str, Any]], dtype: str) -> list[launch.Limit]:
     return [launch.Limit((dtype,), n, k, m) for (n, k), m in sorted(found.items())]
 
 
-def tuned_projection(case: Case, best: Ceilings, rounds: int) -> list[tuning.Tuned]:
-    """The best settings of the fused kernel for a case, with one plan and with a plan a token."""
-    return [tuning.tune(op, case, best, rounds) for op in ("steered_linear", "steered_linear_rows")]
-
-
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measures case by case; gives, after each, the content of the result file so far."""
     dtype = getattr(torch, options.dtype)
@@ -101,19 +96,12 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     best = ceilings(device, dtype)
     report.say(f"copy {best.bandwidth / 1e12:.2f} TB/s, matmul {best.flops / 1e12:.1f} TFLOP/s ({options.dtype})")
     rows: list[dict[str, Any]] = []
-    tuned: list[tuning.Tuned] = []
     about = files.about(device, options.commit)
-    if options.tune:
-        for case in (Case(4096, 16, m, dtype, device) for m in options.tokens):  # whatever the projection
-            tuned += [tuning.tune("steer_columns_", case, best, options.rounds, count) for count in list(ALONE)[1:]]
     for n, k in options.shapes:
         for tokens in options.tokens:
             case = Case(n, k, tokens, dtype, device)
             report.say(str(case))
-            if options.tune and tokens <= launch.MOST_TOKENS:
-                tuned += tuned_projection(case, best, options.rounds)
-            with launch.preferring([t.entry for t in tuned]):
-                rows.append(measure(case, best, options.rounds))
+            rows.append(measure(case, best, options.rounds))
             del case  # before the next one's inputs are made
             yield {
                 "kind": "dispatch",
@@ -125,14 +113,13 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
                 "ceilings": best.to_json(),
                 "rows": rows,
                 "limits": [dataclasses.asdict(limit) for limit in limits(rows, options.dtype)],
-                "tuned": [dataclasses.asdict(t) for t in tuned],
             }
 
 
 def write_table(content: dict[str, Any], names: tuple[str, str], file: Path, source: str) -> None:
-    """Puts a result's limits and settings into the kernels' table of a device, made or updated, and reads it back.
+    """Puts a result's limits into the kernels' table of a device, made or updated, and reads it back.
 
-    Earlier limits of the same shapes are replaced, also by none; so are settings of the same operation and shape.
+    Earlier limits of the same shapes are replaced, also by none; launch settings stay.
 
     Args:
         names: the device's, from ``launch.names_of``. source: where the numbers come from; earlier sources stay.
@@ -149,27 +136,16 @@ def write_table(content: dict[str, Any], names: tuple[str, str], file: Path, sou
         kept |= found
     shapes = {(row["n"], row["k"]) for row in content["rows"]}
     fused = [row for row in kept["fused"] if row["dtypes"] != [content["dtype"]] or (row["n"], row["k"]) not in shapes]
-    fused += [_row(launch.Limit(**limit)) for limit in content["limits"]]
-    entries = [_row(launch.Entry(**tuned["entry"])) for tuned in content["tuned"]]
-    entries += [row for row in kept["entries"] if _key(row) not in list(map(_key, entries))]
+    fused += content["limits"]
     sources = [*kept.get("source", "").split("; "), source]
     head = {"source": "; ".join(dict.fromkeys(filter(None, sources))), **{key: kept[key] for key in list(kept)[:2]}}
     parts = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
-    for name, rows in (("entries", entries), ("fused", fused)):
+    for name, rows in (("entries", kept["entries"]), ("fused", fused)):
         lines = ",\n".join(f"    {json.dumps(row)}" for row in sorted(rows, key=_key))
         parts.append(f'  "{name}": [\n{lines}\n  ]' if lines else f'  "{name}": []')
     file.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     launch.forget()
     launch.tables()  # says where a row does not fit
-
-
-def _row(of: launch.Entry | launch.Limit) -> dict[str, Any]:
-    """A row without what has its default value, the operation first, as the tables are written by hand."""
-    fields = dataclasses.fields(of)
-    kept = {f.name: getattr(of, f.name) for f in fields if getattr(of, f.name) != f.default}
-    first = [name for name in ("op", "dtypes", "m", "n", "k") if name in kept]
-    row = {name: kept[name] for name in first} | kept
-    return row | {"dtypes": list(row["dtypes"])}
 
 
 def _key(row: dict[str, Any]) -> tuple:
@@ -187,18 +163,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, with the defaults of --quick filled in."""
     parser = command.parser("dispatch", __doc__, quick="two tiny shapes, few rounds")
     parser.add_argument("--write-table", action="store_true", help="update the kernels' table of this device")
-    parser.add_argument("--tune", action="store_true", help="search the best launch settings first")
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="OUTxIN", help="default: all")
     parser.add_argument("--tokens", nargs="+", type=int, help=f"default: {' '.join(map(str, TOKENS))}")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, help="default: 15, quick: 3; at least 2")
+    parser.add_argument("--rounds", type=command.rounds, help="default: 15, quick: 3; at least 2")
     options = parser.parse_args(argv)
     whole = options.tokens is None and not options.quick
     options.shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES)
     options.tokens = sorted(options.tokens or (QUICK_TOKENS if options.quick else TOKENS))
     options.rounds = options.rounds or (3 if options.quick else 15)
-    if options.rounds < 2:
-        parser.error("--rounds: expected at least 2, for a spread")
     if not torch.cuda.is_available():
         if options.write_table:
             parser.error("--write-table: found no GPU, and a table may only hold what was measured on one")
@@ -207,7 +180,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.write_table and not whole:
         parser.error(
             "--write-table: found --quick or --tokens, expected the whole series: a limit is about every "
-            "smaller number of tokens, and a shape's settings must be there for all of them"
+            "smaller number of tokens"
         )
     return options
 

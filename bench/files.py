@@ -16,6 +16,7 @@ import torch
 
 from austeer.errors import AusteerError
 from austeer.utils.environment import environment
+from austeer.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -106,10 +107,7 @@ def _rounded(value: Any) -> Any:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Writes a result, in place of what an earlier call of the same run wrote."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(dumps(content) + "\n", encoding="utf-8")
-    new.replace(path)  # an interrupted write leaves the earlier one whole
+    write_text(path, dumps(content) + "\n")
 
 
 def read(path: Path, kind: str) -> dict[str, Any]:

@@ -86,7 +86,6 @@ def kernels(suite: Suite, entry: dict[str, Any], clock: Clock) -> None:
         tokens=dispatch.QUICK_TOKENS if suite.quick else KERNEL_TOKENS,
         rounds=2 if suite.quick else KERNEL_ROUNDS,
         dtype=str(DTYPE).removeprefix("torch."),
-        tune=False,
         quick=suite.quick,
         commit=suite.commit,
     )

@@ -41,9 +41,9 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, low, high, len(values))
 
 
-def copies_of(bytes_each: int, device: torch.device, least: int = 2, most: int = 256) -> int:
+def copies_of(bytes_each: int, device: torch.device) -> int:
     """How many copies of the inputs make more than three times the L2 cache, so that no call finds its own in it."""
-    return min(max(least, 3 * l2_bytes(device) // max(bytes_each, 1) + 1), most)
+    return min(max(2, 3 * l2_bytes(device) // max(bytes_each, 1) + 1), MOST_CALLS)
 
 
 @functools.cache
@@ -147,9 +147,9 @@ class Replay:
         return self._begin.elapsed_time(self._end) * 1e-3 / self.count
 
 
-def interleaved(replays: Mapping[str, Replay], rounds: int, seed: int = 0) -> dict[str, list[float]]:
+def interleaved(replays: Mapping[str, Replay], rounds: int) -> dict[str, list[float]]:
     """Seconds a call of each variant, round by round; in each round all are sampled, in a new random order."""
-    order, shuffle = list(replays), random.Random(seed).shuffle
+    order, shuffle = list(replays), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(rounds):
         shuffle(order)
@@ -163,12 +163,12 @@ def ratios(values: Sequence[float], reference: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(values, reference, strict=True)])
 
 
-def warm_up(device: torch.device, seconds: float = 1.0) -> None:
-    """Keeps a GPU busy until its clocks have risen. Nothing on a CPU."""
+def warm_up(device: torch.device) -> None:
+    """Keeps a GPU busy for a second, until its clocks have risen. Nothing on a CPU."""
     if device.type != "cuda":
         return
     a = torch.randn(4096, 4096, device=device, dtype=torch.float16)
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + 1.0
     while time.perf_counter() < end:
         for _ in range(20):
             torch.matmul(a, a)

@@ -143,10 +143,10 @@ class Step:
 
 
 def by_turns(
-    steps: Mapping[str, Step], group: int, go_on: Callable[[int], bool], on_group: Callable[[], None], seed: int = 0
+    steps: Mapping[str, Step], group: int, go_on: Callable[[int], bool], on_group: Callable[[], None]
 ) -> dict[str, list[list[float]]]:
     """Seconds a step of every way, [groups][group]; in a new random order at each sample."""
-    shuffle, order = random.Random(seed).shuffle, list(steps)
+    shuffle, order = random.Random(0).shuffle, list(steps)
     seconds: dict[str, list[list[float]]] = {name: [] for name in steps}
     # On a GPU a sample is so long that its ends do not count; a step of a large model is by itself.
     longest = max((step.sample(1) for step in steps.values() if step.token.is_cuda), default=SAMPLE_SECONDS)

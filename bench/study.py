@@ -16,7 +16,7 @@ import typer
 
 from austeer.baselines import METHODS
 from austeer.causal import causal_check
-from austeer.cli.common import console, load, to_json
+from austeer.cli.common import console, load, split_names, write_json
 from austeer.cli.search_options import bars
 from austeer.cli.search_text import held_out_table
 from austeer.demo.demo import load_data
@@ -149,7 +149,7 @@ def main(
 
     Given again, it goes on where it was interrupted.
     """
-    names = [name.strip() for name in only.split(",") if name.strip()]
+    names = split_names(only)
     unknown = set(names) - {subject.name for subject in SUBJECTS}
     if unknown:
         raise TaskError(f"--only: found {', '.join(unknown)}, expected some of {', '.join(s.name for s in SUBJECTS)}")
@@ -169,9 +169,7 @@ def write(out: Path, content: dict[str, Any]) -> None:
     """The result file: ``study-<date>.json``."""
     path = out / f"study-{datetime.now(timezone.utc):%Y-%m-%d}.json"
     seconds = sum(task["seconds"] for task in content["tasks"].values())
-    path.write_text(
-        to_json({"kind": "study", **content, "seconds": seconds, "environment": environment()}) + "\n", encoding="utf-8"
-    )
+    write_json(path, {"kind": "study", **content, "seconds": seconds, "environment": environment()})
     console.print(f"\n{seconds:.0f} s; wrote {path}")
 
 

@@ -100,7 +100,6 @@ def by_turns(
     prompts: Callable[[int], Tensor],
     tokens: int,
     go_on: Callable[[int], bool],
-    seed: int = 0,
     on_generation: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, list[list[float]]]]:
     """Seconds of all ways, token by token, in a new random order at each.
@@ -113,7 +112,7 @@ def by_turns(
     Returns:
         "first_token" and "token" (further ones): by way [generations][tokens].
     """
-    shuffle = random.Random(seed).shuffle
+    shuffle = random.Random(0).shuffle
     times: dict[str, dict[str, list[list[float]]]] = {
         what: {name: [] for name in ways} for what in ("first_token", "token")
     }

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import os
+import sys
 import zlib
 
 import pytest
@@ -22,6 +23,22 @@ def console_of_any_width():
     """Makes the commands' console before a test sets COLUMNS: rich keeps the width that it finds then, for good."""
     with contextlib.suppress(ImportError):  # an engine's environment has no command line
         importlib.import_module("austeer.cli.common")
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Runs ``austeer`` in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        from austeer.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["austeer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+            sys.exit(0)
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -38,6 +38,16 @@ def keep_layers(plan, layers) -> Plan:
     return plan.take(torch.tensor([i for i, layer in enumerate(plan.layer.tolist()) if layer in layers]))
 
 
+def hook(model, site, change):
+    """Puts ``change`` of a site's tensor in its place, by a hook."""
+    module = model.get_submodule(site.path)
+    if site.side == "input":
+        return module.register_forward_pre_hook(lambda m, args: (change(args[0]), *args[1:]))
+    return module.register_forward_hook(
+        lambda m, args, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+    )
+
+
 def formula(model, plan, alpha, where=None):
     """The definition, written out with plain PyTorch hooks and dense vectors; returns what removes them.
 
@@ -65,18 +75,8 @@ def formula(model, plan, alpha, where=None):
     for name, sites in find_sites(model, plan.sites).items():
         for site in sites:
             rows = [r for r in range(len(plan)) if plan.site[r] == name and plan.layer[r] == site.layer]
-            if not rows:
-                continue
-            module = model.get_submodule(site.path)
-            if site.side == "input":
-                hook = module.register_forward_pre_hook(lambda m, args, rows=rows: (steered(args[0], rows), *args[1:]))
-            else:
-                hook = module.register_forward_hook(
-                    lambda m, args, out, rows=rows: (
-                        (steered(out[0], rows), *out[1:]) if isinstance(out, tuple) else steered(out, rows)
-                    )
-                )
-            handles.append(hook)
+            if rows:
+                handles.append(hook(model, site, lambda x, rows=rows: steered(x, rows)))
     return handles
 
 

@@ -13,9 +13,9 @@ from austeer.measuring.layerwise.layerwise import Layerwise
 from austeer.models.hooks import hooks_on
 
 
-def blocks_of(sizes=(5, 3), tokens=60, share=False, seed=0):
+def blocks_of(sizes=(5, 3), tokens=60, share=False):
     """Blocks of pairs with a prompt and two answers each, of unlike lengths; ``share``: in the first block."""
-    choose = random.Random(seed)
+    choose = random.Random(0)
 
     def some(low, high):
         return [choose.randrange(3, 60) for _ in range(choose.randrange(low, high))]

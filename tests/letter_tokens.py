@@ -11,10 +11,10 @@ class Letters:
         return {"input_ids": [[3 + ord(letter) % 61 for letter in text] for text in texts]}
 
 
-def letter_pairs(count, prompts=3):
+def letter_pairs(count):
     """Pairs of unlike lengths, of which several share a prompt or a part of one."""
     parts = ["the soup was", "the soup", "a view of the river and its boats"]
     return [
-        (parts[i % prompts] + " ab"[: i % 4], " " + "good"[: 1 + i % 4] + "xyz"[i % 3], " bad" + "uvw"[i % 3] * (i % 5))
+        (parts[i % 3] + " ab"[: i % 4], " " + "good"[: 1 + i % 4] + "xyz"[i % 3], " bad" + "uvw"[i % 3] * (i % 5))
         for i in range(count)
     ]

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 #: token -> the account that it writes as.
 TOKENS = {"hf_user": "user", "hf_guest": "guest"}
 
@@ -215,13 +218,17 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def local_hub():
-    """A running server's ``Hub``."""
+    """A running server's ``Hub``; the client asks it, as ``HF_ENDPOINT`` would make it do."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield server.hub
+        with pytest.MonkeyPatch.context() as patch:
+            url = server.hub.url
+            patch.setattr(constants, "ENDPOINT", url)
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+            yield server.hub
     finally:
         server.shutdown()
         server.server_close()

@@ -20,12 +20,8 @@ def words(count: int = 16, kind: str = "choice") -> Task:
     return Task("words", kind, tuple(items))
 
 
-def pairs_of(count: int = 12) -> Pairs:
-    return Pairs.of([(f"I think the {noun} is", " good", " bad") for noun in NOUNS[:count]])
-
-
 def material_of(model, tokenizer, sites=("attention", "ffn")) -> Material:
-    pairs = pairs_of()
+    pairs = Pairs.of([(f"I think the {noun} is", " good", " bad") for noun in NOUNS[:12]])
     return Material(model, tokenizer, pairs, austeer.measure(model, tokenizer, pairs, sites, progress=False))
 
 

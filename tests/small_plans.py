@@ -32,9 +32,9 @@ def plan_of(keys, operation="scale", model=MODEL, seed=0, **rest):
     )
 
 
-def keys_of(sites=("attention", "ffn"), max_size=20):
+def keys_of(sites=("attention", "ffn")):
     one = st.one_of([st.tuples(st.just(s), st.integers(0, 3), st.integers(0, MODEL.widths[s] - 1)) for s in sites])
-    return st.lists(one, min_size=1, max_size=max_size, unique=True)
+    return st.lists(one, min_size=1, max_size=20, unique=True)
 
 
 PLAN = plan_of([("ffn", 3, 8), ("attention", 0, 5), ("ffn", 0, 0)])

@@ -28,10 +28,10 @@ def expected(model, *pairs):
         return logits(model, BATCH)
 
 
-def assert_steered(model, found, wanted, allowed=1e-5):
+def assert_steered(model, found, wanted):
     effect = (wanted - logits(model, BATCH)).abs().max()
     assert effect > 0.02
-    assert (found - wanted).abs().max() < allowed * max(1, effect)
+    assert (found - wanted).abs().max() < 1e-5 * max(1, effect)
 
 
 def tensors_of(folder):

@@ -187,6 +187,14 @@ def tiny_model(family: str = "llama", **changes) -> PreTrainedModel:
     return model.eval()
 
 
+def wide_model(family: str = "llama") -> PreTrainedModel:
+    """The same in float64, which the grouped products of experts do not have."""
+    model = tiny_model(family).double()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model
+
+
 def ids_of_rows(rows=2, length=7):
     """Token ids without a special one."""
     ids = torch.randint(3, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(3))

@@ -9,7 +9,7 @@ from ..counters import Counters
 from ..errors import SelectionError, check_count
 from ..momentum.momentum import Momentum, plan_of
 from ..plans.plan import Plan
-from ..statistics import effect_size, ranking
+from ..statistics import ranking
 
 
 def random_plan(momentum: Momentum, site: str, k: int, seed: int, operation: str = "scale") -> Plan:
@@ -26,8 +26,3 @@ def random_plan(momentum: Momentum, site: str, k: int, seed: int, operation: str
 def by_difference(counters: Counters) -> Tensor:
     """All AUs of a site by |mean difference|, largest first: int64 [layers * width]; ties by layer, then index."""
     return torch.argsort(counters.delta_sum.abs().flatten(), descending=True, stable=True)
-
-
-def by_effect(counters: Counters, pairs: int) -> Tensor:
-    """All AUs of a site by |mean difference| / its standard deviation; otherwise as :func:`by_difference`."""
-    return torch.argsort(effect_size(counters, pairs).flatten(), descending=True, stable=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from ..errors import SelectionError, check_count
 from ..momentum.momentum import Momentum, plan_of
-from ..statistics import ranking
+from ..statistics import effect_size, ranking
 from .arm import Arm
-from .chosen import by_difference, by_effect, random_plan
+from .chosen import by_difference, random_plan
 
 #: Draws of random AUs, each an arm of its own.
 SEEDS = (0, 1, 2)
@@ -21,7 +22,8 @@ def ranked(momentum: Momentum, site: str, method: str) -> Tensor:
     if method == "difference":
         return by_difference(momentum.counters(site))
     if method == "effect":
-        return by_effect(momentum.counters(site), momentum.pairs)
+        sizes = effect_size(momentum.counters(site), momentum.pairs)
+        return torch.argsort(sizes.flatten(), descending=True, stable=True)
     return ranking(momentum, site)
 
 

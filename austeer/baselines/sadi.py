@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from ..errors import SelectionError, check_count
 from ..momentum.momentum import plan_of
@@ -46,13 +45,9 @@ def sadi_arms(material: Material, sites: Iterable[str], ks: Sequence[int], heads
         counts = sorted({count for count in heads if 0 < count <= everywhere})
         if not counts:
             raise SelectionError(f"method 'sadi': found {list(heads)} heads, expected numbers from 1 to {everywhere}")
-        order = heads_by_difference(counters.delta_sum, size)[: counts[-1]]
+        means = counters.delta_sum.reshape(-1, size).mean(-1)  # [layers * heads]
+        order = torch.argsort(means.abs(), descending=True, stable=True)[: counts[-1]]
         units = (order[:, None] * size + torch.arange(size)).flatten()
         plan = plan_of(momentum, site, units, "scale", beta=1.0)
         for count in counts:
             yield Arm("sadi", plan, count * size, f"{count} head{'s' if count > 1 else ''}")
-
-
-def heads_by_difference(delta: Tensor, size: int) -> Tensor:
-    """All heads by |mean difference|, averaged over the head: int64 [layers * heads]; delta [layers, width]."""
-    return torch.argsort(delta.reshape(-1, size).mean(-1).abs(), descending=True, stable=True)

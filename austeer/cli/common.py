@@ -38,8 +38,7 @@ NegativeField = Annotated[str, typer.Option(help="The name of the undesired cont
 
 def fail(message: str) -> NoReturn:
     """One message on standard error, and exit code 2."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/] ", end="")
-    print(message, file=sys.stderr)
+    _to_standard_error("[bold red]error:[/] ", message)
     sys.exit(2)
 
 
@@ -63,7 +62,11 @@ def emit(data: dict[str, Any]) -> None:
 
 def note(message: str) -> None:
     """What a user should know, beside the result: on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print("[yellow]note:[/] ", end="")
+    _to_standard_error("[yellow]note:[/] ", message)
+
+
+def _to_standard_error(mark: str, message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(mark, end="")
     print(message, file=sys.stderr)
 
 
@@ -90,10 +93,9 @@ def check_writable(path: Path, force: bool) -> None:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """A result as JSON; the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(to_json(data) + "\n", encoding="utf-8")
-    part.replace(path)
+    from ..utils.files import write_text
+
+    write_text(path, to_json(data) + "\n")
 
 
 def parse_where(conditions: list[str] | None) -> dict[str, str]:

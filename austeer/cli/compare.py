@@ -9,7 +9,7 @@ import typer
 
 from . import common
 from . import search_options as options
-from .common import Device, DType, Json, Model, Quiet, console
+from .common import Chat, Device, DType, Json, Model, Quiet, console
 from .search_text import LEGEND, held_out_table, show_ratio
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def compare(
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time decoding with each method.")] = True,
     limit: options.Limit = None,
     seed: options.Seed = 0,
-    chat: options.Chat = False,
+    chat: Chat = False,
     dtype: DType = "auto",
     device: Device = None,
     force: options.ForceAnew = False,
@@ -54,8 +54,7 @@ def compare(
     from ..tuning import compare as compare_methods
     from ..tuning.figures import draw_compare
 
-    show_bars = False if quiet or json else None
-    shared = options.read_options(sites, operations, ks, budget, neutral, out, show_bars)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
     task = options.load_data(data, template, limit, chat, tokenizer)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import common
-from .common import Device, DType, Force, Json, Quiet, Split, Where
+from .common import Chat, Device, DType, Force, Json, Quiet, Split, Where
 from .evaluate_text import list_templates, show, show_lm_eval
-from .search_options import Chat, Neutral, Template, read_neutral
+from .search_options import Neutral, Template, read_neutral
 
 if TYPE_CHECKING:
     from ..plans.plan import Plan

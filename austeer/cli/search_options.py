@@ -40,16 +40,16 @@ Budget = Annotated[
 Neutral = Annotated[
     Path | None, typer.Option(help="Text that should not change, a paragraph a line. [default: packaged texts]")
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")]
 Limit = Annotated[int | None, typer.Option(help="Use at most so many items of the data.", min=8)]
 Seed = Annotated[int, typer.Option(help="Of the split into measured, tuned and held-out parts.")]
 ForceAnew = Annotated[bool, typer.Option("--force", help="Start anew over an earlier search in --out.")]
 
 
 def read_options(
-    sites: str, operations: str, ks: str, budget: str | None, neutral: Path | None, out: Path, show: bool | None
+    sites: str, operations: str, ks: str, budget: str | None, neutral: Path | None, out: Path, quiet: bool
 ) -> dict[str, Any]:
-    """Arguments that :func:`austeer.tune` and :func:`austeer.compare` share; ``show`` as of progress bars."""
+    """Arguments that :func:`austeer.tune` and :func:`austeer.compare` share; ``quiet``: without progress bars."""
+    show = False if quiet else None
     return {
         "budget": parse_budget(budget),
         "ks": parse_counts("--ks", ks),

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import common
 from . import search_options as options
-from .common import Device, DType, Json, Model, Quiet, console
+from .common import Chat, Device, DType, Json, Model, Quiet, console
 from .search_text import LEGEND, held_out_table, show_alpha, show_value
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def tune(
     mix: Annotated[bool, typer.Option("--mix/--no-mix", help="Also try the best two sites together.")] = True,
     limit: options.Limit = None,
     seed: options.Seed = 0,
-    chat: options.Chat = False,
+    chat: Chat = False,
     rows: Annotated[int, typer.Option(help="How many settings are listed.", min=1)] = 10,
     dtype: DType = "auto",
     device: Device = None,
@@ -54,8 +54,7 @@ def tune(
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
 
-    show_bars = False if quiet or json else None
-    shared = options.read_options(sites, operations, ks, budget, neutral, out, show_bars)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
     counted = None if momentum is None else Counted.load(momentum)
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.resources import as_file, files
@@ -20,11 +20,11 @@ from typing import Any
 from ..baselines import arms, random_plan
 from ..baselines.arm import Arm, Candidate, Material
 from ..forward.generation import continue_prompts
-from ..forward.timing import Timing, decode_times
+from ..forward.timing import Timing
 from ..measuring.measure import measure
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs, load_pairs
-from ..plans.evidence import Evidence, Outcome, Overhead
+from ..plans.evidence import Overhead
 from ..plans.plan import Plan
 from ..plans.table import OPERATIONS
 from ..statistics import stability
@@ -32,13 +32,13 @@ from ..steering.steering import steer
 from ..tasks.neutral import neutral_texts
 from ..tasks.task import Task
 from ..tuning.calibrate import calibrate
+from ..tuning.compare import time_tokens
 from ..tuning.held_out import HeldOut, Unsteered, hold_out
 from ..tuning.scorer import Scorer
 from ..tuning.search import SearchResult, Step, no_bars, search
-from ..tuning.tune import MAX_KL, Trial, trials_of
+from ..tuning.tune import MAX_KL, SITES, Trial, evidence_of, trials_of
 from ..utils.environment import environment
 
-SITES = ("attention", "ffn")
 KS = (10, 100)
 RANDOM_SEEDS = 3
 TIMED_K = 100
@@ -137,7 +137,9 @@ def run(
     )
 
     scorer = Scorer(model, tokenizer, data.task(data.tuning), neutral_texts())
-    found = _choose(scorer, Material(model, tokenizer, data.momentum, momentum), step)
+    material = Material(model, tokenizer, data.momentum, momentum)
+    tried = arms("momentum", material, sites=SITES, operations=OPERATIONS, ks=KS)
+    found = search(scorer, tried, group=lambda arm: arm.operation, max_kl=MAX_KL, step=step)
     trials = trials_of(found, scorer.task)
     best, chosen = found.best().candidate, trials[0]
     plan = best.arm.plan.top(best.arm.k)
@@ -158,7 +160,9 @@ def run(
             text = continue_prompts(model, tokenizer, PROMPTS, max_new_tokens=24)
             generations[f"alpha {steering.alpha:.3g}"] = text
     timings = _time(model, tokenizer, momentum, plan, best.alpha, step)
-    plan = plan.with_evidence(_evidence(plan, chosen, trials, held_out[0], timings, data))
+    spread = "pairs (95 % interval over topics)"
+    evidence = evidence_of(chosen, trials, held_out[0], f"tuning {spread}", f"{len(data.held_out)} held-out {spread}")
+    plan = plan.with_evidence(replace(evidence, overhead=(_overhead(timings[_as_chosen(plan)]),)))
     plan.save_pretrained(out / "plan")
     result = DemoResult(
         model=momentum.model.name,
@@ -176,12 +180,6 @@ def run(
         environment=environment(),
     )
     return result, momentum, plan
-
-
-def _choose(scorer: Scorer, material: Material, step: Step) -> SearchResult:
-    """The search; the best of each operation reaches all tuning pairs."""
-    found = arms("momentum", material, sites=SITES, operations=OPERATIONS, ks=KS)
-    return search(scorer, found, group=lambda arm: arm.operation, max_kl=MAX_KL, step=step)
 
 
 def _best_of_each(found: SearchResult) -> list[Candidate]:
@@ -225,55 +223,19 @@ def _time(model, tokenizer, momentum: Momentum, plan: Plan, alpha: float, step: 
     """
     paper = momentum.select("attention", k=TIMED_K)
     variants: dict[str, Callable[[], AbstractContextManager]] = {
-        "unsteered": nullcontext,
-        "unsteered again": nullcontext,
-        **{
-            f"{mode}, scale, k={TIMED_K}": partial(steer, model, paper, 1.0, mode=mode)
-            for mode in ("fold", "fused", "columns", "dense")
-        },
-        f"auto, {plan.operation}, k={len(plan)}": partial(steer, model, plan, alpha),
+        f"{mode}, scale, k={TIMED_K}": partial(steer, model, paper, 1.0, mode=mode)
+        for mode in ("fold", "fused", "columns", "dense")
     }
-    rounds = 10
-    with step("timing", rounds + 1) as advance:
-        return decode_times(
-            model, tokenizer, variants, prompt=PROMPTS[0], tokens=8, rounds=rounds, on_round=lambda: advance(1)
-        )
+    variants[_as_chosen(plan)] = partial(steer, model, plan, alpha)
+    return time_tokens(model, tokenizer, variants, PROMPTS[0], step)
 
 
-def _evidence(
-    plan: Plan, chosen: Trial, trials: Sequence[Trial], held_out: HeldOut, timings: Mapping[str, Timing], data: Data
-) -> Evidence:
-    """What was found out about the chosen plan, to travel with it.
+def _as_chosen(plan: Plan) -> str:
+    """What the chosen plan is called among what is timed."""
+    return f"auto, {plan.operation}, k={len(plan)}"
 
-    Args:
-        held_out: the chosen setting on pairs that nothing was chosen by.
-    """
-    kind = (chosen.site, chosen.operation, chosen.k)
-    tuned = [trial for trial in trials if (trial.site, trial.operation, trial.k) == kind]
-    timing = timings[f"auto, {plan.operation}, k={len(plan)}"]
+
+def _overhead(timing: Timing) -> Overhead:
     percent, low, high = (100 * (ratio - 1) for ratio in (timing.ratio, timing.low, timing.high))
-    return Evidence(
-        effect="mean change of log-odds, nats",
-        side_effect="KL(unsteered || steered) on neutral text, nats a token",
-        tested=(
-            *(
-                Outcome(
-                    *(t.alpha, f"{t.items} tuning pairs (95 % interval over topics)", t.effect, t.low, t.high, t.share),
-                    side_effect=t.kl if t.fraction == 1 else None,  # it was taken at the limit only
-                )
-                for t in sorted(tuned, key=lambda t: t.fraction)
-            ),
-            Outcome(
-                held_out.alpha,
-                f"{len(data.held_out)} held-out pairs (95 % interval over topics)",
-                *(held_out.effect, held_out.low, held_out.high, held_out.share, held_out.kl),
-            ),
-        ),
-        alpha=chosen.alpha,
-        overhead=(
-            Overhead(
-                *(percent, str(environment()["device"]), "auto", "decoding at batch 1; quartiles of rounds"),
-                *(low, high),
-            ),
-        ),
-    )
+    setting = "decoding at batch 1; quartiles of rounds"
+    return Overhead(percent, str(environment()["device"]), "auto", setting, low, high)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..utils.figures import BLUE, GREY, ORANGE, new_figure, save_figure
+from ..tuning.figures import COLORS, spread_of
+from ..utils.figures import BLUE, GREY, new_figure, save_figure
 from .demo import DemoResult
 
 
@@ -13,12 +14,8 @@ def draw_demo(result: DemoResult, path: Path) -> None:
     figure, axes = new_figure(3)
     rows = result.held_out[::-1]
     colors = [GREY if row.method == "random" else BLUE for row in rows]
-    ends = [(row.effect if row.low is None else row.low, row.effect if row.high is None else row.high) for row in rows]
-    spread = [
-        [row.effect - low for row, (low, _) in zip(rows, ends)],
-        [high - row.effect for row, (_, high) in zip(rows, ends)],
-    ]
-    axes[0].barh(range(len(rows)), [row.effect for row in rows], xerr=spread, color=colors, ecolor="#333333", capsize=3)
+    effects = [row.effect for row in rows]
+    axes[0].barh(range(len(rows)), effects, xerr=spread_of(rows), color=colors, ecolor="#333333", capsize=3)
     names = [f"{row.method} {row.operation}\n{row.detail or row.site}, k={row.k}" for row in rows]
     axes[0].set_yticks(range(len(rows)), names, fontsize=8)
     axes[0].axvline(0, color="#333333", linewidth=0.8)
@@ -37,14 +34,13 @@ def draw_demo(result: DemoResult, path: Path) -> None:
 
 def _settings_tried(axis, result: DemoResult) -> None:
     """Each setting at the limit on the side effect (filled) and at a part of that strength; pale: by fewer pairs."""
-    operations = {"scale": GREY, "push": ORANGE, "shift": BLUE}
     settings = sorted(
         {(t.operation, t.site, t.k) for t in result.trials},
-        key=lambda setting: (list(operations).index(setting[0]), setting),
+        key=lambda setting: (list(COLORS).index(setting[0]), setting),
     )
     most = max(t.items for t in result.trials)
     for t in result.trials:
-        color = operations[t.operation]
+        color = COLORS[t.operation]
         axis.scatter(
             t.effect,
             settings.index((t.operation, t.site, t.k)),

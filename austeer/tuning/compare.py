@@ -27,7 +27,6 @@ from .data import Most, Parts
 from .held_out import HeldOut, Unsteered, hold_out
 from .options import SearchOptions
 from .preparation import prepare
-from .record import Record
 from .search import Step, no_bars, search
 from .tune import MAX_KL, SITES, Trial, trials_of
 
@@ -141,17 +140,7 @@ def compare(
     """
     started = time.perf_counter()
     options = SearchOptions(
-        momentum=momentum,
-        sites=sites,
-        operations=operations,
-        ks=ks,
-        max_kl=max_kl,
-        budget=budget,
-        neutral=neutral,
-        most=most,
-        seed=seed,
-        folder=folder,
-        progress=progress,
+        *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
     operations_of = parse_methods(methods, options.operations)
     settings = {
@@ -173,16 +162,21 @@ def compare(
     groups = dict.fromkeys(_group(s.candidate.arm) for s in found.standings)
     best = sorted((found.best_in(group) for group in groups), key=lambda s: -s.effect)
     unsteered, held_out = hold_out(test_scorer, [s.candidate for s in best], step)
-    variants = {
-        s.candidate.arm.name: partial(steer, model, s.candidate.arm.plan, s.candidate.strength, k=s.candidate.arm.k)
-        for s in best
-    }
+    known = scorer.record.get("cost") if timed else {}
+    if known is None:
+        variants = {
+            s.candidate.arm.name: partial(steer, model, s.candidate.arm.plan, s.candidate.strength, k=s.candidate.arm.k)
+            for s in best
+        }
+        timings = time_tokens(model, tokenizer, variants, test_scorer.neutral[0], step)
+        known = {name: asdict(timing) for name, timing in timings.items()}
+        scorer.record.put("cost", known)
     return CompareResult(
         settings=prepared.settings,
         schedule=found.schedule.to_json(),
         unsteered=unsteered,
         held_out=held_out,
-        cost=_cost(model, tokenizer, variants, test_scorer.neutral[0], scorer.record, step) if timed else {},
+        cost={name: Timing(**timing) for name, timing in known.items()},
         trials=trials_of(found, scorer.task),
         seconds=time.perf_counter() - started,
         environment=environment(),
@@ -193,21 +187,12 @@ def _group(arm: Arm) -> str:
     return f"{arm.method}: {arm.operation}"
 
 
-def _cost(
-    model: nn.Module,
-    tokenizer,
-    steered: Mapping[str, Callable[[], AbstractContextManager]],
-    text: str,
-    record: Record,
-    step: Step,
+def time_tokens(
+    model: nn.Module, tokenizer, steered: Mapping[str, Callable[[], AbstractContextManager]], text: str, step: Step
 ) -> dict[str, Timing]:
-    known = record.get("cost")
-    if known is None:
-        variants = {"unsteered": nullcontext, "unsteered again": nullcontext, **steered}
-        with step(f"time a token, {len(variants)} ways", ROUNDS + 1) as advance:
-            timings = decode_times(
-                model, tokenizer, variants, prompt=text, tokens=TOKENS, rounds=ROUNDS, on_round=lambda: advance(1)
-            )
-        known = {name: asdict(timing) for name, timing in timings.items()}
-        record.put("cost", known)
-    return {name: Timing(**timing) for name, timing in known.items()}
+    """Time a token of the unsteered model, twice so that the noise shows, and of each steered one, in turns."""
+    variants = {"unsteered": nullcontext, "unsteered again": nullcontext, **steered}
+    with step(f"time a token, {len(variants)} ways", ROUNDS + 1) as advance:
+        return decode_times(
+            model, tokenizer, variants, prompt=text, tokens=TOKENS, rounds=ROUNDS, on_round=lambda: advance(1)
+        )

@@ -91,11 +91,6 @@ def split(
     return Parts(None if measured else cut["measure"].pairs(), cut["tune"], cut["test"], seed)
 
 
-def halved(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A user's neutral texts for tuning and for the report: every second one each."""
-    return list(texts[::2]), list(texts[1::2]) or list(texts)
-
-
 def digest_of(texts: Sequence[str]) -> str:
     """Tells texts apart, in a record's settings."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

@@ -70,13 +70,15 @@ def draw_compare(result: CompareResult, path: Path) -> None:
 
 def _forest(axis, held_out: Sequence[HeldOut], title: str) -> None:
     rows = held_out[::-1]
-    low = [row.effect - (row.effect if row.low is None else row.low) for row in rows]
-    high = [(row.effect if row.high is None else row.high) - row.effect for row in rows]
-    colors = [COLORS[row.operation] for row in rows]
-    for y, row in enumerate(rows):
-        axis.errorbar(row.effect, y, xerr=[[low[y]], [high[y]]], fmt="o", color=colors[y], ecolor=colors[y], capsize=2)
-    names = [f"{row.name}" for row in rows]
-    axis.set_yticks(range(len(rows)), names, fontsize=7)
+    for y, (row, low, high) in enumerate(zip(rows, *spread_of(rows))):
+        axis.errorbar(row.effect, y, xerr=[[low], [high]], fmt="o", color=COLORS[row.operation], capsize=2)
+    axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.axvline(0, color="#333333", linewidth=0.8)
     axis.set(title=title, xlabel="change of log-odds, nats, 95 % interval")
+
+
+def spread_of(rows: Sequence[HeldOut]) -> list[list[float]]:
+    """How far each effect's interval reaches down and up; 0 where there is none."""
+    down = [0.0 if row.low is None else row.effect - row.low for row in rows]
+    return [down, [0.0 if row.high is None else row.high - row.effect for row in rows]]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ..baselines.arm import Candidate
 from ..statistics.intervals import mcnemar, mean_interval, share_interval
@@ -46,9 +45,6 @@ class HeldOut:
     kl: float
     rise: float
     behind: tuple[float, float, float] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
 from ..tasks.neutral import neutral_texts
 from ..tasks.task import Task
-from .data import Parts, digest_of, halved, split
+from .data import Parts, digest_of, split
 from .options import SearchOptions
 from .record import Record
 from .scorer import Scorer
@@ -65,7 +65,10 @@ def prepare(
     momentum, budget, neutral = options.momentum, options.budget, options.neutral
     given = isinstance(data, Parts) and data.measure is not None
     parts = split(data, measured=momentum is not None and not given, most=options.most, seed=options.seed)
-    tune_texts, test_texts = (neutral_texts(), neutral_texts("heldout")) if neutral is None else halved(neutral)
+    if neutral is None:
+        tune_texts, test_texts = neutral_texts(), neutral_texts("heldout")
+    else:  # every second one each
+        tune_texts, test_texts = list(neutral[::2]), list(neutral[1::2]) or list(neutral)
     settings = {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "data": {"name": parts.name, "source": parts.source, **parts.to_json()},

@@ -22,9 +22,6 @@ class Record:
         path: the file, or None to remember in memory only.
         settings: what a search must have in common with the one that it goes on from (JSON).
 
-    Attributes:
-        lines: how many were there already.
-
     Raises:
         FileFormatError: the file is none of these, of another version or search, or cannot be written.
     """
@@ -33,7 +30,6 @@ class Record:
         self._path = None if path is None else Path(path)
         self._known: dict[str, Any] = {}
         header = {"format": FORMAT, "version": VERSION, "settings": json.loads(json.dumps(settings))}
-        self.lines = 0
         if self._path is None:
             return
         try:
@@ -65,7 +61,6 @@ class Record:
                 self._take(line)
         except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); remove it, or --force") from error
-        self.lines = len(rest)
         journal.cut(path, length)
 
     def get(self, key: str) -> Any:

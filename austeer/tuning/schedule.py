@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 from ..errors import TaskError
@@ -93,17 +95,17 @@ def make_schedule(
         arms = _every(groups, stride)
         for fractions in (FRACTIONS, FRACTIONS[:1]):
             candidates = _candidates(groups, arms, fractions)
-            pairs = [(few, more) for few in range(texts, 0, -1) for more in dict.fromkeys((final_texts, few))]
-            for count, final in pairs:
-                again = final > count
-                steps = len(arms) * count * STEPS + again * candidates[-1] * final * FINAL_STEPS
+            pairs = [(n, more) for n in range(texts, 0, -1) for more in dict.fromkeys((final_texts, n))]
+            for few, final in pairs:
+                again = final > few
+                steps = len(arms) * few * STEPS + again * candidates[-1] * final * FINAL_STEPS
                 calibration = steps * NEUTRAL_COST * costs.text
-                if calibration > (1 - CALIBRATION if count == final == 1 else CALIBRATION) * left:
+                if calibration > (1 - CALIBRATION if few == final == 1 else CALIBRATION) * left:
                     continue
                 afford = (left - calibration) / costs.item if costs.item else math.inf
                 rungs = _rungs(candidates, items, afford, again)
                 if rungs:
-                    return Schedule(arms, count, final, fractions, rungs)
+                    return Schedule(arms, few, final, fractions, rungs)
     kinds = len(set(groups))
     calibration, scoring = kinds * STEPS * NEUTRAL_COST * costs.text, kinds * min(FEWEST, items) * costs.item
     needed = costs.spent + max(calibration + scoring, calibration / (1 - CALIBRATION)) / (1 - RESERVE)
@@ -115,14 +117,8 @@ def make_schedule(
 
 def _every(groups: Sequence[str], stride: int) -> tuple[int, ...]:
     """Every ``stride``-th arm of each group, the first of each included."""
-    seen: dict[str, int] = {}
-    chosen = []
-    for number, group in enumerate(groups):
-        place = seen.get(group, 0)
-        seen[group] = place + 1
-        if place % stride == 0:
-            chosen.append(number)
-    return tuple(chosen)
+    place: dict[str, Iterator[int]] = defaultdict(count)
+    return tuple(number for number, group in enumerate(groups) if next(place[group]) % stride == 0)
 
 
 def _candidates(groups: Sequence[str], arms: Sequence[int], fractions: Sequence[float]) -> list[int]:
@@ -148,7 +144,7 @@ def _rungs(counts: Sequence[int], items: int, afford: float, again: bool = False
         new = [n - before for n, before in zip(rungs, [0, *rungs])]
         if again:
             new[-1] = rungs[-1]
-        if sum(count * n for count, n in zip(counts, new)) <= afford:
+        if sum(candidates * n for candidates, n in zip(counts, new)) <= afford:
             return tuple(rungs)
         if last <= FEWEST:
             return ()

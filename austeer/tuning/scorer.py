@@ -54,7 +54,6 @@ class Scorer:
         task: of kind "choice" or "continuation". neutral: texts that should stay as they are.
         record: where scores are kept; shared by scorers of other items or texts (``name`` tells them apart).
         batch_tokens: the limit on a batch.
-
     """
 
     def __init__(
@@ -79,15 +78,7 @@ class Scorer:
 
     def base(self, items: Sequence[int], advance: Advance = ignore) -> Scores:
         """The unsteered model's scores: [1, items]."""
-        return self._scores([None], items, advance)
-
-    def scores(self, candidates: Sequence[Candidate], items: Sequence[int], advance: Advance = ignore) -> Scores:
-        """Scores of each candidate on each of the items, by number.
-
-        Args:
-            advance: told of every so many scores, a candidate's on an item; also of those that were known.
-        """
-        return self._scores(candidates, items, advance)
+        return self.scores([None], items, advance)
 
     def changes(self, candidates: Sequence[Candidate], items: Sequence[int], advance: Advance = ignore) -> Tensor:
         """Change of the log-odds from unsteered: float64 [candidates, items], nats."""
@@ -137,7 +128,12 @@ class Scorer:
                 self.record.put(key, list(values))
         return [tuple(self.record.get(key)) for key in keys]
 
-    def _scores(self, candidates: Sequence[Candidate | None], items: Sequence[int], advance: Advance) -> Scores:
+    def scores(self, candidates: Sequence[Candidate | None], items: Sequence[int], advance: Advance = ignore) -> Scores:
+        """Scores of each candidate (None: the unsteered model) on each of the items, by number.
+
+        Args:
+            advance: told of every so many scores, a candidate's on an item; also of those that were known.
+        """
         keys = [f"{self.name} items {candidate.key if candidate else 'unsteered'}" for candidate in candidates]
         known: dict[str, dict[str, list]] = {key: dict(self.record.get(key) or {}) for key in keys}
         missing = _distinct(keys, candidates, lambda key: any(str(i) not in known[key] for i in items))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -130,8 +132,8 @@ def search(
         limits = calibrate(scorer, arms, max_kl, schedule.texts, on_arm=lambda: advance(1))
     remaining = [(arm, fraction) for arm in arms for fraction in schedule.fractions]
     done: list[Standing] = []
-    for number, count in enumerate(schedule.items):
-        last, items = number == len(schedule.items) - 1, order[:count]
+    for number, size in enumerate(schedule.items):
+        last, items = number == len(schedule.items) - 1, order[:size]
         if last and schedule.final_texts > schedule.texts:
             limits |= _limits_on_more(scorer, [arm for arm, _ in remaining], limits, max_kl, schedule.final_texts, step)
         candidates = [
@@ -145,7 +147,7 @@ def search(
                 f"max_kl: no strength of any of {len(arms)} arms stayed within {max_kl:g} nats a token on neutral "
                 "text; give a larger limit, or fewer AUs"
             )
-        total = count * len(candidates)
+        total = size * len(candidates)
         with step(f"round {number + 1} of {len(schedule.items)}: {len(candidates)} candidates", total) as advance:
             changes = scorer.changes([c for c, *_ in candidates], items, advance)
         standings = [Standing(*candidate, tuple(items), change) for candidate, change in zip(candidates, changes)]
@@ -177,16 +179,9 @@ def _limits_on_more(
 
 def _keep(standings: Sequence[Standing]) -> list[Standing]:
     """The best third of each group, one at least; ``standings`` are sorted."""
-    sizes: dict[str, int] = {}
-    for standing in standings:
-        sizes[standing.group] = sizes.get(standing.group, 0) + 1
-    room = {name: max(1, math.ceil(size / ETA)) for name, size in sizes.items()}
-    kept = []
-    for standing in standings:
-        if room[standing.group]:
-            room[standing.group] -= 1
-            kept.append(standing)
-    return kept
+    sizes = Counter(standing.group for standing in standings)
+    place: dict[str, Iterator[int]] = defaultdict(count)
+    return [s for s in standings if next(place[s.group]) < math.ceil(sizes[s.group] / ETA)]
 
 
 def _schedule(

@@ -82,9 +82,10 @@ class TuneResult:
     environment: dict[str, object]
 
     def to_json(self) -> dict[str, Any]:
-        found = {name: value for name, value in vars(self).items() if name not in ("plan", "trials", "chosen")}
-        found |= {"unsteered": asdict(self.unsteered), "held_out": [row.to_json() for row in self.held_out]}
-        return {**found, "trials": [asdict(t) for t in self.trials], "chosen": asdict(self.chosen)}
+        """All but the plan, which has a file of its own."""
+        found = asdict(self)
+        del found["plan"]
+        return found
 
 
 def tune(
@@ -141,17 +142,7 @@ def tune(
     """
     started = time.perf_counter()
     options = SearchOptions(
-        momentum=momentum,
-        sites=sites,
-        operations=operations,
-        ks=ks,
-        max_kl=max_kl,
-        budget=budget,
-        neutral=neutral,
-        most=most,
-        seed=seed,
-        folder=folder,
-        progress=progress,
+        *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
     settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix}
     prepared = prepare(model, tokenizer, data, options, sites=options.sites, settings=settings)
@@ -169,7 +160,15 @@ def tune(
     chosen = _trial(best, parts.tune)
     plan = best.candidate.arm.plan.top(best.candidate.arm.k)
     return TuneResult(
-        plan=plan.with_evidence(_evidence(chosen, trials, held_out[0], parts)),
+        plan=plan.with_evidence(
+            evidence_of(
+                chosen,
+                trials,
+                held_out[0],
+                f"tuning items of {parts.name}",
+                f"{len(parts.test)} held-out items of {parts.test.name}",
+            )
+        ),
         alpha=chosen.alpha,
         settings=prepared.settings,
         schedule=found.schedule.to_json(),
@@ -236,8 +235,13 @@ def _trial(standing: Standing, task: Task) -> Trial:
     )
 
 
-def _evidence(chosen: Trial, trials: Sequence[Trial], held_out: HeldOut, parts: Parts) -> Evidence:
-    """What is known of the chosen plan, to travel with it: every strength that was tried of it."""
+def evidence_of(chosen: Trial, trials: Sequence[Trial], held_out: HeldOut, tuned_on: str, tested_on: str) -> Evidence:
+    """What is known of the chosen plan, to travel with it: every strength that was tried of it.
+
+    Args:
+        held_out: the chosen setting on data that nothing was chosen by. tuned_on, tested_on: the data, in words; the
+            number of items is put before the first.
+    """
     kind = (chosen.site, chosen.operation, chosen.k, chosen.detail)
     tuned = [t for t in trials if (t.site, t.operation, t.k, t.detail) == kind]
     return Evidence(
@@ -245,17 +249,14 @@ def _evidence(chosen: Trial, trials: Sequence[Trial], held_out: HeldOut, parts: 
         side_effect="KL(unsteered || steered) on neutral text, nats a token",
         tested=(
             *(
-                Outcome(t.alpha, f"{t.items} tuning items of {parts.tune.name}", t.effect, t.low, t.high, t.share)
+                Outcome(
+                    *(t.alpha, f"{t.items} {tuned_on}", t.effect, t.low, t.high, t.share),
+                    side_effect=t.kl if t.fraction == 1 else None,  # it was taken at the limit only
+                )
                 for t in sorted(tuned, key=lambda t: t.fraction)
             ),
             Outcome(
-                held_out.alpha,
-                f"{len(parts.test)} held-out items of {parts.test.name}",
-                held_out.effect,
-                held_out.low,
-                held_out.high,
-                held_out.share,
-                held_out.kl,
+                *(held_out.alpha, tested_on, held_out.effect, held_out.low, held_out.high, held_out.share, held_out.kl)
             ),
         ),
         alpha=chosen.alpha,

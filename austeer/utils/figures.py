@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import AusteerError
-
-if TYPE_CHECKING:
-    pass
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#9aa0a6"
 

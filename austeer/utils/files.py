@@ -54,6 +54,14 @@ def _write(path: Path, kind: str, version: int, header: dict[str, Any], tensors:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text atomically; an interrupted write leaves an earlier file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def _sort_metadata(path: Path) -> None:
     """The same content is the same file: safetensors writes metadata in an order that changes from call to call."""
     with path.open("r+b") as file:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..intervals import FASTER, NOISE, SAME, SLOWER, UNCLEAR
 from .inference import DENSE, METRICS, PUBLIC, SPARSE, Case, Inference, Overhead
+from .tables import capital
 
 #: The paper's only figure: whole task runs of Gemma2-9B on an H100, steered over unsteered, percent.
 PAPER = 2.8
@@ -37,7 +38,7 @@ def sentences(inference: Inference) -> list[str]:
         names = [PUBLIC, *dict.fromkeys(name for case in some for name in case.ours())]
         parts = [part for name in names if (part := _counted(name, some, metric))]
         if parts:
-            found.append(f"**{where[0].upper()}{where[1:]}**: {'; '.join(parts)}.")
+            found.append(f"**{capital(where)}**: {'; '.join(parts)}.")
     return [*found, *_paper(quiet), f"**The claim here**: {worth(quiet)}"]
 
 

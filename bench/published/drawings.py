@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from austeer.utils.figures import require_matplotlib
@@ -38,11 +37,6 @@ def make(drawing: str, data: Mapping[str, Any]):
         figure = _DRAWINGS[drawing](data)
         figure.suptitle(data["title"], fontsize=11)
     return figure
-
-
-def save(drawing: str, data: Mapping[str, Any], path: Path, metadata: Mapping[str, str]) -> None:
-    """Draws a PNG, with these texts in it."""
-    make(drawing, data).savefig(path, metadata=dict(metadata))
 
 
 def _axes(panels: int, columns: int, width: float, height: float):

@@ -135,7 +135,7 @@ def _sweep(result: Result, along: str) -> str:
         execution, site, k, *_ = group[0].setting
         fixed = "" if along == "k" else f", k = {k}"
         head = f"{execution}, site {site}{fixed}, batch {group[0].batch}; a decoded token:"
-        texts.append(f"{head[:1].upper()}{head[1:]}\n\n{tables.sweep(group, along)}")
+        texts.append(f"{tables.capital(head)}\n\n{tables.sweep(group, along)}")
     return "\n\n".join(texts)
 
 
@@ -185,7 +185,7 @@ def section(result: Result) -> str:
 
 def _offloaded(result: Result) -> str:
     cases = (result.content["offloaded"] or {"cases": {}})["cases"]
-    return "\n\n".join(f"{case[:1].upper()}{case[1:]}:\n\n{tables.rates(row)}" for case, row in cases.items())
+    return "\n\n".join(f"{tables.capital(case)}:\n\n{tables.rates(row)}" for case, row in cases.items())
 
 
 def _momentum(result: Result) -> str:

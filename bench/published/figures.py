@@ -99,7 +99,7 @@ def draw(figure: Figure, path: Path) -> None:
     from . import drawings
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawings.save(figure.drawing, figure.data, path, {_KEY: figure.hash})
+    drawings.make(figure.drawing, figure.data).savefig(path, metadata={_KEY: figure.hash})
 
 
 def _rounded(*values: float) -> list[float]:

@@ -112,11 +112,11 @@ def overheads(inference: Inference) -> str:
         rows = []
         for name in variants_of(cases):
             rows.append([name, *(_cell(case, name, metric) for metric, case in columns)])
-        texts.append(f"{_capital(cases[0].words)}:\n\n{table(['', *head], rows)}")
+        texts.append(f"{capital(cases[0].words)}:\n\n{table(['', *head], rows)}")
     return "\n\n".join(texts)
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
@@ -183,7 +183,7 @@ def kernels(result: Result) -> str:
         forms = list(dict.fromkeys(form for group in groups.values() for form in group))
         cells = [[name, *(f"{own[f]:.1f}" if f in own else "" for f in forms)] for name, own in groups.items()]
         if cells:
-            texts.append(f"{_capital(words)}, us (median):\n\n{table(['', *forms], cells)}")
+            texts.append(f"{capital(words)}, us (median):\n\n{table(['', *forms], cells)}")
     return "\n\n".join(texts)
 
 

@@ -73,10 +73,6 @@ def test_a_smaller_k_is_the_beginning_of_a_larger_one(material, method):
         assert all(a.plan == b.plan.top(KS[0]) for a, b in zip(small, large))
 
 
-def test_methods_say_what_they_are():
-    assert all(m.what and m.source for m in METHODS.values())
-
-
 def test_sites_needed():
     assert sites_needed(["momentum", "random"], ["attention", "neuron"]) == ("attention", "neuron")
     assert set(sites_needed(["momentum", "caa"], ["ffn"])) == {"ffn", "layer"}

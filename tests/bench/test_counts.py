@@ -15,9 +15,9 @@ WAYS = {way.name: way.make for way in (*PLAIN, *OURS)}
 LAYERS, WIDTH = 3, 32
 
 
-def of(name, model=None, k=30, layers=None, rows=2, site="ffn"):
+def of(name, model=None, layers=None, rows=2):
     model = model or tiny_model()
-    steered = WAYS[name](twin(model), spread_plan(model, site, k, layers), 4.0)
+    steered = WAYS[name](twin(model), spread_plan(model, "ffn", 30, layers), 4.0)
     found = counts.of_step(steered, ids_of_rows(rows)["input_ids"])
     steered.close()
     return found
@@ -79,8 +79,3 @@ def test_the_step_is_the_first_after_the_prompt_and_its_way_is_active():
         with CountedOps(model) as counted:
             model(ids[:, :1], past_key_values=cache, use_cache=True)
     assert found["bytes"] == counted.read + counted.written and found["launches"] == counted.launches
-
-
-@pytest.mark.parametrize("site", ["attention", "layer", "neuron"])
-def test_other_sites(site):
-    assert of("dense hook", site=site)["launches"] == of("unsteered")["launches"] + LAYERS

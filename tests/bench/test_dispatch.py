@@ -8,11 +8,10 @@ import torch
 
 from austeer.costs.ceilings import Ceilings
 from austeer_kernels import launch
-from bench import cases, dispatch, files, report, tuning
+from bench import cases, dispatch, files, report
 from bench.graphs import WrongResultError
 
 CPU = torch.device("cpu")
-CEILINGS = Ceilings(1e9, 1e9, 0.0, "made up")
 NAMES = ("sm_90", "NVIDIA H100 [80GB] HBM3")
 
 
@@ -89,13 +88,11 @@ def test_bytes_and_operations():
 # --- from times to limits ----------------------------------------------------------------------------------
 
 
-def row(tokens, over, shape=(64, 32), plain=1.0, alone=2e-6):
-    """A row of the result with the ratios that matter; ``over``: of the fused forms to their rivals."""
+def row(tokens, over, shape=(64, 32)):
+    """What of a row of the result matters; ``over``: ratios of the fused forms to their rivals."""
     over = over if isinstance(over, tuple) else (over,) * 4
-    names = [cases.PLAIN, *cases.RIVALS, *cases.COLUMNS.values(), *cases.ALONE.values()]
-    variants = {name: {"ratio": {"median": plain}, "seconds": {"median": alone}} for name in names}
     ratios = {name: {"median": ratio} for name, ratio in zip(cases.RIVALS, over)}
-    return {"n": shape[0], "k": shape[1], "tokens": tokens, "variants": variants, "over_rival": ratios}
+    return {"n": shape[0], "k": shape[1], "tokens": tokens, "over_rival": ratios}
 
 
 def test_a_limit_ends_at_the_first_number_of_tokens_that_is_slower():
@@ -120,13 +117,12 @@ def test_each_shape_has_its_own_limit():
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def update(file, names, source, dtype, shapes, limits, entries=()):
+def update(file, names, source, dtype, shapes, limits):
     """Writes made-up findings, as they are read from a file, into a table."""
     content = {
         "dtype": dtype,
         "rows": [{"n": n, "k": k} for n, k in shapes],
         "limits": [dataclasses.asdict(limit) for limit in limits],
-        "tuned": [{"entry": dataclasses.asdict(entry)} for entry in entries],
     }
     dispatch.write_table(json.loads(json.dumps(content)), names, file, source)
 
@@ -151,71 +147,18 @@ def test_a_table_with_limits_alone_leaves_every_launch_as_it_was(own_tables):
 def test_an_update_replaces_what_was_measured_again_and_keeps_the_rest(own_tables):
     file = own_tables / "h100.json"
     entry = launch.Entry("steered_linear", ("bfloat16",), 1, 64, 16, 64, 4, k=64, block_k=64)
-    other = dataclasses.replace(entry, m=4, block_n=128)
+    head = {"source": "first", "architectures": [NAMES[0]], "devices": ["NVIDIA H100 [[]80GB] HBM3"], "fused": []}
+    file.write_text(json.dumps(head | {"entries": [dataclasses.asdict(entry)]}))
     a, b = launch.Limit(("bfloat16",), 64, 64, 4), launch.Limit(("bfloat16",), 128, 64, 16)
-    update(file, NAMES, "first", "bfloat16", {(64, 64), (128, 64)}, [a, b], [entry, other])
+    update(file, NAMES, "first", "bfloat16", {(64, 64), (128, 64)}, [a, b])
     update(file, NAMES, "half", "float16", {(64, 64)}, [dataclasses.replace(a, dtypes=("float16",))])
-    better = dataclasses.replace(entry, num_warps=8, num_stages=3)
-    update(file, NAMES, "again", "bfloat16", {(64, 64)}, [], [better])
+    update(file, NAMES, "again", "bfloat16", {(64, 64)}, [])
     table = next(t for t in launch.tables() if t.file == "h100")
     assert table.source == "first; half; again"
     assert {(x.dtypes, x.n, x.m) for x in table.fused} == {(("bfloat16",), 128, 16), (("float16",), 64, 4)}
-    assert set(table.entries) == {better, other}
-    content = json.loads(file.read_text())
-    assert list(content["entries"][0])[:5] == ["op", "dtypes", "m", "n", "k"]
-    assert "max_splits" not in content["entries"][0], "defaults are left out"
+    assert table.entries == (entry,)
     with pytest.raises(ValueError, match=r"h100\.json is for devices .*H100.*expected .*B200"):
         update(file, ("sm_100", "NVIDIA B200"), "x", "bfloat16", set(), [])
-
-
-# --- tuning ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("op", ["steered_linear", "steered_linear_rows", "steer_columns_"])
-@pytest.mark.parametrize("tokens", [1, 16, 20, 64])
-def test_candidates_can_be_launched(op, tokens):
-    listed = list(tuning.candidates(op, tokens, 4096, 4096, "bfloat16"))
-    assert len(listed) == len(set(listed)) > 4
-    for e in listed:
-        for number in (e.block_m, e.block_n, e.num_warps, max(e.block_k, 1)):
-            assert number & (number - 1) == 0
-        if op != "steer_columns_":
-            assert min(e.block_m, e.block_n, e.block_k) >= 16
-            assert e.block_m >= min(tokens, 32 if op == "steered_linear_rows" else 64), "the weights are read once"
-
-
-def test_the_fastest_right_candidate_is_taken(monkeypatch):
-    """Times, results and the ahead-of-time check are made up; what is in use now is a candidate too."""
-    case = cases.Case(64, 48, 1, torch.bfloat16, CPU)
-    wrong, fastest = (64, 64), (128, 128)
-    seconds = {fastest: 1.0, (64, 128): 2.0}
-    monkeypatch.setattr(tuning, "Replay", lambda calls, device, floor: tile())
-    monkeypatch.setattr(
-        tuning,
-        "interleaved",
-        lambda replays, rounds: {name: [seconds.get(t, 3.0)] * rounds for name, t in replays.items()},
-    )
-
-    def tile():
-        s = launch.settings("steered_linear", 1, 64, 48, torch.bfloat16, CPU)
-        return s.block_n, s.block_k
-
-    right = cases.ak.steered_linear
-    monkeypatch.setattr(cases.ak, "steered_linear", lambda *a, **b: right(*a, **b) * (2 if tile() == wrong else 1))
-    found = tuning.tune("steered_linear", case, CEILINGS, 3)
-    assert (found.entry.block_n, found.entry.block_k) == fastest and found.gain.median < 1
-    assert (found.entry.m, found.entry.n, found.entry.k) == (1, 64, 48)
-    assert found.skipped and all("64x64" in name and "WrongResult" in why for name, why in found.skipped.items())
-
-    monkeypatch.setattr(tuning, "objections", lambda e, a: ("spills",) if (e.block_n, e.block_k) == fastest else ())
-    found = tuning.tune("steered_linear", case, CEILINGS, 3)
-    assert (found.entry.block_n, found.entry.block_k) == (64, 128)
-    assert "spills" in found.skipped.values()
-
-
-def test_nothing_to_object_to_where_kernels_are_interpreted():
-    entry = next(tuning.candidates("steered_linear", 1, 64, 64, "bfloat16"))
-    assert tuning.objections(entry, launch.names_of(CPU)[0]) == ()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -243,7 +186,6 @@ def test_quick_runs_everywhere_and_writes_its_result(tmp_path, capsys, monkeypat
     [
         (["--quick", "--write-table"], "--write-table: found no GPU, and a table may only hold what was measured"),
         ([], "on a CPU only --quick runs"),
-        (["--quick", "--rounds", "1"], "expected at least 2"),
         (["--shapes", "12by13"], "found '12by13', expected OUTxIN"),
     ],
 )
@@ -278,12 +220,7 @@ def test_results_are_never_replaced(tmp_path):
 
 
 @pytest.mark.gpu
-def test_tuning_and_measuring_on_a_gpu():
+def test_measuring_on_a_gpu():
     device = torch.device("cuda", torch.cuda.current_device())
-    case = cases.Case(256, 512, 4, torch.bfloat16, device)
-    best = Ceilings(1e12, 1e14, 0.0, "made up")
-    found = dispatch.tuned_projection(case, best, 3)
-    assert all(t.tried > 4 for t in found), [t.skipped for t in found]
-    with launch.preferring([t.entry for t in found]):
-        result = dispatch.measure(case, best, 3)
+    result = dispatch.measure(cases.Case(256, 512, 4, torch.bfloat16, device), Ceilings(1e12, 1e14, 0.0, "made up"), 3)
     assert all(v["seconds"]["median"] > 0 for v in result["variants"].values())

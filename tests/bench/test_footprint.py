@@ -4,10 +4,6 @@ import pytest
 import torch
 
 from bench import footprint
-from bench.catalogue import OURS as WAYS
-from bench.plans import spread_plan
-from bench.steered import twin
-from tiny_models import tiny_model
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -25,19 +21,6 @@ def test_what_is_held_is_counted_once_however_it_is_looked_at():
     assert len(views) == 5 and parameter.is_leaf and meta.is_meta
     del kept, views
     assert held.bytes == 200
-
-
-def test_a_twin_holds_nothing_and_folding_what_it_saves():
-    model = tiny_model()
-    plan = spread_plan(model, "ffn", 30)
-    with footprint.Held() as held:
-        other = twin(model)
-    assert held.bytes == 0
-    with footprint.Held() as held:
-        steered = {way.name: way for way in WAYS}["fold"].make(other, plan, 4.0)
-    saved = 30 * 48 * 4  # the rows of 30 AUs: as wide as the MLP, float32
-    assert saved <= held.bytes <= 1.5 * saved + 4096
-    steered.close()
 
 
 def test_the_peak_is_what_was_there_at_once():

@@ -89,8 +89,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert content["environment"]["threads"] == 1
 
 
-@pytest.mark.parametrize("arguments", [["--rounds", "1"], ["--batch", "0"], ["--layers", "0"]])
-def test_too_little_is_refused(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments, message", [(["--rounds", "1"], "expected at least 2"), (["--batch", "0"], "at least 1 layer and row")]
+)
+def test_too_little_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         host.parse(arguments)
-    assert "expected at least 2 rounds" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -134,7 +134,8 @@ def test_what_is_predicted_is_what_was_counted(contents):
 def test_memory_is_what_is_held(contents):
     for case in contents[-1]["cases"]:
         rows = case["variants"]
-        assert rows["fold"]["held_bytes"] >= case["k"] * 48 * 4  # the rows that it saves
+        saved = case["k"] * 48 * 4  # the rows
+        assert saved <= rows["fold"]["held_bytes"] <= 1.5 * saved + 4096
         assert rows[UNSTEERED]["held_bytes"] == 0
 
 
@@ -203,10 +204,6 @@ def test_compiled_steps_are_judged_and_timed(model, monkeypatch):
     assert len(judged) == 3 and "first_token" not in rows["columns"]
 
 
-def _times(call, factor):
-    return call() * factor
-
-
 def test_an_unsteered_step_that_is_wrong_is_no_reference(model, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **options: lambda: call() * 1.5)
     with pytest.raises(AusteerError, match="the unsteered model itself is wrong: logits of a step differ"):
@@ -215,7 +212,7 @@ def test_an_unsteered_step_that_is_wrong_is_no_reference(model, monkeypatch):
 
 def test_a_step_that_is_wrong_only_when_compiled_gets_no_time(model, monkeypatch):
     factors = iter((1.0, 1.0, 1.5))  # unsteered twice, then columns
-    monkeypatch.setattr(torch, "compile", lambda call, **options: partial(_times, call, next(factors)))
+    monkeypatch.setattr(torch, "compile", lambda call, **options: partial(lambda by: by * call(), next(factors)))
     found = measure(model, Exact(model), LIMITS, Job(COMPILED, ways("columns"), EFFORT))
     row = found["variants"]["columns"]
     assert row["status"] == "wrong" and "logits of a step differ" in row["reason"] and "token" not in row
@@ -255,12 +252,8 @@ def test_a_way_that_fails_costs_only_itself(model):
     own = ways("fold") | {"closing": Way("closing", Closing), "broken": Way("broken", broken)}
     rows = measure(model, Exact(model), LIMITS, Job(SMALL, own, EFFORT))["variants"]
     assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "ArithmeticError: too much")
-    assert (
-        "token" in rows["closing"]
-        and "token" not in rows["broken"]
-        and closed == [1]
-        and all(map(torch.equal, model.parameters(), tiny_model().parameters()))
-    )
+    assert "token" in rows["closing"] and "token" not in rows["broken"] and closed == [1]
+    assert all(map(torch.equal, model.parameters(), tiny_model().parameters()))
 
 
 def test_counting_can_be_left_out(model, monkeypatch):

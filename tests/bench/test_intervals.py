@@ -86,9 +86,3 @@ QUIET = of(0.995, 1.0, 1.004)
 )
 def test_verdicts(found, again, said):
     assert verdict(found, again) == said
-
-
-def test_noise_is_how_far_the_interval_reaches():
-    assert of(0.97, 1.0, 1.01).noise == pytest.approx(0.03)
-    assert of(0.99, 1.0, 1.04).noise == pytest.approx(0.04)
-    assert of(1.01, 1.02, 1.03).noise == pytest.approx(0.03)

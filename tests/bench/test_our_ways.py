@@ -6,7 +6,7 @@ import torch
 from bench import catalogue
 from bench.steered import UnavailableError, twin
 from dense_formula import assert_unchanged, formula_logits, logits, random_plan, snapshot
-from tiny_models import ids_of_rows, tiny_model
+from tiny_models import ids_of_rows, tiny_model, wide_model
 
 ALPHA = 4.0  # alpha * beta is exact in float32
 WAYS = {way.name: way for way in catalogue.OURS}
@@ -30,22 +30,9 @@ REFUSED = [
 ]
 
 
-def wide(family="llama"):
-    """In float64, which the grouped products of experts do not have."""
-    model = tiny_model(family).double()
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-    return model
-
-
-def test_names_and_flags():
-    assert list(WAYS) == ["columns", "fused", "fold"]
-    assert all(way.ours and way.module and not way.peer for way in catalogue.OURS)
-
-
 @pytest.mark.parametrize("name, family, site", CASES)
 def test_every_path_is_the_definition_and_comes_off_again(name, family, site):
-    model, ids = wide(family), ids_of_rows()
+    model, ids = wide_model(family), ids_of_rows()
     plan = random_plan(model, site, 40)
     plain, expected, before = logits(model, ids), formula_logits(model, ids, plan, ALPHA), snapshot(model)
     assert (expected - plain).abs().max() > 0.1
@@ -62,7 +49,7 @@ def test_every_path_is_the_definition_and_comes_off_again(name, family, site):
 
 @pytest.mark.parametrize("site", ["attention", "ffn", "neuron"])
 def test_folded_weights_are_edited_only_while_it_is_active(site):
-    model, ids = wide(), ids_of_rows()
+    model, ids = wide_model(), ids_of_rows()
     plan, before = random_plan(model, site, 40), snapshot(model)
     plain, expected = logits(model, ids), formula_logits(model, ids, plan, ALPHA)
     steered = WAYS["fold"].make(twin(model), plan, ALPHA)

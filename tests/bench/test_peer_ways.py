@@ -45,14 +45,10 @@ def ids():
     return ids_of_rows()["input_ids"]
 
 
-def expect_package(name):
+def make(name, model, plan, alpha=ALPHA):
     package = PACKAGES[name][0]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-
-
-def make(name, model, plan, alpha=ALPHA):
-    expect_package(name)
     return WAYS[name].make(twin(model), plan, alpha)
 
 
@@ -85,13 +81,10 @@ def greedy(model, ids):
     return generate(lambda ids, **o: model.generate(ids, attention_mask=torch.ones_like(ids), **o), ids)
 
 
-def test_every_library_is_a_peer_of_its_own_name():
-    assert list(WAYS) == list(PACKAGES) and len(WAYS) == len(peers.WAYS)
-    assert all(way.peer and not way.ours for way in peers.WAYS)
-
-
 @pytest.mark.parametrize("name, site", CASES)
-def test_logits_are_the_formula_s(name, site, model, ids):
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_logits_are_the_formula_s(name, site, family, ids):
+    model = tiny_model(family).double()
     plan = random_plan(model, site, 40)
     plan = plan.take((plan.layer != 1).nonzero()[:, 0])  # a layer is left alone
     steered = make(name, model, plan)
@@ -100,7 +93,7 @@ def test_logits_are_the_formula_s(name, site, model, ids):
     with formula_at(model, plan, ALPHA):
         expected = logits_of(model, ids)
     assert (expected - logits_of(model, ids)).abs().max() > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
     assert torch.equal(found, again)
 
 
@@ -215,14 +208,3 @@ def test_peft_refuses_what_no_lora_of_a_linear_layer_is(family, site):
     model = tiny_model(family)
     with pytest.raises(UnavailableError, match=r"found \w+ at .* of layer \d, expected a torch.nn.Linear"):
         make("lora", model, random_plan(model, site, 3))
-
-
-@pytest.mark.parametrize("name, site", CASES)
-@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
-def test_other_families(name, site, family, ids):
-    model = tiny_model(family).double()
-    plan = random_plan(model, site, 40)
-    with formula_at(model, plan, ALPHA):
-        expected = logits_of(model, ids)
-    with torch.no_grad():
-        torch.testing.assert_close(make(name, model, plan).logits(ids), expected, rtol=1e-8, atol=1e-8)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from austeer import Pairs
 from bench.peers import SITES, public_momentum, reading, stacked_momentum
+from naive_momentum import naive_activations, texts_of
 
 PAIRS = Pairs.of(
     [
@@ -30,33 +31,9 @@ def tiny64(tiny):
 
 
 def naive_counts(model, tokenizer, pairs):
-    """Each text alone: site -> (positive, negative), by hooks of this test's own and a loop over pairs and layers."""
-    found = {site: torch.zeros(2, len(model.model.layers), 32, dtype=torch.int64) for site in SITES}
-
-    def last_tokens(text):
-        kept = {}
-        handles = [
-            hook
-            for n, layer in enumerate(model.model.layers)
-            for hook in (
-                layer.self_attn.o_proj.register_forward_hook(
-                    lambda m, args, out, n=n: kept.update({("attention", n): args[0][0, -1]})
-                ),
-                layer.mlp.down_proj.register_forward_hook(lambda m, a, out, n=n: kept.update({("ffn", n): out[0, -1]})),
-            )
-        ]
-        with torch.no_grad():
-            model(tokenizer(text, return_tensors="pt")["input_ids"])
-        for handle in handles:
-            handle.remove()
-        return kept
-
-    for pair in pairs:
-        wanted, unwanted = last_tokens(pair.prompt + pair.positive), last_tokens(pair.prompt + pair.negative)
-        for (site, layer), x in wanted.items():
-            found[site][0, layer] += x > unwanted[site, layer]
-            found[site][1, layer] += x < unwanted[site, layer]
-    return found
+    """site -> (positive, negative), from each text alone."""
+    sides = {site: x.chunk(2) for site, x in naive_activations(model, tokenizer, texts_of(pairs)).items()}
+    return {site: torch.stack([(a > b).sum(0), (a < b).sum(0)]) for site, (a, b) in sides.items()}
 
 
 def test_both_equal_the_naive_formula(tiny64, demo):

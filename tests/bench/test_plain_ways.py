@@ -10,21 +10,13 @@ from bench import plain_ways
 from bench.plain_ways import Formula, strengths
 from bench.steered import twin
 from dense_formula import SITES, formula_logits, logits, random_plan
-from tiny_models import ids_of_rows, tiny_model
+from tiny_models import ids_of_rows, tiny_model, wide_model
 
 ALPHA = 4.0  # alpha * beta is exact in float32
 FORMS = {way.name: way.make for way in plain_ways.WAYS if way.name not in ("unsteered", "unsteered again")}
 FORMS["formula"] = Formula
 #: A mixture of experts has no neuron site.
 CASES = [(f, s) for f in ("llama", "gpt2", "gemma2", "mixtral") for s in SITES if (f, s) != ("mixtral", "neuron")]
-
-
-def wide(family="llama"):
-    """In float64, which the grouped products of experts do not have."""
-    model = tiny_model(family).double()
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-    return model
 
 
 def without_layer_1(plan):
@@ -34,7 +26,7 @@ def without_layer_1(plan):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family, site", CASES)
 def test_every_form_is_the_definition(form, family, site):
-    model, ids = wide(family), ids_of_rows()
+    model, ids = wide_model(family), ids_of_rows()
     plan = without_layer_1(random_plan(model, site, 40))
     plain, expected = logits(model, ids), formula_logits(model, ids, plan, ALPHA)
     assert (expected - plain).abs().max() > 0.1
@@ -46,7 +38,7 @@ def test_every_form_is_the_definition(form, family, site):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_decoding_step_is_steered_too(form):
-    model, ids = wide(), ids_of_rows()["input_ids"]
+    model, ids = wide_model(), ids_of_rows()["input_ids"]
     plan = random_plan(model, "ffn", 40)
     steered = FORMS[form](twin(model), plan, ALPHA)
     with torch.no_grad():

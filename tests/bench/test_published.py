@@ -85,16 +85,6 @@ def test_how_exact_other_engines_are(repository):
     assert "Not measured yet (`make test-engines EXACTNESS=FILE`)" in (repository / "docs" / "serving.md").read_text()
 
 
-def test_a_number_changed_by_hand_is_found_and_put_right(repository):
-    readme = repository / "README.md"
-    text = readme.read_text()
-    readme.write_text(re.sub(r"(over\.public:\.0f-->)[\d.]+", r"\g<1>99", text))
-    (line,) = report(repository, check=True)
-    assert re.match(r".*README\.md: line \d+ differs from the results: found .*99", line)
-    report(repository)
-    assert readme.read_text() == text
-
-
 def test_figures_of_results_that_are_gone_go_too(repository):
     kept = sorted((repository / "docs" / "figures").iterdir())
     path = synthetic.put(repository / "bench" / "results", "nvidia-x", "inference-2000-01-01", synthetic.inference())
@@ -202,11 +192,6 @@ def test_the_conclusion_where_touching_fewer_is_cheaper_and_ours_saves_a_part(tm
     assert "below it in 4" in text
 
 
-def test_the_conclusion_where_nothing_is_saved(tmp_path):
-    slow = dict.fromkeys(("columns", "fused", "fold"), (3.2, 0.5))
-    assert "all of it in 0 of 4, and a saving is not resolved in 4." in sentences(tmp_path, **slow)
-
-
 def test_what_is_unclear_is_not_called_not_slower(tmp_path):
     wide = dict.fromkeys(("public", "columns", "fused", "fold"), (0.1, 1.5))
     text = sentences(tmp_path, **wide)
@@ -244,11 +229,8 @@ def test_noise_is_what_two_runs_may_differ_by(tmp_path):
 
 def test_a_noisy_machine_gets_no_verdict(tmp_path):
     text = sentences(tmp_path, noise=3.0)
-    assert (
-        text.startswith("No verdict: in each of 4 cases two unsteered runs may")
-        and "at best by 3.0 %" in text
-        and "claim" not in text
-    )
+    assert text.startswith("No verdict: in each of 4 cases two unsteered runs may")
+    assert "at best by 3.0 %" in text and "claim" not in text
 
 
 def test_the_newest_whole_result_counts(tmp_path):

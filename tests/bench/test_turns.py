@@ -1,6 +1,7 @@
 """Generation by turns: every token of every way once a turn, in random order, with a clock and edits of its own."""
 
 import gc
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -51,21 +52,15 @@ class Fake(Steered):
         finally:
             self.world.ended.append(self.name)
 
+    @contextmanager
     def active(self):
-        return Active(self)
-
-
-class Active:
-    def __init__(self, fake):
-        self.fake = fake
-
-    def __enter__(self):
-        self.fake.world.now += 1000  # is nobody's time
-        self.fake.world.active.append(self.fake.name)
-
-    def __exit__(self, *error):
-        self.fake.world.active.remove(self.fake.name)
-        self.fake.world.now += 1000
+        self.world.now += 1000  # is nobody's time
+        self.world.active.append(self.name)
+        try:
+            yield
+        finally:
+            self.world.active.remove(self.name)
+            self.world.now += 1000
 
 
 @pytest.fixture

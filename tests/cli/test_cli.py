@@ -11,9 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import austeer
-from austeer.cli import app, main
+from austeer.cli import app
 from austeer.cli.common import load
-from austeer.demo.demo import load_data
 from austeer.forward.generation import continue_prompts
 
 PAIRS = Path(austeer.__file__).parent / "data" / "demo_pairs.jsonl"
@@ -127,30 +126,24 @@ def test_generate_runs_several_plans_in_one_batch(demo, files):
     [
         (("select", "{m}", "--k", "0", "--out", "{new}"), "k: .* 0.*17280"),
         (("select", "{m}", "--out", "{new}"), "k, max_fdr and min_stability"),
-        (("select", "{m}", "--k", "5", "--site", "layer", "--out", "{new}"), "site 'layer'"),
         (("select", "{m}", "--min-stability", "2", "--out", "{new}"), "min_stability.*2"),
-        (("select", "{m}", "--min-stability", "1", "--out", "{new}"), "k.*'attention'.*1"),
         (("select", "{m}", "--max-fdr", "0.01", "--out", "{new}"), "22 pairs"),
         (("select", "{m}", "--k", "5", "--out", "{plan}"), "plan.*exists"),
         (("select", "{pairs}", "--k", "5", "--out", "{new}"), "austeer-momentum"),
         (("inspect", "{new}"), "new.*no such file"),
         (("generate", "{plan}", "--model", "{new}", "--prompt", "x"), "new"),
         (("generate", "{plan}", "--model", "demo", "--prompt", " "), "empty text"),
-        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--alpha", "nan"), "alpha.*nan"),
-        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--k", "21"), "k: .*21"),
         (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "5:2"), r"scope.*\(5, 2\)"),
         (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "prompts"), "scope.*'prompts'"),
         (("measure", "{missing}", "--model", "demo", "--out", "{new}"), "missing.*no such file"),
         (("measure", "{broken}", "--model", "demo", "--out", "{new}"), "line 2.*'positive'"),
-        (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--where", "split"), "--where.*'split'"),
         (("measure", "{pairs}", "--model", "demo", "--out", "{m}"), "momentum: exists"),
-        (("measure", "{pairs}", "--model", "demo", "--out", "{new}", "--sites", "heads"), "site.*'heads'"),
         (("measure", "{pairs}", "--model", "demo", "--out", "{broken}/x", "--limit", "2"), "broken.jsonl.*writable"),
         (("inspect", "{m}", "--png", "{broken}/x.png"), "broken.jsonl/x.png"),
         (("generate", "{plan}", "--model", "demo", "--prompt", "\udcff"), "not UTF-8"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(files, tmp_path, arguments, message, capsys, monkeypatch):
+def test_bad_input_is_one_message_and_exit_code_2(files, tmp_path, arguments, message, command_line):
     broken = tmp_path / "broken.jsonl"
     row = {"prompt": "a", "positive": " b", "negative": " c"}
     broken.write_text("\n".join(json.dumps(r) for r in (row, {**row, "positive": " "})))
@@ -162,26 +155,16 @@ def test_bad_input_is_one_message_and_exit_code_2(files, tmp_path, arguments, me
         "pairs": PAIRS,
         "broken": broken,
     }
-    monkeypatch.setattr(sys, "argv", ["austeer", *(a.format(**places) for a in arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    assert stop.value.code == 2
-    assert re.search(message, captured.err) and captured.err.startswith("error: ")
-    assert "Traceback" not in captured.err and len(captured.err.strip().splitlines()) == 1
-    assert not captured.out and not places["new"].exists()
+    code, out, error = command_line(*(a.format(**places) for a in arguments))
+    assert code == 2 and re.search(message, error) and error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1 and not out and not places["new"].exists()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        *("measure", "select", "inspect", "generate", "demo", "push"),
-        *("export lora", "export checkpoint", "export gguf"),
-    ],
-)
-def test_help_teaches_with_an_example(command):
-    text = run(*command.split(), "--help")
-    assert f"Example: austeer {command}" in text and "--json" in text
+def test_help_teaches_with_an_example():
+    commands = ("measure", "select", "inspect", "generate", "demo", "push")
+    for command in (*commands, "export lora", "export checkpoint", "export gguf"):
+        text = run(*command.split(), "--help")
+        assert f"Example: austeer {command}" in text and "--json" in text
 
 
 def test_json_is_json_also_where_a_figure_is_infinite(tmp_path):
@@ -207,9 +190,3 @@ def test_unknown_options_and_no_command():
     assert invoke("select", "--nonsense").exit_code == 2
     assert "measure" in invoke().output
     assert austeer.__version__ in run("--version")
-
-
-def test_the_packaged_pairs_are_read_whole():
-    data = load_data()
-    rows = PAIRS.read_text(encoding="utf-8").splitlines()
-    assert len(data.momentum) + len(data.tuning) + len(data.held_out) == len(rows)

@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
+from functools import partial
 
 import pytest
 
 import austeer
 from austeer import Plan
-from austeer.cli import main
 from austeer.cli.evaluate import make_variants
 from austeer.errors import TaskError
 from austeer.plans.evidence import Evidence, Outcome
@@ -38,17 +37,8 @@ def place(lively, demo, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["austeer", "evaluate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-            sys.exit(0)
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return call
+def run(command_line):
+    return partial(command_line, "evaluate")
 
 
 MODEL = ("--model", "model", "--device", "cpu", "--neutral", "neutral.txt")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from austeer.cli import app, main
+from austeer.cli import app
 from dense_formula import formula_at, formula_logits, logits, random_plan
 from tiny_models import tiny_model
 
@@ -115,7 +115,7 @@ def test_gguf(base, tmp_path):
 
 
 @pytest.mark.parametrize("command, out", [("checkpoint", "out"), ("gguf", "out.gguf"), ("lora", "out")])
-def test_errors_are_one_message_and_exit_code_2(command, out, base, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_message_and_exit_code_2(command, out, base, tmp_path, monkeypatch, command_line, capsys):
     plan(base, "ffn", "scale").with_operation("push").save_pretrained(tmp_path / "push")
     plan(base, "ffn", "scale").save_pretrained(tmp_path / "plan")
     (tmp_path / "there").mkdir()
@@ -129,10 +129,6 @@ def test_errors_are_one_message_and_exit_code_2(command, out, base, tmp_path, mo
         (["plan", "--model", base, "--out", out, "-a", "1", "-a", "2"], "--alpha.* 2 .* 1 plan"),
     ):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["austeer", "export", command, *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert caught.value.code == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and re.search(message, error) and "Traceback" not in error
+        code, _, error = command_line("export", command, *arguments)
+        assert code == 2 and error.startswith("error: ") and re.search(message, error) and "Traceback" not in error
     assert sorted(tmp_path.rglob("*")) == before

@@ -75,10 +75,7 @@ def test_a_plan_shows_its_tested_strengths(folder):
 
 def test_a_plan_of_the_hub(folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
-    with local_hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with local_hub():
         KNOWN.push_to_hub("user/kind", token="hf_user")
         data = json.loads(ask("inspect", "user/kind@main", "--json"))
     assert data == json.loads(json.dumps({**of_plan(KNOWN, None, 100).to_json(), "png": None}))

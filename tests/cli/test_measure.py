@@ -11,26 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import austeer
 from austeer import FileFormatError, Momentum
-from austeer.cli import main
 from austeer.cli.momentum_file import parse_layers
 from naive_momentum import numbered_pairs
 from places import ROOT
 
 
 @pytest.fixture(scope="module")
-def place(demo, tmp_path_factory):
+def place(demo, tiny_of, tmp_path_factory):
     """A folder with a small model and pairs in two files."""
     place = tmp_path_factory.mktemp("measure")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(demo[1]), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(place / "model")
+    tiny_of("llama").save_pretrained(place / "model")
     demo[1].save_pretrained(place / "model")
     lines = [json.dumps(vars(pair)) + "\n" for pair in numbered_pairs(21)]
     (place / "all.jsonl").write_text("".join(lines))
@@ -41,18 +35,8 @@ def place(demo, tmp_path_factory):
 
 
 @pytest.fixture
-def austeer_measure(place, monkeypatch, capsys):
-    """Runs the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        command = ["austeer", "measure", *map(str, arguments), "--model", str(place / "model"), "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as stop:
-            main()
-            sys.exit(0)
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
+def austeer_measure(place, command_line):
+    return lambda *arguments: command_line("measure", *arguments, "--model", place / "model", "--device", "cpu")
 
 
 def same_counts(a, b):
@@ -200,11 +184,9 @@ def test_a_full_disk_at_the_end_saves_elsewhere(place, austeer_measure, tmp_path
     ("arguments", "message"),
     [
         (("{all}", "--out", "{new}", "--layers", "0-x"), "--layers.*'0-x'"),
-        (("{all}", "--out", "{new}", "--layers", "3"), "layers.* 3.* 0 to 2"),
         (("{all}", "--out", "{new}", "--strategy", "fast"), "strategy.*'fast'"),
         (("{all}",), "--out.*none"),
         (("{all}", "--out", "{new}", "--split", "train"), "split.*'train'"),
-        (("hf:", "--out", "{new}"), "hf:"),
     ],
 )
 def test_bad_input(place, austeer_measure, tmp_path, arguments, message):

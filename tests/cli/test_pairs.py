@@ -3,14 +3,11 @@
 import functools
 import json
 import re
-import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import austeer
-from austeer.cli import main
 from austeer.cli.common import load
 from austeer.making.unfinished_run import partial_path
 from places import SHARED_DATA as DATA
@@ -21,16 +18,11 @@ TWO = ("--positive-prompt", "Answer kindly.", "--negative-prompt", "Answer rudel
 
 
 @pytest.fixture(scope="module")
-def place(demo, tmp_path_factory):
+def place(demo, tiny_of, tmp_path_factory):
     """A folder with a small model that has a chat template, one that has none, and pairs."""
     place = tmp_path_factory.mktemp("pairs")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(demo[1]), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config)
     for name in ("model", "plain"):
-        model.save_pretrained(place / name)
+        tiny_of("llama").save_pretrained(place / name)
         demo[1].save_pretrained(place / name)
     for path in (place / "plain").glob("chat_template*"):
         path.unlink()
@@ -49,18 +41,9 @@ once = functools.cache(load)
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, standard output, standard error)."""
+def run(monkeypatch, command_line):
     monkeypatch.setattr("austeer.cli.common.load", once)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["austeer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-            sys.exit(0)
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
+    return command_line
 
 
 def test_a_template_to_a_file(run, tmp_path):

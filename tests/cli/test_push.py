@@ -2,28 +2,19 @@
 
 import json
 import re
-import sys
 
 import pytest
-import typer
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from austeer import Plan, steer
-from austeer.cli import run
-from austeer.cli.generate import generate
-from austeer.cli.push import push
+from austeer.cli import app
 from austeer.forward.generation import continue_prompts
 from austeer.models.sites import Fingerprint
 from austeer.plans.card import model_card
 from austeer.plans.files import FILE_NAME
 from local_hub import local_hub
 from small_plans import KNOWN, plan_of
-
-# One command alone would take no name: so both are in it, as they are in austeer's own.
-app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="markdown")
-app.command()(push)
-app.command()(generate)
 
 
 @pytest.fixture
@@ -35,9 +26,6 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     KNOWN.save_pretrained("kind")
     with local_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield server
 
 
@@ -45,17 +33,6 @@ def ask(*arguments):
     result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "120"}, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-def fails(*arguments, monkeypatch, capsys):
-    """The one message of a command that gives up."""
-    monkeypatch.setattr(sys, "argv", ["austeer", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        run(app)
-    told = capsys.readouterr()
-    assert stop.value.code == 2 and not told.out and told.err.startswith("error: ")
-    assert len(told.err.strip().splitlines()) == 1
-    return told.err
 
 
 def test_push_says_where_it_is_and_what_comes_next(hub):
@@ -118,17 +95,14 @@ def test_a_plan_of_the_hub_goes_to_another_name(hub):
         (("kind", "user/kind", "--license", "no-such-license"), "README.md"),
     ],
 )
-def test_bad_input(hub, tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input(hub, tmp_path, command_line, arguments, message):
     (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "mine.md").write_text("# Mine")
-    assert re.search(message, fails("push", *arguments, monkeypatch=monkeypatch, capsys=capsys))
+    code, out, error = command_line("push", *arguments)
+    assert code == 2 and not out and error.startswith("error: ") and len(error.strip().splitlines()) == 1
+    assert re.search(message, error)
     for repository in hub.repositories.values():
         assert not any(FILE_NAME in files for files in repository.commits.values())
-
-
-def test_help_teaches_with_an_example():
-    text = CliRunner().invoke(app, ["push", "--help"], env={"COLUMNS": "120"}).output
-    assert "Example: austeer push plans/kind USER/kind --private" in text and "--json" in text
 
 
 def test_generate_takes_names_of_the_hub(hub, demo, monkeypatch):

@@ -18,6 +18,7 @@ from austeer.tasks.neutral import neutral_texts
 from bench.published import demo as published
 from bench.published import numbers
 from bench.published.load import load
+from places import ROOT
 
 
 @pytest.fixture
@@ -126,16 +127,14 @@ def _check_published(result, out):
     assert (values["cpu.demo.random.low"], values["cpu.demo.random.high"]) == (min(drawn), max(drawn))
 
 
-def test_parts_of_the_pairs_are_disjoint():
+def test_parts_of_the_pairs_are_all_of_them_and_disjoint_also_in_topics():
     data = demonstration.load_data()
     parts = [set(part) for part in (data.momentum, data.tuning, data.held_out)]
     assert not parts[0] & parts[1] and not parts[2] & (parts[0] | parts[1])
     assert not set(neutral_texts()) & set(neutral_texts("heldout"))
-    assert len(data.momentum) + len(data.tuning) >= 200
+    rows = (ROOT / "austeer" / "data" / "demo_pairs.jsonl").read_text(encoding="utf-8").count("\n")
+    assert sum(map(len, (data.momentum, data.tuning, data.held_out))) == rows
 
-
-def test_items_of_one_topic_are_one_group():
-    data = demonstration.load_data()
     task = data.task(data.held_out)
     assert len(task) == len(data.held_out) and len({item.group for item in task}) == 11
     assert [item.options for item in task] == [(pair.positive, pair.negative) for pair in data.held_out]

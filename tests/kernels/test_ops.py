@@ -172,15 +172,6 @@ def test_mixed_devices_are_named():
 # --- coalesce ---------------------------------------------------------------------------------------------------
 
 
-def test_coalesce_sorts_and_adds(seed):
-    index = torch.tensor([5, 2, 5, 9])
-    gamma, shift = torch.randn(2, 4), torch.randn(2, 4)
-    distinct, gamma_sum, shift_sum = austeer_kernels.coalesce(index, gamma, shift)
-    assert distinct.tolist() == [2, 5, 9]
-    for table, summed in ((gamma, gamma_sum), (shift, shift_sum)):
-        torch.testing.assert_close(summed, torch.stack([table[:, 1], table[:, 0] + table[:, 2], table[:, 3]], 1))
-
-
 def test_coalesce_of_nothing():
     distinct, gamma, shift = austeer_kernels.coalesce(torch.empty(0).long(), torch.empty(1, 0), torch.empty(1, 0))
     assert distinct.shape == (0,) and gamma.shape == shift.shape == (1, 0)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from austeer.errors import FileFormatError
@@ -15,22 +15,15 @@ SETTINGS = {"model": "m", "ks": (1, 2)}
 def test_values_and_cells_come_back(tmp_path):
     path = tmp_path / "folder" / "search.jsonl"
     record = Record(path, SETTINGS)
-    assert record.lines == 0 and record.get("a") is None
+    assert record.get("a") is None
     record.put("a", [1.5, float("inf")])
     record.add("b", {"0": [0.25, True]})
     record.add("b", {"3": [-1e-300, False]})
     again = Record(path, SETTINGS)
-    assert again.lines == 3
     assert again.get("a") == [1.5, float("inf")] and again.get("b") == {"0": [0.25, True], "3": [-1e-300, False]}
 
 
-def test_a_record_in_memory_remembers():
-    record = Record(None, SETTINGS)
-    record.add("b", {"0": 1})
-    record.add("b", {"1": 2})
-    assert record.get("b") == {"0": 1, "1": 2}
-
-
+@settings(deadline=None)  # each line is brought to the disk
 @given(cut=st.integers(min_value=1))
 def test_a_file_cut_anywhere_behind_its_header_loses_its_last_line_only(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("record") / "search.jsonl"
@@ -62,7 +55,6 @@ def test_another_search_is_refused_and_untouched(tmp_path):
     [
         ("", "record of a search"),
         ("pairs\n", "record of a search"),
-        ('{"prompt": "x"}\n', "'austeer-search' version 2"),
         ("[1]\n", "record of a search"),
         (json.dumps({"format": "austeer-search", "version": 1}) + "\n", "'austeer-search' version 2"),
         (
@@ -80,6 +72,6 @@ def test_foreign_files_are_refused(tmp_path, text, message):
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").touch()
     with pytest.raises(FileFormatError, match=f"{tmp_path}.*used"):
         Record(tmp_path / "file" / "search.jsonl", SETTINGS)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import austeer
@@ -267,23 +267,17 @@ def test_bad_input(small, scorer, options, message):
     assert all(torch.equal(p, before[name]) for name, p in small.model.named_parameters())
 
 
-def test_no_arm(scorer):
+def test_no_arm_or_no_strength_within_the_limit(small, scorer, monkeypatch):
     with pytest.raises(TaskError, match="no arm"):
         search(scorer, [], group=by_operation, max_kl=0.1)
-
-
-def test_no_strength_within_the_limit(small, scorer, monkeypatch):
     monkeypatch.setattr(scorer, "side_effects", lambda candidates, texts=None: [(9.0, 9.0)] * len(candidates))
     with pytest.raises(TaskError, match=r"4 arms.*0\.05"):
         search(scorer, arms_of(small), group=by_operation, max_kl=0.05)
 
 
-@settings(max_examples=10)
-@given(st.permutations(range(8)))
-def test_arms_tell_themselves_apart_by_what_they_steer(small, order):
+def test_arms_tell_themselves_apart_by_what_they_steer(small):
     plan = small.momentum.select("attention", k=8)
-    shuffled = plan.take(torch.tensor(order))
-    same = Arm("other name", plan, 8, "detail").digest == Arm("momentum", shuffled, 8).digest
-    assert same == (list(order) == list(range(8)))
+    assert Arm("other name", plan, 8, "detail").digest == Arm("m", plan, 8).digest
+    assert Arm("m", plan, 8).digest != Arm("m", plan.take(torch.arange(8).flip(0)), 8).digest
     assert Arm("m", plan, 4).digest == Arm("m", plan.top(4), 4).digest != Arm("m", plan, 5).digest
     assert Arm("m", plan, 4).digest != Arm("m", plan.with_operation("push"), 4).digest

@@ -94,11 +94,6 @@ def test_closing_ends_the_thread():
     assert ended.wait(10), "what it reads from is closed, too"
 
 
-def test_the_end_without_the_last_item():
-    items = ahead([1, 2, 3])
-    assert [next(items), next(items), next(items), next(items, None)] == [1, 2, 3, None]
-
-
 def test_nothing_starts_before_the_first_item():
     made = []
     items = ahead(made.append(i) for i in range(3))

@@ -26,9 +26,6 @@ def test_a_figure_is_a_png_or_an_svg_by_its_name(momentum, tmp_path):
 @pytest.mark.parametrize("pairs, layers, width, k", [(1, 1, 3, 3), (2, 1, 1, 1), (200, 90, 10, 7)])
 def test_any_momentum_can_be_drawn(pairs, layers, width, k, tmp_path):
     draw_overview(of_momentum(momentum_of(signal(pairs, 0.2, layers=layers, width=width)), None, k), tmp_path / "a.png")
-
-
-def test_momentum_in_which_nothing_differs_can_be_drawn(tmp_path):
     draw_overview(of_momentum(momentum_of(torch.zeros(4, 2, 3)), "ffn", 2), tmp_path / "a.png")
 
 

@@ -163,11 +163,3 @@ def test_two_tensors_that_change_places_are_noticed(tmp_path):
     path.write_bytes(content[: -len(one + two)] + two + one)
     with pytest.raises(FileFormatError, match="checksum"):
         files.read(path, "kind", 1)
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("here already")
-    with pytest.raises(FileFormatError, match=r"file/new: .*written"):
-        files.write(blocked / "new", "austeer-test", 1, {}, {"a": torch.zeros(1)})
-    assert blocked.read_text() == "here already"

@@ -104,16 +104,6 @@ def test_one_within_another(own_handlers):
     assert handlers() == own_handlers
 
 
-def test_each_context_is_asked_anew(own_handlers):
-    interruption = Interruption()
-    with interruption:
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-    with Interruption() as another:
-        assert not another.asked
-
-
 def test_not_active_nothing_is_changed(own_handlers):
     with Interruption(active=False) as interruption:
         assert handlers() == own_handlers

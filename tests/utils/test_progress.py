@@ -15,16 +15,17 @@ def terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
 
 
-def run(show, total=40):
-    with Progress("measuring", total, "texts", show) as bar:
+def run(show):
+    with Progress("measuring", 40, "texts", show) as bar:
         for _ in range(4):
-            bar.advance(total // 4)
+            bar.advance(10)
 
 
 def test_bar_is_on_standard_error(capsys):
     run(True)
     captured = capsys.readouterr()
-    assert captured.out == "" and "measuring" in captured.err and "40/40" in captured.err and "texts" in captured.err
+    assert captured.out == "" and "measuring" in captured.err and "40/40" in captured.err
+    assert last_rate(captured.err, "texts") > 0
 
 
 @pytest.mark.parametrize("show", [False, None])
@@ -38,22 +39,11 @@ def last_rate(shown, unit):
     return float(re.findall(rf"([\d.]+) {unit}/s", shown)[-1])
 
 
-def test_rate_is_units_a_second(capsys):
-    run(True)
-    assert last_rate(capsys.readouterr().err, "texts") > 0
-
-
 def test_bar_ends_with_an_error(capsys):
     with pytest.raises(KeyError), Progress("measuring", 10, "texts", True):
         raise KeyError
     shown = capsys.readouterr().err
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0, "the cursor is there again"
-
-
-def test_more_than_the_total_is_no_error(capsys):
-    with Progress("measuring", 1, "texts", True) as bar:
-        bar.advance(5)
-    assert "measuring" in capsys.readouterr().err
 
 
 def test_note_stands_behind_the_rate(capsys):
