@@ -21,18 +21,8 @@ _NO_ATTENTION = re.compile(r"norm|cross|drop|(^|_)ln(_|$)", re.IGNORECASE)
 #: Last part of the name of an output projection, and of a down projection, where more than one layer has its shape.
 _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "proj_out", "output", "o")
 _DOWN_NAMES = (
-    "down_proj",
-    "c_proj",
-    "dense_4h_to_h",
-    "fc2",
-    "fc_out",
-    "w2",
-    "linear_2",
-    "proj_2",
-    "lin2",
-    "wo",
-    "down",
-    "output",
+    *("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "linear_2", "proj_2", "lin2", "wo"),
+    *("down", "output"),
 )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
-import torch
-
 from ..errors import PlanError, SteeringError, check_count
+from ..plans.fit import check_alpha
 from ..plans.plan import Plan
 
 #: One number, one a site, or (plans with names) either of them a plan.
@@ -83,11 +81,7 @@ def _by_site(alpha: Any, plan: Plan) -> dict[str, float]:
     values = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(plan.sites, alpha)
     if set(values) != set(plan.sites):
         raise SteeringError(f"alpha: found sites {sorted(map(str, values))}, expected {sorted(plan.sites)}")
-    largest = torch.finfo(torch.float32).max  # strengths are float32
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= largest:  # type: ignore[operator]
-            raise SteeringError(f"alpha: found {value!r} for site {name!r}, expected a finite float32 number")
-    return {name: float(value) for name, value in values.items()}
+    return {name: check_alpha(value, SteeringError, f" for site {name!r}") for name, value in values.items()}
 
 
 def _shortest(values: Mapping[str, Any]) -> Any:

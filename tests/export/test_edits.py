@@ -128,10 +128,10 @@ def test_an_au_that_cancels_out_takes_no_rank(model):
 def test_experts_are_one_edit_each(model):
     mixture = tiny_model("qwen2_moe")
     edits = by_path(mixture, (random_plan(mixture, "ffn", 60), 1.0))
-    assert {path: (edit.experts, edit.mixture) for path, edit in edits.items() if edit.layer < 2} == {
-        "model.layers.0.mlp.down_proj": (False, False),
-        "model.layers.1.mlp.experts": (True, True),
-        "model.layers.1.mlp.shared_expert.down_proj": (False, True),
+    assert {path: edit.experts for path, edit in edits.items() if edit.layer < 2} == {
+        "model.layers.0.mlp.down_proj": False,
+        "model.layers.1.mlp.experts": True,
+        "model.layers.1.mlp.shared_expert.down_proj": False,
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from austeer.export.edits import ExportError
-from austeer.export.output_files import RECORD, check_output, check_replaced, nearest_folder, staged, staged_file
+from austeer.export.output_files import RECORD, check_output, check_replaced, nearest_folder, staged
 
 
 def names(folder):
@@ -29,7 +29,7 @@ def test_a_folder_appears_when_it_is_finished(tmp_path):
 def test_a_file_appears_when_it_is_finished(tmp_path):
     out = tmp_path / "out.gguf"
     for text in ("1", "2"):
-        with staged_file(out) as path:
+        with staged(out, file=True) as path:
             path.write_text(text)
         assert names(tmp_path) == ["out.gguf"] and out.read_text() == text
 
