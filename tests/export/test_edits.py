@@ -27,11 +27,6 @@ from dense_formula import WEIGHT_SITES, formula_logits, logits, random_plan
 from tiny_models import FAMILIES, ids_of_rows, tiny_model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
 def by_path(model, *plans):
     return {edit.path: edit for edit in edits_of(model, plans)}
 
@@ -123,16 +118,6 @@ def test_an_au_that_cancels_out_takes_no_rank(model):
     both = by_path(model, (plan, 2.0), (plan.take(torch.arange(4)), -2.0))
     assert sum(edit.rank for edit in both.values()) == 6
     assert sum(map(len, (edit.output for edit in both.values()))) == 10
-
-
-def test_experts_are_one_edit_each(model):
-    mixture = tiny_model("qwen2_moe")
-    edits = by_path(mixture, (random_plan(mixture, "ffn", 60), 1.0))
-    assert {path: edit.experts for path, edit in edits.items() if edit.layer < 2} == {
-        "model.layers.0.mlp.down_proj": False,
-        "model.layers.1.mlp.experts": True,
-        "model.layers.1.mlp.shared_expert.down_proj": False,
-    }
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
@@ -229,13 +214,9 @@ def test_plans_are_given_alone_or_together_with_alphas_or_without(model):
     [
         ([], 1.0, "plans.*none"),
         ("plan", 1.0, "plans.*str"),
-        (None, 1.0, "plans.*NoneType"),
-        ({"a": 1}, 1.0, "plans.*dict"),
         (..., "2", "alpha.*'2'"),
         (..., True, "alpha.*True"),
-        (..., None, "alpha.*None"),
         (..., float("nan"), "alpha.*nan"),
-        (..., float("-inf"), "alpha.*-inf"),
         (..., 1e39, r"alpha.*1e\+39"),
         (..., 10**400, "alpha.*1000"),
         (..., {"ffn": 1e39}, r"alpha.*1e\+39"),

@@ -21,11 +21,6 @@ from dense_formula import random_plan
 from tiny_models import FAMILIES, tiny_model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
 @pytest.fixture
 def folder(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
@@ -145,20 +140,23 @@ def test_a_quantised_model_is_refused_with_what_to_do(live, model, folder):
         weights_of_model(model)
 
 
-def test_integer_weights_are_refused(folder):
+def change(folder, name, by):
+    """A checkpoint of which one tensor is another one, or (None) missing."""
     tensors = load_file(folder / "model.safetensors")
+    tensors[name] = by(tensors[name])
+    save_file({key: t for key, t in tensors.items() if t is not None}, folder / "model.safetensors")
+
+
+def test_integer_weights_are_refused(folder):
     name = "model.layers.0.mlp.down_proj.weight"
-    tensors[name] = tensors[name].to(torch.int8)
-    save_file(tensors, folder / "model.safetensors")
+    change(folder, name, lambda t: t.to(torch.int8))
     with pytest.raises(ExportError, match=f"{name}.*torch.int8.*torch.float64"):
         StoredWeights(folder).get(name)
 
 
 def test_a_missing_tensor_is_named(folder):
-    tensors = load_file(folder / "model.safetensors")
     name = "model.layers.2.self_attn.o_proj.weight"
-    del tensors[name]
-    save_file(tensors, folder / "model.safetensors")
+    change(folder, name, lambda t: None)
     with pytest.raises(ExportError, match=f"no tensor for {name}"):
         StoredWeights(folder).get(name)
 
@@ -166,11 +164,8 @@ def test_a_missing_tensor_is_named(folder):
 @pytest.mark.parametrize("shape", [(32, 5), (32, 60), (48, 32), (32,)])
 def test_a_tensor_of_another_shape_is_refused(shape, folder):
     """Its rows and columns would be those of other AUs, or none."""
-    tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"
-    assert tensors[name].shape == (32, 48)
-    tensors[name] = torch.zeros(shape)
-    save_file(tensors, folder / "model.safetensors")
+    change(folder, name, lambda t: torch.zeros(shape))
     with pytest.raises(ExportError, match=rf"{name}.*{re.escape(str(list(shape)))}.*\[32, 48\]"):
         StoredWeights(folder).get(name)
 
@@ -178,10 +173,7 @@ def test_a_tensor_of_another_shape_is_refused(shape, folder):
 def test_a_missing_expert_is_noticed(tmp_path):
     """The experts behind it would each take the place of the one before."""
     tiny_model("mixtral").save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file(
-        {k: t for k, t in tensors.items() if ".0.block_sparse_moe.experts.1." not in k}, tmp_path / "model.safetensors"
-    )
+    change(tmp_path, "model.layers.0.block_sparse_moe.experts.1.w2.weight", lambda t: None)
     stored = StoredWeights(tmp_path)
     with pytest.raises(ExportError, match=r" 3 experts.*model\.layers\.0\..* 4"):
         stored.get("model.layers.0.mlp.experts.down_proj")

@@ -43,12 +43,6 @@ def test_nothing_is_left_of_what_failed(tmp_path, error):
         (staging / "a").touch()
         raise error
     assert names(tmp_path) == ["out"] and names(out) == ["old"]
-
-
-def test_what_was_there_is_replaced_as_a_whole(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
     with staged(out) as staging:
         (staging / "new").touch()
         assert names(out) == ["old"]

@@ -153,10 +153,3 @@ def test_a_list_of_modules_is_shorter_for_a_while(llama, count):
         assert not llama.model.layers.training
         assert not any(name.startswith(f"model.layers.{count}") for name in llama.state_dict())
     assert llama.model.layers is layers and modules(llama) == before
-
-
-def test_contexts_within_contexts(llama):
-    before = modules(llama)
-    with first_layers(llama, "model.layers", 2), first_layers(llama, "model.layers", 1):
-        assert len(llama.model.layers) == 1
-    assert modules(llama) == before

