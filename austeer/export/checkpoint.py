@@ -175,13 +175,17 @@ class _Folding:
             path = name.rpartition(".")[0]
             if f"{path}.weight" not in own:  # tied to another, as the head to the embedding; its bias is not
                 dtype = self._like(self._pieces(f"{self.edits[0].path}.{self.edits[0].weights.weight}")[0])[1]
-                self.added[name] = TensorEntry(shape, dtype, partial(_zeros, shape, dtype))
+                self.added[name] = TensorEntry(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
                 continue
             (weight,) = self._pieces(f"{path}.weight")
             assert weight.key.endswith(".weight"), weight.key
             dtype = self._like(weight)[1]
             edit = shifting.get(path)
-            make = partial(_zeros, shape, dtype) if edit is None else partial(self._bias, edit, weight, None, dtype)
+            make = (
+                partial(torch.zeros, shape, dtype=dtype)
+                if edit is None
+                else partial(self._bias, edit, weight, None, dtype)
+            )
             self.added[f"{weight.key.removesuffix('.weight')}.bias"] = TensorEntry(shape, dtype, make)
 
     def _pieces(self, parameter: str) -> list[Piece]:
@@ -278,10 +282,6 @@ def _place(file: Path, folder: Path, staging: Path) -> Path:
     target = staging / file.relative_to(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
 
 
 #: Of the files beside the weights, those that belong to the model; params.json is of Mistral's own format.

@@ -17,7 +17,7 @@ from ..models.structure import base_of, name_of, text_config
 from ..plans.fit import check_plan_fits, units_by_layer
 from ..plans.plan import Plan
 from .edits import ExportError, summed, warn_of_another_model
-from .gguf_file import ARCHITECTURES, add, finish, writer_of
+from .gguf_file import ARCHITECTURES, add, writing
 from .output_files import check_output, staged
 
 #: Families whose decoder layers add the MLP's output to their own as it is, so that a shift of the one is a shift of
@@ -41,13 +41,11 @@ def write_control_vector(
     directions = _directions(network, pairs)
     out = check_output(out, force, sum(vector.nbytes for vector in directions.values()), file=True)
     warn_of_another_model(pairs, name)
-    with staged(out, file=True) as path:
-        writer = writer_of(path, "controlvector", name, pairs)
+    with staged(out, file=True) as path, writing(path, "controlvector", name, pairs) as writer:
         writer.add_string("controlvector.model_hint", text_config(network).model_type)
         writer.add_uint32("controlvector.layer_count", len(directions))
         for layer, vector in sorted(directions.items()):
-            add(writer, f"direction.{layer}", vector.float())
-        finish(writer)
+            add(writer, f"direction.{layer}", vector, torch.float32)
     return out
 
 

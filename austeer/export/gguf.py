@@ -17,7 +17,7 @@ from ..utils.progress import Progress
 from . import factors
 from .control_vector import write_control_vector
 from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
-from .gguf_file import ARCHITECTURES, add, finish, writer_of
+from .gguf_file import ARCHITECTURES, add, writing
 from .model_weights import weights_of_model
 from .output_files import check_output, staged
 
@@ -109,8 +109,7 @@ def _lora(
     needed = sum(dtype.itemsize * factors.numbers(network, edit.path, edit.weights, rank) for edit in edits)
     out = check_output(out, force, needed, file=True)
     warn_of_another_model(pairs, weights.name)
-    with staged(out, file=True) as path:
-        writer = writer_of(path, architecture, weights.name, pairs)
+    with staged(out, file=True) as path, writing(path, architecture, weights.name, pairs) as writer:
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))  # llama.cpp scales by alpha / rank
@@ -118,9 +117,8 @@ def _lora(
             for edit in edits:
                 down, up = factors.product(weights, edit, rank)
                 for suffix, value in (("lora_a", down), ("lora_b", up)):
-                    add(writer, f"{names[edit.path]}.{suffix}", value.to(dtype))
+                    add(writer, f"{names[edit.path]}.{suffix}", value, dtype)
                 bar.advance()
-        finish(writer)
     return out
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..plans.plan import Plan
-from .edits import ExportError, describe
+from .edits import describe
+from .folding import rounded
 
 
-def writer_of(path: Path, architecture: str, name: str, pairs: list[tuple[Plan, float]]) -> Any:
-    """A ``GGUFWriter`` that says what it was made of."""
+@contextmanager
+def writing(path: Path, architecture: str, name: str, pairs: list[tuple[Plan, float]]) -> Iterator[Any]:
+    """A ``GGUFWriter`` that says what it was made of; the file is written when the context ends."""
     from gguf import GGUFWriter
 
     from ..version import __version__
@@ -22,22 +27,16 @@ def writer_of(path: Path, architecture: str, name: str, pairs: list[tuple[Plan, 
     writer.add_string("austeer.version", __version__)
     writer.add_string("austeer.model", name)
     writer.add_string("austeer.plans", json.dumps(describe(pairs)))
-    return writer
-
-
-def add(writer: Any, name: str, value: Tensor) -> None:
-    """Raises ExportError where a value is not finite."""
-    if not value.isfinite().all():
-        raise ExportError(f"{name}: found a value that is no finite {value.dtype} number; take a smaller alpha")
-    writer.add_tensor(name, value.contiguous().numpy())
-
-
-def finish(writer: Any) -> None:
-    """Writes the file."""
+    yield writer
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add(writer: Any, name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raises ExportError where a value is not finite."""
+    writer.add_tensor(name, rounded(value, dtype, name).contiguous().numpy())
 
 
 #: ``model_type`` of the text config -> ``general.architecture``; conversion leaves their projections' weights as they

@@ -22,6 +22,7 @@ from ..utils.progress import Progress
 from . import factors
 from .adapter import CONFIG, PREFIX, TENSORS, AdapterLayer, config_of, taken_for_experts, target_of, tensors_of
 from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
+from .folding import rounded
 from .model_weights import StoredWeights, weights_of_model
 from .output_files import RECORD, check_output, staged, write_json
 
@@ -102,7 +103,7 @@ def export_lora(
     with weights.opened(), Progress("reading weights", len(targets), "layers", progress) as bar:
         for dtype, target in zip(dtypes, targets):
             for name, value in tensors_of(weights, target, lora_bias):
-                tensors[f"{PREFIX}{target.path}.{name}"] = _rounded(value, dtype, target.path)
+                tensors[f"{PREFIX}{target.path}.{name}"] = rounded(value, dtype, target.path).contiguous()
             bar.advance()
     config = config_of(weights, targets, lora_bias)
     with staged(out) as folder:
@@ -181,15 +182,3 @@ def _all_of_their_kinds(network: nn.Module, edits: Sequence[Edit]) -> list[str]:
 
 def _kind(path: str) -> str:
     return re.sub(r"\.\d+\.", ".#.", path)
-
-
-def _rounded(value: Tensor, dtype: torch.dtype, path: str) -> Tensor:
-    if not value.isfinite().all():
-        raise ExportError(f"{path}: found NaN or infinity in its weights, expected finite numbers; copy the model anew")
-    rounded = value.to(dtype).contiguous()
-    if not rounded.isfinite().all():
-        raise ExportError(
-            f"{path}: found a value of {float(value.abs().max()):.3g}, which is no finite {dtype} number; take "
-            "dtype bfloat16 or float32, or a smaller alpha"
-        )
-    return rounded

@@ -36,11 +36,7 @@ class Strength:
         Raises:
             SteeringError: not a finite float32 number, or other plans or sites than there are.
         """
-        if self._named and isinstance(alpha, Mapping):
-            self._expect_names("alpha", alpha)
-            given = {name: alpha[name] for name in self._plans}
-        else:
-            given = dict.fromkeys(self._plans, alpha)
+        given = self._for_each("alpha", alpha)
         self._alpha = {name: _by_site(given[name], plan) for name, plan in self._plans.items()}
 
     def alpha(self) -> float | dict[str, Any]:
@@ -55,11 +51,7 @@ class Strength:
         Raises:
             PlanError: more AUs than a plan has, or less than one. SteeringError: other plans than there are.
         """
-        if self._named and isinstance(k, Mapping):
-            self._expect_names("k", k)
-            given: dict[str, int | None] = {name: k[name] for name in self._plans}
-        else:
-            given = dict.fromkeys(self._plans, k)  # type: ignore[arg-type]
+        given = self._for_each("k", k)
         new: dict[str, int] = {}
         for name, plan in self._plans.items():
             what = f"the AUs of plan {name!r}" if self._named else "the plan's AUs"
@@ -70,11 +62,14 @@ class Strength:
     def k(self) -> int | dict[str, int]:
         return _shortest(self._k)
 
-    def _expect_names(self, what: str, given: Mapping[str, Any]) -> None:
+    def _for_each(self, what: str, given: Any) -> dict[str, Any]:
+        if not self._named or not isinstance(given, Mapping):
+            return dict.fromkeys(self._plans, given)
         if set(given) != set(self._plans):
             raise SteeringError(
                 f"{what}: found plans {sorted(map(str, given))}, expected {sorted(self._plans)}, or one number for all"
             )
+        return {name: given[name] for name in self._plans}
 
 
 def _by_site(alpha: Any, plan: Plan) -> dict[str, float]:
