@@ -86,17 +86,12 @@ def _of_loaded(
     model: nn.Module, pairs: list[tuple[Plan, float]], out: str | Path, force: bool, progress: bool | None
 ) -> Path:
     """Saves the model as Transformers does, and folds the files."""
-    if hasattr(model, "get_base_model"):
-        raise ExportError(
-            "model: found one in PEFT's wrapper, expected a plain one; give model.merge_and_unload(), or the folder or "
-            "Hub id of its base"
-        )
     loaded = LoadedWeights(model)
     network: Any = loaded.network
-    if getattr(network, "_hf_peft_config_loaded", False):  # save_pretrained would save the adapter alone
-        raise ExportError(
-            "model: found one with PEFT adapters, expected a plain one; merge them, or give the folder or Hub id of "
-            "its base"
+    if hasattr(model, "get_base_model") or getattr(network, "_hf_peft_config_loaded", False):
+        raise ExportError(  # save_pretrained would save the adapter alone
+            "model: found one with PEFT adapters, expected a plain one; give model.merge_and_unload(), or the folder "
+            "or Hub id of its base"
         )
     biases = new_biases(network, network.config, edits_of(network, pairs))  # errors come before it is saved
     if any(p.device.type == "meta" for p in network.parameters()) and not hasattr(network, "hf_device_map"):

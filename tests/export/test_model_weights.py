@@ -18,7 +18,7 @@ from austeer.export.model_weights import INDEX, LoadedWeights, StoredWeights, we
 from austeer.models.demo_model import DEMO_ID
 from austeer.models.sites import find_sites
 from dense_formula import random_plan
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import tiny_model
 
 
 @pytest.fixture
@@ -37,32 +37,19 @@ def edited_parameters(network):
             yield f"{edit.path}.{names.bias}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_gives_the_weights_of_its_model(family, tmp_path):
-    model = tiny_model(family).bfloat16()
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    stored, loaded = StoredWeights(tmp_path), LoadedWeights(model)
-    names = list(edited_parameters(stored.network))
-    assert names and names == list(edited_parameters(loaded.network))
-    assert (tmp_path / INDEX).is_file()
-    with stored.opened():
-        for name in names:
-            assert torch.equal(stored.get(name), loaded.get(name)), name
-            assert stored.get(name).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_experts_that_a_checkpoint_has_apart_are_put_in_order(family, tmp_path):
     model = tiny_model(family, **({"num_local_experts": 12} if family == "mixtral" else {}))
-    model.save_pretrained(tmp_path)
-    keys = load_file(tmp_path / "model.safetensors")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
     stored = StoredWeights(tmp_path)
     apart = [pieces for pieces in stored.pieces.values() if pieces[0].expert is not None]
-    assert apart and any(".experts.0." in key for key in keys)
+    assert apart and any(".experts.0." in key for key in stored.keys)
     for pieces in apart:
         assert [piece.expert for piece in pieces] == list(range(len(pieces)))
-    name = next(name for name in edited_parameters(model) if name.endswith("experts.down_proj"))
-    assert torch.equal(stored.get(name), model.get_parameter(name))
+    names = list(edited_parameters(model))
+    assert (tmp_path / INDEX).is_file() and any(name.endswith("experts.down_proj") for name in names)
+    with stored.opened():
+        assert all(torch.equal(stored.get(name), model.get_parameter(name)) for name in names)
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])

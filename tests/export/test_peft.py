@@ -54,7 +54,6 @@ def user_lora(model, modules, folder, rank=3, seed=5):
     config = peft.LoraConfig(target_modules=modules, r=rank, lora_alpha=2 * rank, init_lora_weights=False)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
     wrapped.save_pretrained(folder)
-    return logits(wrapped.eval(), IDS)
 
 
 # --- exact -----------------------------------------------------------------------------------------------------------
@@ -137,35 +136,6 @@ def test_narrow_adapters_err_by_their_rounding(model, dtype, tmp_path):
     assert (found - expected).abs().mean() <= 2 * plain
 
 
-def test_generation(model, tmp_path):
-    model = copy.deepcopy(model)
-    model.generation_config.eos_token_id = None
-    plan = random_plan(model, ("attention", "ffn"), 45)
-    export_lora(plan, model, tmp_path / "a", alpha=ALPHA)
-    options = {"max_new_tokens": 12, "do_sample": False}
-    with formula_at(model, plan, ALPHA):
-        expected = model.generate(**IDS, **options)
-    adapter = load(model, tmp_path / "a")
-    assert torch.equal(adapter.generate(**IDS, **options), expected)
-    with adapter.disable_adapter():
-        unsteered = adapter.generate(**IDS, **options)
-    assert torch.equal(unsteered, model.generate(**IDS, **options)) and not torch.equal(unsteered, expected)
-
-
-def test_rows_of_one_batch_have_their_own_adapters(model, tmp_path):
-    plans = {name: random_plan(model, ("attention", "ffn"), 45, seed=n) for n, name in enumerate(("kind", "brief"))}
-    for name, plan in plans.items():
-        export_lora(plan, model, tmp_path / name, alpha=ALPHA)
-    adapter = load(model, tmp_path / "kind", "kind").eval()
-    adapter.load_adapter(tmp_path / "brief", "brief", autocast_adapter_dtype=False)
-    rows = {key: value[:1].expand(3, -1) for key, value in IDS.items()}
-    with torch.no_grad():
-        found = adapter(**rows, adapter_names=["brief", "__base__", "kind"]).logits
-    close(found[1:2], logits(model, {key: value[:1] for key, value in IDS.items()}))
-    for row, name in ((0, "brief"), (2, "kind")):
-        close(found[row], formula_logits(model, IDS, plans[name], ALPHA)[0])
-
-
 # --- where the weights come from -------------------------------------------------------------------------------------
 
 
@@ -222,16 +192,14 @@ def test_alpha_can_be_left_to_the_scaling(operation, sites, alpha, model, tmp_pa
 # --- beside other adapters -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("combination", ["cat", "svd"])
-def test_it_is_added_to_a_user_s_own_lora(combination, model, tmp_path):
+def test_it_is_added_to_a_user_s_own_lora(model, tmp_path):
     plan = random_plan(model, "ffn", 12)
     rank = 6
     export_lora(plan, model, tmp_path / "plan", alpha=ALPHA, rank=rank)
     user_lora(model, ["q_proj", "down_proj"], tmp_path / "user", rank)
     adapter = load(model, tmp_path / "plan", "plan")
     adapter.load_adapter(tmp_path / "user", "user", autocast_adapter_dtype=False)
-    options = {"svd_rank": 2 * rank} if combination == "svd" else {}
-    adapter.add_weighted_adapter(["plan", "user"], [0.5, 1.0], "both", combination, **options)
+    adapter.add_weighted_adapter(["plan", "user"], [0.5, 1.0], "both", "cat")
     adapter.set_adapter("both")
     # By hand: W + 0.5 gamma W + B A of the user.
     summed = copy.deepcopy(model)
@@ -246,20 +214,6 @@ def test_it_is_added_to_a_user_s_own_lora(combination, model, tmp_path):
         layer.self_attn.q_proj.weight.data += user.self_attn.q_proj.get_delta_weight("default")
     # PEFT makes some of it in float32.
     torch.testing.assert_close(logits(adapter, IDS), logits(summed, IDS), rtol=1e-5, atol=1e-5)
-
-
-def test_it_is_active_together_with_a_user_s_own_lora(model, tmp_path):
-    plan = random_plan(model, ("attention", "ffn"), 30)
-    export_lora(plan, model, tmp_path / "plan", alpha=ALPHA)
-    user_alone = user_lora(model, ["q_proj", "gate_proj"], tmp_path / "user")
-    adapter = load(model, tmp_path / "plan", "plan")
-    adapter.load_adapter(tmp_path / "user", "user", autocast_adapter_dtype=False)
-    adapter.base_model.set_adapter(["plan", "user"])
-    # On other layers than the plan's, the user's LoRA is part of the model that is steered.
-    own = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "user", autocast_adapter_dtype=False).eval()
-    merged = own.merge_and_unload()
-    close(logits(merged, IDS), user_alone)
-    close(logits(adapter, IDS), formula_logits(merged, IDS, plan, ALPHA))
 
 
 # --- merged ----------------------------------------------------------------------------------------------------------

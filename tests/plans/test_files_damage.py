@@ -17,37 +17,18 @@ from small_plans import COLUMNS, KNOWN, PLAN, VERSION_1, outside, parts_of, seal
 def damaged(content, random):
     """A file's bytes, hurt as storage, transfers and editors do."""
     new = bytearray(content)
-    place = random.randrange(len(new))
-    length = random.choice([1, 2, 8, 40, 200])
-    kind = random.choice(
-        ["flip", "flip", "flips", "cut", "front", "overwrite", "zero", "insert", "delete", "swap", "append"]
-    )
-    if kind == "flip":
-        new[place] ^= 1 << random.randrange(8)
-    elif kind == "flips":
-        for _ in range(random.randrange(2, 9)):
+    place, length = random.randrange(len(new)), random.choice([1, 2, 8, 40, 200])
+    noise, kind = random.randbytes(length), random.randrange(9)
+    if kind < 3:
+        for _ in range(random.choice([1, 1, 5])):
             new[random.randrange(len(new))] ^= 1 << random.randrange(8)
-    elif kind == "cut":
-        del new[place:]
-    elif kind == "front":
-        del new[:place]
-    elif kind == "overwrite":
-        new[place : place + length] = random.randbytes(min(length, len(new) - place))
-    elif kind == "zero":
-        new[place : place + length] = bytes(min(length, len(new) - place))
-    elif kind == "insert":
-        new[place:place] = random.randbytes(length)
-    elif kind == "delete":
-        del new[place : place + length]
-    elif kind == "swap":
-        other = random.randrange(len(new))
-        length = min(length, abs(place - other), len(new) - max(place, other))
-        new[place : place + length], new[other : other + length] = (
-            new[other : other + length],
-            new[place : place + length],
-        )
-    else:
-        new += random.randbytes(length)
+        return bytes(new)
+    first, last, put = [
+        *((place, None, b""), (0, place, b""), (place, place + length, b"")),  # cut, at either end or inside
+        *((place, place + length, noise), (place, place + length, bytes(length))),  # overwritten
+        *((place, place, noise),),  # more of it
+    ][kind - 3]
+    new[first:last] = put
     return bytes(new)
 
 

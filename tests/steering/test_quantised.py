@@ -123,21 +123,6 @@ def test_no_weight_is_edited_or_multiplied_by_us(model, site, mode):
         austeer.steer(model, random_plan(model, site, 20), 1.0, mode=mode)
 
 
-def test_an_adapter_on_a_quantised_model(folder):
-    config = SCHEMES["bitsandbytes, 4 bits"]()
-    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"}).eval()
-    torch.manual_seed(1)
-    lora = peft.LoraConfig(target_modules=["o_proj", "down_proj"], r=2, init_lora_weights=False)
-    model = peft.get_peft_model(base, lora).eval()
-    plan = random_plan(model, SITES, 25)
-    before = logits(model, IDS)
-    expected = formula_logits(model.get_base_model(), IDS, plan, 0.5)
-    with austeer.steer(model, plan, 0.5) as steering:
-        torch.testing.assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
-        assert {row.path for row in steering.report()} == {"columns"}
-    assert torch.equal(logits(model, IDS), before)
-
-
 def test_gradients_reach_an_adapter_of_a_quantised_model(folder):
     """What QLoRA trains, under steering."""
     config = SCHEMES["bitsandbytes, 4 bits"]()
