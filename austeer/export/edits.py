@@ -160,28 +160,24 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
     sites = find_sites(model, list(dict.fromkeys(name for plan, _ in plans for name in plan.sites)))
     for plan, _ in plans:
         check_plan_fits(plan, model, sites)
-    entries = units_by_layer([plan for plan, _ in plans], sites)
     edits: dict[str, Edit] = {}
     checked: set[tuple[type, type]] = set()
-    for name, found in sites.items():
-        for site in found:
-            here = entries.get((name, site.layer))
-            if here is None:
-                continue
-            for entry in here:
-                if reason := why_not_linear(site, entry.operation):
-                    raise ExportError(
-                        f"site {name!r} of layer {site.layer}, operation {entry.operation!r}: {reason}, so it is no "
-                        "edit of weights; select at 'attention' or 'ffn', use plan.with_operation('scale'), or steer "
-                        "at run time (austeer.steer, or austeer's plugin in vLLM)"
-                    )
-            strengths = summed(here, plans)
-            _check_site(model, site, checked)
-            for path in site.parts:
-                edit = edits.setdefault(path, _edit(model, site, path))
-                edit.sites.append(name)
-                setattr(edit, site.side, strengths)
-    return sorted(edits.values(), key=lambda edit: edit.layer)
+    for (name, layer), entries in units_by_layer([plan for plan, _ in plans], sites).items():
+        site = sites[name][layer]
+        for entry in entries:
+            if reason := why_not_linear(site, entry.operation):
+                raise ExportError(
+                    f"site {name!r} of layer {layer}, operation {entry.operation!r}: {reason}, so it is no edit of "
+                    "weights; select at 'attention' or 'ffn', use plan.with_operation('scale'), or steer at run time "
+                    "(austeer.steer, or austeer's plugin in vLLM)"
+                )
+        _check_site(model, site, checked)
+        strengths = summed(entries, plans)
+        for path in site.parts:
+            edit = edits.setdefault(path, _edit(model, site, path))
+            edit.sites.append(name)
+            setattr(edit, site.side, strengths)
+    return list(edits.values())
 
 
 def summed(entries: Sequence[LayerUnits], plans: Sequence[tuple[Plan, float]]) -> Strengths:

@@ -165,9 +165,8 @@ def _site(
         return Site(name, number, projection, "input", width, projection, (projection,))
     ffn = _first(layer, layout.ffn, where)
     experts = [path for path in alternatives(layout.experts) if has_module(layer, path)]
-    if not any(has_module(layer, path) for path in alternatives(layout.down)) and (
-        experts or not layout.down or detected
-    ):
+    no_down = not any(has_module(layer, path) for path in alternatives(layout.down))
+    if no_down and (experts or not layout.down or detected):
         if name == "neuron":
             why = "its feed-forward block is a mixture of experts" if experts else "its layout names none"
             raise _NotHere(

@@ -24,23 +24,15 @@ def check_alpha(value: object, error: type[AusteerError], where: str = "") -> fl
 
 
 def check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
-    """
-    Args:
-        sites: of the model, the plan's at least.
-
-    Raises:
-        PlanError: the plan was made for another architecture.
-    """
+    """Raises PlanError where the plan was made for another architecture; ``sites``: the plan's at least."""
     check_architecture(plan, fingerprint(model, {name: sites[name] for name in plan.sites}))
 
 
 def check_architecture(plan: Plan, found: Fingerprint, what: str = "the plan") -> None:
-    """
+    """Raises PlanError where the plan was made for another architecture.
+
     Args:
         found: the model's, with the widths of the plan's sites. what: what the error calls the plan.
-
-    Raises:
-        PlanError: the plan was made for another architecture.
     """
     expected, widths = plan.model, {name: plan.model.widths[name] for name in plan.sites}
     if (found.model_type, found.layers, found.widths) != (expected.model_type, expected.layers, widths):

@@ -27,9 +27,6 @@ class Fold(Path):
 
     A mixture of experts is y = sum_e r_e (W_e x_e + b_e), r_e the router's or a gate's: scaled at the output if every
     W_e and b_e is. A shift would need the r_e to sum to 1.
-
-    Args:
-        parts: the modules of ``site.parts``.
     """
 
     name = "fold"

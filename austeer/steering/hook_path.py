@@ -22,10 +22,7 @@ from .tables import StrengthTable
 
 
 def expect_free(path: Path) -> None:
-    """
-    Raises:
-        SteeringError: a hook of some steering is on the path's module.
-    """
+    """Raises SteeringError where a hook of some steering is on the path's module."""
     if is_hooked(path.module, HookPath):
         raise SteeringError(
             f"{path.site.path}: found a module that is steered already (another model shares it, or the model was "

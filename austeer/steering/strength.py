@@ -32,10 +32,7 @@ class Strength:
     # --- alpha -------------------------------------------------------------------------------------------------------
 
     def set_alpha(self, alpha: Alpha) -> None:
-        """
-        Raises:
-            SteeringError: not a finite float32 number, or other plans or sites than there are.
-        """
+        """Raises SteeringError: not a finite float32 number, or other plans or sites than there are."""
         given = self._for_each("alpha", alpha)
         self._alpha = {name: _by_site(given[name], plan) for name, plan in self._plans.items()}
 
@@ -47,10 +44,7 @@ class Strength:
     # --- k -----------------------------------------------------------------------------------------------------------
 
     def set_k(self, k: int | Mapping[str, int] | None) -> None:
-        """
-        Raises:
-            PlanError: more AUs than a plan has, or less than one. SteeringError: other plans than there are.
-        """
+        """Raises PlanError: more AUs than a plan has, or less than one. SteeringError: other plans than there are."""
         given = self._for_each("k", k)
         new: dict[str, int] = {}
         for name, plan in self._plans.items():

@@ -211,8 +211,6 @@ def test_metadata_that_was_there_stays(tmp_path):
     out = export_checkpoint(random_plan(model, "ffn", 10), base, tmp_path / "out")
     with safe_open(out / "model.safetensors", framework="pt") as file:
         assert file.metadata().keys() == {"format", "maker", "austeer"} and file.metadata()["maker"] == "someone"
-        # as the library itself would write them
-        assert all(file.get_tensor(key).shape == tensors[key].shape for key in tensors)
 
 
 def test_a_folded_checkpoint_is_folded_again(tmp_path):

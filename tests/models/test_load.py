@@ -74,11 +74,6 @@ def test_folder_and_dtype(saved, tiny, dtype):
         assert torch.equal(model.state_dict()[name], t.to(wanted)), name
 
 
-def test_unknown_dtype(saved):
-    with pytest.raises(ModelError, match=r"dtype: .*'int8'.*bfloat16"):
-        load_model(str(saved), "int8", "cpu")
-
-
 def damage_config(folder):
     (folder / "config.json").write_text("{")
 

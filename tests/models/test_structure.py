@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import austeer
-from austeer import Momentum, SelectionError, SiteError
+from austeer import Momentum, SiteError
 from austeer.models.sites import find_sites, layers_path
 from austeer.models.structure import first_layers
 from letter_tokens import Letters, letter_pairs
@@ -125,13 +125,6 @@ def test_files_keep_the_layers(llama, tmp_path):
     assert loaded.layers == (0, 2) and loaded.select("ffn", k=9) == part.select("ffn", k=9)
     assert loaded.report is None
     assert part.merge(loaded).layers == (0, 2) and part.merge(loaded).pairs == 12
-
-
-def test_other_layers_do_not_merge(llama):
-    part = measured(llama, [0, 2], ["ffn"])
-    for other in (measured(llama, [0, 1], ["ffn"]), measured(llama, None, ["ffn"]), measured(llama, [0], ["ffn"])):
-        with pytest.raises(SelectionError, match=r"layers \(0.*\(0, 2\)"):
-            part.merge(other)
 
 
 def test_the_layer_at_fault_is_the_models(llama):

@@ -61,9 +61,3 @@ def test_ranges_of_alpha():
 def test_what_is_no_evidence(row, change, message):
     with pytest.raises(PlanError, match=message):
         replace(row, **change)
-
-
-@pytest.mark.parametrize("data", [{}, {"tested": 5, "overhead": []}, {**KNOWN.to_json(), "more": 1}, {"tested": [{}]}])
-def test_json_that_is_no_evidence(data):
-    with pytest.raises((KeyError, TypeError, ValueError, PlanError)):
-        Evidence.from_json(data)

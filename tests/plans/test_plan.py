@@ -76,13 +76,6 @@ def test_k_out_of_range(k):
         PLAN.top(k)
 
 
-def test_operation_changes_nothing_else():
-    pushed = PLAN.with_operation("push")
-    assert list(pushed) == list(PLAN) and pushed.operation == "push" and PLAN.operation == "scale"
-    with pytest.raises(PlanError, match=r"operation: .*'add'"):
-        PLAN.with_operation("add")
-
-
 @settings(max_examples=60, deadline=None)
 @given(keys_of(("attention",)), keys_of(("ffn",)))
 def test_sum_alternates_by_rank(first, second):
