@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from textwrap import shorten
 
 
 class AusteerError(Exception):
@@ -58,3 +59,8 @@ def check_count(name: str, value: object, largest: int, of: str, error: type[Aus
 
 class ModelError(AusteerError):
     """A model that cannot be loaded."""
+
+
+def one_line(error: BaseException) -> str:
+    """What someone else's error says, for a message of ours."""
+    return shorten(str(error), 300, placeholder=" ...").rstrip(".") or type(error).__name__

@@ -79,9 +79,9 @@ def new_biases(network: nn.Module, config: Any, edits: Iterable[Edit]) -> NewBia
     for path, edit in missing.items():
         if added is None or f"{path}.bias" not in added:
             raise ExportError(
-                f"site {' and '.join(map(repr, edit.sites))} of layer {edit.layer}: {path} has no bias and no setting "
-                f"of the config of {config.get_text_config().model_type!r} gives it one, so 'shift' is no edit of its "
-                "weights; use plan.with_operation('scale'), or steer at run time (austeer.steer, or austeer's plugin "
+                f"{edit.where}: found no bias, and no setting of the config of "
+                f"{config.get_text_config().model_type!r} that gives it one, so 'shift' is no edit of its weights; use "
+                "plan.with_operation('scale'), or steer at run time (austeer.steer, or austeer's plugin "
                 "in vLLM)"
             )
     return NewBiases(tuple(settings), dict(added or {}))

@@ -7,19 +7,19 @@ import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import one_line
 from ..plans.plan import Plan
 from ..utils.progress import Progress
 from .biases import NewBiases, new_biases, warn_of_unread
-from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
+from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
 from .folding import folded_bias, folded_weight
 from .model_weights import INDEX, LoadedWeights, Piece, StoredWeights, weights_of_model
-from .output_files import RECORD, check_output, nearest_folder, staged
+from .output_files import RECORD, check_output, nearest_folder, read_json, staged, write_json
 from .rewrite import DTYPES, SafetensorsHeader, TensorEntry, link_or_copy, read_header, rewrite
 
 
@@ -86,17 +86,12 @@ def _of_loaded(
     model: nn.Module, pairs: list[tuple[Plan, float]], out: str | Path, force: bool, progress: bool | None
 ) -> Path:
     """Saves the model as Transformers does, and folds the files."""
-    if hasattr(model, "get_base_model"):
-        raise ExportError(
-            "model: found one in PEFT's wrapper, expected a plain one; give model.merge_and_unload(), or the folder or "
-            "Hub id of its base"
-        )
     loaded = LoadedWeights(model)
     network: Any = loaded.network
-    if getattr(network, "_hf_peft_config_loaded", False):  # save_pretrained would save the adapter alone
-        raise ExportError(
-            "model: found one with PEFT adapters, expected a plain one; merge them, or give the folder or Hub id of "
-            "its base"
+    if hasattr(model, "get_base_model") or getattr(network, "_hf_peft_config_loaded", False):
+        raise ExportError(  # save_pretrained would save the adapter alone
+            "model: found one with PEFT adapters, expected a plain one; give model.merge_and_unload(), or the folder "
+            "or Hub id of its base"
         )
     biases = new_biases(network, network.config, edits_of(network, pairs))  # errors come before it is saved
     if any(p.device.type == "meta" for p in network.parameters()) and not hasattr(network, "hf_device_map"):
@@ -113,9 +108,9 @@ def _of_loaded(
         try:
             network.save_pretrained(source, max_shard_size="5GB")  # what is offloaded is loaded a shard at a time
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
             raise ExportError(
-                f"model: Transformers cannot save it ({reason}); give its folder or Hub id, or mend what is named"
+                f"model: Transformers cannot save it ({one_line(error)}); give its folder or Hub id, or mend what is "
+                "named"
             ) from error
         weights = StoredWeights(source)
         with weights.opened():
@@ -159,10 +154,9 @@ class _Folding:
         module = self.weights.network.get_submodule(edit.path)
         has_bias = edit.weights.bias is not None and getattr(module, edit.weights.bias, None) is not None
         biases = self._pieces(f"{edit.path}.{edit.weights.bias}") if has_bias else []
-        scales = bool(edit.rank)
         for piece in pieces:
             shape, dtype = self._like(piece)
-            if scales:
+            if edit.rank:
                 yield piece, TensorEntry(shape, dtype, partial(self._weight, edit, piece))
         for bias in biases:
             if edit.output is not None or edit.shifts:
@@ -176,13 +170,17 @@ class _Folding:
             path = name.rpartition(".")[0]
             if f"{path}.weight" not in own:  # tied to another, as the head to the embedding; its bias is not
                 dtype = self._like(self._pieces(f"{self.edits[0].path}.{self.edits[0].weights.weight}")[0])[1]
-                self.added[name] = TensorEntry(shape, dtype, partial(_zeros, shape, dtype))
+                self.added[name] = TensorEntry(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
                 continue
             (weight,) = self._pieces(f"{path}.weight")
             assert weight.key.endswith(".weight"), weight.key
             dtype = self._like(weight)[1]
             edit = shifting.get(path)
-            make = partial(_zeros, shape, dtype) if edit is None else partial(self._bias, edit, weight, None, dtype)
+            make = (
+                partial(torch.zeros, shape, dtype=dtype)
+                if edit is None
+                else partial(self._bias, edit, weight, None, dtype)
+            )
             self.added[f"{weight.key.removesuffix('.weight')}.bias"] = TensorEntry(shape, dtype, make)
 
     def _pieces(self, parameter: str) -> list[Piece]:
@@ -210,11 +208,7 @@ class _Folding:
     def bytes(self, link: bool, out: Path) -> int:
         """That writing to ``out`` takes on its disk."""
         device = nearest_folder(out).stat().st_dev
-        linked = (
-            set()
-            if not link
-            else {f for f in self.files if f not in self.rewritten and f.resolve().stat().st_dev == device}
-        )
+        linked = {f for f in self.files if link and f not in self.rewritten and f.resolve().stat().st_dev == device}
         sizes = [file.stat().st_size for file in (*self.files, *along(self.weights.folder)) if file not in linked]
         return sum(sizes) + sum(entry.bytes for entry in self.added.values())
 
@@ -268,17 +262,9 @@ class _Folding:
 
     def record(self) -> dict[str, Any]:
         """What was done to which model, as JSON."""
-        from ..version import __version__
-
         folder = self.weights.folder
-        found: dict[str, Any] = {
-            "austeer": __version__,
-            "kind": "checkpoint",
-            "model": self.weights.name,
-            "revision": self.weights.revision,
-            "plans": describe(self.pairs),
-            "rewritten": [str(file.relative_to(folder)) for file in self.files if file in self.rewritten],
-        }
+        found = self.weights.record("checkpoint", self.pairs)
+        found["rewritten"] = [str(file.relative_to(folder)) for file in self.files if file in self.rewritten]
         if self.biases.settings:
             found["biases"] = {"settings": list(self.biases.settings), "added": len(self.added)}
         if (folder / RECORD).is_file():  # the model was a folded one already
@@ -291,10 +277,6 @@ def _place(file: Path, folder: Path, staging: Path) -> Path:
     target = staging / file.relative_to(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
 
 
 #: Of the files beside the weights, those that belong to the model; params.json is of Mistral's own format.
@@ -313,14 +295,3 @@ def along(folder: Path) -> list[Path]:
         and file.name not in _LEFT
         and (file.name == INDEX or not file.name.endswith(".index.json"))
     )
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: could not be read ({error}); copy or download it anew") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,11 @@ from ..models.demo_model import DEMO, DEMO_ID
 from ..models.sites import find_sites
 from ..models.skeleton import load_config, skeleton
 from ..models.structure import base_of, name_of, text_config
-from ..plans.fit import check_plan_fits
+from ..plans.fit import check_plan_fits, units_by_layer
 from ..plans.plan import Plan
-from .edits import ExportError, warn_of_another_model
-from .gguf_file import ARCHITECTURES, add, finish, writer_of
-from .output_files import check_output, staged_file
+from .edits import ExportError, summed, warn_of_another_model
+from .gguf_file import ARCHITECTURES, add, writing
+from .output_files import check_output, staged
 
 #: Families whose decoder layers add the MLP's output to their own as it is, so that a shift of the one is a shift of
 #: the other: no norm behind the MLP, no factor.
@@ -33,7 +32,6 @@ def write_control_vector(
     pairs: list[tuple[Plan, float]], model: nn.Module | str | Path, out: str | Path, force: bool
 ) -> Path:
     """See :func:`austeer.export.gguf.export_gguf`."""
-    network: Any
     if isinstance(model, nn.Module):
         network = base_of(model)
         name = name_of(network)
@@ -43,13 +41,11 @@ def write_control_vector(
     directions = _directions(network, pairs)
     out = check_output(out, force, sum(vector.nbytes for vector in directions.values()), file=True)
     warn_of_another_model(pairs, name)
-    with staged_file(out) as path:
-        writer = writer_of(path, "controlvector", name, pairs)
+    with staged(out, file=True) as path, writing(path, "controlvector", name, pairs) as writer:
         writer.add_string("controlvector.model_hint", text_config(network).model_type)
         writer.add_uint32("controlvector.layer_count", len(directions))
         for layer, vector in sorted(directions.items()):
-            add(writer, f"direction.{layer}", vector.float())
-        finish(writer)
+            add(writer, f"direction.{layer}", vector, torch.float32)
     return out
 
 
@@ -57,16 +53,13 @@ def _directions(network: nn.Module, pairs: list[tuple[Plan, float]]) -> dict[int
     """What is added to each layer's output: float64 [width]; nothing for layers without AUs."""
     sites = find_sites(network, list(dict.fromkeys(name for plan, _ in pairs for name in plan.sites)))
     found: dict[int, Tensor] = {}
-    for plan, alpha in pairs:
+    for plan, _ in pairs:
         check_plan_fits(plan, network, sites)
-        for name in plan.sites:
-            _check_site(name, text_config(network).model_type)
-        vectors = torch.tensor(alpha, dtype=torch.float32) * plan.delta  # float32, as in steering
-        if not vectors.isfinite().all():
-            raise ExportError(f"alpha: found {alpha!r}, expected one with which every shift is finite")
-        for name, layer, index, value in zip(plan.site, plan.layer.tolist(), plan.index.tolist(), vectors.double()):
-            width = sites[name][layer].width
-            found.setdefault(layer, torch.zeros(width, dtype=torch.float64))[index] += value
+    for (name, layer), entries in units_by_layer([plan for plan, _ in pairs], sites).items():
+        _check_site(name, text_config(network).model_type)
+        strengths = summed(entries, pairs)
+        vector = found.setdefault(layer, torch.zeros(sites[name][layer].width, dtype=torch.float64))
+        vector[strengths.index] += strengths.shift
     if 0 in found:
         raise ExportError(
             "layer 0: found AUs in the first decoder layer, where llama.cpp has no control vector; leave them out "

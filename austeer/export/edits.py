@@ -16,7 +16,6 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from ..models.families import LAYOUTS
 from ..models.projection import why_not_the_projection
 from ..models.sites import Site, find_sites
 from ..models.structure import text_config
-from ..plans.fit import LayerUnits, check_plan_fits, units_by_layer
+from ..plans.fit import LayerUnits, check_alpha, check_plan_fits, units_by_layer, why_not_linear
 from ..plans.plan import Plan
 
 
@@ -67,7 +66,6 @@ class Edit:
         path: the module's. layer: of the decoder. sites: the names of the sites that it serves.
         weights: where the module keeps its weight and bias, and which dimension is which.
         experts: whether its weight is three-dimensional, one matrix an expert.
-        mixture: whether its output is one of several that are summed with a router's weights.
         input, output: the strengths at either side; None where there are none.
     """
 
@@ -75,10 +73,14 @@ class Edit:
     layer: int
     weights: linear.WeightNames
     experts: bool
-    mixture: bool
     sites: list[str] = field(default_factory=list)
     input: Strengths | None = None
     output: Strengths | None = None
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.path} (site {' and '.join(map(repr, self.sites))} of layer {self.layer})"
 
     @property
     def rank(self) -> int:
@@ -114,19 +116,12 @@ def with_alphas(plans: Plan | Sequence[Plan | tuple[Plan, Alpha]], alpha: Alpha)
                 "(plan, alpha)"
             )
         if not isinstance(strength, Mapping):
-            found.append((plan, _number(strength)))
+            found.append((plan, check_alpha(strength, PlanError)))
             continue
         if set(strength) != set(plan.sites):
             raise PlanError(f"alpha: found sites {sorted(map(str, strength))}, expected {sorted(plan.sites)}")
-        found += [(plan.take(plan.of(site)), _number(value)) for site, value in strength.items()]
+        found += [(plan.take(plan.of(site)), check_alpha(value, PlanError)) for site, value in strength.items()]
     return found
-
-
-def _number(alpha: object) -> float:
-    largest = torch.finfo(torch.float32).max  # strengths are float32
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not abs(alpha) <= largest:  # type: ignore[operator]
-        raise PlanError(f"alpha: found {alpha!r}, expected a finite number")
-    return float(alpha)
 
 
 def warn_of_another_model(plans: Iterable[tuple[Plan, float]], name: str) -> None:
@@ -165,43 +160,27 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
     sites = find_sites(model, list(dict.fromkeys(name for plan, _ in plans for name in plan.sites)))
     for plan, _ in plans:
         check_plan_fits(plan, model, sites)
-        _check_operation(plan)
-    entries = units_by_layer([plan for plan, _ in plans], sites)
     edits: dict[str, Edit] = {}
     checked: set[tuple[type, type]] = set()
-    for name, found in sites.items():
-        for site in found:
-            here = entries.get((name, site.layer))
-            if here is None:
-                continue
-            strengths = _strengths(here, plans)
-            _check_site(model, site, checked)
-            if strengths.shifts and site.projection is None:
+    for (name, layer), entries in units_by_layer([plan for plan, _ in plans], sites).items():
+        site = sites[name][layer]
+        for entry in entries:
+            if reason := why_not_linear(site, entry.operation):
                 raise ExportError(
-                    f"site {name!r} of layer {site.layer}: found operation 'shift' in a mixture of experts, where it "
-                    "would need router weights that sum to 1; use 'attention', or plan.with_operation('scale')"
+                    f"site {name!r} of layer {layer}, operation {entry.operation!r}: {reason}, so it is no edit of "
+                    "weights; select at 'attention' or 'ffn', use plan.with_operation('scale'), or steer at run time "
+                    "(austeer.steer, or austeer's plugin in vLLM)"
                 )
-            for path in site.parts:
-                edit = edits.setdefault(path, _edit(model, site, path))
-                edit.sites.append(name)
-                setattr(edit, site.side, strengths)
-    return sorted(edits.values(), key=lambda edit: edit.layer)
+        _check_site(model, site, checked)
+        strengths = summed(entries, plans)
+        for path in site.parts:
+            edit = edits.setdefault(path, _edit(model, site, path))
+            edit.sites.append(name)
+            setattr(edit, site.side, strengths)
+    return list(edits.values())
 
 
-def _check_operation(plan: Plan) -> None:
-    if "layer" in plan.sites:
-        raise ExportError(
-            "site 'layer': no linear layer makes a decoder layer's output, so it is no edit of weights; select at "
-            "'attention' or 'ffn', or steer at run time (austeer.steer, or austeer's plugin in vLLM)"
-        )
-    if plan.operation == "push":
-        raise ExportError(
-            "operation 'push' multiplies |x| and is not linear, so it is no edit of weights; use "
-            "plan.with_operation('scale' or 'shift'), or steer at run time (austeer.steer, or austeer's plugin in vLLM)"
-        )
-
-
-def _strengths(entries: Sequence[LayerUnits], plans: Sequence[tuple[Plan, float]]) -> Strengths:
+def summed(entries: Sequence[LayerUnits], plans: Sequence[tuple[Plan, float]]) -> Strengths:
     """Summed over the plans that have AUs at a site of a layer."""
     # Each is a float32 product, as everywhere (DESIGN: Operation); only the sum over plans is wider.
     parts = [entry.strengths(plans[entry.plan][1], len(plans[entry.plan][0])) for entry in entries]
@@ -225,8 +204,7 @@ def _edit(model: nn.Module, site: Site, path: str) -> Edit:
                 f"{path}: found a {name} that is made anew at each forward pass (pruning, weight normalisation ...), "
                 "expected a parameter; make it permanent first, or give the unwrapped model"
             )
-    experts = getattr(module, weights.weight).dim() == 3
-    return Edit(path, site.layer, weights, experts, mixture=site.projection is None)
+    return Edit(path, site.layer, weights, experts=getattr(module, weights.weight).dim() == 3)
 
 
 def _check_site(model: nn.Module, site: Site, checked: set[tuple[type, type]]) -> None:

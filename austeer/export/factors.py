@@ -9,6 +9,8 @@ Everything is computed in float64; what is written is rounded once.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,12 @@ def sizes(network: nn.Module, path: str, names: WeightNames) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer, or of each of a set of experts."""
     shape = getattr(network.get_submodule(path), names.weight).shape
     return shape[names.input], shape[names.output]
+
+
+def numbers(network: nn.Module, path: str, names: WeightNames, rank: int) -> int:
+    """How many the two matrices of a layer have, those of all experts together."""
+    *experts, outputs, inputs = getattr(network.get_submodule(path), names.weight).shape
+    return math.prod(experts) * rank * (outputs + inputs)
 
 
 def rank_of(network: nn.Module, edit: Edit) -> int:

@@ -31,7 +31,7 @@ def folded_weight(edit: Edit, weight: Tensor) -> Tensor:
         # An entry in a scaled row and a scaled column is made twice, from the same original.
         slice_ = weight.index_select(dim, index).double().movedim(dim, -1) * factors[side][index]  # [..., other, AUs]
         slice_ *= factors[other][:, None]
-        result.index_copy_(dim, index, _rounded(slice_.movedim(-1, dim), weight.dtype, edit))
+        result.index_copy_(dim, index, rounded(slice_.movedim(-1, dim), weight.dtype, edit.path))
     return result
 
 
@@ -41,7 +41,7 @@ def folded_bias(edit: Edit, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     Args:
         weight, bias: as in :func:`steered_bias`. dtype: the result's.
     """
-    return _rounded(steered_bias(edit, weight, bias), dtype, edit)
+    return rounded(steered_bias(edit, weight, bias), dtype, edit.path)
 
 
 def steered_bias(edit: Edit, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,14 +63,19 @@ def steered_bias(edit: Edit, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-def _rounded(values: Tensor, dtype: torch.dtype, edit: Edit) -> Tensor:
-    rounded = values.to(dtype)
-    if not rounded.isfinite().all():
+def rounded(values: Tensor, dtype: torch.dtype, path: str) -> Tensor:
+    """Values in ``dtype``; raises ExportError, with the place in the model, where one is no finite number of it."""
+    if not values.isfinite().all():
         raise ExportError(
-            f"{edit.path}: found a value of {float(values.abs().max()):.3g}, which is no finite {dtype} number; take a "
-            "smaller alpha, or a checkpoint in bfloat16 or float32"
+            f"{path}: found NaN or infinity, expected finite numbers; copy the model anew, or take a smaller alpha"
         )
-    return rounded
+    found = values.to(dtype)
+    if not found.isfinite().all():
+        raise ExportError(
+            f"{path}: found a value of {float(values.abs().max()):.3g}, which is no finite {dtype} number; take a "
+            "smaller alpha, or bfloat16 or float32"
+        )
+    return found
 
 
 def _dims(edit: Edit) -> dict[str, int]:

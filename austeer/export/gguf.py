@@ -17,9 +17,9 @@ from ..utils.progress import Progress
 from . import factors
 from .control_vector import write_control_vector
 from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
-from .gguf_file import ARCHITECTURES, add, finish, writer_of
+from .gguf_file import ARCHITECTURES, add, writing
 from .model_weights import weights_of_model
-from .output_files import check_output, staged_file
+from .output_files import check_output, staged
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -101,17 +101,15 @@ def _lora(
     for edit in edits:
         if factors.changes_bias(network, edit):
             raise ExportError(
-                f"{edit.path} (site {' and '.join(map(repr, edit.sites))} of layer {edit.layer}): found a bias, whose "
+                f"{edit.where}: found a bias, whose "
                 "entries would have to be scaled with the rows; write a folded checkpoint (austeer export checkpoint) "
                 "and convert it with llama.cpp's convert_hf_to_gguf.py"
             )
     rank = max(1, *(factors.rank_of(network, edit) for edit in edits))
-    sizes = [getattr(network.get_submodule(e.path), e.weights.weight).shape for e in edits]
-    needed = sum(dtype.itemsize * rank * (sum(s[-2:]) * (s[0] if len(s) == 3 else 1)) for s in sizes)
+    needed = sum(dtype.itemsize * factors.numbers(network, edit.path, edit.weights, rank) for edit in edits)
     out = check_output(out, force, needed, file=True)
     warn_of_another_model(pairs, weights.name)
-    with staged_file(out) as path:
-        writer = writer_of(path, architecture, weights.name, pairs)
+    with staged(out, file=True) as path, writing(path, architecture, weights.name, pairs) as writer:
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))  # llama.cpp scales by alpha / rank
@@ -119,9 +117,8 @@ def _lora(
             for edit in edits:
                 down, up = factors.product(weights, edit, rank)
                 for suffix, value in (("lora_a", down), ("lora_b", up)):
-                    add(writer, f"{names[edit.path]}.{suffix}", value.to(dtype))
+                    add(writer, f"{names[edit.path]}.{suffix}", value, dtype)
                 bar.advance()
-        finish(writer)
     return out
 
 
@@ -152,14 +149,8 @@ def _names(edits: Sequence[Edit], architecture: str, layers: Sequence[Any]) -> d
         plain = edit.path.replace("language_model.", "")  # where a vision tower is beside it
         if edit.experts:
             plain = f"{plain}.{edit.weights.weight}"
-        name = next(
-            (
-                found
-                for prefix in ("", "model.", "transformer.")  # that a head adds
-                if (found := table.get_name(f"{prefix}{plain}")) is not None
-            ),
-            None,
-        )
+        found = [table.get_name(f"{prefix}{plain}") for prefix in ("", "model.", "transformer.")]  # that a head adds
+        name = next(filter(None, found), None)
         if name is None:
             raise ExportError(
                 f"{edit.path}: llama.cpp's {architecture!r} has no weight for it that gguf knows; write a folded "

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..plans.plan import Plan
-from .edits import ExportError, describe
+from .edits import describe
+from .folding import rounded
 
 
-def writer_of(path: Path, architecture: str, name: str, pairs: list[tuple[Plan, float]]) -> Any:
-    """A ``GGUFWriter`` that says what it was made of."""
+@contextmanager
+def writing(path: Path, architecture: str, name: str, pairs: list[tuple[Plan, float]]) -> Iterator[Any]:
+    """A ``GGUFWriter`` that says what it was made of; the file is written when the context ends."""
     from gguf import GGUFWriter
 
     from ..version import __version__
@@ -22,64 +27,40 @@ def writer_of(path: Path, architecture: str, name: str, pairs: list[tuple[Plan, 
     writer.add_string("austeer.version", __version__)
     writer.add_string("austeer.model", name)
     writer.add_string("austeer.plans", json.dumps(describe(pairs)))
-    return writer
-
-
-def add(writer: Any, name: str, value: Tensor) -> None:
-    """Raises ExportError where a value is not finite."""
-    if not value.isfinite().all():
-        raise ExportError(f"{name}: found a value that is no finite {value.dtype} number; take a smaller alpha")
-    writer.add_tensor(name, value.contiguous().numpy())
-
-
-def finish(writer: Any) -> None:
-    """Writes the file."""
+    yield writer
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def add(writer: Any, name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raises ExportError where a value is not finite."""
+    writer.add_tensor(name, rounded(value, dtype, name).contiguous().numpy())
+
+
 #: ``model_type`` of the text config -> ``general.architecture``; conversion leaves their projections' weights as they
 #: are, or turns them from [in, out] to [out, in].
-ARCHITECTURES = {
-    "bloom": "bloom",
+_SAME = (
+    *("bloom", "cohere2", "exaone4", "falcon", "gemma", "gemma2", "glm4", "gpt2", "granite"),
+    *("granitemoe", "llama", "mpt", "nemotron", "olmo", "olmo2", "olmoe", "phi3", "phimoe", "qwen2"),
+    *("qwen3", "smollm3", "stablelm", "starcoder2"),
+)
+ARCHITECTURES = {name: name for name in _SAME} | {
     "cohere": "command-r",
-    "cohere2": "cohere2",
     "deepseek_v3": "deepseek2",
     "ernie4_5_moe": "ernie4_5-moe",
-    "exaone4": "exaone4",
-    "falcon": "falcon",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
-    "glm4": "glm4",
     "glm4_moe": "glm4moe",
-    "gpt2": "gpt2",
     "gpt_neox": "gptneox",
     "gpt_oss": "gpt-oss",
-    "granite": "granite",
-    "granitemoe": "granitemoe",
-    "llama": "llama",
     "llama4_text": "llama4",
     "mistral": "llama",
     "mixtral": "llama",
-    "mpt": "mpt",
-    "nemotron": "nemotron",
-    "olmo": "olmo",
-    "olmo2": "olmo2",
-    "olmoe": "olmoe",
     "phi": "phi2",
-    "phi3": "phi3",
-    "phimoe": "phimoe",
-    "qwen2": "qwen2",
     "qwen2_5_vl_text": "qwen2vl",
     "qwen2_moe": "qwen2moe",
     "qwen2_vl_text": "qwen2vl",
-    "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
     "qwen3_vl_text": "qwen3vl",
-    "smollm3": "smollm3",
-    "stablelm": "stablelm",
-    "starcoder2": "starcoder2",
 }

@@ -6,26 +6,25 @@ out a whole kind of layer where one layer of the kind is missing.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import check_count
-from ..models.linear import WeightNames, weights_of
+from ..models.linear import FLOATING, WeightNames, weights_of
 from ..models.sites import SITE_NAMES, find_sites
 from ..plans.plan import Plan
 from ..utils.progress import Progress
 from . import factors
 from .adapter import CONFIG, PREFIX, TENSORS, AdapterLayer, config_of, taken_for_experts, target_of, tensors_of
-from .edits import Alpha, Edit, ExportError, describe, edits_of, warn_of_another_model, with_alphas
-from .model_weights import FLOATING, ModelWeights, StoredWeights, weights_of_model
-from .output_files import RECORD, check_output, staged
+from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
+from .folding import rounded
+from .model_weights import StoredWeights, weights_of_model
+from .output_files import RECORD, check_output, staged, write_json
 
 _LARGEST_RANK = 1 << 20
 
@@ -93,8 +92,9 @@ def export_lora(
     edits = edits_of(network, weighted)
     _check(network, edits, lora_bias, experts)
     targets = _targets(network, edits, rank, rank_pattern)
-    dtypes = [wanted or _weight(network, target).dtype for target in targets]
-    size = sum(dtype.itemsize * _numbers(network, target) for dtype, target in zip(dtypes, targets))
+    dtypes = [wanted or network.get_parameter(f"{t.path}.{t.names.weight}").dtype for t in targets]
+    numbers = (factors.numbers(network, t.path, t.names, t.rank) for t in targets)
+    size = sum(dtype.itemsize * number for dtype, number in zip(dtypes, numbers))
     # In the Hub's cache the files of a folder are links to another.
     read = (weights.folder, *weights.keys.values()) if isinstance(weights, StoredWeights) else (Path(weights.name),)
     out = check_output(out, force, size, (path for path in read if path.exists()))
@@ -103,12 +103,13 @@ def export_lora(
     with weights.opened(), Progress("reading weights", len(targets), "layers", progress) as bar:
         for dtype, target in zip(dtypes, targets):
             for name, value in tensors_of(weights, target, lora_bias):
-                tensors[f"{PREFIX}{target.path}.{name}"] = _rounded(value, dtype, target.path)
+                tensors[f"{PREFIX}{target.path}.{name}"] = rounded(value, dtype, target.path).contiguous()
             bar.advance()
     config = config_of(weights, targets, lora_bias)
     with staged(out) as folder:
-        for name, content in ((CONFIG, config), (RECORD, _record(weights, weighted, targets))):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, config)
+        layers = sorted({target.edit.layer for target in targets if target.edit is not None})
+        write_json(folder / RECORD, weights.record("lora", weighted) | {"rank": config["r"], "layers": layers})
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         (folder / TENSORS).chmod((folder / CONFIG).stat().st_mode)  # safetensors' files are their owner's only
     return out
@@ -125,7 +126,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _check(network: nn.Module, edits: Sequence[Edit], lora_bias: bool, experts: bool) -> None:
     """Refuses what an adapter cannot say, or nobody would read."""
     for edit in edits:
-        where = f"{edit.path} (site {' and '.join(map(repr, edit.sites))} of layer {edit.layer})"
+        where = edit.where
         changes_bias = factors.changes_bias(network, edit)
         if edit.experts and not experts:
             raise ExportError(
@@ -181,41 +182,3 @@ def _all_of_their_kinds(network: nn.Module, edits: Sequence[Edit]) -> list[str]:
 
 def _kind(path: str) -> str:
     return re.sub(r"\.\d+\.", ".#.", path)
-
-
-def _weight(network: nn.Module, target: AdapterLayer) -> Tensor:
-    return getattr(network.get_submodule(target.path), target.names.weight)
-
-
-def _numbers(network: nn.Module, target: AdapterLayer) -> int:
-    """How many the layer's two matrices have."""
-    count = len(_weight(network, target)) if target.experts else 1
-    return count * target.rank * sum(factors.sizes(network, target.path, target.names))
-
-
-def _rounded(value: Tensor, dtype: torch.dtype, path: str) -> Tensor:
-    if not value.isfinite().all():
-        raise ExportError(f"{path}: found NaN or infinity in its weights, expected finite numbers; copy the model anew")
-    rounded = value.to(dtype).contiguous()
-    if not rounded.isfinite().all():
-        raise ExportError(
-            f"{path}: found a value of {float(value.abs().max()):.3g}, which is no finite {dtype} number; take "
-            "dtype bfloat16 or float32, or a smaller alpha"
-        )
-    return rounded
-
-
-def _record(
-    weights: ModelWeights, plans: Sequence[tuple[Plan, float]], targets: Sequence[AdapterLayer]
-) -> dict[str, Any]:
-    from ..version import __version__
-
-    return {
-        "austeer": __version__,
-        "kind": "lora",
-        "model": weights.name,
-        "revision": weights.revision,
-        "rank": max(target.rank for target in targets),
-        "layers": sorted({target.edit.layer for target in targets if target.edit is not None}),
-        "plans": describe(plans),
-    }

@@ -7,28 +7,26 @@ and only the tensors that are asked for.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from ..models.demo_model import DEMO, DEMO_ID, demo_model
+from ..models.linear import FLOATING
 from ..models.skeleton import load_config, named_dtype, skeleton
 from ..models.structure import base_of, is_steered, name_of
 from ..models.weights import read_parameter
-from .edits import ExportError
-
-#: What is edited; anything else is quantised.
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from ..plans.plan import Plan
+from .edits import ExportError, describe
+from .output_files import read_json
 
 INDEX = "model.safetensors.index.json"
 #: What is downloaded of a model: weights, and what belongs beside them.
@@ -75,6 +73,13 @@ class ModelWeights(ABC):
         Raises:
             ExportError: it is quantised, or not there.
         """
+
+    def record(self, kind: str, plans: Iterable[tuple[Plan, float]]) -> dict[str, Any]:
+        """What was made of which model with which plans, as JSON."""
+        from ..version import __version__
+
+        model = {"model": self.name, "revision": self.revision}
+        return {"austeer": __version__, "kind": kind, **model, "plans": describe(plans)}
 
     def optional(self, parameter: str | None) -> Tensor | None:
         """The same of a parameter that a module may lack."""
@@ -215,8 +220,7 @@ def _folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED))
     except (OSError, ValueError) as error:
-        reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
-        raise ModelError(f"model {name!r}: its files could not be downloaded: {reason}") from error
+        raise ModelError(f"model {name!r}: its files could not be downloaded: {one_line(error)}") from error
 
 
 def _keys(folder: Path, name: str) -> dict[str, Path]:
@@ -225,7 +229,7 @@ def _keys(folder: Path, name: str) -> dict[str, Path]:
     try:
         files = {path for path in [single] if path.is_file()}
         if index.is_file():
-            listed = {folder / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            listed = {folder / file for file in read_json(index)["weight_map"].values()}
             if files - listed:  # Transformers would read the file, others what is listed
                 raise ExportError(f"{folder}: found {single.name} beside {INDEX}, which does not list it; remove one")
             files = listed

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -110,34 +112,17 @@ def gigabytes(size: int) -> str:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, *, file: bool = False) -> Iterator[Path]:
     """A hidden folder beside ``out`` that takes its name when the context ends well, and is gone otherwise.
 
     What runs that were killed left for the same ``out`` is removed first.
 
+    Args:
+        file: whether ``out`` is a file; the path is then that of a file in the hidden folder, to be written.
+
     Raises:
         ExportError: the disk is full or the place is not writable.
     """
-    with _staging(out) as staging:
-        yield staging
-        staging.chmod(0o755)  # mkdtemp's folder is its owner's only
-        _replace(staging, out)
-
-
-@contextmanager
-def staged_file(out: Path) -> Iterator[Path]:
-    """The same for a file: a path in a hidden folder beside ``out``, to write it at.
-
-    Raises:
-        ExportError: as :func:`staged`.
-    """
-    with _staging(out) as staging:
-        yield staging / out.name
-        _replace(staging / out.name, out)
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
     staging: Path | None = None
     lock: int | None = None
     try:
@@ -145,7 +130,11 @@ def _staging(out: Path) -> Iterator[Path]:
         _sweep(out)
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=_prefix(out)))
         lock = _lock(staging)
-        yield staging
+        made = staging / out.name if file else staging
+        yield made
+        if not file:
+            staging.chmod(0o755)  # mkdtemp's folder is its owner's only
+        _replace(made, out)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
         reason = "no space left on the device" if full else getattr(error, "strerror", None) or error
@@ -213,3 +202,14 @@ def _replace(staging: Path, out: Path) -> None:
             shutil.rmtree(holder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: could not be read ({error}); copy or download it anew") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -127,14 +127,13 @@ def _copy(source: BinaryIO, to: BinaryIO, start: int, first: int, last: int) -> 
         left -= len(part)
 
 
-def link_or_copy(source: Path, target: Path, link: bool) -> bool:
-    """Puts a file at ``target`` without taking space if it can; returns whether it did."""
+def link_or_copy(source: Path, target: Path, link: bool) -> None:
+    """Puts a file at ``target``, without taking space if it can."""
     source = source.resolve()  # the Hub's cache keeps links to its files
     if link:
         try:
             target.hardlink_to(source)
-            return True
+            return
         except OSError:  # another disk, someone else's file, or a file system without links
             pass
     shutil.copyfile(source, target)
-    return False

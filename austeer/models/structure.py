@@ -40,6 +40,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder_of(inner) if isinstance(inner, nn.Module) and hasattr(inner, "get_decoder") else decoder
 
 
+def has_module(parent: nn.Module, path: str) -> bool:
+    try:
+        parent.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 def text_config(model: nn.Module):
     config = getattr(unwrap(model), "config", None)
     if config is None or not hasattr(config, "get_text_config"):

@@ -105,7 +105,8 @@ class LayerWeights:
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device | None, traffic: Traffic):
         self.traffic = traffic
         self._slots = list(_slots(modules, device))
-        self._hooks = [hook for module in modules.values() for hook in hooks_on(module) if _aligns(hook)]
+        hooks = (hook for module in modules.values() for hook in hooks_on(module))
+        self._hooks = [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
         self._device = device
         self._before: list[tuple[AlignDevicesHook, bool, object]] = []
         self._loaded: dict[int, Tensor] = {}  # by the identity of the original: tied weights are loaded once
@@ -247,10 +248,6 @@ def exact(device: torch.device | str | int) -> torch.device:
     if found.type == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
-
-
-def _aligns(hook: object) -> bool:
-    return isinstance(hook, AlignDevicesHook)
 
 
 def _slots(modules: Mapping[str, nn.Module], device: torch.device | None) -> Iterator[_Slot]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,7 @@ def model_card(plan: PlanTable, repo_id: str | None = None, *, license: str | No
 
     base = plan.model.name if split_id(plan.model.name) == (plan.model.name, None) else None
     data = ModelCardData(
-        base_model=base,
-        library_name="austeer",
-        license=license,
-        tags=["austeer", "activation-steering"],
+        base_model=base, library_name="austeer", license=license, tags=["austeer", "activation-steering"]
     )
     if base:
         data["base_model_relation"] = "adapter"
@@ -213,11 +211,7 @@ def _why_no_lora(plan: PlanTable) -> str | None:
 
 def _rank(plan: PlanTable) -> int:
     """Of the plan's adapter: one for each AU of the linear layer that has most; a down projection serves two sites."""
-    counts: dict[tuple[bool, int], int] = {}
-    for unit in plan:
-        place = unit.site == "attention", unit.layer
-        counts[place] = counts.get(place, 0) + 1
-    return max(counts.values())
+    return max(Counter((site == "attention", layer) for site, layer, _ in plan.keys()).values())  # noqa: SIM118
 
 
 def _ranges(evidence: Evidence) -> str:

@@ -45,10 +45,7 @@ MIGRATIONS: dict[int, files.Migration] = {1: _with_evidence}
 
 
 def write(plan: PlanTable, path: Path) -> Path:
-    """
-    Raises:
-        PlanError: more than a file may hold. FileFormatError: it cannot be written.
-    """
+    """Raises PlanError: more than a file may hold. FileFormatError: it cannot be written."""
     _check_count(len(plan), PlanError)
     _check_model(plan.model)
     names = plan.sites

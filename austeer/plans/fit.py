@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..errors import AusteerError, PlanError
 from ..models.linear import weights_of
 from ..models.sites import Fingerprint, Site, fingerprint
 from .plan import Plan
 
 
-def check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
-    """
-    Args:
-        sites: of the model, the plan's at least.
+def check_alpha(value: object, error: type[AusteerError], where: str = "") -> float:
+    """``value`` as a float; raises ``error`` if it is no finite float32 number, which strengths are."""
+    largest = torch.finfo(torch.float32).max
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= largest:  # type: ignore[operator]
+        raise error(f"alpha: found {value!r}{where}, expected a finite float32 number")
+    return float(value)
 
-    Raises:
-        PlanError: the plan was made for another architecture.
-    """
+
+def check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
+    """Raises PlanError where the plan was made for another architecture; ``sites``: the plan's at least."""
     check_architecture(plan, fingerprint(model, {name: sites[name] for name in plan.sites}))
 
 
 def check_architecture(plan: Plan, found: Fingerprint, what: str = "the plan") -> None:
-    """
+    """Raises PlanError where the plan was made for another architecture.
+
     Args:
         found: the model's, with the widths of the plan's sites. what: what the error calls the plan.
-
-    Raises:
-        PlanError: the plan was made for another architecture.
     """
     expected, widths = plan.model, {name: plan.model.widths[name] for name in plan.sites}
     if (found.model_type, found.layers, found.widths) != (expected.model_type, expected.layers, widths):
@@ -42,14 +43,21 @@ def check_architecture(plan: Plan, found: Fingerprint, what: str = "the plan") -
         )
 
 
-def why_no_edit(model: nn.Module, site: Site, operation: str) -> str | None:
-    """The reason why steering at a site is no edit of weights, as far as modules and shapes say; None if it is one."""
+def why_not_linear(site: Site, operation: str) -> str | None:
+    """The reason why no weights and biases could do what steering at a site does; None if some could."""
     if not site.parts:
         return "no linear layer makes this tensor"
     if operation == "push":
         return "push is not linear"
     if operation == "shift" and site.projection is None:
         return "shift in a mixture of experts would need router weights that sum to 1"
+    return None
+
+
+def why_no_edit(model: nn.Module, site: Site, operation: str) -> str | None:
+    """The reason why steering at a site is no edit of weights, as far as modules and shapes say; None if it is one."""
+    if reason := why_not_linear(site, operation):
+        return reason
     for path in site.parts:
         weights = weights_of(module := model.get_submodule(path))
         reason = None
@@ -93,18 +101,14 @@ class LayerUnits:
         return (zero, strength * self.delta) if self.operation == "shift" else (strength * self.beta, zero)
 
 
-def units_by_layer(plans: Sequence[Plan], sites: Mapping[str, list[Site]]) -> dict[tuple[str, int], list[LayerUnits]]:
+def units_by_layer(plans: Sequence[Plan], sites: Iterable[str]) -> dict[tuple[str, int], list[LayerUnits]]:
     """For each (site, layer), lower layers first, the plans' AUs there."""
     found: dict[tuple[str, int], list[LayerUnits]] = {}
     for name in sites:
         for number, plan in enumerate(plans):
-            if name not in plan.sites:
-                continue
             positions = plan.of(name)
             for layer in plan.layer[positions].unique().tolist():
                 ranks = positions[plan.layer[positions] == layer]
-                entry = LayerUnits(
-                    number, plan.index[ranks], plan.beta[ranks], plan.delta[ranks], ranks, plan.operation
-                )
-                found.setdefault((name, layer), []).append(entry)
+                columns = (plan.index[ranks], plan.beta[ranks], plan.delta[ranks])
+                found.setdefault((name, layer), []).append(LayerUnits(number, *columns, ranks, plan.operation))
     return dict(sorted(found.items(), key=lambda item: item[0][1]))

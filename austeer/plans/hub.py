@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AusteerError, FileFormatError
+from ..errors import AusteerError, FileFormatError, one_line
 from ..version import __version__
 from .files import FILE_NAME, LARGEST_FILE, WRITTEN_BY
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
 CARD_NAME = "README.md"
 
@@ -83,7 +82,7 @@ def _fetch(
         except LocalEntryNotFoundError as error:
             raise HubError(
                 f"{repo_id}{_at(revision)}: no such folder here, not in the cache of the Hub's client, and from the "
-                f"Hub it cannot be had: {away or _one_line(error.__cause__ or error)}"
+                f"Hub it cannot be had: {away or one_line(error.__cause__ or error)}"
             ) from error
     return Path(path)
 
@@ -102,7 +101,7 @@ def _look(api: HfApi, repo_id: str, revision: str | None) -> str | None:
     except HfHubHTTPError:  # an answer: the download makes what can be made of it
         return None
     except (HTTPError, OfflineModeIsEnabled) as error:
-        return _one_line(error)
+        return one_line(error)
     if size is not None and size > LARGEST_FILE:
         raise HubError(
             f"{repo_id}{_at(revision)}: found {size} bytes in {FILE_NAME}, expected at most "
@@ -167,32 +166,27 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turns the client's errors into ours, which say what to do."""
     from huggingface_hub import errors
 
-    log_in = "log in (hf auth login), set HF_TOKEN or pass token="
     try:
         yield
-    except errors.GatedRepoError as error:
-        cause: Exception = error
-        reason = f"the repository is gated; ask for access at https://huggingface.co/{repo_id}, then {log_in}"
-    except errors.RepositoryNotFoundError as error:
-        cause = error
-        reason = f"no such repository on the Hub, nor a folder here; check the name. If it is private, {log_in}"
-    except errors.RevisionNotFoundError as error:
-        cause = error
-        reason = "the repository has no such revision; expected a branch, a tag or a commit"
-    except errors.EntryNotFoundError as error:
-        cause = error
-        reason = f"the repository holds no {FILE_NAME}; expected one made by Plan.push_to_hub or austeer push"
-    except errors.HfHubHTTPError as error:
-        cause, reason = error, _answer(error, log_in)
-    except (errors.HTTPError, ValueError, OSError) as error:
-        # no connection, offline mode, no token saved, a card that the Hub does not take, a full disk
-        cause, reason = error, f"{_one_line(error).rstrip('.')}. Check the connection and the arguments"
-    else:
-        return
-    raise HubError(f"{repo_id}{_at(revision)}: {reason}") from cause
+    # no connection, offline mode, no token saved, a card that the Hub does not take, a full disk, or an answer
+    except (errors.EntryNotFoundError, errors.HTTPError, ValueError, OSError) as error:
+        raise HubError(f"{repo_id}{_at(revision)}: {_reason(error, repo_id)}") from error
 
 
-def _answer(error: HfHubHTTPError, log_in: str) -> str:
+def _reason(error: Exception, repo_id: str) -> str:
+    from huggingface_hub import errors
+
+    log_in = "log in (hf auth login), set HF_TOKEN or pass token="
+    if isinstance(error, errors.GatedRepoError):
+        return f"the repository is gated; ask for access at https://huggingface.co/{repo_id}, then {log_in}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such repository on the Hub, nor a folder here; check the name. If it is private, {log_in}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision; expected a branch, a tag or a commit"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"the repository holds no {FILE_NAME}; expected one made by Plan.push_to_hub or austeer push"
+    if not isinstance(error, errors.HfHubHTTPError):
+        return f"{one_line(error)}. Check the connection and the arguments"
     status = error.response.status_code
     remedy = {
         401: f"the Hub does not know who asks; {log_in}",
@@ -205,7 +199,3 @@ def _answer(error: HfHubHTTPError, log_in: str) -> str:
 
 def _at(revision: str | None) -> str:
     return "" if revision is None else f" at {revision}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 OPERATIONS = ("scale", "push", "shift")
 TIES = ("effect", "public")
+#: The columns that are tensors, one entry an AU.
+COLUMNS = {"layer": torch.int32, "index": torch.int32, "beta": torch.float32, "delta": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,7 @@ class PlanTable:
             raise PlanError(f"found {self.pairs} pairs and sites {set(map(type, self.site))}, expected 0 or more, str")
         if not self.site:
             raise PlanError("a plan needs at least one AU; found none")
-        for name, dtype in (
-            ("layer", torch.int32),
-            ("index", torch.int32),
-            ("beta", torch.float32),
-            ("delta", torch.float32),
-        ):
+        for name, dtype in COLUMNS.items():
             t = getattr(self, name)
             if not isinstance(t, Tensor) or t.dtype != dtype or tuple(t.shape) != (len(self.site),):
                 found = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
@@ -99,7 +96,7 @@ class PlanTable:
         return len(self.site)
 
     def __iter__(self) -> Iterator[AtomicUnit]:
-        columns = (self.layer.tolist(), self.index.tolist(), self.beta.tolist(), self.delta.tolist())
+        columns = (getattr(self, name).tolist() for name in COLUMNS)
         return (AtomicUnit(*row) for row in zip(self.site, *columns))
 
     def __eq__(self, other: object) -> bool:
@@ -133,10 +130,7 @@ class PlanTable:
             self,
             evidence=self.evidence if same else None,
             site=tuple(self.site[i] for i in positions.tolist()),
-            layer=self.layer[positions],
-            index=self.index[positions],
-            beta=self.beta[positions],
-            delta=self.delta[positions],
+            **{name: getattr(self, name)[positions] for name in COLUMNS},
         )
 
     def top(self, k: int) -> Self:
@@ -176,15 +170,13 @@ class PlanTable:
                 raise PlanError(
                     f"{what}: found {getattr(other, what)!r} and {getattr(self, what)!r}, expected the same in both"
                 )
+        columns: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in (self, other)]) for name in COLUMNS}
         rank = torch.cat([torch.arange(len(self)), torch.arange(len(other))])
         joined = replace(
             self,
             evidence=None,
             site=self.site + other.site,
-            layer=torch.cat([self.layer, other.layer]),
-            index=torch.cat([self.index, other.index]),
-            beta=torch.cat([self.beta, other.beta]),
-            delta=torch.cat([self.delta, other.delta]),
+            **columns,
             model=replace(mine, widths={**theirs.widths, **mine.widths}),
             pairs=min(self.pairs, other.pairs),
         )

@@ -27,9 +27,6 @@ class Fold(Path):
 
     A mixture of experts is y = sum_e r_e (W_e x_e + b_e), r_e the router's or a gate's: scaled at the output if every
     W_e and b_e is. A shift would need the r_e to sum to 1.
-
-    Args:
-        parts: the modules of ``site.parts``.
     """
 
     name = "fold"
@@ -75,11 +72,7 @@ class Fold(Path):
             weights = weights_of(part)
             assert isinstance(weights, WeightNames)  # why_not_fold refuses all else
             bias = getattr(part, weights.bias) if weights.bias else None
-            yield getattr(part, weights.weight), bias, _au_dimension(weights, self.site)
-
-
-def _au_dimension(weights: WeightNames, site: Site) -> int:
-    return weights.output if site.side == "output" else weights.input
+            yield getattr(part, weights.weight), bias, getattr(weights, self.site.side)
 
 
 def why_not_fold(model: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
@@ -123,7 +116,7 @@ def _why_not_part(module: nn.Module, site: Site, storages: Counter) -> str | Non
             return f"the {name} was made in inference mode and cannot be written outside of it"
         if storages[p.untyped_storage().data_ptr()] > 1:
             return f"the {name} is shared with another module"
-    weight, dim = module._parameters[weights.weight], _au_dimension(weights, site)
+    weight, dim = module._parameters[weights.weight], getattr(weights, site.side)
     if weight is None or weight.shape[dim] != site.width:  # sharded, say
         return f"the weight is {tuple(weight.shape) if weight is not None else None}, for {site.width} AUs"
     return None

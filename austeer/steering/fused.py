@@ -73,11 +73,7 @@ class Fused(HookPath):
 
 
 def why_not_fused(module: nn.Module | None, groups: Sequence = ()) -> str | None:
-    """The reason why ``module`` cannot be replaced by the fused projection, or None if it can.
-
-    Args:
-        groups: the AUs at the site; see ``choose``.
-    """
+    """The reason why ``module`` cannot be replaced by the fused projection, or None if it can; see ``choose``."""
     if module is None:
         return "no linear layer makes this tensor"
     if type(module) is not nn.Linear:

@@ -21,54 +21,16 @@ from .selfcheck import checked_tensor
 from .tables import StrengthTable
 
 
-class _Hook(Hook):
-    """Calls back into its path; accelerate calls it around the module's forward."""
-
-    def __init__(self, path: HookPath):
-        super().__init__()
-        self.path = path
-
-    def bind(self, module: nn.Module) -> None:
-        self.path.bind(module)
-
-    def release(self, module: nn.Module) -> None:
-        self.path.release(module)
-
-    def pre_forward(self, module: nn.Module, *args, **kwargs):
-        path = self.path
-        if path.reads_input:
-            if args:
-                args = (path.steer(args[0]), *args[1:])
-            else:  # every module that has an input-side site takes one tensor, whatever its name
-                name = next(iter(kwargs))
-                kwargs = {**kwargs, name: path.steer(kwargs[name])}
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output):
-        path = self.path
-        if not path.reads_output:
-            return output
-        if type(output) is Tensor:
-            return path.steer(output)
-        if isinstance(output, (tuple, list)):
-            steered = [path.steer(first_tensor(output)), *output[1:]]
-            return steered if isinstance(output, list) else tuple(steered)
-        return path.steer(output)
-
-
 def expect_free(path: Path) -> None:
-    """
-    Raises:
-        SteeringError: a hook of some steering is on the path's module.
-    """
-    if is_hooked(path.module, _Hook):
+    """Raises SteeringError where a hook of some steering is on the path's module."""
+    if is_hooked(path.module, HookPath):
         raise SteeringError(
             f"{path.site.path}: found a module that is steered already (another model shares it, or the model was "
             "copied while it was steered), expected one that is not; copy before steering"
         )
 
 
-class HookPath(Path):
+class HookPath(Path, Hook):
     """A path that is an accelerate hook on ``module``.
 
     Args:
@@ -76,8 +38,6 @@ class HookPath(Path):
         routing: which tokens are steered; None for all of them.
         check: whether the first call is compared with the formula.
     """
-
-    reads_input = reads_output = False
 
     def __init__(
         self,
@@ -87,12 +47,13 @@ class HookPath(Path):
         routing: Routing | None = None,
         check: bool = False,
     ):
-        super().__init__(site, tables[0], module)
+        Path.__init__(self, site, tables[0], module)
+        Hook.__init__(self)
         self.tables = tuple(tables)
         self.routing = routing
         self._check = check
         self._elements = 0
-        self._attachment = Attachment(module, _Hook(self))
+        self._attachment = Attachment(module, self)
 
     @property
     def tokens(self) -> int | None:
@@ -103,16 +64,6 @@ class HookPath(Path):
 
     def detach(self) -> None:
         self._attachment.detach()
-
-    def bind(self, module: nn.Module) -> None:
-        """Called when the hook is put on the module."""
-
-    def release(self, module: nn.Module) -> None:
-        """Called when the hook is taken off."""
-
-    def steer(self, x: Tensor) -> Tensor:
-        """The steered tensor, may be ``x`` itself; called if ``reads_input`` or ``reads_output``."""
-        raise TypeError(f"{type(self).__name__} does not steer a tensor")
 
     def begin(self, x: Tensor):
         """Counts a call, follows ``x`` to its device, and gives each token's row of the tables (see ``rows_for``)."""
@@ -140,9 +91,26 @@ class TensorPath(HookPath):
 
     def __init__(self, site: Site, *args, **kwargs):
         super().__init__(site, *args, **kwargs)
-        self.reads_input, self.reads_output = site.side == "input", site.side == "output"
+        self._at_input = site.side == "input"
+
+    def pre_forward(self, module: nn.Module, *args, **kwargs):
+        if self._at_input and args:
+            args = (self.steer(args[0]), *args[1:])
+        elif self._at_input:  # every module that has an input-side site takes one tensor, whatever its name
+            name = next(iter(kwargs))
+            kwargs = {**kwargs, name: self.steer(kwargs[name])}
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output):
+        if self._at_input:
+            return output
+        if isinstance(output, (tuple, list)):
+            steered = [self.steer(first_tensor(output)), *output[1:]]
+            return steered if isinstance(output, list) else tuple(steered)
+        return self.steer(output)
 
     def steer(self, x: Tensor) -> Tensor:
+        """The steered tensor, may be ``x`` itself."""
         if x.shape[-1] != self.table.width:
             raise SteeringError(
                 f"site {self.site.name!r} of layer {self.site.layer} ({self.site.path}): found a tensor of width "
@@ -153,8 +121,7 @@ class TensorPath(HookPath):
         if rows is NOBODY:
             return x
         if self._check and self.checks_now(x):
-            check = checked_tensor(self, x, rows)
-            return check(self.apply(x, rows))
+            return checked_tensor(self, x, rows)(self.apply(x, rows))
         return self.apply(x, rows)
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:

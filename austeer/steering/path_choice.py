@@ -48,10 +48,6 @@ class Choice:
     limit: int = 0
     parts: tuple[nn.Module, ...] = ()
 
-    def dense(self, device: torch.device, plans: int) -> bool:
-        """Whether the path works with dense tables: 8 bytes a plan and dimension, for columns only where they help."""
-        return self.path is not Columns or (device.type == "cpu" and plans <= 64)
-
 
 def choose(
     mode: str,
@@ -163,7 +159,8 @@ def plan_paths(
             continue  # other processes have these
         choice = choose(mode, model, site, groups, storages, at_run_time, fused, blocks)
         device = _device_of(choice.module, default)
-        dense = choice.dense(device, len(plans))
+        # Dense tables take 8 bytes a plan and dimension; columns has them only where they help.
+        dense = choice.path is not Columns or (device.type == "cpu" and len(plans) <= 64)
         tables = [StrengthTable(group, len(plans), len(mine), device, dense) for group in groups]
         first = check and not any(type(path) is choice.path for path in paths)
         paths.append(make_path(choice, site, tables, routing, first))

@@ -26,21 +26,7 @@ NOBODY = object()
 _PACKED = ("cu_seq_lens_q", "block_table")
 
 
-class _Begin(Hook):
-    def __init__(self, routing: Routing):
-        super().__init__()
-        self.routing = routing
-
-    def pre_forward(self, module: nn.Module, *args, **kwargs):
-        self.routing.begin(args, kwargs)
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output):
-        self.routing.end()
-        return output
-
-
-class Routing:
+class Routing(Hook):
     """The tokens to steer, for a scope and for rows with plans of their own.
 
     Args:
@@ -51,8 +37,9 @@ class Routing:
     """
 
     def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module):
+        super().__init__()
         self.scope, self.rows, self.prompt, self._decoder = scope, rows, prompt, decoder
-        self._attachment = Attachment(decoder, _Begin(self))
+        self._attachment = Attachment(decoder, self)
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._state: Any = NOBODY
         self._table_rows: Tensor | None = None
@@ -77,8 +64,8 @@ class Routing:
 
     # --- a forward pass ----------------------------------------------------------------------------------------------
 
-    def begin(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Called before each forward pass of the decoder with its arguments."""
+    def pre_forward(self, module: nn.Module, *args, **kwargs):
+        """Called before each forward pass of the decoder."""
         if not torch.compiler.is_compiling():
             self._ours = self.prompt.turn.take_for_forward()
         given = {**dict(zip(self._names, args)), **kwargs}
@@ -110,6 +97,7 @@ class Routing:
         else:
             begin, end = max(first - past, 0), min(last - past, length)
             self._state = self._host_state(rows, begin, end, batch, length, x.device)
+        return args, kwargs
 
     def _recomputed(self) -> bool:
         """Whether parts of this forward pass will run once more in its backward pass."""
@@ -117,11 +105,11 @@ class Routing:
             return False
         return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
 
-    def end(self) -> None:
-        """Called after each forward pass of the decoder."""
+    def post_forward(self, module: nn.Module, output):
         if not torch.compiler.is_compiling() and self._ours:
             self._ours = False
             self.prompt.turn.give_back()
+        return output
 
     def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
         scope, prompt = self.scope, self.prompt

@@ -73,10 +73,7 @@ class Rows:
                 self._buffer = new.to(self._device)
 
     def expect(self, batch: int) -> None:
-        """
-        Raises:
-            SteeringError: the choice is for another number of rows.
-        """
+        """Raises SteeringError where the choice is for another number of rows."""
         if self._numbers is not None and len(self._numbers) != batch:
             raise SteeringError(
                 f"rows: found {len(self._numbers)} entries and a batch of {batch}, expected one entry for each row of "

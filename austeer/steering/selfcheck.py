@@ -139,10 +139,7 @@ class FoldProbe:
 
     @torch.no_grad()
     def check(self) -> None:
-        """
-        Raises:
-            SteeringError: what was folded does not compute what the formula says.
-        """
+        """Raises SteeringError where what was folded does not compute what the formula says."""
         found = self._run(self.x)
         if isinstance(self.module, nn.Linear):
             some = _outputs(self.path, self.module)

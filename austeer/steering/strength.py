@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
-import torch
-
 from ..errors import PlanError, SteeringError, check_count
+from ..plans.fit import check_alpha
 from ..plans.plan import Plan
 
 #: One number, one a site, or (plans with names) either of them a plan.
@@ -34,15 +32,8 @@ class Strength:
     # --- alpha -------------------------------------------------------------------------------------------------------
 
     def set_alpha(self, alpha: Alpha) -> None:
-        """
-        Raises:
-            SteeringError: not a finite float32 number, or other plans or sites than there are.
-        """
-        if self._named and isinstance(alpha, Mapping):
-            self._expect_names("alpha", alpha)
-            given = {name: alpha[name] for name in self._plans}
-        else:
-            given = dict.fromkeys(self._plans, alpha)
+        """Raises SteeringError: not a finite float32 number, or other plans or sites than there are."""
+        given = self._for_each("alpha", alpha)
         self._alpha = {name: _by_site(given[name], plan) for name, plan in self._plans.items()}
 
     def alpha(self) -> float | dict[str, Any]:
@@ -53,15 +44,8 @@ class Strength:
     # --- k -----------------------------------------------------------------------------------------------------------
 
     def set_k(self, k: int | Mapping[str, int] | None) -> None:
-        """
-        Raises:
-            PlanError: more AUs than a plan has, or less than one. SteeringError: other plans than there are.
-        """
-        if self._named and isinstance(k, Mapping):
-            self._expect_names("k", k)
-            given: dict[str, int | None] = {name: k[name] for name in self._plans}
-        else:
-            given = dict.fromkeys(self._plans, k)  # type: ignore[arg-type]
+        """Raises PlanError: more AUs than a plan has, or less than one. SteeringError: other plans than there are."""
+        given = self._for_each("k", k)
         new: dict[str, int] = {}
         for name, plan in self._plans.items():
             what = f"the AUs of plan {name!r}" if self._named else "the plan's AUs"
@@ -72,22 +56,21 @@ class Strength:
     def k(self) -> int | dict[str, int]:
         return _shortest(self._k)
 
-    def _expect_names(self, what: str, given: Mapping[str, Any]) -> None:
+    def _for_each(self, what: str, given: Any) -> dict[str, Any]:
+        if not self._named or not isinstance(given, Mapping):
+            return dict.fromkeys(self._plans, given)
         if set(given) != set(self._plans):
             raise SteeringError(
                 f"{what}: found plans {sorted(map(str, given))}, expected {sorted(self._plans)}, or one number for all"
             )
+        return {name: given[name] for name in self._plans}
 
 
 def _by_site(alpha: Any, plan: Plan) -> dict[str, float]:
     values = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(plan.sites, alpha)
     if set(values) != set(plan.sites):
         raise SteeringError(f"alpha: found sites {sorted(map(str, values))}, expected {sorted(plan.sites)}")
-    largest = torch.finfo(torch.float32).max  # strengths are float32
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= largest:  # type: ignore[operator]
-            raise SteeringError(f"alpha: found {value!r} for site {name!r}, expected a finite float32 number")
-    return {name: float(value) for name, value in values.items()}
+    return {name: check_alpha(value, SteeringError, f" for site {name!r}") for name, value in values.items()}
 
 
 def _shortest(values: Mapping[str, Any]) -> Any:

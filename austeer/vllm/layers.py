@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..errors import SiteError
 from ..models.families import LAYOUTS, alternatives
+from ..models.linear import FLOATING
 from ..models.sites import SITE_NAMES, Fingerprint
 from ..plans.fit import check_architecture
 from ..plans.plan import Plan
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 INPUT_SIDES = ("attention", "neuron")
 NAME = "austeer"
 

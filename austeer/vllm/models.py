@@ -34,7 +34,7 @@ class Steered:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
         check_engine(vllm_config)
-        self_slots = slots_of(vllm_config)
+        slots = slots_of(vllm_config)
         specs = parse(os.environ[VARIABLE])
         plans = load(specs)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
@@ -47,7 +47,7 @@ class Steered:
         found = tables(list(plans.values()))
         # vLLM keeps compiled models by a hash of its configuration, in which this is the plugin's part.
         vllm_config.additional_config[KEY] = {"structure": structure(found)}
-        self._steering_slots = self_slots
+        self._steering_slots = slots
         self._steering_rows: RowBuffer | None = None
         self._steering_tables = (text.model_type, found, layers)
         self._steering_tokens = vllm_config.scheduler_config.max_num_batched_tokens

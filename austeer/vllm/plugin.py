@@ -10,14 +10,8 @@ from .sets import parse
 #: Architectures that can be steered, and the module of vLLM that has each. Their decoder layers return a pair
 #: (hidden states, residual) that is not added up yet.
 ARCHITECTURES = {
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Phi3ForCausalLM": "phi3",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
+    f"{name}ForCausalLM": name.lower()
+    for name in ("Gemma", "Gemma2", "Gemma3", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
 }
 
 

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from ..errors import AusteerError, SteeringError
+from ..plans.fit import units_by_layer
 from ..plans.plan import Plan
 from ..plans.serving import KEY, VARIABLE
+from ..plans.table import OPERATIONS
 from ..steering.scope import Scope, parse_scope
 
 
@@ -133,12 +135,8 @@ def load(specs: Mapping[str, Spec]) -> dict[str, list[tuple[Plan, float]]]:
     return loaded
 
 
-#: What a table's entries multiply, by the plan's operation: x, |x| or 1.
-TERMS = ("scale", "push", "shift")
-
-
 def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """The strengths of all sets at each steered (site, layer), by term.
+    """The strengths of all sets at each steered (site, layer), by operation: they multiply x, |x| or 1.
 
     Returns:
         tables, float32 [sets + 1, width]: row 0 is zero, row i + 1 is that of ``sets[i]``. An operation that no set
@@ -147,17 +145,11 @@ def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int]
     found: dict[tuple[str, int], dict[str, Tensor]] = {}
     for row, plans in enumerate(sets, start=1):
         for plan, alpha in plans:
-            # Rounded once, like in a steered model: alpha * beta of float32.
-            strength = torch.tensor(alpha, dtype=torch.float32) * (
-                plan.delta if plan.operation == "shift" else plan.beta
-            )
-            for i, (site, layer, index) in enumerate(plan.keys()):
-                terms = found.setdefault((site, layer), {})
-                if plan.operation not in terms:
-                    terms[plan.operation] = torch.zeros(len(sets) + 1, plan.model.widths[site])
-                terms[plan.operation][row, index] += strength[i]
-    ordered = {key: {term: found[key][term] for term in TERMS if term in found[key]} for key in sorted(found)}
-    return ordered
+            for (site, layer), (units,) in units_by_layer([plan], plan.sites).items():
+                empty = torch.zeros(len(sets) + 1, plan.model.widths[site])
+                table = found.setdefault((site, layer), {}).setdefault(plan.operation, empty)
+                table[row, units.index] += sum(units.strengths(alpha, len(plan)))
+    return {key: {term: found[key][term] for term in OPERATIONS if term in found[key]} for key in sorted(found)}
 
 
 def set_of(params: Any) -> str | None:

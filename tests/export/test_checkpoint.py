@@ -102,26 +102,20 @@ def test_names_dtypes_and_all_other_tensors_stay(dtype, sharded, operation, tmp_
     assert loaded(out, model, dtype).dtype == dtype
 
 
-def test_copies_instead_of_links(tmp_path):
-    model = tiny_model("llama")
-    base = saved(model, tmp_path / "base", max_shard_size="20KB")
-    out = export_checkpoint(random_plan(model, "ffn", 1), base, tmp_path / "out", link=False)
-    for file in base.glob("*.safetensors"):
-        assert file.stat().st_nlink == 1 == (out / file.name).stat().st_nlink
-
-
-def test_files_that_cannot_be_linked_are_copied(tmp_path, monkeypatch):
+@pytest.mark.parametrize("link", [False, True])
+def test_files_that_cannot_or_should_not_be_linked_are_copied(link, tmp_path, monkeypatch):
     model = tiny_model("llama")
     base = saved(model, tmp_path / "base", max_shard_size="20KB")
 
     def refuse(self, target):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(type(tmp_path), "hardlink_to", refuse)
-    plan = random_plan(model, "ffn", 10)
-    out = export_checkpoint(plan, base, tmp_path / "out")
+    if link:
+        monkeypatch.setattr(type(tmp_path), "hardlink_to", refuse)
+    plan = random_plan(model, "ffn", 1)
+    out = export_checkpoint(plan, base, tmp_path / "out", link=link)
     assert_steered(model, logits(loaded(out, model), BATCH), expected(model, (plan, 1.0)))
-    assert {file.stat().st_nlink for file in base.glob("*.safetensors")} == {1}
+    assert {file.stat().st_nlink for file in (*base.glob("*.safetensors"), *out.iterdir())} == {1}
 
 
 def test_links_of_the_hubs_cache_are_followed(tmp_path):
@@ -165,16 +159,6 @@ def test_sums_of_plans_with_their_own_alphas(tmp_path):
     assert_steered(model, logits(loaded(out, model), BATCH), wanted)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
-def test_experts_of_a_sharded_checkpoint(family, tmp_path):
-    model = tiny_model(family)
-    base = saved(model, tmp_path / "base", max_shard_size="15KB")
-    assert len({*base.glob("*.safetensors")}) > 5
-    plan = random_plan(model, ["ffn", "attention"], 40)
-    out = export_checkpoint(plan, base, tmp_path / "out", alpha=2.0)
-    assert_steered(model, logits(loaded(out, model), BATCH), expected(model, (plan, 2.0)))
-
-
 # --- what goes along -------------------------------------------------------------------------------------------------
 
 
@@ -182,24 +166,12 @@ def test_what_goes_along_and_what_does_not(tmp_path):
     model = tiny_model("llama")
     base = saved(model, tmp_path / "base")
     along = [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "vocab.txt",
-        "tokenizer.model",
-        "LICENSE",
-        "NOTICE",
-        "modeling_x.py",
-        "x.tiktoken",
+        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "x.tiktoken"),
+        *("chat_template.jinja", "modeling_x.py", "LICENSE", "NOTICE"),
     ]
     left = [
-        "README.md",
-        "adapter_config.json",
-        "params.json",
-        "consolidated.safetensors",
-        "pytorch_model.bin",
-        "other.index.json",
-        "a.gguf",
+        *("README.md", "adapter_config.json", "params.json", "other.index.json"),
+        *("consolidated.safetensors", "pytorch_model.bin", "a.gguf"),
     ]
     for name in along + left:
         (base / name).write_text(f'{{"{name}": 1}}')
@@ -239,8 +211,6 @@ def test_metadata_that_was_there_stays(tmp_path):
     out = export_checkpoint(random_plan(model, "ffn", 10), base, tmp_path / "out")
     with safe_open(out / "model.safetensors", framework="pt") as file:
         assert file.metadata().keys() == {"format", "maker", "austeer"} and file.metadata()["maker"] == "someone"
-        # as the library itself would write them
-        assert all(file.get_tensor(key).shape == tensors[key].shape for key in tensors)
 
 
 def test_a_folded_checkpoint_is_folded_again(tmp_path):

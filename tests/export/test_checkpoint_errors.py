@@ -15,8 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import austeer
-from austeer.errors import PlanError
 from austeer.export.checkpoint import export_checkpoint
 from austeer.export.edits import ExportError
 from austeer.export.model_weights import INDEX
@@ -37,23 +35,6 @@ def base(tmp_path):
 
 def untouched(tmp_path):
     return [file.name for file in tmp_path.iterdir()] == ["base"]
-
-
-def test_plans_that_are_no_edit_of_weights(base, tmp_path):
-    model = tiny_model("llama")
-    for plan, message in (
-        (random_plan(model, "layer", 5), "site 'layer'"),
-        (random_plan(model, "ffn", 5, "push"), "'push'"),
-        (random_plan(tiny_model("llama", hidden_size=64), "ffn", 5), "'ffn': 64.*'ffn': 32"),
-        (random_plan(tiny_model("qwen2"), "ffn", 5), "qwen2"),
-    ):
-        for given in (base, model):
-            with pytest.raises((ExportError, PlanError), match=message):
-                export_checkpoint(plan, given, tmp_path / "out")
-    for alpha in (float("nan"), float("inf"), "1"):
-        with pytest.raises(PlanError, match=f"alpha.*{alpha}"):
-            export_checkpoint(random_plan(model, "ffn", 5), base, tmp_path / "out", alpha=alpha)
-    assert untouched(tmp_path)
 
 
 def test_a_value_that_the_dtype_has_not(tmp_path):
@@ -132,15 +113,6 @@ def test_no_space(base, tmp_path, monkeypatch):
         export_checkpoint(plan.top(1), shards, tmp_path / "copied", link=False)
 
 
-def test_a_quantised_base(base, tmp_path):
-    raw = json.loads((base / "config.json").read_text())
-    raw["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (base / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ExportError, match="gptq"):
-        export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
-    assert untouched(tmp_path)
-
-
 def test_tensors_of_another_dtype(base, tmp_path):
     tensors = load_file(base / "model.safetensors")
     tensors = {k: v.to(torch.float8_e4m3fn) if "down_proj" in k else v for k, v in tensors.items()}
@@ -153,16 +125,10 @@ def test_tensors_of_another_dtype(base, tmp_path):
     assert all(torch.equal(v.view(torch.uint8), after[k].view(torch.uint8)) for k, v in tensors.items() if "mlp" in k)
 
 
-@pytest.mark.parametrize("damage", ["cut off", "missing", "garbage"])
-def test_a_damaged_base(damage, base, tmp_path):
-    file = base / "model.safetensors"
-    if damage == "cut off":
-        file.write_bytes(file.read_bytes()[:-100])
-    elif damage == "garbage":
-        file.write_bytes(b"x" * 1000)
-    else:
-        tensors = load_file(file)
-        save_file({k: v for k, v in tensors.items() if "down_proj" not in k}, file, {"format": "pt"})
+def test_a_base_that_lacks_a_tensor(base, tmp_path):
+    tensors = load_file(base / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if "down_proj" not in k}
+    save_file(kept, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(ExportError, match=r"base.*anew"):
         export_checkpoint(random_plan(tiny_model("llama"), "ffn", 5), base, tmp_path / "out")
     assert untouched(tmp_path)
@@ -221,8 +187,6 @@ def test_a_disk_that_fills_up(base, tmp_path):
 def test_models_in_memory_that_are_refused(tmp_path):
     model = tiny_model("llama")
     plan = random_plan(model, "ffn", 5)
-    with austeer.steer(model, plan, 1.0), pytest.raises(ExportError, match="steered"):
-        export_checkpoint(plan, model, tmp_path / "out")
     elsewhere = copy.deepcopy(model)
     disk_offload(elsewhere, tmp_path / "offloaded", execution_device=torch.device("cpu"))
     with pytest.raises(ExportError, match=r"device_map.*Hub id"):

@@ -22,68 +22,12 @@ from austeer.export.edits import (
     warn_of_another_model,
     with_alphas,
 )
-from austeer.models.sites import find_sites
-from dense_formula import WEIGHT_SITES, formula_logits, logits, random_plan
-from tiny_models import FAMILIES, ids_of_rows, tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+from dense_formula import WEIGHT_SITES, random_plan
+from tiny_models import tiny_model
 
 
 def by_path(model, *plans):
     return {edit.path: edit for edit in edits_of(model, plans)}
-
-
-def on_meta(model):
-    return copy.deepcopy(model).to("meta")
-
-
-def apply(model, edits):
-    """Does to the weights and biases what the edits say, with plain indexing."""
-    with torch.no_grad():
-        for edit in edits:
-            module, names = model.get_submodule(edit.path), edit.weights
-            weight = getattr(module, names.weight).data.movedim((names.output, names.input), (-2, -1))
-            bias = getattr(module, names.bias) if names.bias else None
-            if edit.input is not None:
-                if edit.input.shifts:
-                    bias += weight[..., edit.input.index] @ edit.input.shift
-                weight[..., edit.input.index] *= 1 + edit.input.gamma
-            if edit.output is not None:
-                weight[..., edit.output.index, :] *= (1 + edit.output.gamma)[:, None]
-                if bias is not None:
-                    bias[..., edit.output.index] *= 1 + edit.output.gamma
-                    bias[..., edit.output.index] += edit.output.shift
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_edits_are_the_formula(family):
-    model = tiny_model(family).double()
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-    ids = ids_of_rows()
-    sites = [site for site in find_sites(model) if site in WEIGHT_SITES]
-    plan = random_plan(model, sites, 30)
-    expected, unsteered = formula_logits(model, ids, plan, 2.0), logits(model, ids)
-    edits = edits_of(on_meta(model), [(plan, 2.0)])
-    assert [edit.layer for edit in edits] == sorted(edit.layer for edit in edits)
-    apply(model, edits)
-    assert (expected - unsteered).abs().max() > 0.01
-    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_shift_is_a_change_of_biases():
-    model = tiny_model("llama", attention_bias=True, mlp_bias=True).double()
-    ids, plan = ids_of_rows(), random_plan(model, WEIGHT_SITES, 30, "shift")
-    expected = formula_logits(model, ids, plan, 2.0)
-    before = logits(model, ids)
-    edits = edits_of(model, [(plan, 2.0)])
-    assert all(edit.shifts and edit.rank == 0 for edit in edits)
-    apply(model, edits)
-    assert (expected - before).abs().max() > 0.1
-    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_both_sides_of_one_layer_are_one_edit(model):
@@ -123,16 +67,6 @@ def test_an_au_that_cancels_out_takes_no_rank(model):
     both = by_path(model, (plan, 2.0), (plan.take(torch.arange(4)), -2.0))
     assert sum(edit.rank for edit in both.values()) == 6
     assert sum(map(len, (edit.output for edit in both.values()))) == 10
-
-
-def test_experts_are_one_edit_each(model):
-    mixture = tiny_model("qwen2_moe")
-    edits = by_path(mixture, (random_plan(mixture, "ffn", 60), 1.0))
-    assert {path: (edit.experts, edit.mixture) for path, edit in edits.items() if edit.layer < 2} == {
-        "model.layers.0.mlp.down_proj": (False, False),
-        "model.layers.1.mlp.experts": (True, True),
-        "model.layers.1.mlp.shared_expert.down_proj": (False, True),
-    }
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
@@ -229,13 +163,9 @@ def test_plans_are_given_alone_or_together_with_alphas_or_without(model):
     [
         ([], 1.0, "plans.*none"),
         ("plan", 1.0, "plans.*str"),
-        (None, 1.0, "plans.*NoneType"),
-        ({"a": 1}, 1.0, "plans.*dict"),
         (..., "2", "alpha.*'2'"),
         (..., True, "alpha.*True"),
-        (..., None, "alpha.*None"),
         (..., float("nan"), "alpha.*nan"),
-        (..., float("-inf"), "alpha.*-inf"),
         (..., 1e39, r"alpha.*1e\+39"),
         (..., 10**400, "alpha.*1000"),
         (..., {"ffn": 1e39}, r"alpha.*1e\+39"),

@@ -1,29 +1,16 @@
 """What a LoRA adapter cannot say is refused before anything is written, and a broken-off export leaves nothing."""
 
 import copy
-import errno
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from adapters import config_of, tensors_of
-from austeer import PlanError
 from austeer.export import ExportError, ExportWarning, export_lora
 from austeer.export import lora as lora_module
 from dense_formula import WEIGHT_SITES, keep_layers, random_plan
 from tiny_models import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "adapter"
 
 
 def refused(match, plan, model, out, error=ExportError, **options):
@@ -35,8 +22,6 @@ def refused(match, plan, model, out, error=ExportError, **options):
 @pytest.mark.parametrize(
     "site, operation, match",
     [
-        ("layer", "scale", "site 'layer'"),
-        ("ffn", "push", "'push'"),
         ("ffn", "shift", r"down_proj.*'ffn' of layer \d.*'shift'.*austeer export checkpoint"),
         ("attention", "shift", r"o_proj.*'shift'.*lora_bias=True"),
     ],
@@ -72,13 +57,6 @@ def test_dense_layers_of_a_model_with_mixtures_are_named_by_their_parameter(out)
     assert config["target_modules"] == [] and config["target_parameters"] == ["model.layers.0.mlp.down_proj.weight"]
 
 
-def test_a_plan_for_another_architecture_is_refused(model, out):
-    other = tiny_model("llama", num_hidden_layers=4)
-    refused("4 layers.*3 layers", random_plan(other, "ffn", 5), model, out, PlanError)
-    other = tiny_model("qwen3")
-    refused("qwen3.*llama", random_plan(other, "ffn", 5), model, out, PlanError)
-
-
 def test_another_model_of_the_architecture_is_a_warning(model, out):
     plan = random_plan(model, "ffn", 5)
     named = replace(plan, model=replace(plan.model, name="meta/Llama-9"))
@@ -88,16 +66,9 @@ def test_another_model_of_the_architecture_is_a_warning(model, out):
     assert out.is_dir()
 
 
-@pytest.mark.parametrize("plans", [[], "plan", [3]])
-def test_what_is_no_plan_is_refused(model, out, plans):
-    refused("plans.*(none|str|int)", plans, model, out, PlanError)
-
-
 def test_bad_options_are_refused(model, out):
     plan = random_plan(model, "ffn", 30)
-    refused("alpha.*nan", plan, model, out, PlanError, alpha=float("nan"))
     refused("dtype.*'int8'.*float64, float32", plan, model, out, dtype="int8")
-    refused("dtype.*'Tensor'", plan, model, out, dtype="Tensor")
     refused(r"rank.* 3.*\d+ or more", plan, model, out, rank=3)
     refused("rank.* 0.* 1", plan, model, out, rank=0)
     refused("rank.*rank_pattern", plan, model, out, rank=40, rank_pattern=True)
@@ -107,27 +78,6 @@ def test_numbers_that_the_dtype_has_not_are_refused(model, out):
     plan = random_plan(model, "ffn", 30)
     refused("torch.float16.*bfloat16", plan, model, out, dtype="float16", alpha=1e7)
     export_lora(plan, model, out, dtype="bfloat16", alpha=1e7)
-
-
-def test_a_quantised_base_is_refused_with_what_to_do(model, tmp_path, out):
-    model.save_pretrained(tmp_path / "model")
-    quantised = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", quantization_config=BitsAndBytesConfig(load_in_8bit=True)
-    )
-    with pytest.raises(ExportError, match="bitsandbytes"):
-        export_lora(random_plan(model, "ffn", 3), quantised, out)
-    assert not out.exists()
-
-
-def test_an_existing_folder_is_kept_or_replaced(model, out):
-    plan = random_plan(model, "ffn", 5)
-    out.mkdir()
-    (out / "mine.txt").write_text("mine")
-    with pytest.raises(ExportError, match=f"{out}: exists.*force"):
-        export_lora(plan, model, out)
-    assert [file.name for file in out.iterdir()] == ["mine.txt"]
-    export_lora(plan, model, out, force=True)
-    assert not (out / "mine.txt").exists() and config_of(out)["r"]
 
 
 @pytest.mark.filterwarnings("ignore:the plan was measured on")
@@ -169,22 +119,13 @@ def test_too_little_space_is_known_beforehand(model, out, monkeypatch):
     refused(f"{out}.* MB", random_plan(model, "ffn", 5), model, out)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt("stopped")])
-def test_a_broken_off_write_leaves_nothing(model, out, monkeypatch, error):
-    def fail(tensors, path, **options):
-        Path(path).write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(lora_module, "save_file", fail)
-    kind, match = (ExportError, f"{out}.*space") if isinstance(error, OSError) else (KeyboardInterrupt, "stopped")
-    refused(match, random_plan(model, "ffn", 5), model, out, kind)
-
-
 def test_a_replaced_adapter_stays_if_the_new_one_fails(model, out, monkeypatch):
     plan = random_plan(model, "ffn", 5)
     export_lora(plan, model, out)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     monkeypatch.setattr(lora_module, "save_file", lambda *a, **o: (_ for _ in ()).throw(OSError(5, "broken")))
+    with pytest.raises(ExportError, match=f"{out}: exists.*force"):
+        export_lora(plan, model, out, alpha=9)
     with pytest.raises(ExportError, match="broken"):
         export_lora(plan, model, out, alpha=9, force=True)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

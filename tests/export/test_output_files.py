@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from austeer.export.edits import ExportError
-from austeer.export.output_files import RECORD, check_output, check_replaced, nearest_folder, staged, staged_file
+from austeer.export.output_files import RECORD, check_output, check_replaced, nearest_folder, staged
 
 
 def names(folder):
@@ -29,7 +29,7 @@ def test_a_folder_appears_when_it_is_finished(tmp_path):
 def test_a_file_appears_when_it_is_finished(tmp_path):
     out = tmp_path / "out.gguf"
     for text in ("1", "2"):
-        with staged_file(out) as path:
+        with staged(out, file=True) as path:
             path.write_text(text)
         assert names(tmp_path) == ["out.gguf"] and out.read_text() == text
 
@@ -43,12 +43,6 @@ def test_nothing_is_left_of_what_failed(tmp_path, error):
         (staging / "a").touch()
         raise error
     assert names(tmp_path) == ["out"] and names(out) == ["old"]
-
-
-def test_what_was_there_is_replaced_as_a_whole(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
     with staged(out) as staging:
         (staging / "new").touch()
         assert names(out) == ["old"]

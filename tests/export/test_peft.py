@@ -54,7 +54,6 @@ def user_lora(model, modules, folder, rank=3, seed=5):
     config = peft.LoraConfig(target_modules=modules, r=rank, lora_alpha=2 * rank, init_lora_weights=False)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
     wrapped.save_pretrained(folder)
-    return logits(wrapped.eval(), IDS)
 
 
 # --- exact -----------------------------------------------------------------------------------------------------------
@@ -73,18 +72,6 @@ def test_every_family(family, tmp_path):
     expected = formula_logits(model, IDS, plan, ALPHA)
     assert (expected - logits(model, IDS)).abs().max() > 0.05
     close(logits(load(model, tmp_path / "a"), IDS), expected)
-
-
-@pytest.mark.parametrize("sites", [(s,) for s in WEIGHT_SITES] + [("attention", "neuron"), ("ffn", "neuron")])
-@pytest.mark.parametrize(
-    ("family", "exact_ranks"), [("llama", False), ("llama", True), ("gpt2", False), ("falcon", False)]
-)
-def test_every_site(family, sites, exact_ranks, tmp_path):
-    model = double(family)
-    plan = random_plan(model, sites, 21)
-    bias = family == "gpt2"
-    export_lora(plan, model, tmp_path / "a", alpha=ALPHA, rank_pattern=exact_ranks, lora_bias=bias)
-    close(logits(load(model, tmp_path / "a"), IDS), formula_logits(model, IDS, plan, ALPHA))
 
 
 @pytest.mark.parametrize("site", WEIGHT_SITES)
@@ -149,47 +136,6 @@ def test_narrow_adapters_err_by_their_rounding(model, dtype, tmp_path):
     assert (found - expected).abs().mean() <= 2 * plain
 
 
-def test_a_bfloat16_adapter_is_rounded_once_from_the_weights(model, tmp_path):
-    plan = random_plan(model, "ffn", 45)
-    export_lora(plan, model, tmp_path / "a", alpha=3.7, dtype="bfloat16")
-    adapter = load(model, tmp_path / "a")
-    for n, layer in enumerate(adapter.get_base_model().model.layers):
-        rows = plan.of("ffn")[plan.layer == n]
-        rows = rows[plan.index[rows].argsort()]
-        gamma = (torch.tensor(3.7) * plan.beta[rows]).double()
-        exact = gamma[:, None] * layer.mlp.down_proj.base_layer.weight[plan.index[rows].long()]
-        assert torch.equal(layer.mlp.down_proj.lora_A["default"].weight[: len(rows)], exact.bfloat16())
-
-
-def test_generation(model, tmp_path):
-    model = copy.deepcopy(model)
-    model.generation_config.eos_token_id = None
-    plan = random_plan(model, ("attention", "ffn"), 45)
-    export_lora(plan, model, tmp_path / "a", alpha=ALPHA)
-    options = {"max_new_tokens": 12, "do_sample": False}
-    with formula_at(model, plan, ALPHA):
-        expected = model.generate(**IDS, **options)
-    adapter = load(model, tmp_path / "a")
-    assert torch.equal(adapter.generate(**IDS, **options), expected)
-    with adapter.disable_adapter():
-        unsteered = adapter.generate(**IDS, **options)
-    assert torch.equal(unsteered, model.generate(**IDS, **options)) and not torch.equal(unsteered, expected)
-
-
-def test_rows_of_one_batch_have_their_own_adapters(model, tmp_path):
-    plans = {name: random_plan(model, ("attention", "ffn"), 45, seed=n) for n, name in enumerate(("kind", "brief"))}
-    for name, plan in plans.items():
-        export_lora(plan, model, tmp_path / name, alpha=ALPHA)
-    adapter = load(model, tmp_path / "kind", "kind").eval()
-    adapter.load_adapter(tmp_path / "brief", "brief", autocast_adapter_dtype=False)
-    rows = {key: value[:1].expand(3, -1) for key, value in IDS.items()}
-    with torch.no_grad():
-        found = adapter(**rows, adapter_names=["brief", "__base__", "kind"]).logits
-    close(found[1:2], logits(model, {key: value[:1] for key, value in IDS.items()}))
-    for row, name in ((0, "brief"), (2, "kind")):
-        close(found[row], formula_logits(model, IDS, plans[name], ALPHA)[0])
-
-
 # --- where the weights come from -------------------------------------------------------------------------------------
 
 
@@ -243,41 +189,19 @@ def test_alpha_can_be_left_to_the_scaling(operation, sites, alpha, model, tmp_pa
     assert (logits(scaled, IDS) - formula_logits(model, IDS, plan, alpha)).abs().max() < 1e-4
 
 
-def test_lora_alpha_in_the_config_is_a_factor_of_alpha(model, tmp_path):
-    import json
-
-    plan = random_plan(model, ("attention", "ffn"), 30)
-    export_lora(plan, model, tmp_path / "a")
-    file = tmp_path / "a" / "adapter_config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"lora_alpha": config["r"] * 4}))
-    close(logits(load(model, tmp_path / "a"), IDS), formula_logits(model, IDS, plan, 4.0))
-
-
-def test_scaling_is_not_alpha_where_both_sides_of_a_layer_are_scaled(model, tmp_path):
-    plan = random_plan(model, ("ffn", "neuron"), 90)
-    export_lora(plan, model, tmp_path / "one")
-    scaled = load(model, tmp_path / "one")
-    scale_all(scaled, 4.0)
-    expected = formula_logits(model, IDS, plan, 4.0)
-    assert (logits(scaled, IDS) - expected).abs().max() > 0.01 * (expected - logits(model, IDS)).abs().max()
-
-
 # --- beside other adapters -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
-def test_it_is_added_to_a_user_s_own_lora(combination, model, tmp_path):
+def test_it_is_added_to_a_user_s_own_lora(model, tmp_path):
     plan = random_plan(model, "ffn", 12)
     rank = 6
     export_lora(plan, model, tmp_path / "plan", alpha=ALPHA, rank=rank)
     user_lora(model, ["q_proj", "down_proj"], tmp_path / "user", rank)
     adapter = load(model, tmp_path / "plan", "plan")
     adapter.load_adapter(tmp_path / "user", "user", autocast_adapter_dtype=False)
-    options = {"svd_rank": 2 * rank} if combination == "svd" else {}
-    adapter.add_weighted_adapter(["plan", "user"], [0.5, 1.0], "both", combination, **options)
+    adapter.add_weighted_adapter(["plan", "user"], [0.5, 1.0], "both", "cat")
     adapter.set_adapter("both")
-    # By hand: W + 0.5 gamma W + B A of the user; "linear" sums A and B apart and is another thing by design.
+    # By hand: W + 0.5 gamma W + B A of the user.
     summed = copy.deepcopy(model)
     own = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "user", autocast_adapter_dtype=False)
     for n, layer in enumerate(summed.model.layers):
@@ -288,37 +212,8 @@ def test_it_is_added_to_a_user_s_own_lora(combination, model, tmp_path):
         weight[index] += 0.5 * ALPHA * plan.beta[rows].double()[:, None] * weight[index]
         weight += user.mlp.down_proj.get_delta_weight("default")
         layer.self_attn.q_proj.weight.data += user.self_attn.q_proj.get_delta_weight("default")
-    expected, found = logits(summed, IDS), logits(adapter, IDS)
-    if combination == "linear":
-        assert (found - expected).abs().max() > 1e-3 and found.isfinite().all()
-    else:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # PEFT makes some of it in float32
-
-
-def test_plans_are_added_in_peft_as_they_are_by_export(model, tmp_path):
-    plans = [random_plan(model, ("attention", "ffn"), 20, seed=seed) for seed in range(2)]
-    for n, plan in enumerate(plans):
-        export_lora(plan, model, tmp_path / str(n))
-    export_lora([(plans[0], 2.0), (plans[1], -1.0)], model, tmp_path / "sum")
-    adapter = load(model, tmp_path / "0", "0")
-    adapter.load_adapter(tmp_path / "1", "1", autocast_adapter_dtype=False)
-    adapter.add_weighted_adapter(["0", "1"], [2.0, -1.0], "sum", "cat")
-    adapter.set_adapter("sum")
-    torch.testing.assert_close(logits(adapter, IDS), logits(load(model, tmp_path / "sum"), IDS), rtol=1e-6, atol=1e-6)
-
-
-def test_it_is_active_together_with_a_user_s_own_lora(model, tmp_path):
-    plan = random_plan(model, ("attention", "ffn"), 30)
-    export_lora(plan, model, tmp_path / "plan", alpha=ALPHA)
-    user_alone = user_lora(model, ["q_proj", "gate_proj"], tmp_path / "user")
-    adapter = load(model, tmp_path / "plan", "plan")
-    adapter.load_adapter(tmp_path / "user", "user", autocast_adapter_dtype=False)
-    adapter.base_model.set_adapter(["plan", "user"])
-    # On other layers than the plan's, the user's LoRA is part of the model that is steered.
-    own = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "user", autocast_adapter_dtype=False).eval()
-    merged = own.merge_and_unload()
-    close(logits(merged, IDS), user_alone)
-    close(logits(adapter, IDS), formula_logits(merged, IDS, plan, ALPHA))
+    # PEFT makes some of it in float32.
+    torch.testing.assert_close(logits(adapter, IDS), logits(summed, IDS), rtol=1e-5, atol=1e-5)
 
 
 # --- merged ----------------------------------------------------------------------------------------------------------

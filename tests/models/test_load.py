@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from austeer import SiteError, find_sites
-from austeer.errors import AusteerError, ModelError
+from austeer.errors import ModelError
 from austeer.models import load as models
 from austeer.models.demo_model import DEMO_NAME, demo_model
 from austeer.models.load import fits, load_model, load_offloaded
@@ -21,11 +20,27 @@ from tiny_models import ids_of_rows, tiny_model
 
 
 @pytest.fixture
-def saved(tiny, demo, tmp_path):
-    """A folder with a tiny model and its tokenizer."""
-    tiny.save_pretrained(tmp_path / "tiny")
-    demo[1].save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+def saved_of(demo, tmp_path):
+    """Saves a model with a tokenizer, and gives the folder."""
+
+    def save(model, **options):
+        model.save_pretrained(tmp_path / "model", **options)
+        demo[1].save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
+
+
+@pytest.fixture
+def saved(tiny, saved_of):
+    return saved_of(tiny)
+
+
+def assert_runs_as(model, offloaded):
+    sites, blocks = find_sites(model), blocks_of()
+    found, runner = layer_by_layer(offloaded, sites, blocks)
+    assert_equal(found, in_plain_order(model, sites, blocks))
+    return runner
 
 
 def test_demo_model_is_what_it_says(demo):
@@ -40,21 +55,14 @@ def test_demo_model_is_what_it_says(demo):
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
 
 
-def test_cached_demo_model_is_not_made_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("AUSTEER_CACHE", str(tmp_path))
-    folder = tmp_path / DEMO_NAME
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    assert demo_model() == folder and [path.name for path in folder.iterdir()] == ["config.json"]
-
-
-def test_cache_may_be_named_two_ways(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variable, below", [("AUSTEER_CACHE", ""), ("XDG_CACHE_HOME", "austeer")])
+def test_cached_demo_model_is_not_made_again(tmp_path, monkeypatch, variable, below):
     monkeypatch.delenv("AUSTEER_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = tmp_path / "austeer" / DEMO_NAME
+    monkeypatch.setenv(variable, str(tmp_path))
+    folder = tmp_path / below / DEMO_NAME
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    assert demo_model() == folder
+    assert demo_model() == folder and [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
@@ -64,11 +72,6 @@ def test_folder_and_dtype(saved, tiny, dtype):
     assert model.dtype == wanted and not model.training and tokenizer("a")["input_ids"]
     for name, t in tiny.state_dict().items():
         assert torch.equal(model.state_dict()[name], t.to(wanted)), name
-
-
-def test_unknown_dtype(saved):
-    with pytest.raises(ModelError, match=r"dtype: .*'int8'.*bfloat16"):
-        load_model(str(saved), "int8", "cpu")
 
 
 def damage_config(folder):
@@ -97,18 +100,9 @@ def test_damaged_folder_gives_one_message(saved, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_empty_folder(tmp_path):
-    with pytest.raises(ModelError, match=rf"'{tmp_path}'.*cpu"):
-        load_model(str(tmp_path), "auto", "cpu")
-
-
 def test_unknown_device(saved):
     with pytest.raises(ModelError, match=rf"'{saved}'.*abacus"):
         load_model(str(saved), "auto", "abacus")
-
-
-def test_model_errors_are_austeers():
-    assert issubclass(ModelError, AusteerError)
 
 
 def test_offloaded_demo_model_is_the_demo_model(demo):
@@ -126,8 +120,7 @@ def test_offloaded_demo_model_is_the_demo_model(demo):
 def test_offloaded_in_another_dtype(saved, dtype):
     resident, offloaded = load_model(str(saved), dtype, "cpu")[0], load_offloaded(str(saved), dtype, "cpu")[0]
     assert offloaded.dtype == resident.dtype
-    sites, blocks = find_sites(resident), blocks_of()
-    assert_equal(layer_by_layer(offloaded, sites, blocks)[0], in_plain_order(resident, sites, blocks))
+    assert_runs_as(resident, offloaded)
 
 
 def test_nothing_is_copied_where_nothing_is_converted(saved, tmp_path):
@@ -136,33 +129,27 @@ def test_nothing_is_copied_where_nothing_is_converted(saved, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "opt", "deepseek_v3"])
-def test_only_small_modules_are_in_memory(demo, tmp_path, family):
+def test_only_small_modules_are_in_memory(saved_of, tmp_path, family):
     model = tiny_model(family)
-    model.save_pretrained(tmp_path / "model")
-    demo[1].save_pretrained(tmp_path / "model")
-    offloaded, _ = load_offloaded(str(tmp_path / "model"), "auto", "cpu", tmp_path / "offload")
+    offloaded, _ = load_offloaded(str(saved_of(model)), "auto", "cpu", tmp_path / "offload")
     layers = find_sites(offloaded, ["layer"])["layer"][0].path.rpartition(".")[0]
     held = {name for name, p in offloaded.named_parameters() if p.device.type != "meta"}
     assert held and not any(name.startswith(f"{layers}.") for name in held)
     assert not any("lm_head" in name or "embed_tokens" in name or "wte" in name for name in held)
-    sites, blocks = find_sites(model), blocks_of()
-    assert_equal(layer_by_layer(offloaded, sites, blocks)[0], in_plain_order(model, sites, blocks))
+    assert_runs_as(model, offloaded)
 
 
-def test_experts_are_converted_once(demo, tmp_path):
+def test_experts_are_converted_once(saved_of, tmp_path):
     model = tiny_model("qwen3_moe")
-    model.save_pretrained(tmp_path / "model", max_shard_size="30KB")
-    demo[1].save_pretrained(tmp_path / "model")
-    offloaded, _ = load_offloaded(str(tmp_path / "model"), "auto", "cpu", tmp_path / "offload")
+    folder = saved_of(model, max_shard_size="30KB")
+    offloaded, _ = load_offloaded(str(folder), "auto", "cpu", tmp_path / "offload")
     experts = {name: p for name, p in model.named_parameters() if ".experts." in name}
     written = {path.name.removesuffix(".safetensors") for path in (tmp_path / "offload").iterdir()}
     assert written == experts.keys()  # in the format of the model's code; the checkpoint has one tensor an expert
     for name, p in experts.items():
         with safe_open(tmp_path / "offload" / f"{name}.safetensors", "pt") as file:
             assert torch.equal(file.get_tensor(name), p)
-    sites, blocks = find_sites(model), blocks_of()
-    found, runner = layer_by_layer(offloaded, sites, blocks)
-    assert_equal(found, in_plain_order(model, sites, blocks))
+    runner = assert_runs_as(model, offloaded)
     small = sum(p.nbytes for p in model.model.norm.parameters())  # in memory already
     assert runner.traffic.read == sum(p.nbytes for p in model.model.parameters()) - small
 
@@ -171,12 +158,11 @@ def folders():
     return set(Path(tempfile.gettempdir()).glob("austeer-offload-*"))
 
 
-def test_temporary_folder_goes_with_the_model(demo, tmp_path):
-    tiny_model("mixtral").save_pretrained(tmp_path)
-    demo[1].save_pretrained(tmp_path)
+def test_temporary_folder_goes_with_the_model(saved_of):
+    saved = saved_of(tiny_model("mixtral"))
     gc.collect()
     before = folders()
-    model, _ = load_offloaded(str(tmp_path), "auto", "cpu")
+    model, _ = load_offloaded(str(saved), "auto", "cpu")
     (folder,) = folders() - before
     assert list(folder.iterdir())
     with torch.no_grad():
@@ -195,25 +181,11 @@ def test_damaged_folder_is_not_offloaded(saved, damage):
     assert "\n" not in str(caught.value) and folders() == before
 
 
-def test_disk_too_small_for_converted_experts(demo, tmp_path, monkeypatch):
-    import transformers.integrations.accelerate as integration
-
-    def full(*_):
-        raise OSError(28, os.strerror(28))
-
-    tiny_model("mixtral").save_pretrained(tmp_path)
-    demo[1].save_pretrained(tmp_path)
-    monkeypatch.setattr(integration, "save_file", full)
-    with pytest.raises(ModelError, match=rf"'{tmp_path}'.*No space left"):
-        load_offloaded(str(tmp_path), "auto", "cpu")
-
-
-def test_models_without_known_layers_are_not_offloaded(demo, tmp_path):
-    AutoConfig.for_model("mamba", num_hidden_layers=2, hidden_size=32).save_pretrained(tmp_path)
-    demo[1].save_pretrained(tmp_path)
+def test_models_without_known_layers_are_not_offloaded(saved_of):
+    folder = saved_of(AutoConfig.for_model("mamba", num_hidden_layers=2, hidden_size=32))
     before = folders()
     with pytest.raises(SiteError, match="mamba"):
-        load_offloaded(str(tmp_path), "auto", "cpu")
+        load_offloaded(str(folder), "auto", "cpu")
     assert folders() == before
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import austeer
-from austeer import Momentum, SelectionError, SiteError
+from austeer import Momentum, SiteError
 from austeer.models.sites import find_sites, layers_path
 from austeer.models.structure import first_layers
 from letter_tokens import Letters, letter_pairs
@@ -127,13 +127,6 @@ def test_files_keep_the_layers(llama, tmp_path):
     assert part.merge(loaded).layers == (0, 2) and part.merge(loaded).pairs == 12
 
 
-def test_other_layers_do_not_merge(llama):
-    part = measured(llama, [0, 2], ["ffn"])
-    for other in (measured(llama, [0, 1], ["ffn"]), measured(llama, None, ["ffn"]), measured(llama, [0], ["ffn"])):
-        with pytest.raises(SelectionError, match=r"layers \(0.*\(0, 2\)"):
-            part.merge(other)
-
-
 def test_the_layer_at_fault_is_the_models(llama):
     llama.model.layers[2].mlp.down_proj.weight.data[5, 3] = float("nan")
     with pytest.raises(austeer.CaptureError, match=r"'ffn', layer 2, AU 5.*NaN"):
@@ -153,10 +146,3 @@ def test_a_list_of_modules_is_shorter_for_a_while(llama, count):
         assert not llama.model.layers.training
         assert not any(name.startswith(f"model.layers.{count}") for name in llama.state_dict())
     assert llama.model.layers is layers and modules(llama) == before
-
-
-def test_contexts_within_contexts(llama):
-    before = modules(llama)
-    with first_layers(llama, "model.layers", 2), first_layers(llama, "model.layers", 1):
-        assert len(llama.model.layers) == 1
-    assert modules(llama) == before

@@ -18,7 +18,7 @@ import austeer
 from austeer.forward.capture import LastTokens
 from austeer.models.sites import Site, find_sites
 from austeer.models.tensor_parallel import held
-from dense_formula import OPERATIONS, SITES, formula, formula_logits, logits, random_plan
+from dense_formula import OPERATIONS, SITES, formula_at, formula_logits, logits, random_plan
 from forking import errors_to, may_start_from, start
 
 may_start_from(__name__)
@@ -169,10 +169,8 @@ def test_generation_and_gradients_are_those_of_the_model_in_one_piece(whole, ran
     plan = random_plan(model, SITES, COUNT)
     with austeer.steer(model, plan, 0.5):
         text = model.generate(**ids(), max_new_tokens=6, do_sample=False)
-    handles = formula(model, plan, 0.5)
-    expected = gradients(model)
-    for handle in handles:
-        handle.remove()
+    with formula_at(model, plan, 0.5):
+        expected = gradients(model)
     for rank in ranks:
         assert torch.equal(rank[name]["text"], text)
         assert torch.equal(rank[name]["rows"], mixed_rows(model))

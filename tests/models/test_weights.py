@@ -75,14 +75,6 @@ def test_what_is_in_memory_is_not_copied():
         assert offloaded.model.layers[0].mlp.down_proj.weight.data_ptr() == there
 
 
-def test_what_is_there_is_not_loaded():
-    model, traffic = tiny_model(), Traffic()
-    before = snapshot(model)
-    with part_of(model, "model.layers.0", traffic).here():
-        assert snapshot(model) == before
-    assert traffic.read == 0
-
-
 def test_resident_weights_on_another_device():
     model, traffic, other = tiny_model("deepseek_v3"), Traffic(), torch.device("cpu:0")
     before = snapshot(model)

@@ -41,21 +41,14 @@ def test_ranges_of_alpha():
         (TRIED, {"alpha": float("nan")}, "alpha.*nan"),
         (TRIED, {"alpha": 10**400}, "alpha.*inf"),
         (TRIED, {"alpha": True}, "alpha.*bool"),
-        (TRIED, {"alpha": None}, "alpha.*NoneType"),
         (TRIED, {"alpha": {}}, "alpha.*site"),
-        (TRIED, {"alpha": {"ffn": "8"}}, "alpha.*str"),
         (TRIED, {"alpha": {7: 8}}, "alpha.*site.*int"),
-        (TRIED, {"effect": float("-inf")}, "effect.*-inf"),
-        (TRIED, {"effect": None}, "effect.*NoneType"),
         (TRIED, {"data": ""}, "data.*''.* 1 to"),
         (TRIED, {"data": "two\nlines"}, r"data.*'two\\nlines'"),
         (TRIED, {"data": "x" * (LONGEST_TEXT + 1)}, f"data.*{LONGEST_TEXT + 1} characters"),
-        (TRIED, {"data": "\ud800"}, r"data.*udc?800"),
         (TRIED, {"share": 1.01}, "share.*1.01.*0 to 1"),
         (TRIED, {"low": None}, "effect.*None to 1.2"),
-        (TRIED, {"low": 1.3}, "effect.*1.3 to 1.2"),
         (COST, {"percent": "0.4"}, "percent.*str"),
-        (COST, {"low": 3.0}, "percent.*3.0 to 2.1"),
         (COST, {"device": None}, "device.*NoneType"),
         (KNOWN, {"effect": ""}, "^effect.*''"),
         (KNOWN, {"side_effect": ""}, "side_effect.*''"),
@@ -68,9 +61,3 @@ def test_ranges_of_alpha():
 def test_what_is_no_evidence(row, change, message):
     with pytest.raises(PlanError, match=message):
         replace(row, **change)
-
-
-@pytest.mark.parametrize("data", [{}, {"tested": 5, "overhead": []}, {**KNOWN.to_json(), "more": 1}, {"tested": [{}]}])
-def test_json_that_is_no_evidence(data):
-    with pytest.raises((KeyError, TypeError, ValueError, PlanError)):
-        Evidence.from_json(data)

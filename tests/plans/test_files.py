@@ -3,7 +3,6 @@
 import json
 import struct
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,18 +49,6 @@ def test_file_gives_back_the_plan(tmp_path_factory, keys, operation, chat, ties,
         assert loaded.model == plan.model and loaded.evidence == plan.evidence
         for name in ("layer", "index", "beta", "delta"):
             assert torch.equal(getattr(loaded, name), getattr(plan, name))
-
-
-def test_columns_that_share_memory_are_saved(tmp_path):
-    plan = replace(PLAN, beta=PLAN.beta, delta=PLAN.beta)
-    assert Plan.from_pretrained(plan.save_pretrained(tmp_path)) == plan
-
-
-def test_saving_again_overwrites(tmp_path):
-    PLAN.save_pretrained(tmp_path)
-    PLAN.top(1).save_pretrained(tmp_path)
-    assert Plan.from_pretrained(tmp_path) == PLAN.top(1)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def test_the_same_plan_is_the_same_file(tmp_path):
@@ -178,10 +165,7 @@ def test_a_file_of_version_1_has_no_later_fields(tmp_path, field, found):
     [
         ("3", "9.1", "version '3'.*2.*austeer 9.1, pip install --upgrade austeer"),
         ("3", "9.1; rm -rf /", r"version '3'.*2.*\(pip install --upgrade austeer\)"),
-        ("999999999", "9.1", "version '999999999'.*2.*--upgrade"),
         ("0", "0.0", "version '0'.*2; use the austeer that wrote it,"),
-        ("-1", "0.1", "version '-1'.*2; use the austeer that wrote it,"),
-        ("two", "0.1", "version 'two'.*2; use the austeer that wrote it,"),
         ("٢", "0.1", "version '٢'.*2; use the austeer that wrote it,"),
         ("9" * 5000, "0.1", "version '9{40}'.*2; use the austeer that wrote it,"),
     ],
@@ -261,50 +245,25 @@ def evidence_with(**changes):
     "header, tensors, error",
     [
         (header_with(operation="add"), {}, PlanError),
-        (header_with(operation=["scale"]), {}, PlanError),
-        (header_with(operation=...), {}, FileFormatError),
         (header_with(ties=...), {}, FileFormatError),
-        (header_with(ties="x" * 10**5), {}, PlanError),
-        (header_with(chat_template=0), {}, PlanError),
-        (header_with(pairs=-1), {}, PlanError),
-        (header_with(pairs=1.0), {}, PlanError),
         (header_with(sites=["ffn"]), {}, FileFormatError),
         (header_with(sites=["ffn"] * 2), {}, FileFormatError),
         (header_with(sites=[f"s{i}" for i in range(65)]), {}, FileFormatError),
-        (header_with(sites="af"), {}, FileFormatError),
-        (header_with(sites=None), {}, FileFormatError),
         (header_with(sites=["attention", 5]), {}, PlanError),
-        (header_with(sites=["attention", ["ffn"]]), {}, FileFormatError),
         (header_with(extra=1), {}, FileFormatError),
-        (header_with(model=None), {}, FileFormatError),
         (header_with(model={**MODEL.to_json(), "widths": [6, 9]}), {}, FileFormatError),
-        (header_with(model={**MODEL.to_json(), "layers": -4}), {}, FileFormatError),
-        (header_with(model={**MODEL.to_json(), "layers": 10**30}), {}, PlanError),
         (header_with(model={**MODEL.to_json(), "layers": True}), {}, PlanError),
-        (header_with(model={**MODEL.to_json(), "layers": 1}), {}, PlanError),
-        (header_with(model={**MODEL.to_json(), "name": 5}), {}, PlanError),
         (header_with(model={**MODEL.to_json(), "name": "a\n# b"}), {}, PlanError),
-        (header_with(model={**MODEL.to_json(), "name": "\ud800"}), {}, PlanError),
         (header_with(model={**MODEL.to_json(), "revision": []}), {}, PlanError),
         (header_with(model={**MODEL.to_json(), "more": 1}), {}, FileFormatError),
         (header_with(evidence=...), {}, FileFormatError),
-        (header_with(evidence=[]), {}, FileFormatError),
-        (evidence_with(alpha=3), {}, PlanError),
         (evidence_with(tested=None), {}, FileFormatError),
-        (evidence_with(tested=[5]), {}, FileFormatError),
         (evidence_with(more=1), {}, FileFormatError),
-        (evidence_with(overhead=[{"percent": 1}]), {}, FileFormatError),
         ({}, {}, FileFormatError),
-        ([], {}, FileFormatError),
         (header_with(), {"site": torch.tensor([0, 1, 7], dtype=torch.uint8)}, FileFormatError),
         (header_with(), {"site": torch.tensor([[0], [1], [1]], dtype=torch.uint8)}, FileFormatError),
-        (header_with(), {"beta": torch.tensor([2.0, 0, 0])}, PlanError),
-        (header_with(), {"beta": torch.tensor([0.5, float("nan"), 0])}, PlanError),
-        (header_with(), {"layer": torch.tensor([1, 2, 99]).int()}, PlanError),
         (header_with(), {"layer": torch.tensor([1.0, 2, 3])}, FileFormatError),
-        (header_with(), {"index": torch.tensor(3).int()}, FileFormatError),
         (header_with(), {"index": torch.tensor([3]).int()}, FileFormatError),
-        (header_with(), {"operation": torch.zeros(3)}, FileFormatError),
         (header_with(), {"delta": None}, FileFormatError),
         (header_with(), dict.fromkeys(COLUMNS), FileFormatError),
     ],
@@ -327,13 +286,3 @@ def test_the_unchanged_header_is_a_plan(tmp_path):
     for header, plan in ((header_with(), PLAN), (evidence_with(), KNOWN)):
         files.write(tmp_path / FILE_NAME, FORMAT, VERSION, header, columns)
         assert Plan.from_pretrained(tmp_path) == plan
-
-
-def test_names_are_no_paths(tmp_path):
-    """What a file says is shown and compared; nothing is opened by it."""
-    name = "../../../../etc/passwd"
-    plan = plan_of([(name, 0, 0)], model=replace(MODEL, name=name, widths={name: 3}))
-    inside = tmp_path / "inside"
-    loaded = Plan.from_pretrained(plan.save_pretrained(inside))
-    assert loaded == plan
-    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")] == [Path("inside") / FILE_NAME]

@@ -9,52 +9,26 @@ import struct
 import numpy as np
 import pytest
 
-from austeer import AusteerError, FileFormatError, Plan, PlanError
+from austeer import AusteerError, FileFormatError, Plan
 from austeer.plans.files import FILE_NAME, FORMAT
 from small_plans import COLUMNS, KNOWN, PLAN, VERSION_1, outside, parts_of, sealed
-
-
-def test_a_file_built_by_hand_loads(tmp_path):
-    """The fuzzing below reaches what lies behind the checksum."""
-    metadata, columns = parts_of(KNOWN.save_pretrained(tmp_path).read_bytes())
-    (tmp_path / FILE_NAME).write_bytes(sealed(metadata["header"], columns))
-    assert Plan.from_pretrained(tmp_path) == KNOWN
 
 
 def damaged(content, random):
     """A file's bytes, hurt as storage, transfers and editors do."""
     new = bytearray(content)
-    place = random.randrange(len(new))
-    length = random.choice([1, 2, 8, 40, 200])
-    kind = random.choice(
-        ["flip", "flip", "flips", "cut", "front", "overwrite", "zero", "insert", "delete", "swap", "append"]
-    )
-    if kind == "flip":
-        new[place] ^= 1 << random.randrange(8)
-    elif kind == "flips":
-        for _ in range(random.randrange(2, 9)):
+    place, length = random.randrange(len(new)), random.choice([1, 2, 8, 40, 200])
+    noise, kind = random.randbytes(length), random.randrange(9)
+    if kind < 3:
+        for _ in range(random.choice([1, 1, 5])):
             new[random.randrange(len(new))] ^= 1 << random.randrange(8)
-    elif kind == "cut":
-        del new[place:]
-    elif kind == "front":
-        del new[:place]
-    elif kind == "overwrite":
-        new[place : place + length] = random.randbytes(min(length, len(new) - place))
-    elif kind == "zero":
-        new[place : place + length] = bytes(min(length, len(new) - place))
-    elif kind == "insert":
-        new[place:place] = random.randbytes(length)
-    elif kind == "delete":
-        del new[place : place + length]
-    elif kind == "swap":
-        other = random.randrange(len(new))
-        length = min(length, abs(place - other), len(new) - max(place, other))
-        new[place : place + length], new[other : other + length] = (
-            new[other : other + length],
-            new[place : place + length],
-        )
-    else:
-        new += random.randbytes(length)
+        return bytes(new)
+    first, last, put = [
+        *((place, None, b""), (0, place, b""), (place, place + length, b"")),  # cut, at either end or inside
+        *((place, place + length, noise), (place, place + length, bytes(length))),  # overwritten
+        *((place, place, noise),),  # more of it
+    ][kind - 3]
+    new[first:last] = put
     return bytes(new)
 
 
@@ -72,22 +46,6 @@ def test_any_damage_gives_an_error_or_the_plan(tmp_path, plan):
             assert str(error)
             refused += 1
     assert refused > 1800, "padding and the writer's version may change without harm, little else"
-
-
-def test_every_single_bit_is_guarded(tmp_path):
-    path = PLAN.save_pretrained(tmp_path)
-    content = path.read_bytes()
-    survived = 0
-    for place in range(len(content)):
-        new = bytearray(content)
-        new[place] ^= 1 << place % 8
-        path.write_bytes(new)
-        try:
-            assert Plan.from_pretrained(path) == PLAN
-            survived += 1
-        except (FileFormatError, PlanError):
-            pass
-    assert survived < 0.05 * len(content), "bits of padding or white space may flip without harm, others may not"
 
 
 NASTY = [
@@ -211,9 +169,6 @@ def test_altered_content_with_a_right_checksum(tmp_path):
     "content",
     [
         b"",
-        b"\0" * 7,
-        b"\0" * 8,
-        b"\x80\x04pickle",
         outside({})[:8] + b"\xff" * 200,
         struct.pack("<Q", 2 * 10**5) + b"[" * 10**5 + b"]" * 10**5,
         struct.pack("<Q", 6 * 10**5) + b'{"a":' * 10**5 + b"1" * 10**5,
@@ -222,11 +177,8 @@ def test_altered_content_with_a_right_checksum(tmp_path):
         outside({}, {"format": FORMAT, "version": "2", "header": '{"pairs": NaN}'}),
         outside({}, {"format": FORMAT, "version": "2"}),
         outside({}, {"format": FORMAT, "version": 2, "header": "{}"}),
-        outside({}, {"format": [FORMAT]}),
-        outside({}, ["format"]),
         outside({"beta": 5}),
         outside({"beta": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}),
-        outside({"beta": {"dtype": "F99", "shape": [0], "data_offsets": [0, 0]}}),
         outside({"beta": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 6]}}) + b"\0" * 6,
     ],
 )

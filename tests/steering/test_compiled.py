@@ -168,18 +168,6 @@ def test_more_steered_layers_than_the_compiler_keeps_graphs_for(mode):
         assert bool(uncompiled) == (mode == "columns")
 
 
-def test_more_blocks_than_the_compiler_keeps_graphs_for():
-    """Each block's hooks are new to the compiler; beyond the limit the model runs uncompiled, and right."""
-    model = tiny_model(num_hidden_layers=1)
-    plain = copy.deepcopy(model)
-    run = whole(model)
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
-        for seed in range(4):
-            plan = random_plan(plain, ("attention", "ffn"), 9, seed=seed)
-            with austeer.steer(model, plan, 0.5, mode="columns"):
-                torch.testing.assert_close(run().logits, formula_logits(plain, IDS, plan, 0.5))
-
-
 def test_generation_compiles_no_more_graphs_than_without_steering():
     """Prefill and decoding differ in shape; the strengths do not."""
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

@@ -8,7 +8,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import austeer
-from dense_formula import SITES, formula, formula_logits, random_plan
+from dense_formula import SITES, formula_at, random_plan
 from tiny_models import ids_of_rows, left_padded, tiny_model
 
 TOKENS = 10
@@ -28,13 +28,9 @@ def plan(model):
 
 def by_formula(model, plan, alpha, inputs, **options):
     """What the definition's own hooks generate, without a cache."""
-    handles = formula(model, plan, alpha)
-    try:
+    with formula_at(model, plan, alpha):
         torch.manual_seed(1)
         return model.generate(**inputs, **(GREEDY | {"use_cache": False} | options))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def steered(model, plan, alpha, inputs, mode, **options):
@@ -120,20 +116,6 @@ def test_each_row_of_a_left_padded_batch_is_as_the_row_alone(family, mode, cache
         alone = by_formula(model, plan, 0.5, left_padded([text]))[0, -TOKENS:]
         assert torch.equal(together[row], alone)
         assert not torch.equal(alone, without)
-
-
-@pytest.mark.parametrize("mode", ["auto", "columns"])
-@pytest.mark.parametrize("family", SLIDING)
-def test_the_logits_of_each_row_of_a_left_padded_batch(family, mode):
-    model = tiny_model(family, **SLIDING[family])
-    plan, plain = random_plan(model, SITES, 25), copy.deepcopy(model)
-    with torch.no_grad(), austeer.steer(model, plan, 0.5, mode=mode):
-        inputs = left_padded(TEXTS)
-        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        together = model(**inputs, position_ids=positions).logits
-        for row, text in enumerate(TEXTS):
-            alone = formula_logits(plain, left_padded([text]), plan, 0.5)[0]
-            torch.testing.assert_close(together[row, -len(text) :], alone, rtol=1e-4, atol=1e-4)
 
 
 def requests(model, texts):

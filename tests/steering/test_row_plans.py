@@ -151,24 +151,6 @@ def test_rows_of_what_begins_from_nothing(model, plans):
         assert torch.equal(out, model.generate(num_beams=2, num_return_sequences=2, **GREEDY))
 
 
-def test_layers_compiled_one_by_one_are_not_compiled_again(model, batch, plans):
-    torch._dynamo.reset()
-    plans.pop("brief")
-    choices = [["kind", None, "calm"], [None, "calm", "calm"], ["calm", "kind", None]]
-    with austeer.steer(model, plans, 1.0) as steering, torch.no_grad():
-        expected = []
-        for rows in choices:
-            steering.rows(rows)
-            expected.append(logits(model, batch))
-        for layer in model.model.layers:
-            layer.compile(backend="eager")
-        model(**batch)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for rows, value in zip(choices, expected):
-                steering.rows(rows)
-                torch.testing.assert_close(logits(model, batch), value, rtol=1e-4, atol=1e-4)
-
-
 def test_rows_of_the_wrong_number_or_name(model, batch, plans):
     before = snapshot(model)
     with austeer.steer(model, plans, ALPHA) as steering:
@@ -241,32 +223,6 @@ def test_gradients_of_mixed_rows_are_those_of_the_rows_alone(model, batch, plans
             model(**two).logits[two["attention_mask"].bool()].square().sum().backward()
 
     torch.testing.assert_close(gradient(mixed), gradient(alone), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["rows", "scope"])
-def test_compiled_whole_and_switched_without_recompiling(model, batch, plans, kind):
-    torch._dynamo.reset()
-    plans.pop("brief")  # of push; with scale it needs two launches, and the test wants one
-    alpha = {name: ALPHA[name] for name in plans}
-    arguments = {"plan": plans, "alpha": alpha} if kind == "rows" else {"plan": plans["kind"], "alpha": 2.0}
-    steering = austeer.steer(model, **arguments, scope="all" if kind == "rows" else (2, 5))
-    changes = [(["kind", None, "calm"], 1.0), ([None, "calm", "calm"], 3.0), (["calm", "kind", None], -1.0)]
-    with steering:
-        expected = []
-        for rows, strength in changes:
-            steering.alpha = strength
-            if kind == "rows":
-                steering.rows(rows)
-            expected.append(logits(model, batch))
-    assert not torch.equal(expected[0], expected[1])
-    with steering, torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for (rows, strength), value in zip(changes, expected):
-            steering.alpha = strength
-            if kind == "rows":
-                steering.rows(rows)
-            got = compiled(**batch, use_cache=False).logits
-            torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scope", ["all", (10, 12)], ids=str)

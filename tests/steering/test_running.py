@@ -10,7 +10,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForCausalLM
 
 import austeer
-from dense_formula import SITES, assert_unchanged, formula, formula_logits, logits, random_plan, snapshot
+from dense_formula import SITES, assert_unchanged, formula_at, formula_logits, logits, random_plan, snapshot
 from tiny_models import ids_of_rows, left_padded, tiny_model
 
 IDS = ids_of_rows()
@@ -28,12 +28,8 @@ def text_of(model, inputs=IDS, **options):
 
 
 def text_of_formula(model, plan, alpha, inputs=IDS):
-    handles = formula(model, plan, alpha)
-    try:
+    with formula_at(model, plan, alpha):
         return text_of(model, inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- placed in several places ----------------------------------------------------------------------------------------
@@ -173,10 +169,8 @@ def gradients(model, run=None):
 def test_what_is_computed_anew_in_the_backward_pass_is_steered_too(mode, reentrant):
     model = tiny_model().train()
     plan, plain = random_plan(model, sites_for(mode), 25), copy.deepcopy(model)
-    handles = formula(plain, plan, 0.7)
-    expected = gradients(plain)
-    for handle in handles:
-        handle.remove()
+    with formula_at(plain, plan, 0.7):
+        expected = gradients(plain)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     with austeer.steer(model, plan, 0.7, mode=mode) as steering:
@@ -185,26 +179,6 @@ def test_what_is_computed_anew_in_the_backward_pass_is_steered_too(mode, reentra
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     assert not torch.allclose(gradients(model)["lm_head.weight"], got["lm_head.weight"])
-
-
-def test_training_under_columns_is_kept():
-    """An optimiser's step inside the block, on the weights of steered layers, outlives it."""
-    model = tiny_model().train()
-    plan, plain = random_plan(model, SITES, 25), copy.deepcopy(model)
-
-    def step(model):
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-        model(**IDS).logits.square().mean().backward()
-        optimiser.step()
-
-    handles = formula(plain, plan, 0.7)
-    step(plain)
-    for handle in handles:
-        handle.remove()
-    with austeer.steer(model, plan, 0.7, mode="columns"):
-        step(model)
-    for (name, found), (_, expected) in zip(model.named_parameters(), plain.named_parameters()):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 # --- copied and shared -----------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from torch import nn
 
 import austeer
 from austeer.models.structure import is_steered
@@ -28,13 +27,6 @@ def test_alpha_and_k_are_live(tiny, tiny_ids, mode):
         for alpha, k in ((2.0, 12), (2.0, 5), (-3.0, 1), (0.0, 12), (1.0, 12)):
             steering.alpha, steering.k = alpha, k
             torch.testing.assert_close(logits(tiny, tiny_ids), formula_logits(plain, tiny_ids, plan.top(k), alpha))
-
-
-def test_alpha_zero_changes_nothing(tiny, tiny_ids):
-    before = logits(tiny, tiny_ids)
-    for mode in PATHS:
-        with austeer.steer(tiny, random_plan(tiny, "attention", 8), 0.0, mode=mode):
-            torch.testing.assert_close(logits(tiny, tiny_ids), before)
 
 
 @pytest.mark.parametrize("mode", PATHS)
@@ -104,16 +96,6 @@ def test_a_model_cast_inside_is_restored_in_its_new_dtype(tiny):
     with austeer.steer(tiny, random_plan(tiny, ("ffn", "attention"), 30), 3.0, mode="fold"):
         tiny.to(torch.bfloat16)
     assert_unchanged(tiny, snapshot(expected))
-
-
-def test_hooks_that_someone_else_removed_do_not_keep_the_others_on(tiny, tiny_ids):
-    plain = logits(tiny, tiny_ids)
-    plan = random_plan(tiny, "ffn", 40)
-    with austeer.steer(tiny, plan, 3.0, mode="columns"):
-        logits(tiny, tiny_ids)
-        remove_hook_from_module(tiny.model.layers[1].mlp)
-    assert torch.equal(logits(tiny, tiny_ids), plain)
-    assert not any(hasattr(module, "_hf_hook") for module in tiny.modules())
 
 
 @pytest.mark.parametrize("change", ["replaced", "offloaded"])
@@ -193,10 +175,7 @@ def test_steering_twice_is_refused_also_through_the_headless_model(tiny):
     ("arguments", "error", "message"),
     [
         ({"alpha": float("nan")}, austeer.SteeringError, "alpha.*nan"),
-        ({"alpha": float("inf")}, austeer.SteeringError, "alpha.*inf"),
-        ({"alpha": "15"}, austeer.SteeringError, "alpha.*'15'"),
         ({"alpha": 1e39}, austeer.SteeringError, r"alpha.*1e\+39.*float32"),
-        ({"alpha": 10**400}, austeer.SteeringError, "alpha.*1000"),
         ({"alpha": {"attention": 1.0}}, austeer.SteeringError, "alpha.*attention"),
         ({"k": 0}, austeer.PlanError, "k: found 0"),
         ({"k": 6}, austeer.PlanError, "k.*6.*5"),
@@ -210,17 +189,6 @@ def test_bad_arguments_name_what_was_found(tiny, arguments, error, message):
     assert_unchanged(tiny, before)
 
 
-def test_bad_live_values_leave_the_strength_as_it_was(tiny, tiny_ids):
-    with austeer.steer(tiny, random_plan(tiny, "ffn", 5), 2.0) as steering:
-        before = logits(tiny, tiny_ids)
-        with pytest.raises(austeer.SteeringError):
-            steering.alpha = float("nan")
-        with pytest.raises(austeer.PlanError):
-            steering.k = 0
-        assert (steering.alpha, steering.k) == (2.0, 5)
-        assert torch.equal(logits(tiny, tiny_ids), before)
-
-
 def test_a_plan_for_another_model_is_refused_before_anything_is_touched(demo, tiny):
     before = snapshot(tiny)
     with pytest.raises(austeer.PlanError, match=r"30 layers.* 3 layers"):
@@ -228,7 +196,7 @@ def test_a_plan_for_another_model_is_refused_before_anything_is_touched(demo, ti
     assert_unchanged(tiny, before)
 
 
-def test_what_is_no_plan_or_no_model_is_refused(tiny):
+def test_what_is_no_plan_is_refused(tiny):
     for found, message in (
         ({}, "empty dict"),
         ([], "list"),
@@ -237,16 +205,6 @@ def test_what_is_no_plan_or_no_model_is_refused(tiny):
     ):
         with pytest.raises(austeer.PlanError, match=message):
             austeer.steer(tiny, found, 1.0)
-    with pytest.raises(austeer.SiteError, match=r"Linear.*config"):
-        austeer.steer(nn.Linear(2, 2), random_plan(tiny, "ffn", 5), 1.0)
-
-
-def test_what_it_is_can_be_read(tiny):
-    plan = random_plan(tiny, ("ffn", "layer"), 5)
-    assert repr(plan) == "Plan(10 AUs: 5 at ffn, 5 at layer; scale; LlamaForCausalLM, 10 pairs)"
-    steering = austeer.steer(tiny, {"a": plan}, 2.0, scope=(0, 4))
-    assert repr(steering).startswith("Steering(LlamaForCausalLM, 'a': Plan(10 AUs: ")
-    assert repr(steering).endswith("alpha=2.0, k=10, tokens 0 to 3, off)")
 
 
 def test_a_hook_in_place_of_ours_is_told_and_undone(tiny, tiny_ids):
