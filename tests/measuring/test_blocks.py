@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from austeer import Pair, Pairs, PairsError
 from austeer.forward.tokens import tokenise
-from austeer.measuring.blocks import Blocks, chain
-from austeer.momentum.report import Seconds
+from austeer.measuring.blocks import Blocks
 from letter_tokens import Letters, letter_pairs
 
 PAIRS = Pairs.of(letter_pairs(23))
@@ -91,10 +90,6 @@ def test_long_texts_apart():
     assert {max(found) > 20 for found in lengths} == {True, False}
 
 
-def test_no_pairs_no_blocks():
-    assert list(blocks([])) == []
-
-
 def test_a_rendered_chat_gets_no_special_tokens():
     seen = []
 
@@ -106,12 +101,6 @@ def test_a_rendered_chat_gets_no_special_tokens():
     list(blocks(tokenizer=Framing()))
     list(blocks(tokenizer=Framing(), chat_template=True))
     assert seen == [True] * 6 + [False] * 6
-
-
-def test_where_the_time_goes_is_noted():
-    seconds = Seconds()
-    list(blocks(seconds=seconds))
-    assert seconds.read > 0 and seconds.tokenise > 0 and seconds.pack > 0 and seconds.forward == 0
 
 
 # --- the same in any process, and after any interruption -------------------------------------------------------------
@@ -166,12 +155,6 @@ def test_other_pairs_than_before_are_refused(done, change):
         list(changed)
 
 
-def test_changes_behind_what_was_counted_are_new_pairs():
-    known = list(blocks())[1].digest
-    more = [*PAIRS[:8], SAME, *PAIRS[8:]]
-    assert [block.numbers[0] for block in blocks(more, first=2, known=known)] == [9, 12, 16, 20]
-
-
 def test_every_iteration_is_the_same():
     again = blocks()
     for block, expected in zip(list(again), list(again), strict=True):
@@ -179,29 +162,7 @@ def test_every_iteration_is_the_same():
     assert again.read == len(PAIRS)
 
 
-def test_a_digest_is_of_all_pairs_so_far():
-    found = [block.digest for block in blocks()]
-    assert len(set(found)) == len(found)
-    other = [block.digest for block in blocks([*PAIRS[:9], SAME, *PAIRS[10:]])]
-    assert found[:2] == other[:2] and not set(found[2:]) & set(other)
-
-
-def test_a_digest_tells_where_a_text_ends():
-    texts = [("ab", "c", "d"), ("a", "bc", "d"), ("ab", "cd", "d"), ("ab", "c", "dd")]
-    assert len({chain("", [Pair(*text)]) for text in texts}) == 4
-    one, two = Pair("a", "b", "c"), Pair("d", "ü", "🧀")
-    assert chain("", [one, two]) != chain("", [two, one]) != chain(chain("", [two]), [one])
-
-
 # --- which pair it was -----------------------------------------------------------------------------------------------
-
-
-def test_pair_of_a_row():
-    mixed = [PAIRS[0], SAME, PAIRS[1], SAME, SAME, SAME, SAME, PAIRS[2], SAME, PAIRS[3]]
-    found = blocks(mixed)
-    for block in found:
-        for row, number in enumerate(block.numbers):
-            assert found.pair(row, block.offset) == (number, mixed[number])
 
 
 # --- complaints ------------------------------------------------------------------------------------------------------

@@ -55,14 +55,6 @@ def test_what_was_saved_comes_back(tmp_path_factory, seed, number, name, tree):
     assert_same(Checkpoint(path, settings_).load(), state)
 
 
-def test_the_newest_counts(tmp_path):
-    checkpoint = Checkpoint(tmp_path / "c", SETTINGS)
-    for block in range(3):
-        checkpoint.save(state_of(block, block=block))
-    assert_same(checkpoint.load(), state_of(2, block=2))
-    assert list(tmp_path.iterdir()) == [tmp_path / "c"]
-
-
 @pytest.mark.parametrize(
     "name, value",
     [
@@ -82,20 +74,6 @@ def test_each_other_setting_is_named(tmp_path, name, value):
         other.load()
 
 
-def test_what_json_makes_of_settings_is_compared(tmp_path):
-    Checkpoint(tmp_path / "c", SETTINGS | {"layers": (0, 1)}).save(state_of())
-    assert Checkpoint(tmp_path / "c", SETTINGS).load().block == 3
-
-
-def test_each_process_has_its_own_file(tmp_path):
-    parts = [Checkpoint(tmp_path / "c", SETTINGS, (i, 3)) for i in range(3)]
-    for i, checkpoint in enumerate(parts):
-        checkpoint.save(state_of(i))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.0-of-3", "c.1-of-3", "c.2-of-3"]
-    for i, checkpoint in enumerate(parts):
-        assert_same(checkpoint.load(), state_of(i))
-
-
 def test_another_number_of_processes_is_another_run(tmp_path):
     Checkpoint(tmp_path / "c", SETTINGS, (1, 3)).save(state_of())
     (tmp_path / "c.1-of-3").rename(tmp_path / "c.1-of-2")
@@ -107,11 +85,6 @@ def test_another_number_of_processes_is_another_run(tmp_path):
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(FileFormatError, match=r"c: .*no such file"):
-        Checkpoint(tmp_path / "c", SETTINGS).load()
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,16 +106,6 @@ def test_damage_anywhere_is_noticed(tmp_path_factory, data):
         assert str(path) in str(error)
     else:  # a blank between two entries of the header, say
         assert_same(found, state_of())
-
-
-@pytest.mark.parametrize(
-    "format_, version, message",
-    [("austeer-momentum", VERSION, "austeer-mom"), (FORMAT, VERSION + 1, "version '3'"), (FORMAT, 1, "version '1'")],
-)
-def test_another_kind_of_file(tmp_path, format_, version, message):
-    files.write(tmp_path / "c", format_, version, {}, {})
-    with pytest.raises(FileFormatError, match=f"c: .*{message}"):
-        Checkpoint(tmp_path / "c", SETTINGS).load()
 
 
 @pytest.mark.parametrize("change", ["settings", "sites", "block", "extra", "half_pairs", "tensor", "half tensor"])

@@ -29,23 +29,6 @@ def assert_counts(counting, expected):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pairs", [1, 2, 17])
-def test_counts_are_those_of_a_loop(pairs, dtype):
-    counting, buffer = Counting(LAYERS, WIDTH, "cpu"), texts(pairs, dtype=dtype)
-    counting.add(buffer, pairs, 0)
-    assert_counts(counting, naive(buffer, pairs))
-    assert counting.nonfinite() is None
-
-
-def test_rows_behind_the_pairs_are_not_read():
-    buffer = torch.cat([texts(4), torch.full((6, LAYERS, WIDTH), float("nan"))])
-    counting = Counting(LAYERS, WIDTH, "cpu")
-    counting.add(buffer, 4, 0)
-    assert_counts(counting, naive(buffer, 4))
-    assert counting.nonfinite() is None
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 99))
 def test_buffers_add_up(sizes, seed):
@@ -74,16 +57,6 @@ def test_a_half_is_a_count_of_its_own_and_changes_no_total(flags, seed):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
     for mine, theirs in zip(counting.totals, plain.totals):
         assert torch.equal(mine, theirs), "the totals do not change, sums neither, bit for bit"
-
-
-def test_the_half_of_one_layer():
-    buffer, half = texts(9), torch.tensor([0, 3, 4])
-    whole, parts = Counting(LAYERS, WIDTH, "cpu"), Counting(LAYERS, WIDTH, "cpu")
-    whole.add(buffer, 9, 0, half=half)
-    for row in range(LAYERS):
-        parts.add(buffer[:, row : row + 1].contiguous(), 9, 0, row, half)
-    for mine, theirs in zip(parts.half, whole.half):
-        assert torch.equal(mine, theirs) and mine.any()
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
@@ -132,15 +105,3 @@ def test_going_on_from_earlier_counters():
         counting.add(second, 5, 8, half=rows)
     for mine, theirs in zip([*rest.totals, *rest.half], [*whole.totals, *whole.half]):
         assert torch.equal(mine, theirs) and mine.any(), "sums too, bit for bit"
-
-
-def test_counters_are_a_copy():
-    counting, buffer = Counting(LAYERS, WIDTH, "cpu"), texts(3)
-    counting.add(buffer, 3, 0)
-    before = counting.counters()
-    counting.add(buffer, 3, 3)
-    assert_counts(counting, [2 * t for t in before.tensors().values()])
-    other = Counting(LAYERS, WIDTH, "cpu")
-    other.restore(before, counting.half_counters())
-    other.add(buffer, 3, 3)
-    assert not torch.equal(before.positive + before.negative, other.counters().positive + other.counters().negative)

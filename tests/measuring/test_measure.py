@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 from transformers import BloomConfig, BloomForCausalLM
 
 import austeer
@@ -15,7 +14,7 @@ from austeer.demo.demo import load_data
 from austeer.forward.capture import LastTokens
 from austeer.forward.packing import batches
 from austeer.models.sites import find_sites
-from naive_momentum import SITES, WORDS, assert_like, naive_activations, numbered_pairs, texts_of
+from naive_momentum import SITES, assert_like, naive_activations, numbered_pairs, texts_of
 
 
 def hooks(model):
@@ -90,14 +89,6 @@ def test_batch_and_block_size_do_not_matter(tiny64, demo, batch_tokens, block_pa
     assert_like(found, expected)
 
 
-def test_long_neighbours_do_not_change_a_text(tiny64, demo):
-    short = [("The soup was", " good", " bad"), ("It is", " fine", " awful")]
-    long = [(" ".join(WORDS * 6) + f" {i}", " good", " bad") for i in range(2)]
-    together = austeer.measure(tiny64, demo[1], short + long, batch_tokens=10**6)
-    apart = [austeer.measure(tiny64, demo[1], part, batch_tokens=1) for part in (short, long)]
-    assert_like(together, apart[0].merge(apart[1]))
-
-
 # --- the model is left alone -----------------------------------------------------------------------------------------
 
 
@@ -138,22 +129,7 @@ def test_headless_and_compiled_models_are_measured_alike(tiny, demo):
         assert all(torch.equal(a, b) for a, b in zip(found.tensors().values(), expected.tensors().values()))
 
 
-def test_input_is_not_changed(tiny, demo):
-    rows = [{"prompt": "a b", "positive": " c", "negative": " d"}, {"prompt": "e", "positive": " f", "negative": " g"}]
-    before = copy.deepcopy(rows)
-    assert austeer.measure(tiny, demo[1], rows, ["neuron"]).counters("neuron").positive.shape == (3, 64)
-    assert rows == before
-
-
 # --- texts and tokenizers --------------------------------------------------------------------------------------------
-
-
-def test_identical_pairs_count_for_neither(tiny, demo):
-    pairs = [("The soup was", " good", " good"), ("It is", " fine", " awful")]
-    found = austeer.measure(tiny, demo[1], pairs, batch_tokens=1)
-    assert (found.pairs, found.identical) == (2, 1)
-    for counters in found.sites.values():
-        assert ((counters.positive + counters.negative) == 1).all()
 
 
 def test_long_texts_are_cut_and_counted(tiny, demo):
@@ -166,12 +142,6 @@ def test_long_texts_are_cut_and_counted(tiny, demo):
     assert_like(same, found)
     assert austeer.measure(tiny, demo[1], [long, short], max_length=3).cut == 2
     assert austeer.measure(tiny, demo[1], [long, short], max_length=2).cut == 4
-
-
-@pytest.mark.parametrize("max_length", [0, -5])
-def test_max_length_must_be_positive(tiny, demo, max_length):
-    with pytest.raises(PairsError, match=rf"max_length: .*{max_length}"):
-        austeer.measure(tiny, demo[1], numbered_pairs(2), max_length=max_length)
 
 
 def test_unknown_family_by_layout_and_without_a_context_length(demo):
@@ -196,30 +166,6 @@ def test_unknown_family_by_layout_and_without_a_context_length(demo):
         torch.testing.assert_close(found.counters(name).delta_sum, counters.delta_sum, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("pad", ["none", "unknown to the model", "right"])
-def test_pad_token_does_not_matter(tiny, demo, pad):
-    tokenizer = copy.deepcopy(demo[1])
-    if pad == "none":
-        tokenizer.pad_token = None
-    elif pad == "right":
-        tokenizer.padding_side = "right"
-    else:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # often done, and the embedding not made larger
-        assert tokenizer.pad_token_id >= tiny.config.vocab_size
-    expected = austeer.measure(tiny, demo[1], numbered_pairs(5))
-    assert_like(austeer.measure(tiny, tokenizer, numbered_pairs(5)), expected)
-
-
-def test_eos_appended_by_the_tokenizer_is_not_the_last_token(tiny, demo):
-    tokenizer = copy.deepcopy(demo[1])
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
-    )
-    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    expected = austeer.measure(tiny, demo[1], numbered_pairs(5))
-    assert_like(austeer.measure(tiny, tokenizer, numbered_pairs(5)), expected)
-
-
 def test_chat_template_is_noted(tiny, demo):
     pairs = numbered_pairs(3).with_chat_template(demo[1])
     found = austeer.measure(tiny, demo[1], pairs)
@@ -231,28 +177,11 @@ def test_chat_template_is_noted(tiny, demo):
 # --- complaints ------------------------------------------------------------------------------------------------------
 
 
-def test_nan_names_site_layer_unit_and_pair(tiny, demo):
-    tiny.model.layers[1].mlp.down_proj.weight.data[5, 3] = float("nan")
-    with pytest.raises(CaptureError, match=r"'ffn', layer 1, AU 5: .*NaN.*pair 0 of memory"):
-        austeer.measure(tiny, demo[1], numbered_pairs(4), ["ffn"])
-
-
 def test_a_steered_model_is_refused(tiny, demo):
     own = austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
     with pytest.warns(austeer.SteeringWarning), austeer.steer(tiny, own.select("ffn", k=2), mode="columns"):  # noqa: SIM117
         with pytest.raises(austeer.SteeringError, match="model is steered"):
             austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
-
-
-@pytest.mark.parametrize("block_pairs", [1, 2, 256])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_the_pair_at_fault_is_named_wherever_its_block_begins(tiny, demo, block_pairs, value):
-    pairs = [("It is", " fine", " awful")] * 5 + [("Here a zebra is", " fine", " awful")] + [("So", " a", " b")]
-    zebra = demo[1](" zebra")["input_ids"]
-    assert not set(zebra) & set(demo[1]("It is fine awful So a b")["input_ids"])
-    tiny.model.embed_tokens.weight.data[zebra[0]] = value
-    with pytest.raises(CaptureError, match=r"'layer', layer 0, AU \d+: .*pair 5 of memory.*'Here a zebra is'"):
-        austeer.measure(tiny, demo[1], pairs, ["layer"], block_pairs=block_pairs)
 
 
 def test_no_sites_no_pairs_unknown_site(tiny, demo):

@@ -135,21 +135,6 @@ def test_an_interruption_keeps_every_whole_block(model, demo, tmp_path, monkeypa
     assert_identical(found, expected)
 
 
-def test_a_failure_leaves_a_checkpoint_to_go_on_from(model, demo, tmp_path):
-    """A line that cannot be read, far down: what was counted before is kept."""
-    checkpoint, file = tmp_path / "kept", tmp_path / "pairs.jsonl"
-    good = [f'{{"prompt": "{i} The soup was", "positive": " good", "negative": " bad {i}"}}' for i in range(21)]
-    file.write_text("\n".join([*good[:19], "not JSON", *good[20:]]))
-    with pytest.raises(PairsError, match=r"line 20.*JSON"):
-        austeer.measure(
-            model, demo[1], austeer.stream_pairs(file), **OPTIONS, checkpoint=checkpoint, checkpoint_every=BLOCK
-        )
-    file.write_text("\n".join(good))
-    found = austeer.measure(model, demo[1], austeer.stream_pairs(file), **OPTIONS, checkpoint=checkpoint, resume=True)
-    assert found.report.resumed == 16 and found.pairs == 21
-    assert_identical(found, austeer.measure(model, demo[1], austeer.stream_pairs(file), **OPTIONS))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -39,12 +39,6 @@ def persistent(folder, digest="pairs", resume=False):
     )
 
 
-def test_bytes_needed():
-    assert bytes_needed(1000, 8192, 2) == 16_384_000
-    assert bytes_needed(1000, 8192, 2, persistent=True) == 32_768_000
-    assert HiddenStates(SHAPES, 4, torch.bfloat16, device=CPU).size == bytes_needed(17, 4, 2)
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=5),
@@ -62,14 +56,6 @@ def test_what_is_written_is_read(shapes, width, dtype, memory):
         found.zero_()  # a copy: a layer may work in place
         assert torch.equal(states.read(i, slice(None), CPU), expected)
     states.close()
-
-
-def test_rows_of_a_batch():
-    states = HiddenStates(SHAPES, 4, torch.float32, device=CPU)
-    filled(states)
-    states.write(2, torch.full((2, 1, 4), 9.0), slice(1, 3))
-    assert states.read(2, slice(None), CPU)[:, 0, 0].tolist() == [2, 9, 9, 2]
-    assert states.read(2, slice(2, 4), CPU)[:, 0, 0].tolist() == [9, 2]
 
 
 def test_wrong_form_is_refused():

@@ -306,18 +306,6 @@ def test_goes_on_behind_the_last_complete_layer(tmp_path, stop, read):
     assert not (tmp_path / "scratch").exists()
 
 
-def test_going_on_after_the_last_layer(tmp_path):
-    model, blocks = tiny_model(), blocks_of()
-    sites = find_sites(model)
-    options = {"persistent": True, "scratch": tmp_path}
-    with pytest.raises(Stop):
-        Layerwise(model, sites, **options).run(blocks, counting_for(sites), on_layer=stop_after(3))
-    assert len(list(tmp_path.iterdir())) == 3
-    counting = counting_for(sites)
-    Layerwise(model, sites, **options).run(blocks, counting, first_layer=3)
-    assert not counters_of(counting)["layer"]["positive"].any() and not tmp_path.exists()
-
-
 def test_other_texts_are_not_gone_on_with(tmp_path):
     model, sites = tiny_model(), find_sites(tiny_model())
     options = {"persistent": True, "scratch": tmp_path}

@@ -1,6 +1,5 @@
 """Momentum from stored activations: the same however they are cut, read, split and interrupted."""
 
-import json
 import os
 import signal
 import subprocess
@@ -349,39 +348,6 @@ def test_needs_are_those_of_the_run(tmp_path):
     counts.save(saved)
     assert needs.result <= saved.stat().st_size <= needs.result + 4096
     assert count.report.bytes == needs.bytes
-
-
-def test_millions_of_rows_of_100_000_columns(tmp_path):
-    """What they need is told in a moment, and the last rows lie where they should (in a file that is mostly a hole)."""
-    rows, width, path = 3_000_000, 100_000, tmp_path / "huge.safetensors"
-    side = 2 * rows * width  # bytes
-    entries = {
-        f"ffn.{name}": {"dtype": "BF16", "shape": [rows, 1, width], "data_offsets": [i * side, (i + 1) * side]}
-        for i, name in enumerate(("positive", "negative"))
-    }
-    header = json.dumps(entries).encode()
-    last = torch.randn(2, 40, 1, width).bfloat16()
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        try:
-            for i in range(2):
-                file.seek(8 + len(header) + (i + 1) * side - last[i].nbytes)
-                file.write(last[i].view(torch.uint8).numpy().data)
-        except OSError:
-            pytest.skip("this file system has no room for a file of 1.2 TB with a hole in it")
-    stored = StoredActivations.open(path, model=Fingerprint("llama", 1, {}, "by hand", None))
-    count = ActivationCount(stored, device="cpu")
-    needs = count.needs()
-    assert needs.bytes == 1_200_000_000_000 and needs.counters == 8_000_000
-    assert needs.chunks < 250_000_000, "memory does not grow with the rows"
-    assert needs.seconds > 10
-    got = [
-        values.clone().view(2, -1, 1, width)
-        for chunk in Chunks(count.shards, count.rows).read(0, (rows - 40) // count.rows * count.rows)
-        for _, values in chunk.values(chunk.data)
-    ]
-    assert torch.cat(got, 1)[:, -40:].equal(last)
-    path.unlink()  # tools that copy or pack a folder would read the hole
 
 
 def test_report_says_where_the_time_went(tmp_path):
