@@ -157,12 +157,6 @@ def test_elsewhere_texts_of_any_length_may_meet(family):
 # --- which decoders take no tree -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", NO_TREE)
-def test_no_attention_or_no_mask(family):
-    model = tiny_model(family)
-    assert list(forms(model, decoder_of(model))) == []
-
-
 def test_falcon_with_alibi_counts_along_the_row():
     for alibi in (False, True):
         model = tiny_model("falcon", alibi=alibi)

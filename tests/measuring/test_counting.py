@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from austeer.measuring.counting import Counting
 
 LAYERS, WIDTH = 3, 5
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def texts(pairs, seed=0, dtype=torch.float32, layers=LAYERS):
@@ -30,16 +31,17 @@ def assert_counts(counting, expected):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 99))
-def test_buffers_add_up(sizes, seed):
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 99), st.sampled_from(DTYPES))
+def test_buffers_add_up(sizes, seed, dtype):
     counting, expected, offset = Counting(LAYERS, WIDTH, "cpu"), None, 0
     for i, pairs in enumerate(sizes):
-        buffer = texts(pairs, seed + i)
+        buffer = texts(pairs, seed + i, dtype)
         counting.add(buffer, pairs, offset)
         offset += pairs
         part = naive(buffer, pairs)
         expected = part if expected is None else [a + b for a, b in zip(expected, part)]
     assert_counts(counting, expected)
+    assert counting.nonfinite() is None
 
 
 @settings(max_examples=40, deadline=None)
@@ -61,13 +63,13 @@ def test_a_half_is_a_count_of_its_own_and_changes_no_total(flags, seed):
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
 def test_one_layer_at_a_time_is_all_at_once(order):
-    buffer = texts(9)
+    buffer, half = texts(9), torch.tensor([0, 3, 4])
     whole, parts = Counting(LAYERS, WIDTH, "cpu"), Counting(LAYERS, WIDTH, "cpu")
-    whole.add(buffer, 9, 0)
+    whole.add(buffer, 9, 0, half=half)
     for row in order:
-        parts.add(buffer[:, row : row + 1].contiguous(), 9, 0, row)
-    for mine, theirs in zip(parts.counters().tensors().values(), whole.counters().tensors().values()):
-        assert torch.equal(mine, theirs)
+        parts.add(buffer[:, row : row + 1].contiguous(), 9, 0, row, half)
+    for mine, theirs in zip([*parts.totals, *parts.half], [*whole.totals, *whole.half]):
+        assert torch.equal(mine, theirs) and mine.any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -152,16 +152,11 @@ def test_unknown_family_by_layout_and_without_a_context_length(demo):
     pairs = numbered_pairs(5)
     with pytest.raises(PairsError, match=r"context length.*max_length"):
         austeer.measure(model, demo[1], pairs, layout=layout)
-    found = austeer.measure(model, demo[1], pairs, austeer.models.sites.SITE_NAMES, layout=layout, max_length=64)
-    assert {name: tuple(c.positive.shape) for name, c in found.sites.items()} == {
-        "attention": (2, 32),
-        "ffn": (2, 32),
-        "layer": (2, 32),
-        "neuron": (2, 128),
-    }
-    alone = austeer.measure(
-        model, demo[1], pairs, austeer.models.sites.SITE_NAMES, layout=layout, max_length=64, batch_tokens=1
-    )
+    options = {"sites": austeer.models.sites.SITE_NAMES, "layout": layout, "max_length": 64}
+    found = austeer.measure(model, demo[1], pairs, **options)
+    shapes = {name: tuple(c.positive.shape) for name, c in found.sites.items()}
+    assert shapes == dict.fromkeys(("attention", "ffn", "layer"), (2, 32)) | {"neuron": (2, 128)}
+    alone = austeer.measure(model, demo[1], pairs, **options, batch_tokens=1)
     for name, counters in alone.sites.items():
         torch.testing.assert_close(found.counters(name).delta_sum, counters.delta_sum, rtol=1e-4, atol=1e-6)
 

@@ -138,12 +138,10 @@ def test_a_file_of_version_1_has_no_halves(demo_momentum, tmp_path):
         lambda m: m.model.widths.pop("ffn"),
         lambda m: object.__setattr__(m, "pairs", "4"),
         lambda m: object.__setattr__(m, "sources", None),
-        lambda m: object.__setattr__(m, "half_pairs", "4"),
         lambda m: object.__setattr__(m, "half_pairs", 1),
         lambda m: object.__setattr__(m, "half_pairs", 6),
         lambda m: m.half["ffn"].positive.sub_(7),
         lambda m: m.half["ffn"].negative.copy_(m.sites["ffn"].negative + 1),
-        lambda m: m.half.pop("ffn"),
     ],
 )
 def test_inconsistent_file(tiny, demo, tmp_path, change):

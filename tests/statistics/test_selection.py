@@ -220,11 +220,7 @@ def test_plan_tells_where_it_comes_from(demo_momentum, operation):
     "arguments, message",
     [
         ({"k": 0}, "k: found 0,.*148.*'ffn'"),
-        ({"k": -1}, "k.*-1"),
         ({"k": 149}, "k.*149.*148"),
-        ({"k": True}, "k.*True"),
-        ({"k": 2.0}, r"k.*2\.0"),
-        ({"k": "3"}, "k.*'3'"),
         ({}, "k, max_fdr and min_stability"),
         ({"k": 3, "max_fdr": 0.1}, "k, max_fdr and min_stability"),
         ({"min_stability": 0.5, "max_fdr": 0.1}, "k, max_fdr and min_stability"),

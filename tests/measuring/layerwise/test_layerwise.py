@@ -128,9 +128,9 @@ def test_wherever_the_weights_are(tmp_path, monkeypatch, family, way):
 @pytest.mark.parametrize("way", ["disk", "cpu", "resident"])
 @pytest.mark.parametrize("memory", ["device", "memory", "file"])
 def test_on_a_gpu(tmp_path, monkeypatch, family, way, memory):
-    model, blocks = tiny_model(family), blocks_of(share=True)
+    model, blocks, tree = tiny_model(family), blocks_of(share=True), "mapping" if family == "gemma2" else "tensor"
     sites = find_sites(model)
-    expected = in_plain_order(copy.deepcopy(model).cuda(), sites, blocks, "mapping" if family == "gemma2" else "tensor")
+    expected = in_plain_order(copy.deepcopy(model).cuda(), sites, blocks, tree)
     if way == "disk":
         offloaded = from_disk(model, tmp_path, family)
     else:
@@ -141,12 +141,7 @@ def test_on_a_gpu(tmp_path, monkeypatch, family, way, memory):
         monkeypatch.setattr(austeer.measuring.layerwise.layerwise, "free_memory", lambda device: 0)
     before = snapshot(offloaded)
     found, runner = layer_by_layer(
-        offloaded,
-        sites,
-        blocks,
-        device="cuda",
-        memory=0 if memory == "file" else None,
-        tree="mapping" if family == "gemma2" else "tensor",
+        offloaded, sites, blocks, device="cuda", memory=0 if memory == "file" else None, tree=tree
     )
     assert_equal(found, expected)
     assert snapshot(offloaded) == before and runner.hidden_place == memory
@@ -208,23 +203,15 @@ def test_no_space_is_said_before_anything_is_loaded(tmp_path, monkeypatch, read)
 
 
 def test_callbacks_in_order():
-    model, blocks = tiny_model(), blocks_of()
-    sites = find_sites(model, ["ffn"])
-    batches, calls = [id(batch) for block in blocks for batch in block.batches], []
-    Layerwise(model, sites).run(
-        blocks,
-        counting_for(sites),
-        on_batch=lambda batch: calls.append(id(batch)),
-        on_layer=lambda layer: calls.append(layer),
-    )
+    model, blocks, calls = tiny_model(), blocks_of(), []
+    sites, batches = find_sites(model, ["ffn"]), [batch for block in blocks for batch in block.batches]
+    Layerwise(model, sites).run(blocks, counting_for(sites), on_batch=calls.append, on_layer=calls.append)
     assert calls == [*batches, 0, *batches, 1, *batches, 2]
 
 
 def test_no_texts():
     model = tiny_model()
-    sites = find_sites(model)
-    found, _ = layer_by_layer(model, sites, [])
-    assert not found["layer"]["positive"].any()
+    assert not layer_by_layer(model, find_sites(model), [])[0]["layer"]["positive"].any()
 
 
 class Stop(KeyboardInterrupt):

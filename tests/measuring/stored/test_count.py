@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 
 import austeer
 from austeer import AusteerError, CaptureError, FileFormatError, Momentum
-from austeer.measuring.counting import Tally
 from austeer.measuring.stored import count as activations
 from austeer.measuring.stored.chunks import Chunks
-from austeer.measuring.stored.count import ActivationCount, momentum_from_activations
+from austeer.measuring.stored.count import ActivationCount, CountReport, momentum_from_activations
 from austeer.measuring.stored.folder import StoredActivations
-from austeer.measuring.stored.writer import ActivationWriter
-from austeer.models.sites import Fingerprint, find_sites, fingerprint
+from austeer.models.sites import Fingerprint
 from austeer.pairs.halves import half_rows_without_texts
 from austeer.utils.interrupt import MeasurementInterrupted
 from naive_momentum import numbered_pairs
@@ -88,30 +86,16 @@ def test_counts_do_not_depend_on_shards_chunks_and_parts(tmp_path_factory, rows,
     assert_counts(total, sides)
     assert total.pairs == rows
     # The file and the place in it say which half a row is in, and nothing else.
-    starts = range(0, rows, block)
-    inside = [
-        start + int(i)
-        for start in starts
-        for i in half_rows_without_texts(f"{start:012d}.safetensors", 0, min(block, rows - start))
-    ]
+    spans = [(f"{start:012d}.safetensors", start, min(block, rows - start)) for start in range(0, rows, block)]
+    inside = [start + int(i) for name, start, count in spans for i in half_rows_without_texts(name, 0, count)]
     assert total.half_pairs == len(inside)
     half = Momentum(total.half, max(len(inside), 1), total.model, layers=total.layers)
     assert_counts(half, {site: tuple(t[inside] for t in pair) for site, pair in sides.items()})
 
 
-def test_stored_while_measuring_gives_what_was_measured(tiny, demo, tmp_path, monkeypatch):
+def test_stored_while_measuring_gives_what_was_measured(tiny, demo, tmp_path):
     pairs = [*numbered_pairs(21), ("same", " text", " text"), *numbered_pairs(5)]
-    found = find_sites(tiny, ["attention", "ffn"])
-    writer = ActivationWriter(tmp_path, fingerprint(tiny, found), layers=range(3), source="memory")
-    count = Tally.add
-
-    def store_and_count(self, block, buffers):
-        writer.add(buffers, block.numbers, first=block.offset, pairs=block.size, cut=block.cut, half=block.half)
-        count(self, block, buffers)
-
-    monkeypatch.setattr(Tally, "add", store_and_count)
-    measured = austeer.measure(tiny, demo[1], pairs, block_pairs=8, max_length=5)
-    writer.finish(len(pairs))
+    measured = austeer.measure(tiny, demo[1], pairs, block_pairs=8, max_length=5, save_activations=tmp_path)
     assert measured.cut and measured.identical == 1 and 0 < measured.half_pairs < 26
     assert_same(momentum_from_activations(tmp_path, device="cpu"), measured)
 
@@ -171,19 +155,14 @@ def test_shard_cut_off_while_it_is_read(tmp_path):
         ActivationCount(stored, **options).run()
     with pytest.raises(FileFormatError, match=rf"{paths[2]}: cut off.*{tmp_path / 'c'}.*resume"):
         ActivationCount(stored, checkpoint=tmp_path / "c", **options).run()
+    paths[2].unlink()
+    with pytest.raises(FileFormatError, match=rf"{paths[2]}.*No such file"):
+        ActivationCount(stored, **options).run()
     paths[2].write_bytes(data)
     resumed = ActivationCount(stored, checkpoint=tmp_path / "c", resume=True, **options)
     assert resumed.report.resumed in (20, 24, 28)
     assert_same(resumed.run(), plain)
     assert resumed.report.resumed + resumed.report.rows == 40
-
-
-def test_shard_that_is_gone(tmp_path):
-    paths = write_blocks(tmp_path / "a", random_rows(40), 10)
-    stored = StoredActivations.open(tmp_path / "a")
-    paths[3].unlink()
-    with pytest.raises(FileFormatError, match=rf"{paths[3]}.*No such file"):
-        ActivationCount(stored, device="cpu").run()
 
 
 @pytest.mark.parametrize(
@@ -343,6 +322,7 @@ def test_needs_are_those_of_the_run(tmp_path):
     assert (needs.counters, needs.chunks, needs.device_chunks, needs.result) == (36 * 80, 35 * ROW, 0, 36 * 64)
     assert needs.count_rate > 0 and needs.read_rate > 0
     assert needs.seconds == pytest.approx(needs.bytes / min(needs.count_rate, needs.read_rate))
+    assert needs.lines()[0] == "100 rows x 36 AUs in 3 shards: 0.00 GB, read once"
     counts, saved = count.run(), tmp_path / "kind.momentum"
     assert_counts(counts, random_rows(100, torch.bfloat16))  # the trial leaves no trace in the counters
     counts.save(saved)
@@ -359,3 +339,4 @@ def test_report_says_where_the_time_went(tmp_path):
     assert 0 < report.seconds_count + report.seconds_wait <= report.seconds
     assert report.line().startswith("100 rows, 0.00 GB in ")
     assert report.to_json()["bytes_per_second"] == pytest.approx(report.bytes / report.seconds)
+    assert CountReport().bytes_per_second == 0.0
