@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import SiteError
-from ..forward.batch_size import LARGEST, SHARE, bytes_a_token
+from ..forward.batch_size import automatic_batch_tokens
 from ..measuring.arguments import chosen_layers
 from ..measuring.layerwise.hidden_states import bytes_needed
 from ..measuring.layerwise.one_layer import Anatomy, LayerwiseError
@@ -133,8 +133,7 @@ class Subject:
         """Tokens in a batch where none are given, in what the weights leave of ``free`` bytes."""
         whole = self.parameters.total * self.dtype.itemsize
         left = free - whole if whole <= WEIGHTS * free else free - self._two_layers()
-        fitting = int(SHARE * left) // bytes_a_token(self.network)
-        return max(64, min(LARGEST.get(device.type, LARGEST["cuda"]), fitting))
+        return automatic_batch_tokens(self.network, device, left)
 
     def product(self, work: Workload) -> tuple[int, int, int]:
         """Tokens, inputs and outputs of the largest product in an average batch; a token of a mixture meets few."""

@@ -107,7 +107,7 @@ def layer_work(model: nn.Module, layer: Site, attention: Site) -> LayerWork:
     experts = dict(experts_of(block, config))
     active = outputs = wide = 0
     for path, module in block.named_modules():
-        run, of = next((e for name, e in experts.items() if path == name or path.startswith(f"{name}.")), (1, 1))
+        run, of = share_of(path, experts)
         for name, p in module._parameters.items():
             if p is not None and p.dim() >= 2 and not name.endswith("bias") and not isinstance(module, nn.Embedding):
                 active += p.numel() * run // of
@@ -141,6 +141,11 @@ def experts_of(block: nn.Module, config) -> Iterator[tuple[str, tuple[int, int]]
         # Llama 4's take every token: no choice is handed to them.
         takes_choice = listed or len(inspect.signature(module.forward).parameters) > 1
         yield path, ((_experts_per_token(block, path, config) if takes_choice else None) or count, count)
+
+
+def share_of(path: str, experts: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """How many of how many experts run for a token, for a module of a layer; (1, 1) outside of all experts."""
+    return next((e for name, e in experts.items() if f"{path}.".startswith(f"{name}.")), (1, 1))
 
 
 def _experts_per_token(block: nn.Module, experts: str, config) -> int | None:

@@ -99,13 +99,7 @@ class SteeringCost:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        passes = {"decode": self.decode.to_json(), "prefill": self.prefill.to_json()}
-        plain = {
-            name: getattr(self, name)
-            for name in ("model", "site", "k", "operation", "dtype", "device", "batch", "layers", "aus")
-        }
-        rest = {"memory": self.memory, "refused": self.refused, "ceilings": self.ceilings.to_json()}
-        return {**plain, **passes, **rest, "notes": list(self.notes)}
+        return asdict(self) | {"decode": self.decode.to_json(), "prefill": self.prefill.to_json()}
 
     def conclusion(self) -> str:
         """One plain sentence."""

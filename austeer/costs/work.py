@@ -8,7 +8,8 @@ scatter only the selected values count. A launch is one operation that does work
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add, sub
 
 import torch
 from torch import nn
@@ -51,13 +52,10 @@ class Work:
         return self.bytes + self.padding
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(self._all(), other._all())))
+        return Work(*map(add, astuple(self), astuple(other)))
 
     def __sub__(self, other: Work) -> Work:
-        return Work(*(a - b for a, b in zip(self._all(), other._all())))
-
-    def _all(self) -> tuple[int, ...]:
-        return self.read, self.written, self.operations, self.launches, self.padding
+        return Work(*map(sub, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)

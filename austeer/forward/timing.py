@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..models.structure import input_device
+from ..utils.machine import wait_for
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,12 @@ def _decode(model: nn.Module, ids: torch.Tensor, tokens: int) -> float:
     start = 0.0
     for step in range(tokens + 1):
         if step == 1:
-            _wait(ids.device)
+            wait_for(ids.device)
             start = time.perf_counter()
         token = output.logits[:, -1:].argmax(-1)
         output = model(token, past_key_values=output.past_key_values, use_cache=True)
-    _wait(ids.device)
+    wait_for(ids.device)
     return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _summary(values: list[float], reference: list[float]) -> Timing:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import PairsError
+from ..errors import PairsError, check_count
 from ..models.structure import text_config
 from ..pairs.pairs import Pair
 
@@ -93,8 +93,8 @@ def check_vocabulary(size: int, token_ids: Sequence[Sequence[int]]) -> None:
 def length_limit(model: nn.Module, max_length: int | None) -> int:
     """The longest text, in tokens: what is asked for, within the model's context."""
     context = getattr(text_config(model), "max_position_embeddings", None)
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-        raise PairsError(f"max_length: found {max_length!r}, expected an integer of at least 1")
+    if max_length is not None:
+        check_count("max_length", max_length, 2**62, "tokens of a text", PairsError)
     limit = min((n for n in (max_length, context) if n is not None), default=None)
     if limit is None:
         raise PairsError("the model's config names no context length; give max_length")

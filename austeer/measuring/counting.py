@@ -137,21 +137,13 @@ class Counting:
             half: which of the pairs are in the half, int64, from 0; on the CPU. None of them by default.
         """
         rows = buffer.flatten(1)  # [texts, layers * width]
-        positive, negative = rows[:pairs], rows[pairs : 2 * pairs]
-        width = self.shape[1]
+        sides, width = (rows[:pairs], rows[pairs : 2 * pairs]), self.shape[1]
         part = slice(None) if row is None else slice(row * width, (row + 1) * width)
-        self._update(self.totals, self.first_nonfinite, positive, negative, part, offset)
+        momentum_update(*sides, *(t[part] for t in (*self.totals, self.first_nonfinite)), offset)
         if half is not None and len(half):
             chosen = half.to(rows.device, non_blocking=True)
-            positive, negative = positive.index_select(0, chosen), negative.index_select(0, chosen)
-            self._update(self.half, self._ignored, positive, negative, part, offset)
-
-    @staticmethod
-    def _update(
-        counters: list[Tensor], first_nonfinite: Tensor, positive: Tensor, negative: Tensor, part: slice, offset: int
-    ) -> None:
-        wins, losses, delta_sum, delta_square_sum = (t[part] for t in counters)
-        momentum_update(positive, negative, wins, losses, delta_sum, delta_square_sum, first_nonfinite[part], offset)
+            sides = (sides[0].index_select(0, chosen), sides[1].index_select(0, chosen))
+            momentum_update(*sides, *(t[part] for t in (*self.half, self._ignored)), offset)
 
     def nonfinite(self) -> tuple[int, int, int] | None:
         """The first pair with a NaN or an infinity, its row of layers and its AU; waits for the device."""

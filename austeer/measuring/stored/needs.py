@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...utils.machine import read_rate
+from ...utils.machine import read_rate, wait_for
 from ..counting import Counts
 from .chunks import BUFFERS, Chunks, half_of, upload_to
 from .folder import StoredActivations
@@ -89,7 +89,6 @@ def count_rate(stored: StoredActivations, chunks: Chunks, device: torch.device) 
             start = time.perf_counter()
             for site, values in chunk.values(upload(chunk)):
                 counts.counting[site].add(values, chunk.stop - chunk.start, 0, half=half)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             seconds.append(time.perf_counter() - start)
     return len(chunk.data) / max(min(seconds), 1e-9)
