@@ -13,7 +13,6 @@ from torch import nn
 from ..errors import SiteError
 from ..forward.batch_size import automatic_batch_tokens
 from ..measuring.arguments import chosen_layers
-from ..measuring.layerwise.hidden_states import bytes_needed
 from ..measuring.layerwise.one_layer import Anatomy, LayerwiseError
 from ..models.families import Layout
 from ..models.load import WEIGHTS
@@ -44,15 +43,15 @@ class Need:
     counters: int
     buffers: int
     activations: int
-    texts: int
-    hidden: int
-    place: str
     read: int | None
-    moved: int
     compute: float
     disk: float | None
     seconds: float | None
     fits: bool | None
+    texts: int = 0
+    hidden: int = 0
+    place: str = ""
+    moved: int = 0
 
     @property
     def memory(self) -> int | None:
@@ -165,11 +164,7 @@ class Subject:
             counters=counters,
             buffers=buffers,
             activations=activations,
-            texts=0,
-            hidden=0,
-            place="",
             read=read,
-            moved=0,
             compute=compute,
             disk=disk,
             seconds=None if disk is None else compute + disk,
@@ -180,10 +175,10 @@ class Subject:
 
         weights, read = self._two_layers(), self._run() * self.saved.itemsize
         width = text_config(self.network).hidden_size
-        hidden = bytes_needed(work.tokens_padded, width, itemsize)
+        hidden = work.tokens_padded * width * itemsize
         place = "file" if persistent else _place(hidden, weights, machine)
         moved = 2 * len(self.works) * hidden if place == "file" else 0
-        hidden = bytes_needed(work.tokens_padded, width, itemsize, persistent)
+        hidden *= 2 if persistent else 1  # two files in turn
         disk = None if machine.read is None else (read + moved) / machine.read
         one_layer = {name: found[:1] for name, found in self.sites.items()}
         buffers = buffer_bytes(one_layer, block_pairs, itemsize)

@@ -56,12 +56,7 @@ class UnsteeredPass:
 
 
 def unsteered(
-    network: nn.Module,
-    layers: Sequence[Site],
-    works: Sequence[LayerWork],
-    batch: int,
-    length: int,
-    past: int,
+    network: nn.Module, layers: Sequence[Site], works: Sequence[LayerWork], batch: int, length: int, past: int
 ) -> UnsteeredPass:
     """A pass of ``length`` new tokens in each of ``batch`` rows, whose ``past`` earlier tokens are in the cache.
 

@@ -187,14 +187,9 @@ def columns(place: Place, target: Target) -> Work:
         each = 4 if place.operation == "push" else 3
         kernel = _op([t * size, place.count * (INDEX + 2 * STRENGTH)], t * size, each * t)
         return kernel + Work(padding=2 * _scattered(place, target))
-    if columns_are_dense(place):
+    if dense_costs_less(place.values, place.count, place.width):
         return _in_place(place)
     return _sparse_on_cpu(place) + Work(padding=2 * _scattered(place, target))
-
-
-def columns_are_dense(place: Place) -> bool:
-    """Whether columns is one dense operation on a CPU outside compiled graphs, for one operation."""
-    return dense_costs_less(place.values, place.count, place.width)
 
 
 def _in_place(place: Place) -> Work:

@@ -62,8 +62,12 @@ def decode_times(
             if number:
                 seconds[name].append(took / tokens)
         on_round()
-    reference = seconds[next(iter(variants))]
-    return {name: _summary(values, reference) for name, values in seconds.items()}
+    reference, found = seconds[next(iter(variants))], {}
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, reference, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        found[name] = Timing(statistics.median(values), statistics.median(ratios), low, high, rounds)
+    return found
 
 
 @torch.no_grad()
@@ -78,9 +82,3 @@ def _decode(model: nn.Module, ids: torch.Tensor, tokens: int) -> float:
         output = model(token, past_key_values=output.past_key_values, use_cache=True)
     wait_for(ids.device)
     return time.perf_counter() - start
-
-
-def _summary(values: list[float], reference: list[float]) -> Timing:
-    ratios = [a / b for a, b in zip(values, reference, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return Timing(statistics.median(values), statistics.median(ratios), low, high, len(values))

@@ -43,13 +43,7 @@ def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> 
 
 
 def tokenise(
-    tokenizer,
-    pairs: Sequence[Pair],
-    max_length: int,
-    *,
-    special: bool = True,
-    source: str = "memory",
-    first: int = 0,
+    tokenizer, pairs: Sequence[Pair], max_length: int, *, special: bool = True, source: str = "memory", first: int = 0
 ) -> Tokenised:
     """Token ids of each pair's two texts, cut on the left to ``max_length`` so that the answer stays.
 

@@ -137,13 +137,15 @@ class Counting:
             half: which of the pairs are in the half, int64, from 0; on the CPU. None of them by default.
         """
         rows = buffer.flatten(1)  # [texts, layers * width]
-        sides, width = (rows[:pairs], rows[pairs : 2 * pairs]), self.shape[1]
+        sides, width = [rows[:pairs], rows[pairs : 2 * pairs]], self.shape[1]
         part = slice(None) if row is None else slice(row * width, (row + 1) * width)
-        momentum_update(*sides, *(t[part] for t in (*self.totals, self.first_nonfinite)), offset)
+        updates = [(sides, (*self.totals, self.first_nonfinite))]
         if half is not None and len(half):
             chosen = half.to(rows.device, non_blocking=True)
-            sides = (sides[0].index_select(0, chosen), sides[1].index_select(0, chosen))
-            momentum_update(*sides, *(t[part] for t in (*self.half, self._ignored)), offset)
+            updates.append(([side.index_select(0, chosen) for side in sides], (*self.half, self._ignored)))
+        for (positive, negative), counters in updates:
+            wins, losses, delta_sum, square_sum, nonfinite = (t[part] for t in counters)
+            momentum_update(positive, negative, wins, losses, delta_sum, square_sum, nonfinite, offset)
 
     def nonfinite(self) -> tuple[int, int, int] | None:
         """The first pair with a NaN or an infinity, its row of layers and its AU; waits for the device."""

@@ -111,9 +111,6 @@ def test_longest_rows_come_first():
     assert found == [41, 40, 9, 5, 3, 2]
 
 
-# --- what sharing saves ----------------------------------------------------------------------------------------------
-
-
 def words(seed, count):
     return torch.randint(3, 60, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -175,9 +172,6 @@ def test_long_texts_apart(texts, tokens, share, apart):
         assert max(lengths) <= apart or min(lengths) > apart
         found |= read_back(batch)
     assert found == {i: (ids, list(range(len(ids)))) for i, ids in enumerate(texts)}
-
-
-# --- halves ----------------------------------------------------------------------------------------------------------
 
 
 def pieces(batch):

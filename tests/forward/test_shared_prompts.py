@@ -36,9 +36,6 @@ def without(model, name):
     return model
 
 
-# --- the form --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_form_is_the_right_one(family):
     # Models on disk are not asked, since that would load them: they are given the first form of their family.
@@ -133,9 +130,6 @@ def test_a_small_vocabulary(vocabulary):
     model = tiny_model("llama", vocab_size=vocabulary)
     assert asked(model)[0] == "tensor"
     assert asked(without(model, "attention_mask"))[0] is None, "the texts must part"
-
-
-# --- counts ----------------------------------------------------------------------------------------------------------
 
 
 def assert_equal(found, expected):

@@ -75,9 +75,6 @@ def test_long_texts_lose_their_beginning(demo, framing, max_length, words, with_
     assert cut.cut == longer and whole.cut == 0
 
 
-# --- what counts for nothing, and what must not slip through ---------------------------------------------------------
-
-
 def test_pairs_equal_in_tokens_are_left_out_and_counted(demo):
     pairs = Pairs.of([("a", " b", " c"), ("d", " e", " e"), ("f", " g", " h")])
     tokens = tokenise(demo[1], pairs, 100)

@@ -47,9 +47,6 @@ def texts_of(block):
     return [found[i] for i in range(2 * block.pairs)]
 
 
-# --- what is in them -------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 100), st.booleans(), st.integers(2, 40))
 def test_blocks_are_all_pairs_in_order(block_pairs, batch_tokens, share, max_length):
@@ -93,9 +90,6 @@ def test_a_rendered_chat_gets_no_special_tokens():
     list(blocks(tokenizer=Framing()))
     list(blocks(tokenizer=Framing(), chat_template=True))
     assert seen == [True] * 6 + [False] * 6
-
-
-# --- the same in any process, and after any interruption -------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,12 +145,6 @@ def test_every_iteration_is_the_same():
     assert again.read == len(PAIRS)
 
 
-# --- which pair it was -----------------------------------------------------------------------------------------------
-
-
-# --- complaints ------------------------------------------------------------------------------------------------------
-
-
 def test_a_token_outside_the_vocabulary():
     pairs = [Pair("so", " a", " b"), Pair("so", " c", " w")]
     assert len(list(blocks(pairs, vocabulary=63))) == 1
@@ -171,9 +159,6 @@ def test_a_text_without_a_token_is_named_by_its_number_among_all():
 
     with pytest.raises(PairsError, match=r"p\.jsonl.*pair 9.*no token.*'the bread was stale'"):
         list(blocks([*PAIRS[:9], Pair("the bread was", " fresh", " stale")], tokenizer=Empty()))
-
-
-# --- any number of pairs ---------------------------------------------------------------------------------------------
 
 
 def test_pairs_are_not_kept():

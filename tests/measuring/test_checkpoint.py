@@ -83,9 +83,6 @@ def test_another_number_of_processes_is_another_run(tmp_path):
         Checkpoint(tmp_path / "c", SETTINGS, (2, 3)).load()
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_damage_anywhere_is_noticed(tmp_path_factory, data):
@@ -125,9 +122,6 @@ def test_a_folder_in_its_place(tmp_path):
     for path in (tmp_path, "", "/"):
         with pytest.raises(FileFormatError, match=f"checkpoint.*folder '{path}'"):
             Checkpoint(path, SETTINGS)
-
-
-# --- what is there ---------------------------------------------------------------------------------------------------
 
 
 def test_checkpoints_of_a_name(tmp_path):

@@ -14,8 +14,6 @@ from austeer.models.sites import Fingerprint
 from austeer.utils import files
 from naive_momentum import assert_like, numbered_pairs
 
-# --- merging ---------------------------------------------------------------------------------------------------------
-
 
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(1, 11), max_size=4, unique=True), st.randoms())
@@ -68,9 +66,6 @@ def test_merge_is_commutative_and_associative(a, b, c):
     assert (a.merge(b).half is None) == (a.half is None or b.half is None), "without the halves of one there are none"
 
 
-# --- halves ----------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=100, deadline=None)
 @given(momenta())
 def test_halves_add_up(momentum):
@@ -89,9 +84,6 @@ def test_halves_add_up(momentum):
                 assert torch.equal(found, t), what
         counts = rest.counters("ffn").positive + rest.counters("ffn").negative
         assert not rest.counters("ffn").delta_sum[counts == 0].any(), "what no pair is left of has no sum either"
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)

@@ -38,16 +38,6 @@ class ScratchError(AusteerError):
     """Hidden states that cannot be kept, or are not those of this run."""
 
 
-def bytes_needed(tokens: int, width: int, itemsize: int, persistent: bool = False) -> int:
-    """Bytes for the hidden states of a sample set.
-
-    Args:
-        tokens: of all batches, padding included. width: of the residual stream. itemsize: bytes of a value.
-        persistent: whether they are to survive a kill, which takes two copies.
-    """
-    return tokens * width * itemsize * (2 if persistent else 1)
-
-
 class HiddenStates:
     """The hidden states of every batch, in the model's dtype.
 

@@ -76,15 +76,6 @@ class StoredActivations:
         """AUs of all sites and layers."""
         return sum(layers * width for layers, width in self.shapes.values())
 
-    @property
-    def rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
-
-    @property
-    def bytes(self) -> int:
-        """Of activations."""
-        return 2 * self.rows * self.columns * self.shards[0].dtype.itemsize
-
     def part(self, index: int, count: int) -> StoredActivations:
         """Every ``count``-th shard from ``index`` on: the share of one process among several. It may be empty."""
         if not 0 <= index < count:

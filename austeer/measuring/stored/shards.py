@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ...errors import FileFormatError
 from ...models.sites import SITE_NAMES, Fingerprint
+from ...momentum.momentum import ascending
 from ...pairs.halves import half_rows_without_texts
 
 FORMAT, VERSION = "austeer-activations", 1
@@ -63,13 +64,12 @@ class ShardHeader:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ShardHeader:
         """Raises KeyError, TypeError or ValueError where ``data`` is no header."""
-        header = cls(**{**data, "model": Fingerprint.from_json(data["model"]), "layers": tuple(data["layers"])})
-        if not all(type(n) is int and n >= 0 for n in (header.first, header.pairs, header.cut, *header.layers)):
-            raise ValueError("first, pairs, cut and layers must be whole numbers")
+        model = Fingerprint.from_json(data["model"])
+        header = cls(**{**data, "model": model, "layers": ascending(data["layers"], model.layers)})
+        if not all(type(n) is int and n >= 0 for n in (header.first, header.pairs, header.cut)):
+            raise ValueError("first, pairs and cut must be whole numbers")
         if not isinstance(header.source, str) or not isinstance(header.chat_template, bool):
             raise ValueError("source must be a text and chat_template true or false")
-        if not header.layers or list(header.layers) != sorted({*header.layers} & {*range(header.model.layers)}):
-            raise ValueError(f"layers must be ascending numbers below {header.model.layers}")
         return header
 
 

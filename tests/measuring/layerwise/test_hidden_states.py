@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from austeer.measuring.layerwise import hidden_states as scratch
-from austeer.measuring.layerwise.hidden_states import HiddenStates, ScratchError, bytes_needed
+from austeer.measuring.layerwise.hidden_states import HiddenStates, ScratchError
 from austeer.utils.machine import free_memory
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_wrong_form_is_refused():
 
 
 def test_place_by_size(tmp_path, monkeypatch):
-    size = bytes_needed(17, 4, 4)
+    size = 17 * 4 * 4
     assert states_of(memory=size).place == "memory"
     assert states_of(memory=size - 1, folder=tmp_path).place == "file"
     monkeypatch.setattr(scratch, "free_memory", lambda device: 2 * size)
@@ -104,7 +104,7 @@ def test_folder_that_cannot_be(tmp_path, lasting):
 
 def test_input_stays_whole_until_the_output_is(tmp_path):
     states = persistent(tmp_path)
-    assert states.size == bytes_needed(17, 4, 4, persistent=True) and states.place == "file"
+    assert states.size == 2 * 17 * 4 * 4 and states.place == "file"
     states.begin(-1)
     embedded = filled(states, base=10)
     states.complete(-1)

@@ -140,7 +140,7 @@ def test_on_a_gpu(tmp_path, monkeypatch, family, way, memory):
     if memory != "device":
         monkeypatch.setattr(austeer.measuring.layerwise.layerwise, "free_memory", lambda device: 0)
     before = snapshot(offloaded)
-    found, runner = layer_by_layer(
+    found, _ = layer_by_layer(
         offloaded, sites, blocks, device="cuda", memory=0 if memory == "file" else None, tree=tree
     )
     assert_equal(found, expected)

@@ -42,9 +42,6 @@ def often(monkeypatch):
     monkeypatch.setattr(activations, "_EVERY_CHECKPOINTS", 0)
 
 
-# --- counts ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_counts_equal_numpys(tmp_path, dtype):
     """Also past a shard without rows (the third)."""
@@ -108,9 +105,6 @@ def test_gpu_counts_what_a_cpu_does(tmp_path, dtype):
     write_blocks(tmp_path, sides, 1000, model=model)
     for chunk in (100 * 2 * 3600 * dtype.itemsize, None):
         assert_counts(momentum_from_activations(tmp_path, device="cuda", chunk_bytes=chunk), sides)
-
-
-# --- what is not finite, or cannot be read -------------------------------------------------------------------------
 
 
 def test_first_nonfinite_row_is_named(tmp_path):
@@ -179,9 +173,6 @@ def test_bad_arguments(tmp_path, options, message):
     write_blocks(tmp_path, random_rows(4), 4)
     with pytest.raises(AusteerError, match=message):
         momentum_from_activations(tmp_path, **options)
-
-
-# --- resuming --------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
@@ -286,9 +277,6 @@ def test_checkpoint_that_cannot_be_written_stops_nothing(tmp_path, often):
     with pytest.warns(UserWarning, match=rf"{tmp_path / 'file' / 'c'}"):
         momentum = momentum_from_activations(tmp_path / "a", device="cpu", checkpoint=tmp_path / "file" / "c")
     assert_counts(momentum, sides)
-
-
-# --- how much it takes -----------------------------------------------------------------------------------------------
 
 
 MEMORY = """
