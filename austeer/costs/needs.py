@@ -140,11 +140,7 @@ class Subject:
         return max(1, work.tokens_padded * run // (of * max(work.batches, 1))), *self.works[-1].largest
 
     def needs(self, work: Workload, machine: Machine, block_pairs: int, persistent: bool) -> tuple[Need, Need | None]:
-        """Of the resident strategy, and of layer by layer if the model can be measured so.
-
-        Args:
-            persistent: whether hidden states are kept for a resume: in two files.
-        """
+        """Of the resident strategy, and of layer by layer if it can be, with hidden states kept in two files or not."""
         counters, itemsize = counter_bytes(self.sites), self.dtype.itemsize
         activations = max(
             (batch_bytes(self.network, self.works, rows, length, itemsize, tree) for rows, length, tree in work.shapes),

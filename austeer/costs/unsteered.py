@@ -59,11 +59,6 @@ def unsteered(
     network: nn.Module, layers: Sequence[Site], works: Sequence[LayerWork], batch: int, length: int, past: int
 ) -> UnsteeredPass:
     """A pass of ``length`` new tokens in each of ``batch`` rows, whose ``past`` earlier tokens are in the cache.
-
-    Args:
-        network: a skeleton (:func:`austeer.models.skeleton.skeleton`). layers: the sites ``layer`` of all its layers.
-        works: :func:`austeer.costs.shapes.layer_work` of each.
-
     Of the head only the last position of each row counts, as in generation.
     """
     tokens, size = batch * length, next(network.parameters()).dtype.itemsize
@@ -85,16 +80,12 @@ def unsteered(
     try:
         launches, cache = traced(network, batch, length, past)
     except Exception:  # of someone else's code, which looked at values, say
-        launches, cache = None, 2 * _key_width(network) * batch * (past + length) * size
+        config = text_config(network)
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width *= config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads)
+        launches, cache = None, 2 * width * batch * (past + length) * size
     return UnsteeredPass(round(weights) * size, cache, round(values) * size, operations, launches)
-
-
-def _key_width(network: nn.Module) -> int:
-    """Width of the keys of a token in all layers, by the config."""
-    config = text_config(network)
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head
 
 
 def _parameters(module: nn.Module, tokens: int, share: tuple[int, int]) -> tuple[float, float]:

@@ -20,14 +20,12 @@ class Tokenised:
         positive, negative: one list of ids a pair.
         number: the pair's place among those given.
         cut: how many texts were cut to fit.
-        identical: how many pairs have the same tokens on both sides, and are left out.
     """
 
     positive: list[list[int]]
     negative: list[list[int]]
     number: list[int]
     cut: int
-    identical: int
 
 
 def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -70,9 +68,7 @@ def tokenise(
     positive, negative = ids[: len(pairs)], ids[len(pairs) :]
     # Equal texts would differ by the rounding of the batches that they happen to be in, and count as evidence.
     number = [i for i in range(len(pairs)) if positive[i] != negative[i]]
-    return Tokenised(
-        [positive[i] for i in number], [negative[i] for i in number], number, cut, len(pairs) - len(number)
-    )
+    return Tokenised([positive[i] for i in number], [negative[i] for i in number], number, cut)
 
 
 def check_vocabulary(size: int, token_ids: Sequence[Sequence[int]]) -> None:

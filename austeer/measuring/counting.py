@@ -18,14 +18,7 @@ from .blocks import Block, Blocks
 
 
 class Counts:
-    """Counters of all sites of one process.
-
-    Args:
-        shapes: site name -> layers and width. device: where activations come from.
-
-    Attributes:
-        half_pairs: how many pairs the counters of a half hold.
-    """
+    """Counters of all sites of one process, and how many pairs those of a half hold."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], device: torch.device):
         self.counting = {name: Counting(*shape, device) for name, shape in shapes.items()}
@@ -52,11 +45,7 @@ class Counts:
 
 
 class Tally(Counts):
-    """The counters of blocks, and how many pairs they hold.
-
-    Args:
-        sites: what is read, the measured layers only. device: where activations come from.
-    """
+    """The counters of blocks at the sites of the measured layers, and how many pairs they hold."""
 
     def __init__(self, sites: Mapping[str, Sequence[Site]], device: torch.device):
         super().__init__({name: (len(found), found[0].width) for name, found in sites.items()}, device)

@@ -238,14 +238,9 @@ class Measurement:
                 f"{others[0]}: found the checkpoint of a run with another number of processes; go on with as many, or "
                 "remove it to start anew"
             )
-        if not self.checkpoint.path.exists():
+        state = self.checkpoint.earlier(resume)
+        if state is None:
             return {}
-        if not resume:
-            raise FileFormatError(
-                f"{self.checkpoint.path}: found the checkpoint of an earlier run; go on from it with resume, or remove "
-                "it to start anew"
-            )
-        state = self.checkpoint.load()
         self.tally.restore(state)
         self.report.resumed, self.first_layer = state.pairs, state.extra["layer"]
         return state.extra

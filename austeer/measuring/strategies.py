@@ -22,12 +22,7 @@ from .measurement import Measurement
 
 
 def run_resident(m: Measurement) -> None:
-    """Counts all blocks of this process.
-
-    Raises:
-        MeasurementInterrupted: Ctrl-C or SIGTERM, with a checkpoint.
-        CaptureError: an activation that is not finite, or a text that does not fit into the device's memory.
-    """
+    """Counts all blocks of this process; raises what :func:`austeer.measure` does."""
     held = min(m.block_pairs, len(m.pairs)) if isinstance(m.pairs, Pairs) else m.block_pairs
     capture = LastTokens(m.model, m.sites, 2 * held, m.device)
     if m.tree is not None:
@@ -118,13 +113,7 @@ def _run_batch(capture: LastTokens, batch: Batch) -> None:
 
 
 def run_layerwise(m: Measurement) -> None:
-    """Counts all blocks of this process, one layer after the other.
-
-    Raises:
-        MeasurementInterrupted: Ctrl-C or SIGTERM, with a checkpoint.
-        LayerwiseError, ScratchError, WeightsError: see :class:`austeer.measuring.layerwise.layerwise.Layerwise`.
-        CaptureError: an activation that is not finite.
-    """
+    """Counts all blocks of this process, one layer after the other; raises what ``Layerwise.run`` does, too."""
     layerwise, report = m.layerwise, m.report
     assert layerwise is not None
     seconds = report.seconds

@@ -115,9 +115,7 @@ class Layerwise:
                 earlier run left in ``scratch``.
 
         Raises:
-            LayerwiseError: a layer depends on more than the hidden states, or does not fit into memory.
-            ScratchError: no space for the hidden states, or those in ``scratch`` are another run's.
-            WeightsError: weights that cannot be read.
+            LayerwiseError, ScratchError, WeightsError: a layer, hidden states or weights that cannot be had.
         """
         if first_layer and not self._persistent:
             raise LayerwiseError(f"first_layer: found {first_layer} without persistent hidden states, expected 0")

@@ -118,11 +118,7 @@ class Chunks:
 
 
 class Upload:
-    """Copies chunks to a GPU beside the work on the one before.
-
-    Args:
-        size: bytes of the largest chunk.
-    """
+    """Copies chunks of at most ``size`` bytes to a GPU, beside the work on the one before."""
 
     def __init__(self, device: torch.device, size: int):
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -144,14 +140,6 @@ class Upload:
             chunk.copied.record(self._stream)
         work.wait_event(chunk.copied)
         return data
-
-
-def half_of(chunk: Chunk, shard: Shard) -> Tensor:
-    """Which of a chunk's rows are in the half that is counted by itself: int64, from 0."""
-    try:
-        return shard.half(chunk.start, chunk.stop)
-    except OSError as error:
-        raise FileFormatError(f"{shard.path}: cannot be read ({error.strerror or error})") from error
 
 
 def upload_to(device: torch.device, size: int) -> Callable[[Chunk], Tensor]:

@@ -108,9 +108,12 @@ class Shard:
         """Which of the rows ``start`` to ``stop - 1`` are in the half that is counted by itself: int64, from 0."""
         if self.header is None or "half" not in self.starts:
             return half_rows_without_texts(self.path.name, start, stop)
-        with self.path.open("rb") as file:
-            file.seek(self.starts["half"] + start)
-            flags = file.read(stop - start)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.starts["half"] + start)
+                flags = file.read(stop - start)
+        except OSError as error:
+            raise FileFormatError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         if len(flags) < stop - start:
             raise FileFormatError(f"{self.path}: cut off while it was read; copy the shard whole, or make it anew")
         return torch.tensor([i for i, flag in enumerate(flags) if flag], dtype=torch.int64)
