@@ -240,7 +240,6 @@ def test_a_70b_model_in_3_gb():
         ({"sites": ["head"]}, SiteError, "site.*'head'"),
         ({"layers": [3]}, SiteError, "layers.* 3.* 0 to 2"),
         ({"block_pairs": 0}, PairsError, "block_pairs.* 0"),
-        ({"sample": 0}, PairsError, "sample.* 0"),
         ({"batch_tokens": -1}, PairsError, "batch_tokens.*-1"),
         ({"max_length": 0}, PairsError, "max_length.* 0"),
     ],

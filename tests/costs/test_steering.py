@@ -331,7 +331,6 @@ def test_notes():
         ({"k": 97}, PlanError, "k: .*97.*1 to 96.*'ffn'"),
         ({"k": 0}, PlanError, "k: .* 0,.*1 to 96"),
         ({"layers": 4}, SiteError, "layers: .*4.*1 to 3"),
-        ({"layers": 3, "k": 2}, PlanError, "k: .*2 AUs for 3 layers.*3 to 96"),
         ({"layers": 1, "k": 33}, PlanError, "k: .*33 AUs for 1 layers.*1 to 32"),
         ({"batch": 0}, SteeringError, "batch: .* 0"),
         ({"prompt_tokens": 1.5}, SteeringError, "prompt_tokens: .*1.5"),

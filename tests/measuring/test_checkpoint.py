@@ -58,9 +58,6 @@ def test_what_was_saved_comes_back(tmp_path_factory, seed, number, name, tree):
     "name, value",
     [
         ("model", SETTINGS["model"] | {"layers": 3}),
-        ("sites", ["ffn", "attention"]),
-        ("layers", [0]),
-        ("max_length", 100),
         ("share_prompts", False),
         ("something_new", 1),
     ],

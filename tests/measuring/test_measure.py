@@ -82,8 +82,6 @@ def test_batch_and_block_size_do_not_matter(tiny64, demo, batch_tokens, block_pa
 
 
 def test_model_is_left_as_it_was(tiny, demo):
-    heads = []
-    handle = tiny.lm_head.register_forward_hook(lambda *a: heads.append(1))
     tiny.train()
     tiny.model.layers[1].eval()  # a mixture must come back as a mixture
     before, state = [m.training for m in tiny.modules()], copy.deepcopy(tiny.state_dict())
@@ -92,8 +90,6 @@ def test_model_is_left_as_it_was(tiny, demo):
     assert [m.training for m in tiny.modules()] == before and hooks(tiny) == count
     assert all(torch.equal(t, state[name]) for name, t in tiny.state_dict().items())
     assert all(p.grad is None for p in tiny.parameters())
-    assert heads == []
-    handle.remove()
 
 
 def test_dropout_is_off(tiny, demo):

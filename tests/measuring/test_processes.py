@@ -163,11 +163,6 @@ def test_processes_that_accelerate_does_not_know_of(monkeypatch):
         Processes.launched()
 
 
-def test_alone_nothing_is_added():
-    alone, tensors = Processes(), {"a": torch.tensor([1, 2])}
-    assert alone.main and alone.gather(3) == [3] and alone.add(tensors) == tensors
-
-
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
     os._exit(0)  # as a process that fails does, without a farewell to the others

@@ -20,7 +20,7 @@ import austeer.measuring.layerwise.layerwise
 from austeer import find_sites
 from austeer.forward.shared_prompts import tree_form
 from austeer.measuring.layerwise.hidden_states import ScratchError
-from austeer.measuring.layerwise.layerwise import Layerwise, why_not
+from austeer.measuring.layerwise.layerwise import Layerwise
 from austeer.measuring.layerwise.one_layer import LayerwiseError
 from austeer.models.structure import decoder_of
 from layer_runs import (
@@ -350,9 +350,3 @@ def test_killed_and_gone_on(tmp_path):
     Layerwise(model, sites, persistent=True, scratch=tmp_path / "scratch").run(blocks, counting, first_layer=first)
     assert_equal(counters_of(counting), in_plain_order(model, sites, blocks))
     assert not (tmp_path / "scratch").exists()
-
-
-def test_weights_that_are_nowhere():
-    with torch.device("meta"):
-        empty = tiny_model()
-    assert "meta device" in why_not(empty)

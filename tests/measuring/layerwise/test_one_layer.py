@@ -81,8 +81,10 @@ def test_a_real_family_with_shared_keys_and_values(monkeypatch):
         layer_by_layer(model, sites, blocks_of())
 
 
-def test_families_that_are_not_known():
+def test_families_that_are_not_known_and_weights_that_are_nowhere():
     assert "family" in why_not(tiny_model("persimmon"))
+    with torch.device("meta"):
+        assert "meta device" in why_not(tiny_model())
     assert why_not(tiny_model()) is None
 
 
