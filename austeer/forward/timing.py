@@ -21,10 +21,8 @@ class Timing:
     """Seconds a token of one variant, and its ratio to the reference, round by round.
 
     Attributes:
-        seconds: median seconds a token.
-        ratio: median of the rounds' ratios to the reference variant.
-        low, high: lower and upper quartile of these ratios.
-        rounds: how many rounds.
+        seconds: median seconds a token. rounds: how many.
+        ratio: median of the rounds' ratios to the reference variant. low, high: their quartiles.
     """
 
     seconds: float

@@ -17,8 +17,7 @@ class Tokenised:
     """Token ids of the positive and negative texts of the pairs whose two texts differ.
 
     Attributes:
-        positive, negative: one list of ids a pair.
-        number: the pair's place among those given.
+        positive, negative: one list of ids a pair. number: the pair's place among those given.
         cut: how many texts were cut to fit.
     """
 

@@ -251,14 +251,9 @@ class Measurement:
         if self.checkpoint is None:
             return
         try:
-            self.checkpoint.save(
-                self.tally.state(
-                    batch_tokens=self.batch_tokens,
-                    tree=self.tree,
-                    layer=self.first_layer,
-                    all_pairs=self.blocks.digest if self.layerwise else None,
-                )
-            )
+            digest = self.blocks.digest if self.layerwise else None
+            found_out = {"batch_tokens": self.batch_tokens, "tree": self.tree, "layer": self.first_layer}
+            self.checkpoint.save(self.tally.state(**found_out, all_pairs=digest))
         except FileFormatError as error:  # a full disk: what is in memory is worth more than stopping
             if self.layerwise is not None:  # hidden states go on; a checkpoint that is far behind is of no use to them
                 raise

@@ -170,9 +170,7 @@ class Momentum:
 
     def save(self, path: str | Path) -> Path:
         """Writes a ``.safetensors`` file (counters, and a JSON header with the rest)."""
-        header: dict[str, Any] = {
-            name: value for name, value in vars(self).items() if name in ("pairs", "chat_template", "cut", "identical")
-        }
+        header: dict[str, Any] = {name: getattr(self, name) for name in ("pairs", "chat_template", "cut", "identical")}
         header |= {"model": self.model.to_json(), "sites": list(self.sites)}
         header |= {"sources": list(self.sources), "layers": list(self.layers)}
         header["half_pairs"] = None if self.half is None else self.half_pairs

@@ -137,10 +137,8 @@ def read_shard(path: Path) -> Shard:
             raise FileFormatError(f"{path}: damaged header ({error}); copy the shard whole, or make it anew") from error
     shapes: dict[str, tuple[int, int]] = {}
     rows, dtypes = set(), set()
-    for name in sorted(tensors):
-        site, dot, side = name.rpartition(".")
-        if not dot or side not in ("positive", "negative"):
-            continue
+    for name in sorted(name for name in tensors if name.endswith((".positive", ".negative"))):
+        site = name.rpartition(".")[0]
         shape = _shape(path, name, tensors)
         rows.add(shape[0])
         dtypes.add(tensors[name]["dtype"])
