@@ -46,13 +46,8 @@ def numbered_pairs(count):
 
 def assert_like(found, expected):
     """The same momentum, up to the order of float64 sums."""
-    assert (found.pairs, found.model, found.cut, found.identical, found.sources) == (
-        expected.pairs,
-        expected.model,
-        expected.cut,
-        expected.identical,
-        expected.sources,
-    )
+    for what in ("pairs", "model", "cut", "identical", "sources"):
+        assert getattr(found, what) == getattr(expected, what), what
     assert set(found.sites) == set(expected.sites)
     assert (found.half is None, found.half_pairs) == (expected.half is None, expected.half_pairs)
     everything = [(found.sites, expected.sites), *([(found.half, expected.half)] if expected.half else [])]

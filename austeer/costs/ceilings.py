@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import AusteerError
-from ..utils.machine import matmul_rate
+from ..utils.machine import matmul_rate, wait_for
 
 #: Bytes of the tensor that is copied to measure bandwidth: more than the caches hold, except those of large servers.
 COPIED = 2**28
@@ -111,7 +111,6 @@ def _best(run: Callable[[], object], device: torch.device, times: int) -> float:
     for _ in range(times + 1):
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         took.append(time.perf_counter() - start)
     return min(took[1:])

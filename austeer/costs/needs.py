@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import SiteError
-from ..forward.batch_size import LARGEST, SHARE, bytes_a_token
+from ..forward.batch_size import automatic_batch_tokens
 from ..measuring.arguments import chosen_layers
-from ..measuring.layerwise.hidden_states import bytes_needed
 from ..measuring.layerwise.one_layer import Anatomy, LayerwiseError
 from ..models.families import Layout
 from ..models.load import WEIGHTS
@@ -44,15 +43,15 @@ class Need:
     counters: int
     buffers: int
     activations: int
-    texts: int
-    hidden: int
-    place: str
     read: int | None
-    moved: int
     compute: float
     disk: float | None
     seconds: float | None
     fits: bool | None
+    texts: int = 0
+    hidden: int = 0
+    place: str = ""
+    moved: int = 0
 
     @property
     def memory(self) -> int | None:
@@ -133,8 +132,7 @@ class Subject:
         """Tokens in a batch where none are given, in what the weights leave of ``free`` bytes."""
         whole = self.parameters.total * self.dtype.itemsize
         left = free - whole if whole <= WEIGHTS * free else free - self._two_layers()
-        fitting = int(SHARE * left) // bytes_a_token(self.network)
-        return max(64, min(LARGEST.get(device.type, LARGEST["cuda"]), fitting))
+        return automatic_batch_tokens(self.network, device, left)
 
     def product(self, work: Workload) -> tuple[int, int, int]:
         """Tokens, inputs and outputs of the largest product in an average batch; a token of a mixture meets few."""
@@ -142,53 +140,32 @@ class Subject:
         return max(1, work.tokens_padded * run // (of * max(work.batches, 1))), *self.works[-1].largest
 
     def needs(self, work: Workload, machine: Machine, block_pairs: int, persistent: bool) -> tuple[Need, Need | None]:
-        """Of the resident strategy, and of layer by layer if the model can be measured so.
+        """Of the resident strategy, and of layer by layer if it can be, with hidden states kept in two files or not."""
+        itemsize, compute = self.dtype.itemsize, self.flops(work) / machine.matmul
+        passes = [batch_bytes(self.network, self.works, r, n, itemsize, tree) for r, n, tree in work.shapes]
+        same: dict[str, Any] = {"counters": counter_bytes(self.sites), "activations": max(passes, default=0)}
+        same["compute"] = compute
+        beside = same["counters"] + same["activations"]
 
-        Args:
-            persistent: whether hidden states are kept for a resume: in two files.
-        """
-        counters, itemsize = counter_bytes(self.sites), self.dtype.itemsize
-        activations = max(
-            (batch_bytes(self.network, self.works, rows, length, itemsize, tree) for rows, length, tree in work.shapes),
-            default=0,
-        )
+        whole = read = disk = fits = None
         buffers = buffer_bytes(self.sites, block_pairs, itemsize)
-        compute = self.flops(work) / machine.matmul
-
-        whole = None if self.quantised else self.parameters.total * itemsize
-        read = None if self.quantised else self.parameters.total * self.saved.itemsize
-        disk = None if read is None or machine.read is None else read / machine.read
-        fits = None
-        if whole is not None:
-            fits = whole <= WEIGHTS * machine.free and whole + counters + buffers + activations <= machine.free
-        resident = Need(
-            weights=whole,
-            counters=counters,
-            buffers=buffers,
-            activations=activations,
-            texts=0,
-            hidden=0,
-            place="",
-            read=read,
-            moved=0,
-            compute=compute,
-            disk=disk,
-            seconds=None if disk is None else compute + disk,
-            fits=fits,
-        )
+        if not self.quantised:
+            whole, read = (self.parameters.total * dtype.itemsize for dtype in (self.dtype, self.saved))
+            disk = None if machine.read is None else read / machine.read
+            fits = whole <= WEIGHTS * machine.free and whole + buffers + beside <= machine.free
+        seconds = None if disk is None else compute + disk
+        resident = Need(weights=whole, buffers=buffers, read=read, disk=disk, seconds=seconds, fits=fits, **same)
         if self.refused is not None:
             return resident, None
 
-        weights, read = self._two_layers(), self._run() * self.saved.itemsize
-        width = text_config(self.network).hidden_size
-        hidden = bytes_needed(work.tokens_padded, width, itemsize)
+        weights, read = self._two_layers(), sum(self._run) * self.saved.itemsize
+        hidden = work.tokens_padded * text_config(self.network).hidden_size * itemsize
         place = "file" if persistent else _place(hidden, weights, machine)
         moved = 2 * len(self.works) * hidden if place == "file" else 0
-        hidden = bytes_needed(work.tokens_padded, width, itemsize, persistent)
+        hidden *= 2 if persistent else 1  # two files in turn
         disk = None if machine.read is None else (read + moved) / machine.read
-        one_layer = {name: found[:1] for name, found in self.sites.items()}
-        buffers = buffer_bytes(one_layer, block_pairs, itemsize)
-        device = weights + counters + buffers + activations + (hidden if place == "device" else 0)
+        buffers = buffer_bytes({name: found[:1] for name, found in self.sites.items()}, block_pairs, itemsize)
+        device = weights + buffers + beside + (hidden if place == "device" else 0)
         host = work.packed + (hidden if place == "memory" else 0)
         if machine.device == "cpu":
             room = device + host <= machine.free
@@ -196,29 +173,27 @@ class Subject:
             room = device <= machine.free and host + weights <= machine.host_free
         layerwise = Need(
             weights=weights,
-            counters=counters,
             buffers=buffers,
-            activations=activations,
             texts=work.packed,
             hidden=hidden,
             place=place,
             read=read,
             moved=moved,
-            compute=compute,
             disk=disk,
             seconds=None if disk is None else max(compute, disk),
             fits=room and (place != "file" or hidden <= machine.disk_free),
+            **same,
         )
         return resident, layerwise
 
-    def _run(self) -> int:
-        """Parameters of what runs."""
-        return self.parameters.embedding + sum(self.parameters.layers[: len(self.works)])
+    @property
+    def _run(self) -> list[int]:
+        """Parameters of what runs: the embedding, then the layers."""
+        return [self.parameters.embedding, *self.parameters.layers[: len(self.works)]]
 
     def _two_layers(self) -> int:
-        """Bytes of the two largest parts that follow each other: the embedding, then the layers."""
-        parts = [self.parameters.embedding, *self.parameters.layers[: len(self.works)]]
-        return self.dtype.itemsize * max(a + b for a, b in pairwise(parts))
+        """Bytes of the two largest parts that follow each other."""
+        return self.dtype.itemsize * max(a + b for a, b in pairwise(self._run))
 
 
 def _place(hidden: int, weights: int, machine: Machine) -> str:

@@ -16,9 +16,6 @@ from ..models import linear
 from ..models.sites import Site
 from ..models.structure import decoder_of, text_config
 
-#: The kind of layers without a product of all tokens with all tokens.
-_LINEAR_ATTENTION = "linear_attention"
-
 
 @dataclass(frozen=True)
 class Parameters:
@@ -37,11 +34,7 @@ class Parameters:
 
 
 def count_parameters(model: nn.Module, layers: Sequence[Site]) -> Parameters:
-    """Where a model's parameters are.
-
-    Args:
-        layers: the sites ``layer`` of all its layers.
-    """
+    """Where a model's parameters are; ``layers``: the sites ``layer`` of all its layers."""
     seen: set[int] = set()
 
     def count(module: nn.Module) -> int:
@@ -85,7 +78,7 @@ class LayerWork:
 
 
 def layer_work(model: nn.Module, layer: Site, attention: Site) -> LayerWork:
-    """What one decoder layer does for a token.
+    """What a decoder layer does for a token, from its sites ``layer`` and ``attention``.
 
     Of one token it holds at once, with hidden size h, whichever is the most:
 
@@ -96,9 +89,6 @@ def layer_work(model: nn.Module, layer: Site, attention: Site) -> LayerWork:
 
     Peaks measured on the CPU in float32 and bfloat16 are 0.8 to 1.9 times this in every family but two: Falcon (up to
     5: it writes its attention's scores down) and Qwen3-Next (up to 8, without the kernels of its linear attention).
-
-    Args:
-        layer, attention: the sites of these names in the layer.
     """
     config = text_config(model)
     hidden = config.hidden_size
@@ -107,7 +97,7 @@ def layer_work(model: nn.Module, layer: Site, attention: Site) -> LayerWork:
     experts = dict(experts_of(block, config))
     active = outputs = wide = 0
     for path, module in block.named_modules():
-        run, of = next((e for name, e in experts.items() if path == name or path.startswith(f"{name}.")), (1, 1))
+        run, of = share_of(path, experts)
         for name, p in module._parameters.items():
             if p is not None and p.dim() >= 2 and not name.endswith("bias") and not isinstance(module, nn.Embedding):
                 active += p.numel() * run // of
@@ -123,7 +113,7 @@ def layer_work(model: nn.Module, layer: Site, attention: Site) -> LayerWork:
     queries = config.num_attention_heads * config.qk_head_dim if hasattr(config, "qk_head_dim") else attention.width
     return LayerWork(
         active=active,
-        attention=0 if kinds and kinds[layer.layer] == _LINEAR_ATTENTION else queries + attention.width,
+        attention=0 if kinds and kinds[layer.layer] == "linear_attention" else queries + attention.width,
         peak=max(2 * hidden + 3 * outputs, 4 * hidden + wide, 4 * hidden + routed),
         largest=max(((p.shape[-1], p.shape[-2]) for p in block.parameters() if p.dim() >= 2), key=prod),
         experts=next(iter(experts.values()), None),
@@ -138,16 +128,18 @@ def experts_of(block: nn.Module, config) -> Iterator[tuple[str, tuple[int, int]]
         if isinstance(module, nn.Conv1d) or not (fused or listed):
             continue
         count = len(module) if isinstance(module, nn.ModuleList) else fused[0].shape[0]
+        run = None
         # Llama 4's take every token: no choice is handed to them.
-        takes_choice = listed or len(inspect.signature(module.forward).parameters) > 1
-        yield path, ((_experts_per_token(block, path, config) if takes_choice else None) or count, count)
+        if listed or len(inspect.signature(module.forward).parameters) > 1:
+            around = block.get_submodule(path.rpartition(".")[0])  # has the router
+            asked = (getattr(m, "top_k", None) for m in around.modules())
+            run = next((k for k in asked if isinstance(k, int)), getattr(config, "num_experts_per_tok", None))
+        yield path, (run or count, count)
 
 
-def _experts_per_token(block: nn.Module, experts: str, config) -> int | None:
-    """What the router beside the experts, or the config, says; None if neither does."""
-    around = block.get_submodule(experts.rpartition(".")[0])
-    found = (getattr(module, "top_k", None) for module in around.modules())
-    return next((k for k in found if isinstance(k, int)), getattr(config, "num_experts_per_tok", None))
+def share_of(path: str, experts: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """How many of how many experts run for a token, for a module of a layer; (1, 1) outside of all experts."""
+    return next((e for name, e in experts.items() if f"{path}.".startswith(f"{name}.")), (1, 1))
 
 
 def _routed(experts: nn.Module, run: int, hidden: int) -> int:
@@ -170,9 +162,6 @@ def batch_bytes(
     - under eager attention the scores of all heads, and their softmax in float32: heads * (8 + itemsize) bytes,
       or heads * 8 in float32;
     - in a batch of trees the masks: itemsize + 10 bytes (with what they are made from) for each kind of layer.
-
-    Args:
-        work: of the layers that run. tree: whether the batch needs a mask (:class:`austeer.forward.packing.Batch`).
     """
     config = text_config(model)
     square = 0

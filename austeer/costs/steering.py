@@ -24,8 +24,6 @@ from .shapes import LayerWork, layer_work
 from .unsteered import UnsteeredPass, unsteered
 from .work import WAYS, Target, Work, kept_bytes, place_of, why_not
 
-UNSTEERED = "unsteered"
-
 #: The dtypes that predictions are made for: all that the kernels have on every device.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -66,7 +64,7 @@ class Pass:
     def to_json(self) -> dict[str, Any]:
         itself = {**self.unsteered.to_json(), "seconds": self.seconds}
         extra = {way: found.to_json() for way, found in self.extra.items()}
-        return {"tokens": self.tokens, "past": self.past, UNSTEERED: itself, "extra": extra}
+        return {"tokens": self.tokens, "past": self.past, "unsteered": itself, "extra": extra}
 
 
 @dataclass(frozen=True)
@@ -99,13 +97,7 @@ class SteeringCost:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        passes = {"decode": self.decode.to_json(), "prefill": self.prefill.to_json()}
-        plain = {
-            name: getattr(self, name)
-            for name in ("model", "site", "k", "operation", "dtype", "device", "batch", "layers", "aus")
-        }
-        rest = {"memory": self.memory, "refused": self.refused, "ceilings": self.ceilings.to_json()}
-        return {**plain, **passes, **rest, "notes": list(self.notes)}
+        return asdict(self) | {"decode": self.decode.to_json(), "prefill": self.prefill.to_json()}
 
     def conclusion(self) -> str:
         """One plain sentence."""

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..models.sites import Site
 from ..models.structure import decoder_of, text_config
-from .shapes import LayerWork, experts_of
+from .shapes import LayerWork, experts_of, share_of
 
 #: Operations that allocate or describe a tensor, beside views.
 _NO_WORK = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "_unsafe_view"}
@@ -56,55 +56,36 @@ class UnsteeredPass:
 
 
 def unsteered(
-    network: nn.Module,
-    layers: Sequence[Site],
-    works: Sequence[LayerWork],
-    batch: int,
-    length: int,
-    past: int,
+    network: nn.Module, layers: Sequence[Site], works: Sequence[LayerWork], batch: int, length: int, past: int
 ) -> UnsteeredPass:
     """A pass of ``length`` new tokens in each of ``batch`` rows, whose ``past`` earlier tokens are in the cache.
-
-    Args:
-        network: a skeleton (:func:`austeer.models.skeleton.skeleton`). layers: the sites ``layer`` of all its layers.
-        works: :func:`austeer.costs.shapes.layer_work` of each.
-
     Of the head only the last position of each row counts, as in generation.
     """
     tokens, size = batch * length, next(network.parameters()).dtype.itemsize
-    weights = values = 0.0
-    inside: set[nn.Module] = set()
+    parts: dict[nn.Module, tuple[int, tuple[int, int]]]  # each module's tokens, and share of experts
+    parts = dict.fromkeys(decoder_of(network).modules(), (tokens, (1, 1)))
     for site in layers:
         block = network.get_submodule(site.path)
-        inside.update(block.modules())
-        shares = dict(experts_of(block, text_config(network)))
-        for path, module in block.named_modules():
-            share = next((e for name, e in shares.items() if path == name or path.startswith(f"{name}.")), (1, 1))
-            read, moved = _parameters(module, tokens, share)
-            weights, values = weights + read, values + tokens * moved
-    head: nn.Module | None = network.get_output_embeddings()  # type: ignore[operator]
-    for module in decoder_of(network).modules():
-        if module not in inside and module is not head:
-            read, moved = _parameters(module, tokens, (1, 1))
-            weights, values = weights + read, values + tokens * moved
+        experts = dict(experts_of(block, text_config(network)))
+        parts |= {module: (tokens, share_of(path, experts)) for path, module in block.named_modules()}
     operations = sum(work.flops(tokens, batch * length * (past + length)) for work in works)
+    head: nn.Module | None = network.get_output_embeddings()  # type: ignore[operator]
     if head is not None:
-        read, moved = _parameters(head, batch, (1, 1))
-        weights, values = weights + read, values + batch * moved
+        parts[head] = (batch, (1, 1))
         operations += 2 * batch * head.weight.numel()  # type: ignore[operator]
+    weights = values = 0.0
+    for module, (count, share) in parts.items():
+        read, moved = _parameters(module, count, share)
+        weights, values = weights + read, values + count * moved
     try:
         launches, cache = traced(network, batch, length, past)
     except Exception:  # of someone else's code, which looked at values, say
-        launches, cache = None, 2 * _key_width(network) * batch * (past + length) * size
+        config = text_config(network)
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width *= config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads)
+        launches, cache = None, 2 * width * batch * (past + length) * size
     return UnsteeredPass(round(weights) * size, cache, round(values) * size, operations, launches)
-
-
-def _key_width(network: nn.Module) -> int:
-    """Width of the keys of a token in all layers, by the config."""
-    config = text_config(network)
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head
 
 
 def _parameters(module: nn.Module, tokens: int, share: tuple[int, int]) -> tuple[float, float]:

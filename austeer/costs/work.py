@@ -8,7 +8,8 @@ scatter only the selected values count. A launch is one operation that does work
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add, sub
 
 import torch
 from torch import nn
@@ -51,13 +52,10 @@ class Work:
         return self.bytes + self.padding
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(self._all(), other._all())))
+        return Work(*map(add, astuple(self), astuple(other)))
 
     def __sub__(self, other: Work) -> Work:
-        return Work(*(a - b for a, b in zip(self._all(), other._all())))
-
-    def _all(self) -> tuple[int, ...]:
-        return self.read, self.written, self.operations, self.launches, self.padding
+        return Work(*map(sub, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -189,14 +187,9 @@ def columns(place: Place, target: Target) -> Work:
         each = 4 if place.operation == "push" else 3
         kernel = _op([t * size, place.count * (INDEX + 2 * STRENGTH)], t * size, each * t)
         return kernel + Work(padding=2 * _scattered(place, target))
-    if columns_are_dense(place):
+    if dense_costs_less(place.values, place.count, place.width):
         return _in_place(place)
     return _sparse_on_cpu(place) + Work(padding=2 * _scattered(place, target))
-
-
-def columns_are_dense(place: Place) -> bool:
-    """Whether columns is one dense operation on a CPU outside compiled graphs, for one operation."""
-    return dense_costs_less(place.values, place.count, place.width)
 
 
 def _in_place(place: Place) -> Work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -14,6 +15,9 @@ from ..pairs.stream import PairStream
 
 #: Characters of a token where there is no tokenizer to ask.
 CHARACTERS = 4
+
+#: The totals of a workload that are scaled from a sample.
+SCALED = ("texts", "batches", "tokens_texts", "tokens_run", "tokens_padded", "squares", "packed")
 
 
 @dataclass(frozen=True)
@@ -77,35 +81,16 @@ def workload(
         batch_tokens=batch_tokens,
         share=share,
     )
-    texts = batches = tokens_texts = run = padded = squares = packed = 0
-    shapes = set()
+    found, shapes = Counter[str](), set()
     for block in blocks:
-        texts += 2 * block.pairs
-        tokens_texts += block.texts_tokens
+        found.update(texts=2 * block.pairs, tokens_texts=block.texts_tokens, batches=len(block.batches))
         for batch in block.batches:
             rows, length = batch.ids.shape
-            batches += 1
-            run += batch.tokens
-            padded += rows * length
-            squares += rows * length * length
-            packed += sum(t.nbytes for t in (batch.ids, batch.positions, batch.sees) if t is not None)
+            packed = sum(t.nbytes for t in (batch.ids, batch.positions, batch.sees) if t is not None)
+            found.update(tokens_run=batch.tokens, tokens_padded=rows * length, squares=rows * length**2, packed=packed)
             shapes.add((rows, length, batch.sees is not None))
-
-    def scaled(count: int) -> int:
-        return round(count * total / len(chosen))
-
-    return Workload(
-        pairs=total,
-        sampled=len(chosen),
-        texts=scaled(texts),
-        batches=scaled(batches),
-        tokens_texts=scaled(tokens_texts),
-        tokens_run=scaled(run),
-        tokens_padded=scaled(padded),
-        squares=scaled(squares),
-        packed=scaled(packed),
-        shapes=frozenset(shapes),
-    )
+    scaled = {what: round(found[what] * total / len(chosen)) for what in SCALED}
+    return Workload(pairs=total, sampled=len(chosen), shapes=frozenset(shapes), **scaled)
 
 
 def _blocks(pairs: Iterable[Pair], size: int, count: int) -> tuple[int, list[Pair]]:
@@ -133,11 +118,5 @@ class _Characters:
         self._known: dict[str, int] = {}
 
     def __call__(self, texts: Sequence[str], **options: Any) -> dict[str, list[list[int]]]:
-        return {
-            "input_ids": [
-                [self._id(text[i : i + CHARACTERS]) for i in range(0, len(text), CHARACTERS)] for text in texts
-            ]
-        }
-
-    def _id(self, characters: str) -> int:
-        return self._known.setdefault(characters, len(self._known))
+        pieces = [[text[i : i + CHARACTERS] for i in range(0, len(text), CHARACTERS)] for text in texts]
+        return {"input_ids": [[self._known.setdefault(p, len(self._known)) for p in found] for found in pieces]}

@@ -28,8 +28,8 @@ def bytes_a_token(model: nn.Module) -> int:
     return floating_dtype(model).itemsize * (8 * hidden + 3 * wide * experts)
 
 
-def automatic_batch_tokens(model: nn.Module, device: torch.device) -> int:
-    """Tokens in a batch, with padding."""
+def automatic_batch_tokens(model: nn.Module, device: torch.device, free: int | None = None) -> int:
+    """Tokens in a batch, with padding; ``free``: bytes on the device, by default those that are free now."""
     largest = LARGEST.get(device.type, LARGEST["cuda"])
-    fitting = int(SHARE * free_memory(device)) // bytes_a_token(model)
+    fitting = int(SHARE * (free_memory(device) if free is None else free)) // bytes_a_token(model)
     return max(64, min(largest, fitting))

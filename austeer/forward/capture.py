@@ -38,11 +38,7 @@ class LastTokens:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        sites: Mapping[str, Sequence[Site]],
-        texts: int,
-        device: torch.device | None = None,
+        self, model: nn.Module, sites: Mapping[str, Sequence[Site]], texts: int, device: torch.device | None = None
     ):
         self.model = unwrap(model)
         self.decoder = decoder_of(self.model)

@@ -47,35 +47,26 @@ def continue_prompts(
     texts = [render_chat(tokenizer, p) for p in prompts] if chat else list(prompts)
     ids = encode(tokenizer, texts, add_special_tokens=special and not chat)
     check_vocabulary(vocabulary_size(model), ids)
-    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    pad = next(
-        (i for i in ends if i is not None and i < vocabulary_size(model)), 0
-    )  # a pad token may have been added afterwards
+    ends, size = (tokenizer.pad_token_id, tokenizer.eos_token_id), vocabulary_size(model)
+    pad = next((i for i in ends if i is not None and i < size), 0)  # a pad token may have been added afterwards
     length = max(map(len, ids))
     device = input_device(model)
     input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
-    sampling: dict[str, Any] = (
-        {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
-    )
+    sampling: dict[str, Any] = {"do_sample": temperature is not None}
+    if temperature is not None:
+        sampling["temperature"] = temperature
     if stop is not None:
         from transformers import StoppingCriteriaList  # two seconds to import
 
-        sampling["stopping_criteria"] = StoppingCriteriaList([_StopAt(stop, tokenizer, length)])
+        def ended(input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            written = tokenizer.batch_decode(input_ids[:, length:], skip_special_tokens=True)
+            return torch.tensor([stop(text) for text in written], device=input_ids.device)
+
+        sampling["stopping_criteria"] = StoppingCriteriaList([ended])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model.generate(  # type: ignore[operator]
             input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
         )
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-
-
-class _StopAt:
-    """Ends each row where its text, without the prompt's ``length`` tokens, says so."""
-
-    def __init__(self, stop: Callable[[str], bool], tokenizer, length: int):
-        self._stop, self._tokenizer, self._length = stop, tokenizer, length
-
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        texts = self._tokenizer.batch_decode(input_ids[:, self._length :], skip_special_tokens=True)
-        return torch.tensor([self._stop(text) for text in texts], device=input_ids.device)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..models.structure import input_device
+from ..utils.machine import wait_for
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,8 @@ class Timing:
     """Seconds a token of one variant, and its ratio to the reference, round by round.
 
     Attributes:
-        seconds: median seconds a token.
-        ratio: median of the rounds' ratios to the reference variant.
-        low, high: lower and upper quartile of these ratios.
-        rounds: how many rounds.
+        seconds: median seconds a token. rounds: how many.
+        ratio: median of the rounds' ratios to the reference variant. low, high: their quartiles.
     """
 
     seconds: float
@@ -61,8 +60,12 @@ def decode_times(
             if number:
                 seconds[name].append(took / tokens)
         on_round()
-    reference = seconds[next(iter(variants))]
-    return {name: _summary(values, reference) for name, values in seconds.items()}
+    reference, found = seconds[next(iter(variants))], {}
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, reference, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        found[name] = Timing(statistics.median(values), statistics.median(ratios), low, high, rounds)
+    return found
 
 
 @torch.no_grad()
@@ -71,20 +74,9 @@ def _decode(model: nn.Module, ids: torch.Tensor, tokens: int) -> float:
     start = 0.0
     for step in range(tokens + 1):
         if step == 1:
-            _wait(ids.device)
+            wait_for(ids.device)
             start = time.perf_counter()
         token = output.logits[:, -1:].argmax(-1)
         output = model(token, past_key_values=output.past_key_values, use_cache=True)
-    _wait(ids.device)
+    wait_for(ids.device)
     return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _summary(values: list[float], reference: list[float]) -> Timing:
-    ratios = [a / b for a, b in zip(values, reference, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return Timing(statistics.median(values), statistics.median(ratios), low, high, len(values))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import PairsError
+from ..errors import PairsError, check_count
 from ..models.structure import text_config
 from ..pairs.pairs import Pair
 
@@ -17,17 +17,14 @@ class Tokenised:
     """Token ids of the positive and negative texts of the pairs whose two texts differ.
 
     Attributes:
-        positive, negative: one list of ids a pair.
-        number: the pair's place among those given.
+        positive, negative: one list of ids a pair. number: the pair's place among those given.
         cut: how many texts were cut to fit.
-        identical: how many pairs have the same tokens on both sides, and are left out.
     """
 
     positive: list[list[int]]
     negative: list[list[int]]
     number: list[int]
     cut: int
-    identical: int
 
 
 def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -43,13 +40,7 @@ def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> 
 
 
 def tokenise(
-    tokenizer,
-    pairs: Sequence[Pair],
-    max_length: int,
-    *,
-    special: bool = True,
-    source: str = "memory",
-    first: int = 0,
+    tokenizer, pairs: Sequence[Pair], max_length: int, *, special: bool = True, source: str = "memory", first: int = 0
 ) -> Tokenised:
     """Token ids of each pair's two texts, cut on the left to ``max_length`` so that the answer stays.
 
@@ -76,9 +67,7 @@ def tokenise(
     positive, negative = ids[: len(pairs)], ids[len(pairs) :]
     # Equal texts would differ by the rounding of the batches that they happen to be in, and count as evidence.
     number = [i for i in range(len(pairs)) if positive[i] != negative[i]]
-    return Tokenised(
-        [positive[i] for i in number], [negative[i] for i in number], number, cut, len(pairs) - len(number)
-    )
+    return Tokenised([positive[i] for i in number], [negative[i] for i in number], number, cut)
 
 
 def check_vocabulary(size: int, token_ids: Sequence[Sequence[int]]) -> None:
@@ -93,8 +82,8 @@ def check_vocabulary(size: int, token_ids: Sequence[Sequence[int]]) -> None:
 def length_limit(model: nn.Module, max_length: int | None) -> int:
     """The longest text, in tokens: what is asked for, within the model's context."""
     context = getattr(text_config(model), "max_position_embeddings", None)
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-        raise PairsError(f"max_length: found {max_length!r}, expected an integer of at least 1")
+    if max_length is not None:
+        check_count("max_length", max_length, 2**62, "tokens of a text", PairsError)
     limit = min((n for n in (max_length, context) if n is not None), default=None)
     if limit is None:
         raise PairsError("the model's config names no context length; give max_length")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from typing import NoReturn
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import count, islice
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -49,6 +49,7 @@ class Block:
     digest: str
 
 
+@dataclass(eq=False)
 class Blocks:
     """The blocks of a set of pairs that one process has to run, in order; re-iterable.
 
@@ -62,54 +63,47 @@ class Blocks:
         part: (i, n) takes the blocks i, i + n, i + 2 n ...
         pin: whether batches lie in page-locked memory.
         seconds: where the time that is spent here is added.
+
+    Attributes:
+        digest: of all pairs read by the newest iteration. read: how many, those of other processes included.
     """
 
-    def __init__(
-        self,
-        tokenizer,
-        pairs: Iterable[Pair],
-        *,
-        source: str,
-        chat_template: bool,
-        vocabulary: int,
-        max_length: int,
-        block_pairs: int,
-        batch_tokens: int,
-        share: bool,
-        apart: int | None = None,
-        first: int = 0,
-        known: str = "",
-        part: tuple[int, int] = (0, 1),
-        pin: bool = False,
-        seconds: Seconds | None = None,
-    ):
-        self.tokenizer, self.pairs, self.source, self.chat_template = tokenizer, pairs, source, chat_template
-        self.vocabulary, self.max_length, self.block_pairs = vocabulary, max_length, block_pairs
-        self.batch_tokens, self.share, self.first, self.known = batch_tokens, share, first, known
-        self.apart = apart
-        self.part, self.pin = part, pin
-        self.seconds = seconds or Seconds()
-        self.digest = ""  # of all pairs read by it
-        self.read = 0  # pairs read by the newest iteration, those of other processes included
+    tokenizer: Any
+    pairs: Iterable[Pair]
+    _: KW_ONLY
+    source: str
+    chat_template: bool
+    vocabulary: int
+    max_length: int
+    block_pairs: int
+    batch_tokens: int
+    share: bool
+    apart: int | None = None
+    first: int = 0
+    known: str = ""
+    part: tuple[int, int] = (0, 1)
+    pin: bool = False
+    seconds: Seconds = field(default_factory=Seconds)
+    digest: str = field(default="", init=False)
+    read: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[Block]:
-        stream, digest, number = iter(self.pairs), "", 0
+        stream = iter(self.pairs)
         self.read, self.digest = 0, ""
-        while True:
+        for number in count():
             start = time.perf_counter()
             chosen = list(islice(stream, self.block_pairs))
             if not chosen:
                 if number < self.first:
                     self.others()
                 return
-            self.digest = digest = chain(digest, chosen)
+            self.digest = chain(self.digest, chosen)
             offset, self.read = self.read, self.read + len(chosen)
             self.seconds.read += time.perf_counter() - start
-            if number == self.first - 1 and digest != self.known:
+            if number == self.first - 1 and self.digest != self.known:
                 self.others()
             if number >= self.first and number % self.part[1] == self.part[0]:
-                yield self._block(number, offset, chosen, digest)
-            number += 1
+                yield self._block(number, offset, chosen)
 
     def others(self) -> NoReturn:
         """Raises PairsError: these are not the pairs that were counted before."""
@@ -118,7 +112,7 @@ class Blocks:
             "file, unchanged. Start anew"
         )
 
-    def _block(self, number: int, offset: int, pairs: list[Pair], digest: str) -> Block:
+    def _block(self, number: int, offset: int, pairs: list[Pair]) -> Block:
         start = time.perf_counter()
         found = self.tokenised(pairs, offset)
         texts = found.positive + found.negative
@@ -140,18 +134,12 @@ class Blocks:
             batches=packed,
             cut=found.cut,
             texts_tokens=sum(map(len, texts)),
-            digest=digest,
+            digest=self.digest,
         )
 
     def tokenised(self, pairs: list[Pair], offset: int) -> Tokenised:
-        return tokenise(
-            self.tokenizer,
-            pairs,
-            self.max_length,
-            special=not self.chat_template,
-            source=self.source,
-            first=offset,
-        )
+        special = not self.chat_template
+        return tokenise(self.tokenizer, pairs, self.max_length, special=special, source=self.source, first=offset)
 
     def pair(self, row: int, offset: int) -> tuple[int, Pair]:
         """Which pair is contrasted pair ``row`` of the block that begins at pair ``offset``: its number, and itself."""

@@ -39,6 +39,17 @@ class Checkpoint:
         header |= {"settings": self.settings, "sites": list(state.sites)}
         files.write(self.path, FORMAT, VERSION, header, tensors_of(state.sites, state.half))
 
+    def earlier(self, resume: bool) -> State | None:
+        """What an earlier run has kept, None if nothing; raises FileFormatError as ``load``, or without ``resume``."""
+        if not self.path.exists():
+            return None
+        if not resume:
+            raise FileFormatError(
+                f"{self.path}: found the checkpoint of an earlier run; go on from it with resume, or remove it to "
+                "start anew"
+            )
+        return self.load()
+
     def load(self) -> State:
         """Raises FileFormatError if the file is missing, damaged, or of a run with other settings (one is named)."""
         header, tensors = files.read(self.path, FORMAT, VERSION)
@@ -81,11 +92,7 @@ def written(path: str | Path) -> list[Path]:
 
 
 def remove(path: str | Path, scratch: str | Path | None = None) -> None:
-    """Removes the checkpoints of a name, and the hidden states that are kept for them; nothing else.
-
-    Args:
-        scratch: where hidden states are kept, if not beside the checkpoint.
-    """
+    """Removes the checkpoints of a name, and their hidden states (in ``scratch``, or beside them); nothing else."""
     for file in written(path):
         hidden.remove(Path(scratch or file.parent, f"{file.name}.hidden"))
         file.unlink()

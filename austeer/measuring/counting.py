@@ -18,14 +18,7 @@ from .blocks import Block, Blocks
 
 
 class Counts:
-    """Counters of all sites of one process.
-
-    Args:
-        shapes: site name -> layers and width. device: where activations come from.
-
-    Attributes:
-        half_pairs: how many pairs the counters of a half hold.
-    """
+    """Counters of all sites of one process, and how many pairs those of a half hold."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], device: torch.device):
         self.counting = {name: Counting(*shape, device) for name, shape in shapes.items()}
@@ -52,11 +45,7 @@ class Counts:
 
 
 class Tally(Counts):
-    """The counters of blocks, and how many pairs they hold.
-
-    Args:
-        sites: what is read, the measured layers only. device: where activations come from.
-    """
+    """The counters of blocks at the sites of the measured layers, and how many pairs they hold."""
 
     def __init__(self, sites: Mapping[str, Sequence[Site]], device: torch.device):
         super().__init__({name: (len(found), found[0].width) for name, found in sites.items()}, device)
@@ -137,21 +126,15 @@ class Counting:
             half: which of the pairs are in the half, int64, from 0; on the CPU. None of them by default.
         """
         rows = buffer.flatten(1)  # [texts, layers * width]
-        positive, negative = rows[:pairs], rows[pairs : 2 * pairs]
-        width = self.shape[1]
+        sides, width = [rows[:pairs], rows[pairs : 2 * pairs]], self.shape[1]
         part = slice(None) if row is None else slice(row * width, (row + 1) * width)
-        self._update(self.totals, self.first_nonfinite, positive, negative, part, offset)
+        updates = [(sides, (*self.totals, self.first_nonfinite))]
         if half is not None and len(half):
             chosen = half.to(rows.device, non_blocking=True)
-            positive, negative = positive.index_select(0, chosen), negative.index_select(0, chosen)
-            self._update(self.half, self._ignored, positive, negative, part, offset)
-
-    @staticmethod
-    def _update(
-        counters: list[Tensor], first_nonfinite: Tensor, positive: Tensor, negative: Tensor, part: slice, offset: int
-    ) -> None:
-        wins, losses, delta_sum, delta_square_sum = (t[part] for t in counters)
-        momentum_update(positive, negative, wins, losses, delta_sum, delta_square_sum, first_nonfinite[part], offset)
+            updates.append(([side.index_select(0, chosen) for side in sides], (*self.half, self._ignored)))
+        for (positive, negative), counters in updates:
+            wins, losses, delta_sum, square_sum, nonfinite = (t[part] for t in counters)
+            momentum_update(positive, negative, wins, losses, delta_sum, square_sum, nonfinite, offset)
 
     def nonfinite(self) -> tuple[int, int, int] | None:
         """The first pair with a NaN or an infinity, its row of layers and its AU; waits for the device."""

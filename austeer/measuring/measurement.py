@@ -238,14 +238,9 @@ class Measurement:
                 f"{others[0]}: found the checkpoint of a run with another number of processes; go on with as many, or "
                 "remove it to start anew"
             )
-        if not self.checkpoint.path.exists():
+        state = self.checkpoint.earlier(resume)
+        if state is None:
             return {}
-        if not resume:
-            raise FileFormatError(
-                f"{self.checkpoint.path}: found the checkpoint of an earlier run; go on from it with resume, or remove "
-                "it to start anew"
-            )
-        state = self.checkpoint.load()
         self.tally.restore(state)
         self.report.resumed, self.first_layer = state.pairs, state.extra["layer"]
         return state.extra
@@ -256,14 +251,9 @@ class Measurement:
         if self.checkpoint is None:
             return
         try:
-            self.checkpoint.save(
-                self.tally.state(
-                    batch_tokens=self.batch_tokens,
-                    tree=self.tree,
-                    layer=self.first_layer,
-                    all_pairs=self.blocks.digest if self.layerwise else None,
-                )
-            )
+            digest = self.blocks.digest if self.layerwise else None
+            found_out = {"batch_tokens": self.batch_tokens, "tree": self.tree, "layer": self.first_layer}
+            self.checkpoint.save(self.tally.state(**found_out, all_pairs=digest))
         except FileFormatError as error:  # a full disk: what is in memory is worth more than stopping
             if self.layerwise is not None:  # hidden states go on; a checkpoint that is far behind is of no use to them
                 raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +59,8 @@ class Processes:
             return [value]
         from accelerate.utils import gather_object
 
-        try:
+        with self._others_here():
             return gather_object([value])
-        except RuntimeError as error:  # gloo: connection closed by peer
-            raise self._gone(error) from error
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The sums of CPU tensors over all processes, exact for integers; the same in each.
@@ -75,13 +74,15 @@ class Processes:
         from accelerate.utils import reduce
 
         device = PartialState().device  # NCCL adds up on a GPU only
-        try:
+        with self._others_here():
             return {name: reduce(t.to(device), reduction="sum").cpu() for name, t in tensors.items()}
-        except RuntimeError as error:  # gloo: connection closed by peer
-            raise self._gone(error) from error
 
-    def _gone(self, error: RuntimeError) -> AusteerError:
-        return AusteerError(
-            f"process {self.index} of {self.count}: another process is gone ({' '.join(str(error).split()):.120}); "
-            "see what it said, and run all again with resume"
-        )
+    @contextmanager
+    def _others_here(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo: connection closed by peer
+            raise AusteerError(
+                f"process {self.index} of {self.count}: another process is gone ({' '.join(str(error).split()):.120}); "
+                "see what it said, and run all again with resume"
+            ) from error

@@ -15,18 +15,14 @@ from ..models.structure import evaluating, first_layers
 from ..pairs.pairs import Pairs
 from ..utils.background import ahead
 from ..utils.interrupt import Interruption, MeasurementInterrupted
+from ..utils.machine import wait_for
 from ..utils.progress import Progress
 from .blocks import Block
 from .measurement import Measurement
 
 
 def run_resident(m: Measurement) -> None:
-    """Counts all blocks of this process.
-
-    Raises:
-        MeasurementInterrupted: Ctrl-C or SIGTERM, with a checkpoint.
-        CaptureError: an activation that is not finite, or a text that does not fit into the device's memory.
-    """
+    """Counts all blocks of this process; raises what :func:`austeer.measure` does."""
     held = min(m.block_pairs, len(m.pairs)) if isinstance(m.pairs, Pairs) else m.block_pairs
     capture = LastTokens(m.model, m.sites, 2 * held, m.device)
     if m.tree is not None:
@@ -49,8 +45,7 @@ def run_resident(m: Measurement) -> None:
                 m.save()
             raise
         start = time.perf_counter()
-        if m.device.type == "cuda":
-            torch.cuda.synchronize(m.device)
+        wait_for(m.device)
         seconds.forward += time.perf_counter() - start
         if m.processes.count > 1:  # another one may fail while this one waits for it
             m.save()
@@ -95,8 +90,7 @@ def _run(m: Measurement, block: Block, capture: LastTokens, interruption: Interr
         if interruption.asked:
             return False
         _run_batch(capture, batch)
-        _note_batch(m, batch)
-    _note_block(m, block)
+    _note(m, block)
     m.report.seconds.forward += time.perf_counter() - start
     return not interruption.asked
 
@@ -119,13 +113,7 @@ def _run_batch(capture: LastTokens, batch: Batch) -> None:
 
 
 def run_layerwise(m: Measurement) -> None:
-    """Counts all blocks of this process, one layer after the other.
-
-    Raises:
-        MeasurementInterrupted: Ctrl-C or SIGTERM, with a checkpoint.
-        LayerwiseError, ScratchError, WeightsError: see :class:`austeer.measuring.layerwise.layerwise.Layerwise`.
-        CaptureError: an activation that is not finite.
-    """
+    """Counts all blocks of this process, one layer after the other; raises what ``Layerwise.run`` does, too."""
     layerwise, report = m.layerwise, m.report
     assert layerwise is not None
     seconds = report.seconds
@@ -157,23 +145,18 @@ def run_layerwise(m: Measurement) -> None:
             layerwise.run(blocks, m.tally.counting, on_batch=on_batch, on_layer=on_layer, first_layer=m.first_layer)
     for block in blocks:
         m.tally.done(block)
-        for batch in block.batches:
-            _note_batch(m, batch)
-        _note_block(m, block)
+        _note(m, block)
     seconds.forward, seconds.weights = layerwise.computed, layerwise.traffic.waited
     report.weights_read, report.weights_held = layerwise.traffic.read, layerwise.traffic.peak
 
 
-def _note_batch(m: Measurement, batch: Batch) -> None:
-    m.report.batches += 1
-    m.report.tokens_run += batch.tokens
-    m.report.tokens_padded += batch.ids.numel()
-
-
-def _note_block(m: Measurement, block: Block) -> None:
+def _note(m: Measurement, block: Block) -> None:
     m.report.pairs += block.size
     m.report.texts += 2 * block.pairs
     m.report.tokens_texts += block.texts_tokens
+    m.report.batches += len(block.batches)
+    m.report.tokens_run += sum(batch.tokens for batch in block.batches)
+    m.report.tokens_padded += sum(batch.ids.numel() for batch in block.batches)
 
 
 def _how_to_go_on(m: Measurement, done: str) -> str:

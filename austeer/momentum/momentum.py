@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -170,9 +170,7 @@ class Momentum:
 
     def save(self, path: str | Path) -> Path:
         """Writes a ``.safetensors`` file (counters, and a JSON header with the rest)."""
-        header: dict[str, Any] = {
-            name: value for name, value in vars(self).items() if name in ("pairs", "chat_template", "cut", "identical")
-        }
+        header: dict[str, Any] = {name: getattr(self, name) for name in ("pairs", "chat_template", "cut", "identical")}
         header |= {"model": self.model.to_json(), "sites": list(self.sites)}
         header |= {"sources": list(self.sources), "layers": list(self.layers)}
         header["half_pairs"] = None if self.half is None else self.half_pairs
@@ -185,7 +183,8 @@ class Momentum:
         header, tensors = files.read(Path(path), FORMAT, VERSION, migrations=MIGRATIONS)
         try:
             model = Fingerprint.from_json(header.pop("model"))
-            layers = _layers(header.pop("layers", None), model.layers)
+            layers = header.pop("layers", None)  # older files have none, and all layers
+            layers = tuple(range(model.layers)) if layers is None else ascending(layers, model.layers)
             sites, half = counters_from(tensors, header.pop("sites")), None
             for site, counters in sites.items():
                 _check_counters(counters, (len(layers), model.widths[site]), header["pairs"])
@@ -236,16 +235,12 @@ def plan_of(
     )
 
 
-def _layers(found: Any, count: int) -> tuple[int, ...]:
-    """The rows' layers from a file; older files have none, and all layers."""
-    layers = tuple(range(count)) if found is None else tuple(found)
-    if (
-        not layers
-        or any(type(n) is not int or not 0 <= n < count for n in layers)
-        or list(layers) != sorted(set(layers))
-    ):
-        raise ValueError(f"layers {list(layers)} are not ascending numbers below {count}")
-    return layers
+def ascending(layers: Iterable[Any], count: int) -> tuple[int, ...]:
+    """The layers that a file names; raises ValueError unless they are ascending numbers below ``count``."""
+    found = tuple(layers)
+    if not found or any(type(n) is not int for n in found) or list(found) != sorted({*found} & {*range(count)}):
+        raise ValueError(f"layers {list(found)} are not ascending numbers below {count}")
+    return found
 
 
 def _check_counters(counters: Counters, shape: tuple[int, ...], pairs: int) -> None:

@@ -106,10 +106,7 @@ class DetectableRate:
         wanted: float = 0.8,
         rates: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9),
     ) -> DetectableRate:
-        """
-        Args:
-            pairs: in how many pairs an AU differs. size: AUs of the site. found: how many of them pass.
-        """
+        """For a site of ``size`` AUs, of which ``found`` pass."""
         level = max_fdr * max(found, 1) / size
         needed = {rate: pairs_needed(rate, level, wanted) for rate in rates}
         return cls(pairs, level, wanted, detectable_rate(pairs, level, wanted), needed)

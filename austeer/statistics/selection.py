@@ -23,11 +23,7 @@ def select(
 ) -> Tensor:
     """The AUs that :meth:`austeer.Momentum.select` makes a plan of: int64 [k], row * width + index, best first.
 
-    Args:
-        momentum: counters of ``site``. The other arguments are those of :meth:`austeer.Momentum.select`.
-
-    Raises:
-        SelectionError: as :meth:`austeer.Momentum.select` has it.
+    Arguments and errors are those of :meth:`austeer.Momentum.select`.
     """
     counters = momentum.counters(site)
     if sum(value is not None for value in (k, max_fdr, min_stability)) != 1:

@@ -58,10 +58,6 @@ class Stability:
     score: tuple[float, ...]
     expected: tuple[float, ...]
 
-    def largest(self, score: float) -> int | None:
-        """The largest k with at least this score; None if there is none."""
-        return max((k for k, found in zip(self.k, self.score) if found >= score), default=None)
-
     def best(self) -> tuple[int, float]:
         """The k of the largest score, and that score."""
         place = max(range(len(self.k)), key=lambda i: self.score[i])
@@ -119,16 +115,12 @@ def geometric(size: int) -> tuple[int, ...]:
 
 
 def stable_k(momentum: Counted, site: str, min_stability: float, ties: str = "effect") -> int:
-    """The largest k of the series whose score (:class:`Stability`) is at least ``min_stability``.
-
-    Raises:
-        SelectionError: no share, no halves, or no k that reaches it.
-    """
+    """The largest k of the series with a score of ``min_stability`` or more; SelectionError if there is none."""
     asked = min_stability
     if isinstance(asked, bool) or not isinstance(asked, Real) or not 0 < asked <= 1:
         raise SelectionError(f"min_stability: found {asked!r}, expected a share above 0 up to 1, for example 0.5")
     found = stability(momentum, site, ties=ties)
-    k = found.largest(float(asked))
+    k = max((k for k, score in zip(found.k, found.score) if score >= asked), default=None)
     if k is None:
         best, score = found.best()
         raise SelectionError(

@@ -99,6 +99,12 @@ def this_machine(
     )
 
 
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all that it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @torch.no_grad()
 def matmul_rate(device: torch.device, dtype: torch.dtype, tokens: int, inputs: int, outputs: int) -> float:
     """Floating-point operations a second of x [tokens, inputs] times a weight [outputs, inputs]."""
@@ -109,8 +115,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, tokens: int, inputs: i
         start = time.perf_counter()
         for _ in range(times):
             torch.nn.functional.linear(x, weight)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return time.perf_counter() - start
 
     run(1)

@@ -61,13 +61,6 @@ def test_no_batch_is_larger_than_helps_or_too_small_to_run(free):
     assert automatic_batch_tokens(model, CPU) == 64
 
 
-def test_this_machine_has_room_for_a_tiny_model():
-    assert automatic_batch_tokens(tiny_model("llama"), CPU) == LARGEST["cpu"]
-
-
-# --- a batch that does not fit all the same ---------------------------------------------------------------------------
-
-
 def limited(monkeypatch, tokens):
     """A device that has no room for more tokens at once; what was run on it."""
     run, ran = LastTokens.run, []

@@ -1,15 +1,10 @@
 """Packing: no text is lost, each sees itself alone, and what texts share is there once."""
 
-import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from austeer.forward.capture import LastTokens
-from austeer.forward.packing import ENOUGH, FILL, batches, common_prefix
-from austeer.models.sites import find_sites
-from tiny_models import tiny_model
+from austeer.forward.packing import ENOUGH, FILL, batches
 
 # Few different tokens, so that texts share beginnings, are beginnings of each other, and repeat.
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=14)
@@ -116,18 +111,8 @@ def test_longest_rows_come_first():
     assert found == [41, 40, 9, 5, 3, 2]
 
 
-# --- what sharing saves ----------------------------------------------------------------------------------------------
-
-
 def words(seed, count):
     return torch.randint(3, 60, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def test_a_pair_runs_its_prompt_once():
-    prompt = words(0, 50)
-    texts = [prompt + words(1, 4), prompt + words(2, 6)]
-    (batch,) = batches(texts, 1000)
-    assert (batch.tokens, batch.ids.shape) == (60, (1, 60)) and sum(map(len, texts)) == 110
 
 
 def test_pairs_that_share_a_prompt_are_one_row():
@@ -178,13 +163,6 @@ def test_rows_that_need_no_mask_are_apart():
     assert plain.sees is None and sorted(plain.texts.tolist()) == [2, 3]
 
 
-@pytest.mark.parametrize(
-    "a, b, length", [("", "", 0), ("ab", "ab", 2), ("abc", "abd", 2), ("ab", "abc", 2), ("x", "y", 0)]
-)
-def test_common_prefix(a, b, length):
-    assert common_prefix(a, b) == common_prefix(b, a) == length
-
-
 @settings(max_examples=100, deadline=None)
 @given(TEXTS, LIMITS, st.booleans(), st.integers(1, 12))
 def test_long_texts_apart(texts, tokens, share, apart):
@@ -194,13 +172,6 @@ def test_long_texts_apart(texts, tokens, share, apart):
         assert max(lengths) <= apart or min(lengths) > apart
         found |= read_back(batch)
     assert found == {i: (ids, list(range(len(ids)))) for i, ids in enumerate(texts)}
-
-
-def test_nothing_gives_nothing():
-    assert list(batches([], 100)) == []
-
-
-# --- halves ----------------------------------------------------------------------------------------------------------
 
 
 def pieces(batch):
@@ -224,30 +195,3 @@ def test_halves_lose_nothing(texts, share):
             assert not found.keys() & read_back(part).keys()
             found |= read_back(part)
         assert found == read_back(batch)
-
-
-def test_a_tree_falls_into_smaller_trees():
-    prompt = words(0, 50)
-    (batch,) = batches([[*prompt, n, *words(n, 2)] for n in range(8)], 1000)
-    assert batch.tokens == 50 + 8 * 3
-    first, second = batch.halves()
-    assert (first.tokens, second.tokens) == (50 + 4 * 3, 50 + 4 * 3) and first.sees is not None
-    assert sorted([*first.texts.tolist(), *second.texts.tolist()]) == list(range(8))
-
-
-@pytest.mark.parametrize("share", [False, True])
-def test_halves_give_the_same_activations(share):
-    model = tiny_model("llama")
-    prompts = [words(n, 9 + n) for n in range(5)]
-    texts = [prompt + words(10 * n + i, 3) for n, prompt in enumerate(prompts) for i in range(3)]
-    (batch,) = batches(texts, 10**6, share)
-    assert (batch.sees is not None) == share and len(batch.ids) == (5 if share else 15)
-    capture = LastTokens(model, find_sites(model, ["layer"]), len(texts))
-    with capture.attached():
-        capture.run(batch)
-        whole = capture.buffers["layer"].clone()
-        capture.buffers["layer"].fill_(np.nan)
-        for part in pieces(batch):
-            assert len(part.texts) == 1
-            capture.run(part)
-    assert (capture.buffers["layer"] - whole).abs().max() <= 1e-5 * whole.abs().max()

@@ -4,9 +4,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 
-import pytest
-import torch
-
 from austeer.forward.timing import decode_times
 
 
@@ -42,19 +39,3 @@ def test_each_variant_runs_once_a_round_and_slower_ones_show(demo, tiny):
     assert times["slow"].rounds == 4
     assert times["slow"].seconds >= 0.02
     assert 1 < times["slow"].low <= times["slow"].ratio <= times["slow"].high
-
-
-def test_decoding_under_a_variant_is_decoding_with_its_model(demo, tiny):
-    """A variant whose context breaks the model breaks the timing: the context is really open while the clock runs."""
-
-    @contextmanager
-    def broken():
-        handle = tiny.lm_head.register_forward_pre_hook(lambda module, args: (args[0][..., :-1],))
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        decode_times(tiny, demo[1], {"plain": nullcontext, "broken": broken}, prompt="one", tokens=1, rounds=2)
-    assert torch.isfinite(tiny(torch.tensor([[1, 2]])).logits).all()

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from austeer import Pair, Pairs, PairsError
 from austeer.forward.tokens import tokenise
-from austeer.measuring.blocks import Blocks, chain
-from austeer.momentum.report import Seconds
+from austeer.measuring.blocks import Blocks
 from letter_tokens import Letters, letter_pairs
 
 PAIRS = Pairs.of(letter_pairs(23))
@@ -18,16 +17,8 @@ SAME = Pair("the soup was", " good", " good")
 
 
 def blocks(pairs=PAIRS, **options):
-    settings = {
-        "source": "p.jsonl",
-        "chat_template": False,
-        "vocabulary": 64,
-        "max_length": 100,
-        "block_pairs": 4,
-        "batch_tokens": 64,
-        "share": True,
-    }
-    return Blocks(options.pop("tokenizer", Letters()), pairs, **(settings | options))
+    given = {"source": "p.jsonl", "chat_template": False, "vocabulary": 64, "max_length": 100, "block_pairs": 4}
+    return Blocks(options.pop("tokenizer", Letters()), pairs, **given | {"batch_tokens": 64, "share": True} | options)
 
 
 def assert_same(block, other):
@@ -54,9 +45,6 @@ def texts_of(block):
             seen = slice(column + 1) if batch.sees is None else batch.sees[row, column]
             found[text] = batch.ids[row, seen].tolist()
     return [found[i] for i in range(2 * block.pairs)]
-
-
-# --- what is in them -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,10 +79,6 @@ def test_long_texts_apart():
     assert {max(found) > 20 for found in lengths} == {True, False}
 
 
-def test_no_pairs_no_blocks():
-    assert list(blocks([])) == []
-
-
 def test_a_rendered_chat_gets_no_special_tokens():
     seen = []
 
@@ -106,15 +90,6 @@ def test_a_rendered_chat_gets_no_special_tokens():
     list(blocks(tokenizer=Framing()))
     list(blocks(tokenizer=Framing(), chat_template=True))
     assert seen == [True] * 6 + [False] * 6
-
-
-def test_where_the_time_goes_is_noted():
-    seconds = Seconds()
-    list(blocks(seconds=seconds))
-    assert seconds.read > 0 and seconds.tokenise > 0 and seconds.pack > 0 and seconds.forward == 0
-
-
-# --- the same in any process, and after any interruption -------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,12 +122,9 @@ def test_going_on_gives_the_rest(processes, data):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda pairs: [PAIRS[1], *pairs[1:]],
         lambda pairs: [pairs[1], pairs[0], *pairs[2:]],
-        lambda pairs: pairs[1:],
         lambda pairs: [SAME, *pairs],
         lambda pairs: pairs[:3],
-        lambda pairs: [],
         lambda pairs: [
             Pair(pairs[0].prompt + pairs[0].positive[:1], pairs[0].positive[1:], pairs[0].negative),
             *pairs[1:],
@@ -166,45 +138,11 @@ def test_other_pairs_than_before_are_refused(done, change):
         list(changed)
 
 
-def test_changes_behind_what_was_counted_are_new_pairs():
-    known = list(blocks())[1].digest
-    more = [*PAIRS[:8], SAME, *PAIRS[8:]]
-    assert [block.numbers[0] for block in blocks(more, first=2, known=known)] == [9, 12, 16, 20]
-
-
 def test_every_iteration_is_the_same():
     again = blocks()
     for block, expected in zip(list(again), list(again), strict=True):
         assert_same(block, expected)
     assert again.read == len(PAIRS)
-
-
-def test_a_digest_is_of_all_pairs_so_far():
-    found = [block.digest for block in blocks()]
-    assert len(set(found)) == len(found)
-    other = [block.digest for block in blocks([*PAIRS[:9], SAME, *PAIRS[10:]])]
-    assert found[:2] == other[:2] and not set(found[2:]) & set(other)
-
-
-def test_a_digest_tells_where_a_text_ends():
-    texts = [("ab", "c", "d"), ("a", "bc", "d"), ("ab", "cd", "d"), ("ab", "c", "dd")]
-    assert len({chain("", [Pair(*text)]) for text in texts}) == 4
-    one, two = Pair("a", "b", "c"), Pair("d", "ü", "🧀")
-    assert chain("", [one, two]) != chain("", [two, one]) != chain(chain("", [two]), [one])
-
-
-# --- which pair it was -----------------------------------------------------------------------------------------------
-
-
-def test_pair_of_a_row():
-    mixed = [PAIRS[0], SAME, PAIRS[1], SAME, SAME, SAME, SAME, PAIRS[2], SAME, PAIRS[3]]
-    found = blocks(mixed)
-    for block in found:
-        for row, number in enumerate(block.numbers):
-            assert found.pair(row, block.offset) == (number, mixed[number])
-
-
-# --- complaints ------------------------------------------------------------------------------------------------------
 
 
 def test_a_token_outside_the_vocabulary():
@@ -221,9 +159,6 @@ def test_a_text_without_a_token_is_named_by_its_number_among_all():
 
     with pytest.raises(PairsError, match=r"p\.jsonl.*pair 9.*no token.*'the bread was stale'"):
         list(blocks([*PAIRS[:9], Pair("the bread was", " fresh", " stale")], tokenizer=Empty()))
-
-
-# --- any number of pairs ---------------------------------------------------------------------------------------------
 
 
 def test_pairs_are_not_kept():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 from transformers import BloomConfig, BloomForCausalLM
 
 import austeer
@@ -15,17 +14,14 @@ from austeer.demo.demo import load_data
 from austeer.forward.capture import LastTokens
 from austeer.forward.packing import batches
 from austeer.models.sites import find_sites
-from naive_momentum import SITES, WORDS, assert_like, naive_activations, numbered_pairs, texts_of
+from naive_momentum import SITES, assert_like, naive_activations, numbered_pairs, texts_of
 
 
 def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-# --- exactness -------------------------------------------------------------------------------------------------------
-
-
-def test_counts_equal_a_naive_loop_on_a_real_model(demo, measured, record_property):
+def test_counts_equal_a_naive_loop_on_a_real_model(demo, measured):
     model, tokenizer = demo
     pairs = load_data().tuning[:24]
     texts = texts_of(pairs)
@@ -53,11 +49,6 @@ def test_counts_equal_a_naive_loop_on_a_real_model(demo, measured, record_proper
             differing |= counted != wins.sum(0)
             certain, ties = (wins & ~near).sum(0), near.sum(0)
             assert ((certain <= counted) & (counted <= certain + ties)).all(), "a count that no near tie explains"
-        record_property(f"{name}: AUs with a count that differs", int(differing.sum()))
-        print(
-            f"{name}: {int(differing.sum())} of {differing.numel()} AUs differ in a count from the naive loop, each by "
-            f"near ties; {float(near.double().mean()):.2%} of comparisons are near ties"
-        )
         assert near.double().mean() < 0.02, "the rounding bound is too wide to test anything"
         assert differing.double().mean() < 0.01
 
@@ -90,20 +81,7 @@ def test_batch_and_block_size_do_not_matter(tiny64, demo, batch_tokens, block_pa
     assert_like(found, expected)
 
 
-def test_long_neighbours_do_not_change_a_text(tiny64, demo):
-    short = [("The soup was", " good", " bad"), ("It is", " fine", " awful")]
-    long = [(" ".join(WORDS * 6) + f" {i}", " good", " bad") for i in range(2)]
-    together = austeer.measure(tiny64, demo[1], short + long, batch_tokens=10**6)
-    apart = [austeer.measure(tiny64, demo[1], part, batch_tokens=1) for part in (short, long)]
-    assert_like(together, apart[0].merge(apart[1]))
-
-
-# --- the model is left alone -----------------------------------------------------------------------------------------
-
-
 def test_model_is_left_as_it_was(tiny, demo):
-    heads = []
-    handle = tiny.lm_head.register_forward_hook(lambda *a: heads.append(1))
     tiny.train()
     tiny.model.layers[1].eval()  # a mixture must come back as a mixture
     before, state = [m.training for m in tiny.modules()], copy.deepcopy(tiny.state_dict())
@@ -112,8 +90,6 @@ def test_model_is_left_as_it_was(tiny, demo):
     assert [m.training for m in tiny.modules()] == before and hooks(tiny) == count
     assert all(torch.equal(t, state[name]) for name, t in tiny.state_dict().items())
     assert all(p.grad is None for p in tiny.parameters())
-    assert heads == []
-    handle.remove()
 
 
 def test_dropout_is_off(tiny, demo):
@@ -138,24 +114,6 @@ def test_headless_and_compiled_models_are_measured_alike(tiny, demo):
         assert all(torch.equal(a, b) for a, b in zip(found.tensors().values(), expected.tensors().values()))
 
 
-def test_input_is_not_changed(tiny, demo):
-    rows = [{"prompt": "a b", "positive": " c", "negative": " d"}, {"prompt": "e", "positive": " f", "negative": " g"}]
-    before = copy.deepcopy(rows)
-    assert austeer.measure(tiny, demo[1], rows, ["neuron"]).counters("neuron").positive.shape == (3, 64)
-    assert rows == before
-
-
-# --- texts and tokenizers --------------------------------------------------------------------------------------------
-
-
-def test_identical_pairs_count_for_neither(tiny, demo):
-    pairs = [("The soup was", " good", " good"), ("It is", " fine", " awful")]
-    found = austeer.measure(tiny, demo[1], pairs, batch_tokens=1)
-    assert (found.pairs, found.identical) == (2, 1)
-    for counters in found.sites.values():
-        assert ((counters.positive + counters.negative) == 1).all()
-
-
 def test_long_texts_are_cut_and_counted(tiny, demo):
     long = ("word " * 600, " good", " bad")
     short = ("It is", " fine", " awful")
@@ -168,12 +126,6 @@ def test_long_texts_are_cut_and_counted(tiny, demo):
     assert austeer.measure(tiny, demo[1], [long, short], max_length=2).cut == 4
 
 
-@pytest.mark.parametrize("max_length", [0, -5])
-def test_max_length_must_be_positive(tiny, demo, max_length):
-    with pytest.raises(PairsError, match=rf"max_length: .*{max_length}"):
-        austeer.measure(tiny, demo[1], numbered_pairs(2), max_length=max_length)
-
-
 def test_unknown_family_by_layout_and_without_a_context_length(demo):
     # Bloom encodes positions in its attention scores and has no longest text.
     torch.manual_seed(0)
@@ -182,42 +134,13 @@ def test_unknown_family_by_layout_and_without_a_context_length(demo):
     pairs = numbered_pairs(5)
     with pytest.raises(PairsError, match=r"context length.*max_length"):
         austeer.measure(model, demo[1], pairs, layout=layout)
-    found = austeer.measure(model, demo[1], pairs, austeer.models.sites.SITE_NAMES, layout=layout, max_length=64)
-    assert {name: tuple(c.positive.shape) for name, c in found.sites.items()} == {
-        "attention": (2, 32),
-        "ffn": (2, 32),
-        "layer": (2, 32),
-        "neuron": (2, 128),
-    }
-    alone = austeer.measure(
-        model, demo[1], pairs, austeer.models.sites.SITE_NAMES, layout=layout, max_length=64, batch_tokens=1
-    )
+    options = {"sites": austeer.models.sites.SITE_NAMES, "layout": layout, "max_length": 64}
+    found = austeer.measure(model, demo[1], pairs, **options)
+    shapes = {name: tuple(c.positive.shape) for name, c in found.sites.items()}
+    assert shapes == dict.fromkeys(("attention", "ffn", "layer"), (2, 32)) | {"neuron": (2, 128)}
+    alone = austeer.measure(model, demo[1], pairs, **options, batch_tokens=1)
     for name, counters in alone.sites.items():
         torch.testing.assert_close(found.counters(name).delta_sum, counters.delta_sum, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("pad", ["none", "unknown to the model", "right"])
-def test_pad_token_does_not_matter(tiny, demo, pad):
-    tokenizer = copy.deepcopy(demo[1])
-    if pad == "none":
-        tokenizer.pad_token = None
-    elif pad == "right":
-        tokenizer.padding_side = "right"
-    else:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # often done, and the embedding not made larger
-        assert tokenizer.pad_token_id >= tiny.config.vocab_size
-    expected = austeer.measure(tiny, demo[1], numbered_pairs(5))
-    assert_like(austeer.measure(tiny, tokenizer, numbered_pairs(5)), expected)
-
-
-def test_eos_appended_by_the_tokenizer_is_not_the_last_token(tiny, demo):
-    tokenizer = copy.deepcopy(demo[1])
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
-    )
-    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    expected = austeer.measure(tiny, demo[1], numbered_pairs(5))
-    assert_like(austeer.measure(tiny, tokenizer, numbered_pairs(5)), expected)
 
 
 def test_chat_template_is_noted(tiny, demo):
@@ -228,31 +151,11 @@ def test_chat_template_is_noted(tiny, demo):
         found.merge(austeer.measure(tiny, demo[1], numbered_pairs(3)))
 
 
-# --- complaints ------------------------------------------------------------------------------------------------------
-
-
-def test_nan_names_site_layer_unit_and_pair(tiny, demo):
-    tiny.model.layers[1].mlp.down_proj.weight.data[5, 3] = float("nan")
-    with pytest.raises(CaptureError, match=r"'ffn', layer 1, AU 5: .*NaN.*pair 0 of memory"):
-        austeer.measure(tiny, demo[1], numbered_pairs(4), ["ffn"])
-
-
 def test_a_steered_model_is_refused(tiny, demo):
     own = austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
     with pytest.warns(austeer.SteeringWarning), austeer.steer(tiny, own.select("ffn", k=2), mode="columns"):  # noqa: SIM117
         with pytest.raises(austeer.SteeringError, match="model is steered"):
             austeer.measure(tiny, demo[1], [("a", " b", " c"), ("d", " e", " f")], ["ffn"])
-
-
-@pytest.mark.parametrize("block_pairs", [1, 2, 256])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_the_pair_at_fault_is_named_wherever_its_block_begins(tiny, demo, block_pairs, value):
-    pairs = [("It is", " fine", " awful")] * 5 + [("Here a zebra is", " fine", " awful")] + [("So", " a", " b")]
-    zebra = demo[1](" zebra")["input_ids"]
-    assert not set(zebra) & set(demo[1]("It is fine awful So a b")["input_ids"])
-    tiny.model.embed_tokens.weight.data[zebra[0]] = value
-    with pytest.raises(CaptureError, match=r"'layer', layer 0, AU \d+: .*pair 5 of memory.*'Here a zebra is'"):
-        austeer.measure(tiny, demo[1], pairs, ["layer"], block_pairs=block_pairs)
 
 
 def test_no_sites_no_pairs_unknown_site(tiny, demo):

@@ -90,16 +90,9 @@ def launch(folder: Path, count: int) -> list[subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="module")
-def folder(demo, tmp_path_factory):
+def folder(demo, tiny_of, tmp_path_factory):
     """A small model on disk, and what one process counts."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("processes")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(demo[1]), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config).eval()
+    folder, model = tmp_path_factory.mktemp("processes"), tiny_of("llama")
     model.save_pretrained(folder / "model")
     demo[1].save_pretrained(folder / "model")
     for task, count in COUNTED.items():
@@ -136,12 +129,9 @@ def test_counts_are_those_of_one_process(folder):
     assert report["processes"] == COUNT and report["pairs"] == PAIRS and report["texts"] == 2 * PAIRS
 
 
-def test_a_process_without_pairs(folder):
-    assert_same(Momentum.load(folder / "few.1"), Momentum.load(folder / "few"))
-
-
-def test_a_device_map_inside_a_process(folder):
-    assert_same(Momentum.load(folder / "mapped.0"), Momentum.load(folder / "numbered"))
+@pytest.mark.parametrize("found, expected", [("few.1", "few"), ("mapped.0", "numbered")])
+def test_a_process_without_pairs_and_a_device_map_inside_one(folder, found, expected):
+    assert_same(Momentum.load(folder / found), Momentum.load(folder / expected))
 
 
 def test_one_process_fails_and_the_others_do_not_wait_for_it(folder):
@@ -171,11 +161,6 @@ def test_processes_that_accelerate_does_not_know_of(monkeypatch):
     PartialState()  # of the one process that this is
     with pytest.raises(AusteerError, match=r"4 processes in WORLD_SIZE.* 1 .*accelerate"):
         Processes.launched()
-
-
-def test_alone_nothing_is_added():
-    alone, tensors = Processes(), {"a": torch.tensor([1, 2])}
-    assert alone.main and alone.gather(3) == [3] and alone.add(tensors) == tensors
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import austeer
 from austeer import FileFormatError, Momentum, Pairs, PairsError
@@ -17,6 +17,7 @@ from austeer.utils import files
 from austeer.utils.interrupt import MeasurementInterrupted
 from forking import FORKS, errors_to, may_start_from, start
 from naive_momentum import numbered_pairs
+from stored_activations import assert_same
 
 may_start_from(__name__)
 PAIRS, BLOCK = 60, 4
@@ -45,13 +46,9 @@ def work(folder: Path, strategy: str, ready) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(demo, tmp_path_factory):
+def folder(demo, tiny_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(demo[1]), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).eval().save_pretrained(folder / "model")
+    tiny_of("llama", num_hidden_layers=4).save_pretrained(folder / "model")
     demo[1].save_pretrained(folder / "model")
     return folder
 
@@ -61,21 +58,16 @@ def model(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model").eval()
 
 
+@pytest.fixture
+def options(tmp_path):
+    return OPTIONS | {"checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK}
+
+
 def at_work(folder, strategy):
     ready = FORKS.Event()
     process = start(work, folder, strategy, ready)
     assert ready.wait(60), (folder / "errors").read_text()
     return process
-
-
-def assert_identical(found: Momentum, expected: Momentum) -> None:
-    """Bit for bit, the sums too."""
-    assert (found.pairs, found.cut, found.identical) == (expected.pairs, expected.cut, expected.identical)
-    assert found.half_pairs == expected.half_pairs > 0
-    for mine, theirs in ((found.sites, expected.sites), (found.half, expected.half)):
-        for name, counters in theirs.items():
-            for what, t in counters.tensors().items():
-                assert torch.equal(mine[name].tensors()[what], t), (name, what)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "layerwise"])
@@ -96,7 +88,7 @@ def test_killed_at_random_moments(folder, model, demo, strategy):
     assert process.exitcode == 0, (folder / "errors").read_text()
     torch.set_num_threads(1)
     expected = austeer.measure(model, demo[1], numbered_pairs(PAIRS), **OPTIONS, strategy=strategy)
-    assert_identical(Momentum.load(folder / f"{strategy}.momentum"), expected)
+    assert_same(Momentum.load(folder / f"{strategy}.momentum"), expected)
     print("checkpoints found:", kept)
 
 
@@ -132,22 +124,7 @@ def test_an_interruption_keeps_every_whole_block(model, demo, tmp_path, monkeypa
     monkeypatch.undo()
     found = austeer.measure(model, demo[1], pairs, **OPTIONS, checkpoint=checkpoint, resume=True)
     assert found.report.resumed >= BLOCK and found.report.resumed + found.report.pairs == PAIRS
-    assert_identical(found, expected)
-
-
-def test_a_failure_leaves_a_checkpoint_to_go_on_from(model, demo, tmp_path):
-    """A line that cannot be read, far down: what was counted before is kept."""
-    checkpoint, file = tmp_path / "kept", tmp_path / "pairs.jsonl"
-    good = [f'{{"prompt": "{i} The soup was", "positive": " good", "negative": " bad {i}"}}' for i in range(21)]
-    file.write_text("\n".join([*good[:19], "not JSON", *good[20:]]))
-    with pytest.raises(PairsError, match=r"line 20.*JSON"):
-        austeer.measure(
-            model, demo[1], austeer.stream_pairs(file), **OPTIONS, checkpoint=checkpoint, checkpoint_every=BLOCK
-        )
-    file.write_text("\n".join(good))
-    found = austeer.measure(model, demo[1], austeer.stream_pairs(file), **OPTIONS, checkpoint=checkpoint, resume=True)
-    assert found.report.resumed == 16 and found.pairs == 21
-    assert_identical(found, austeer.measure(model, demo[1], austeer.stream_pairs(file), **OPTIONS))
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -156,13 +133,12 @@ def test_a_failure_leaves_a_checkpoint_to_go_on_from(model, demo, tmp_path):
         ({"sites": ["ffn"]}, r"sites \['attention', 'ffn'\].*\['ffn'\]"),
         ({"layers": [0, 1]}, r"layers \[0, 1, 2, 3\].*\[0, 1\]"),
         ({"block_pairs": 5}, "block_pairs.*4.*5"),
-        ({"max_length": 7}, "max_length.*2048.*7"),
+        ({"max_length": 7}, "max_length.*512.*7"),
         ({"strategy": "layerwise"}, "strategy.*'resident'.*'layerwise'"),
     ],
 )
-def test_the_checkpoint_of_another_run(model, demo, tmp_path, change, message):
+def test_the_checkpoint_of_another_run(model, demo, options, change, message):
     pairs = numbered_pairs(12)
-    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
     austeer.measure(model, demo[1], pairs, **options)
     with pytest.raises(FileFormatError, match=message):
         austeer.measure(model, demo[1], pairs, **(options | {"resume": True} | change))
@@ -170,9 +146,8 @@ def test_the_checkpoint_of_another_run(model, demo, tmp_path, change, message):
         austeer.measure(model, demo[1], pairs, **options)
 
 
-def test_other_pairs_than_were_counted(model, demo, tmp_path):
+def test_other_pairs_than_were_counted(model, demo, options):
     pairs = list(numbered_pairs(12))
-    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
     austeer.measure(model, demo[1], Pairs.of(pairs[:8]), **options)
     changed = Pairs.of([pairs[1], pairs[0], *pairs[2:]])
     with pytest.raises(PairsError, match=r"other pairs.*8"):
@@ -181,9 +156,8 @@ def test_other_pairs_than_were_counted(model, demo, tmp_path):
     assert longer.report.resumed == 8 and longer.pairs == 12
 
 
-def test_other_weights_or_another_tokenizer(model, demo, tmp_path):
+def test_other_weights_or_another_tokenizer(model, demo, options):
     pairs = numbered_pairs(12)
-    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
     austeer.measure(model, demo[1], pairs, **options)
     with pytest.raises(FileFormatError, match=r"another run.*tokenizer"):
         austeer.measure(model, Words(demo[1]), pairs, **options, resume=True)
@@ -208,26 +182,25 @@ def test_a_finished_layerwise_checkpoint_knows_its_pairs(model, demo, tmp_path):
     pairs = numbered_pairs(12)
     options = OPTIONS | {"strategy": "layerwise", "checkpoint": tmp_path / "kept"}
     found = austeer.measure(model, demo[1], pairs, **options)
-    assert_identical(austeer.measure(model, demo[1], pairs, **options, resume=True), found)
+    assert_same(austeer.measure(model, demo[1], pairs, **options, resume=True), found)
     swapped = Pairs.of([(pair.prompt, pair.negative, pair.positive) for pair in pairs])
     with pytest.raises(PairsError, match=r"other pairs.*12"):
         austeer.measure(model, demo[1], swapped, **options, resume=True)
     assert not (tmp_path / "kept.hidden").exists()
 
 
-def test_another_number_of_processes(model, demo, tmp_path):
-    options = OPTIONS | {"checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK}
+def test_another_number_of_processes(model, demo, tmp_path, options):
     austeer.measure(model, demo[1], numbered_pairs(12), **options)
     (tmp_path / "kept").rename(tmp_path / "kept.1-of-2")
     with pytest.raises(FileFormatError, match=r"kept\.1-of-2.*number"):
         austeer.measure(model, demo[1], numbered_pairs(12), **options, resume=True)
 
 
-def test_another_batch_size(model, demo, tmp_path):
-    options = {"block_pairs": BLOCK, "checkpoint": tmp_path / "kept", "checkpoint_every": BLOCK, "progress": False}
-    austeer.measure(model, demo[1], numbered_pairs(12), **options, batch_tokens=64)
+def test_another_batch_size(model, demo, options):
+    austeer.measure(model, demo[1], numbered_pairs(12), **options)
     with pytest.raises(FileFormatError, match=r"batch_tokens.*32.*64"):
-        austeer.measure(model, demo[1], numbered_pairs(12), **options, batch_tokens=32, resume=True)
+        austeer.measure(model, demo[1], numbered_pairs(12), **options | {"batch_tokens": 32}, resume=True)
+    del options["batch_tokens"]
     assert austeer.measure(model, demo[1], numbered_pairs(12), **options, resume=True).report.batch_tokens == 64
 
 
@@ -248,7 +221,7 @@ def test_an_error_keeps_every_whole_block(model, demo, tmp_path):
     assert found.report.resumed == 8 and found.pairs == 12
 
 
-def test_a_full_disk_does_not_stop_a_measurement(model, demo, tmp_path, monkeypatch):
+def test_a_full_disk_does_not_stop_a_measurement(model, demo, options, monkeypatch):
     expected = austeer.measure(model, demo[1], numbered_pairs(12), **OPTIONS)
 
     def full(*args, **kwargs):
@@ -256,16 +229,11 @@ def test_a_full_disk_does_not_stop_a_measurement(model, demo, tmp_path, monkeypa
 
     monkeypatch.setattr(files, "save_file", full)
     with pytest.warns(UserWarning, match="kept.*No space left"):
-        found = austeer.measure(
-            model, demo[1], numbered_pairs(12), **OPTIONS, checkpoint=tmp_path / "kept", checkpoint_every=BLOCK
-        )
-    assert_identical(found, expected)
+        found = austeer.measure(model, demo[1], numbered_pairs(12), **options)
+    assert_same(found, expected)
 
 
-def test_resume_needs_a_file_and_a_missing_one_is_a_new_start(model, demo, tmp_path):
+def test_resume_needs_a_file_and_a_missing_one_is_a_new_start(model, demo, options):
     with pytest.raises(FileFormatError, match=r"resume.*no checkpoint"):
         austeer.measure(model, demo[1], numbered_pairs(4), resume=True, progress=False)
-    found = austeer.measure(
-        model, demo[1], numbered_pairs(4), checkpoint=tmp_path / "none", resume=True, progress=False
-    )
-    assert found.report.resumed == 0
+    assert austeer.measure(model, demo[1], numbered_pairs(4), **options, resume=True).report.resumed == 0

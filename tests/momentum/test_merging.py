@@ -62,19 +62,18 @@ def test_one_file_is_nothing_to_merge(files):
         merge_files(files)
 
 
-@pytest.mark.parametrize("what", ["model", "layers", "chat_template", "sites"])
-def test_unlike_momentum_is_refused_and_named(parts, tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("model", {"model": Fingerprint("llama", 4, MODEL.widths, "another", None)}),
+        ("layers", {"layers": (LAYERS[0], 2, 3)}),
+        ("chat_template", {"chat_template": True}),
+        ("sites", {"sides": {"attention": random_rows(5)["attention"]}}),
+    ],
+)
+def test_unlike_momentum_is_refused_and_named(parts, tmp_path, what, changes):
     files, _ = parts
-    changes, sides = {}, random_rows(5)
-    if what == "model":
-        changes["model"] = Fingerprint("llama", 4, MODEL.widths, "another", None)
-    elif what == "layers":
-        changes["layers"] = (LAYERS[0], 2, 3)
-    elif what == "chat_template":
-        changes["chat_template"] = True
-    else:
-        del sides["ffn"]
-    write_blocks(tmp_path / "other", sides, 5, **changes)
+    write_blocks(tmp_path / "other", **{"sides": random_rows(5), "block": 5} | changes)
     odd = tmp_path / "odd.momentum"
     momentum_from_activations(tmp_path / "other", device="cpu").save(odd)
     with pytest.raises(SelectionError, match=rf"odd\.momentum: merge: .*{what}"):

@@ -62,16 +62,6 @@ def test_json_holds_all_of_it(model):
     assert MeasureReport(**read | {"seconds": Seconds(**read["seconds"])}) == found
 
 
-def test_in_words(model):
-    found = report(model)
-    first, second = found.lines()
-    saved = 1 - found.tokens_run / found.tokens_texts
-    assert f"{found.pairs_per_second:.1f} pairs/s, " in first and f"{found.padding:.1%} padding" in first
-    assert re.search(f"shared prompts.* {saved:.0%} ", first)
-    assert "forward " in second and "texts" in second and "weights" not in second
-    assert "shared" not in report(model, share_prompts=False).lines()[0]
-
-
 def test_in_words_layer_by_layer_over_processes():
     seconds = Seconds(
         load=3, read=1, tokenise=2, pack=0.5, wait=0.1, weights=4, forward=5, count=0.2, reduce=0.3, total=10
@@ -87,9 +77,7 @@ def test_in_words_layer_by_layer_over_processes():
 
 def test_nothing_was_run():
     found = MeasureReport()
-    assert (found.padding, found.pairs_per_second, found.tokens_per_second) == (0, 0, 0)
-    json.dumps(found.to_json())
-    assert found.lines()
+    assert (found.padding, found.pairs_per_second, found.tokens_per_second) == (0, 0, 0) and found.lines()
 
 
 def test_other_processes_are_added(model):

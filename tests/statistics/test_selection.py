@@ -41,9 +41,6 @@ def public_rule(momentum, site, k):
     return sorted(everything, key=lambda unit: abs(unit.beta), reverse=True)[:k]
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
 def test_signed_rate_by_hand():
     counters = Counters(torch.tensor([[3, 1, 2, 0]]), torch.tensor([[1, 3, 2, 0]]), *torch.zeros(2, 1, 4).double())
     assert signed_rate(counters, 4).tolist() == [[0.75, -0.75, 0.5, 0.0]], "2 against 2 counts as +"
@@ -59,9 +56,6 @@ def test_effect_size_at_its_limits():
     delta = torch.tensor([[[0.0, 1.0, 1.0]], [[0.0, 1.0, -1.0]]])  # never differs, always alike, cancels
     assert effect_size(momentum_of(delta).counters("ffn"), 2).tolist() == [[0.0, float("inf"), 0.0]]
     assert effect_size(momentum_of(delta[:1]).counters("ffn"), 1).tolist() == [[0.0, float("inf"), float("inf")]]
-
-
-# --- order -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("site", ["attention", "ffn"])
@@ -103,9 +97,6 @@ def test_a_smaller_k_is_a_prefix(k, ties, seed):
     everything = momentum.select("ffn", k=LAYERS * WIDTH, ties=ties)
     assert sorted(everything.keys()) == [("ffn", layer, index) for layer in range(LAYERS) for index in range(WIDTH)]
     assert momentum.select("ffn", k=k, ties=ties) == everything.top(k)
-
-
-# --- significance ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_fdr", [0.001, 0.05, 0.5])
@@ -169,9 +160,6 @@ def test_what_was_not_found_says_what_would_be():
     assert int(found[2]) == pairs_needed(0.7, level)
 
 
-# --- stability -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ties", ["effect", "public"])
 @pytest.mark.parametrize("asked", [0.05, 0.2, 0.35])
 def test_min_stability_is_the_largest_k_that_the_halves_agree_on(asked, ties):
@@ -201,9 +189,6 @@ def test_stability_needs_halves():
         replace(momentum, half=momentum.sites, half_pairs=60).select("ffn", min_stability=0.5)
 
 
-# --- plans -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("operation", ["scale", "push", "shift"])
 def test_plan_tells_where_it_comes_from(demo_momentum, operation):
     plan = demo_momentum.select("attention", k=5, operation=operation, ties="public")
@@ -220,11 +205,7 @@ def test_plan_tells_where_it_comes_from(demo_momentum, operation):
     "arguments, message",
     [
         ({"k": 0}, "k: found 0,.*148.*'ffn'"),
-        ({"k": -1}, "k.*-1"),
         ({"k": 149}, "k.*149.*148"),
-        ({"k": True}, "k.*True"),
-        ({"k": 2.0}, r"k.*2\.0"),
-        ({"k": "3"}, "k.*'3'"),
         ({}, "k, max_fdr and min_stability"),
         ({"k": 3, "max_fdr": 0.1}, "k, max_fdr and min_stability"),
         ({"min_stability": 0.5, "max_fdr": 0.1}, "k, max_fdr and min_stability"),
@@ -244,10 +225,3 @@ def test_plan_tells_where_it_comes_from(demo_momentum, operation):
 def test_complaints(arguments, message):
     with pytest.raises(SelectionError, match=message):
         random_momentum(5).select(**({"site": "ffn"} | arguments))
-
-
-def test_selecting_does_not_change_the_momentum(demo_momentum):
-    before = {name: t.clone() for name, t in demo_momentum.counters("ffn").tensors().items()}
-    demo_momentum.select("ffn", k=10)
-    demo_momentum.select("ffn", max_fdr=0.5)
-    assert all(torch.equal(t, before[name]) for name, t in demo_momentum.counters("ffn").tensors().items())

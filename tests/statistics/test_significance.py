@@ -15,7 +15,6 @@ from scipy import stats
 import austeer
 from austeer import Counters, SelectionError
 from austeer.statistics import (
-    adjusted_p_values,
     beta_histogram,
     chance_below,
     discoveries,
@@ -37,23 +36,11 @@ def counters_of(positive, negative):
     return Counters(positive, negative, *torch.zeros(2, *positive.shape).double())
 
 
-# --- sign tests ------------------------------------------------------------------------------------------------------
-
-
 def test_p_values_are_scipys_binomial_test():
     counts = [(p, n) for p in range(14) for n in range(14)] + [(500, 400), (0, 1000), (1000, 1000), (1, 1000)]
     found = p_values(counters_of(*zip(*counts)))[0]
     expected = [stats.binomtest(p, p + n).pvalue if p + n else 1.0 for p, n in counts]
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-
-
-def test_discoveries_are_those_of_scipys_correction():
-    counters = momentum_of(signal(80, 0.3, width=40)).counters("ffn")
-    tests = [stats.binomtest(int(p), 80).pvalue for p in counters.positive.flatten()]
-    for rate in (0.01, 0.05, 0.5):
-        expected = stats.false_discovery_control(tests) <= rate
-        assert np.array_equal(discoveries(counters, rate).flatten(), expected) and 0 < expected.sum() < 400
-        assert ((adjusted_p_values(counters) <= rate).flatten().numpy() == expected).all()
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, float("nan"), True, "0.05"])
@@ -81,9 +68,6 @@ def test_interval_is_scipys():
     assert rate_interval(np.array([1]), 1)[1] == 1
 
 
-# --- |beta| by chance ------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 200), st.booleans(), st.integers(0, 2**31))
 def test_histogram_of_fair_coins_is_as_expected(pairs, zeros, seed):
@@ -108,9 +92,6 @@ def test_histogram_of_one_pair():
     assert expected.tolist() == [1.0] + [0.0] * 18 + [2.0], "an AU that does not differ stays as it is"
 
 
-# --- ties ------------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 12), st.integers(1, 60), st.integers(0, 2**31))
 def test_ties_are_those_of_the_plan(pairs, k, seed):
@@ -120,9 +101,6 @@ def test_ties_are_those_of_the_plan(pairs, k, seed):
     assert ties.k == k and ties.beta == pytest.approx(plan.beta[-1].abs().item(), rel=1e-6)
     assert ties.tied == int(torch.isclose(beta, torch.tensor(ties.beta, dtype=beta.dtype)).sum())
     assert ties.inside == int(torch.isclose(plan.beta.abs(), torch.tensor(ties.beta).float()).sum())
-
-
-# --- stability -------------------------------------------------------------------------------------------------------
 
 
 def test_identical_halves_agree_on_everything():
@@ -210,9 +188,6 @@ def test_complaints():
     lone = momentum_of(signal(10, 0.1, layers=2, width=20), half=torch.arange(10))
     with pytest.raises(SelectionError, match=r"halves.*10 pairs"):
         stability(lone, "ffn")
-
-
-# --- real data -------------------------------------------------------------------------------------------------------
 
 
 def rows(name, count):

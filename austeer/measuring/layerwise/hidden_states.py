@@ -17,6 +17,7 @@ from contextlib import suppress
 from itertools import accumulate
 from math import prod
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -35,16 +36,6 @@ _HEADER, _FILES = "hidden-states.json", ("hidden-states-0.bin", "hidden-states-1
 
 class ScratchError(AusteerError):
     """Hidden states that cannot be kept, or are not those of this run."""
-
-
-def bytes_needed(tokens: int, width: int, itemsize: int, persistent: bool = False) -> int:
-    """Bytes for the hidden states of a sample set.
-
-    Args:
-        tokens: of all batches, padding included. width: of the residual stream. itemsize: bytes of a value.
-        persistent: whether they are to survive a kill, which takes two copies.
-    """
-    return tokens * width * itemsize * (2 if persistent else 1)
 
 
 class HiddenStates:
@@ -84,8 +75,8 @@ class HiddenStates:
         self._shapes = [(rows, length, width) for rows, length in shapes]
         self._starts = [0, *accumulate(map(prod, self._shapes))]
         self._dtype, self._digest, self._persistent = dtype, digest, persistent
-        self.size = bytes_needed(self._starts[-1], 1, dtype.itemsize, persistent)
-        self._copy = bytes_needed(self._starts[-1], 1, dtype.itemsize)
+        self._copy = self._starts[-1] * dtype.itemsize
+        self.size = self._copy * (2 if persistent else 1)
         self.forms: list[int] = []
         self._holds: list[int | None] = [None, None]  # after which layer each copy is; -1: after the embedding
         self._from = self._to = 0
@@ -110,7 +101,10 @@ class HiddenStates:
                 (self._folder / _HEADER).unlink(missing_ok=True)  # before its files are written over
             try:
                 for name in _FILES:
-                    self._map(self._folder / name, keep=resume)
+                    with (self._folder / name).open("r+b" if resume else "w+b") as file:
+                        self._map(file, self._folder)
+            except OSError as error:
+                raise _unwritable(self._folder, error) from error
             except ScratchError:
                 if not resume:
                     self.delete()
@@ -122,17 +116,13 @@ class HiddenStates:
         if self.size <= (free_memory(torch.device("cpu")) // 2 if memory is None else memory):
             self._copies = [torch.empty(count, dtype=self._dtype)]
             return "memory"
+        folder = self._folder or Path(tempfile.gettempdir())
         try:
-            if self._folder is not None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix="austeer-hidden-states-", dir=self._folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:  # the mapping lives on, and a kill leaves nothing behind
+                self._map(file, folder)
         except OSError as error:
-            raise _unwritable(self._folder or tempfile.gettempdir(), error) from error
-        os.close(handle)
-        try:
-            self._map(Path(name))
-        finally:
-            Path(name).unlink()  # the mapping lives on, and a kill leaves nothing behind
+            raise _unwritable(folder, error) from error
         return "file"
 
     def _take(self, folder: Path) -> None:
@@ -149,23 +139,19 @@ class HiddenStates:
         except OSError as error:
             raise _unwritable(folder, error) from error
 
-    def _map(self, path: Path, keep: bool = False) -> None:
+    def _map(self, file: IO[bytes], folder: Path) -> None:
         """Maps a file whose space is reserved: a disk that fills up later would end the process without a word."""
         try:
-            with path.open("r+b" if keep else "w+b") as file:
-                try:
-                    if hasattr(os, "posix_fallocate"):
-                        os.posix_fallocate(file.fileno(), 0, self._copy)
-                    else:
-                        file.truncate(self._copy)
-                    self._maps.append(mmap.mmap(file.fileno(), self._copy))
-                except OSError:
-                    file.truncate(0)  # what could be reserved
-                    raise
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, self._copy)
+            else:
+                file.truncate(self._copy)
+            self._maps.append(mmap.mmap(file.fileno(), self._copy))
         except OSError as error:
-            free = shutil.disk_usage(path.parent).free
+            file.truncate(0)  # what could be reserved
+            free = shutil.disk_usage(folder).free
             raise ScratchError(
-                f"{path.parent}: the hidden states of the sample set need {_size(self.size)}, and {_size(free)} are "
+                f"{folder}: the hidden states of the sample set need {_size(self.size)}, and {_size(free)} are "
                 f"free ({error.strerror}); give a folder on a larger disk, or run fewer pairs at a time and merge"
             ) from error
         self._copies.append(torch.frombuffer(self._maps[-1], dtype=self._dtype, count=self._starts[-1]))
@@ -271,7 +257,7 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def _unwritable(folder: Path | str, error: OSError) -> ScratchError:
+def _unwritable(folder: Path, error: OSError) -> ScratchError:
     return ScratchError(f"{folder}: cannot be written ({error.strerror or error}); give another scratch folder")
 
 

@@ -21,7 +21,7 @@ from ...models.families import Layout
 from ...models.sites import Site
 from ...models.structure import text_config
 from ...models.weights import LayerWeights, Traffic, WeightsError, exact, in_turn
-from ...utils.machine import free_memory
+from ...utils.machine import free_memory, wait_for
 from ..blocks import Block
 from ..counting import Counting
 from .hidden_states import HiddenStates
@@ -55,7 +55,6 @@ class Layerwise:
         tree: as given; what a run goes by. layers: numbers of the layers that are run.
         traffic: bytes of weights read and held, seconds waited for them.
         computed: seconds of forward passes and counting.
-        hidden_bytes, hidden_place: what the hidden states take ("device", "memory" or "file").
 
     Raises:
         LayerwiseError, WeightsError: a family that is not known; a quantised, compiled or split model.
@@ -85,7 +84,6 @@ class Layerwise:
         self.device = self._asked or self._anatomy.device()
         self.traffic = Traffic()
         self.computed = 0.0
-        self.hidden_bytes, self.hidden_place = 0, ""
         self._parts()  # what cannot be loaded is refused now
 
     def _parts(self) -> tuple[LayerWeights, LayerWeights, list[LayerWeights]]:
@@ -117,9 +115,7 @@ class Layerwise:
                 earlier run left in ``scratch``.
 
         Raises:
-            LayerwiseError: a layer depends on more than the hidden states, or does not fit into memory.
-            ScratchError: no space for the hidden states, or those in ``scratch`` are another run's.
-            WeightsError: weights that cannot be read.
+            LayerwiseError, ScratchError, WeightsError: a layer, hidden states or weights that cannot be had.
         """
         if first_layer and not self._persistent:
             raise LayerwiseError(f"first_layer: found {first_layer} without persistent hidden states, expected 0")
@@ -140,7 +136,6 @@ class Layerwise:
             digest=self._digest(batches),
             resume=first_layer > 0,
         )
-        self.hidden_bytes, self.hidden_place = states.size, states.place
         layers = self.layers[first_layer:]
         order = [*([] if first_layer else [embedding]), *(parts[number] for number in layers)]
         try:
@@ -165,8 +160,7 @@ class Layerwise:
         start = time.perf_counter()
         try:
             work(*args)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            wait_for(self.device)
         finally:
             self.computed += time.perf_counter() - start
 
@@ -200,14 +194,8 @@ class Layerwise:
 
     def _digest(self, batches: Sequence[Batch]) -> str:
         """Of what the hidden states depend on, but the weights."""
-        config, embedding = text_config(self._anatomy.model), self._anatomy.embedding
-        known = (
-            self._anatomy.family,
-            len(self._anatomy.layers),
-            config.hidden_size,
-            embedding.weight.dtype,
-            self.tree,
-        )
+        anatomy, width = self._anatomy, text_config(self._anatomy.model).hidden_size
+        known = (anatomy.family, len(anatomy.layers), width, anatomy.embedding.weight.dtype, self.tree)
         digest = hashlib.sha256(repr(known).encode())
         for batch in batches:
             for t in (batch.ids, batch.ends, batch.texts, batch.positions, batch.sees):

@@ -144,11 +144,7 @@ class OneLayer:
         self._states.write(number, hidden)
 
     def run(self, number: int, batch: Batch) -> None:
-        """Runs the layer over a batch.
-
-        Raises:
-            LayerwiseError: it depends on more than the hidden states, or does not fit into memory.
-        """
+        """Raises LayerwiseError where the layer takes more than the hidden states, or has no room for the batch."""
         with self._below(noise=False):
             first = self._run(number, batch, 0)
         if self._form is None:

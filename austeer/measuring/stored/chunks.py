@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import cycle
-from typing import BinaryIO
+from math import prod
 
 import torch
 from torch import Tensor
@@ -44,9 +45,8 @@ class Chunk:
 
     def values(self, data: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Each site's activations, as views of ``data`` or of a copy of it."""
-        values = data.view(self.dtype)
-        sizes = [shape[0] * shape[1] * shape[2] for shape in self.shapes.values()]
-        for (site, shape), part in zip(self.shapes.items(), values.split(sizes)):
+        parts = data.view(self.dtype).split([prod(shape) for shape in self.shapes.values()])
+        for (site, shape), part in zip(self.shapes.items(), parts):
             yield site, part.view(shape)
 
 
@@ -85,7 +85,7 @@ class Chunks:
         for number in range(first, len(self.shards)):
             shard = self.shards[number]
             try:
-                with shard.path.open("rb", buffering=0) as file:
+                with shard.path.open("rb") as file:
                     for start in range(row if number == first else 0, shard.rows, self.rows):
                         buffer, copied = next(buffers)
                         if copied is not None:
@@ -100,33 +100,25 @@ class Chunks:
                     "leave it out"
                 ) from error
 
-    def _fill(self, file: BinaryIO, shard: Shard, start: int, stop: int, buffer: Tensor) -> Tensor:
+    def _fill(self, file: BufferedReader, shard: Shard, start: int, stop: int, buffer: Tensor) -> Tensor:
         """Some rows of all sites and sides, read into ``buffer``; the part of it that they fill."""
         begin, place = time.perf_counter(), 0
         for site in shard.shapes:
             size = (stop - start) * shard.row_bytes(site)
             for side in ("positive", "negative"):
                 file.seek(shard.starts[f"{site}.{side}"] + start * shard.row_bytes(site))
-                target = buffer[place : place + size].numpy().data
+                if file.readinto(buffer[place : place + size].numpy().data) < size:
+                    raise FileFormatError(
+                        f"{shard.path}: cut off while it was read, in rows {start} to {stop - 1}; copy the shard "
+                        "whole, make it anew, or leave it out"
+                    )
                 place += size
-                while len(target):
-                    got = file.readinto(target)  # type: ignore[attr-defined]
-                    if not got:
-                        raise FileFormatError(
-                            f"{shard.path}: cut off while it was read, in rows {start} to {stop - 1}; copy the shard "
-                            "whole, make it anew, or leave it out"
-                        )
-                    target = target[got:]
         self.seconds += time.perf_counter() - begin
         return buffer[:place]
 
 
 class Upload:
-    """Copies chunks to a GPU beside the work on the one before.
-
-    Args:
-        size: bytes of the largest chunk.
-    """
+    """Copies chunks of at most ``size`` bytes to a GPU, beside the work on the one before."""
 
     def __init__(self, device: torch.device, size: int):
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -148,14 +140,6 @@ class Upload:
             chunk.copied.record(self._stream)
         work.wait_event(chunk.copied)
         return data
-
-
-def half_of(chunk: Chunk, shard: Shard) -> Tensor:
-    """Which of a chunk's rows are in the half that is counted by itself: int64, from 0."""
-    try:
-        return shard.half(chunk.start, chunk.stop)
-    except OSError as error:
-        raise FileFormatError(f"{shard.path}: cannot be read ({error.strerror or error})") from error
 
 
 def upload_to(device: torch.device, size: int) -> Callable[[Chunk], Tensor]:

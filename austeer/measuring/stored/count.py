@@ -23,7 +23,7 @@ from ...utils.interrupt import Interruption, MeasurementInterrupted
 from ...utils.progress import Progress
 from ..checkpoint import Checkpoint
 from ..counting import Counts, State
-from .chunks import Chunk, Chunks, half_of, upload_to
+from .chunks import Chunk, Chunks, upload_to
 from .folder import StoredActivations
 from .needs import SAVED_BYTES, CountNeeds
 
@@ -141,14 +141,9 @@ class ActivationCount:
             raise FileFormatError("resume: found no checkpoint to go on from; name its file with checkpoint=...")
 
     def _resume(self, checkpoint: Checkpoint, resume: bool) -> None:
-        if not checkpoint.path.exists():
+        state = checkpoint.earlier(resume)
+        if state is None:
             return
-        if not resume:
-            raise FileFormatError(
-                f"{checkpoint.path}: found the checkpoint of an earlier run; go on from it with resume, or remove it "
-                "to start anew"
-            )
-        state = checkpoint.load()
         done = (state.block, state.extra["row"])
         if done[0] > len(self.shards) or state.digest != self._digest(done):
             raise FileFormatError(
@@ -170,12 +165,7 @@ class ActivationCount:
         return CountNeeds.of(self.stored, self._chunks(), self.device)
 
     def run(self) -> Momentum:
-        """Counts everything that is not counted yet.
-
-        Raises:
-            FileFormatError: a shard cannot be read. CaptureError: an activation is NaN or infinite (shard, row, site,
-                layer and AU are named). MeasurementInterrupted: Ctrl-C or SIGTERM, with a checkpoint.
-        """
+        """Counts everything that is not counted yet; raises what :func:`momentum_from_activations` does meanwhile."""
         begin = time.perf_counter()
         try:
             self._count()
@@ -236,7 +226,7 @@ class ActivationCount:
 
     def _add(self, chunk: Chunk, data: Tensor) -> None:
         rows, shard = chunk.stop - chunk.start, self.shards[chunk.shard]
-        half = half_of(chunk, shard)
+        half = shard.half(chunk.start, chunk.stop)
         for site, values in chunk.values(data):
             self._counts.counting[site].add(values, rows, self._offsets[chunk.shard] + chunk.start, half=half)
         self._counts.half_pairs += len(half)

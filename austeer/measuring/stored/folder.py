@@ -38,13 +38,7 @@ class StoredActivations:
         layers: Sequence[int] | None = None,
         chat_template: bool | None = None,
     ) -> StoredActivations:
-        """Finds shards and checks that they fit together.
-
-        Args:
-            paths: files and folders.
-            model: what the activations are of, where the shards do not say. Its ``widths`` may be empty.
-            layers: which layers the shards hold; all of the model's by default.
-            chat_template: whether the prompts went through a chat template.
+        """Finds shards and checks that they fit together; arguments as of :func:`austeer.momentum_from_activations`.
 
         Raises:
             FileFormatError: see :func:`austeer.measuring.stored.shards.find_shards`; shards of different models,
@@ -75,15 +69,6 @@ class StoredActivations:
     def columns(self) -> int:
         """AUs of all sites and layers."""
         return sum(layers * width for layers, width in self.shapes.values())
-
-    @property
-    def rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
-
-    @property
-    def bytes(self) -> int:
-        """Of activations."""
-        return 2 * self.rows * self.columns * self.shards[0].dtype.itemsize
 
     def part(self, index: int, count: int) -> StoredActivations:
         """Every ``count``-th shard from ``index`` on: the share of one process among several. It may be empty."""

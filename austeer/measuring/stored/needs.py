@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ...utils.machine import read_rate
+from ...utils.machine import read_rate, wait_for
 from ..counting import Counts
-from .chunks import BUFFERS, Chunks, half_of, upload_to
+from .chunks import BUFFERS, Chunks, upload_to
 from .folder import StoredActivations
 
 #: Bytes of an AU's counters while counting, and in a file.
@@ -83,13 +83,12 @@ def count_rate(stored: StoredActivations, chunks: Chunks, device: torch.device) 
         chunk = next(reading, None)
         if chunk is None:
             return 0.0
-        upload, half = upload_to(device, chunks.size), half_of(chunk, chunks.shards[chunk.shard])
+        upload, half = upload_to(device, chunks.size), chunks.shards[chunk.shard].half(chunk.start, chunk.stop)
         counts, seconds = Counts(stored.shapes, device), []
         for _ in range(2):
             start = time.perf_counter()
             for site, values in chunk.values(upload(chunk)):
                 counts.counting[site].add(values, chunk.stop - chunk.start, 0, half=half)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             seconds.append(time.perf_counter() - start)
     return len(chunk.data) / max(min(seconds), 1e-9)

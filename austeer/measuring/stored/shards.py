@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ...errors import FileFormatError
 from ...models.sites import SITE_NAMES, Fingerprint
+from ...momentum.momentum import ascending
 from ...pairs.halves import half_rows_without_texts
 
 FORMAT, VERSION = "austeer-activations", 1
@@ -63,13 +64,12 @@ class ShardHeader:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ShardHeader:
         """Raises KeyError, TypeError or ValueError where ``data`` is no header."""
-        header = cls(**{**data, "model": Fingerprint.from_json(data["model"]), "layers": tuple(data["layers"])})
-        if not all(type(n) is int and n >= 0 for n in (header.first, header.pairs, header.cut, *header.layers)):
-            raise ValueError("first, pairs, cut and layers must be whole numbers")
+        model = Fingerprint.from_json(data["model"])
+        header = cls(**{**data, "model": model, "layers": ascending(data["layers"], model.layers)})
+        if not all(type(n) is int and n >= 0 for n in (header.first, header.pairs, header.cut)):
+            raise ValueError("first, pairs and cut must be whole numbers")
         if not isinstance(header.source, str) or not isinstance(header.chat_template, bool):
             raise ValueError("source must be a text and chat_template true or false")
-        if not header.layers or list(header.layers) != sorted({*header.layers} & {*range(header.model.layers)}):
-            raise ValueError(f"layers must be ascending numbers below {header.model.layers}")
         return header
 
 
@@ -108,9 +108,12 @@ class Shard:
         """Which of the rows ``start`` to ``stop - 1`` are in the half that is counted by itself: int64, from 0."""
         if self.header is None or "half" not in self.starts:
             return half_rows_without_texts(self.path.name, start, stop)
-        with self.path.open("rb") as file:
-            file.seek(self.starts["half"] + start)
-            flags = file.read(stop - start)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.starts["half"] + start)
+                flags = file.read(stop - start)
+        except OSError as error:
+            raise FileFormatError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         if len(flags) < stop - start:
             raise FileFormatError(f"{self.path}: cut off while it was read; copy the shard whole, or make it anew")
         return torch.tensor([i for i, flag in enumerate(flags) if flag], dtype=torch.int64)
@@ -134,10 +137,8 @@ def read_shard(path: Path) -> Shard:
             raise FileFormatError(f"{path}: damaged header ({error}); copy the shard whole, or make it anew") from error
     shapes: dict[str, tuple[int, int]] = {}
     rows, dtypes = set(), set()
-    for name in sorted(tensors):
-        site, dot, side = name.rpartition(".")
-        if not dot or side not in ("positive", "negative"):
-            continue
+    for name in sorted(name for name in tensors if name.endswith((".positive", ".negative"))):
+        site = name.rpartition(".")[0]
         shape = _shape(path, name, tensors)
         rows.add(shape[0])
         dtypes.add(tensors[name]["dtype"])

@@ -20,7 +20,7 @@ import austeer.measuring.layerwise.layerwise
 from austeer import find_sites
 from austeer.forward.shared_prompts import tree_form
 from austeer.measuring.layerwise.hidden_states import ScratchError
-from austeer.measuring.layerwise.layerwise import Layerwise, why_not
+from austeer.measuring.layerwise.layerwise import Layerwise
 from austeer.measuring.layerwise.one_layer import LayerwiseError
 from austeer.models.structure import decoder_of
 from layer_runs import (
@@ -128,9 +128,9 @@ def test_wherever_the_weights_are(tmp_path, monkeypatch, family, way):
 @pytest.mark.parametrize("way", ["disk", "cpu", "resident"])
 @pytest.mark.parametrize("memory", ["device", "memory", "file"])
 def test_on_a_gpu(tmp_path, monkeypatch, family, way, memory):
-    model, blocks = tiny_model(family), blocks_of(share=True)
+    model, blocks, tree = tiny_model(family), blocks_of(share=True), "mapping" if family == "gemma2" else "tensor"
     sites = find_sites(model)
-    expected = in_plain_order(copy.deepcopy(model).cuda(), sites, blocks, "mapping" if family == "gemma2" else "tensor")
+    expected = in_plain_order(copy.deepcopy(model).cuda(), sites, blocks, tree)
     if way == "disk":
         offloaded = from_disk(model, tmp_path, family)
     else:
@@ -140,16 +140,11 @@ def test_on_a_gpu(tmp_path, monkeypatch, family, way, memory):
     if memory != "device":
         monkeypatch.setattr(austeer.measuring.layerwise.layerwise, "free_memory", lambda device: 0)
     before = snapshot(offloaded)
-    found, runner = layer_by_layer(
-        offloaded,
-        sites,
-        blocks,
-        device="cuda",
-        memory=0 if memory == "file" else None,
-        tree="mapping" if family == "gemma2" else "tensor",
+    found, _ = layer_by_layer(
+        offloaded, sites, blocks, device="cuda", memory=0 if memory == "file" else None, tree=tree
     )
     assert_equal(found, expected)
-    assert snapshot(offloaded) == before and runner.hidden_place == memory
+    assert snapshot(offloaded) == before
 
 
 def test_bfloat16_from_a_float32_checkpoint(tmp_path, read):
@@ -187,17 +182,6 @@ def test_real_model_from_disk(demo, tmp_path):
     assert runner.traffic.peak < 0.25 * runner.traffic.read
 
 
-@pytest.mark.parametrize("memory", [None, 0])
-def test_hidden_states_in_memory_or_a_file(tmp_path, memory):
-    model, blocks = tiny_model(), blocks_of()
-    sites = find_sites(model)
-    found, runner = layer_by_layer(model, sites, blocks, memory=memory, scratch=tmp_path)
-    assert_equal(found, in_plain_order(model, sites, blocks))
-    assert runner.hidden_place == ("memory" if memory is None else "file") and not list(tmp_path.iterdir())
-    tokens = sum(batch.ids.numel() for block in blocks for batch in block.batches)
-    assert runner.hidden_bytes == tokens * 32 * 4
-
-
 def test_no_space_is_said_before_anything_is_loaded(tmp_path, monkeypatch, read):
     offloaded = from_disk(tiny_model(), tmp_path / "model")
     read.clear()
@@ -208,23 +192,15 @@ def test_no_space_is_said_before_anything_is_loaded(tmp_path, monkeypatch, read)
 
 
 def test_callbacks_in_order():
-    model, blocks = tiny_model(), blocks_of()
-    sites = find_sites(model, ["ffn"])
-    batches, calls = [id(batch) for block in blocks for batch in block.batches], []
-    Layerwise(model, sites).run(
-        blocks,
-        counting_for(sites),
-        on_batch=lambda batch: calls.append(id(batch)),
-        on_layer=lambda layer: calls.append(layer),
-    )
+    model, blocks, calls = tiny_model(), blocks_of(), []
+    sites, batches = find_sites(model, ["ffn"]), [batch for block in blocks for batch in block.batches]
+    Layerwise(model, sites).run(blocks, counting_for(sites), on_batch=calls.append, on_layer=calls.append)
     assert calls == [*batches, 0, *batches, 1, *batches, 2]
 
 
 def test_no_texts():
     model = tiny_model()
-    sites = find_sites(model)
-    found, _ = layer_by_layer(model, sites, [])
-    assert not found["layer"]["positive"].any()
+    assert not layer_by_layer(model, find_sites(model), [])[0]["layer"]["positive"].any()
 
 
 class Stop(KeyboardInterrupt):
@@ -306,18 +282,6 @@ def test_goes_on_behind_the_last_complete_layer(tmp_path, stop, read):
     assert not (tmp_path / "scratch").exists()
 
 
-def test_going_on_after_the_last_layer(tmp_path):
-    model, blocks = tiny_model(), blocks_of()
-    sites = find_sites(model)
-    options = {"persistent": True, "scratch": tmp_path}
-    with pytest.raises(Stop):
-        Layerwise(model, sites, **options).run(blocks, counting_for(sites), on_layer=stop_after(3))
-    assert len(list(tmp_path.iterdir())) == 3
-    counting = counting_for(sites)
-    Layerwise(model, sites, **options).run(blocks, counting, first_layer=3)
-    assert not counters_of(counting)["layer"]["positive"].any() and not tmp_path.exists()
-
-
 def test_other_texts_are_not_gone_on_with(tmp_path):
     model, sites = tiny_model(), find_sites(tiny_model())
     options = {"persistent": True, "scratch": tmp_path}
@@ -386,9 +350,3 @@ def test_killed_and_gone_on(tmp_path):
     Layerwise(model, sites, persistent=True, scratch=tmp_path / "scratch").run(blocks, counting, first_layer=first)
     assert_equal(counters_of(counting), in_plain_order(model, sites, blocks))
     assert not (tmp_path / "scratch").exists()
-
-
-def test_weights_that_are_nowhere():
-    with torch.device("meta"):
-        empty = tiny_model()
-    assert "meta device" in why_not(empty)

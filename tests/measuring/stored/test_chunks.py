@@ -5,7 +5,6 @@ import time
 import pytest
 import torch
 
-from austeer import FileFormatError
 from austeer.measuring.stored.chunks import BUFFERS, Chunks
 from austeer.measuring.stored.shards import find_shards
 from stored_activations import SHAPES, random_rows, write_blocks
@@ -55,21 +54,3 @@ def test_memory_is_that_of_the_buffers(tmp_path):
     assert len(places) == BUFFERS
     assert Chunks(find_shards(tmp_path), 1000).size == 10 * 2 * 36 * 4, "no more than the largest shard"
     assert Chunks([], 5).size == 0
-
-
-def test_a_reader_that_is_left_early_stops_its_thread(tmp_path):
-    write_blocks(tmp_path, random_rows(20), 10)
-    reading = Chunks(find_shards(tmp_path), 1).read()
-    next(reading)
-    reading.close()
-    assert list(reading) == []
-
-
-def test_shard_that_is_now_shorter(tmp_path):
-    paths = write_blocks(tmp_path, random_rows(20), 10)
-    shards = find_shards(tmp_path)
-    paths[1].write_bytes(paths[1].read_bytes()[:-1000])
-    got = []
-    with pytest.raises(FileFormatError, match=f"{paths[1]}.*cut off"):
-        got.extend(c.start for c in Chunks(shards, 5).read())
-    assert got[:2] == [0, 5], "what comes before is read"

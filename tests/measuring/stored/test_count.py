@@ -1,6 +1,5 @@
 """Momentum from stored activations: the same however they are cut, read, split and interrupted."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,13 +13,11 @@ from hypothesis import strategies as st
 
 import austeer
 from austeer import AusteerError, CaptureError, FileFormatError, Momentum
-from austeer.measuring.counting import Tally
 from austeer.measuring.stored import count as activations
 from austeer.measuring.stored.chunks import Chunks
-from austeer.measuring.stored.count import ActivationCount, momentum_from_activations
+from austeer.measuring.stored.count import ActivationCount, CountReport, momentum_from_activations
 from austeer.measuring.stored.folder import StoredActivations
-from austeer.measuring.stored.writer import ActivationWriter
-from austeer.models.sites import Fingerprint, find_sites, fingerprint
+from austeer.models.sites import Fingerprint
 from austeer.pairs.halves import half_rows_without_texts
 from austeer.utils.interrupt import MeasurementInterrupted
 from naive_momentum import numbered_pairs
@@ -43,9 +40,6 @@ def often(monkeypatch):
     """Checkpoints after every chunk."""
     monkeypatch.setattr(activations, "_EVERY_BYTES", 0)
     monkeypatch.setattr(activations, "_EVERY_CHECKPOINTS", 0)
-
-
-# --- counts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -89,30 +83,16 @@ def test_counts_do_not_depend_on_shards_chunks_and_parts(tmp_path_factory, rows,
     assert_counts(total, sides)
     assert total.pairs == rows
     # The file and the place in it say which half a row is in, and nothing else.
-    starts = range(0, rows, block)
-    inside = [
-        start + int(i)
-        for start in starts
-        for i in half_rows_without_texts(f"{start:012d}.safetensors", 0, min(block, rows - start))
-    ]
+    spans = [(f"{start:012d}.safetensors", start, min(block, rows - start)) for start in range(0, rows, block)]
+    inside = [start + int(i) for name, start, count in spans for i in half_rows_without_texts(name, 0, count)]
     assert total.half_pairs == len(inside)
     half = Momentum(total.half, max(len(inside), 1), total.model, layers=total.layers)
     assert_counts(half, {site: tuple(t[inside] for t in pair) for site, pair in sides.items()})
 
 
-def test_stored_while_measuring_gives_what_was_measured(tiny, demo, tmp_path, monkeypatch):
+def test_stored_while_measuring_gives_what_was_measured(tiny, demo, tmp_path):
     pairs = [*numbered_pairs(21), ("same", " text", " text"), *numbered_pairs(5)]
-    found = find_sites(tiny, ["attention", "ffn"])
-    writer = ActivationWriter(tmp_path, fingerprint(tiny, found), layers=range(3), source="memory")
-    count = Tally.add
-
-    def store_and_count(self, block, buffers):
-        writer.add(buffers, block.numbers, first=block.offset, pairs=block.size, cut=block.cut, half=block.half)
-        count(self, block, buffers)
-
-    monkeypatch.setattr(Tally, "add", store_and_count)
-    measured = austeer.measure(tiny, demo[1], pairs, block_pairs=8, max_length=5)
-    writer.finish(len(pairs))
+    measured = austeer.measure(tiny, demo[1], pairs, block_pairs=8, max_length=5, save_activations=tmp_path)
     assert measured.cut and measured.identical == 1 and 0 < measured.half_pairs < 26
     assert_same(momentum_from_activations(tmp_path, device="cpu"), measured)
 
@@ -125,9 +105,6 @@ def test_gpu_counts_what_a_cpu_does(tmp_path, dtype):
     write_blocks(tmp_path, sides, 1000, model=model)
     for chunk in (100 * 2 * 3600 * dtype.itemsize, None):
         assert_counts(momentum_from_activations(tmp_path, device="cuda", chunk_bytes=chunk), sides)
-
-
-# --- what is not finite, or cannot be read -------------------------------------------------------------------------
 
 
 def test_first_nonfinite_row_is_named(tmp_path):
@@ -172,19 +149,14 @@ def test_shard_cut_off_while_it_is_read(tmp_path):
         ActivationCount(stored, **options).run()
     with pytest.raises(FileFormatError, match=rf"{paths[2]}: cut off.*{tmp_path / 'c'}.*resume"):
         ActivationCount(stored, checkpoint=tmp_path / "c", **options).run()
+    paths[2].unlink()
+    with pytest.raises(FileFormatError, match=rf"{paths[2]}.*No such file"):
+        ActivationCount(stored, **options).run()
     paths[2].write_bytes(data)
     resumed = ActivationCount(stored, checkpoint=tmp_path / "c", resume=True, **options)
     assert resumed.report.resumed in (20, 24, 28)
     assert_same(resumed.run(), plain)
     assert resumed.report.resumed + resumed.report.rows == 40
-
-
-def test_shard_that_is_gone(tmp_path):
-    paths = write_blocks(tmp_path / "a", random_rows(40), 10)
-    stored = StoredActivations.open(tmp_path / "a")
-    paths[3].unlink()
-    with pytest.raises(FileFormatError, match=rf"{paths[3]}.*No such file"):
-        ActivationCount(stored, device="cpu").run()
 
 
 @pytest.mark.parametrize(
@@ -201,9 +173,6 @@ def test_bad_arguments(tmp_path, options, message):
     write_blocks(tmp_path, random_rows(4), 4)
     with pytest.raises(AusteerError, match=message):
         momentum_from_activations(tmp_path, **options)
-
-
-# --- resuming --------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
@@ -310,9 +279,6 @@ def test_checkpoint_that_cannot_be_written_stops_nothing(tmp_path, often):
     assert_counts(momentum, sides)
 
 
-# --- how much it takes -----------------------------------------------------------------------------------------------
-
-
 MEMORY = """
 import resource, sys
 from austeer.measuring.stored.count import momentum_from_activations
@@ -344,44 +310,12 @@ def test_needs_are_those_of_the_run(tmp_path):
     assert (needs.counters, needs.chunks, needs.device_chunks, needs.result) == (36 * 80, 35 * ROW, 0, 36 * 64)
     assert needs.count_rate > 0 and needs.read_rate > 0
     assert needs.seconds == pytest.approx(needs.bytes / min(needs.count_rate, needs.read_rate))
+    assert needs.lines()[0] == "100 rows x 36 AUs in 3 shards: 0.00 GB, read once"
     counts, saved = count.run(), tmp_path / "kind.momentum"
     assert_counts(counts, random_rows(100, torch.bfloat16))  # the trial leaves no trace in the counters
     counts.save(saved)
     assert needs.result <= saved.stat().st_size <= needs.result + 4096
     assert count.report.bytes == needs.bytes
-
-
-def test_millions_of_rows_of_100_000_columns(tmp_path):
-    """What they need is told in a moment, and the last rows lie where they should (in a file that is mostly a hole)."""
-    rows, width, path = 3_000_000, 100_000, tmp_path / "huge.safetensors"
-    side = 2 * rows * width  # bytes
-    entries = {
-        f"ffn.{name}": {"dtype": "BF16", "shape": [rows, 1, width], "data_offsets": [i * side, (i + 1) * side]}
-        for i, name in enumerate(("positive", "negative"))
-    }
-    header = json.dumps(entries).encode()
-    last = torch.randn(2, 40, 1, width).bfloat16()
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        try:
-            for i in range(2):
-                file.seek(8 + len(header) + (i + 1) * side - last[i].nbytes)
-                file.write(last[i].view(torch.uint8).numpy().data)
-        except OSError:
-            pytest.skip("this file system has no room for a file of 1.2 TB with a hole in it")
-    stored = StoredActivations.open(path, model=Fingerprint("llama", 1, {}, "by hand", None))
-    count = ActivationCount(stored, device="cpu")
-    needs = count.needs()
-    assert needs.bytes == 1_200_000_000_000 and needs.counters == 8_000_000
-    assert needs.chunks < 250_000_000, "memory does not grow with the rows"
-    assert needs.seconds > 10
-    got = [
-        values.clone().view(2, -1, 1, width)
-        for chunk in Chunks(count.shards, count.rows).read(0, (rows - 40) // count.rows * count.rows)
-        for _, values in chunk.values(chunk.data)
-    ]
-    assert torch.cat(got, 1)[:, -40:].equal(last)
-    path.unlink()  # tools that copy or pack a folder would read the hole
 
 
 def test_report_says_where_the_time_went(tmp_path):
@@ -393,3 +327,4 @@ def test_report_says_where_the_time_went(tmp_path):
     assert 0 < report.seconds_count + report.seconds_wait <= report.seconds
     assert report.line().startswith("100 rows, 0.00 GB in ")
     assert report.to_json()["bytes_per_second"] == pytest.approx(report.bytes / report.seconds)
+    assert CountReport().bytes_per_second == 0.0

@@ -15,7 +15,7 @@ def test_own_shards_say_everything(tmp_path):
     write_blocks(tmp_path, random_rows(9, torch.bfloat16), 4)
     stored = StoredActivations.open(tmp_path)
     assert (stored.model, stored.layers, stored.chat_template) == (MODEL, LAYERS, False)
-    assert (stored.rows, stored.shapes, stored.columns, stored.bytes) == (9, SHAPES, 36, 9 * 2 * 36 * 2)
+    assert (len(stored.shards), stored.shapes, stored.columns) == (3, SHAPES, 36)
 
 
 def test_model_given_by_hand(tmp_path):
@@ -55,26 +55,23 @@ def test_what_shards_say_is_not_overruled(tmp_path, options, message):
     write_blocks(tmp_path, random_rows(6), 6)
     with pytest.raises(FileFormatError, match=message):
         StoredActivations.open(tmp_path, **options)
-    assert StoredActivations.open(tmp_path, model=PLAIN, layers=LAYERS, chat_template=False).rows == 6
+    assert StoredActivations.open(tmp_path, model=PLAIN, layers=LAYERS, chat_template=False).layers == LAYERS
 
 
-@pytest.mark.parametrize("what", ["model", "layers", "chat_template", "sites", "dtype"])
-def test_unlike_shards_are_refused(tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("model", {"model": Fingerprint("llama", 4, MODEL.widths, "another", None)}),
+        ("layers", {"layers": (0, 1, 2)}),
+        ("chat_template", {"chat_template": True}),
+        ("sites", {"sides": {"ffn": random_rows(6)["ffn"]}}),
+        ("dtype", {"sides": random_rows(6, torch.float16)}),
+    ],
+)
+def test_unlike_shards_are_refused(tmp_path, what, changes):
     write_blocks(tmp_path / "a", random_rows(6), 6)
-    changes, sides = {}, random_rows(6)
-    if what == "model":
-        changes["model"] = Fingerprint("llama", 4, MODEL.widths, "another", None)
-    elif what == "layers":
-        changes["layers"] = (0, 1, 2)
-    elif what == "chat_template":
-        changes["chat_template"] = True
-    elif what == "sites":
-        del sides["attention"]
-    else:
-        sides = random_rows(6, torch.float16)
-    (path,) = write_blocks(tmp_path / "b", sides, 6, **changes)
-    header = path.read_bytes()
-    path.write_bytes(header.replace(b"pairs.jsonl", b"queue.jsonl"))  # so that no pair counts twice
+    (path,) = write_blocks(tmp_path / "b", **{"sides": random_rows(6), "block": 6} | changes)
+    path.write_bytes(path.read_bytes().replace(b"pairs.jsonl", b"queue.jsonl"))  # so that no pair counts twice
     with pytest.raises(FileFormatError, match=f"b/.*{what}.*a/"):
         StoredActivations.open([tmp_path / "a", path])
 

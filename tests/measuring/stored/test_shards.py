@@ -114,19 +114,11 @@ def with_header(path, header, data):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-@pytest.mark.parametrize("keep", [0, 7, 8, 50, -1])
-def test_truncated_shard_is_named(tmp_path, keep):
+@pytest.mark.parametrize("keep", [0, 7, 8, 50, -1, None])
+def test_shard_of_another_length_is_named(tmp_path, keep):
     path = write_plain(tmp_path / "a.safetensors", random_rows(6))
-    data = path.read_bytes()
-    path.write_bytes(data[: keep if keep >= 0 else len(data) - 1])
+    path.write_bytes(path.read_bytes() + b"x" if keep is None else path.read_bytes()[:keep])
     with pytest.raises(FileFormatError, match=r"a\.safetensors.*(damaged|cut off)"):
-        read_shard(path)
-
-
-def test_longer_shard_is_damaged(tmp_path):
-    path = write_plain(tmp_path / "a.safetensors", random_rows(6))
-    path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(FileFormatError, match=f"damaged.*{path.stat().st_size}"):
         read_shard(path)
 
 
@@ -135,19 +127,17 @@ def test_garbled_header_is_no_traceback(tmp_path, what):
     path = write_plain(tmp_path / "a.safetensors", random_rows(6))
     header, data = header_of(path)
     entry = header["ffn.positive"]
-    if what == "offset":
-        entry["data_offsets"] = [-4, 10]
-    elif what == "fraction":
-        entry["data_offsets"][0] = 0.5
-    elif what == "shape":
-        entry["shape"] = [6, 3, "5"]
-    elif what == "no dtype":
-        del entry["dtype"]
-    elif what == "number":
-        header["ffn.positive"] = 5
-    elif what == "metadata":
-        header["__metadata__"] = 5
-    with_header(path, {"text": b"\xff" * 40, "list": b"[1, 2]"}.get(what, header), data)
+    changed = {
+        "text": b"\xff" * 40,
+        "list": b"[1, 2]",
+        "offset": header | {"ffn.positive": entry | {"data_offsets": [-4, 10]}},
+        "fraction": header | {"ffn.positive": entry | {"data_offsets": [0.5, entry["data_offsets"][1]]}},
+        "shape": header | {"ffn.positive": entry | {"shape": [6, 3, "5"]}},
+        "no dtype": header | {"ffn.positive": {name: entry[name] for name in ("shape", "data_offsets")}},
+        "number": header | {"ffn.positive": 5},
+        "metadata": header | {"__metadata__": 5},
+    }
+    with_header(path, changed[what], data)
     with pytest.raises(FileFormatError, match=r"a\.safetensors.*damaged"):
         read_shard(path)
 
@@ -167,7 +157,6 @@ def test_shape_that_its_bytes_do_not_hold(tmp_path):
         ({"version": "2"}, "version '2'.*version 1"),
         ({"format": "austeer-momentum"}, "'austeer-momentum'"),
         ({"header": "{}"}, "damaged header"),
-        ({"header": "nothing"}, "damaged header"),
         ({"header": {"layers": [0, 1]}}, "tensors.*header"),
         ({"header": {"layers": []}}, "damaged header.*layers"),
         ({"header": {"layers": [0, 1, 4]}}, "damaged header.*layers"),

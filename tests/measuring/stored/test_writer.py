@@ -41,21 +41,6 @@ def test_which_half_a_pair_is_in_is_kept(tmp_path):
     assert [shard.half(*span).tolist() for span in ((0, 5), (1, 4), (2, 4), (4, 5))] == [[1, 4], [0], [], [0]]
 
 
-def test_block_of_equal_pairs_has_no_row(tmp_path):
-    writer = ActivationWriter(tmp_path, MODEL, layers=LAYERS)
-    writer.add({"ffn": torch.ones(8, 3, 5)}, [], first=0, pairs=4)
-    writer.finish(4)
-    (shard,) = find_shards(tmp_path)
-    assert shard.rows == 0 and shard.header.pairs == 4
-
-
-def test_block_written_again_replaces_its_shard(tmp_path):
-    write_blocks(tmp_path, random_rows(9), 4)
-    again = write_blocks(tmp_path, random_rows(9, seed=1), 4, resume=True)
-    assert sorted(tmp_path.glob("*")) == [*again, tmp_path / "activations.json"]
-    assert load_file(again[0])["ffn.positive"].equal(random_rows(9, seed=1)["ffn"][0][:4])
-
-
 def test_folder_in_use_is_refused(tmp_path):
     write_blocks(tmp_path, random_rows(9), 4)
     with pytest.raises(FileFormatError, match=f"{tmp_path}.*3 shards"):
