@@ -236,7 +236,7 @@ class _Columns:
 
 def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
     """What can be seen to weaken the check."""
-    found = []
+    found, dtype = [], floating_dtype(model)
     if task.source in momentum.sources:
         found.append(
             f"the items come from {task.source}, which the momentum was also measured on; unless they are other rows "
@@ -247,10 +247,10 @@ def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
         found.append(
             f"the items' prompts {said[task.chat_template]}, and the measured pairs' {said[momentum.chat_template]}"
         )
-    if floating_dtype(model).itemsize < 4:
+    if dtype.itemsize < 4:
         found.append(
-            f"the model runs in {str(floating_dtype(model)).removeprefix('torch.')}, in which the effects of single "
-            "AUs may be lost in rounding; float32 shows them"
+            f"the model runs in {str(dtype).removeprefix('torch.')}, in which the effects of single AUs may be lost "
+            "in rounding; float32 shows them"
         )
     return found
 

@@ -176,19 +176,13 @@ def _enough(usable: int, config: Any, momentum: Momentum | None) -> list[PairsFi
     else:
         return []
     needed = smallest_pairs(size, 0.05)
-    numbers = {"usable": usable, "needed": needed, "aus": size}
-    if usable >= needed:
-        verdict = (
-            f"{usable} pairs; {needed} are the fewest on which one of {size} AUs can pass at 5 % false discoveries"
-        )
-        return [PairsFinding("number of pairs", "ok", verdict, numbers=numbers)]
-    found = PairsFinding(
+    found = PairsFinding.of(
         "number of pairs",
-        "grave",
-        f"with {usable} pairs no AU can pass at 5 % false discoveries, not even one that all of them agree on: among "
-        f"{size} AUs that takes {needed}",
+        "ok" if usable >= needed else "grave",
+        f"{usable} pairs; {needed} are the fewest on which one of {size} AUs can pass at 5 % false discoveries",
+        ", if all of them agree on it",
         f"give {needed} pairs or more (austeer inspect tells how many a weaker signal takes)",
-        numbers,
+        {"usable": usable, "needed": needed, "aus": size},
     )
     return [found]
 

@@ -136,6 +136,4 @@ def load_pairs(
         PairsError: as :func:`austeer.stream_pairs`, and what is wrong in the rows (:class:`austeer.PairStream`).
     """
     names = {"prompt": prompt, "positive": positive, "negative": negative}
-    return Pairs.of(
-        stream_pairs(source, **names, where=where, limit=limit, split=split, chat_template=chat_template)
-    )
+    return Pairs.of(stream_pairs(source, **names, where=where, limit=limit, split=split, chat_template=chat_template))

@@ -98,7 +98,8 @@ class _Stored(io.FileIO):
         self.position += count
         return count
 
-    read = io.RawIOBase.read  # by way of readinto
+    def read(self, size=-1):
+        return io.RawIOBase.read(self, size)  # by way of readinto
 
 
 class _Decompressed(io.RawIOBase):

@@ -70,11 +70,10 @@ def load_task(
         if kind is not None:
             raise TaskError(f"kind: found {kind!r} beside a template, which has its own; expected it in the template")
         form = load_template(template)
-        name, found_kind, make, columns = form.name, form.kind, form.item, {*form.required, *wanted}
-        repeated = form.duplicates
+        name, found_kind, make, repeated = form.name, form.kind, form.item, form.duplicates
+        columns = {*form.required, *wanted}
     else:
         name, found_kind, make, columns, repeated = _neutral(opened, kind, set(wanted))
-    repeated = duplicates or repeated
     items: list[Item] = []
     first_seen: dict[tuple, tuple[str, Any]] = {}
     for place, row in _rows(opened, columns, wanted):
@@ -89,7 +88,7 @@ def load_task(
                     f"{place}: found the question of {before[0]} again, with the answer {answer!r:.40} and not "
                     f"{before[1]!r:.40}; expected one answer: remove the wrong row"
                 )
-            if repeated != "drop":
+            if (duplicates or repeated) != "drop":
                 raise TaskError(
                     f"{place}: found the question and answer of {before[0]} again, expected each once: remove one, or "
                     'drop the later ones (duplicates="drop", --drop-duplicates)'
@@ -128,7 +127,7 @@ def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, st
             f"{place}: found the fields {_listed(row)}, expected {expected} (and group, if wanted) and no others; name "
             "a template (--template) for a file of another form"
         )
-    form = forms[0]
+    (form,) = forms
     if kind is not None and (form == "numeric" or kind not in ("choice", "continuation")):
         raise TaskError(f"kind: found {kind!r}, expected choice or continuation, for a file with options")
     task_kind = "numeric" if form == "numeric" else kind or "continuation"

@@ -5,7 +5,15 @@ import pytest
 from scipy import stats
 
 from austeer.causal import statistics
-from austeer.causal.statistics import Difference, Items, correlation, difference, findings, rank_correlation, verdict
+from austeer.causal.statistics import (
+    Difference,
+    correlation,
+    difference,
+    findings,
+    rank_correlation,
+    resampled,
+    verdict,
+)
 
 
 def data(rho=0.0, size=40, items=6, seed=0):
@@ -48,7 +56,7 @@ def test_items_of_one_group_are_resampled_together():
     assert -1 < alone.low < -0.3 and 0.3 < alone.high < 1
     fixed = difference(values.mean(1, keepdims=True), np.zeros((50, 1)))
     assert (fixed.low, fixed.high) == (0, 0)
-    weights = Items(8, groups).weights(np.random.default_rng(0))
+    weights = resampled(8, groups)(np.random.default_rng(0))
     assert weights.sum() == pytest.approx(1) and len(set(weights[:4])) == len(set(weights[4:])) == 1
 
 
