@@ -28,11 +28,9 @@ class PairsFinding:
     @classmethod
     def of(cls, name: str, level: str, verdict: str, why: str, remedy: str, numbers: Mapping[str, Any]) -> PairsFinding:
         """A finding to which ``why`` it matters, and the remedy, belong only if it is not "ok"."""
-        return (
-            cls(name, level, verdict, numbers=numbers)
-            if level == "ok"
-            else cls(name, level, verdict + why, remedy, numbers)
-        )
+        if level == "ok":
+            return cls(name, level, verdict, numbers=numbers)
+        return cls(name, level, verdict + why, remedy, numbers)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "numbers": dict(self.numbers)}

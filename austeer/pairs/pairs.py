@@ -8,7 +8,7 @@ continuation where the tokenizer expects it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,6 @@ class Pairs(Sequence[Pair]):
 
     def __getitem__(self, i):
         return replace(self, items=self.items[i]) if isinstance(i, slice) else self.items[i]
-
-    def __iter__(self) -> Iterator[Pair]:
-        return iter(self.items)
 
     @property
     def identical(self) -> int:

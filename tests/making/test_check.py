@@ -128,9 +128,9 @@ def test_what_is_refused(demo, tiny):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "a", "positive": "b"}, "line 1: .*None.*'negative'.*--negative-field"),
-        ({"prompt": " ", "positive": "b", "negative": "c"}, "line 1: .*' '.*'prompt'"),
-        ({"prompt": "a", "positive": 3, "negative": "c"}, "line 1: .*3.*'positive'"),
+        ({"prompt": "a", "positive": "b"}, "line 1: .*'negative'.*missing.*--negative-field"),
+        ({"prompt": " ", "positive": "b", "negative": "c"}, "line 1: .*'prompt'.*empty"),
+        ({"prompt": "a", "positive": 3, "negative": "c"}, "line 1: .*'positive'.*int"),
     ],
 )
 def test_rows_that_are_no_pairs(tmp_path, row, message):
