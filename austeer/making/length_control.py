@@ -155,15 +155,8 @@ def length_control(
     check_count("k", k, 2**40, "AUs", SelectionError)
     sides = Sides.of(tokenizer, with_sides(pairs), not pairs.chat_template)
     control = _control(pairs, sides, tokenizer, count, seed)
-    found = measure(
-        model,
-        tokenizer,
-        control,
-        list(momentum.sites),
-        layers=momentum.layers,
-        max_length=max_length,
-        progress=progress,
-    )
+    sites, layers = list(momentum.sites), momentum.layers
+    found = measure(model, tokenizer, control, sites, layers=layers, max_length=max_length, progress=progress)
     differences = sides.differences
     longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     lengths = Sides.of(tokenizer, tuple(control), not pairs.chat_template).differences
@@ -172,9 +165,9 @@ def length_control(
     texts = tokenise(tokenizer, some, limit, special=not pairs.chat_template)
     results = {}
     for name in momentum.sites:
-        results[name], layers, columns, beta = _of_site(momentum, found, name, k)
+        results[name], rows, columns, beta = _of_site(momentum, found, name, k)
         if asked:
-            units = layers.tolist(), columns.tolist()
+            units = rows.tolist(), columns.tolist()
             signs = momentum_signs(model, texts.positive, texts.negative, name, *units, progress)
             seen = following(signs, beta.numpy(), [differences[asked[i]] for i in texts.number])
             told = {"depends": int(seen.depends.sum()), "turns": int(seen.turns.sum())}

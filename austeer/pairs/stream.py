@@ -73,7 +73,7 @@ class PairStream:
         with closing(self._rows.read(needed, optional)) as reading:
             self._reading, self._found = reading, found
             for place, row in reading:
-                if not all(_equals(row.get(field), value) for field, value in self._where.items()):
+                if not matches(row, self._where):
                     continue
                 pair = pair_of(row, self._names, place)
                 if self._chat is not None:
@@ -136,6 +136,11 @@ def stream_pairs(
     names = {"prompt": prompt, "positive": positive, "negative": negative}
     stream = PairStream(open_source(source, split), names, where, limit)
     return stream if chat_template is None else stream.with_chat_template(chat_template)
+
+
+def matches(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    """Whether fields have these values."""
+    return all(_equals(row.get(field), wanted) for field, wanted in where.items())
 
 
 def _equals(found: Any, wanted: Any) -> bool:

@@ -12,7 +12,7 @@ from ..errors import TaskError
 from ..pairs.pair import FIELDS, pair_of
 from ..pairs.readers import open_source
 from ..pairs.source import Row, Source
-from ..pairs.stream import _equals
+from ..pairs.stream import matches
 from .numeric import parse_number
 from .task import Item, Task, check_item
 from .templates import DUPLICATES, Template, _listed, label_of, load_template
@@ -106,13 +106,12 @@ def load_task(
 def _rows(source: Source, columns: set[str], where: Mapping[str, Any]) -> Iterator[Row]:
     with closing(source.read(columns)) as rows:
         for place, row in rows:
-            if all(_equals(row.get(field), value) for field, value in where.items()):
+            if matches(row, where):
                 yield place, row
 
 
 def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, str, Make, set[str], str]:
-    """Name, kind, what makes an item of a row, the columns to be read, and what to do with duplicates, by the first
-    row's fields."""
+    """By the first row's fields: name, kind, what makes an item of a row, columns to be read, what duplicates do."""
     columns = {name for names in NEUTRAL.values() for name in names}  # no file has all, so all of its own are read
     with closing(source.read(columns)) as rows:
         place, row = next(rows, (source.name, {}))
@@ -136,7 +135,7 @@ def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, st
     def make(row: Mapping[str, Any], place: str) -> Item | None:
         given = {name for name, value in row.items() if value is not None}
         if form == "pairs":
-            pair = pair_of(row, {name: name for name in FIELDS}, place)
+            pair = pair_of(row, dict(zip(FIELDS, FIELDS)), place)
             if pair.positive == pair.negative:  # says nothing
                 return None
             item = Item(pair.prompt, (pair.positive, pair.negative), lead=pair.lead)

@@ -112,17 +112,11 @@ def test_fields_where_and_limit(tmp_path, name):
 
 @pytest.mark.parametrize(
     "wanted, count",
-    [({"ok": "true"}, 2), ({"ok": True}, 2), ({"n": "3"}, 1), ({"day": "2026-01-02"}, 1), ({"ok": "x"}, 0)],
+    [({"ok": "true"}, 4), ({"ok": True}, 4), ({"n": "3"}, 2), ({"day": "2026-01-02"}, 2)],
 )
 def test_where_on_what_is_no_text(tmp_path, wanted, count):
     rows = [{**row, "ok": i % 2 == 0, "n": i, "day": datetime.date(2026, 1, i + 1)} for i, row in enumerate(ROWS)]
-    stream = stream_pairs(write(tmp_path / "p.parquet", rows), where=wanted)
-    found = []
-    try:
-        found.extend(stream)
-    except PairsError:
-        assert count < 2
-    assert len(found) == count
+    assert len(list(stream_pairs(write(tmp_path / "p.parquet", rows * 2), where=wanted))) == count
 
 
 def test_every_iteration_opens_the_source_anew(tmp_path):

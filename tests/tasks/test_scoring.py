@@ -12,7 +12,6 @@ from tokenizers.processors import TemplateProcessing
 from austeer import Pairs, PairsError, steer
 from austeer.demo.demo import load_data
 from austeer.errors import TaskError
-from austeer.forward.generation import continue_prompts
 from austeer.models.sites import LAYOUTS
 from austeer.tasks import Item, Task, side_effects
 from austeer.tasks.scoring import OptionScores, cross_entropy, log_odds, option_scores
@@ -173,19 +172,6 @@ def test_options_under_many_steerings_are_those_of_the_full_model(small, demo, b
         torch.testing.assert_close(log_prob, expected[0], rtol=1e-6, atol=1e-6)
         assert torch.equal(greedy, expected[1])
     assert (found.log_prob[:, 0] - found.log_prob[1, 0]).abs().amax(-1)[[0, 2, 3, 4]].min() > 1e-3
-
-
-def test_what_the_model_writes_is_greedy(lively, demo):
-    """An option is a greedy one where it begins the model's own text."""
-    prompts = ["The capital of France is", "One, two, three, four,"]
-    written = continue_prompts(lively, demo[1], prompts, max_new_tokens=3)
-    wrong, right = (
-        Task("t", "continuation", tuple(Item(p, (" not so", text), label) for p, text in zip(prompts, written)))
-        for label in (0, 1)
-    )
-    scores = option_scores(lively, demo[1], wrong)
-    assert scores.greedy.tolist() == [[[False, True], [False, True]]]
-    assert not scores.exact(wrong).any() and scores.exact(right).all()
 
 
 def test_margins_are_against_the_best_other_option():
