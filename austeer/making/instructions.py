@@ -158,14 +158,13 @@ class _Writer:
 
     def _side(self, prompts: Sequence[str], side: int, number: int) -> list[str]:
         """What the model writes under one instruction, without a last word that broke off."""
-        tokenizer, texts = instructed(self.tokenizer, self.form, self.instructions[side], prompts)
         key = hashlib.sha256(f"{self.seed} {number} {side}".encode()).digest()
         found = continue_prompts(
             self.model,
-            tokenizer,
-            texts,
+            self.tokenizer,
+            instructed(self.tokenizer, self.form, self.instructions[side], prompts),
             max_new_tokens=self.max_new_tokens,
-            chat=self.chat,
+            special=not self.chat,
             temperature=self.temperature,
             seed=int.from_bytes(key[:4], "big"),
         )

@@ -19,8 +19,8 @@ def answers(tiny, demo, monkeypatch):
     """Makes pairs with a model whose answers are given: a function of prompt and instruction."""
 
     def make(answer, out, prompts=PROMPTS, **options):
-        def write(model, tokenizer, texts, *, chat, **given):
-            assert not chat and tokenizer is demo[1] and given["max_new_tokens"] == options.get("max_new_tokens", 32)
+        def write(model, tokenizer, texts, *, special, **given):
+            assert special and tokenizer is demo[1] and given["max_new_tokens"] == options.get("max_new_tokens", 32)
             return [answer(*reversed(text.split("\n\n"))) for text in texts]
 
         monkeypatch.setattr(instructions, "continue_prompts", write)

@@ -126,13 +126,18 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
     assert len(read(path)) == len(read(str(path))) == 3
 
 
-@pytest.mark.parametrize("source", ["*.jsonl", ["b.jsonl", "a.jsonl", "b.jsonl"], ["a.jsonl", "c.jsonl"]])
-def test_several_files_of_which_one_is_missing_or_twice(tmp_path, source, monkeypatch):
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("*.csv", r"\*\.csv.*pattern"),
+        (["b.jsonl", "a.jsonl", "b.jsonl"], "b.jsonl.*twice"),
+        (["a.jsonl", "c.jsonl"], "c.jsonl.*no such file"),
+    ],
+)
+def test_several_files_of_which_one_is_missing_or_twice(tmp_path, source, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if source != "*.jsonl":
-        write(Path("a.jsonl"), range(2))
-        write(Path("b.jsonl"), range(2))
-    message = {"*": r"\*\.jsonl.*pattern", "b.jsonl": "b.jsonl.*twice", "a.jsonl": "c.jsonl.*no such file"}[source[0]]
+    write(Path("a.jsonl"), range(2))
+    write(Path("b.jsonl"), range(2))
     with pytest.raises(PairsError, match=message):
         open_source(source)
 

@@ -32,25 +32,21 @@ triples = st.lists(st.tuples(texts, texts, texts), min_size=2, max_size=20).filt
 )
 
 
-def text_of(rows, suffix):
-    if suffix == ".json":
-        return json.dumps(rows, ensure_ascii=False)
-    if suffix == ".csv":
-        content = io.StringIO(newline="")
-        writer = csv.DictWriter(content, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        return content.getvalue()
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def write(path, rows):
     """Rows in the format and compression that the path's suffixes tell."""
     if path.suffix == ".parquet":
         pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
         return path
     suffix = path.suffixes[0]
-    content = text_of(rows, suffix).encode()
+    text = io.StringIO("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), newline="")
+    if suffix == ".json":
+        text = io.StringIO(json.dumps(rows, ensure_ascii=False), newline="")
+    if suffix == ".csv":
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    content = text.getvalue().encode()
     if path.suffix == ".gz":
         content = gzip.compress(content)
     if path.suffix == ".zst":
