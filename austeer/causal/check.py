@@ -194,7 +194,7 @@ def _findings(
         given=np.column_stack([known["layer"], known["size"], known["deviation"]]),
         groups=groups,
         seed=seed,
-        **{name: np.searchsorted(chosen.units(), units) for name, units in vars(chosen).items()},
+        **{name: torch.searchsorted(chosen.units(), units).numpy() for name, units in vars(chosen).items()},
     )
 
 
