@@ -126,8 +126,13 @@ def load_pairs(
         >>> pairs[0]
         Pair(prompt='The soup was', positive=' good', negative=' bad', lead='')
 
-    Args: as of :func:`austeer.stream_pairs`: a file of JSONL, JSON, CSV or Parquet, a pattern, several files,
-        ``"hf:ORG/NAME"`` or a dataset, and what is read of it.
+    Args:
+        source: a file of JSONL, JSON, CSV or Parquet, a pattern, several files, ``"hf:ORG/NAME"`` or a dataset; each
+            as of :func:`austeer.stream_pairs`.
+        prompt, positive, negative: the names that the fields have in the source.
+        where: keep only rows in which these fields have these values. limit: read at most so many pairs.
+        split: which split of a dataset; needed if it has several.
+        chat_template: a tokenizer whose chat template the prompts are put through (:meth:`Pairs.with_chat_template`).
 
     Raises:
         PairsError: as :func:`austeer.stream_pairs`, and what is wrong in the rows (:class:`austeer.PairStream`).
