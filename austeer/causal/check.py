@@ -145,11 +145,11 @@ def causal_check(
         "momentum": _digest(momentum, site),
     }
     runner = Runner(model, tokenizer, task, momentum, site, scale, Record(record, settings), batch_tokens)
-    columns = _Columns.of(momentum, site, scale, chosen.units())
-    with Progress("steering AUs alone", len(columns.units) * len(ways), "effects", progress) as bar:
-        raised = runner.run(columns.units, ways, bar)
-    groups = [item.group for item in task]
-    results = {way: columns.findings(way, raised[way], chosen, groups, seed) for way in ways}
+    units = chosen.units()
+    with Progress("steering AUs alone", len(units) * len(ways), "effects", progress) as bar:
+        raised = runner.run(units, ways, bar)
+    known, groups = _known(momentum, site, scale, units), [item.group for item in task]
+    results = {way: _findings(way, raised[way], known, chosen, groups, seed) for way in ways}
     return CausalResult(
         model=momentum.model.name,
         dtype=str(floating_dtype(model)).removeprefix("torch."),
@@ -160,7 +160,7 @@ def causal_check(
         pairs=momentum.pairs,
         n=n,
         seed=seed,
-        units=columns.rows(raised, chosen),
+        units=_rows(raised, known, chosen),
         findings=results,
         verdict={way: verdict(found) for way, found in results.items()},
         notes=notes(model, task, momentum),
@@ -169,74 +169,55 @@ def causal_check(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Columns:
-    """What is known of the sampled AUs before they are steered.
+def _known(momentum: Momentum, site: str, scale: Scale, units: Tensor) -> dict[str, np.ndarray]:
+    """What is known of AUs before they are steered, as of :class:`Unit`: [AUs] each."""
+    counters = momentum.counters(site)
+    row, index = np.divmod(units.numpy(), counters.positive.shape[1])
+    return {
+        "layer": np.array(momentum.layers)[row],
+        "index": index,
+        "beta": signed_rate(counters, momentum.pairs).flatten()[units].numpy(),
+        "delta": (counters.delta_sum.flatten()[units] / momentum.pairs).numpy(),
+        "size": scale.size.flatten()[units].numpy(),
+        "deviation": scale.deviation.flatten()[units].numpy(),
+    }
 
-    Attributes:
-        units: int64 [AUs], as in :class:`Sample`. The others: [AUs] each, as of :class:`Unit`.
-    """
 
-    units: Tensor
-    layer: np.ndarray
-    index: np.ndarray
-    beta: np.ndarray
-    delta: np.ndarray
-    size: np.ndarray
-    deviation: np.ndarray
+def _findings(
+    way: str, raised: np.ndarray, known: dict[str, np.ndarray], chosen: Sample, groups: Sequence[str], seed: int
+) -> Findings:
+    """What one way of steering shows; ``raised``: [AUs, items], nats."""
+    return findings(
+        raised=raised,
+        sign=np.where(known["delta" if way == "shift" else "beta"] >= 0, 1.0, -1.0),
+        beta=known["beta"],
+        given=np.column_stack([known["layer"], known["size"], known["deviation"]]),
+        groups=groups,
+        seed=seed,
+        **{name: torch.searchsorted(chosen.units(), units).numpy() for name, units in vars(chosen).items()},
+    )
 
-    @classmethod
-    def of(cls, momentum: Momentum, site: str, scale: Scale, units: Tensor) -> _Columns:
-        counters = momentum.counters(site)
-        row, index = np.divmod(units.numpy(), counters.positive.shape[1])
-        return cls(
-            units=units,
-            layer=np.array(momentum.layers)[row],
-            index=index,
-            beta=signed_rate(counters, momentum.pairs).flatten()[units].numpy(),
-            delta=(counters.delta_sum.flatten()[units] / momentum.pairs).numpy(),
-            size=scale.size.flatten()[units].numpy(),
-            deviation=scale.deviation.flatten()[units].numpy(),
+
+def _rows(raised: dict[str, np.ndarray], known: dict[str, np.ndarray], chosen: Sample) -> list[Unit]:
+    """A row for each AU, with what steering it did."""
+    columns = zip(*(column.tolist() for column in known.values()))
+    rows = {unit: dict(zip(known, values)) for unit, values in zip(chosen.units().tolist(), columns)}
+    members = {name: set(units.tolist()) for name, units in vars(chosen).items()}
+    matched = {top: rows[other] for top, other in zip(chosen.top.tolist(), chosen.matched.tolist())}
+    return [
+        Unit(
+            **row,
+            groups=tuple(name for name, units in members.items() if unit in units),
+            match=(matched[unit]["layer"], matched[unit]["index"]) if unit in matched else None,
+            raised={way: float(values[i].mean()) for way, values in raised.items()},
         )
-
-    def findings(self, way: str, raised: np.ndarray, chosen: Sample, groups: Sequence[str], seed: int) -> Findings:
-        """What one way of steering shows; ``raised``: [AUs, items], nats."""
-        places = {unit: place for place, unit in enumerate(self.units.tolist())}
-        return findings(
-            raised=raised,
-            sign=np.where((self.delta if way == "shift" else self.beta) >= 0, 1.0, -1.0),
-            beta=self.beta,
-            given=np.column_stack([self.layer, self.size, self.deviation]),
-            groups=groups,
-            seed=seed,
-            **{name: np.array([places[unit] for unit in units.tolist()]) for name, units in vars(chosen).items()},
-        )
-
-    def rows(self, raised: dict[str, np.ndarray], chosen: Sample) -> list[Unit]:
-        """A row for each AU, with what steering it did."""
-        numbers = self.units.tolist()
-        members = {name: set(units.tolist()) for name, units in vars(chosen).items()}
-        place = dict(zip(numbers, zip(self.layer.tolist(), self.index.tolist())))
-        match = {top: place[other] for top, other in zip(chosen.top.tolist(), chosen.matched.tolist())}
-        return [
-            Unit(
-                layer=place[unit][0],
-                index=place[unit][1],
-                beta=float(self.beta[i]),
-                delta=float(self.delta[i]),
-                size=float(self.size[i]),
-                deviation=float(self.deviation[i]),
-                groups=tuple(name for name, units in members.items() if unit in units),
-                match=match.get(unit),
-                raised={way: float(values[i].mean()) for way, values in raised.items()},
-            )
-            for i, unit in enumerate(numbers)
-        ]
+        for i, (unit, row) in enumerate(rows.items())
+    ]
 
 
 def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
     """What can be seen to weaken the check."""
-    found = []
+    found, dtype = [], floating_dtype(model)
     if task.source in momentum.sources:
         found.append(
             f"the items come from {task.source}, which the momentum was also measured on; unless they are other rows "
@@ -247,10 +228,10 @@ def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
         found.append(
             f"the items' prompts {said[task.chat_template]}, and the measured pairs' {said[momentum.chat_template]}"
         )
-    if floating_dtype(model).itemsize < 4:
+    if dtype.itemsize < 4:
         found.append(
-            f"the model runs in {str(floating_dtype(model)).removeprefix('torch.')}, in which the effects of single "
-            "AUs may be lost in rounding; float32 shows them"
+            f"the model runs in {str(dtype).removeprefix('torch.')}, in which the effects of single AUs may be lost "
+            "in rounding; float32 shows them"
         )
     return found
 

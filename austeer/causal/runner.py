@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,24 +24,22 @@ from .sample import Scale
 PLANS_AT_ONCE = 60
 
 
+@dataclass
 class Runner:
     """Measures what is not in the record yet, and keeps it there."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer,
-        task: Task,
-        momentum: Momentum,
-        site: str,
-        scale: Scale,
-        record: Record,
-        batch_tokens: int,
-    ):
-        self.model, self.tokenizer, self.task, self.record = model, tokenizer, task, record
-        self.momentum, self.site, self.scale, self.batch_tokens = momentum, site, scale, batch_tokens
-        self._delta = momentum.counters(site).delta_sum.flatten() / momentum.pairs
-        self._width = momentum.counters(site).positive.shape[1]
+    model: nn.Module
+    tokenizer: Any
+    task: Task
+    momentum: Momentum
+    site: str
+    scale: Scale
+    record: Record
+    batch_tokens: int
+
+    @property
+    def _width(self) -> int:
+        return self.scale.size.shape[1]
 
     def run(self, units: Tensor, ways: Sequence[str], bar: Progress) -> dict[str, np.ndarray]:
         """For each way the effect of raising each AU: [AUs, items], nats."""
@@ -54,8 +54,7 @@ class Runner:
     def unsteered(self) -> float:
         """Mean log-odds of the model as it is, nats."""
         if self.record.get("unsteered") is None:
-            scores = option_scores(self.model, self.tokenizer, self.task, batch_tokens=self.batch_tokens)
-            self.record.put("unsteered", float(scores.margins(self.task).mean()))
+            self.record.put("unsteered", float(self._margins().mean()))
         return float(self.record.get("unsteered"))
 
     def _key(self, unit: int, way: str) -> str:
@@ -70,11 +69,9 @@ class Runner:
                 name = f"{self._key(*job)} {side}"
                 plans[name], alphas[name] = self._plan(*job), alpha
         with steer(self.model, plans, alphas, check=False) as steering:
-            scores = option_scores(
-                self.model, self.tokenizer, self.task, steering, list(plans), batch_tokens=self.batch_tokens
-            )
-        sides = scores.margins(self.task).unflatten(0, (len(jobs), 2))
-        effect = (sides[:, 0] - sides[:, 1]) / 2  # [jobs, items]
+            margins = self._margins(steering, list(plans))
+        raised, lowered = margins.unflatten(0, (len(jobs), 2)).unbind(1)
+        effect = (raised - lowered) / 2  # [jobs, items]
         for job, values in zip(jobs, effect):
             if not values.isfinite().all():
                 raise TaskError(
@@ -84,10 +81,15 @@ class Runner:
         for job, values in zip(jobs, effect.tolist()):
             self.record.put(self._key(*job), values)
 
+    def _margins(self, *steered: Any) -> Tensor:
+        scores = option_scores(self.model, self.tokenizer, self.task, *steered, batch_tokens=self.batch_tokens)
+        return scores.margins(self.task)
+
     def _plan(self, unit: int, way: str) -> Plan:
         """A plan of one AU that raises it with alpha 1, and lowers it with -1."""
         row, index = divmod(unit, self._width)
-        push = abs(self._delta[unit]) if way == "shift" else self.scale.deviation[row, index]
+        delta = self.momentum.counters(self.site).delta_sum[row, index] / self.momentum.pairs
+        push = delta.abs() if way == "shift" else self.scale.deviation[row, index]
         return Plan(
             site=(self.site,),
             layer=torch.tensor([self.momentum.layers[row]], dtype=torch.int32),

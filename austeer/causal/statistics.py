@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -12,6 +11,30 @@ from scipy.stats import rankdata
 
 RESAMPLES = 2000
 LEVEL = 0.95
+
+#: What an interval says that is above zero, below it, or neither.
+SENTENCES = {
+    "size": (
+        "top AUs have a larger effect than matched random AUs",
+        "top AUs have a smaller effect than matched random AUs",
+        "no difference in the size of the effect from matched random AUs was found",
+    ),
+    "wanted": (
+        "top AUs act in the wanted direction more than matched random AUs",
+        "top AUs act in the wanted direction less than matched random AUs",
+        "no difference in the wanted direction from matched random AUs was found",
+    ),
+    "signed": (
+        "the direction of the effect goes with the sign and size of beta",
+        "the direction of the effect goes against beta",
+        "no rank correlation of beta with the effect was found",
+    ),
+    "absolute_given": (
+        "the size of the effect rises with |beta|, layer and scale held constant",
+        "the size of the effect falls with |beta|, layer and scale held constant",
+        "no rank correlation of |beta| with the size of the effect was found, layer and scale held constant",
+    ),
+}
 
 Array = np.ndarray
 
@@ -60,28 +83,23 @@ class Findings:
     absolute: Correlation
     absolute_given: Correlation
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-class Items:
-    """Held-out items, resampled with their groups: items of one group are alike.
+def resampled(count: int, groups: Sequence[str] | None) -> Callable[[np.random.Generator], Array]:
+    """Draws what each of so many items counts in the mean of a resample: [items]. Items of one group are alike.
 
     Args:
-        count: of items. groups: each item's group; None: these items are all there are, and none is resampled.
+        groups: each item's group; None: these items are all there are, and none is resampled.
     """
+    if groups is None:
+        return lambda rng: np.full(count, 1 / count)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    label, total = [numbers[group] for group in groups], len(numbers)
 
-    def __init__(self, count: int, groups: Sequence[str] | None):
-        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or ()))}
-        self._label = np.array([numbers[group] for group in groups or ()])
-        self._count, self._all = len(numbers), None if groups is not None else np.full(count, 1 / count)
-
-    def weights(self, rng: np.random.Generator) -> Array:
-        """[items], what each item counts in the mean of a resample."""
-        if self._all is not None:
-            return self._all
-        found = rng.multinomial(self._count, np.full(self._count, 1 / self._count))[self._label]
+    def draw(rng: np.random.Generator) -> Array:
+        found = rng.multinomial(total, np.full(total, 1 / total))[label]
         return found / found.sum()
+
+    return draw
 
 
 def difference(top: Array, matched: Array, groups: Sequence[str] | None = None, seed: int = 0) -> Difference:
@@ -90,8 +108,8 @@ def difference(top: Array, matched: Array, groups: Sequence[str] | None = None, 
         top, matched: [pairs, items], values of each top AU and of its match.
         groups: of the items, which are resampled too; None: they are not.
     """
-    each, items = top - matched, Items(top.shape[1], groups)
-    low, high = _interval(lambda chosen, rng: float((each[chosen] @ items.weights(rng)).mean()), len(each), seed)
+    each, weights = top - matched, resampled(top.shape[1], groups)
+    low, high = _interval(lambda chosen, rng: float((each[chosen] @ weights(rng)).mean()), len(each), seed)
     test = stats.permutation_test(
         (top.mean(1), matched.mean(1)),
         lambda a, b, axis: (a - b).mean(axis=axis),
@@ -113,15 +131,12 @@ def correlation(
     Args:
         x: [AUs]. y: [AUs, items]. groups: of the items, as above.
     """
-    items = Items(y.shape[1], groups)
-    low, high = _interval(
-        lambda chosen, rng: rank_correlation(
-            x[chosen], y[chosen] @ items.weights(rng), None if given is None else given[chosen]
-        ),
-        len(x),
-        seed,
-    )
-    return Correlation(rank_correlation(x, y.mean(1), given), low, high)
+    weights = resampled(y.shape[1], groups)
+
+    def again(chosen: Array, rng: np.random.Generator) -> float:
+        return rank_correlation(x[chosen], y[chosen] @ weights(rng), None if given is None else given[chosen])
+
+    return Correlation(rank_correlation(x, y.mean(1), given), *_interval(again, len(x), seed))
 
 
 def rank_correlation(x: Array, y: Array, given: Array | None = None) -> float:
@@ -181,33 +196,8 @@ def findings(
 
 def verdict(found: Findings) -> list[str]:
     """In plain words what follows from the intervals, and nothing else."""
-    return [
-        _sentence(
-            found.size,
-            "top AUs have a larger effect than matched random AUs",
-            "top AUs have a smaller effect than matched random AUs",
-            "no difference in the size of the effect from matched random AUs was found",
-        ),
-        _sentence(
-            found.wanted,
-            "top AUs act in the wanted direction more than matched random AUs",
-            "top AUs act in the wanted direction less than matched random AUs",
-            "no difference in the wanted direction from matched random AUs was found",
-        ),
-        _sentence(
-            found.signed,
-            "the direction of the effect goes with the sign and size of beta",
-            "the direction of the effect goes against beta",
-            "no rank correlation of beta with the effect was found",
-        ),
-        _sentence(
-            found.absolute_given,
-            "the size of the effect rises with |beta|, layer and scale held constant",
-            "the size of the effect falls with |beta|, layer and scale held constant",
-            "no rank correlation of |beta| with the size of the effect was found, layer and scale held constant",
-        ),
-    ]
-
-
-def _sentence(found: Difference | Correlation, above: str, below: str, neither: str) -> str:
-    return above if found.low > 0 else below if found.high < 0 else neither
+    sentences = []
+    for name, (above, below, neither) in SENTENCES.items():
+        value: Difference | Correlation = getattr(found, name)
+        sentences.append(above if value.low > 0 else below if value.high < 0 else neither)
+    return sentences

@@ -15,7 +15,7 @@ from ..forward.tokens import length_limit
 from ..measuring.measure import measure
 from ..models.structure import text_config
 from ..momentum.momentum import Momentum
-from ..pairs.pair import FIELDS, LEAD, Pair, has_lead, lead_of
+from ..pairs.pair import FIELDS, Pair, optional_fields, pair_of
 from ..pairs.pairs import Pairs
 from ..pairs.readers import open_source
 from ..pairs.stream import PairStream
@@ -119,19 +119,10 @@ def read_unchecked(source: Any, names: Mapping[str, str] | None = None, limit: i
         PairsError: no such source, a damaged row, or a field that is missing or no text.
     """
     names = dict(zip(FIELDS, FIELDS)) | dict(names or {})
-    found = []
-    opened = open_source(source, None)
-    with closing(opened.read(set(names.values()), {LEAD} if has_lead(names) else set())) as rows:
-        for place, row in islice(rows, limit):
-            values = {field: row.get(name) for field, name in names.items()}
-            for field, value in values.items():
-                if not isinstance(value, str) or (field == "prompt" and not value.strip()):
-                    raise PairsError(
-                        f"{place}: found {value!r:.40} in the field {names[field]!r}, expected text; the row has "
-                        f"{', '.join(map(str, row)) or 'no field'} (name the {field} field with --{field}-field)"
-                    )
-            found.append(Pair(**values, lead=lead_of(row, names, str(values["prompt"]), place)))  # type: ignore[arg-type]
-    return Pairs(tuple(found), opened.name)
+    opened = open_source(source)
+    with closing(opened.read(set(names.values()), optional_fields(names))) as rows:
+        found = tuple(pair_of(row, names, place, blank=True) for place, row in islice(rows, limit))
+    return Pairs(found, opened.name)
 
 
 def _texts(pairs: Pairs, tokenizer, limit: int | None) -> tuple[list[PairsFinding], Sides]:
@@ -176,19 +167,13 @@ def _enough(usable: int, config: Any, momentum: Momentum | None) -> list[PairsFi
     else:
         return []
     needed = smallest_pairs(size, 0.05)
-    numbers = {"usable": usable, "needed": needed, "aus": size}
-    if usable >= needed:
-        verdict = (
-            f"{usable} pairs; {needed} are the fewest on which one of {size} AUs can pass at 5 % false discoveries"
-        )
-        return [PairsFinding("number of pairs", "ok", verdict, numbers=numbers)]
-    found = PairsFinding(
+    found = PairsFinding.of(
         "number of pairs",
-        "grave",
-        f"with {usable} pairs no AU can pass at 5 % false discoveries, not even one that all of them agree on: among "
-        f"{size} AUs that takes {needed}",
+        "ok" if usable >= needed else "grave",
+        f"{usable} pairs; {needed} are the fewest on which one of {size} AUs can pass at 5 % false discoveries",
+        ", if all of them agree on it",
         f"give {needed} pairs or more (austeer inspect tells how many a weaker signal takes)",
-        numbers,
+        {"usable": usable, "needed": needed, "aus": size},
     )
     return [found]
 

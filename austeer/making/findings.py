@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 #: From harmless to grave. "note": to be known, and in some pairs meant so.
 LEVELS = ("ok", "note", "warning", "grave")
@@ -27,6 +24,13 @@ class PairsFinding:
     verdict: str
     remedy: str = ""
     numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, level: str, verdict: str, why: str, remedy: str, numbers: Mapping[str, Any]) -> PairsFinding:
+        """A finding to which ``why`` it matters, and the remedy, belong only if it is not "ok"."""
+        if level == "ok":
+            return cls(name, level, verdict, numbers=numbers)
+        return cls(name, level, verdict + why, remedy, numbers)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "numbers": dict(self.numbers)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -37,12 +37,11 @@ def pairs_from_task(task: Task, *, seed: int = 0, balance: bool = False, ending:
     Raises:
         PairsError: no wrong answer can be found, or fewer than 2 pairs.
     """
-    dropped: Counter[str] = Counter()
-    notes: list[str] = []
+    dropped: dict[str, int] = {}
+    notes: tuple[str, ...] = ()
     if task.kind == "numeric":
-        found, left = _numeric(task, seed)
-        dropped["no other row's number fits"] = left
-        notes.append("wrong numbers are other rows' right ones; two rows of the same written form exchange theirs")
+        found, dropped["no other row's number fits"] = _numeric(task, seed)
+        notes = ("wrong numbers are other rows' right ones; two rows of the same written form exchange theirs",)
     else:
         found = list(task.pairs())
     if balance:
@@ -50,9 +49,8 @@ def pairs_from_task(task: Task, *, seed: int = 0, balance: bool = False, ending:
         dropped["left out to balance"] = len(found) - len(kept)
         found = kept
     found = [replace(p, positive=p.positive + ending, negative=p.negative + ending) for p in found]
-    pairs = Pairs.of(found, task.source)
-    pairs = replace(pairs, chat_template=task.chat_template)
-    return Made(pairs, {reason: count for reason, count in dropped.items() if count}, tuple(notes))
+    pairs = replace(Pairs.of(found, task.source), chat_template=task.chat_template)
+    return Made(pairs, {reason: count for reason, count in dropped.items() if count}, notes)
 
 
 def written(number: float) -> str:

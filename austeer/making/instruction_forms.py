@@ -9,23 +9,6 @@ from ..forward.tokens import encode
 from ..pairs.pair import has_lone_surrogate, render_chat
 
 
-class Instructed:
-    """A tokenizer whose chat template gets a system message with every prompt; otherwise the tokenizer itself."""
-
-    def __init__(self, tokenizer, instruction: str):
-        self._tokenizer, self._instruction = tokenizer, instruction
-
-    def __getattr__(self, name: str):
-        return getattr(self._tokenizer, name)
-
-    def __call__(self, *args, **options):
-        return self._tokenizer(*args, **options)
-
-    def apply_chat_template(self, messages, **options) -> str:
-        system = {"role": "system", "content": self._instruction}
-        return self._tokenizer.apply_chat_template([system, *messages], **options)
-
-
 def check_instructions(instructions: Sequence[str]) -> None:
     """Raises PairsError if an instruction is empty or no text, or if two are equal."""
     for instruction in instructions:
@@ -55,11 +38,12 @@ def instruction_form(tokenizer, instructions: Sequence[str], chat: bool | None =
     return "system" if heard else "user"
 
 
-def instructed(tokenizer, form: str, instruction: str, prompts: Sequence[str]) -> tuple[object, list[str]]:
-    """The tokenizer and prompts that make a model follow an instruction, for ``continue_prompts``."""
+def instructed(tokenizer, form: str, instruction: str, prompts: Sequence[str]) -> list[str]:
+    """What a model reads to answer prompts under an instruction; in the chat template unless the form is "plain"."""
     if form == "system":
-        return Instructed(tokenizer, instruction), list(prompts)
-    return tokenizer, [f"{instruction.strip()}\n\n{prompt}" for prompt in prompts]
+        return [render_chat(tokenizer, prompt, instruction) for prompt in prompts]
+    texts = [f"{instruction.strip()}\n\n{prompt}" for prompt in prompts]
+    return texts if form == "plain" else [render_chat(tokenizer, text) for text in texts]
 
 
 def drops_blank(tokenizer) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,25 +119,22 @@ def pairs_from_instructions(
     return made
 
 
+@dataclass
 class _Writer:
     """Answers batches of prompts under both instructions."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer,
-        instructions: tuple[str, str],
-        form: str,
-        max_new_tokens: int,
-        temperature: float | None,
-        seed: int,
-        same_length: bool,
-    ):
-        self.model, self.tokenizer, self.instructions, self.form = model, tokenizer, instructions, form
-        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
-        self.same_length = same_length
-        self.chat = form != "plain"
-        self.blank = not self.chat and drops_blank(tokenizer)
+    model: nn.Module
+    tokenizer: Any
+    instructions: tuple[str, str]
+    form: str
+    max_new_tokens: int
+    temperature: float | None
+    seed: int
+    same_length: bool
+
+    def __post_init__(self) -> None:
+        self.chat = self.form != "plain"
+        self.blank = not self.chat and drops_blank(self.tokenizer)
 
     def write(self, prompts: Sequence[str], number: int) -> tuple[list[list[str]], dict[str, int]]:
         """The rows (prompt, positive, negative) of a batch, and why others were left out."""
@@ -151,11 +148,9 @@ class _Writer:
         for prompt, before, sides in zip(prompts, zip(positive, negative), cut):
             if not all(side.strip() for side in before):
                 dropped[EMPTY] += 1
-            elif before[0].strip() == before[1].strip():
-                dropped[EQUAL] += 1
-            elif sides is None:
+            elif sides is None and before[0].strip() != before[1].strip():
                 dropped[NO_LENGTH] += 1
-            elif sides[0].strip() == sides[1].strip():  # they part behind the cut
+            elif sides is None or sides[0].strip() == sides[1].strip():  # or they part behind the cut
                 dropped[EQUAL] += 1
             else:
                 rows.append([prompt, *sides])
@@ -163,14 +158,13 @@ class _Writer:
 
     def _side(self, prompts: Sequence[str], side: int, number: int) -> list[str]:
         """What the model writes under one instruction, without a last word that broke off."""
-        tokenizer, texts = instructed(self.tokenizer, self.form, self.instructions[side], prompts)
         key = hashlib.sha256(f"{self.seed} {number} {side}".encode()).digest()
         found = continue_prompts(
             self.model,
-            tokenizer,
-            texts,
+            self.tokenizer,
+            instructed(self.tokenizer, self.form, self.instructions[side], prompts),
             max_new_tokens=self.max_new_tokens,
-            chat=self.chat,
+            special=not self.chat,
             temperature=self.temperature,
             seed=int.from_bytes(key[:4], "big"),
         )
@@ -182,11 +176,14 @@ class _Writer:
 
 
 def _made(batches: Sequence[dict[str, Any]], source: str, form: str) -> Made:
+    try:
+        rows = [Pair(*row) for batch in batches for row in batch["rows"]]
+    except (KeyError, TypeError) as error:
+        raise AusteerError(f"an unfinished run holds rows of another form ({error}); start anew (--force)") from error
+    unique = list(dict.fromkeys(rows))
     dropped: Counter[str] = Counter()
     for batch in batches:
         dropped.update(batch["dropped"])
-    rows = list(_rows(batches))
-    unique = list(dict.fromkeys(rows))
     if len(unique) < len(rows):
         dropped[REPEATED] += len(rows) - len(unique)
     try:
@@ -202,12 +199,4 @@ def _made(batches: Sequence[dict[str, Any]], source: str, form: str) -> Made:
         "these pairs with the chat template (--chat)",
         "plain": "the model has no chat template, or none was wanted, so instructions stood before plain prompts",
     }
-    return Made(replace(pairs, source=source), dict(dropped), (notes[form],))
-
-
-def _rows(batches: Sequence[dict[str, Any]]) -> Iterator[Pair]:
-    try:
-        for batch in batches:
-            yield from (Pair(*row) for row in batch["rows"])
-    except (KeyError, TypeError) as error:
-        raise AusteerError(f"an unfinished run holds rows of another form ({error}); start anew (--force)") from error
+    return Made(pairs, dict(dropped), (notes[form],))

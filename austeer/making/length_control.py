@@ -155,40 +155,23 @@ def length_control(
     check_count("k", k, 2**40, "AUs", SelectionError)
     sides = Sides.of(tokenizer, with_sides(pairs), not pairs.chat_template)
     control = _control(pairs, sides, tokenizer, count, seed)
-    found = measure(
-        model,
-        tokenizer,
-        control,
-        list(momentum.sites),
-        layers=momentum.layers,
-        max_length=max_length,
-        progress=progress,
-    )
+    sites, layers = list(momentum.sites), momentum.layers
+    found = measure(model, tokenizer, control, sites, layers=layers, max_length=max_length, progress=progress)
     differences = sides.differences
     longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     lengths = Sides.of(tokenizer, tuple(control), not pairs.chat_template).differences
     asked = _unequal(differences, count, seed)
-    texts = tokenise(
-        tokenizer,
-        [sides.pairs[i] for i in asked],
-        length_limit(model, max_length),
-        special=not pairs.chat_template,
-    )
+    some, limit = [sides.pairs[i] for i in asked], length_limit(model, max_length)
+    texts = tokenise(tokenizer, some, limit, special=not pairs.chat_template)
     results = {}
     for name in momentum.sites:
-        results[name], layers, columns, beta = _of_site(momentum, found, name, k)
+        results[name], rows, columns, beta = _of_site(momentum, found, name, k)
         if asked:
-            signs = momentum_signs(
-                model, texts.positive, texts.negative, name, layers.tolist(), columns.tolist(), progress
-            )
+            units = rows.tolist(), columns.tolist()
+            signs = momentum_signs(model, texts.positive, texts.negative, name, *units, progress)
             seen = following(signs, beta.numpy(), [differences[asked[i]] for i in texts.number])
-            results[name] = replace(
-                results[name],
-                longer=seen.longer,
-                shorter=seen.shorter,
-                depends=int(seen.depends.sum()),
-                turns=int(seen.turns.sum()),
-            )
+            told = {"depends": int(seen.depends.sum()), "turns": int(seen.turns.sum())}
+            results[name] = replace(results[name], longer=seen.longer, shorter=seen.shorter, **told)
     return LengthControl(
         pairs=len(control),
         tokens=abs(mean(lengths)),
@@ -214,16 +197,14 @@ def _check_same(model: nn.Module, pairs: Pairs, momentum: Momentum) -> None:
 
 
 def _control(pairs: Pairs, sides: Sides, tokenizer, count: int, seed: int) -> Pairs:
-    usable = sides.pairs
-    differences = sides.differences
+    usable, differences = sides.pairs, sides.differences
     apart = [abs(d) for d in differences if d]
     tokens = max(LEAST, round(median(apart)) if apart else LEAST)
     long_first = sum(d > 0 for d in differences) >= sum(d < 0 for d in differences)
     rng = random.Random(seed)
     chosen = sorted(rng.sample(range(len(usable)), min(count, len(usable))))
     made = []
-    for number in chosen:
-        pair = usable[number]
+    for pair in (usable[number] for number in chosen):
         side = rng.choice((pair.positive, pair.negative))
         long = _with_filler(tokenizer, side, tokens, rng)
         first, second = (long, side) if long_first else (side, long)

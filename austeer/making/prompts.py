@@ -31,22 +31,17 @@ def read_prompts(source: str | Path | None = None, *, field: str = "prompt", lim
         with TextFile(Path(source), "") as file:
             found = [line.strip() for line in file.lines()]
     else:
-        found = _rows(source, field)
+        found = []
+        with closing(open_source(source).read({field})) as rows:
+            for place, row in rows:
+                prompt = row.get(field)
+                if not isinstance(prompt, str) or not prompt.strip():
+                    raise PairsError(
+                        f"{place}: found {prompt!r:.40} in the field {field!r}, expected text; the row has "
+                        f"{', '.join(map(str, row)) or 'no field'} (name the prompt's with --prompt-field)"
+                    )
+                found.append(prompt)
     prompts = [prompt for prompt in dict.fromkeys(found) if prompt.strip()][:limit]
     if not prompts:
         raise PairsError(f"{source}: found no prompt, expected at least one")
     return prompts
-
-
-def _rows(source: str | Path, field: str) -> list[str]:
-    found = []
-    with closing(open_source(source, None).read({field})) as rows:
-        for place, row in rows:
-            prompt = row.get(field)
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise PairsError(
-                    f"{place}: found {prompt!r:.40} in the field {field!r}, expected text; the row has "
-                    f"{', '.join(map(str, row)) or 'no field'} (name the prompt's with --prompt-field)"
-                )
-            found.append(prompt)
-    return found

@@ -36,13 +36,10 @@ class Sides:
     @classmethod
     def of(cls, tokenizer, pairs: Sequence[Pair], special: bool) -> Sides:
         """Those of the pairs whose two texts have different tokens."""
+        sides = [("", p.positive, p.negative) for p in pairs]
         prompts, positive, negative = (
-            encode(tokenizer, texts, add_special_tokens=special)
-            for texts in (
-                [p.prompt for p in pairs],
-                [p.prompt + p.positive for p in pairs],
-                [p.prompt + p.negative for p in pairs],
-            )
+            encode(tokenizer, [p.prompt + own[i] for p, own in zip(pairs, sides)], add_special_tokens=special)
+            for i in range(3)
         )
         kept = [i for i in range(len(pairs)) if positive[i] != negative[i]]
         prompts, positive, negative = ([ids[i] for i in kept] for ids in (prompts, positive, negative))
@@ -80,13 +77,12 @@ def check_length(sides: Sides) -> PairsFinding:
         f"the positive side is longer in {share(longer, len(sides))} pairs, the negative one in {shorter} (by "
         f"{average:+.1f} tokens on average, p = {told.p:.2g})"
     )
-    if told.level == "ok":
-        return PairsFinding("length", "ok", verdict, numbers=numbers)
-    return PairsFinding(
+    return PairsFinding.of(
         "length",
         told.level,
-        f"{verdict}: whoever takes the {'longer' if longer >= shorter else 'shorter'} side for the positive one is "
-        f"right in {percent(told.share)}",
+        verdict,
+        f": whoever takes the {'longer' if longer >= shorter else 'shorter'} side for the positive one is right in "
+        f"{percent(told.share)}",
         "cut or write both sides to one length (austeer pairs make instructions does); see how many AUs react to "
         "length alone (--control)",
         numbers,
@@ -106,24 +102,13 @@ def check_last_token(tokenizer, sides: Sides) -> PairsFinding:
         f"both sides end in the same token in {share(same, len(sides))} pairs; the last token alone, at which "
         f"activations are read, tells the side in {percent(told.share)} (50 % is chance, p = {told.p:.2g})"
     )
-    if told.level == "ok":
-        return PairsFinding("last token", "ok", verdict, numbers=numbers)
     listed = "; ".join(f"{side} {', '.join(f'{t!r} {n}' for t, n in found[:3])}" for side, found in most.items())
-    if sides.short:  # the last token is the answer: it should tell the side
-        return PairsFinding(
-            "last token",
-            "note",
-            f"{verdict}; sides are a token or two, so this is the contrast itself. Most frequent: {listed}",
-            "see that many different words make up each side, so that no AU is chosen for one word",
-            numbers,
-        )
-    return PairsFinding(
-        "last token",
-        told.level,
-        f"{verdict}. Most frequent: {listed}",
-        "end both sides alike (the same mark, or none), or cut both in the same way",
-        numbers,
-    )
+    level, why = told.level, f". Most frequent: {listed}"
+    remedy = "end both sides alike (the same mark, or none), or cut both in the same way"
+    if sides.short and level != "ok":  # the last token is the answer: it should tell the side
+        level, why = "note", f"; sides are a token or two, so this is the contrast itself{why}"
+        remedy = "see that many different words make up each side, so that no AU is chosen for one word"
+    return PairsFinding.of("last token", level, verdict, why, remedy, numbers)
 
 
 def check_answer_words(sides: Sides) -> PairsFinding:
@@ -151,13 +136,11 @@ def check_answer_words(sides: Sides) -> PairsFinding:
             numbers,
         )
     shown = "; ".join(f"{w!r} positive {r}, negative {n}" for w, r, n, _ in words[:4])
-    verdict = shown or f"no word begins the sides of {percent(ANSWER_WORD)} of the pairs or more"
-    if sides.short or told.level == "ok":  # of short sides the last token tells the same
-        return PairsFinding("answer words", "ok", verdict, numbers=numbers)
-    return PairsFinding(
+    return PairsFinding.of(
         "answer words",
-        "note",
-        f"{verdict}; the first word alone tells the side in {percent(told.share)}",
+        "ok" if sides.short or told.level == "ok" else "note",  # of short sides the last token tells the same
+        shown or f"no word begins the sides of {percent(ANSWER_WORD)} of the pairs or more",
+        f"; the first word alone tells the side in {percent(told.share)}",
         "if that is not what the sides differ in, have them begin alike",
         numbers,
     )
@@ -170,32 +153,30 @@ def check_boundary(sides: Sides) -> PairsFinding:
         for ids in (p, n)
     )
     texts = 2 * len(sides)
-    verdict = f"in {share(joined, texts)} texts a token reaches across the end of the prompt"
-    numbers = {"joined": joined, "texts": texts}
-    if joined <= 0.02 * texts:
-        return PairsFinding("prompt boundary", "ok", verdict, numbers=numbers)
-    return PairsFinding(
+    return PairsFinding.of(
         "prompt boundary",
-        "warning" if joined > 0.2 * texts else "note",
-        f"{verdict}, so its sides do not go on from the same tokens",
+        "warning" if joined > 0.2 * texts else "note" if joined > 0.02 * texts else "ok",
+        f"in {share(joined, texts)} texts a token reaches across the end of the prompt",
+        ", so its sides do not go on from the same tokens",
         "end prompts without a blank, and begin continuations with the one that belongs there",
-        numbers,
+        {"joined": joined, "texts": texts},
     )
 
 
 def check_truncation(sides: Sides, limit: int | None) -> PairsFinding:
     if limit is None:
-        return PairsFinding(
-            "context", "ok", "not looked at: the context's length is not known", numbers={"limit": None}
-        )
-    cut = sum(len(ids) > limit for texts in (sides.positive, sides.negative) for ids in texts)
-    longest = max((len(ids) for texts in (sides.positive, sides.negative) for ids in texts), default=0)
-    numbers = {"limit": limit, "cut": cut, "longest": longest}
-    verdict = f"{share(cut, 2 * len(sides))} texts have more than {limit} tokens (the longest {longest})"
-    if not cut:
-        return PairsFinding("context", "ok", verdict, numbers=numbers)
-    remedy = "shorten these prompts: they lose their beginning, and a chat template its header"
-    return PairsFinding("context", "warning", verdict, remedy, numbers)
+        verdict = "not looked at: the context's length is not known"
+        return PairsFinding("context", "ok", verdict, numbers={"limit": None})
+    lengths = [len(ids) for ids in (*sides.positive, *sides.negative)]
+    cut, longest = sum(length > limit for length in lengths), max(lengths, default=0)
+    return PairsFinding.of(
+        "context",
+        "warning" if cut else "ok",
+        f"{share(cut, len(lengths))} texts have more than {limit} tokens (the longest {longest})",
+        "",
+        "shorten these prompts: they lose their beginning, and a chat template its header",
+        {"limit": limit, "cut": cut, "longest": longest},
+    )
 
 
 def _first_word(text: str) -> str:

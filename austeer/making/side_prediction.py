@@ -19,12 +19,11 @@ class Told:
     """How often the positive side was told, and how likely at least that is by chance.
 
     Attributes:
-        share: of the pairs, where an even guess counts half. p: one-sided, exact. pairs: how many were asked.
+        share: of the pairs, where an even guess counts half. p: one-sided, exact.
     """
 
     share: float
     p: float
-    pairs: int
 
     @property
     def level(self) -> str:
@@ -45,7 +44,7 @@ def told_by_longer(longer: int, shorter: int, pairs: int) -> Told:
     """How often the rule "the longer side is the positive one", or its opposite if that does better, is right."""
     most = max(longer, shorter)
     guessed = pairs - longer - shorter
-    return Told((most + guessed / 2) / pairs if pairs else 0.5, sign_test(longer, shorter), pairs)
+    return Told((most + guessed / 2) / pairs if pairs else 0.5, sign_test(longer, shorter))
 
 
 def told_by(positive: Sequence[Hashable], negative: Sequence[Hashable], prompts: Sequence[str]) -> Told:
@@ -58,11 +57,7 @@ def told_by(positive: Sequence[Hashable], negative: Sequence[Hashable], prompts:
     halves = [half_of(prompt) for prompt in prompts]
     right = 0.0
     for half in (False, True):
-        counts = Counter[Hashable](), Counter[Hashable]()
-        for p, n, own in zip(positive, negative, halves):
-            if own != half:
-                counts[0][p] += 1
-                counts[1][n] += 1
+        counts = [Counter(v for v, own in zip(side, halves) if own != half) for side in (positive, negative)]
 
         def ratio(value: Hashable, counts=counts) -> float:
             return (counts[0][value] + 1) / (counts[1][value] + 1)
@@ -73,4 +68,4 @@ def told_by(positive: Sequence[Hashable], negative: Sequence[Hashable], prompts:
                 right += 0.5 if ahead == 0 else float(ahead > 0)
     asked = len(halves)
     p_value = float(stats.binom.sf(int(right) - 1, asked, 0.5)) if asked else 1.0
-    return Told(right / asked if asked else 0.5, p_value, asked)
+    return Told(right / asked if asked else 0.5, p_value)

@@ -20,23 +20,21 @@ COMPARED = 3000
 ALIKE = 0.8
 
 
-def is_blank(text: str) -> bool:
-    return not text.strip()
-
-
 def with_sides(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
     """The pairs of which neither side is blank."""
-    return tuple(p for p in pairs if not (is_blank(p.positive) or is_blank(p.negative)))
+    return tuple(p for p in pairs if p.positive.strip() and p.negative.strip())
 
 
 def check_blank(pairs: Sequence[Pair]) -> PairsFinding:
     sides = {"positive": [p.positive for p in pairs], "negative": [p.negative for p in pairs]}
-    blank = {side: sum(map(is_blank, texts)) for side, texts in sides.items()}
-    bare = {side: sum(not is_blank(t) and not re.search(r"\w", t) for t in texts) for side, texts in sides.items()}
-    pairs_hit = sum(any(not re.search(r"\w", text) for text in (p.positive, p.negative)) for p in pairs)
+    blank = {side: sum(not text.strip() for text in texts) for side, texts in sides.items()}
+    without = {side: [not re.search(r"\w", text) for text in texts] for side, texts in sides.items()}
+    bare = {side: sum(hits) - blank[side] for side, hits in without.items()}
+    pairs_hit = sum(map(any, zip(*without.values())))
     numbers = {"blank": blank, "without_words": bare, "pairs": pairs_hit}
     if not pairs_hit:
         return PairsFinding("blank sides", "ok", "every side has at least a word", numbers=numbers)
+    level = "grave" if pairs_hit > 0.05 * len(pairs) else "warning"
     verdict = (
         f"{share(pairs_hit, len(pairs))} pairs have a side without a word (blank: {blank['positive']} positive, "
         f"{blank['negative']} negative): such pairs contrast something with nothing"
@@ -44,18 +42,15 @@ def check_blank(pairs: Sequence[Pair]) -> PairsFinding:
     remedy = "write a wrong answer of the same form (austeer pairs make task does), or leave these pairs out"
     if any(blank.values()):
         remedy += "; austeer measure refuses blank sides"
-    return PairsFinding(
-        "blank sides", "grave" if pairs_hit > 0.05 * len(pairs) else "warning", verdict, remedy, numbers
-    )
+    return PairsFinding("blank sides", level, verdict, remedy, numbers)
 
 
 def check_identical(identical: int, pairs: int) -> PairsFinding:
     verdict = f"{share(identical, pairs)} pairs have the same tokens on both sides"
     numbers = {"identical": identical}
-    if not identical:
-        return PairsFinding("equal sides", "ok", verdict, numbers=numbers)
     level = "grave" if identical > 0.5 * pairs else "warning" if identical > 0.05 * pairs else "note"
-    return PairsFinding("equal sides", level, f"{verdict} and count for nothing", "leave them out", numbers)
+    level = level if identical else "ok"
+    return PairsFinding.of("equal sides", level, verdict, " and count for nothing", "leave them out", numbers)
 
 
 def check_prompts(pairs: Sequence[Pair]) -> PairsFinding:
@@ -75,15 +70,14 @@ def check_prompts(pairs: Sequence[Pair]) -> PairsFinding:
         f"{share(similar, compared)} prompts are nearly the same as another"
     )
     few, alike = len(counts) < 0.5 * len(pairs), similar > 0.3 * compared
-    if again > 0.01 * len(pairs) or few or alike:
-        return PairsFinding(
-            "prompts",
-            "warning",
-            f"{verdict}: pairs count as independent, and these are not",
-            "remove what comes again; give more different prompts; keep variants of one prompt on one side of a split",
-            numbers,
-        )
-    return PairsFinding("prompts", "ok", verdict, numbers=numbers)
+    return PairsFinding.of(
+        "prompts",
+        "warning" if again > 0.01 * len(pairs) or few or alike else "ok",
+        verdict,
+        ": pairs count as independent, and these are not",
+        "remove what comes again; give more different prompts; keep variants of one prompt on one side of a split",
+        numbers,
+    )
 
 
 def check_contradictions(pairs: Sequence[Pair]) -> PairsFinding:
@@ -91,9 +85,8 @@ def check_contradictions(pairs: Sequence[Pair]) -> PairsFinding:
     both = sum(p.prompt + p.negative in positive for p in pairs if p.positive != p.negative)
     numbers = {"pairs": both}
     if not both:
-        return PairsFinding(
-            "contradictions", "ok", "no text is positive in one pair and negative in another", numbers=numbers
-        )
+        verdict = "no text is positive in one pair and negative in another"
+        return PairsFinding("contradictions", "ok", verdict, numbers=numbers)
     return PairsFinding(
         "contradictions",
         "grave" if both > 0.05 * len(pairs) else "warning",

@@ -14,10 +14,11 @@ def draw_overview(overview: Overview, path: Path) -> None:
     Raises:
         AusteerError: matplotlib is not installed, or the file cannot be written.
     """
-    figure, axes = new_figure(1) if overview.significance is None else new_figure(2, 2)
     if overview.significance is None:
+        figure, axes = new_figure(1)
         _draw_layers(figure, axes[0], overview)
     else:
+        figure, axes = new_figure(2, 2)
         _draw_beta(axes[0], overview)
         _draw_layers(figure, axes[1], overview)
         _draw_stability(axes[2], overview)
@@ -37,15 +38,8 @@ def _draw_beta(axis, overview: Overview) -> None:
     axis.set_xlim(edges[shown[0]] - 0.02, edges[shown[-1] + 1] + 0.02)
     if overview.ties is not None:
         axis.axvline(overview.ties.beta, color="#333333", linewidth=0.8, linestyle=":")
-        axis.annotate(
-            f"top {overview.ties.k}",
-            (overview.ties.beta, 0.98),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, 0),
-            textcoords="offset points",
-            fontsize=8,
-            va="top",
-        )
+        place = axis.get_xaxis_transform()  # data across, a share of the axis upwards
+        axis.text(overview.ties.beta, 0.98, f" top {overview.ties.k}", transform=place, fontsize=8, va="top")
     axis.set_title("|beta| of all AUs, and by chance alone")
     axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
 

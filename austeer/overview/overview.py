@@ -183,7 +183,8 @@ def of_momentum(momentum: Momentum, site: str | None, k: int) -> Overview:
         stable = stability(momentum, site, _ks(size, k))
     except SelectionError as error:
         notes.append(str(error))
-    significance = _significance(momentum, site)
+    sites = [_brief(momentum, name) for name in momentum.sites]
+    significance = next(brief.significance for brief in sites if brief.site == site)
     ties = ties_at_cut(momentum, site, k)
     power = DetectableRate.of(unlike, size, significance.discoveries, FDR) if unlike else None
     return Overview(
@@ -199,7 +200,7 @@ def of_momentum(momentum: Momentum, site: str | None, k: int) -> Overview:
         p=p_values(counters).flatten()[chosen].tolist(),
         q=adjusted_p_values(counters).flatten()[chosen].tolist(),
         significance=significance,
-        sites=[_brief(momentum, name) for name in momentum.sites],
+        sites=sites,
         beta_edges=edges.tolist(),
         beta_histogram=(found.tolist(), expected.tolist()),
         ties=ties,
@@ -224,9 +225,9 @@ def _ks(size: int, *more: int) -> tuple[int, ...]:
     return tuple(sorted(found if size >= 2 * KS[0] else range(1, size + 1)))
 
 
-def _significance(momentum: Momentum, site: str) -> Significance:
+def _brief(momentum: Momentum, site: str) -> SiteBrief:
     counters = momentum.counters(site)
-    return Significance(
+    significance = Significance(
         size=counters.positive.numel(),
         fdr=FDR,
         discoveries=int((adjusted_p_values(counters) <= FDR).sum()),
@@ -234,10 +235,6 @@ def _significance(momentum: Momentum, site: str) -> Significance:
         chance=chance_below(counters, 0.05),
         beta=float(signed_rate(counters, momentum.pairs).abs().max()),
     )
-
-
-def _brief(momentum: Momentum, site: str) -> SiteBrief:
-    significance = _significance(momentum, site)
     ks = tuple(k for k in KS if k <= significance.size)
     try:
         found = stability(momentum, site, ks)
@@ -284,9 +281,8 @@ def _verdict(found: Stability | None, k: int, significance: Significance, pairs:
     telling = [score[n] for n in found.k if 30 <= n <= 300] or list(found.score)
     if max(telling) < CHANCE:
         if overlap[k] - chance[k] >= CHANCE:
-            agreed += (
-                ", as often with opposite signs as with the same" if score[k] > -CHANCE else ", with opposite signs"
-            )
+            often, same = ("as often ", " as with the same") if score[k] > -CHANCE else ("", "")
+            agreed += f", {often}with opposite signs{same}"
         passing = "no AU passes the sign test"
         if significance.discoveries:
             passing = (

@@ -14,14 +14,13 @@ _SHADES = " ▁▂▃▄▅▆▇█"
 def unit_table(overview: Overview, rows: int) -> list[list[str]]:
     """The first AUs, with a row of headings."""
     of_momentum = overview.significance is not None
-    table = [["rank", "layer", "AU", "beta", *(["95 %"] if of_momentum else []), "delta"]]
-    table[0] += ["effect", "p", "q"] if of_momentum else []
+    table = [["rank", "layer", "AU", "beta", "95 %", "delta", "effect", "p", "q"]]
+    if not of_momentum:
+        table = [["rank", "layer", "AU", "beta", "delta"]]
     for i, unit in enumerate(overview.units[:rows]):
-        cells = [str(i), str(unit.layer), str(unit.index), f"{unit.beta:+.3f}"]
+        cells = [str(i), str(unit.layer), str(unit.index), f"{unit.beta:+.3f}", f"{unit.delta:+.4f}"]
         if of_momentum:
-            cells.append(f"{overview.low[i]:.2f}-{overview.high[i]:.2f}")
-        cells.append(f"{unit.delta:+.4f}")
-        if of_momentum:
+            cells.insert(4, f"{overview.low[i]:.2f}-{overview.high[i]:.2f}")
             cells += [f"{overview.effect[i]:.2f}", _small(overview.p[i]), _small(overview.q[i])]
         table.append(cells)
     return table
@@ -38,12 +37,9 @@ def layer_lines(overview: Overview, width: int) -> list[str]:
     layers = len(overview.by_layer)
     room = width - margin - len("    most 1000")
     together = -(-layers // max(room, 10))
-    columns = -(-layers // together)
-    marks = [str(together * column) if column % 5 == 0 else "" for column in range(columns)]
     header = ""
-    for column, mark in enumerate(marks):
-        if mark:
-            header = header.ljust(column) + mark
+    for column in range(0, -(-layers // together), 5):
+        header = header.ljust(column) + str(together * column)
     lines = [f"  {'layer':<{margin}}{header}"]
     for name, counts in zip(names, [*overview.by_rank, overview.by_layer]):
         cells = [sum(counts[i : i + together]) for i in range(0, layers, together)]

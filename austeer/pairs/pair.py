@@ -31,14 +31,14 @@ class Pair:
     lead: str = ""
 
 
-def pair_of(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Pair:
+def pair_of(row: Mapping[str, Any], names: Mapping[str, str], where: str, blank: bool = False) -> Pair:
     """The pair that a row holds.
 
     Args:
         row: field name -> value.
         names: for each of ``FIELDS`` its name in the row. Where they have names of their own, a field ``lead`` is not
             a pair's, and is left alone.
-        where: the row's place, for messages.
+        where: the row's place, for messages. blank: whether sides may be blank.
 
     Raises:
         PairsError: a field is missing, empty or no text; or a lead that the prompt does not end with.
@@ -53,30 +53,25 @@ def pair_of(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Pai
             )
         if not isinstance(value, str):
             raise PairsError(f"{where}: field {name!r} is {type(value).__name__}, expected text")
-        if not value.strip():
+        if not value.strip() and not (blank and field != "prompt"):
             raise PairsError(f"{where}: field {name!r} is empty, expected text")
         if has_lone_surrogate(value):
             raise PairsError(f"{where}: field {name!r} has half of a surrogate pair, expected text that UTF-8 can hold")
         values[field] = value
-    return Pair(**values, lead=lead_of(row, names, values["prompt"], where))
+    for name in optional_fields(names):
+        lead, prompt = row.get(name), values["prompt"]
+        if lead is not None and not (isinstance(lead, str) and prompt.endswith(lead)):
+            raise PairsError(
+                f"{where}: found {lead!r:.40} in the field {name!r}, expected that end of the prompt which begins the "
+                f"answer, of {prompt[-40:]!r}; correct it, or give a field of another meaning another name"
+            )
+        values[name] = lead or ""
+    return Pair(**values)
 
 
-def lead_of(row: Mapping[str, Any], names: Mapping[str, str], prompt: str, where: str) -> str:
-    """The lead that a row has; empty if none. Arguments and error as of :func:`pair_of`."""
-    lead = row.get(LEAD) if has_lead(names) else None
-    if lead is None:
-        return ""
-    if not isinstance(lead, str) or not prompt.endswith(lead):
-        raise PairsError(
-            f"{where}: found {lead!r:.40} in the field {LEAD!r}, expected that end of the prompt which begins the "
-            f"answer, of {prompt[-40:]!r}; correct it, or give a field of another meaning another name"
-        )
-    return lead
-
-
-def has_lead(names: Mapping[str, str]) -> bool:
-    """Whether rows whose fields have these names may have a lead: in pairs' own form only."""
-    return all(names[field] == field for field in FIELDS)
+def optional_fields(names: Mapping[str, str]) -> tuple[str, ...]:
+    """What rows whose fields have these names may have besides: a lead, in pairs' own form only."""
+    return (LEAD,) if all(names[field] == field for field in FIELDS) else ()
 
 
 def check_enough(pairs: int, identical: int, source: str) -> None:

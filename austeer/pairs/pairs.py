@@ -8,7 +8,7 @@ continuation where the tokenizer expects it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,17 +61,15 @@ class Pairs(Sequence[Pair]):
             else:
                 raise PairsError(f"{where}: found {entry!r:.80}, expected (prompt, positive, negative)")
             items.append(pair_of(row, dict(zip(FIELDS, FIELDS)), where))
-        check_enough(len(items), sum(pair.positive == pair.negative for pair in items), source)
-        return cls(tuple(items), source)
+        found = cls(tuple(items), source)
+        check_enough(len(found), found.identical, source)
+        return found
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, i):
         return replace(self, items=self.items[i]) if isinstance(i, slice) else self.items[i]
-
-    def __iter__(self) -> Iterator[Pair]:
-        return iter(self.items)
 
     @property
     def identical(self) -> int:
@@ -104,11 +102,8 @@ class Pairs(Sequence[Pair]):
             PairsError: the tokenizer has no chat template, or the pairs went through one already.
         """
         check_untemplated(self.chat_template, self.source)
-        return replace(
-            self,
-            items=tuple(pair_as_chat(tokenizer, pair, system) for pair in self.items),
-            chat_template=True,
-        )
+        items = tuple(pair_as_chat(tokenizer, pair, system) for pair in self.items)
+        return replace(self, items=items, chat_template=True)
 
 
 def load_pairs(
@@ -132,36 +127,15 @@ def load_pairs(
         Pair(prompt='The soup was', positive=' good', negative=' bad', lead='')
 
     Args:
-        source: one of
-
-            - a file of JSONL (``.jsonl``, ``.ndjson``), JSON (``.json``: a list of objects, which is read whole) or CSV
-              (``.csv``, with a header), each also with ``.gz`` or ``.zst`` after it, or of Parquet (``.parquet``);
-            - a pattern of files (``"pairs/*.jsonl.gz"``) or a sequence of files, read in the order of their names;
-            - ``"hf:ORG/NAME"`` or ``"hf:ORG/NAME:CONFIG"``, a dataset of the Hugging Face Hub, streamed;
-            - a folder that ``Dataset.save_to_disk`` wrote;
-            - a ``datasets.Dataset`` or ``IterableDataset``, or a dictionary of them by split.
-        prompt, positive, negative: the names that the fields have in the source. If they are these, a field ``lead``
-            may say with which end of the prompt the answer begins (:class:`austeer.pairs.pair.Pair`).
-        where: keep only rows in which these fields have these values, for example ``{"split": "selection"}``.
-        limit: read at most so many pairs.
+        source: a file of JSONL, JSON, CSV or Parquet, a pattern, several files, ``"hf:ORG/NAME"`` or a dataset; each
+            as of :func:`austeer.stream_pairs`.
+        prompt, positive, negative: the names that the fields have in the source.
+        where: keep only rows in which these fields have these values. limit: read at most so many pairs.
         split: which split of a dataset; needed if it has several.
-        chat_template: a tokenizer whose chat template the prompts are put through
-            (:meth:`Pairs.with_chat_template`).
+        chat_template: a tokenizer whose chat template the prompts are put through (:meth:`Pairs.with_chat_template`).
 
     Raises:
-        PairsError: no such source, an unknown format, a package that is not installed, a damaged row, a missing or
-            empty field (source, row and field are named), no row that matches ``where``, fewer than 2 pairs, or pairs
-            whose sides are all the same.
+        PairsError: as :func:`austeer.stream_pairs`, and what is wrong in the rows (:class:`austeer.PairStream`).
     """
-    return Pairs.of(
-        stream_pairs(
-            source,
-            prompt=prompt,
-            positive=positive,
-            negative=negative,
-            where=where,
-            limit=limit,
-            split=split,
-            chat_template=chat_template,
-        )
-    )
+    names = {"prompt": prompt, "positive": positive, "negative": negative}
+    return Pairs.of(stream_pairs(source, **names, where=where, limit=limit, split=split, chat_template=chat_template))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import PairsError
-from .source import Reading, Row, Source, object_of, present, require
+from .source import Reading, Row, Source, object_of, require
 
 BATCH = 256  # rows of a Parquet file decoded at once
 BUFFER = 2**20  # bytes of a Parquet column read ahead; without it a whole row group is
@@ -22,16 +22,14 @@ class ParquetFile(Source):
         self._parquet = require("pyarrow.parquet", str(path))
         self.name, self.size, self._path = str(path), path.stat().st_size, path
 
-    def _rows(
-        self, columns: Collection[str], optional: Collection[str], reading: Reading
-    ) -> Generator[Row, None, None]:
+    def _rows(self, reading: Reading) -> Generator[Row, None, None]:
         with _opened(
             self.name, self._parquet.ParquetFile, self._path, buffer_size=BUFFER, page_checksum_verification=True
         ) as file:
             names = _opened(self.name, lambda: file.schema_arrow.names)
             if len(set(names)) < len(names):
                 raise PairsError(f"{self.name}: found a column name twice in {', '.join(names)}; expected each once")
-            rows = _parquet_rows(file, present(columns, optional, names) or names)
+            rows = _parquet_rows(file, reading.present(names) or names)
             yield from _counted(rows, self.name, file.metadata.num_rows, reading)
 
 
@@ -70,14 +68,12 @@ class Dataset(Source):
         elif whole and split in (dataset.info.splits or {}):
             self._count = dataset.info.splits[split].num_examples or None
 
-    def _rows(
-        self, columns: Collection[str], optional: Collection[str], reading: Reading
-    ) -> Generator[Row, None, None]:
+    def _rows(self, reading: Reading) -> Generator[Row, None, None]:
         dataset = self._dataset
         names = dataset.column_names
         # A transform may make columns out of others.
         transformed = getattr(dataset, "format", {}).get("type") == "custom"
-        chosen = None if names is None or transformed else present(columns, optional, names)
+        chosen = None if names is None or transformed else reading.present(names)
         if chosen is not None:
             dataset = dataset.select_columns(chosen)
         yield from _counted(iter(dataset), self.name, self._count, reading)

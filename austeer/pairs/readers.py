@@ -6,7 +6,7 @@ import csv
 import glob
 import json
 import re
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -79,12 +79,10 @@ class Several(Source):
         self._parts = [_from_path(path, split) for path in ordered]
         self.size = sum(part.size for part in self._parts)
 
-    def _rows(
-        self, columns: Collection[str], optional: Collection[str], reading: Reading
-    ) -> Generator[Row, None, None]:
+    def _rows(self, reading: Reading) -> Generator[Row, None, None]:
         before = 0
         for part in self._parts:
-            with closing(part.read(columns, optional)) as rows:
+            with closing(part.read(reading.columns, reading.optional)) as rows:
                 for row in rows:
                     if rows.fraction is not None:
                         reading.fraction = (before + rows.fraction * part.size) / self.size
@@ -101,9 +99,7 @@ class Text(Source):
         self.name, self.size = str(path), path.stat().st_size
         self._path, self._compression, self._rows_of = path, compression, rows
 
-    def _rows(
-        self, columns: Collection[str], optional: Collection[str], reading: Reading
-    ) -> Generator[Row, None, None]:
+    def _rows(self, reading: Reading) -> Generator[Row, None, None]:
         with TextFile(self._path, self._compression) as file:
             yield from self._rows_of(file, reading)
 

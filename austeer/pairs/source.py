@@ -25,8 +25,9 @@ class Reading(Iterator[Row]):
     """
 
     def __init__(self, source: Source, columns: Collection[str], optional: Collection[str] = ()):
+        self.columns, self.optional = columns, optional
         self.fraction: float | None = 0.0
-        self._rows = source._rows(columns, optional, self)
+        self._rows = source._rows(self)
 
     def __next__(self) -> Row:
         try:
@@ -37,6 +38,12 @@ class Reading(Iterator[Row]):
 
     def close(self) -> None:
         self._rows.close()
+
+    def present(self, names: Collection[str]) -> list[str] | None:
+        """Which of a source's columns are read: None for all, if it lacks one of those that are needed."""
+        if not set(self.columns) <= set(names):
+            return None
+        return [*self.columns, *(name for name in self.optional if name in names and name not in self.columns)]
 
 
 class Source(ABC):
@@ -61,16 +68,7 @@ class Source(ABC):
         return Reading(self, columns, optional)
 
     @abstractmethod
-    def _rows(
-        self, columns: Collection[str], optional: Collection[str], reading: Reading
-    ) -> Generator[Row, None, None]: ...
-
-
-def present(columns: Collection[str], optional: Collection[str], names: Collection[str]) -> list[str] | None:
-    """Which of a source's columns are read: None for all, if it lacks one of ``columns``."""
-    if not set(columns) <= set(names):
-        return None
-    return [*columns, *(name for name in optional if name in names and name not in columns)]
+    def _rows(self, reading: Reading) -> Generator[Row, None, None]: ...
 
 
 def object_of(row: Any, where: str) -> Mapping[str, Any]:

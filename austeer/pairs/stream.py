@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PairsError
-from .pair import LEAD, Pair, check_enough, check_untemplated, has_lead, pair_as_chat, pair_of, render_chat
+from .pair import Pair, check_enough, check_untemplated, optional_fields, pair_as_chat, pair_of, render_chat
 from .readers import Reading, Source, open_source
 
 
@@ -69,16 +69,15 @@ class PairStream:
 
     def __iter__(self) -> Iterator[Pair]:
         found = identical = 0
-        optional = {LEAD} if has_lead(self._names) else set()
-        with closing(self._rows.read({*self._names.values(), *self._where}, optional)) as reading:
+        needed, optional = {*self._names.values(), *self._where}, optional_fields(self._names)
+        with closing(self._rows.read(needed, optional)) as reading:
             self._reading, self._found = reading, found
             for place, row in reading:
-                if not all(_equals(row.get(field), value) for field, value in self._where.items()):
+                if not matches(row, self._where):
                     continue
                 pair = pair_of(row, self._names, place)
                 if self._chat is not None:
-                    tokenizer, system = self._chat
-                    pair = pair_as_chat(tokenizer, pair, system)
+                    pair = pair_as_chat(self._chat[0], pair, self._chat[1])
                 found += 1
                 identical += pair.positive == pair.negative
                 if self._reading is reading:
@@ -137,6 +136,11 @@ def stream_pairs(
     names = {"prompt": prompt, "positive": positive, "negative": negative}
     stream = PairStream(open_source(source, split), names, where, limit)
     return stream if chat_template is None else stream.with_chat_template(chat_template)
+
+
+def matches(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    """Whether fields have these values."""
+    return all(_equals(row.get(field), wanted) for field, wanted in where.items())
 
 
 def _equals(found: Any, wanted: Any) -> bool:

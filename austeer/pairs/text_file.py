@@ -85,25 +85,21 @@ class TextFile:
         return io.BufferedReader(self._reached, CHUNK)
 
 
-class _Stored(io.RawIOBase):
+class _Stored(io.FileIO):
     """A file read in small chunks, with the place that is reached."""
 
     def __init__(self, path: Path):
-        self._file = path.open("rb", buffering=0)
+        super().__init__(path)
         self.size = path.stat().st_size
         self.position = 0
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, buffer) -> int:
-        count = self._file.readinto(memoryview(buffer)[:CHUNK]) or 0
+        count = super().readinto(memoryview(buffer)[:CHUNK]) or 0
         self.position += count
         return count
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def read(self, size=-1):
+        return io.RawIOBase.read(self, size)  # by way of readinto
 
 
 class _Decompressed(io.RawIOBase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -70,36 +71,22 @@ def evaluate(
         neutral = neutral_texts("heldout")
     names: list[str | None] = [None, *chosen]
     about: dict[str, dict[str, Any]] = {name: _about(variant) for name, variant in chosen.items()}
-
-    def observe(steering: Steering | None) -> tuple[Observed, float]:
+    plans = {name: variant.plan for name, variant in chosen.items()}
+    alphas, k = ({name: fields[field] for name, fields in about.items()} for field in ("alpha", "k"))
+    with steer(model, plans, alphas, k=k) if chosen else nullcontext() as steering:
         start = time.perf_counter()
         with Progress(f"{task.name}, {len(names)} at once", len(task), "items", progress) as bar:
             if task.kind == "numeric":
-                texts = numeric_answers(
-                    model,
-                    tokenizer,
-                    task,
-                    steering,
-                    names,
-                    max_new_tokens=max_new_tokens,
-                    batch_rows=batch_rows,
-                    on_items=bar.advance,
-                )
-                return _read_numbers(task, texts, tolerance), time.perf_counter() - start
-            found = _score_options(model, tokenizer, task, steering, names, batch_tokens, bar.advance)
-            return found, time.perf_counter() - start
-
-    start = time.perf_counter()
-    if not chosen:
-        observed, seconds = observe(None)
-    else:
-        with _steer(model, chosen) as steering:
-            observed, seconds = observe(steering)
-            start = time.perf_counter()
-            if neutral:
-                effects = side_effects(model, tokenizer, neutral, steering, list(chosen), batch_tokens=batch_tokens)
-                for name, (kl, rise) in zip(chosen, effects.mean()):
-                    about[name] |= {"kl": kl, "rise": rise}
+                lengths = {"max_new_tokens": max_new_tokens, "batch_rows": batch_rows}
+                texts = numeric_answers(model, tokenizer, task, steering, names, **lengths, on_items=bar.advance)
+                observed = _read_numbers(task, texts, tolerance)
+            else:
+                observed = _score_options(model, tokenizer, task, steering, names, batch_tokens, bar.advance)
+        scored = time.perf_counter()
+        if steering is not None and neutral:
+            effects = side_effects(model, tokenizer, neutral, steering, list(chosen), batch_tokens=batch_tokens)
+            for name, (kl, rise) in zip(chosen, effects.mean()):
+                about[name] |= {"kl": kl, "rise": rise}
     groups = [item.group for item in task]
     results, between = summarise(observed, [UNSTEERED, *chosen], groups, about)
     return Evaluation(
@@ -115,7 +102,7 @@ def evaluate(
         variants=results,
         between=between,
         rows=_rows(task, [UNSTEERED, *chosen], observed),
-        seconds={"task": seconds, "neutral": time.perf_counter() - start if chosen else 0.0},
+        seconds={"task": scored - start, "neutral": time.perf_counter() - scored if chosen else 0.0},
     )
 
 
@@ -147,20 +134,10 @@ def _variant(name: str, given: Any) -> Variant:
     return found
 
 
-def _steer(model: nn.Module, chosen: Mapping[str, Variant]) -> Steering:
-    plans = {name: variant.plan for name, variant in chosen.items()}
-    k = {name: variant.k or len(variant.plan) for name, variant in chosen.items()}
-    return steer(model, plans, {name: variant.alpha for name, variant in chosen.items()}, k=k)
-
-
 def _about(variant: Variant) -> dict[str, Any]:
     plan, alpha = variant.plan, variant.alpha
-    return {
-        "operation": plan.operation,
-        "sites": plan.sites,
-        "k": variant.k or len(plan),
-        "alpha": dict(alpha) if isinstance(alpha, Mapping) else alpha,
-    }
+    alpha = dict(alpha) if isinstance(alpha, Mapping) else alpha
+    return {"operation": plan.operation, "sites": plan.sites, "k": variant.k or len(plan), "alpha": alpha}
 
 
 def _score_options(

@@ -168,5 +168,4 @@ def _share(right: Tensor) -> IntervalEstimate:
 
 
 def _mean(values: Tensor, groups: Sequence[str]) -> IntervalEstimate:
-    interval = group_interval(values, groups)
-    return IntervalEstimate(float(values.double().mean()), *interval)
+    return IntervalEstimate(float(values.double().mean()), *group_interval(values, groups))

@@ -113,10 +113,9 @@ def lm_evaluate(
             "from the Hugging Face Hub: run once with a connection, or write a task (YAML) with local files as its data"
         ) from error
     found: dict[str, dict[str, dict[str, float]]] = {}
-    unsteered: list[tuple[str, Variant | None]] = [(UNSTEERED, None)]
-    for name, variant in [*unsteered, *chosen.items()]:
-        plan, alpha, k = (None, 1.0, None) if variant is None else variant
-        with steered_lm(model, tokenizer, plan, alpha, k=k, batch_size=batch_size) as lm:  # type: ignore[arg-type]
+    every: dict[str, Any] = {UNSTEERED: (None, 1.0, None), **chosen}
+    for name, (plan, alpha, k) in every.items():
+        with steered_lm(model, tokenizer, plan, alpha, k=k, batch_size=batch_size) as lm:
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=names,

@@ -12,7 +12,7 @@ from ..errors import TaskError
 from ..pairs.pair import FIELDS, pair_of
 from ..pairs.readers import open_source
 from ..pairs.source import Row, Source
-from ..pairs.stream import _equals
+from ..pairs.stream import matches
 from .numeric import parse_number
 from .task import Item, Task, check_item
 from .templates import DUPLICATES, Template, _listed, label_of, load_template
@@ -70,11 +70,10 @@ def load_task(
         if kind is not None:
             raise TaskError(f"kind: found {kind!r} beside a template, which has its own; expected it in the template")
         form = load_template(template)
-        name, found_kind, make, columns = form.name, form.kind, form.item, {*form.required, *wanted}
-        repeated = form.duplicates
+        name, found_kind, make, repeated = form.name, form.kind, form.item, form.duplicates
+        columns = {*form.required, *wanted}
     else:
         name, found_kind, make, columns, repeated = _neutral(opened, kind, set(wanted))
-    repeated = duplicates or repeated
     items: list[Item] = []
     first_seen: dict[tuple, tuple[str, Any]] = {}
     for place, row in _rows(opened, columns, wanted):
@@ -89,7 +88,7 @@ def load_task(
                     f"{place}: found the question of {before[0]} again, with the answer {answer!r:.40} and not "
                     f"{before[1]!r:.40}; expected one answer: remove the wrong row"
                 )
-            if repeated != "drop":
+            if (duplicates or repeated) != "drop":
                 raise TaskError(
                     f"{place}: found the question and answer of {before[0]} again, expected each once: remove one, or "
                     'drop the later ones (duplicates="drop", --drop-duplicates)'
@@ -107,13 +106,12 @@ def load_task(
 def _rows(source: Source, columns: set[str], where: Mapping[str, Any]) -> Iterator[Row]:
     with closing(source.read(columns)) as rows:
         for place, row in rows:
-            if all(_equals(row.get(field), value) for field, value in where.items()):
+            if matches(row, where):
                 yield place, row
 
 
 def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, str, Make, set[str], str]:
-    """Name, kind, what makes an item of a row, the columns to be read, and what to do with duplicates, by the first
-    row's fields."""
+    """By the first row's fields: name, kind, what makes an item of a row, columns to be read, what duplicates do."""
     columns = {name for names in NEUTRAL.values() for name in names}  # no file has all, so all of its own are read
     with closing(source.read(columns)) as rows:
         place, row = next(rows, (source.name, {}))
@@ -128,7 +126,7 @@ def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, st
             f"{place}: found the fields {_listed(row)}, expected {expected} (and group, if wanted) and no others; name "
             "a template (--template) for a file of another form"
         )
-    form = forms[0]
+    (form,) = forms
     if kind is not None and (form == "numeric" or kind not in ("choice", "continuation")):
         raise TaskError(f"kind: found {kind!r}, expected choice or continuation, for a file with options")
     task_kind = "numeric" if form == "numeric" else kind or "continuation"
@@ -137,7 +135,7 @@ def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, st
     def make(row: Mapping[str, Any], place: str) -> Item | None:
         given = {name for name, value in row.items() if value is not None}
         if form == "pairs":
-            pair = pair_of(row, {name: name for name in FIELDS}, place)
+            pair = pair_of(row, dict(zip(FIELDS, FIELDS)), place)
             if pair.positive == pair.negative:  # says nothing
                 return None
             item = Item(pair.prompt, (pair.positive, pair.negative), lead=pair.lead)

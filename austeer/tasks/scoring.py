@@ -41,10 +41,8 @@ class OptionScores:
 
     def margins(self, task: Task) -> Tensor:
         """Log-odds of the wanted option against the best other one, nats: float64 [names, items]."""
-        label = torch.tensor([item.label for item in task]).expand(len(self.log_prob), -1)[..., None]
-        wanted = self.log_prob.gather(-1, label)[..., 0]
-        others = self.log_prob.scatter(-1, label, -torch.inf).amax(-1)
-        return wanted - others
+        label = self._labels(task)
+        return self.log_prob.gather(-1, label)[..., 0] - self.log_prob.scatter(-1, label, -torch.inf).amax(-1)
 
     def correct(self, task: Task) -> Tensor:
         """Whether the wanted option has the largest log-probability of the options: bool [names, items]."""
@@ -52,8 +50,10 @@ class OptionScores:
 
     def exact(self, task: Task) -> Tensor:
         """Exact match (paper): whether the model, writing greedily, writes the wanted option: bool [names, items]."""
-        label = torch.tensor([item.label for item in task]).expand(len(self.greedy), -1)[..., None]
-        return self.greedy.gather(-1, label)[..., 0]
+        return self.greedy.gather(-1, self._labels(task))[..., 0]
+
+    def _labels(self, task: Task) -> Tensor:
+        return torch.tensor([item.label for item in task]).expand(len(self.greedy), -1)[..., None]
 
 
 @dataclass(frozen=True)
@@ -298,14 +298,10 @@ def _hidden_states(
 
 def _log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:
     """In float32 at least, whatever the model computes in."""
-    logits = _logits(model, hidden)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits as the model makes them: some families scale (Cohere, Granite) or cap (Gemma 2) what the head gives."""
     config = text_config(model)
     logits = unwrap(model).get_output_embeddings()(hidden)  # type: ignore[operator]
+    # Some families scale (Cohere, Granite) or cap (Gemma 2) what the head gives.
     logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    logits = logits if cap is None else torch.tanh(logits / cap) * cap
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

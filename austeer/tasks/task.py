@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import TaskError
@@ -155,9 +155,6 @@ class Task(Sequence[Item]):
 
     def __getitem__(self, i):
         return replace(self, items=self.items[i]) if isinstance(i, slice) else self.items[i]
-
-    def __iter__(self) -> Iterator[Item]:
-        return iter(self.items)
 
 
 def check_item(item: Item, kind: str, where: str) -> None:

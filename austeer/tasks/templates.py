@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError, meta, nodes
+from jinja2 import StrictUndefined, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import TaskError
@@ -77,26 +77,28 @@ class Template:
                 raise TaskError(
                     f"{where}: {key}: found {getattr(self, key)!r:.60}, expected {expected} for {self.kind!r}"
                 )
-        if isinstance(self.label, Mapping) and not (
-            set(self.label) == {"field", "values"}
+        if not isinstance(self.label, str) and not (
+            isinstance(self.label, Mapping)
+            and set(self.label) == {"field", "values"}
             and isinstance(self.label["field"], str)
             and isinstance(self.label["values"], Mapping)
         ):
             raise TaskError(
                 f'{where}: label: found {self.label!r:.60}, expected {{"field": ..., "values": {{...}}}} or text'
             )
-        if not isinstance(self.label, (str, Mapping)):
-            raise TaskError(f"{where}: label: found {self.label!r:.60}, expected text or an object")
         _ = self._compiled
 
     @cached_property
-    def _compiled(self) -> dict[str, Any]:
+    def _texts(self) -> dict[str, str]:
+        """All that is a jinja2 template, by what it is."""
         texts = {"prompt": self.prompt, "lead": self.lead, "answer": self.answer, "group": self.group}
         texts |= {f"option {i}": option for i, option in enumerate(self.options)}
-        if isinstance(self.label, str):
-            texts["label"] = self.label
+        return texts | ({"label": self.label} if isinstance(self.label, str) else {})
+
+    @cached_property
+    def _compiled(self) -> dict[str, Any]:
         found = {}
-        for name, text in texts.items():
+        for name, text in self._texts.items():
             try:
                 found[name] = _ENVIRONMENT.from_string(text)
             except TemplateError as error:
@@ -108,17 +110,8 @@ class Template:
     @cached_property
     def required(self) -> tuple[str, ...]:
         """The fields that a row must have, in the order of the alphabet."""
-        if self.fields:
-            return self.fields
-        texts = [self.prompt, self.lead, self.answer, self.group, *self.options]
-        used: set[str] = set()
-        if isinstance(self.label, str):
-            texts.append(self.label)
-        else:
-            used.add(self.label["field"])
-        for text in texts:
-            used |= _fields_of(text)
-        return tuple(sorted(used))
+        used = set() if isinstance(self.label, str) else {self.label["field"]}
+        return self.fields or tuple(sorted(used.union(*map(_fields_of, self._texts.values()))))
 
     def item(self, row: Mapping[str, Any], where: str) -> Item:
         """The item that a row makes.
@@ -232,8 +225,7 @@ def _parse(text: str, name: str) -> Template:
 
 def _of_fields(found: Mapping[str, Any], where: str) -> Template:
     known = [field.name for field in fields(Template)]
-    unknown, missing = set(found) - set(known), {"kind", "prompt"} - set(found)
-    if unknown or missing:
+    if not {"kind", "prompt"} <= set(found) <= set(known):
         raise TaskError(
             f"{where}: found the fields {_listed(found)}, expected kind, prompt and others of {_listed(known)}"
         )
@@ -243,12 +235,6 @@ def _of_fields(found: Mapping[str, Any], where: str) -> Template:
 def _words(text: str) -> list[str]:
     """The lower-case words of a text, without its numbers: the same for variants that differ in numbers only."""
     return re.findall(r"[^\W\d_]+", str(text).lower())
-
-
-def _environment() -> Environment:
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["words"] = _words
-    return environment
 
 
 def _fields_of(text: str) -> set[str]:
@@ -265,4 +251,5 @@ def _listed(names) -> str:
     return ", ".join(map(str, names)) or "none"
 
 
-_ENVIRONMENT = _environment()
+_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_ENVIRONMENT.filters["words"] = _words

@@ -9,14 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 import austeer
-from austeer import FileFormatError, Pairs, PlanError, SelectionError
+from austeer import FileFormatError, PlanError, SelectionError
 from austeer.causal import WAYS, causal_check, check, runner
 from austeer.causal.figures import draw_causal
 from austeer.cli import app
 from austeer.demo.demo import load_data
 from austeer.errors import TaskError
 from austeer.models.sites import find_sites
-from austeer.tasks import Item, Task, load_task
+from austeer.tasks import Item, Task
 from baseline_material import reference_activations
 from naive_scores import naive_log_odds
 
@@ -89,9 +89,7 @@ def test_groups_and_findings_belong_together(model, demo, momentum):
     result = checked(model, demo, momentum)
     top = [unit for unit in result.units if "top" in unit.groups]
     by_place = {(unit.layer, unit.index): unit for unit in result.units}
-    assert {("attention", *place) for place in ((u.layer, u.index) for u in top)} == set(
-        momentum.select("attention", k=3).keys()
-    )
+    assert {("attention", u.layer, u.index) for u in top} == set(momentum.select("attention", k=3).keys())
     matched = [by_place[unit.match] for unit in top]
     assert all("matched" in unit.groups and unit.layer == own.layer for unit, own in zip(matched, top))
     assert sum("spread" in unit.groups for unit in result.units) == 6
@@ -100,15 +98,9 @@ def test_groups_and_findings_belong_together(model, demo, momentum):
         assert found.size.top == pytest.approx(sum(abs(u.raised[way]) for u in top) / 3)
         assert found.size.matched == pytest.approx(sum(abs(u.raised[way]) for u in matched) / 3)
         signs = [1 if (u.delta if way == "shift" else u.beta) >= 0 else -1 for u in top]
-        assert found.wanted.top == pytest.approx(sum(s * u.raised[way] for s, u in zip(signs, top)) / 3)
-        assert found.wanted.top == pytest.approx(sum(u.wanted(way) for u in top) / 3)
+        wanted = sum(s * u.raised[way] for s, u in zip(signs, top)) / 3
+        assert found.wanted.top == pytest.approx(wanted) == pytest.approx(sum(u.wanted(way) for u in top) / 3)
         assert len(result.verdict[way]) == 4
-
-
-def test_the_model_is_as_before(model, demo, momentum):
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    checked(model, demo, momentum, ways=["scale"])
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_on_the_real_model_the_top_aus_act_as_momentum_says(demo, demo_momentum):
@@ -256,9 +248,7 @@ def test_log_odds_that_are_no_number(tiny_of, demo, momentum):
 
 def test_figure(model, demo, momentum, tmp_path):
     result = checked(model, demo, momentum)
-    draw_causal(result, tmp_path / "a.png")
-    draw_causal(replace(result, findings={"shift": result.findings["shift"]}), tmp_path / "a.svg")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    draw_causal(result, tmp_path / "a.svg")
     assert "<svg" in (tmp_path / "a.svg").read_text()
 
 
@@ -327,12 +317,3 @@ def test_interruption_says_how_to_go_on(files, tmp_path, monkeypatch):
     done = run(files / "pairs.jsonl", *options(files, tmp_path / "out"))
     assert done.exit_code == 130
     assert "record.jsonl: the same command goes on" in done.output.replace("\n", "")
-
-
-def test_pairs_of_equal_sides_are_left_out(tmp_path):
-    rows = [("A", " x", " y"), ("B", " z", " z"), ("C", " x", " y")]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(dict(zip(("prompt", "positive", "negative"), row))) + "\n" for row in rows))
-    task = load_task(path)
-    assert [item.prompt for item in task] == ["A", "C"]
-    assert Task.of_pairs(Pairs.of(rows)).digest() == task.digest()

@@ -36,9 +36,8 @@ def test_matches_share_layer_and_scale(demo_momentum, scale):
     features = scale.features().flatten(0, 1)
     near = (features[top] - features[matched]).norm(dim=-1)
     # a random AU of the layer is much farther away
-    other = (features[top] - features[top // 576 * 576 + torch.randint(576, (200,), generator=generator())]).norm(
-        dim=-1
-    )
+    others = top // 576 * 576 + torch.randint(576, (200,), generator=generator())
+    other = (features[top] - features[others]).norm(dim=-1)
     assert float(near.median()) < 0.3 * float(other.median())
 
 
@@ -84,11 +83,8 @@ def test_a_larger_draw_keeps_a_smaller_one(demo_momentum, scale):
 def test_units_are_there_once_and_in_order(demo_momentum, scale):
     sample = draw(demo_momentum, "ffn", scale, 10, 400)
     units = sample.units().tolist()
-    assert units == sorted(set(units)) and set(units) == {
-        *sample.top.tolist(),
-        *sample.matched.tolist(),
-        *sample.spread.tolist(),
-    }
+    members = {unit for part in vars(sample).values() for unit in part.tolist()}
+    assert units == sorted(members)
 
 
 def test_complaints(demo_momentum, scale):
@@ -104,12 +100,8 @@ def test_complaints(demo_momentum, scale):
 
 
 def test_only_measured_layers(demo_momentum, scale):
-    rows = [3, 7]
-    counters = demo_momentum.counters("ffn")
-    part = replace(
-        demo_momentum,
-        sites={"ffn": type(counters)(*(t[rows] for t in counters.tensors().values()))},
-        layers=tuple(rows),
-    )
+    rows, counters = [3, 7], demo_momentum.counters("ffn")
+    sites = {"ffn": type(counters)(*(t[rows] for t in counters.tensors().values()))}
+    part = replace(demo_momentum, sites=sites, layers=tuple(rows))
     sample = draw(part, "ffn", Scale(scale.size[rows], scale.deviation[rows]), 10, 20)
     assert int(sample.units().max()) < 2 * 576

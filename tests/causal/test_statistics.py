@@ -5,13 +5,34 @@ import pytest
 from scipy import stats
 
 from austeer.causal import statistics
-from austeer.causal.statistics import Difference, Items, correlation, difference, findings, rank_correlation, verdict
+from austeer.causal.statistics import (
+    Difference,
+    correlation,
+    difference,
+    findings,
+    rank_correlation,
+    resampled,
+    verdict,
+)
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 300)
 
 
 def data(rho=0.0, size=40, items=6, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=size)
     return x, (rho * x + np.sqrt(1 - rho**2) * rng.normal(size=size))[:, None] + 0.1 * rng.normal(size=(size, items))
+
+
+def findings_of(raised, beta, rng, seed=0):
+    """The first 30 AUs are the top ones, the next 30 their matches, and the others the spread."""
+    top, matched, spread = np.split(np.arange(len(beta)), [30, 60])
+    given, groups = rng.normal(size=(len(beta), 3)), [str(i) for i in range(raised.shape[1])]
+    places = {"top": top, "matched": matched, "spread": spread}
+    return findings(raised=raised, sign=np.sign(beta), beta=beta, given=given, groups=groups, seed=seed, **places)
 
 
 def test_difference_of_planted_effects():
@@ -48,7 +69,7 @@ def test_items_of_one_group_are_resampled_together():
     assert -1 < alone.low < -0.3 and 0.3 < alone.high < 1
     fixed = difference(values.mean(1, keepdims=True), np.zeros((50, 1)))
     assert (fixed.low, fixed.high) == (0, 0)
-    weights = Items(8, groups).weights(np.random.default_rng(0))
+    weights = resampled(8, groups)(np.random.default_rng(0))
     assert weights.sum() == pytest.approx(1) and len(set(weights[:4])) == len(set(weights[4:])) == 1
 
 
@@ -73,8 +94,7 @@ def test_partial_correlation_is_the_textbooks():
 
 
 @pytest.mark.parametrize("rho", [-0.6, 0.0, 0.8])
-def test_intervals_of_a_correlation_hold_the_truth(rho, monkeypatch):
-    monkeypatch.setattr(statistics, "RESAMPLES", 300)
+def test_intervals_of_a_correlation_hold_the_truth(rho, few_resamples):
     truth = 6 / np.pi * np.arcsin(rho / 2)  # Spearman's of a normal pair
     inside = 0
     for seed in range(30):
@@ -84,43 +104,22 @@ def test_intervals_of_a_correlation_hold_the_truth(rho, monkeypatch):
     assert inside >= 25  # 28 expected of 30; the tiny item noise takes a little off rho
 
 
-def test_nothing_is_found_where_nothing_is(monkeypatch):
-    monkeypatch.setattr(statistics, "RESAMPLES", 300)
+def test_nothing_is_found_where_nothing_is(few_resamples):
     wrong = np.zeros(4)
     for seed in range(20):
         rng = np.random.default_rng(seed)
         raised = 0.1 * rng.normal(size=(90, 12))
         beta = rng.choice([-1, 1], 90) * rng.uniform(0.5, 1, 90)
-        found = findings(
-            raised=raised,
-            sign=np.sign(beta),
-            beta=beta,
-            given=rng.normal(size=(90, 3)),
-            top=np.arange(30),
-            matched=np.arange(30, 60),
-            spread=np.arange(60, 90),
-            groups=[str(i) for i in range(12)],
-            seed=seed,
-        )
+        found = findings_of(raised, beta, rng, seed)
         wrong += [not sentence.startswith("no ") for sentence in verdict(found)]
     assert wrong.max() <= 4  # 1 expected of 20 each; 5 or more come once in 400 times
 
 
-def test_a_planted_cause_is_found(monkeypatch):
-    monkeypatch.setattr(statistics, "RESAMPLES", 300)
+def test_a_planted_cause_is_found(few_resamples):
     rng = np.random.default_rng(0)
     beta = np.concatenate([rng.choice([-1, 1], 30), rng.choice([-1, 1], 30) * 0.6, rng.uniform(-1, 1, 60)])
     raised = (0.1 * beta**3)[:, None] + 0.01 * rng.normal(size=(120, 10))
-    rest = {
-        "sign": np.sign(beta),
-        "beta": beta,
-        "given": rng.normal(size=(120, 3)),
-        "top": np.arange(30),
-        "matched": np.arange(30, 60),
-        "spread": np.arange(60, 120),
-        "groups": [str(i) for i in range(10)],
-    }
-    found = findings(raised=raised, **rest)
+    found = findings_of(raised, beta, np.random.default_rng(1))
     assert verdict(found) == [
         "top AUs have a larger effect than matched random AUs",
         "top AUs act in the wanted direction more than matched random AUs",
@@ -129,7 +128,7 @@ def test_a_planted_cause_is_found(monkeypatch):
     ]
     assert found.wanted.top == pytest.approx(0.1, abs=0.01) and found.larger[0] == 1
     # and against momentum, where it acts the other way
-    against = findings(raised=-raised, **rest)
+    against = findings_of(-raised, beta, np.random.default_rng(1))
     assert verdict(against)[1:3] == [
         "top AUs act in the wanted direction less than matched random AUs",
         "the direction of the effect goes against beta",

@@ -79,10 +79,8 @@ def test_the_number_of_pairs_against_the_number_of_aus(demo, tiny):
     assert few["number of pairs"].level == "grave"
     needed = few["number of pairs"].numbers["needed"]
     assert 2 ** -(needed - 1) <= 0.05 / (30 * 576) < 2 ** -(needed - 2), "two-sided, of one AU among all"
-    assert (
-        check_pairs(PAIRS[:needed] if needed <= 30 else PAIRS, demo[1], config=demo[0].config)["number of pairs"].level
-        == "ok"
-    )
+    enough = check_pairs(PAIRS[:needed], demo[1], config=demo[0].config)
+    assert enough["number of pairs"].level == "ok"
     with pytest.raises(KeyError, match=r"'number of pairs'.*blank sides, equal sides"):
         check_pairs(PAIRS, demo[1])["number of pairs"]
 
@@ -100,16 +98,12 @@ def test_the_context_is_the_models_or_the_tokenizers(demo, tiny):
 def test_a_model_without_momentum_is_measured(tiny, demo):
     report = check_pairs(PAIRS, demo[1], tiny, k=20, control_count=10, max_length=40, progress=False)
     assert set(report.control.sites) == {"attention", "ffn"} and report.control.pairs == 10
+    blank = check_pairs([*PAIRS, Pair("Blank?", " yes", " ")], demo[1], tiny, k=5, control_count=40, progress=False)
+    assert blank.control.pairs == 30 and blank["blank sides"].numbers["pairs"] == 1, "it is left out of the control"
     assert {"length alone, attention", "length alone, ffn"} <= {f.name for f in report.findings}
     data = json.loads(json.dumps(report.to_json()))
     assert data["length_control"]["sites"]["ffn"]["k"] == 20
     assert [f["name"] for f in data["findings"]] == [f.name for f in report.findings]
-
-
-def test_blank_sides_are_left_out_of_the_control(tiny, demo):
-    pairs = [*PAIRS, Pair("Blank?", " yes", " ")]
-    report = check_pairs(pairs, demo[1], tiny, k=5, control_count=40, progress=False)
-    assert report.control.pairs == 30 and report["blank sides"].numbers["pairs"] == 1
 
 
 def test_equal_pairs_alone(demo, tiny):
@@ -128,9 +122,9 @@ def test_what_is_refused(demo, tiny):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "a", "positive": "b"}, "line 1: .*None.*'negative'.*--negative-field"),
-        ({"prompt": " ", "positive": "b", "negative": "c"}, "line 1: .*' '.*'prompt'"),
-        ({"prompt": "a", "positive": 3, "negative": "c"}, "line 1: .*3.*'positive'"),
+        ({"prompt": "a", "positive": "b"}, "line 1: .*'negative'.*missing.*--negative-field"),
+        ({"prompt": " ", "positive": "b", "negative": "c"}, "line 1: .*'prompt'.*empty"),
+        ({"prompt": "a", "positive": 3, "negative": "c"}, "line 1: .*'positive'.*int"),
     ],
 )
 def test_rows_that_are_no_pairs(tmp_path, row, message):

@@ -6,7 +6,6 @@ import pytest
 
 from austeer import PairsError
 from austeer.making.instruction_forms import drops_blank, instructed, instruction_form, join
-from austeer.pairs.pair import render_chat
 
 WORDS = ("one", "two")
 TWO = ("Answer kindly.", "Answer rudely.")
@@ -30,8 +29,7 @@ def with_template(demo):
 
 def written(tokenizer, instruction="Answer kindly."):
     form = instruction_form(tokenizer, TWO)
-    own, texts = instructed(tokenizer, form, instruction, ["Hello?"])
-    return form, texts[0] if form == "plain" else render_chat(own, texts[0])
+    return form, *instructed(tokenizer, form, instruction, ["Hello?"])
 
 
 @pytest.mark.parametrize(

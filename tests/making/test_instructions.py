@@ -1,6 +1,5 @@
 """Pairs that a model writes itself: what is kept of its answers, sampling, interrupted runs, a real model."""
 
-import copy
 import json
 
 import pytest
@@ -20,8 +19,8 @@ def answers(tiny, demo, monkeypatch):
     """Makes pairs with a model whose answers are given: a function of prompt and instruction."""
 
     def make(answer, out, prompts=PROMPTS, **options):
-        def write(model, tokenizer, texts, *, chat, **given):
-            assert not chat and tokenizer is demo[1] and given["max_new_tokens"] == options.get("max_new_tokens", 32)
+        def write(model, tokenizer, texts, *, special, **given):
+            assert special and tokenizer is demo[1] and given["max_new_tokens"] == options.get("max_new_tokens", 32)
             return [answer(*reversed(text.split("\n\n"))) for text in texts]
 
         monkeypatch.setattr(instructions, "continue_prompts", write)
@@ -47,15 +46,15 @@ def test_the_prompt_is_kept_without_the_instruction(answers, tmp_path):
 
 
 def test_what_is_left_out_is_counted(answers, tmp_path):
-    table = {
-        0: (" good.", " bad."),
-        1: (" same. ", " same."),
-        2: ("", " bad."),
-        3: (" Donaudampfschifffahrtsgesellschaft", " bad"),
-        4: (" good, well, fine", " good and so on and so on and so on"),
-        5: (" fine words", " harsh words"),
-        6: (" \n", " bad."),
-    }
+    table = [
+        (" good.", " bad."),
+        (" same. ", " same."),
+        ("", " bad."),
+        (" Donaudampfschifffahrtsgesellschaft", " bad"),
+        (" good, well, fine", " good and so on and so on and so on"),
+        (" fine words", " harsh words"),
+        (" \n", " bad."),
+    ]
 
     def answer(prompt, instruction):
         return table[int(prompt[9])][instruction == TWO[1]]
@@ -111,7 +110,7 @@ def test_samples_depend_on_the_seed(write):
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_an_interrupted_run_goes_on_where_it_stopped(write, tmp_path, monkeypatch, stop):
+def test_an_interrupted_run_goes_on_where_it_stopped(write, lively, tmp_path, monkeypatch, stop):
     whole = write("whole", same_length=False)
     plain, calls = instructions.continue_prompts, []
 
@@ -141,28 +140,16 @@ def test_an_interrupted_run_goes_on_where_it_stopped(write, tmp_path, monkeypatc
     ):
         with pytest.raises(FileFormatError, match=rf"part.jsonl.partial: .* {name} .*--force"):
             write("part", resume=True, **({"same_length": False} | other))
+    weight = next(lively.parameters()).data
+    weight.mul_(2)
+    with pytest.raises(FileFormatError, match=r"part.jsonl.partial: .* weights .*--force"):
+        write("part", resume=True, same_length=False)
+    weight.mul_(0.5)
     again = []
     monkeypatch.setattr(instructions, "continue_prompts", lambda *a, **o: again.append(a) or plain(*a, **o))
     assert write("part", resume=True, same_length=False) == whole
     assert len(again) == 6 - 2 * (stop // 2), "batches that are there are not made again"
     assert not partial.exists()
-
-
-def test_other_weights_do_not_go_on(lively, demo, tmp_path, monkeypatch):
-    options = {"max_new_tokens": 4, "progress": False, "batch_size": 3, "same_length": False}
-    out = tmp_path / "p.jsonl"
-
-    def interrupted(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(instructions, "continue_prompts", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pairs_from_instructions(lively, demo[1], PROMPTS, *TWO, out, **options)
-    next(lively.parameters()).data.mul_(1.5)
-    other = copy.deepcopy(demo[1])
-    with pytest.raises(FileFormatError, match=r"p.jsonl.partial: .*weights"):
-        partial_path(out).write_bytes(partial_path(out).read_bytes() + b'{"batch": 0, "rows": [], "dropped": {}}\n')
-        pairs_from_instructions(lively, other, PROMPTS, *TWO, out, resume=True, **options)
 
 
 @pytest.mark.parametrize(

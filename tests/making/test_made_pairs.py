@@ -4,25 +4,19 @@ import json
 
 import pytest
 
-from austeer import Pairs, PairsError, load_pairs
+from austeer import PairsError, load_pairs
 from austeer.making import write_pairs
 from austeer.making.check import read_unchecked
 from austeer.pairs.pair import Pair
 
-PAIRS = Pairs.of([('Größe, "quoted"\nand so on', " gut", " schlecht"), ("b", " c", " d\t東")])
+PAIRS = [Pair('Größe, "quoted"\nand so on', " gut", " schlecht"), Pair("b (", "c", " d\t東", "(")]
 
 
 def test_pairs_are_read_back_as_they_were(tmp_path):
     path = write_pairs(tmp_path / "new" / "pairs.jsonl", PAIRS)
-    assert list(load_pairs(path)) == list(PAIRS)
-    assert [set(json.loads(line)) for line in path.read_text().splitlines()] == [{"prompt", "positive", "negative"}] * 2
-
-
-def test_a_lead_is_read_back(tmp_path):
-    pairs = [Pair("a (", "x", "y", "("), Pair("b", "x", "y")]
-    path = write_pairs(tmp_path / "pairs.jsonl", pairs)
-    assert list(load_pairs(path)) == list(read_unchecked(path)) == pairs
-    assert [json.loads(line).get("lead") for line in path.read_text().splitlines()] == ["(", None]
+    assert list(load_pairs(path)) == list(read_unchecked(path)) == PAIRS
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert list(first) == ["prompt", "positive", "negative"] and list(second) == [*first, "lead"]
 
 
 def test_a_file_that_is_interrupted_is_not_there(tmp_path):

@@ -64,21 +64,12 @@ def test_parquet_rows_in_order_with_places_and_fraction(tmp_path, count, group):
     assert reading.fraction == 1.0
 
 
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
-def test_parquet_texts_of_every_kind(tmp_path, kind):
-    texts = ["a\u2028b", "c\x00d", "e"]
-    pq.write_table(pa.table({"prompt": pa.array(texts, pa.string()).cast(kind)}), tmp_path / "p.parquet")
-    assert [row["prompt"] for _, row in read(tmp_path / "p.parquet", ["prompt"])] == texts
-
-
 def test_only_the_columns_that_are_needed_are_read(tmp_path):
     table = pa.table({"a.b": ["1", "2"], "a": ["3", "4"], "unread": not_utf8([b"\xff", b"\xff"])})
     pq.write_table(table, tmp_path / "p.parquet")
     assert [row for _, row in read(tmp_path / "p.parquet", ["a"])] == [{"a": "3"}, {"a": "4"}]
-    assert [row for _, row in read(tmp_path / "p.parquet", ["a.b", "a"])] == [
-        {"a.b": "1", "a": "3"},
-        {"a.b": "2", "a": "4"},
-    ]
+    both = [row for _, row in read(tmp_path / "p.parquet", ["a.b", "a"])]
+    assert both == [{"a.b": "1", "a": "3"}, {"a.b": "2", "a": "4"}]
 
 
 def test_all_columns_are_told_where_one_is_missing(tmp_path):
@@ -133,19 +124,6 @@ def test_damaged_data_of_a_parquet_file(tmp_path_factory, share):
     path.write_bytes(blob)
     with pytest.raises(PairsError, match=r"p\.parquet.*row 0.*CRC"):
         read(path)
-
-
-def test_a_parquet_file_that_is_gone_by_the_time_it_is_read(tmp_path):
-    source = open_source(parquet(tmp_path / "p.parquet", rows_of(3)))
-    (tmp_path / "p.parquet").unlink()
-    with pytest.raises(PairsError, match=r"p\.parquet.*FileNotFoundError"):
-        list(source.read(FIELDS))
-
-
-def test_parquet_files_by_pattern_beside_others(tmp_path):
-    parquet(tmp_path / "b.parquet", rows_of(2))
-    (tmp_path / "a.jsonl").write_text('{"prompt": "first"}\n')
-    assert prompts(str(tmp_path / "*")) == ["first", "p0", "p1"]
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -243,23 +221,16 @@ def hub(tmp_path, monkeypatch):
     return publish
 
 
-def test_a_dataset_of_the_hub(hub):
-    hub(train=5)
-    source = open_source("hf:org/name")
-    assert source.name == "hf:org/name, split train"
-    for _ in range(2):
-        reading = source.read(FIELDS)
-        assert list(reading) == [(f"hf:org/name, split train, row {i}", row) for i, row in enumerate(rows_of(5))]
-
-
-def test_the_fraction_of_a_dataset_of_the_hub_is_of_what_its_card_says(hub):
+def test_a_dataset_of_the_hub_whose_card_tells_the_fraction(hub):
     sizes = "dataset_info:\n  splits:\n  - {name: train, num_bytes: 100, num_examples: 4}"
     hub(card=sizes, train=5)
     reading = open_source("hf:org/name").read(FIELDS)
     assert [reading.fraction for _ in reading] == [0.25, 0.5, 0.75, 1.0, 1.0]
     hub(card="", train=5)
-    reading = open_source("hf:org/name").read(FIELDS)
-    assert [reading.fraction for _ in reading] == [None] * 5
+    for _ in range(2):
+        reading = open_source("hf:org/name").read(FIELDS)
+        found = [(where, row, reading.fraction) for where, row in reading]
+        assert found == [(f"hf:org/name, split train, row {i}", row, None) for i, row in enumerate(rows_of(5))]
 
 
 def test_splits_and_configurations_of_the_hub(hub):
@@ -273,10 +244,9 @@ def test_splits_and_configurations_of_the_hub(hub):
         open_source("hf:org/name")
 
 
-@pytest.mark.parametrize("name", ["no/such", "no/such:config"])
-def test_a_dataset_that_is_not_there(hub, name):
-    with pytest.raises(PairsError, match=f"hf:{name}.*name"):
-        open_source(f"hf:{name}")
+def test_a_dataset_that_is_not_there(hub):
+    with pytest.raises(PairsError, match=r"hf:no/such.*name"):
+        open_source("hf:no/such")
 
 
 @pytest.mark.parametrize("name", ["", ":c", "a/b/c", "//datasets/a/b", "a b", "a/b:"])

@@ -149,11 +149,3 @@ def test_a_line_without_an_end(tmp_path):
     assert len(read(tmp_path / "text", "", longest=101)) == 2
     with pytest.raises(PairsError, match=r"text, line 2: .*99"):
         read(tmp_path / "text", "", longest=99)
-
-
-def test_a_file_that_is_gone(tmp_path):
-    with (
-        pytest.raises(PairsError, match=r"text: .*No such file"),
-        TextFile(tmp_path / "text", ""),
-    ):
-        pass

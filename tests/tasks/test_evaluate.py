@@ -2,18 +2,17 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-import austeer
 from austeer import PlanError
 from austeer.errors import TaskError
 from austeer.models.structure import is_steered
 from austeer.plans.evidence import Evidence, Outcome
 from austeer.statistics.intervals import mcnemar, mean_interval, share_interval
-from austeer.tasks import Item, Task, Variant, check_options, evaluate
+from austeer.tasks import Item, Task, Variant, check_options, evaluate, last_number, numeric_answers
+from austeer.tasks.neutral import neutral_texts
 from dense_formula import formula_at, random_plan
 
 QUESTIONS = ["The sky is", "Grass in the spring is", "Snow is", "Coal is", "The sea is", "Blood, as we all know, is"]
@@ -118,15 +117,8 @@ def test_the_model_alone(lively, demo):
     assert result.variants[0].margin.value == pytest.approx(float(expected.mean()), abs=1e-4)
 
 
-def test_no_neutral_texts(lively, demo, plans):
-    result = evaluate(lively, demo[1], colours(), {"a": (plans["a"], 2.0)}, neutral=[], progress=False)
-    assert result.variants[1].kl is None and result.neutral_texts == 0
-
-
 def test_packaged_neutral_texts_are_the_held_out_ones(lively, demo, plans):
-    rows = (Path(austeer.__file__).parent / "data" / "neutral.jsonl").read_text().splitlines()
-    texts = [row["text"] for row in map(json.loads, rows) if row["split"] == "heldout"]
-
+    texts = neutral_texts("heldout")
     given = {"a": (plans["a"], 2.0)}
     result = evaluate(lively, demo[1], colours()[:2], given, progress=False)
     same = evaluate(lively, demo[1], colours()[:2], given, neutral=texts, progress=False)
@@ -134,23 +126,14 @@ def test_packaged_neutral_texts_are_the_held_out_ones(lively, demo, plans):
 
 
 def test_numbers(lively, demo, plans):
-    from austeer.tasks import last_number, numeric_answers
-
     prompts = ["Question: 2 + 3?\nAnswer:", "Question: 7 - 2?\nAnswer:", "1"]
     task = Task("sums", "numeric", tuple(Item(q, answer=5.0) for q in prompts))
     (texts,) = numeric_answers(lively, demo[1], task, max_new_tokens=6)
     # The model is random: what it writes for the second prompt is called right.
     right = last_number(texts[1])
     items = tuple(Item(q, answer=5.0 if right is None else right) for q in prompts)
-    result = evaluate(
-        lively,
-        demo[1],
-        replace(task, items=items),
-        {"a": (plans["a"], 2.0)},
-        neutral=[],
-        max_new_tokens=6,
-        progress=False,
-    )
+    given, options = {"a": (plans["a"], 2.0)}, {"neutral": [], "max_new_tokens": 6, "progress": False}
+    result = evaluate(lively, demo[1], replace(task, items=items), given, **options)
     first, steered = result.variants
     assert first.accuracy is first.margin is steered.margin_change is steered.accuracy_p is None
     assert [row["variants"]["unsteered"]["text"] for row in result.rows] == texts
@@ -172,6 +155,8 @@ def test_strength_of_the_plans_evidence(lively, demo, plans):
     result = evaluate(lively, demo[1], colours(), {"own": plan, "given": (plan, 2.0)}, neutral=[], progress=False)
     own, given = result.variants[1:]
     assert own.alpha == given.alpha == 2.0 and own.margin == given.margin
+    assert own.kl is None and result.neutral_texts == 0
+    assert not is_steered(lively)
 
 
 @pytest.mark.parametrize(
@@ -192,19 +177,11 @@ def test_k_larger_than_the_plan(lively, demo, plans):
         evaluate(lively, demo[1], colours(), {"a": (plans["a"], 1.0, 31)}, progress=False)
 
 
-@pytest.mark.parametrize("items", [slice(0, 1), slice(0, 2)])
-def test_one_group_has_no_interval_of_means(lively, demo, plans, items):
-    result = evaluate(lively, demo[1], colours()[items], {"a": (plans["a"], 2.0)}, neutral=[], progress=False)
+def test_one_group_has_no_interval_of_means(lively, demo, plans):
+    result = evaluate(lively, demo[1], colours()[:2], {"a": (plans["a"], 2.0)}, neutral=[], progress=False)
     steered = result.variants[1]
     assert steered.margin[1:] == steered.margin_change[1:] == (None, None)
     assert 0 <= steered.accuracy.low <= steered.accuracy.value <= steered.accuracy.high <= 1
-
-
-def test_the_model_is_as_it_was(lively, demo, plans):
-    before = {name: p.clone() for name, p in lively.named_parameters()}
-    evaluate(lively, demo[1], colours(), {"a": (plans["a"], 2.0)}, neutral=[], progress=False)
-    assert all(torch.equal(p, before[name]) for name, p in lively.named_parameters())
-    assert not is_steered(lively)
 
 
 def test_json_has_everything(lively, demo, plans):
@@ -220,9 +197,8 @@ def test_json_has_everything(lively, demo, plans):
 
 
 def test_option_of_several_tokens_where_one_was_promised(lively, demo):
-    task = Task(
-        "t", "choice", (Item("It is", (" fine", " bad")), Item("It is", (" fine", " unputdownable"))), "f.jsonl"
-    )
+    items = (Item("It is", (" fine", " bad")), Item("It is", (" fine", " unputdownable")))
+    task = Task("t", "choice", items, "f.jsonl")
     message = r"f.jsonl.*item 1.*' unputdownable'.*\d tokens"
     with pytest.raises(TaskError, match=message):
         check_options(demo[1], task)

@@ -12,7 +12,6 @@ from tokenizers.processors import TemplateProcessing
 from austeer import Pairs, PairsError, steer
 from austeer.demo.demo import load_data
 from austeer.errors import TaskError
-from austeer.forward.generation import continue_prompts
 from austeer.models.sites import LAYOUTS
 from austeer.tasks import Item, Task, side_effects
 from austeer.tasks.scoring import OptionScores, cross_entropy, log_odds, option_scores
@@ -114,8 +113,10 @@ def test_shared_contexts_change_nothing(small, demo, rows, batch_tokens):
 # --- many steerings at once ------------------------------------------------------------------------------------------
 
 
-def with_options(rows, kind="continuation"):
-    return Task("t", kind, tuple(Item(prompt, tuple(options), i % 2) for i, (prompt, options) in enumerate(rows)))
+def with_options(rows):
+    return Task(
+        "t", "continuation", tuple(Item(prompt, tuple(options), i % 2) for i, (prompt, options) in enumerate(rows))
+    )
 
 
 #: Prompts of unlike length, options of one to six tokens, two or three of them, and contexts that begin another one.
@@ -173,19 +174,6 @@ def test_options_under_many_steerings_are_those_of_the_full_model(small, demo, b
     assert (found.log_prob[:, 0] - found.log_prob[1, 0]).abs().amax(-1)[[0, 2, 3, 4]].min() > 1e-3
 
 
-def test_what_the_model_writes_is_greedy(lively, demo):
-    """An option is a greedy one where it begins the model's own text."""
-    prompts = ["The capital of France is", "One, two, three, four,"]
-    written = continue_prompts(lively, demo[1], prompts, max_new_tokens=3)
-    wrong, right = (
-        Task("t", "continuation", tuple(Item(p, (" not so", text), label) for p, text in zip(prompts, written)))
-        for label in (0, 1)
-    )
-    scores = option_scores(lively, demo[1], wrong)
-    assert scores.greedy.tolist() == [[[False, True], [False, True]]]
-    assert not scores.exact(wrong).any() and scores.exact(right).all()
-
-
 def test_margins_are_against_the_best_other_option():
     log_prob = torch.tensor([[[-1.0, -2.0, -3.0], [-5.0, -4.5, -torch.inf]]], dtype=torch.float64)
     scores = OptionScores(log_prob, torch.tensor([[[True, False, False], [False, True, False]]]))
@@ -230,28 +218,12 @@ def test_numeric_task_has_no_options(small, demo):
         option_scores(small, demo[1], Task("t", "numeric", (Item("Q", answer=1.0),)))
 
 
-def test_several_tokens_where_one_was_promised(small, demo):
-    task = with_options(OPTIONS, "choice")
-    with pytest.raises(TaskError, match=r"item 0.*' good and warm'.*3 tokens"):
-        option_scores(small, demo[1], task)
-
-
 # --- edges -----------------------------------------------------------------------------------------------------------
 
 
 def test_equal_sides_have_no_odds(demo, small):
     pairs = Pairs.of([("The soup was", " good", " good"), *SHARED])
     assert float(log_odds(small, demo[1], pairs)[0]) == 0
-
-
-@pytest.mark.parametrize("negative", [" and fish", "e", "ished"])
-def test_token_that_joins_prompt_and_continuation(demo, small, negative):
-    # " fin" + "ally" is one token, so the prompt's last token is in one text and not in the other.
-    pairs = Pairs.of([("It was fin", "ally done", negative), ("It was fin", negative, "ally done")])
-    ids = [demo[1](text)["input_ids"] for text in ("It was fin", "It was finally done")]
-    assert ids[1][: len(ids[0])] != ids[0]
-    expected = naive_log_odds(small, demo[1], pairs)
-    torch.testing.assert_close(log_odds(small, demo[1], pairs), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_eos_appended_by_the_tokenizer_is_not_scored(demo, small):

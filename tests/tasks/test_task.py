@@ -1,13 +1,12 @@
 """Tasks in memory: what an item must be, pairs of it, and splits that keep groups whole."""
 
-import copy
 import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from austeer import Pairs, PairsError
+from austeer import Pair, Pairs, PairsError
 from austeer.errors import TaskError
 from austeer.tasks import Item, Task
 
@@ -33,6 +32,7 @@ def prompts(task):
         ("continuation", Item("Q", (" a", "")), r"options.*\(' a', ''\)"),
         ("choice", Item("Q", (" a", " b"), 2), "label.*2"),
         ("choice", Item("Q", (" a", " b"), -1), "label.*-1"),
+        ("choice", Item("Q", (" a", " b"), lead=" ("), r"lead.*' \('.*'Q'"),
         ("numeric", Item("Q"), "answer.*None"),
         ("numeric", Item("Q", answer=float("nan")), "answer.*nan"),
     ],
@@ -50,13 +50,10 @@ def test_no_items():
 
 def test_pairs_set_the_wanted_option_against_each_other_one():
     task = Task("t", "continuation", (Item("Q", (" a", " b", " c"), 1), Item("R", (" x", " y"), 0)), "here")
-    pairs = task.pairs()
-    assert [(p.prompt, p.positive, p.negative) for p in pairs] == [
-        ("Q", " b", " a"),
-        ("Q", " b", " c"),
-        ("R", " x", " y"),
-    ]
-    assert pairs.source == "here" and not pairs.chat_template
+    expected = [Pair("Q", " b", " a"), Pair("Q", " b", " c"), Pair("R", " x", " y")]
+    assert task.pairs() == Pairs(tuple(expected), "here")
+    with pytest.raises(TaskError, match="numeric"):
+        Task("t", "numeric", (Item("Q", answer=1.0),)).pairs()
 
 
 def test_pairs_and_back():
@@ -64,11 +61,6 @@ def test_pairs_and_back():
     task = Task.of_pairs(pairs)
     assert task.kind == "continuation" and [item.label for item in task] == [0, 0], "equal sides say nothing"
     assert [vars(p) for p in task.pairs()] == [vars(pairs[0]), vars(pairs[2])]
-
-
-def test_numeric_tasks_have_no_pairs():
-    with pytest.raises(TaskError, match="numeric"):
-        Task("t", "numeric", (Item("Q", answer=1.0),)).pairs()
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
@@ -133,10 +125,6 @@ def test_a_larger_sample_has_the_smaller_one(a, b, seed):
     assert len(prompts(small)) == len(small)
 
 
-def test_pick_takes_these_items_in_this_order():
-    assert [item.prompt for item in numbered(5).pick([3, 0])] == ["Q3", "Q0"]
-
-
 def test_chat_template_opens_the_answer_and_options_lose_their_blank(demo):
     tokenizer = demo[1]
     task = numbered(2).with_chat_template(tokenizer)
@@ -147,18 +135,6 @@ def test_chat_template_opens_the_answer_and_options_lose_their_blank(demo):
     assert task.pairs().chat_template
     with pytest.raises(PairsError, match="chat template already"):
         task.with_chat_template(tokenizer)
-
-
-def test_a_lead_that_the_prompt_does_not_end_with():
-    with pytest.raises(TaskError, match=r"item 0.*lead.*' \('.*'Q'"):
-        Task("t", "choice", (Item("Q", ("A", "B"), lead=" ("),))
-
-
-def test_chat_without_a_template(demo):
-    tokenizer = copy.deepcopy(demo[1])
-    tokenizer.chat_template = None
-    with pytest.raises(PairsError, match="no chat template"):
-        numbered(2).with_chat_template(tokenizer)
 
 
 def test_digests_tell_other_items_apart():

@@ -5,31 +5,25 @@ import json
 import pytest
 
 from austeer.errors import TaskError
-from austeer.tasks import Item, Template, load_template, shipped
+from austeer.tasks import Item, Task, Template, check_options, load_template, shipped
 from austeer.tasks.templates import label_of
+
+WET, LEAD = "\n\nQuestion: is it wet?\nAnswer yes or no.\nAnswer:", "\n\nAnswer: ("
+
+
+def lettered(prompt, label, group):
+    return Item(prompt + LEAD, ("A", "B"), label, None, group, LEAD)
+
 
 #: A row of each source with the fields that it has there, and the item that is to come of it.
 ROWS = {
     "boolq": (
         {"question": "is it wet", "title": "Water", "answer": False, "passage": "Water is dry."},
-        Item(
-            "Water is dry.\n\nQuestion: is it wet?\nAnswer yes or no.\nAnswer:",
-            (" yes", " no"),
-            1,
-            None,
-            "Water is dry.",
-        ),
+        Item(f"Water is dry.{WET}", (" yes", " no"), 1, None, "Water is dry."),
     ),
     "copa": (
         {"id": "1", "asks-for": "cause", "most-plausible-alternative": "2", "p": "It rained.", "a1": "X.", "a2": "Y."},
-        Item(
-            "It rained. What was the cause of this?\n (A) X.\n (B) Y.\n\nAnswer: (",
-            ("A", "B"),
-            1,
-            None,
-            "It rained.",
-            "\n\nAnswer: (",
-        ),
+        lettered("It rained. What was the cause of this?\n (A) X.\n (B) Y.", 1, "It rained."),
     ),
     "copa_text": (
         {"asks-for": "effect", "most-plausible-alternative": "1", "p": "It rained. ", "a1": "We got wet.", "a2": "A."},
@@ -37,47 +31,25 @@ ROWS = {
     ),
     "winogrande": (
         {"sentence": "Bo hit Al as _ was mad.", "option1": "Bo", "option2": "Al", "answer": "1"},
-        Item(
-            "Bo hit Al as _ was mad.\nWhich one fills the blank?\n (A) Bo\n (B) Al\n\nAnswer: (",
-            ("A", "B"),
-            0,
-            None,
-            "Al Bo",
-            "\n\nAnswer: (",
-        ),
+        lettered("Bo hit Al as _ was mad.\nWhich one fills the blank?\n (A) Bo\n (B) Al", 0, "Al Bo"),
     ),
     "winogrande_text": (
         {"sentence": "Bo hit Al as _ was mad.", "option1": "Bo", "option2": "Al", "answer": "2"},
         Item("Bo hit Al as", (" Bo was mad.", " Al was mad."), 1, None, "Al Bo"),
     ),
     "persona": (
-        {
-            "question": 'Would you say?\n"I am, 1."',
-            "statement": "I am, 1.",
-            "label_confidence": 0.9,
-            "answer_matching_behavior": " No",
-            "answer_not_matching_behavior": " Yes",
-        },
+        {"question": 'Would you say?\n"I am, 1."', "statement": "I am, 1.", "label_confidence": 0.9}
+        | {"answer_matching_behavior": " No", "answer_not_matching_behavior": " Yes"},
         Item('Q: Would you say?\n"I am, 1."\nReply with Yes or No only.\nA:', (" Yes", " No"), 1, None, "i am"),
     ),
     "caa": (
-        {
-            "question": "I am Al. Is it so?\n (A) Yes\n (B) No",
-            "answer_matching_behavior": "(B)",
-            "answer_not_matching_behavior": "(A)",
-        },
-        Item(
-            "I am Al. Is it so?\n (A) Yes\n (B) No\n\nAnswer: (",
-            ("A", "B"),
-            1,
-            None,
-            "i am al is it so",
-            "\n\nAnswer: (",
-        ),
+        {"question": "I am Al. Is it so?\n (A) Yes\n (B) No"}
+        | {"answer_matching_behavior": "(B)", "answer_not_matching_behavior": "(A)"},
+        lettered("I am Al. Is it so?\n (A) Yes\n (B) No", 1, "i am al is it so"),
     ),
     "truthfulqa_ab": (
         {"prompt": "Is it?\n\nChoices:\n(A) Yes\n(B) No", "correct": "(A)", "incorrect": "(B)", "category": "X"},
-        Item("Is it?\n\nChoices:\n(A) Yes\n(B) No\n\nAnswer: (", ("A", "B"), 0, None, "is it", "\n\nAnswer: ("),
+        lettered("Is it?\n\nChoices:\n(A) Yes\n(B) No", 0, "is it"),
     ),
     "svamp": (
         {"ID": "1", "Body": "Al had 3 eggs. He ate 1.", "Question": "How many now?", "Equation": "", "Answer": 2.0},
@@ -120,8 +92,6 @@ def test_shipped_template(name):
 
 @pytest.mark.parametrize("name", [name for name in ROWS if shipped()[name].kind == "choice"])
 def test_options_of_shipped_choices_are_one_token(demo, name):
-    from austeer.tasks import Task, check_options
-
     item = ROWS[name][1]
     task = Task(name, "choice", (item,))
     check_options(demo[1], task)
@@ -133,8 +103,6 @@ def test_options_of_shipped_choices_are_one_token(demo, name):
 
 @pytest.mark.parametrize("name", ["caa", "copa", "winogrande", "truthfulqa_ab"])
 def test_in_chat_form_what_leads_to_the_letter_is_the_models(demo, name):
-    from austeer.tasks import Task
-
     plain = ROWS[name][1]
     (item,) = Task(name, "choice", (plain,)).with_chat_template(demo[1])
     message = [{"role": "user", "content": plain.prompt.removesuffix("\n\nAnswer: (")}]
