@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from textwrap import shorten
 
 
 class AusteerError(Exception):
@@ -46,14 +45,15 @@ class SteeringWarning(UserWarning):
     """Steering that had no effect although it was asked for."""
 
 
-def check_count(name: str, value: object, largest: int, of: str, error: type[AusteerError]) -> int:
+def check_count(name: str, value: object, largest: int | None, of: str, error: type[AusteerError]) -> int:
     """``value`` as an int if it is a whole number from 1 to ``largest`` (also NumPy's); otherwise raises ``error``."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = 0
-    if isinstance(value, bool) or not 1 <= number <= largest:
-        raise error(f"{name}: found {value!r}, expected an integer from 1 to {largest} ({of})")
+    if isinstance(value, bool) or number < 1 or (largest is not None and number > largest):
+        most = "of at least 1" if largest is None else f"from 1 to {largest}"
+        raise error(f"{name}: found {value!r}, expected an integer {most} ({of})")
     return number
 
 
@@ -63,4 +63,4 @@ class ModelError(AusteerError):
 
 def one_line(error: BaseException) -> str:
     """What someone else's error says, for a message of ours."""
-    return shorten(str(error), 300, placeholder=" ...").rstrip(".") or type(error).__name__
+    return " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__

@@ -52,7 +52,8 @@ def bench(
         Path | None, typer.Option(help="Write a Chrome trace (.json or .json.gz) of the main case, and time nothing.")
     ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Two result files: print what changed beyond noise, run nothing.")
+        tuple[Path, Path] | None,
+        typer.Option(help="Two result files of this command: print what changed beyond noise, run nothing."),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,

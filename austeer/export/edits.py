@@ -166,10 +166,14 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
         site = sites[name][layer]
         for entry in entries:
             if reason := why_not_linear(site, entry.operation):
+                other = "select at 'attention' or 'ffn'" if not site.parts else "use plan.with_operation('scale')"
+                if entry.operation == "push" and site.parts:
+                    other = "use plan.with_operation('scale' or 'shift')"
+                elif site.parts:  # shift in a mixture of experts
+                    other += ", or select at 'attention'"
                 raise ExportError(
                     f"site {name!r} of layer {layer}, operation {entry.operation!r}: {reason}, so it is no edit of "
-                    "weights; select at 'attention' or 'ffn', use plan.with_operation('scale'), or steer at run time "
-                    "(austeer.steer, or austeer's plugin in vLLM)"
+                    f"weights; {other}, or steer at run time (austeer.steer, or austeer's plugin in vLLM)"
                 )
         _check_site(model, site, checked)
         strengths = summed(entries, plans)

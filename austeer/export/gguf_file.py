@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..plans.plan import Plan
+from ..version import __version__
 from .edits import describe
 from .folding import rounded
 
@@ -20,8 +21,6 @@ from .folding import rounded
 def writing(path: Path, architecture: str, name: str, pairs: list[tuple[Plan, float]]) -> Iterator[Any]:
     """A ``GGUFWriter`` that says what it was made of; the file is written when the context ends."""
     from gguf import GGUFWriter
-
-    from ..version import __version__
 
     writer = GGUFWriter(path, architecture)
     writer.add_string("austeer.version", __version__)

@@ -92,7 +92,7 @@ def export_lora(
     edits = edits_of(network, weighted)
     _check(network, edits, lora_bias, experts)
     targets = _targets(network, edits, rank, rank_pattern)
-    dtypes = [wanted or network.get_parameter(f"{t.path}.{t.names.weight}").dtype for t in targets]
+    dtypes = [wanted or getattr(network.get_submodule(t.path), t.names.weight).dtype for t in targets]
     numbers = (factors.numbers(network, t.path, t.names, t.rank) for t in targets)
     size = sum(dtype.itemsize * number for dtype, number in zip(dtypes, numbers))
     # In the Hub's cache the files of a folder are links to another.

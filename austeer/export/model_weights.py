@@ -25,6 +25,7 @@ from ..models.skeleton import load_config, named_dtype, skeleton
 from ..models.structure import base_of, is_steered, name_of
 from ..models.weights import read_parameter
 from ..plans.plan import Plan
+from ..version import __version__
 from .edits import ExportError, describe
 from .output_files import read_json
 
@@ -76,8 +77,6 @@ class ModelWeights(ABC):
 
     def record(self, kind: str, plans: Iterable[tuple[Plan, float]]) -> dict[str, Any]:
         """What was made of which model with which plans, as JSON."""
-        from ..version import __version__
-
         model = {"model": self.name, "revision": self.revision}
         return {"austeer": __version__, "kind": kind, **model, "plans": describe(plans)}
 

@@ -83,7 +83,7 @@ def length_limit(model: nn.Module, max_length: int | None) -> int:
     """The longest text, in tokens: what is asked for, within the model's context."""
     context = getattr(text_config(model), "max_position_embeddings", None)
     if max_length is not None:
-        check_count("max_length", max_length, 2**62, "tokens of a text", PairsError)
+        max_length = check_count("max_length", max_length, None, "tokens of a text", PairsError)
     limit = min((n for n in (max_length, context) if n is not None), default=None)
     if limit is None:
         raise PairsError("the model's config names no context length; give max_length")

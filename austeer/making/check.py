@@ -167,15 +167,18 @@ def _enough(usable: int, config: Any, momentum: Momentum | None) -> list[PairsFi
     else:
         return []
     needed = smallest_pairs(size, 0.05)
-    found = PairsFinding.of(
-        "number of pairs",
-        "ok" if usable >= needed else "grave",
-        f"{usable} pairs; {needed} are the fewest on which one of {size} AUs can pass at 5 % false discoveries",
-        ", if all of them agree on it",
-        f"give {needed} pairs or more (austeer inspect tells how many a weaker signal takes)",
-        {"usable": usable, "needed": needed, "aus": size},
+    numbers = {"usable": usable, "needed": needed, "aus": size}
+    if usable >= needed:
+        verdict = (
+            f"{usable} pairs; {needed} are the fewest on which one of {size} AUs can pass at 5 % false discoveries"
+        )
+        return [PairsFinding("number of pairs", "ok", verdict, numbers=numbers)]
+    verdict = (
+        f"with {usable} pairs no AU can pass at 5 % false discoveries, not even one that all of them agree on: among "
+        f"{size} AUs that takes {needed}"
     )
-    return [found]
+    remedy = f"give {needed} pairs or more (austeer inspect tells how many a weaker signal takes)"
+    return [PairsFinding("number of pairs", "grave", verdict, remedy, numbers)]
 
 
 def _of_control(control: LengthControl, site: SiteControl) -> PairsFinding:

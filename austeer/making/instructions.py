@@ -148,9 +148,11 @@ class _Writer:
         for prompt, before, sides in zip(prompts, zip(positive, negative), cut):
             if not all(side.strip() for side in before):
                 dropped[EMPTY] += 1
-            elif sides is None and before[0].strip() != before[1].strip():
+            elif before[0].strip() == before[1].strip():
+                dropped[EQUAL] += 1
+            elif sides is None:
                 dropped[NO_LENGTH] += 1
-            elif sides is None or sides[0].strip() == sides[1].strip():  # or they part behind the cut
+            elif sides[0].strip() == sides[1].strip():  # they part behind the cut
                 dropped[EQUAL] += 1
             else:
                 rows.append([prompt, *sides])

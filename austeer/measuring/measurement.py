@@ -78,10 +78,11 @@ class MeasureOptions:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise CaptureError(f"strategy: found {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
-        check_count("block_pairs", self.block_pairs, 2**20, "pairs held at a time", PairsError)
-        check_count("checkpoint_every", self.checkpoint_every, 2**62, "pairs", PairsError)
+        counts = {"block_pairs": (2**20, "pairs held at a time"), "checkpoint_every": (2**62, "pairs")}
         if self.batch_tokens is not None:
-            check_count("batch_tokens", self.batch_tokens, 2**40, "tokens in a batch", PairsError)
+            counts["batch_tokens"] = (2**40, "tokens in a batch")
+        for name, (largest, of) in counts.items():  # NumPy's integers become Python's: a checkpoint is JSON
+            object.__setattr__(self, name, check_count(name, getattr(self, name), largest, of, PairsError))
 
 
 class Measurement:

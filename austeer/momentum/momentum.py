@@ -238,7 +238,7 @@ def plan_of(
 def ascending(layers: Iterable[Any], count: int) -> tuple[int, ...]:
     """The layers that a file names; raises ValueError unless they are ascending numbers below ``count``."""
     found = tuple(layers)
-    if not found or any(type(n) is not int for n in found) or list(found) != sorted({*found} & {*range(count)}):
+    if not found or any(type(n) is not int or not 0 <= n < count for n in found) or list(found) != sorted({*found}):
         raise ValueError(f"layers {list(found)} are not ascending numbers below {count}")
     return found
 

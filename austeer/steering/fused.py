@@ -14,9 +14,9 @@ from austeer_kernels import reference
 from ..errors import SteeringError
 from ..models.linear import FLOATING
 from .columns import steer_columns
-from .hook_path import HookPath
+from .hook_path import HookPath, observable
 from .routing import NOBODY
-from .selfcheck import check_linear
+from .selfcheck import check_linear, checked_tensor
 
 steered_linear_op = torch.ops.austeer.steered_linear.default
 
@@ -34,6 +34,7 @@ class Fused(HookPath):
     def __init__(self, *args, limit: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.limit = limit
+        self._check_columns = self._check
 
     def bind(self, module: nn.Module) -> None:
         self._forward = cast(Callable[[Tensor], Tensor], module._old_forward)
@@ -50,9 +51,7 @@ class Fused(HookPath):
             return self._forward(x)
         linear, table, prologue = cast(nn.Linear, module), self.table, self.site.side == "input"
         if x.numel() > self.limit * x.shape[-1]:
-            if prologue:
-                return self._forward(steer_columns(x, table, rows, self.routing))
-            return steer_columns(self._forward(x), table, rows, self.routing)
+            return self._forward(self._columns(x, rows)) if prologue else self._columns(self._forward(x), rows)
         if x.dtype != linear.weight.dtype:
             raise SteeringError(
                 f"mode 'fused' at {self.site.path}: found {x.dtype} activations and a {linear.weight.dtype} weight "
@@ -70,6 +69,13 @@ class Fused(HookPath):
         if self._check and self.checks_now(x):
             check_linear(self, tokens, linear, rows, y)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _columns(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """The sparse kernel, whose first call is compared with the formula, too."""
+        if not self._check_columns or not observable(x):
+            return steer_columns(x, self.table, rows, self.routing)
+        self._check_columns = False
+        return checked_tensor(self, x, rows)(steer_columns(x, self.table, rows, self.routing))
 
 
 def why_not_fused(module: nn.Module | None, groups: Sequence = ()) -> str | None:

@@ -30,6 +30,11 @@ def expect_free(path: Path) -> None:
         )
 
 
+def observable(x: Tensor) -> bool:
+    """Whether values can be looked at now: outside compiled and captured graphs."""
+    return not torch.compiler.is_compiling() and not capturing(x.device)
+
+
 class HookPath(Path, Hook):
     """A path that is an accelerate hook on ``module``.
 
@@ -80,7 +85,7 @@ class HookPath(Path, Hook):
 
     def checks_now(self, x: Tensor) -> bool:
         """Whether this call is to be compared with the formula: the first outside compiled and captured graphs."""
-        if not self._check or torch.compiler.is_compiling() or capturing(x.device):
+        if not self._check or not observable(x):
             return False
         self._check = False
         return True

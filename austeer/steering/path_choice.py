@@ -98,9 +98,8 @@ def choose(
         no_fused = None if limit else "not measured to be faster here"
     if mode != "fold" and no_fused is None and projection is not None:
         fused.add(projection)
-        return Choice(
-            Fused, projection, asked or f"no fold: {no_fold}; fused up to {limit} tokens, then columns", limit
-        )
+        reason = f"{asked or f'no fold: {no_fold}'}; fused up to {limit} tokens, then columns"
+        return Choice(Fused, projection, reason, limit)
     if mode != "auto":
         raise SteeringError(
             f"mode {mode!r} is not possible at site {site.name!r} of layer {site.layer} ({site.path}): "

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileFormatError
+from ..version import __version__
 
 #: Makes a header of one version that of the next; raises ValueError where it is none of its version.
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -35,8 +36,6 @@ def write(path: Path, kind: str, version: int, header: dict[str, Any], tensors: 
 
 
 def _write(path: Path, kind: str, version: int, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    from ..version import __version__  # which imports this module
-
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared memory
     text = json.dumps(header, allow_nan=False)

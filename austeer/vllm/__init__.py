@@ -13,6 +13,7 @@ vLLM's own extension points, and nothing of vLLM is patched:
 The steering sets are named in the environment variable AUSTEER_SETS (:mod:`austeer.vllm.sets`).
 """
 
-from .plugin import register
+from ..plans.serving import KEY, PROCESSOR, VARIABLE
+from .plugin import ARCHITECTURES, register
 
-__all__ = ["register"]
+__all__ = ["ARCHITECTURES", "KEY", "PROCESSOR", "VARIABLE", "register"]

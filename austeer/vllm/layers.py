@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ..errors import SiteError
 from ..models.families import LAYOUTS, alternatives
-from ..models.linear import FLOATING
 from ..models.sites import SITE_NAMES, Fingerprint
 from ..plans.fit import check_architecture
 from ..plans.plan import Plan
 
 INPUT_SIDES = ("attention", "neuron")
+#: float64 would be computed in float32.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAME = "austeer"
 
 
@@ -44,7 +45,7 @@ class Steer(nn.Module):
 
     def change(self, x: Tensor) -> Tensor:
         """What is added to x, [tokens, width] of any floating dtype, as float32."""
-        if x.dtype not in FLOATING or x.dim() != 2 or x.shape[1] != self.width:
+        if x.dtype not in DTYPES or x.dim() != 2 or x.shape[1] != self.width:
             raise SiteError(
                 f"found a {x.dtype} tensor of {x.dim()} dimensions at a steered site, expected [tokens, {self.width}] "
                 "of float32, bfloat16 or float16; a quantised activation cannot be steered"

@@ -146,9 +146,10 @@ def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int]
     for row, plans in enumerate(sets, start=1):
         for plan, alpha in plans:
             for (site, layer), (units,) in units_by_layer([plan], plan.sites).items():
-                empty = torch.zeros(len(sets) + 1, plan.model.widths[site])
-                table = found.setdefault((site, layer), {}).setdefault(plan.operation, empty)
-                table[row, units.index] += sum(units.strengths(alpha, len(plan)))
+                terms = found.setdefault((site, layer), {})
+                if plan.operation not in terms:
+                    terms[plan.operation] = torch.zeros(len(sets) + 1, plan.model.widths[site])
+                terms[plan.operation][row, units.index] += sum(units.strengths(alpha, len(plan)))
     return {key: {term: found[key][term] for term in OPERATIONS if term in found[key]} for key in sorted(found)}
 
 

@@ -237,8 +237,8 @@ def steered_linear(
         epilogue:  s(x @ weight.T + bias)        prologue:  s(x) @ weight.T + bias
 
     Products are accumulated in float32 and the result is rounded once; the prologue also rounds s(x) to x's dtype.
-    On a GPU more than ``launch.MOST_TOKENS`` tokens take PyTorch's product and the sparse kernel, so that an epilogue's
-    product is rounded before it is steered.
+    On a GPU more than ``launch.MOST_TOKENS`` tokens take PyTorch's product, under its settings (TF32, reduced-precision
+    sums), and the sparse kernel, so that an epilogue's product is rounded before it is steered.
 
     Args:
         x: [tokens, in], floating point (float64 on a CPU only), columns adjacent.

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch.nn.utils import prune
 from transformers import LlamaConfig
 
 import austeer
@@ -249,3 +250,12 @@ def test_a_large_checkpoint_takes_little_memory(tmp_path):
         exact = ((2 * plan.beta[rows]).double()[:, None] * weight.double()).bfloat16()
         found = tensors[f"base_model.model.model.layers.{layer}.mlp.down_proj.lora_A.weight"]
         assert torch.equal(found[: len(rows)], exact) and not found[len(rows) :].any()
+
+
+def test_a_pruned_layer_without_aus_does_not_matter(tmp_path):
+    """The adapter has every layer of a kind; what is not edited need not be editable."""
+    model = tiny_model("llama")
+    plan = random_plan(model, "attention", 20)
+    prune.random_unstructured(model.model.layers[0].self_attn.o_proj, "weight", amount=0.5)
+    rest = plan.take((plan.layer > 0).nonzero().flatten())
+    assert tensors_of(export_lora(rest, model, tmp_path / "adapter"))

@@ -2,13 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from austeer import Pair, Pairs, PairsError
-from austeer.forward.tokens import tokenise
+from austeer.forward.tokens import length_limit, tokenise
 
 EXPECTED = [
     Pair("The soup was", " good", " bad"),
@@ -97,3 +98,9 @@ def test_a_text_without_a_token_is_named(demo):
     pairs = Pairs.of([("a", " b", " c"), ("d", " e", " f")])
     with pytest.raises(PairsError, match=r"p\.jsonl.*pair 40.*'a c'"):
         tokenise(Empty(), pairs, 10, source="p.jsonl", first=40)
+
+
+def test_a_limit_is_an_integer_of_python(tiny):
+    assert type(length_limit(tiny, np.int64(20))) is int
+    with pytest.raises(PairsError, match=r"max_length.*0.*at least 1"):
+        length_limit(tiny, 0)

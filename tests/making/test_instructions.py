@@ -48,7 +48,7 @@ def test_the_prompt_is_kept_without_the_instruction(answers, tmp_path):
 def test_what_is_left_out_is_counted(answers, tmp_path):
     table = [
         (" good.", " bad."),
-        (" same. ", " same."),
+        ("\n\n same enough.", " same enough."),
         ("", " bad."),
         (" Donaudampfschifffahrtsgesellschaft", " bad"),
         (" good, well, fine", " good and so on and so on and so on"),

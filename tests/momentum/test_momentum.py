@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import austeer
 from austeer import Counters, FileFormatError, Momentum, SelectionError
 from austeer.models.sites import Fingerprint
+from austeer.momentum.momentum import ascending
 from austeer.utils import files
 from naive_momentum import assert_like, numbered_pairs
 
@@ -147,3 +148,11 @@ def test_inconsistent_file(tiny, demo, tmp_path, change):
         return
     with pytest.raises(FileFormatError, match=r"m\.safetensors: inconsistent"):
         Momentum.load(path)
+
+
+@pytest.mark.parametrize("layers", [[], [1, 0], [0, 0], [0, 10**9], [-1], [True], [0.0]])
+def test_layers_of_a_file_ascend_below_the_models(layers):
+    """Also of a header that claims more layers than memory has room for."""
+    assert ascending([0, 2, 10**9 - 1], 10**9) == (0, 2, 10**9 - 1)
+    with pytest.raises(ValueError, match=r"layers"):
+        ascending(layers, 10**9)

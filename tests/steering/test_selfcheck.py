@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering import columns, fold, selfcheck
+from austeer.steering import columns, fold, fused, selfcheck
 from austeer_kernels import reference
 from dense_formula import OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
 from tiny_models import tiny_model
@@ -69,6 +69,17 @@ def test_a_wrong_fused_kernel_is_found(tiny, tiny_ids, monkeypatch, site):
             austeer.steer(tiny, random_plan(tiny, site, 60), 2.0, mode="fused"),
         ):
             tiny(**tiny_ids)
+
+
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_what_runs_beyond_the_fused_kernels_tokens_is_checked_too(tiny, monkeypatch, site):
+    ids = {"input_ids": torch.randint(3, 999, (5, 20), generator=torch.Generator().manual_seed(0))}
+    monkeypatch.setattr(fused, "steer_columns", lambda x, *_: x)
+    with (
+        pytest.raises(austeer.SteeringError, match=r"self-check.*fused"),
+        austeer.steer(tiny, random_plan(tiny, site, 60), 2.0, mode="fused"),
+    ):
+        tiny(**ids)
 
 
 @pytest.mark.parametrize("site", ["attention", "ffn"])

@@ -13,7 +13,7 @@ from austeer.tasks import Item, Task
 from austeer.tuning import compare, tune
 from austeer.tuning import scorer as scoring
 from austeer.tuning.compare import parse_methods
-from austeer.tuning.data import Parts, split
+from austeer.tuning.data import Parts, digest_of, split
 from austeer.tuning.schedule import Costs
 from searches import NEUTRAL, NOUNS, material_of, words
 
@@ -40,6 +40,19 @@ def tuned(loaded, tmp_path_factory):
     """What the search of all the defaults finds, and the folder that it keeps its record in."""
     folder = tmp_path_factory.mktemp("tuned")
     return tune(*loaded, split(task_of()), folder=folder, **FEW), folder
+
+
+def test_a_users_neutral_texts_are_for_choosing_and_for_the_report_in_turns(tuned):
+    found = tuned[0].settings["neutral"]
+    assert found == {"tune": digest_of(NEUTRAL[::2]), "test": digest_of(NEUTRAL[1::2])}
+    assert found["tune"] != found["test"]
+
+
+def test_the_evidence_has_the_side_effect_of_what_was_tried_at_the_limit(tuned):
+    *tried, held_out = tuned[0].plan.evidence.tested
+    chosen = tuned[0].chosen
+    at_limit = [t.kl for t in tuned[0].trials if t.fraction == 1 and t.alpha == chosen.alpha]
+    assert held_out.side_effect is not None and tried[-1].side_effect in at_limit
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

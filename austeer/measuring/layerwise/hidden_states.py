@@ -103,12 +103,10 @@ class HiddenStates:
                 for name in _FILES:
                     with (self._folder / name).open("r+b" if resume else "w+b") as file:
                         self._map(file, self._folder)
-            except OSError as error:
-                raise _unwritable(self._folder, error) from error
-            except ScratchError:
+            except (OSError, ScratchError) as error:
                 if not resume:
                     self.delete()
-                raise
+                raise _unwritable(self._folder, error) if isinstance(error, OSError) else error from error.__cause__
             return "file"
         if device.type != "cpu" and self.size <= room:
             self._copies = [torch.empty(count, dtype=self._dtype, device=device)]

@@ -102,6 +102,15 @@ def test_folder_that_cannot_be(tmp_path, lasting):
         states_of(memory=0, folder=tmp_path / "taken", persistent=lasting)
 
 
+def test_a_file_that_cannot_be_opened_leaves_no_other_behind(tmp_path):
+    folder = tmp_path / "states"
+    folder.mkdir()
+    (folder / "hidden-states-1.bin").symlink_to("hidden-states-1.bin")
+    with pytest.raises(ScratchError, match=r"states.*written"):
+        persistent(folder)
+    assert not folder.exists()
+
+
 def test_input_stays_whole_until_the_output_is(tmp_path):
     states = persistent(tmp_path)
     assert states.size == 2 * 17 * 4 * 4 and states.place == "file"
