@@ -136,9 +136,14 @@ def test_the_logits_processor_is_one_for_both_model_runners(state):
 
 
 def test_a_model_that_is_not_steered_stops_the_start(configure, monkeypatch):
-    """Here nobody has called ``register`` since the sets were named, as where VLLM_PLUGINS leaves the plugin out."""
+    """As where VLLM_PLUGINS leaves the plugin out, so that vLLM's own class runs the model."""
+    from vllm import ModelRegistry
+
     from austeer.vllm.requests import Requests
 
+    # An engine that ran in this process before may have registered ours; afterwards that is back.
+    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", ModelRegistry.models["LlamaForCausalLM"])
+    ModelRegistry.register_model("LlamaForCausalLM", "vllm.model_executor.models.llama:LlamaForCausalLM")
     monkeypatch.setenv(VARIABLE, '{"kind": {"plan": "a", "alpha": 1}}')
     with pytest.raises(ServingError, match=r"LlamaForCausalLM.*vllm\."):
         Requests(configure(), None)
