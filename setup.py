@@ -53,7 +53,7 @@ EXTRAS = {
         "bitsandbytes>=0.48; platform_system == 'Linux'",
         "ruff>=0.14",
         "mypy>=1.18",
-        "import-linter>=2.17,<3",
+        "import-linter>=2.14,<3",
     ],
 }
 
