@@ -12,7 +12,7 @@ from austeer import CaptureError, Pairs, SelectionError
 from austeer.baselines import arms
 from austeer.baselines.heads import attention_sites, head_size
 from austeer.baselines.iti import rank_heads, train_half
-from austeer.baselines.pair_activations import pair_activations
+from austeer.baselines.pair_activations import PairActivations, pair_activations
 from austeer.baselines.probes import fit
 from austeer.demo.demo import load_data
 from austeer.models.sites import find_sites
@@ -175,3 +175,8 @@ def test_broken_activations(tiny_of, demo):
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
     with pytest.raises(CaptureError, match=r"NaN.*'attention'"):
         arms("iti", material, sites=["ffn"], ks=[1])
+
+
+def test_equal_activations_count_for_neither_side():
+    found = PairActivations(torch.tensor([[[1.0, 2.0, 1.0]]]), torch.tensor([[[1.0, 1.0, 2.0]]]), [0]).counters()
+    assert found.positive.tolist() == [[0, 1, 0]] and found.negative.tolist() == [[0, 0, 1]]

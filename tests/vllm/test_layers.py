@@ -115,7 +115,10 @@ def test_one_rounding_of_the_formula(seed, dtype):
 
 def test_a_tensor_that_is_no_activation_is_refused():
     steer = Steer({"shift": torch.ones(2, 16)}, torch.zeros(8, dtype=torch.int32))
-    for x in (torch.zeros(5, 16, dtype=torch.int8), torch.zeros(5, 8), torch.zeros(1, 5, 16)):
+    for x in (
+        *(torch.zeros(5, 16, dtype=dtype) for dtype in (torch.int8, torch.float64)),
+        *(torch.zeros(5, 8), torch.zeros(1, 5, 16)),
+    ):
         with pytest.raises(SiteError, match=r"\[tokens, 16\]"):
             steer(x)
 
