@@ -6,5 +6,3 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 #: Real task data, beside the checkout; what needs it skips where it is absent.
 SHARED_DATA = ROOT.parent / "shared" / "data"
-#: What a program started by a test needs in PYTHONPATH to import what the tests import.
-PYTHONPATH = [str(ROOT), str(ROOT / "kernels"), str(TESTS)]

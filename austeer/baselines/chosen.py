@@ -1,4 +1,4 @@
-"""AUs of a site in an order, as a plan with the beta and delta that were measured."""
+"""Choices of AUs that several methods share: at random, and by mean difference."""
 
 from __future__ import annotations
 

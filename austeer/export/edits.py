@@ -166,14 +166,9 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
         site = sites[name][layer]
         for entry in entries:
             if reason := why_not_linear(site, entry.operation):
-                other = "select at 'attention' or 'ffn'" if not site.parts else "use plan.with_operation('scale')"
-                if entry.operation == "push" and site.parts:
-                    other = "use plan.with_operation('scale' or 'shift')"
-                elif site.parts:  # shift in a mixture of experts
-                    other += ", or select at 'attention'"
                 raise ExportError(
                     f"site {name!r} of layer {layer}, operation {entry.operation!r}: {reason}, so it is no edit of "
-                    f"weights; {other}, or steer at run time (austeer.steer, or austeer's plugin in vLLM)"
+                    f"weights; {_instead(site, entry.operation)}, or steer at run time (austeer.steer, or austeer's plugin in vLLM)"
                 )
         _check_site(model, site, checked)
         strengths = summed(entries, plans)
@@ -182,6 +177,15 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
             edit.sites.append(name)
             setattr(edit, site.side, strengths)
     return list(edits.values())
+
+
+def _instead(site: Site, operation: str) -> str:
+    """What is an edit of weights where steering at a site with an operation is none."""
+    if not site.parts:
+        return "select at 'attention' or 'ffn'"
+    if operation == "push":
+        return "use plan.with_operation('scale' or 'shift')"
+    return "use plan.with_operation('scale'), or select at 'attention'"  # shift in a mixture of experts
 
 
 def summed(entries: Sequence[LayerUnits], plans: Sequence[tuple[Plan, float]]) -> Strengths:

@@ -101,12 +101,11 @@ class HiddenStates:
                 (self._folder / _HEADER).unlink(missing_ok=True)  # before its files are written over
             try:
                 for name in _FILES:
-                    with (self._folder / name).open("r+b" if resume else "w+b") as file:
-                        self._map(file, self._folder)
-            except (OSError, ScratchError) as error:
+                    self._open(self._folder, name, resume)
+            except ScratchError:
                 if not resume:
                     self.delete()
-                raise _unwritable(self._folder, error) if isinstance(error, OSError) else error from error.__cause__
+                raise
             return "file"
         if device.type != "cpu" and self.size <= room:
             self._copies = [torch.empty(count, dtype=self._dtype, device=device)]
@@ -134,6 +133,13 @@ class HiddenStates:
             raise ScratchError(
                 f"{folder}: another run keeps its hidden states here; give each run and process a folder of its own"
             ) from error
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+    def _open(self, folder: Path, name: str, resume: bool) -> None:
+        try:
+            with (folder / name).open("r+b" if resume else "w+b") as file:
+                self._map(file, folder)
         except OSError as error:
             raise _unwritable(folder, error) from error
 
