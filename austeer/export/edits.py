@@ -168,7 +168,8 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
             if reason := why_not_linear(site, entry.operation):
                 raise ExportError(
                     f"site {name!r} of layer {layer}, operation {entry.operation!r}: {reason}, so it is no edit of "
-                    f"weights; {_instead(site, entry.operation)}, or steer at run time (austeer.steer, or austeer's plugin in vLLM)"
+                    f"weights; {_instead(site, entry.operation)}, or steer at run time (austeer.steer, or austeer's "
+                    "plugin in vLLM)"
                 )
         _check_site(model, site, checked)
         strengths = summed(entries, plans)
