@@ -19,7 +19,7 @@ from austeer_kernels import launch
 from ..models import linear
 from ..models.sites import Site
 from ..plans.fit import why_no_edit
-from ..steering.columns import dense_costs_less
+from ..steering.forms import most_elements
 from ..steering.fused import why_not_fused
 
 #: Bytes of the tables' entries.
@@ -187,7 +187,7 @@ def columns(place: Place, target: Target) -> Work:
         each = 4 if place.operation == "push" else 3
         kernel = _op([t * size, place.count * (INDEX + 2 * STRENGTH)], t * size, each * t)
         return kernel + Work(padding=2 * _scattered(place, target))
-    if dense_costs_less(place.values, place.count, place.width):
+    if place.values <= most_elements("cpu", place.count, place.width):
         return _in_place(place)
     return _sparse_on_cpu(place) + Work(padding=2 * _scattered(place, target))
 
