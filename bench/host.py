@@ -234,7 +234,8 @@ def measure(model: nn.Module, batch: int, rounds: int, walk: int) -> dict[str, A
             if variant is not None:
                 attached: AbstractContextManager = variant.attached(own, batch)
                 path = variant.path(stack.enter_context(attached))
-            subjects[name], rows[name] = Subject(own, model, batch), {"path": path}
+            # A twin of its own: where a module lies in memory changes what it takes with cold caches.
+            subjects[name], rows[name] = Subject(own, copy.deepcopy(model), batch), {"path": path}
         gc.collect()
         for key, count, sample in (
             ("us_by_itself", rounds, lambda subject, number: subject.warm(number)),
