@@ -2,11 +2,11 @@
 
     python -m bench.host [--cold] [--rounds 40] [--json]
 
-The MLPs of a narrow Llama with random weights are called one after the other under every variant, in turns with an
-unsteered twin's, so that nothing else is in the difference. On a CPU with one thread this is time to the end; on a GPU
+Each MLP of a narrow Llama with random weights is called under every variant, in turns with that of an unsteered twin,
+so that nothing else is in the difference. On a CPU with one thread this is time to the end; on a GPU
 the time until everything is queued, and the GPU is waited for between the runs, not inside them.
 
-Warm, the MLPs are called over and over. ``--cold`` measures each call by itself too, after a walk over more memory than
+Warm, an MLP is called over and over. ``--cold`` measures single calls too, each after a walk over more memory than
 the caches hold: in a real model the weights of every layer sweep them, and what is called once a layer is read anew.
 """
 
@@ -38,8 +38,8 @@ from .plain_ways import AGAIN
 from .plans import spread_plan
 
 SITE, AUS_A_LAYER, ALPHA, WIDTH = "ffn", 10, 0.5, 64
-#: Tokens of the prompt; passes over all sites in a warm sample.
-PROMPT, CALLS = 8, 10
+#: Tokens of the prompt; warm calls of a site in a sample, few enough that other processes seldom come between.
+PROMPT, CALLS = 8, 20
 #: Evicted by a walk over twice the last-level cache, or over this much where its size is not known.
 DEFAULT_WALK = 64 * 2**20
 #: The most host us a site may take with warm caches: one operation, and what needs more; and with cold ones.
@@ -172,31 +172,29 @@ class Subject:
         model(prompt[:, :1], past_key_values=cache, use_cache=True)  # a scope and rows hold for the last pass
 
     @torch.no_grad()
-    def warm(self, number: int) -> float:
-        """Host us that steering adds to a call, the mean over all sites and ``CALLS`` passes. number: of the round."""
-        order = (0, 1) if number % 2 else (1, 0)
-        took = [0.0, 0.0]
-        for which in order:
-            several = [pair[which] for pair in self.pairs] * CALLS
-            took[which] = seconds(partial(self._each, several), self.x.device) / len(several)
-        return (took[0] - took[1]) * 1e6
+    def added(self, number: int, evict: Callable[[], object] | None = None) -> float:
+        """Host us that steering adds to a call, the median over all sites; a warm one, or one after ``evict``.
 
-    def _each(self, several: list[nn.Module]) -> None:
-        x = self.x
-        for module in several:
-            module(x)
-
-    @torch.no_grad()
-    def cold(self, number: int, evict: Callable[[], object]) -> float:
-        """Host us that steering adds to a call after ``evict``, the median over all sites."""
-        added = []
+        Args:
+            number: of the round; the order of a site and its twin changes with it.
+        """
+        found = []
         for place, pair in enumerate(self.pairs):
             took = [0.0, 0.0]
             for which in (0, 1) if (number + place) % 2 else (1, 0):
-                evict()
-                took[which] = seconds(partial(pair[which], self.x), self.x.device)
-            added.append((took[0] - took[1]) * 1e6)
-        return statistics.median(added)
+                if evict is None:
+                    pair[which](self.x)
+                else:
+                    evict()
+                calls = 1 if evict else CALLS
+                took[which] = seconds(partial(self._call, pair[which], calls), self.x.device) / calls
+            found.append((took[0] - took[1]) * 1e6)
+        return statistics.median(found)
+
+    def _call(self, module: nn.Module, times: int) -> Tensor:
+        for _ in range(times):
+            y = module(self.x)
+        return y
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -237,16 +235,14 @@ def measure(model: nn.Module, batch: int, rounds: int, walk: int) -> dict[str, A
             # A twin of its own: where a module lies in memory changes what it takes with cold caches.
             subjects[name], rows[name] = Subject(own, copy.deepcopy(model), batch), {"path": path}
         gc.collect()
-        for key, count, sample in (
-            ("us_by_itself", rounds, lambda subject, number: subject.warm(number)),
-            ("us_cold", max(2, rounds // 2), lambda subject, number: subject.cold(number, memory.sum)),
-        ):
-            if key == "us_cold" and not walk:
-                continue
+        kinds: dict[str, tuple[int, Callable[[], object] | None]] = {"us_by_itself": (rounds, None)}
+        if walk:
+            kinds["us_cold"] = (max(2, rounds // 2), memory.sum)
+        for key, (count, evict) in kinds.items():
             found: dict[str, list[float]] = {name: [] for name in subjects}
             for number in range(count + 1):  # one more, not counted, warms up
                 for name, subject in subjects.items():
-                    value = sample(subject, number)
+                    value = subject.added(number, evict)
                     if number:
                         found[name].append(value)
             for name, values in found.items():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench import host, report
 
@@ -76,15 +77,22 @@ def test_sites_are_steered_while_they_are_timed_and_the_twin_s_are_not(model, mo
     own, walks = copy.deepcopy(model), []
     with host.variants(model)["rows of three plans"].attached(own, 4):
         subject = host.Subject(own, model, 4)
-        first, second = subject.cold(0, lambda: walks.append(1)), subject.cold(1, lambda: walks.append(1))
-        assert len(walks) == len(results) == 8, "each of two sites and of their twins by itself"
-        # in round 0 the first site comes after its twin, the second before; in round 1 the other way round
-        assert first == pytest.approx(0, abs=1e-9) and second == pytest.approx(0, abs=1e-9)
-        for a, b in zip(results[::2], results[1::2]):
-            differs = [not torch.equal(one, other) for one, other in zip(a, b)]
-            assert differs == [True, False, True, True]  # the second row has no plan
-        calls = 2 * host.CALLS
-        assert subject.warm(1) == pytest.approx(-1 / calls) and subject.warm(2) == pytest.approx(1 / calls)
+        # of two sites one comes before its twin and the other after it, so the two differences cancel
+        for number, walk in ((0, lambda: walks.append(1)), (1, lambda: walks.append(1)), (0, None)):
+            assert subject.added(number, walk) == pytest.approx(0, abs=1e-9)
+    assert len(walks) == 8 and len(results) == 12, "each of two sites and of their twins by itself"
+    for first, second in zip(results[::2], results[1::2]):
+        differs = [not torch.equal(one, other) for one, other in zip(first, second)]
+        assert differs == [True, False, True, True]  # the second row has no plan
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_what_is_timed_is_what_steering_adds_to_a_call(model, monkeypatch, cold):
+    own = copy.deepcopy(model)
+    subject, steered = host.Subject(own, model, 1), set(host.modules(own))
+    taken = {True: 7e-6, False: 2e-6}
+    monkeypatch.setattr(host, "seconds", lambda call, device: call.args[1] * taken[call.args[0] in steered])
+    assert subject.added(1, (lambda: None) if cold else None) == pytest.approx(5)
 
 
 def test_the_walk_is_over_twice_the_largest_cache(tmp_path):
@@ -106,18 +114,27 @@ def command(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_the_table_fits_a_terminal_and_has_every_goal(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert command("--cold") == 0
+def test_the_table_fits_a_terminal_and_has_every_goal(model, capsys):
+    us = {"median": -123.45, "low": -1234.5, "high": 123.4, "rounds": 40}
+    known = host.variants(model)
+    rows = {name: {"path": "columns", "us_by_itself": us, "us_cold": us} for name in known}
+    goals = [one for name in known for one in host.goal(name, known[name], rows[name])]
+    console = Console(width=80)
+    for table in host.tables({"batches": [{"batch": 1, "variants": rows, "goals": goals}]}):
+        console.print(table)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert max(map(len, lines)) <= 80
-    names = list(host.variants(host.build_model(1, CPU, torch.float32)))
-    for name in names:
-        assert sum(line.startswith(f"{name}  ") for line in lines) == 2, name
-    for name, goals in {"shift, columns": [3, 12], "push": [5, 12], "dense hook": []}.items():
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    for name, most in {"shift, columns": [3, 12], "push": [5, 12], "dense hook": []}.items():
         found = [line for line in lines if line.startswith(f"{name}  ")]
-        assert [f"at most {most}: " in line for line, most in zip(found, goals)] == [True] * len(goals)
-        assert any("at most" in line for line in found) == bool(goals)
+        assert len(found) == 2 and all("-123.5 [-1234.5, 123.4]" in line for line in found)
+        assert [line.partition("at most ")[2] for line in found if "at most" in line] == [f"{n}: met" for n in most]
+
+
+def test_the_command_prints_both_tables(command, capsys):
+    assert command("--cold") == 0
+    printed = capsys.readouterr().out
+    for name in host.variants(host.build_model(1, CPU, torch.float32)):
+        assert sum(line.startswith(f"{name}  ") for line in printed.splitlines()) == 2, name
 
 
 def test_the_result(command, tmp_path, capsys):
