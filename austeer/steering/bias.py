@@ -53,7 +53,7 @@ class Slot:
         """Sets the module's bias to what it was and the sum of the parts, in place.
 
         Args:
-            like: gives a bias that is made its size, dtype and device.
+            like: from :func:`bias_like`; it becomes the bias of a module that has none and had none before.
         """
         if self._written is None:
             self._begin(module, like)
@@ -96,8 +96,7 @@ class Slot:
         if bias is None:
             made = self._made
             if made is None or (made.shape, made.dtype, made.device) != (like.shape, like.dtype, like.device):
-                with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
-                    made = torch.zeros_like(like)
+                made = like
             self._made = bias = made
             # A parameter would be offloaded and be in the state dict, and one that is None hides a buffer of its name.
             self._order = list(module._parameters)
@@ -215,17 +214,17 @@ def bias_of_copy(module: nn.Module) -> bool:
 
 
 def bias_like(model: nn.Module, module: nn.Module, outputs: int) -> Tensor:
-    """An empty tensor of the size, dtype and device of the bias that a linear layer has or would have."""
+    """The bias that a linear layer has, or one for it, of its size, in its dtype, where it runs."""
     bias, weight = module._parameters.get("bias"), module._parameters.get("weight")
     if bias is not None:
-        return torch.empty_like(bias, requires_grad=False)
+        return bias.detach()
     device = input_device(model) if weight is None else weight.device
     if device.type == "meta":  # it is loaded to where it runs
         found = (getattr(hook, "execution_device", None) for hook in hooks_on(module))
         device = torch.device(next((place for place in found if place is not None), input_device(model)))
     dtype = weight.dtype if weight is not None and weight.is_floating_point() else floating_dtype(model)
-    with torch.inference_mode(False):
-        return torch.empty(outputs, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
+        return torch.zeros(outputs, dtype=dtype, device=device)
 
 
 def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
