@@ -175,55 +175,53 @@ def steered_linear(
     y = torch.empty((tokens, n_width), dtype=x.dtype, device=x.device)
     if tokens == 0 or n_width == 0:
         return y
-    # Gathered gamma and shift tiles take registers and shared memory, so these launches have entries of their own.
-    op = "steered_linear" if row_plan is None else "steered_linear_rows"
+    if launch.elsewhere(x):
+        with torch.cuda.device(x.device):
+            return steered_linear(x, weight, bias, gamma, shift, prologue, magnitude, row_plan)
+    op = launch.form(prologue, row_plan is not None)
     s = launch.settings(op, tokens, n_width, k_width, x.dtype, x.device)
-    n_blocks, t_blocks = triton.cdiv(n_width, s.block_n), triton.cdiv(tokens, s.block_m)
-    with launch.on_device(x.device):
-        split = s.splits > 1
-        out = y
-        if split:
-            out = torch.empty((s.splits, tokens, n_width), dtype=torch.float32, device=x.device)
-        steered_linear_kernel[(n_blocks, s.splits, t_blocks)](
-            x,
-            weight,
-            None if split else bias,
+    split = s.splits > 1
+    out = torch.empty((s.splits, tokens, n_width), dtype=torch.float32, device=x.device) if split else y
+    steered_linear_kernel[(-(-n_width // s.block_n), s.splits, -(-tokens // s.block_m))](
+        x,
+        weight,
+        None if split else bias,
+        gamma,
+        shift,
+        row_plan if prologue or not split else None,
+        out,
+        tokens,
+        n_width,
+        k_width,
+        -(-k_width // (s.block_k * s.splits)),
+        x.stride(0),
+        weight.stride(0),
+        SPLIT=split,
+        PROLOGUE=prologue,
+        MAGNITUDE=magnitude and (prologue or not split),
+        BLOCK_T=s.block_m,
+        BLOCK_N=s.block_n,
+        BLOCK_K=s.block_k,
+        NUM_STAGES=s.num_stages,
+        num_warps=s.num_warps,
+    )
+    if split:
+        steered_finish_kernel[(tokens, -(-n_width // FINISH_BLOCK_N))](
+            out,
+            bias,
             gamma,
             shift,
-            row_plan if prologue or not split else None,
-            out,
+            None if prologue else row_plan,
+            y,
             tokens,
             n_width,
-            k_width,
-            triton.cdiv(triton.cdiv(k_width, s.block_k), s.splits),
-            x.stride(0),
-            weight.stride(0),
-            SPLIT=split,
-            PROLOGUE=prologue,
-            MAGNITUDE=magnitude and (prologue or not split),
-            BLOCK_T=s.block_m,
-            BLOCK_N=s.block_n,
-            BLOCK_K=s.block_k,
-            NUM_STAGES=s.num_stages,
-            num_warps=s.num_warps,
+            s.splits,
+            EPILOGUE=not prologue,
+            MAGNITUDE=magnitude and not prologue,
+            BLOCK_T=1,
+            BLOCK_N=FINISH_BLOCK_N,
+            num_warps=FINISH_WARPS,
         )
-        if split:
-            steered_finish_kernel[(tokens, triton.cdiv(n_width, FINISH_BLOCK_N))](
-                out,
-                bias,
-                gamma,
-                shift,
-                None if prologue else row_plan,
-                y,
-                tokens,
-                n_width,
-                s.splits,
-                EPILOGUE=not prologue,
-                MAGNITUDE=magnitude and not prologue,
-                BLOCK_T=1,
-                BLOCK_N=FINISH_BLOCK_N,
-                num_warps=FINISH_WARPS,
-            )
     return y
 
 
