@@ -94,7 +94,7 @@ def choose(
         no_fused = "fused already"
     limit = launch.MOST_TOKENS
     if no_fused is None and mode == "auto":
-        limit = measured_limit(projection)
+        limit = measured_limit(projection, site.side == "input")
         no_fused = None if limit else "not measured to be faster here"
     if mode != "fold" and no_fused is None and projection is not None:
         fused.add(projection)
@@ -108,11 +108,12 @@ def choose(
     return Choice(Columns, module, f"no fold: {no_fold}; no fused: {no_fused}")
 
 
-def measured_limit(projection: nn.Module | None) -> int:
+def measured_limit(projection: nn.Module | None, at_input: bool) -> int:
     """Up to how many tokens the fused kernel is faster on this device; 0 where nobody has measured it."""
     if not isinstance(projection, nn.Linear) or projection.weight.device.type != "cuda":
         return 0
-    return launch.fused_up_to(*projection.weight.shape, projection.weight.dtype, projection.weight.device)
+    weight = projection.weight
+    return launch.fused_up_to(*weight.shape, weight.dtype, weight.device, at_input=at_input)
 
 
 def make_path(

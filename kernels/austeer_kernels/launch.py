@@ -163,7 +163,7 @@ _preferred: list[Table] = []
 
 @functools.cache
 def tables() -> tuple[Table, ...]:
-    """All tables, those that name devices before those for any device, ``default.json`` last."""
+    """All tables: that of one device, those that others use too, those for any device; ``default.json`` last."""
     found: list[Table] = []
     for file in sorted(TABLES.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def tables() -> tuple[Table, ...]:
         fused = tuple(_row(file, Limit, row) for row in content.get("fused", ()))
         architectures, devices = tuple(content["architectures"]), tuple(content["devices"])
         found.append(Table(file.stem, content["source"], architectures, devices, entries, fused))
-    return (*_preferred, *sorted(found, key=lambda t: (t.file == "default", t.devices == ("*",), t.file)))
+    return (*_preferred, *sorted(found, key=lambda t: (t.file == "default", t.devices == ("*",), len(t.devices), t.file)))
 
 
 def forget() -> None:

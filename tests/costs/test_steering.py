@@ -228,7 +228,7 @@ def test_the_fused_kernel_on_a_gpu_is_launched_as_predicted():
     seen = set()
     for tokens, inputs, outputs in itertools.product((1, 8, 64), (64, 4096), (64, 4096)):
         place = Place(tokens, outputs, 4, torch.bfloat16, "scale", projection=(inputs, outputs))
-        taken = launch.settings("steered_linear", tokens, outputs, inputs, torch.bfloat16, here)
+        taken = launch.settings("steered_linear_output", tokens, outputs, inputs, torch.bfloat16, here)
         splits = taken.splits
         work = fused(place, interpreter)
         seen.add(splits > 1)
