@@ -117,9 +117,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=command.rounds, help="default: 15, quick: 3; at least 2")
     options = parser.parse_args(argv)
     whole = options.tokens is None and not options.quick
-    of = settings if options.write_table else sys.modules[__name__]
-    options.shapes = options.shapes or (QUICK_SHAPES if options.quick else of.SHAPES)
-    options.tokens = sorted(options.tokens or (QUICK_TOKENS if options.quick else of.TOKENS))
+    shapes, tokens = (settings.SHAPES, settings.TOKENS) if options.write_table else (SHAPES, TOKENS)
+    options.shapes = options.shapes or (QUICK_SHAPES if options.quick else shapes)
+    options.tokens = sorted(options.tokens or (QUICK_TOKENS if options.quick else tokens))
     options.rounds = options.rounds or (3 if options.quick else 15)
     if options.table_from:
         return options

@@ -1,8 +1,8 @@
 """Times settings for every kernel on a GPU, to write its table from: a result of kind "settings".
 
 Each form of the projection is timed beside PyTorch's plain product, the product with the sparse kernel, and the kernel
-with the settings of today ("now"); all in CUDA graphs, in turns, on rotated inputs. Settings that do not fit the device,
-or give a wrong result, are counted as bad and get no time.
+with the settings of today ("now"); all in CUDA graphs, in turns, on rotated inputs. Settings that do not fit the
+device, or give a wrong result, are counted as bad and get no time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ TOKENS = (1, 16, 64)
 SPLITS = (1, 2, 4, 8)
 #: block_n, block_k, warps, stages, by bytes of a value.
 TILES = {
-    2: ((32, 128, 4, 5), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (128, 64, 8, 4))
-    + ((128, 128, 8, 3), (128, 128, 8, 4)),
+    2: (
+        *((32, 128, 4, 5), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 5)),
+        *((64, 256, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3), (128, 128, 8, 4)),
+    ),
     4: ((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3)),
 }
 #: Width, tokens and selected columns; block_m, block_n, warps.
@@ -37,7 +39,7 @@ COLUMNS += ((4096, 1, 10), (4096, 16, 10), (4096, 4096, 10))
 COLUMNS_BLOCKS = ((1, 128, 4), (1, 64, 2), (1, 32, 1), (2, 32, 1), (8, 16, 4), (8, 64, 4), (16, 16, 4), (16, 128, 4))
 #: Pairs and columns; block_m, block_n, warps, stages, programs a multiprocessor.
 COUNTING = (1000, 131072)
-COUNTING_BLOCKS = tuple((*size, 4, *rest) for size in ((4, 256), (8, 128)) for rest in itertools.product((3, 4), (2, 4)))
+COUNTING_BLOCKS = tuple(itertools.product((4, 8), (256, 128), (4,), (3, 4), (2, 4)))
 #: A quick run tries two of each, at small shapes.
 QUICK_COLUMNS, QUICK_COUNTING = ((40, 3, 10), (40, 3, 100)), (6, 100)
 NOW = "now"
@@ -80,8 +82,7 @@ def candidates(tokens: int, dtype: torch.dtype) -> list[dict[str, int]]:
     block_m = max(16, 1 << (tokens - 1).bit_length())
     names = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "splits")
     return [
-        dict(zip(names, (block_m, *tile, splits)))
-        for tile, splits in itertools.product(TILES[dtype.itemsize], SPLITS)
+        dict(zip(names, (block_m, *tile, splits))) for tile, splits in itertools.product(TILES[dtype.itemsize], SPLITS)
     ]
 
 

@@ -148,7 +148,7 @@ def _constants(entry: launch.Entry) -> tuple[str, dict[str, Any]]:
 
 def jobs(target: str) -> list[Job]:
     """Everything that is compiled for one target; entries that differ only in their shapes are compiled once."""
-    listed = {}
+    listed: dict[tuple, Job] = {}
 
     def add(kernel: str, dtype: str, setting: str, constants: dict[str, Any], variant: dict[str, Any], **rest) -> None:
         flags = [f"{name.lower()}={int(value)}" for name, value in variant.items() if isinstance(value, bool)]

@@ -75,8 +75,7 @@ def test_the_table_that_names_a_device_wins(fresh, tmp_path, monkeypatch):
     write_table(tmp_path, "a-h200", [entry(128)], architectures=["sm_90"], devices=["*H200*", "*H100*"])
     write_table(tmp_path, "h200", [entry(64)], architectures=["sm_90"], devices=["*H200*"])
     found = [
-        launch.entries_for(OUTPUT, 1, torch.float32, *d)[0].block_m
-        for d in (H200, H100, ("sm_90", "NVIDIA H20"), A100)
+        launch.entries_for(OUTPUT, 1, torch.float32, *d)[0].block_m for d in (H200, H100, ("sm_90", "NVIDIA H20"), A100)
     ]
     assert found == [64, 128, 32, 16]
     # A device of this architecture can be given the first three; the last is covered by "hopper".
