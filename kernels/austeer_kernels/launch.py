@@ -171,10 +171,8 @@ def tables() -> tuple[Table, ...]:
         fused = tuple(_row(file, Limit, row) for row in content.get("fused", ()))
         architectures, devices = tuple(content["architectures"]), tuple(content["devices"])
         found.append(Table(file.stem, content["source"], architectures, devices, entries, fused))
-    return (
-        *_preferred,
-        *sorted(found, key=lambda t: (t.file == "default", t.devices == ("*",), len(t.devices), t.file)),
-    )
+    found.sort(key=lambda t: (t.file == "default", t.devices == ("*",), len(t.devices), t.file))
+    return (*_preferred, *found)
 
 
 def forget() -> None:
