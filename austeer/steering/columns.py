@@ -53,7 +53,10 @@ class Columns(RunPath):
             operands = [table.operands or () for table in self.tables]
         else:
             rows = rows.long()
-            operands = [tuple(t.view(x.shape) for t in table.spread(rows)) for table in self.tables]
+            operands = [
+                tuple(t.view(x.shape) if t.numel() == x.numel() else t for t in table.spread(rows))
+                for table in self.tables
+            ]
         self.shorten(x, operands, key)
         return operands
 
