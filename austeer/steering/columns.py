@@ -105,5 +105,6 @@ def steer_columns(x: Tensor, table: StrengthTable, rows: Tensor | None, routing:
         if table.shifts:
             y.add_(shift)
         return x
-    steer_columns_op(x.view(-1, x.shape[-1]), table.index, table.gamma, table.shift, table.magnitude, rows)
+    index = table.index.expand(table.gamma.shape)
+    steer_columns_op(x.view(-1, x.shape[-1]), index, table.gamma, table.shift, table.magnitude, rows)
     return x

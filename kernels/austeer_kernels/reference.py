@@ -80,7 +80,7 @@ def steered(x: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool) -> Tensor:
     """x + gamma * (|x| if magnitude else x) + shift, in the dtype of ``x``; differentiable."""
     if gamma.dtype != x.dtype:  # a cast that changes nothing still costs a microsecond, and decoding counts them
         gamma, shift = gamma.to(x.dtype), shift.to(x.dtype)
-    return torch.addcmul(x, gamma, x.abs() if magnitude else x) + shift
+    return torch.addcmul(x, gamma, x.abs() if magnitude else x).add_(shift)
 
 
 def steered_columns(old: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None) -> Tensor:
@@ -96,12 +96,56 @@ def steered_columns(old: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, 
     return new if row_plan is None else torch.where((row_plan >= 0)[:, None], new, old)
 
 
+def steer_columns(
+    y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None
+) -> Tensor:
+    """The definition of :func:`steer_columns_`: a new tensor, differentiable in y, gamma and shift, and traceable."""
+    width = y.shape[1]
+    plan = y.new_zeros(y.shape[0], dtype=torch.int32) if row_plan is None else row_plan
+    columns, gamma, shift = (t.index_select(0, plan.clamp(min=0)) for t in (index, gamma, shift))  # [tokens, count]
+    used = (columns >= 0) & (plan >= 0)[:, None]
+    wider = torch.nn.functional.pad(y, (0, 1))  # a column for what is not used; it is cut off again
+    columns = torch.where(used, columns, width)
+    new = steered_columns(wider.gather(1, columns), gamma, shift, magnitude, None)
+    return wider.scatter(1, columns, new)[:, :width].contiguous()
+
+
 def steer_columns_(
     y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None
 ) -> None:
-    """y[:, index] <- y[:, index] + gamma * (y[:, index] or its magnitude) + shift, rounded once to y's dtype."""
-    if index.numel():
-        y.index_copy_(1, index, steered_columns(y.index_select(1, index), gamma, shift, magnitude, row_plan))
+    """y[t, c] <- y[t, c] + gamma[p, i] * (y[t, c] or its magnitude) + shift[p, i], c = index[p, i], p = row_plan[t].
+
+    Rounded once to y's dtype. What :func:`steer_columns` gives, with work for the lists' entries alone.
+    """
+    if row_plan is not None:
+        _steer_rows_(y, index, gamma, shift, magnitude, row_plan)
+    elif index.shape[1]:
+        columns = index.squeeze(0)
+        try:
+            x = y.index_select(1, columns)
+        except (IndexError, RuntimeError):  # -1, which is rare here: to look for it would cost microseconds a call
+            used = columns >= 0
+            columns, gamma, shift = columns[used], gamma[:, used], shift[:, used]
+            x = y.index_select(1, columns)
+        if x.dtype == torch.float32:  # decoding counts the microseconds: nothing more is allocated
+            x.addcmul_(x.abs() if magnitude else x, gamma).add_(shift)
+        else:
+            x = steered_columns(x, gamma, shift, magnitude, None)
+        y.index_copy_(1, columns, x)
+
+
+def _steer_rows_(y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor) -> None:
+    if not index.shape[1]:
+        return
+    plan = row_plan.clamp(min=0)
+    columns, gamma, shift = (t.index_select(0, plan) for t in (index, gamma, shift))  # [tokens, count]
+    used = (columns >= 0) & (row_plan >= 0)[:, None]
+    if not used.all():  # an unused entry becomes the token's first used one, and writes the same to the same place
+        entry = torch.where(used, torch.arange(index.shape[1]), used.byte().argmax(1, keepdim=True))
+        columns, gamma, shift = (t.gather(1, entry) for t in (columns.clamp_(min=0), gamma, shift))
+    old = y.gather(1, columns)
+    new = steered_columns(old, gamma, shift, magnitude, None)
+    y.scatter_(1, columns, torch.where(used.any(1, keepdim=True), new, old))
 
 
 def steered_linear(
