@@ -71,10 +71,10 @@ def steer_columns_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """y[t, c] <- x + gamma[p, i] * (|x| if MAGNITUDE else x) + shift[p, i], x = y[t, c], c = index[p, i], p = row_plan[t].
+    """y[t, c] <- x + gamma[p, i] * (|x| if MAGNITUDE else x) + shift[p, i] with x = y[t, c].
 
-    Without row_plan a block reads its part of the one list once. Entries with c = -1, and those of tokens without a
-    plan, are neither loaded nor stored.
+    c is index[p, i], and p is row_plan[t]. Without row_plan a block reads its part of the one list once.
+    Entries with c = -1, and those of tokens without a plan, are neither loaded nor stored.
     """
     o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_i = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
