@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from austeer_kernels import reference
+
 from ..errors import SiteError
 from ..models.families import LAYOUTS, alternatives
 from ..models.sites import SITE_NAMES, Fingerprint
@@ -29,7 +31,7 @@ NAME = "austeer"
 
 
 class Steer(nn.Module):
-    """Steers each token at its set's AUs, in place: work and memory grow with the longest list, not with the width.
+    """Steers each token at its set's AUs, maybe in place: memory grows with the longest list, not with the width.
 
     Float32, rounded once; twice at AUs at which push and another operation of one set meet.
 
@@ -37,6 +39,10 @@ class Steer(nn.Module):
         lists: applied one after the other.
         rows: int32 [tokens that a batch can have], each token's set; -1 for none.
         width: the site's.
+
+    Attributes:
+        in_place: whether the operation ``steer_columns_`` runs, or its definition. On a GPU the one is one kernel. On a
+            CPU vLLM's compiler fuses the other, where the operation, a dozen of PyTorch's, costs ten times as much.
     """
 
     rows: Tensor
@@ -44,7 +50,7 @@ class Steer(nn.Module):
     def __init__(self, lists: Sequence[Lists], rows: Tensor, width: int):
         super().__init__()
         self.register_buffer("rows", rows, persistent=False)
-        self.width, self.magnitudes = width, [group.magnitude for group in lists]
+        self.width, self.in_place, self.magnitudes = width, rows.is_cuda, [group.magnitude for group in lists]
         for number, group in enumerate(lists):
             for name in ("index", "gamma", "shift"):
                 self.register_buffer(f"{name}_{number}", getattr(group, name).to(rows.device), persistent=False)
@@ -58,7 +64,10 @@ class Steer(nn.Module):
         rows = self.rows.narrow(0, 0, x.shape[0])
         for number, magnitude in enumerate(self.magnitudes):
             index, gamma, shift = (getattr(self, f"{name}_{number}") for name in ("index", "gamma", "shift"))
-            steer_columns_op(x, index, gamma, shift, magnitude, rows)
+            if self.in_place:
+                steer_columns_op(x, index, gamma, shift, magnitude, rows)
+            else:
+                x = reference.steer_columns(x, index, gamma, shift, magnitude, rows)
         return x
 
 

@@ -100,14 +100,29 @@ def steer_columns(
     y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None
 ) -> Tensor:
     """The definition of :func:`steer_columns_`: a new tensor, differentiable in y, gamma and shift, and traceable."""
-    width = y.shape[1]
+    if not index.shape[1]:
+        return y.clone()
     plan = y.new_zeros(y.shape[0], dtype=torch.int32) if row_plan is None else row_plan
-    columns, gamma, shift = (t.index_select(0, plan.clamp(min=0)) for t in (index, gamma, shift))  # [tokens, count]
-    used = (columns >= 0) & (plan >= 0)[:, None]
-    wider = torch.nn.functional.pad(y, (0, 1))  # a column for what is not used; it is cut off again
-    columns = torch.where(used, columns, width)
-    new = steered_columns(wider.gather(1, columns), gamma, shift, magnitude, None)
-    return wider.scatter(1, columns, new)[:, :width].contiguous()
+    columns, new, once = _steered_entries(y, index, gamma, shift, magnitude, plan)
+    return y.scatter(1, columns, torch.where(once, new, new.detach()))
+
+
+def _steered_entries(
+    y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns, and what they become, [tokens, count]; and where a column of a token stands there for the first time.
+
+    An entry that is not used stands for its token's first used one, with the same result; where there is none, all
+    stand for one column, which becomes what it was.
+    """
+    plan, place = row_plan.clamp(min=0), torch.arange(index.shape[1], device=y.device)
+    columns, gamma, shift = (t.index_select(0, plan) for t in (index, gamma, shift))
+    used = (columns >= 0) & (row_plan >= 0)[:, None]
+    entry = torch.where(used, place, used.byte().argmax(1, keepdim=True))
+    columns, gamma, shift = (t.gather(1, entry) for t in (columns.clamp(min=0), gamma, shift))
+    old = y.gather(1, columns)
+    new = torch.where(used.any(1, keepdim=True), steered_columns(old, gamma, shift, magnitude, None), old)
+    return columns, new, entry == place
 
 
 def steer_columns_(
@@ -117,35 +132,24 @@ def steer_columns_(
 
     Rounded once to y's dtype. What :func:`steer_columns` gives, with work for the lists' entries alone.
     """
-    if row_plan is not None:
-        _steer_rows_(y, index, gamma, shift, magnitude, row_plan)
-    elif index.shape[1]:
-        columns = index.squeeze(0)
-        try:
-            x = y.index_select(1, columns)
-        except (IndexError, RuntimeError):  # -1, which is rare here: to look for it would cost microseconds a call
-            used = columns >= 0
-            columns, gamma, shift = columns[used], gamma[:, used], shift[:, used]
-            x = y.index_select(1, columns)
-        if x.dtype == torch.float32:  # decoding counts the microseconds: nothing more is allocated
-            x.addcmul_(x.abs() if magnitude else x, gamma).add_(shift)
-        else:
-            x = steered_columns(x, gamma, shift, magnitude, None)
-        y.index_copy_(1, columns, x)
-
-
-def _steer_rows_(y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor) -> None:
     if not index.shape[1]:
         return
-    plan = row_plan.clamp(min=0)
-    columns, gamma, shift = (t.index_select(0, plan) for t in (index, gamma, shift))  # [tokens, count]
-    used = (columns >= 0) & (row_plan >= 0)[:, None]
-    if not used.all():  # an unused entry becomes the token's first used one, and writes the same to the same place
-        entry = torch.where(used, torch.arange(index.shape[1]), used.byte().argmax(1, keepdim=True))
-        columns, gamma, shift = (t.gather(1, entry) for t in (columns.clamp_(min=0), gamma, shift))
-    old = y.gather(1, columns)
-    new = steered_columns(old, gamma, shift, magnitude, None)
-    y.scatter_(1, columns, torch.where(used.any(1, keepdim=True), new, old))
+    if row_plan is not None:
+        columns, x, _ = _steered_entries(y, index, gamma, shift, magnitude, row_plan)
+        y.scatter_(1, columns, x)
+        return
+    columns = index.squeeze(0)
+    try:
+        x = y.index_select(1, columns)
+    except (IndexError, RuntimeError):  # -1, which is rare here: to look for it would cost microseconds a call
+        used = columns >= 0
+        columns, gamma, shift = columns[used], gamma[:, used], shift[:, used]
+        x = y.index_select(1, columns)
+    if x.dtype == torch.float32:  # decoding counts the microseconds: nothing more is allocated
+        x.addcmul_(x.abs() if magnitude else x, gamma).add_(shift)
+    else:
+        x = steered_columns(x, gamma, shift, magnitude, None)
+    y.index_copy_(1, columns, x)
 
 
 def steered_linear(

@@ -99,7 +99,8 @@ def test_the_row_buffer_does_not_share_what_it_was_given():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("operations", [["push"], ["shift"], ["scale", "shift"], ["scale", "push", "shift"]])
-def test_the_formula_at_aus_where_plans_of_a_set_meet(seed, dtype, operations):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_formula_at_aus_where_plans_of_a_set_meet(seed, dtype, operations, in_place):
     plans = [plan("neuron", operation) for operation in operations]
     sets = [[(p, alpha) for p in plans] for alpha in (1.5, -2.0)]
     rows = torch.tensor([-1, 1, 0, 0, 1, 0, 0], dtype=torch.int32)
@@ -111,7 +112,9 @@ def test_the_formula_at_aus_where_plans_of_a_set_meet(seed, dtype, operations):
         exact = exact + alpha * of
     (lists,) = tables(sets).values()
     assert len(lists) == 1 + ("push" in operations and len(operations) > 1)
-    found = Steer(lists, rows, 10)(x.clone())
+    steer = Steer(lists, rows, 10)
+    steer.in_place = in_place  # as on a GPU
+    found = steer(x.clone())
     assert found.dtype == dtype and torch.equal(found[0], x[0])
     assert (found.double() - exact).abs().max() <= len(lists) * torch.finfo(dtype).eps * exact.abs().max()
 
@@ -225,13 +228,15 @@ def by_hand(model, plan, alpha, hidden):
     return hidden
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("site", WIDTHS)
-def test_the_layers_do_what_the_formula_says(seed, site, compiled):
+def test_the_layers_do_what_the_formula_says(seed, site, compiled, in_place):
     model, plans = Decoder(), [plan(site, operation) for operation in ("scale", "push", "shift")]
     rows = torch.full((16,), -1, dtype=torch.int32)
     done = install(model, "llama", tables([[(p, 1.5)] for p in plans]), range(2), rows)
     assert done == [f"{site} 1"]
+    site_module(model, "llama", site, 1).austeer.in_place = in_place
     run, graphs = model, []
 
     def count(graph, inputs):
