@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -173,4 +174,4 @@ def install(
 def _slice(lists: Lists, first: int, width: int) -> Lists:
     """The AUs from ``first`` on, ``width`` of them, as columns from 0; the others' entries are not used."""
     index = lists.index - first
-    return lists._replace(index=index.masked_fill((index < 0) | (index >= width), -1))
+    return replace(lists, index=index.masked_fill((index < 0) | (index >= width), -1))

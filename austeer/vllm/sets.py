@@ -16,10 +16,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +136,8 @@ def load(specs: Mapping[str, Spec]) -> dict[str, list[tuple[Plan, float]]]:
     return loaded
 
 
-class Lists(NamedTuple):
+@dataclass(frozen=True)
+class Lists:
     """What ``steer_columns_`` takes for one site of one layer: a list of AUs for each set.
 
     index int64, gamma and shift float32 [sets, AUs of the longest list]; with ``magnitude`` gamma is for |x|.
@@ -167,13 +168,15 @@ def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int]
 def _lists(parts: Sequence[tuple[int, LayerUnits, float, int]], sets: int, width: int) -> list[Lists]:
     groups = []
     for magnitude in (True, False):
-        none = (torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))
-        own: list[list[tuple[Tensor, Tensor, Tensor]]] = [[none] for _ in range(sets)]
-        for number, units, alpha, k in parts:
-            if units.magnitude == magnitude:
-                own[number].append((units.index.long(), *units.strengths(alpha, k)))
-        index, gamma, shift = coalesce([tuple(map(torch.cat, zip(*of_set))) for of_set in own])
-        groups.append(Lists(index, gamma, shift, magnitude))
+        of_sets = []
+        for number in range(sets):
+            own = [(torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))]
+            for of, units, alpha, k in parts:
+                if of == number and units.magnitude == magnitude:
+                    own.append((units.index.long(), *units.strengths(alpha, k)))
+            index, gamma, shift = map(torch.cat, zip(*own))
+            of_sets.append((index, gamma, shift))
+        groups.append(Lists(*coalesce(of_sets), magnitude))
     push, rest = groups
     # Push comes first, and what follows multiplies it by 1 + gamma, too, where a set has both at an AU.
     factor = torch.ones(sets, width + 1).scatter_(1, rest.index % (width + 1), 1 + rest.gamma)
@@ -184,7 +187,7 @@ def _lists(parts: Sequence[tuple[int, LayerUnits, float, int]], sets: int, width
             f"{VARIABLE}, set number {number + 1}: found push and a scale of -1 at AU {push.index[number, place]}, "
             "expected one of them there; change an alpha a little"
         )
-    groups[0] = push._replace(gamma=push.gamma / factor)
+    groups[0] = replace(push, gamma=push.gamma / factor)
     return [lists for lists in groups if lists.index.shape[1]]
 
 
