@@ -18,7 +18,7 @@ from .gate import Exact, Gate, Outcome
 from .plans import spread_plan
 from .steered import Steered, UnavailableError, Way, twin
 
-EAGER = "eager"
+EAGER = steps.EAGER
 EXECUTIONS = (EAGER, steps.COMPILE, steps.GRAPH)
 MEASURED = "measured"
 #: How many tokens of a prompt the gate looks at.

@@ -34,8 +34,8 @@ def scale_and_shift_(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
 
 
 def push_(x: Tensor, gamma: Tensor, one: Tensor) -> Tensor:
-    """x <- x * (1 + gamma with the sign of x), which is x + gamma * |x|; that would make NaN of 0 * inf."""
-    return x.mul_(torch.copysign(gamma, x).add_(one))
+    """x <- x * (1 + gamma * sign(x)), which is x + gamma * |x|; that would make NaN of 0 * inf."""
+    return x.mul_(torch.addcmul(one, x.sgn(), gamma))
 
 
 def form_of(table: StrengthTable) -> Form:

@@ -100,7 +100,7 @@ class StrengthTable:
         return gamma, shift
 
     def spread(self, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        """The operands of :mod:`austeer.steering.forms` for each token, [tokens, width] each; see ``expanded``."""
+        """The operands of :mod:`austeer.steering.forms` for each token, [tokens, width] each (or [1]: 1, for push)."""
         gamma, shift = self.expanded(rows, dtype)
         if self.magnitude:
             return gamma, gamma.new_ones(1)

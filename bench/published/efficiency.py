@@ -177,8 +177,30 @@ def _settings(result: Result) -> str:
     )
 
 
+def _plans(result: Result) -> str:
+    content = result.content
+    texts = [
+        f"A batch of {content['batch']} rows with so many plans, each row one of them (median [quartiles] of "
+        f"{content['rounds']} rounds). The operation on [{content['batch']}, {content['operation']['width']}], "
+        f"{content['operation']['aus']} AUs a plan, over a plain copy:\n\n{tables.plans(content['operation'])}"
+    ]
+    for entry in content["models"]:
+        layers = entry["sizes"]["num_hidden_layers"]
+        texts.append(
+            f"A decoding step of a random Llama of {layers} layers, {entry['aus'] // layers} AUs a layer and plan, "
+            f"over the unsteered one ({entry['execution']}; 95 % intervals):\n\n{tables.model_with_plans(entry)}"
+        )
+    return "\n\n".join(texts)
+
+
 #: The kinds of results about single operations, and how each is shown.
-OPERATIONS = {"dispatch": _dispatch, "settings": _settings, "kernels": tables.kernels, "host": _host}
+OPERATIONS = {
+    "dispatch": _dispatch,
+    "settings": _settings,
+    "kernels": tables.kernels,
+    "plans": _plans,
+    "host": _host,
+}
 
 
 def section(result: Result) -> str:
