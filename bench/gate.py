@@ -31,6 +31,8 @@ from .steered import Steered, twin
 #: How far a value may lie off: this share of what steering does to it, and so many roundings of the values involved;
 #: in float32 as much as its sums over thousands of terms may differ.
 SHARE, ROUNDINGS, LEAST = 0.02, 2.0, 1e-4
+#: A value counts as at least so many medians of all values.
+TYPICAL = 3.0
 #: alpha is doubled until, in each layer, half of what is steered changes by this many times as much as it may err by.
 CLEAR = 8.0
 MOST_ALPHA = 2.0**14
@@ -187,7 +189,8 @@ class Gate:
             plain, exact = self._expected(strength, source, one, None if outputs is None else outputs[number])
             found, effect = _flat(one.left).to(exact.dtype), (exact - plain).abs()
             steered = effect[effect != 0]
-            typical = plain.abs().median() + (steered.median() if len(steered) else 0.0)
+            # Terms of a sum may be so large where the sum is not.
+            typical = TYPICAL * (plain.abs().median() + (steered.median() if len(steered) else 0.0))
             rounding = max(ROUNDINGS * torch.finfo(one.left[0].dtype).eps, LEAST)
             allowed = SHARE * effect + rounding * (plain.abs() + effect + typical)
             error = (found - exact).abs()
