@@ -91,12 +91,14 @@ def watched(hooks: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable
     """
     handles: list[Any] = []
     for module, entering, leaving in hooks:
-        last = None if leaving is None else module.register_forward_hook(lambda *call, see=leaving: see(call[-1]))
-        handles += [last] * (last is not None)
+        last: int | None = None
+        if leaving is not None:
+            handles.append(module.register_forward_hook(lambda *call, see=leaving: see(call[-1])))
+            last = handles[-1].id
 
         def enter(module: nn.Module, args: Any, options: Any, entering=entering, last=last) -> Any:
             if last is not None and not torch.compiler.is_compiling():
-                module._forward_hooks.move_to_end(last.id)
+                module._forward_hooks.move_to_end(last)
             return None if entering is None else entering(args, options)
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
