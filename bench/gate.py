@@ -84,7 +84,7 @@ class Seen:
 
 @contextmanager
 def watched(hooks: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[[Any], None] | None]]) -> Iterator[None]:
-    """Hooks before all others and after all others of each module, also those that are put on during the call.
+    """Hooks before all others and after all others of each module, also those that are put on later.
 
     Args:
         hooks: modules; what is given (args, options) of a call, and may return others; what is given its result.
