@@ -132,9 +132,9 @@ def _sweep(result: Result, along: str) -> str:
     groups = sweeps(Inference(result).series(along), along)
     texts = []
     for group in groups:
-        execution, site, k, *_ = group[0].setting
+        execution, site, operation, k, *_ = group[0].setting
         fixed = "" if along == "k" else f", k = {k}"
-        head = f"{execution}, site {site}{fixed}, batch {group[0].batch}; a decoded token:"
+        head = f"{execution}, site {site}, {operation}{fixed}, batch {group[0].batch}; a decoded token:"
         texts.append(f"{tables.capital(head)}\n\n{tables.sweep(group, along)}")
     return "\n\n".join(texts)
 

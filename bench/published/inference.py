@@ -44,15 +44,24 @@ class Case:
         return int(self.content["batch"])
 
     @property
-    def setting(self) -> tuple[str, str, int, int, int]:
-        """All but the batch: execution, site, k, layers touched, and tokens of the prompt."""
+    def execution(self) -> str:
+        return str(self.content["execution"])
+
+    @property
+    def operation(self) -> str:
+        """In the first results all cases are of the operation "scale", and none says so."""
+        return str(self.content.get("operation", "scale"))
+
+    @property
+    def setting(self) -> tuple[str, str, str, int, int, int]:
+        """All but the batch: execution, site, operation, k, layers touched, and tokens of the prompt."""
         c = self.content
-        return c["execution"], c["site"], c["k"], c["layers"], c["prompt_tokens"]
+        return c["execution"], c["site"], self.operation, c["k"], c["layers"], c["prompt_tokens"]
 
     @property
     def words(self) -> str:
-        execution, site, k, layers, prompt = self.setting
-        return f"{execution}, site {site}, k = {k} in {layers} layer{'s'[: layers != 1]}, prompt of {prompt} tokens"
+        execution, site, operation, k, layers, prompt = self.setting
+        return f"{execution}, site {site}, {operation}, k = {k} in {layers} layer{'s'[: layers != 1]}, prompt of {prompt} tokens"
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:
@@ -152,7 +161,7 @@ def sweeps(cases: Iterable[Case], along: str) -> list[list[Case]]:
     for case in cases:
         # With more AUs more layers are touched, unless the sweep fixes them.
         fixed = () if along == "k" else (case.content[other],)
-        key = (case.content["execution"], case.batch, case.content["site"], case.content["prompt_tokens"], *fixed)
+        key = (case.execution, case.batch, case.content["site"], case.operation, case.content["prompt_tokens"], *fixed)
         groups.setdefault(key, []).append(case)
     found = (sorted(group, key=lambda case: case.content[along]) for group in groups.values())
     return [group for group in found if len({case.content[along] for case in group}) > 1]

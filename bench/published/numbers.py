@@ -9,6 +9,7 @@
 <device>.momentum.unshared.<least|most>, .memory.<way>.<few|many>.<pairs|mb>, .memory.<way>.mb_a_pair
 <device>.momentum.offloaded.pairs, .read, .<cached|disk>.over.<other>, .<cached|disk>.at_1000.over.<other>
 <device>.inference.<model>.table, .<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
+                                        (behind the site the operation, where it is not scale)
                                         percent over unsteered; with .low and .high behind it the interval's ends
 <device>.study.seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost, .<task>.table
 <device>.study.<task>.<method>.<operation>.<effect|low|high|accuracy|kl|k>
@@ -130,8 +131,9 @@ def _inference(result: Result) -> Named:
     inference = Inference(result)
     yield "table", tables.overheads(inference)
     for case in inference.cases:
-        execution, site, k, layers, prompt = case.setting
-        at = f"{slug(execution)}.{slug(site)}.b{case.batch}.k{k}.l{layers}.p{prompt}"
+        execution, site, operation, k, layers, prompt = case.setting
+        at = f"{slug(execution)}.{slug(site)}" + (f".{operation}" if operation != "scale" else "")
+        at += f".b{case.batch}.k{k}.l{layers}.p{prompt}"
         for name in case.variants:
             for metric in METRICS:
                 found = case.overhead(name, metric)

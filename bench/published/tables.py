@@ -101,7 +101,7 @@ def counting(kernel: dict[str, Any]) -> str:
 
 def overheads(inference: Inference) -> str:
     """Overhead of every variant, one column a batch and metric, one table a setting."""
-    groups: dict[tuple[str, str, int, int, int], list[Case]] = {}
+    groups: dict[tuple[str, str, str, int, int, int], list[Case]] = {}
     for case in inference.main():
         groups.setdefault(case.setting, []).append(case)
     texts = []
