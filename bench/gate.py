@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,7 +84,9 @@ class Seen:
 
 
 @contextmanager
-def watched(hooks: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[[Any], None] | None]]) -> Iterator[None]:
+def watched(
+    hooks: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[[Any], None] | None]],
+) -> Iterator[None]:
     """Hooks before all others and after all others of each module, also those that are put on later.
 
     Args:
@@ -98,7 +101,7 @@ def watched(hooks: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable
 
         def enter(module: nn.Module, args: Any, options: Any, entering=entering, last=last) -> Any:
             if last is not None and not torch.compiler.is_compiling():
-                module._forward_hooks.move_to_end(last)
+                module._forward_hooks.move_to_end(last)  # type: ignore[attr-defined]
             return None if entering is None else entering(args, options)
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
@@ -133,8 +136,10 @@ class Gate:
         while self.alpha <= MOST_ALPHA:
             self._strengths = list(strengths(model, plan, self.alpha))
             # First what costs no further passes; then the formula itself, whose inputs are steered ones.
-            if self.judge(seen, generated).clear and not self(Formula(twin(model), plan, self.alpha)).reason:
-                return
+            if self.judge(seen, generated).clear:
+                outcome = self(Formula(twin(model), plan, self.alpha))
+                if outcome.clear and not outcome.reason:
+                    return
             self.alpha *= 2
         raise WeakGateError(
             f"steering {len(plan)} AUs of {plan.sites[0]!r} up to alpha {MOST_ALPHA:g}: found that it changes the "
@@ -186,31 +191,20 @@ class Gate:
             if len(one.entered) != len(one.left) or tokens not in (ids.shape[1], ids.shape[1] - 1):
                 return self._wrong(f"runs {tokens} tokens through {site.path}, expected {ids.shape[1]} or one less")
         outputs = self._forced([one.entered for one in seen], ids) if self._plan.sites == ("layer",) else None
-        worst, effects, clear = (-1.0, 0.0, 0.0, ""), [], True
+        layers = []
         for number, (strength, source, one) in enumerate(zip(self._strengths, self._sources, seen)):
             plain, exact = self._expected(strength, source, one, None if outputs is None else outputs[number])
-            found, effect = _flat(one.left).to(exact.dtype), (exact - plain).abs()
-            steered = effect[effect != 0]
-            # Terms of a sum may be so large where the sum is not.
-            typical = TYPICAL * (plain.abs().median() + (steered.median() if len(steered) else 0.0))
-            rounding = max(ROUNDINGS * torch.finfo(one.left[0].dtype).eps, LEAST)
-            allowed = SHARE * effect + rounding * (plain.abs() + effect + typical)
-            error = (found - exact).abs()
-            share = torch.where(error <= allowed, error / allowed.clamp_min(1e-30), torch.inf)  # of NaN, too
-            place = int(share.argmax())
-            if float(share.flatten()[place]) > worst[0]:
-                where = f"layer {strength.site.layer}, {strength.site.name}, value {place % exact.shape[1]}"
-                worst = (float(share.flatten()[place]), *(float(t.flatten()[place]) for t in (error, allowed)), where)
-            if len(strength.index):
-                clear &= len(steered) > 0 and float((effect > CLEAR * allowed)[effect != 0].float().mean()) >= 0.5
-                effects.append(steered.median() if len(steered) else plain.new_zeros(()))
-        share, error, allowed, where = worst
-        effect = float(torch.stack(effects).median())
-        reason = "" if clear else "steering changes the tensor by too little to be told from rounding"
-        if share > 1:
-            reason = f"{where} differs from the formula by {error:.2g} (steering does {effect:.2g} at a value), "
-            reason += f"expected at most {allowed:.2g}"
-        return Outcome(error, allowed, effect, clear, reason)
+            layers.append(_compared(strength, plain, exact, _flat(one.left)))
+        worst = max(layers, key=lambda layer: layer.share)
+        steered = [layer for layer, strength in zip(layers, self._strengths) if len(strength.index)]
+        effect, clear = statistics.median(layer.effect for layer in steered), all(layer.clear for layer in steered)
+        reason = ""
+        if worst.share > 1:
+            reason = (
+                f"{worst.where} differs from the formula by {worst.error:.2g} (steering does {effect:.2g} at a value)"
+            )
+            reason += f", expected at most {worst.allowed:.2g}"
+        return Outcome(worst.error, worst.allowed, effect, clear, reason)
 
     def _wrong(self, reason: str) -> Outcome:
         return Outcome(float("inf"), 0.0, 0.0, True, reason)
@@ -254,6 +248,40 @@ class Gate:
                 cache = self._model(ids[:, begin:end], past_key_values=cache, use_cache=True).past_key_values
             begin = end
         return [[first_tensor(result) for result in made] for made in outputs]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One layer's tensor beside the formula's.
+
+    Attributes:
+        share: the largest error, of what is allowed at that value; infinite beyond it. error, allowed, where: there.
+        effect: the median of what steering changes. clear: whether half of that is far more than allowed.
+    """
+
+    share: float
+    error: float
+    allowed: float
+    where: str
+    effect: float
+    clear: bool
+
+
+def _compared(strength: Strength, plain: Tensor, exact: Tensor, found: Tensor) -> Compared:
+    """Of [tokens, width] each: unsteered and steered ones as they should be, and what was found."""
+    effect = (exact - plain).abs()
+    steered = effect[effect != 0]
+    median = float(steered.median()) if len(steered) else 0.0
+    # Terms of a sum may be so large where the sum is not.
+    typical = TYPICAL * (plain.abs().median() + median)
+    rounding = max(ROUNDINGS * torch.finfo(found.dtype).eps, LEAST)
+    allowed = SHARE * effect + rounding * (plain.abs() + effect + typical)
+    error = (found.to(exact.dtype) - exact).abs()
+    share = torch.where(error <= allowed, error / allowed.clamp_min(1e-30), torch.inf)  # of NaN, too
+    place = int(share.argmax())
+    where = f"layer {strength.site.layer}, {strength.site.name}, value {place % exact.shape[1]}"
+    clear = len(steered) > 0 and float((effect > CLEAR * allowed)[effect != 0].float().mean()) >= 0.5
+    return Compared(*(float(t.flatten()[place]) for t in (share, error, allowed)), where, median, clear)
 
 
 def _replaced(x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,11 +9,10 @@ from typing import Any
 from . import steps
 from .intervals import SAME
 from .lineup import EAGER
-from .published.inference import DENSE, Case, Overhead
+from .published.inference import AUTO, DENSE, Case, Overhead
 from .published.tables import table
 
 MET, MISSED, UNRESOLVED = "met", "missed", "not told apart"
-AUTO = "auto"
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def ceilings(suite: Suite, entry: dict[str, Any], clock: Clock) -> None:
 
 
 def rows(suite: Suite, entry: dict[str, Any], clock: Clock) -> None:
-    """Many plans in one batch: ``python -m bench.many_plans``, in a process of its own; its files go beside the suite's.
+    """Many plans in one batch: ``python -m bench.many_plans``, in a process of its own; its files lie beside these.
 
     Raises:
         SkippedError: there is no such measurement.
@@ -97,7 +97,9 @@ def rows(suite: Suite, entry: dict[str, Any], clock: Clock) -> None:
 
 def _places() -> str:
     """Where Python finds this checkout."""
-    return os.pathsep.join([str(files.ROOT), str(files.ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.pathsep.join(
+        [str(files.ROOT), str(files.ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
 
 
 def tests(suite: Suite, entry: dict[str, Any], clock: Clock) -> None:
@@ -194,7 +196,9 @@ def measure_cases(
         gc.collect()
         check_device(suite.device)
 
-    path = suite.new_file("inference", re.sub(r"[^a-z0-9.]+", "-", f"{name.split(',')[0]}-{jobs[0].case.execution}".lower()))
+    path = suite.new_file(
+        "inference", re.sub(r"[^a-z0-9.]+", "-", f"{name.split(',')[0]}-{jobs[0].case.execution}".lower())
+    )
     measured, longest, begin = 0, 0.0, time.perf_counter()
     for content in inference.run(
         *(model, name, jobs, {"main": [job.case for job in jobs]}, suite.commit),
@@ -229,7 +233,9 @@ def measured_momentum(suite: Suite, entry: dict[str, Any], clock: Clock) -> None
     """The kernel that counts, and momentum of demo pairs on a random model; a file of kind "momentum"."""
     content = momentum.empty(suite.device, suite.commit, "demo pairs", MOMENTUM_ROUNDS, suite.quick)
     path = suite.new_file("momentum")
-    for part in momentum.on_random_weights([pair_sets.demo_pairs()], MOMENTUM_PAIRS, MOMENTUM_ROUNDS, suite.device, suite.quick):
+    for part in momentum.on_random_weights(
+        [pair_sets.demo_pairs()], MOMENTUM_PAIRS, MOMENTUM_ROUNDS, suite.device, suite.quick
+    ):
         content |= part
         suite.write(path, content, entry)
     suite.write(path, content | {"complete": True}, entry)

@@ -169,7 +169,10 @@ def measure(model: PreTrainedModel, limits: Ceilings, job: Job, tell: Tell = _no
             counted = effort.counts and job.ways[name].module
             rows[name] |= counted_ops.of_step_or_why_not(way, prompt(-1)) if counted else counted_ops.UNKNOWN
         if effort.counts:
-            _add_predictions(rows, model, case, limits)
+            try:
+                _add_predictions(rows, model, case, limits)
+            except Exception as error:  # as with counts, times are not to be lost to it
+                rows[UNSTEERED]["not_predicted"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     noise, possible = _add_times(rows, case.batch, seconds)
     return asdict(case) | {
         "layers": lineup.plan.layer.unique().numel(),
@@ -186,8 +189,9 @@ def _add_predictions(rows: dict[str, dict[str, Any]], model: nn.Module, case: Ca
     sizes = {"batch": case.batch, "prompt_tokens": case.prompt_tokens, "context": case.prompt_tokens + 1}
     device, dtype = str(input_device(model)), model.dtype
     found = steering_cost(
-        model, case.site, case.k, layers=case.layers, dtype=dtype, device=device, **sizes, **known
-    ).decode  # type: ignore[arg-type]
+        *(model, case.site, case.k),
+        **{"layers": case.layers, "operation": case.operation, "dtype": dtype, "device": device, **sizes, **known},
+    ).decode
     itself = found.unsteered
     for name, row in rows.items():
         if name in (UNSTEERED, AGAIN):

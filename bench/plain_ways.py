@@ -38,7 +38,9 @@ class Strength:
     def formula(self, x: Tensor) -> Tensor:
         """The definition: x + value * x ("scale"), x + value * |x| ("push"), x + value ("shift"), in x's dtype."""
         value = self.dense(x.dtype)
-        return x + {"scale": lambda: value * x, "push": lambda: value * x.abs(), "shift": lambda: value}[self.operation]()
+        return (
+            x + {"scale": lambda: value * x, "push": lambda: value * x.abs(), "shift": lambda: value}[self.operation]()
+        )
 
 
 def strengths(model: nn.Module, plan: Plan, alpha: float) -> Iterator[Strength]:

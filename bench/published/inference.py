@@ -9,6 +9,7 @@ from typing import Any
 from .load import Result
 
 UNSTEERED, AGAIN, PUBLIC, DENSE, SPARSE = "unsteered", "unsteered again", "public", "dense hook", "sparse hook"
+AUTO = "auto"
 #: What is timed: decoding comes first, since generation is nearly all of it.
 METRICS = {"token": "decode, each token", "first_token": "prefill, to the first token"}
 MEASURED = "measured"
@@ -61,7 +62,8 @@ class Case:
     @property
     def words(self) -> str:
         execution, site, operation, k, layers, prompt = self.setting
-        return f"{execution}, site {site}, {operation}, k = {k} in {layers} layer{'s'[: layers != 1]}, prompt of {prompt} tokens"
+        where = f"k = {k} in {layers} layer{'s'[: layers != 1]}"
+        return f"{execution}, site {site}, {operation}, {where}, prompt of {prompt} tokens"
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:
@@ -129,8 +131,11 @@ class Inference:
         return [cases[i] for i in numbers if i < len(cases)]
 
     def main(self) -> list[Case]:
-        """What the verdicts are about: all cases but those along k and layers."""
-        return self.series("main", *(name for name in self.result.content["series"] if name not in ("k", "layers")))
+        """What the verdicts are about: all cases but those that only k or layers were varied for."""
+        wanted = self.result.content["series"]
+        found = self.series("main", *(name for name in wanted if name not in ("k", "layers")))
+        swept = {number for numbers in wanted.values() for number in numbers}
+        return found + [case for number, case in enumerate(self.cases) if number not in swept]
 
     @property
     def without_time(self) -> dict[str, str]:

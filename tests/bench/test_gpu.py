@@ -79,7 +79,9 @@ def test_the_whole_suite_on_a_cpu(tmp_path, capsys):
         ("graphs-mixture", ["ffn"], gpu_parts.GRAPH_WAYS),
     ):
         found = file_of(part, "inference")
-        assert found["complete"] and found["model"]["dtype"] == "bfloat16" and found["model"]["name"].startswith("tiny ")
+        assert (
+            found["complete"] and found["model"]["dtype"] == "bfloat16" and found["model"]["name"].startswith("tiny ")
+        )
         places = [(case["operation"], case["site"]) for case in found["cases"]]
         assert places == [(operation, site) for operation in ("shift", "scale", "push") for site in sites]
         for case in found["cases"]:
@@ -301,7 +303,11 @@ def test_tests_that_take_too_long_are_stopped_and_what_ran_is_counted(tmp_path):
 def test_cases_of_a_gpu_have_every_site_and_operation():
     graphs = gpu_parts.planned("graph", ("ffn", "attention"), False)
     assert {(case.execution, case.batch, case.k, case.prompt_tokens) for case in graphs} == {("graph", 1, 100, 32)}
-    assert [(case.operation, case.site) for case in graphs[:3]] == [("shift", "ffn"), ("shift", "attention"), ("scale", "ffn")]
+    assert [(case.operation, case.site) for case in graphs[:3]] == [
+        ("shift", "ffn"),
+        ("shift", "attention"),
+        ("scale", "ffn"),
+    ]
     eager = gpu_parts.planned("eager", ("ffn", "attention"), False)
     assert [case.prompt_tokens for case in eager] == [512, 4096, 512, 512, 512, 512, 512]
     for cases in (graphs, eager):

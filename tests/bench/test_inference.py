@@ -195,7 +195,9 @@ def test_compiled_steps_are_judged_and_timed(model, monkeypatch):
     """Everything but the compiler."""
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)
     judged, real = [], Gate.judge
-    monkeypatch.setattr(Gate, "judge", lambda gate, seen, ids: judged.append(len(seen[0].left)) or real(gate, seen, ids))
+    monkeypatch.setattr(
+        Gate, "judge", lambda gate, seen, ids: judged.append(len(seen[0].left)) or real(gate, seen, ids)
+    )
     found = measure(model, LIMITS, Job(COMPILED, ways("columns"), EFFORT))
     rows = found["variants"]
     assert rows["whole"]["status"] == "skipped" and "eagerly only" in rows["whole"]["reason"]
@@ -282,7 +284,9 @@ def test_a_case_of_another_operation(model, monkeypatch, operation):
     with_times(monkeypatch, {})
     case = Case(k=30, prompt_tokens=6, operation=operation)
     found = measure(model, LIMITS, Job(case, ways("public", "dense hook", "sparse hook", "auto"), EFFORT))
-    assert found["operation"] == operation and Case.of(found) == Case(k=30, prompt_tokens=6, operation=operation, layers=3)
+    assert found["operation"] == operation and Case.of(found) == Case(
+        k=30, prompt_tokens=6, operation=operation, layers=3
+    )
     for name in ("public", "dense hook", "sparse hook", "auto"):
         assert found["variants"][name]["status"] == "measured"
 
