@@ -84,7 +84,7 @@ bench-momentum: $(READY) ## ways to measure momentum side by side (about 10 minu
 bench-gpu: $(READY) ## everything for this machine's GPU, its tests first (under 8 minutes)
 	$(BIN)/python -m bench.gpu
 
-table: $(READY) ## the projection kernels on this machine's GPU; writes the table that auto goes by
+table: $(READY) ## settings of the kernels on this machine's GPU; writes the table that launches and auto go by
 	$(BIN)/python -m bench.dispatch --write-table
 
 clean: ## remove the environments and caches

@@ -10,7 +10,8 @@ from austeer.plans.plan import Plan
 SITES = ("attention", "ffn", "layer", "neuron")
 WEIGHT_SITES = ("attention", "ffn", "neuron")  # where steering can be an edit of weights
 OPERATIONS = ("scale", "push", "shift")
-PATHS = ("fold", "fused", "columns", "dense")
+PATHS = ("fold", "bias", "fused", "columns", "dense")
+OPERATION = dict.fromkeys(PATHS, "scale") | {"bias": "shift"}  # one that the path can do
 
 
 def random_plan(model, sites, count, operation="scale", seed=0) -> Plan:

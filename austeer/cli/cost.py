@@ -39,9 +39,14 @@ def cost(
     launch: Annotated[
         float | None, typer.Option(help="Seconds for one more launch. [default: measured now]", show_default=False)
     ] = None,
+    execution: Annotated[str, typer.Option(help="eager, graph (a CUDA graph) or compile.")] = "eager",
+    host_us: Annotated[
+        float | None,
+        typer.Option(help="Host us a launch of the model, eager. [default: measured now]", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Predict what steering costs on each path: bytes, operations, launches and the floor of its time.
+    """Predict what steering costs on each path: bytes, operations, launches, the device's and the host's time.
 
     Nothing is downloaded but the config, and nothing is run.
 
@@ -67,16 +72,15 @@ def cost(
         bandwidth=bandwidth,
         flops=flops,
         launch=launch,
+        execution=execution,
+        host_us=host_us,
     )
     if json:
         emit({"config": model, **found.to_json()})
         return
-    limits = found.ceilings
     console.print(
-        f"[bold]{model}[/] ({found.model}, {found.dtype}, {found.device}): {operation} of {k} AUs at site {site}, in "
-        f"{len(found.aus)} of {found.layers} layers\n"
-        f"ceilings ({limits.source}): {_short(limits.bandwidth)}B/s, {_short(limits.flops)} operations/s, "
-        f"{limits.launch * 1e6:.1f} us a launch"
+        f"[bold]{model}[/] ({found.model}, {found.dtype}, {found.device}):\n"
+        f"{operation} of {k} AUs at site {site}, in {len(found.aus)} of {found.layers} layers\n{_rates(found)}"
     )
     console.print(_table("One decoded token a row", found, found.decode))
     console.print(_table("The prompt", found, found.prefill))
@@ -84,7 +88,7 @@ def cost(
         console.print(f"  {way:<11} not possible: {reason}")
     console.print(
         "Beyond the model's own: bytes moved, floating-point operations, operations called (launches), bytes kept.\n"
-        "floor: bytes and launches at the ceilings, without what the host takes to call an operation (eager mode).\n"
+        "device: bytes and launches at the ceilings. host: calling the operations, in eager mode.\n"
         "public: the paper's code, at every layer. lora: as an adapter that is not merged.",
         style="dim",
     )
@@ -93,25 +97,38 @@ def cost(
     console.print(found.conclusion())
 
 
+def _rates(found: SteeringCost) -> str:
+    """What the seconds were worked out with, and how: a line each."""
+    limits, host = found.ceilings, found.host
+    rates = f"{_short(limits.bandwidth)}B/s, {_short(limits.flops)} operations/s, {limits.launch * 1e6:.1f} us a launch"
+    lines = [f"device: {rates}", f"        {limits.source}"]
+    if found.execution != "eager":
+        return "\n".join([*lines, f"{found.execution}: a pass takes the device's time"])
+    both = "both, one after the other" if found.device == "cpu" else "the longer of the two"
+    lines += [f"host:   {host.launch * 1e6:.1f} us a launch, {host.source}", f"eager:  a pass takes {both}"]
+    return "\n".join(lines)
+
+
 def _table(title: str, found: SteeringCost, done: Pass) -> Table:
     itself = done.unsteered
     title = f"{title}: {found.batch} x {done.tokens // found.batch} tokens, {done.past} in the cache"
+    title = f"{title}: {_time(done.seconds)}"
     table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for name in ("bytes", "of model", "operations", "launches", "floor", "overhead", "kept"):
+    for name in ("bytes", "operations", "launches", "device", "host", "overhead", "kept"):
         table.add_column(name, justify="right", no_wrap=True)
     launches = "?" if itself.launches is None else f"{itself.launches}"
-    cells = [_short(itself.bytes), "", _short(itself.operations), launches, _time(done.seconds), "", ""]
-    table.add_row("unsteered", *cells)
+    cells = [_short(itself.bytes), _short(itself.operations), launches, _time(done.device), _time(done.host)]
+    table.add_row("unsteered", *cells, "", "")
     for way, extra in done.extra.items():
         work = extra.work
         table.add_row(
             way,
             f"+{_short(work.bytes)}",
-            f"{100 * work.bytes / itself.bytes:.3f} %",
             f"+{_short(work.operations)}",
             f"+{work.launches}",
-            f"+{_time(extra.seconds)}",
+            f"+{_time(extra.device)}",
+            f"+{_time(extra.host)}",
             f"{100 * extra.overhead:.2f} %",
             _short(found.memory[way]),
         )

@@ -1,29 +1,16 @@
-"""What each way to steer does at one site of one layer in one forward pass: bytes, operations, launches.
-
-Written down from what the code does (austeer/steering, the kernels, what others call), as a list of operations. In
-the sums each operation reads every tensor that it is given once and writes every one that it makes once; of a gather or
-scatter only the selected values count. A launch is one operation that does work, no view: on a GPU a kernel or a copy.
-"""
+"""What work is counted in, and where: bytes, operations and launches; a device; one site of one layer in a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from operator import add, sub
 
 import torch
-from torch import nn
 
 from austeer_kernels import launch
 
-from ..models import linear
-from ..models.sites import Site
-from ..plans.fit import why_no_edit
-from ..steering.columns import dense_costs_less
-from ..steering.fused import why_not_fused
-
-#: Bytes of the tables' entries.
-INDEX, STRENGTH = 8, 4
+#: How a model runs: operation by operation, replayed from a CUDA graph, or compiled.
+EXECUTIONS = ("eager", "graph", "compile")
 
 
 @dataclass(frozen=True)
@@ -60,25 +47,26 @@ class Work:
 
 @dataclass(frozen=True)
 class Target:
-    """The device that work is predicted for.
+    """What work is predicted for: a device, and how the model runs on it.
 
     Attributes:
-        kind: "cpu" or "cuda".
+        kind: "cpu" or "cuda". execution: one of ``EXECUTIONS``.
         architecture, name, processors: of a GPU, as the kernels' tables know it; an H100's unless one is here.
     """
 
     kind: str
+    execution: str = "eager"
     architecture: str = "sm_90"
     name: str = ""
     processors: int = 132
 
     @classmethod
-    def of(cls, device: torch.device) -> Target:
+    def of(cls, device: torch.device, execution: str = "eager") -> Target:
         """A device of this machine; for "cuda" without a GPU here, an H100."""
         if device.type == "cuda" and torch.cuda.is_available():
             count = torch.cuda.get_device_properties(device).multi_processor_count
-            return cls("cuda", *launch.names_of(torch.device("cuda", device.index or 0)), count)
-        return cls(device.type)
+            return cls("cuda", execution, *launch.names_of(torch.device("cuda", device.index or 0)), count)
+        return cls(device.type, execution)
 
     @property
     def granule(self) -> int:
@@ -129,233 +117,3 @@ class Place:
         if self.projection is None:
             raise ValueError("found a site without a projection, expected one with")
         return self.projection
-
-
-def _op(read: Iterable[int], written: int, operations: int = 0) -> Work:
-    return Work(sum(read), written, operations, 1)
-
-
-def _scattered(place: Place, target: Target) -> int:
-    """Bytes beyond the values themselves that one pass over the selected columns of all tokens moves."""
-    row = min(place.count * max(target.granule, place.itemsize), place.width * place.itemsize)
-    return place.tokens * row - place.chosen * place.itemsize
-
-
-def fold(place: Place, target: Target) -> Work:
-    """Nothing: it is in the weights."""
-    return Work()
-
-
-def dense(place: Place, target: Target) -> Work:
-    """``mode="dense"``: the strengths in the activations' dtype, multiply, add, copy back; no multiply for shift."""
-    size, n, w = place.itemsize, place.values, place.width
-    cast = _op([STRENGTH * w], size * w) if place.low else Work()
-    if place.operation == "shift":
-        steer = _op([n * size, w * size], n * size, n)
-    else:
-        steer = _op([n * size, w * size], n * size, n) + _op([2 * n * size], n * size, n)
-        if place.operation == "push":
-            steer += _op([n * size], n * size, n)
-    return cast + steer + _op([n * size], n * size)
-
-
-def public(place: Place, target: Target) -> Work:
-    """The public code: multiply by a vector of the activations' dtype, add, copy back, however few AUs there are."""
-    size, w = place.itemsize, place.width
-    x = place.values * size
-    return _op([x, w * size], x, place.values) + _op([2 * x], x, place.values) + _op([x], x)
-
-
-def dense_hook(place: Place, target: Target) -> Work:
-    """A hook with one multiplication in place, by 1 + gamma for every dimension."""
-    size, n = place.itemsize, place.values
-    return _op([n * size, place.width * size], n * size, n)
-
-
-def sparse_hook(place: Place, target: Target) -> Work:
-    """A hook with ``x[..., index] *= factor``: gather, multiply, scatter."""
-    size, t, index = place.itemsize, place.chosen, INDEX * place.count
-    one_way = _op([t * size, index], t * size)
-    ops = one_way + _op([t * size, place.count * size], t * size, t) + one_way
-    return ops + Work(padding=2 * _scattered(place, target))
-
-
-def columns(place: Place, target: Target) -> Work:
-    """``mode="columns"``: one sparse kernel; on a CPU one dense operation, or the sparse form's four to six."""
-    if target.kind != "cpu":
-        size, t = place.itemsize, place.chosen
-        each = 4 if place.operation == "push" else 3
-        kernel = _op([t * size, place.count * (INDEX + 2 * STRENGTH)], t * size, each * t)
-        return kernel + Work(padding=2 * _scattered(place, target))
-    if dense_costs_less(place.values, place.count, place.width):
-        return _in_place(place)
-    return _sparse_on_cpu(place) + Work(padding=2 * _scattered(place, target))
-
-
-def _in_place(place: Place) -> Work:
-    size, n, table = place.itemsize, place.values, STRENGTH * place.width
-    if place.operation == "shift":
-        return _op([n * size, table], n * size, n)
-    if place.operation == "push":
-        return _op([n * size], n * size, n) + _op([2 * n * size, table], n * size, 2 * n)
-    return _op([n * size, table], n * size, 2 * n)
-
-
-def _sparse_on_cpu(place: Place) -> Work:
-    size, t, index = place.itemsize, place.chosen, INDEX * place.count
-    one_way = _op([t * size, index], t * size)  # gather, or scatter
-    there, back = (_op([t * size], 4 * t), _op([4 * t], t * size)) if place.low else (Work(), Work())
-    return one_way + there + _steered(t, place.count, 4, place.operation) + back + one_way
-
-
-def _steered(values: int, table: int, size: int, operation: str) -> Work:
-    """The kernels' definition: x + gamma * (x or |x|), then + shift, whatever the operation is."""
-    same = [values * size]
-    absolute = _op(same, values * size, values) if operation == "push" else Work()
-    twice = 2 if operation == "push" else 1  # x and |x|, or x alone
-    return (
-        absolute
-        + _op([*same * twice, table * STRENGTH], values * size, 2 * values)
-        + _op([*same, table * STRENGTH], values * size, values)
-    )
-
-
-def _product(tokens: int, inputs: int, outputs: int, bias: bool, size: int) -> Work:
-    read = [tokens * inputs * size, inputs * outputs * size, outputs * size if bias else 0]
-    return _op(read, tokens * outputs * size, 2 * tokens * inputs * outputs)
-
-
-def fused(place: Place, target: Target) -> Work:
-    """``mode="fused"``: what its kernels, or on a CPU its definition, take beyond the product that they replace.
-
-    On a GPU the strengths of all dimensions, and, where the sum is split over programs, a finish that adds the parts.
-    Beyond the kernel's number of tokens it is ``columns``.
-    """
-    if place.tokens > launch.MOST_TOKENS:
-        return columns(place, target)
-    inputs, outputs = place.shape
-    size = place.itemsize
-    each = 4 if place.operation == "push" else 3
-    if target.kind != "cpu":
-        work = Work(2 * STRENGTH * place.width, 0, each * place.values)
-        splits = _splits(place, target)
-        if splits > 1:
-            parts = place.tokens * outputs * STRENGTH * splits
-            work += Work(parts, parts, place.tokens * outputs * splits, 1)
-        return work
-    t = place.tokens
-    work = _steered(place.values, place.width, 4, place.operation) + _product(t, inputs, outputs, place.bias, 4)
-    if place.low:  # everything through float32 and back, the weight too
-        sizes = [t * inputs, inputs * outputs, outputs if place.bias else 0]
-        for n in sizes:
-            work += _op([n * size], n * 4) if n else Work()
-        work += _op([4 * t * outputs], size * t * outputs)
-        if place.side == "input":  # the steered input is rounded as the tensor that it is
-            work += _op([4 * t * inputs], size * t * inputs) + _op([size * t * inputs], 4 * t * inputs)
-    return work - _product(t, inputs, outputs, place.bias, size)
-
-
-def _splits(place: Place, target: Target) -> int:
-    """Over how many programs the fused kernel splits the sum."""
-    inputs, outputs = place.shape
-    name = str(place.dtype).removeprefix("torch.")
-    for table in launch.tables():
-        entries = [e for e in table.entries if e.op == "steered_linear" and name in e.dtypes]
-        if entries and table.fits(target.architecture, target.name):
-            entry = min(entries, key=lambda e: e.distance(place.tokens, outputs, inputs))
-            return entry.splits(place.tokens, outputs, inputs, target.processors)
-    return 1
-
-
-def lora(place: Place, target: Target) -> Work:
-    """PEFT's adapter beside the projection, its rank the AUs of the layer: two products, the scaling, the addition."""
-    inputs, outputs = place.shape
-    size, t = place.itemsize, place.tokens
-    y = t * outputs * size
-    products = _product(t, inputs, place.count, False, size) + _product(t, place.count, outputs, False, size)
-    return products + _op([y], y, t * outputs) + _op([2 * y], y, t * outputs)
-
-
-#: Name -> what it does at a layer that has AUs. "public" does it at every layer.
-WAYS: dict[str, Callable[[Place, Target], Work]] = {
-    "fold": fold,
-    "columns": columns,
-    "fused": fused,
-    "dense": dense,
-    "public": public,
-    "dense hook": dense_hook,
-    "sparse hook": sparse_hook,
-    "lora": lora,
-}
-
-
-def table_bytes(way: str, place: Place, target: Target) -> int:
-    """Bytes that a way keeps on the device for a layer, beside what fold saves of the weights."""
-    if way == "public":
-        return place.width * place.itemsize
-    if place.count == 0:
-        return 0
-    if way == "dense hook":
-        return place.width * place.itemsize
-    if way == "sparse hook":
-        return place.count * (INDEX + place.itemsize)
-    if way == "lora":
-        return sum(place.shape) * place.count * place.itemsize
-    dense_tables = way != "columns" or target.kind == "cpu"
-    return place.count * (INDEX + 2 * STRENGTH) + (4 * STRENGTH * place.width if dense_tables else 0)
-
-
-def place_of(
-    network: nn.Module, site: Site, tokens: int, aus: dict[int, int], dtype: torch.dtype, operation: str
-) -> Place:
-    """A site in a forward pass of ``tokens``. ``aus``: layer -> how many are steered there."""
-    module = network.get_submodule(site.projection) if site.projection else None
-    return Place(
-        tokens=tokens,
-        width=site.width,
-        count=aus.get(site.layer, 0),
-        dtype=dtype,
-        operation=operation,
-        side=site.side,
-        projection=None if module is None else linear.sizes(module),
-        bias=getattr(module, "bias", None) is not None,
-    )
-
-
-def why_not(network: nn.Module, way: str, sites: Sequence[Site], operation: str) -> str:
-    """Why a way is not possible at a site, as far as the model's shapes say; empty if it is."""
-    if way in ("public", "dense hook", "sparse hook", "lora") and operation != "scale":
-        return f"it scales, and cannot {operation}"
-    for site in sites:
-        projection = network.get_submodule(site.projection) if site.projection else None
-        if way == "lora" and projection is None:
-            return "no linear layer makes this tensor"
-        if way == "fused" and (reason := why_not_fused(projection)):
-            return reason
-        if way == "fold" and (reason := why_no_edit(network, site, operation)):
-            return reason
-    return ""
-
-
-def kept_bytes(
-    network: nn.Module,
-    way: str,
-    sites: Sequence[Site],
-    aus: dict[int, int],
-    dtype: torch.dtype,
-    operation: str,
-    target: Target,
-) -> int:
-    """Bytes on the device: tables, and for fold the rows of the weights (and the biases) that it saves."""
-    total = 0
-    for site in sites:
-        total += table_bytes(way, place_of(network, site, 0, aus, dtype, operation), target)
-        if way != "fold" or site.layer not in aus:
-            continue
-        for path in site.parts:
-            weights = linear.weights_of(module := network.get_submodule(path))
-            assert isinstance(weights, linear.WeightNames)  # otherwise fold was refused
-            saved = getattr(module, weights.weight).numel() // site.width * aus[site.layer]
-            bias = getattr(module, weights.bias, None) if weights.bias else None
-            total += dtype.itemsize * (saved + (0 if bias is None else bias.numel()))
-    return total

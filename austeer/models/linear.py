@@ -13,6 +13,9 @@ _PLAIN_SUBCLASSES = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 #: GPT-2's linear layer keeps its weight as [in, out].
 _TRANSPOSED = {"transformers.pytorch_utils.Conv1D"}
 
+#: Quantised linear layers whose forward was read: the bias is added to the product, in the activations' dtype.
+_QUANTISED = {"bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt"}
+
 #: Experts modules whose forward was read and which do not say their orientation: weights [experts, in, out], no bias.
 _TRANSPOSED_EXPERTS = {"transformers.models.llama4.modeling_llama4.Llama4TextExperts"}
 
@@ -69,6 +72,29 @@ def weights_of(module: nn.Module) -> WeightNames | str:
     if implementation not in _EXPERTS_IMPLEMENTATIONS:
         return f"the experts run as {implementation!r}, which is not known"
     return WeightNames("down_proj", "down_proj_bias" if biased else None, *((2, 1) if transposed else (1, 2)))
+
+
+def bias_owner(module: nn.Module, side: str) -> nn.Module | str:
+    """The module that adds ``bias``, where it has one, to the product of a linear layer; or why none is known to.
+
+    Args:
+        side: "output": what is added to the layer's output, which an adapter and a quantised weight leave as it is.
+            "input": what its weight makes of an addition to its input, so it has to be a plain one.
+    """
+    if side == "output" and type(module).__module__.startswith("peft.tuners.lora"):
+        module = getattr(module, "base_layer", module)
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    weight: object = module._parameters.get("weight")
+    if side == "output" and kind in _QUANTISED:
+        return module
+    if not isinstance(found := weights_of(module), WeightNames):
+        return found
+    if found.weight != "weight":
+        return f"{type(module).__name__} is no linear layer"
+    quantised = side == "output" and type(weight).__module__.startswith("torchao.")
+    if weight is not None and type(weight) is not nn.Parameter and not quantised:
+        return f"the weight is a {type(weight).__name__}"
+    return module
 
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .sites import Site
-from .structure import first_tensor, input_device
+from .structure import first_tensor, floating_dtype, input_device
 
 
 def why_not_the_projection(model: nn.Module, site: Site) -> str | None:
@@ -21,7 +21,7 @@ def why_not_the_projection(model: nn.Module, site: Site) -> str | None:
     weight = next(projection.parameters())
     x = torch.randn(1, 4, site.width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     device = input_device(model) if weight.device.type == "meta" else weight.device  # offloaded: loaded as it runs
-    x = x.to(device, weight.dtype)
+    x = x.to(device, weight.dtype if weight.is_floating_point() else floating_dtype(model))
     made: list[Tensor] = []
     handle = projection.register_forward_hook(lambda module, args, output: made.append(output.clone()))
     try:

@@ -30,7 +30,7 @@ from torch import nn
 from ..errors import SiteError
 from . import linear
 from .detect import detect
-from .families import LAYOUTS, Layout, Paths, alternatives
+from .families import AS_IT_IS, LAYOUTS, Layout, Paths, alternatives
 from .structure import decoder_of, has_module, name_of, text_config, unwrap
 
 SITE_NAMES = ("attention", "ffn", "layer", "neuron")
@@ -59,6 +59,8 @@ class Site:
     width: int
     projection: str | None
     parts: tuple[str, ...] = ()
+    bias: str | None = None
+    bias_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def find_sites(
         try:
             sites[name] = [
                 _site(
-                    *(name, number, f"{root}.{number}", layer, layout, config.hidden_size),
+                    *(name, number, f"{root}.{number}", layer, layout, config),
                     *(f"layer {number} of {family}", detected),
                 )
                 for number, layer in enumerate(layers._modules.values())  # children() would leave out repeated ones
@@ -155,15 +157,16 @@ def find_sites(
 
 
 def _site(
-    name: str, number: int, base: str, layer: nn.Module, layout: Layout, hidden_size: int, where: str, detected: bool
+    name: str, number: int, base: str, layer: nn.Module, layout: Layout, config: Any, where: str, detected: bool
 ) -> Site:
     if name == "layer":
-        return Site(name, number, base, "output", hidden_size, None)
+        bias, factor = _last_bias(base, layer, layout, config)
+        return Site(name, number, base, "output", config.hidden_size, None, bias=bias, bias_factor=factor)
     if name == "attention":
         path = _first(layer, layout.attention, where)
         width, projection = in_features(layer.get_submodule(path)), f"{base}.{path}"
-        return Site(name, number, projection, "input", width, projection, (projection,))
-    ffn = _first(layer, layout.ffn, where)
+        return Site(name, number, projection, "input", width, projection, (projection,), projection)
+    ffn = f"{base}.{_first(layer, layout.ffn, where)}"
     experts = [path for path in alternatives(layout.experts) if has_module(layer, path)]
     no_down = not any(has_module(layer, path) for path in alternatives(layout.down))
     if no_down and (experts or not layout.down or detected):
@@ -173,12 +176,30 @@ def _site(
                 f"site 'neuron': {where} has no one down projection ({why}), expected one in every layer; "
                 "use 'ffn', the block's summed output"
             )
-        return Site(name, number, f"{base}.{ffn}", "output", hidden_size, None, tuple(f"{base}.{p}" for p in experts))
+        parts, shared = tuple(f"{base}.{path}" for path in experts), _ffn_bias(base, layer, layout)
+        return Site(name, number, ffn, "output", config.hidden_size, None, parts, shared)
     down = _first(layer, layout.down, where)
     width, projection = in_features(layer.get_submodule(down)), f"{base}.{down}"
     if name == "neuron":
-        return Site(name, number, projection, "input", width, projection, (projection,))
-    return Site(name, number, f"{base}.{ffn}", "output", hidden_size, projection, (projection,))
+        return Site(name, number, projection, "input", width, projection, (projection,), projection)
+    return Site(name, number, ffn, "output", config.hidden_size, projection, (projection,), projection)
+
+
+def _ffn_bias(base: str, layer: nn.Module, layout: Layout) -> str | None:
+    """The linear layer whose bias adds to the output of ``ffn``: the down projection or the ungated shared experts'."""
+    for path in (*alternatives(layout.down), layout.shared):
+        if path and has_module(layer, path):
+            return f"{base}.{path}"
+    return None
+
+
+def _last_bias(base: str, layer: nn.Module, layout: Layout, config: Any) -> tuple[str | None, float]:
+    """The linear layer whose bias adds to a layer's output, and what its own output is multiplied by."""
+    normed = getattr(config, "do_layer_norm_before", True) is False  # OPT-350m: a norm comes after the residual
+    if not layout.residual or normed:
+        return None, 1.0
+    factor = 1.0 if layout.residual == AS_IT_IS else float(getattr(config, layout.residual))
+    return (_ffn_bias(base, layer, layout), factor) if factor else (None, 1.0)
 
 
 def _check_widths(name: str, sites: list[Site], family: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AusteerError, PlanError
-from ..models.linear import weights_of
+from ..models.linear import bias_owner, weights_of
 from ..models.sites import Fingerprint, Site, fingerprint
 from .plan import Plan
 
@@ -45,28 +45,27 @@ def check_architecture(plan: Plan, found: Fingerprint, what: str = "the plan") -
 
 def why_not_linear(site: Site, operation: str) -> str | None:
     """The reason why no weights and biases could do what steering at a site does; None if some could."""
-    if not site.parts:
-        return "no linear layer makes this tensor"
     if operation == "push":
         return "push is not linear"
-    if operation == "shift" and site.projection is None:
-        return "shift in a mixture of experts would need router weights that sum to 1"
-    return None
+    if operation == "scale":
+        return None if site.parts else "no linear layer makes this tensor"
+    if site.bias is not None:
+        return None
+    if site.name == "layer":
+        return "no linear layer is known whose output this family's layers add to theirs as it is"
+    return "shift in a mixture of experts would need router weights that sum to 1, or an ungated shared expert"
 
 
 def why_no_edit(model: nn.Module, site: Site, operation: str) -> str | None:
     """The reason why steering at a site is no edit of weights, as far as modules and shapes say; None if it is one."""
     if reason := why_not_linear(site, operation):
         return reason
+    if operation == "shift":
+        found = bias_owner(model.get_submodule(str(site.bias)), site.side)
+        return found if isinstance(found, str) else None
     for path in site.parts:
-        weights = weights_of(module := model.get_submodule(path))
-        reason = None
-        if isinstance(weights, str):
-            reason = weights
-        elif operation == "shift" and getattr(module, weights.bias or "", None) is None:
-            reason = "shift needs a bias and the layer has none"
-        if reason is not None:
-            return reason if len(site.parts) == 1 else f"{path}: {reason}"
+        if isinstance(weights := weights_of(model.get_submodule(path)), str):
+            return weights if len(site.parts) == 1 else f"{path}: {weights}"
     return None
 
 

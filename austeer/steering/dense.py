@@ -7,10 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .hook_path import TensorPath
+from .run_path import RunPath
 
 
-class Dense(TensorPath):
+class Dense(RunPath):
     """The public code's arithmetic: multiply, add and copy back over the whole block. The baseline; never automatic."""
 
     name = "dense"

@@ -2,56 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from austeer_kernels import reference
 
 from ..errors import SteeringError
 from ..models.linear import FLOATING
-from .columns import steer_columns
-from .hook_path import HookPath, observable
-from .routing import NOBODY
-from .selfcheck import check_linear, checked_tensor
+from .columns import Columns
+from .routing import NOBODY, capturing
+from .run_path import observable
+from .selfcheck import check_linear
 
 steered_linear_op = torch.ops.austeer.steered_linear.default
 
 
-class Fused(HookPath):
+class Fused(Columns):
     """Our projection kernel in place of the linear layer's forward, with the steering inside it.
 
     Args:
-        limit: up to how many tokens the kernel is used, its own limit at most; beyond, the model's own product and the
-            sparse kernel.
+        limit: up to how many tokens the kernel is used, its own limit at most; beyond, as in columns.
+        always: also outside captured CUDA graphs, where a launch costs more than it saves.
     """
 
     name = "fused"
 
-    def __init__(self, *args, limit: int, **kwargs):
+    def __init__(self, *args, limit: int, always: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.limit = limit
-        self._check_columns = self._check
+        self.limit, self.always = limit, always
+        self._check_product = self._check
 
-    def bind(self, module: nn.Module) -> None:
-        self._forward = cast(Callable[[Tensor], Tensor], module._old_forward)
-        self._ours = partial(self.forward, module)
-        module._old_forward = self._ours  # type: ignore[assignment]
+    def detach(self) -> None:
+        try:
+            super().detach()
+        except SteeringError:
+            self.limit = -1
+            raise
 
-    def release(self, module: nn.Module) -> None:
-        if module._old_forward is self._ours:  # someone may have put another one there
-            module._old_forward = self._forward  # type: ignore[assignment]
+    def at_input(self, x: Tensor) -> Tensor:
+        if self._in_kernel(x):
+            return self._product(x)
+        return self._inner(self.steer(x))
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+    def at_output(self, x: Tensor) -> Tensor:
+        if self._in_kernel(x):
+            return self._product(x)
+        return self.steer(self._inner(x))
+
+    def _in_kernel(self, x: Tensor) -> bool:
+        if x.numel() > self.limit * x.shape[-1]:
+            return False
+        return self.always or (not is_compiling() and capturing(x.device))
+
+    def _product(self, x: Tensor) -> Tensor:
         rows = self.begin(x)
         if rows is NOBODY:
-            return self._forward(x)
-        linear, table, prologue = cast(nn.Linear, module), self.table, self.site.side == "input"
-        if x.numel() > self.limit * x.shape[-1]:
-            return self._forward(self._columns(x, rows)) if prologue else self._columns(self._forward(x), rows)
+            return self._inner(x)
+        linear, table = cast(nn.Linear, self.module), self.table
         if x.dtype != linear.weight.dtype:
             raise SteeringError(
                 f"mode 'fused' at {self.site.path}: found {x.dtype} activations and a {linear.weight.dtype} weight "
@@ -65,17 +76,12 @@ class Fused(HookPath):
         if differentiate:
             gamma, shift = gamma.clone(), shift.clone()  # alpha may change before the backward pass
         tokens = x.reshape(-1, x.shape[-1])
+        prologue = self.site.side == "input"
         y = operation(tokens, linear.weight, linear.bias, gamma, shift, prologue, table.magnitude, rows)
-        if self._check and self.checks_now(x):
+        if self._check_product and observable(x):
+            self._check_product = False
             check_linear(self, tokens, linear, rows, y)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    def _columns(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """The sparse kernel, whose first call is compared with the formula, too."""
-        if not self._check_columns or not observable(x):
-            return steer_columns(x, self.table, rows, self.routing)
-        self._check_columns = False
-        return checked_tensor(self, x, rows)(steer_columns(x, self.table, rows, self.routing))
 
 
 def why_not_fused(module: nn.Module | None, groups: Sequence = ()) -> str | None:

@@ -12,22 +12,26 @@ from torch import nn
 from austeer_kernels import launch
 
 from ..errors import SteeringError
+from ..models.linear import bias_owner, sizes
+from ..models.patches import owner_of
 from ..models.projection import why_not_the_projection
 from ..models.sites import Site
 from ..models.structure import input_device
 from ..models.tensor_parallel import held
 from ..plans.fit import LayerUnits, units_by_layer
 from ..plans.plan import Plan
+from .bias import Bias, bias_like, bias_of_copy, why_not_bias
 from .columns import Columns
 from .dense import Dense
-from .fold import Fold, shared_storages, why_not_fold
+from .editable import shared_storages
+from .fold import Fold, why_not_fold
 from .fused import Fused, why_not_fused
-from .hook_path import HookPath
 from .path import Path
 from .routing import Routing
+from .run_path import RunPath
 from .tables import StrengthTable, groups_of
 
-PATHS: dict[str, type[Path]] = {"fold": Fold, "fused": Fused, "columns": Columns, "dense": Dense}
+PATHS: dict[str, type[Path]] = {"fold": Fold, "bias": Bias, "fused": Fused, "columns": Columns, "dense": Dense}
 MODES = ("auto", *PATHS)
 
 
@@ -61,8 +65,9 @@ def choose(
 ) -> Choice:
     """The path of a site.
 
-    ``auto`` takes fold, which runs nothing, where it is exact and possible; then fused, up to the number of tokens for
-    which it was measured to be faster on this device (the kernels' tables); then columns.
+    ``auto`` takes what runs nothing where it is exact and possible: fold for scale, bias for shift. Otherwise fused
+    under CUDA graphs, up to the number of tokens for which it was measured to be faster on this device (the kernels'
+    tables), and columns.
 
     Args:
         groups: the AUs at the site, see ``StrengthTable``; more than one where plans with and without magnitude meet.
@@ -79,52 +84,94 @@ def choose(
     if mode in ("columns", "dense"):
         return Choice(PATHS[mode], module, "as asked")
     asked = "" if mode == "auto" else "as asked"
-    no_fold = at_run_time or why_not_fold(model, site, groups[0][0].operation, storages)
+    operation = groups[0][0].operation
+    edit = mode if mode in ("fold", "bias") else "bias" if operation == "shift" else "fold"
+    why_not_edit = why_not_bias if edit == "bias" else why_not_fold
+    no_edit = at_run_time or why_not_edit(model, site, operation, storages)
     no_fused = why_not_fused(projection, groups)
-    if projection is not None and not (no_fold and no_fused):
+    if projection is not None and not (no_edit and no_fused):
         kind = (type(module), type(projection))
         if kind not in blocks:
             blocks[kind] = why_not_the_projection(model, site)
-        no_fold, no_fused = no_fold or blocks[kind], no_fused or blocks[kind]
-    if mode != "fused" and not no_fold:
-        return Choice(Fold, module, asked, parts=tuple(model.get_submodule(path) for path in site.parts))
+        no_edit, no_fused = no_edit or blocks[kind], no_fused or blocks[kind]
+    if mode != "fused" and not no_edit:
+        return _edited(PATHS[edit], model, site, asked)
     if no_fused is None and projection in fused:
         if mode == "fused":
             return Choice(Columns, module, "its projection is fused with another site already")
         no_fused = "fused already"
     limit = launch.MOST_TOKENS
     if no_fused is None and mode == "auto":
-        limit = measured_limit(projection)
+        limit = measured_limit(projection, site.side == "input", bool(at_run_time))
         no_fused = None if limit else "not measured to be faster here"
-    if mode != "fold" and no_fused is None and projection is not None:
+    if mode in ("auto", "fused") and no_fused is None and projection is not None:
         fused.add(projection)
-        reason = f"{asked or f'no fold: {no_fold}'}; fused up to {limit} tokens, then columns"
-        return Choice(Fused, projection, reason, limit)
+        where = asked or f"no {edit}: {no_edit}"
+        when = "" if asked else "under CUDA graphs "
+        return Choice(Fused, projection, f"{where}; fused {when}up to {limit} tokens, else columns", limit)
     if mode != "auto":
         raise SteeringError(
             f"mode {mode!r} is not possible at site {site.name!r} of layer {site.layer} ({site.path}): "
-            f"{no_fold if mode == 'fold' else no_fused}. Use mode='auto' or 'columns'"
+            f"{no_fused if mode == 'fused' else no_edit}. Use mode='auto' or 'columns'"
         )
-    return Choice(Columns, module, f"no fold: {no_fold}; no fused: {no_fused}")
+    return Choice(Columns, module, f"no {edit}: {no_edit}; no fused: {no_fused}")
 
 
-def measured_limit(projection: nn.Module | None) -> int:
-    """Up to how many tokens the fused kernel is faster on this device; 0 where nobody has measured it."""
+def _edited(path: type[Path], model: nn.Module, site: Site, asked: str) -> Choice:
+    """The choice of a path that runs nothing."""
+    if path is Bias:
+        owner = bias_owner(model.get_submodule(str(site.bias)), site.side)
+        assert isinstance(owner, nn.Module)  # why_not_bias refuses all else
+        return Choice(Bias, owner, asked)
+    parts = tuple(model.get_submodule(part) for part in site.parts)
+    return Choice(Fold, model.get_submodule(site.path), asked, parts=parts)
+
+
+def measured_limit(projection: nn.Module | None, at_input: bool, rows: bool) -> int:
+    """Up to how many tokens the fused kernel is faster on this device; 0 where nobody has measured it.
+
+    Args:
+        rows: whether each token has a row of the strength tables.
+    """
     if not isinstance(projection, nn.Linear) or projection.weight.device.type != "cuda":
         return 0
-    return launch.fused_up_to(*projection.weight.shape, projection.weight.dtype, projection.weight.device)
+    weight = projection.weight
+    return launch.fused_up_to(*weight.shape, weight.dtype, weight.device, at_input=at_input, rows=rows)
 
 
 def make_path(
-    choice: Choice, site: Site, tables: Sequence[StrengthTable], routing: Routing | None, check: bool
+    choice: Choice,
+    model: nn.Module,
+    site: Site,
+    tables: Sequence[StrengthTable],
+    routing: Routing | None,
+    check: bool,
+    always: bool,
 ) -> Path:
-    """The chosen path, not yet attached."""
+    """The chosen path, not yet attached.
+
+    Args:
+        always: run the fused kernel outside captured graphs, too.
+    """
     if choice.path is Fold:
         return Fold(site, tables[0], choice.parts)
-    assert issubclass(choice.path, HookPath)
+    if choice.path is Bias:
+        found = sizes(choice.module)
+        assert found is not None  # a linear layer
+        return Bias(site, tables[0], choice.module, bias_like(model, choice.module, found[1]))
+    assert issubclass(choice.path, RunPath)
     if choice.path is Fused:
-        return Fused(site, tables, choice.module, routing, check, limit=choice.limit)
+        return Fused(site, tables, choice.module, routing, check, limit=choice.limit, always=always)
     return choice.path(site, tables, choice.module, routing, check)
+
+
+def expect_free(model: nn.Module, path: Path) -> None:
+    """Raises SteeringError where some steering is on the path's module or in a bias at its site."""
+    if owner_of(path.module, RunPath) is not None or bias_of_copy(model.get_submodule(path.site.path)):
+        raise SteeringError(
+            f"{path.site.path}: found a module that is steered already (another model shares it, or the model was "
+            "copied while it was steered), expected one that is not; copy before steering"
+        )
 
 
 def plan_paths(
@@ -158,11 +205,10 @@ def plan_paths(
             continue  # other processes have these
         choice = choose(mode, model, site, groups, storages, at_run_time, fused, blocks)
         device = _device_of(choice.module, default)
-        # Dense tables take 8 bytes a plan and dimension; columns has them only where they help.
-        dense = choice.path is not Columns or (device.type == "cpu" and len(plans) <= 64)
+        dense = choice.path in (Fused, Dense)  # 8 bytes a plan and dimension
         tables = [StrengthTable(group, len(plans), len(mine), device, dense) for group in groups]
         first = check and not any(type(path) is choice.path for path in paths)
-        paths.append(make_path(choice, site, tables, routing, first))
+        paths.append(make_path(choice, model, site, tables, routing, first, mode == "fused"))
         reasons.append(choice.reason)
     return paths, reasons
 

@@ -35,10 +35,10 @@ class SiteReport:
 
     Attributes:
         site, layer, module: where.
-        path: "fold", "fused", "columns" or "dense".
+        path: "fold", "bias", "fused", "columns" or "dense".
         aus: how many AUs are steered here, of all plans.
-        calls: how often the path ran outside compiled graphs; None for fold, which leaves nothing to run.
-        tokens: how many tokens were steered in these calls, by any plan, padding included; None for fold.
+        calls: how often the path ran outside compiled graphs; None for fold and bias, which leave nothing to run.
+        tokens: how many tokens were steered in these calls, by any plan, padding included; None for fold and bias.
         compiled: whether the path is part of a compiled graph.
         reason: why this path and not a cheaper one; empty for the cheapest.
         share: the site's part of the plans' strength, 0 to 1, all plans counting alike.
@@ -58,7 +58,13 @@ class SiteReport:
     units: tuple[UnitReport, ...]
 
     def __str__(self) -> str:
-        ran = "in the weights" if self.calls is None else f"ran {self.calls} times, {self.tokens} tokens steered"
+        ran = (
+            "in the weights"
+            if self.path == "fold"
+            else "in the biases"
+            if self.calls is None
+            else f"ran {self.calls} times, {self.tokens} tokens steered"
+        )
         ran += ", compiled" if self.compiled else ""
         why = f" ({self.reason})" if self.reason else ""
         where = f"{self.site:<9} layer {self.layer:>3}  {self.aus:>5} AUs {self.share:>6.1%} of the strength"
@@ -131,8 +137,7 @@ def complaint(paths: Sequence[Path], model: nn.Module, scope: Scope) -> str | No
 
 def _has(model: nn.Module, path: Path) -> bool:
     """Whether the model still has the steered module where it was."""
-    names = {path.site.path, path.site.projection, *path.site.parts} - {None}
     try:
-        return any(model.get_submodule(str(name)) is path.module for name in names)
+        return any(module is path.module for module in model.get_submodule(path.site.path).modules())
     except AttributeError:
         return False

@@ -19,8 +19,10 @@ from .prompt import PACKED, Prompt, padding
 from .row_plans import Rows
 from .scope import END, Scope
 
-#: No token of this forward pass is steered. (None stands for every token.)
+#: No token of this forward pass is steered. (As a state, None stands for every token.)
 NOBODY = object()
+#: Every token is, by the first plan.
+WHOLE = object()
 
 #: What only continuous batching passes to a decoder: its tokens are those of many requests in one row.
 _PACKED = ("cu_seq_lens_q", "block_table")
@@ -34,6 +36,9 @@ class Routing(Hook):
         rows: each row's plan; None where there is one plan for every row.
         prompt: how long the prompt is.
         decoder: the model without its head.
+
+    Attributes:
+        key: NOBODY; WHOLE; what is equal in two forward passes if their tokens' rows are; or None if that is not known.
     """
 
     def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module):
@@ -42,14 +47,13 @@ class Routing(Hook):
         self._attachment = Attachment(decoder, self)
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._state: Any = NOBODY
-        self._table_rows: Tensor | None = None
-        self._key: tuple[int, int, int] | None = None  # of the rows of this forward pass, where they are as chosen
+        self.key: Any = None
         self._tokens = 0
         self._counted: Tensor | None = None
         self._ours = False  # whether the forward pass at hand has to give its turn back: it is outside generate
 
     def attach(self) -> None:
-        self._state, self._tokens, self._counted = NOBODY, 0, None
+        self._state, self.key, self._tokens, self._counted = NOBODY, None, 0, None
         self._attachment.attach()
         self.prompt.attach()
 
@@ -88,7 +92,7 @@ class Routing(Hook):
         on_device = torch.compiler.is_compiling() or capturing(x.device)
         first, last = self._interval(given, past, batch, length, on_device)
         rows = None if self.rows is None else self.rows.of(batch, self.prompt.batch, on_device)
-        self._table_rows = self._key = None
+        self.key = None
         if on_device or any(isinstance(n, Tensor) for n in (past, first, last)):
             self._state = _tensor_state(rows, past, first, last, batch, length, x.device)
             if not on_device and isinstance(self._state, Tensor):
@@ -97,6 +101,8 @@ class Routing(Hook):
         else:
             begin, end = max(first - past, 0), min(last - past, length)
             self._state = self._host_state(rows, begin, end, batch, length, x.device)
+            if not isinstance(self._state, Tensor):
+                self.key = WHOLE if self._state is None else NOBODY
         return args, kwargs
 
     def _recomputed(self) -> bool:
@@ -163,7 +169,7 @@ class Routing(Hook):
             rows = torch.zeros(batch, dtype=torch.int32, device=device)
         if whole:
             if self.rows is not None and length == 1:  # a prompt's would be large, and is not run twice
-                self._key = (self.rows.version, batch, length)
+                self.key = (self.rows.version, batch)
             return _each_token(rows.to(device), length)
         inside = rows.to(device)[:, None].expand(batch, end - begin)
         return torch.nn.functional.pad(inside, (begin, length - end), value=-1).reshape(-1)
@@ -184,18 +190,6 @@ class Routing(Hook):
                 "use one plan with scope='all'"
             )
         return state
-
-    def table_rows(self, rows: Tensor) -> tuple[Tensor, object]:
-        """For what ``rows_for`` gave, what ``StrengthTable.for_rows`` takes.
-
-        int64 [tokens], the row of tables whose last row, of zeros, is for no plan; and a key, or None.
-        """
-        found = self._table_rows
-        if found is None or found.device != rows.device:
-            found = torch.where(rows < 0, 1 if self.rows is None else len(self.rows.plans), rows).long()
-            if not torch.compiler.is_compiling():  # where the compiler sees to it
-                self._table_rows = found
-        return found, None if torch.compiler.is_compiling() else self._key
 
 
 def _expect_one_sequence(positions: Tensor, before: Tensor, past) -> None:

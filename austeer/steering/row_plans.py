@@ -20,7 +20,7 @@ class Rows:
         device: where the model's inputs are.
 
     Attributes:
-        version: how often the choice was changed.
+        version: how often the choice, or a plan's strength, was changed.
         everywhere: the number of the one plan that is for all rows of any batch; None where each row has its own.
     """
 
@@ -71,6 +71,10 @@ class Rows:
                 self._buffer.copy_(new)  # in place: a captured graph reads it
             else:
                 self._buffer = new.to(self._device)
+
+    def renew(self) -> None:
+        """Says that a plan's strength was changed."""
+        self.version += 1
 
     def expect(self, batch: int) -> None:
         """Raises SteeringError where the choice is for another number of rows."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from austeer_kernels import reference
 
 from ..errors import SteeringError
-from ..models.structure import first_tensor
+from ..models import linear
+from ..models.structure import first_tensor, floating_dtype
 from .path import Path
 from .tables import StrengthTable
 
@@ -25,10 +26,8 @@ TOKENS, OUTPUTS = 64, 128
 def steered(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) -> Tensor:
     """The formula on whole rows: ``x`` float64 [tokens, width], with ``rows`` as in the kernels."""
     for table in tables:
-        new = reference.steered_columns(
-            x.index_select(1, table.index), table.gamma.double(), table.shift.double(), table.magnitude, rows
-        )
-        x = x.index_copy(1, table.index, new)
+        gamma, shift = table.expanded(None if rows is None else rows.long(), torch.float64)
+        x = torch.where((gamma != 0) | (shift != 0), reference.steered(x, gamma, shift, table.magnitude), x)
     return x
 
 
@@ -44,10 +43,11 @@ def _tokens(tokens: int, rows: Tensor | None, device: torch.device) -> Tensor:
     return torch.cat([steered[_sample(len(steered), device)], _sample(tokens, device)]).unique()
 
 
-def _outputs(path: Path, linear: nn.Linear) -> Tensor:
+def _outputs(path: Path, module: nn.Linear) -> Tensor:
     """Which outputs of a projection are compared: steered ones, where those are its outputs, and others."""
-    others = _sample(linear.out_features, linear.weight.device)[: OUTPUTS // 2]
-    steered = path.table.index.to(others.device) if path.site.side == "output" else others[:0]
+    others = _sample(module.out_features, module.weight.device)[: OUTPUTS // 2]
+    index = path.table.index[path.table.index >= 0].to(others.device)
+    steered = index if path.site.side == "output" else index[:0]
     return torch.cat([steered[: OUTPUTS // 2], others]).unique()
 
 
@@ -74,59 +74,67 @@ def checked_tensor(path: Path, x: Tensor, rows: Tensor | None) -> Callable[[Tens
     return check
 
 
-def check_linear(path: Path, x: Tensor, linear: nn.Linear, rows: Tensor | None, y: Tensor) -> None:
+def check_linear(path: Path, x: Tensor, module: nn.Linear, rows: Tensor | None, y: Tensor) -> None:
     """Compares some outputs of the fused projection of ``x`` [tokens, in] with the formula.
 
     Raises:
         SteeringError: they differ by more than a sum in the kernel's precision may.
     """
-    index, some, columns = path.table.index, _tokens(x.shape[0], rows, x.device), _outputs(path, linear)
+    index, some, columns = path.table.index, _tokens(x.shape[0], rows, x.device), _outputs(path, module)
     with torch.no_grad():
         rows = None if rows is None else rows[some]
-        h, weight = x[some].double(), linear.weight[columns].double()
-        bias = None if linear.bias is None else linear.bias[columns].double()
+        h, weight = x[some].double(), module.weight[columns].double()
+        bias = None if module.bias is None else module.bias[columns].double()
         if path.site.side == "input":
             h = steered(h, path.tables, rows)
         expected = torch.nn.functional.linear(h, weight, bias)
         if path.site.side == "output":
-            whole = expected.new_zeros(len(some), linear.out_features)
+            whole = expected.new_zeros(len(some), module.out_features)
             whole[:, columns] = expected
             expected = steered(whole, path.tables, rows)[:, columns]
         gain = 1 + path.table.gamma.abs().max().double() if index.numel() and path.site.side == "output" else 1.0
-        tolerance = gain * _product_tolerance(h, linear.weight[columns], expected)
+        tolerance = gain * _product_tolerance(h, module.weight[columns], expected)
         _compare(path, y[some][:, columns], expected, tolerance)
 
 
-class FoldProbe:
-    """Runs a folded layer, or a whole mixture of experts, on random numbers before and after the fold."""
+class EditProbe:
+    """Runs a layer whose weights or bias steering changes, or a whole mixture, on random numbers before and after."""
 
     def __init__(self, path: Path, model: nn.Module):
         self.path = path
-        self.module = path.module if path.site.projection else model.get_submodule(path.site.path)
+        whole = not path.site.projection and path.site.name != "layer"
+        self.module = model.get_submodule(path.site.path) if whole else path.module
         self.weight = next(path.module.parameters())
-        inputs = path.module.in_features if isinstance(path.module, nn.Linear) else path.site.width
+        inputs = path.site.width if whole else linear.sizes(path.module)[0]  # type: ignore[index]
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(1, 4, inputs, generator=generator, dtype=torch.float32).to(self.weight)
-        self.size = self.x  # the larger of what is multiplied before and after the fold
+        dtype = self.weight.dtype if self.weight.dtype in linear.FLOATING else floating_dtype(model)
+        self.x = torch.randn(1, 4, inputs, generator=generator, dtype=torch.float32).to(self.weight.device, dtype)
+        self.size = self.x  # the larger of what is multiplied before and after the edit
         if path.site.side == "input":
-            inner = self._steered(self.x).to(self.weight)
+            inner = self._steered(self.x).to(self.x)
             self.size = self.x.abs() + inner.abs()
             self.expected = self._run(inner).double()
         else:
-            self.expected = self._steered(self._run(self.x))
+            factor = path.site.bias_factor if path.name == "bias" else 1.0
+            self.expected = self._steered(self._run(self.x) * factor) / factor
 
     @classmethod
-    def of(cls, paths: Sequence[Path], model: nn.Module) -> FoldProbe | None:
-        """A probe of the first layer that will be folded, made before it is; None if none can be run by itself."""
-        folded = [path for path in paths if path.name == "fold"]
-        for path in folded:
-            alone = sum(other.module is path.module for other in folded) == 1  # ffn and neuron can meet in one weight
-            if alone and (type(path.module) is nn.Linear or not path.site.projection):
-                try:
-                    return cls(path, model)
-                except Exception:  # a mixture that needs more than its input: there is nothing to compare
-                    continue
-        return None
+    def of(cls, paths: Sequence[Path], model: nn.Module) -> list[EditProbe]:
+        """A probe of the first fold and of the first bias, made before they are; none of what does not run alone."""
+        found = []
+        edits = [path for path in paths if path.name in ("fold", "bias")]
+        for name in ("fold", "bias"):
+            for path in edits:
+                alone = sum(other.module is path.module for other in edits) == 1  # ffn and neuron can meet in one
+                if path.name == name and alone and (linear.sizes(path.module) or not path.site.projection):
+                    try:
+                        found.append(cls(path, model))
+                    except (
+                        Exception
+                    ):  # a mixture that needs more than its input, an offloaded weight: nothing to compare
+                        continue
+                    break
+        return found
 
     @torch.no_grad()
     def _run(self, x: Tensor) -> Tensor:
@@ -139,17 +147,17 @@ class FoldProbe:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raises SteeringError where what was folded does not compute what the formula says."""
-        found = self._run(self.x)
-        if isinstance(self.module, nn.Linear):
+        """Raises SteeringError where what was changed does not compute what the formula says."""
+        found, expected = self._run(self.x), self.expected
+        if isinstance(self.module, nn.Linear) and type(self.weight) is nn.Parameter:
             some = _outputs(self.path, self.module)
-            found, expected = found[..., some], self.expected[..., some]
+            found, expected = found[..., some], expected[..., some]
             tolerance = _product_tolerance(self.size, self.weight[some], expected)
         else:  # sums of products of which only the whole is known
-            expected = self.expected
             gain = 1 + self.path.table.gamma.abs().max().double()
-            tolerance = 64 * torch.finfo(self.weight.dtype).eps * gain * expected.abs().amax((1, 2), keepdim=True)
-        _compare(self.path, found, expected, tolerance.expand_as(expected))
+            largest = expected.abs().amax((1, 2), keepdim=True)
+            tolerance = (64 * torch.finfo(found.dtype).eps * gain * largest).expand_as(expected)
+        _compare(self.path, found, expected, tolerance)
 
 
 def _product_tolerance(x: Tensor, weight: Tensor, expected: Tensor) -> Tensor:

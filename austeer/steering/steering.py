@@ -18,16 +18,16 @@ from ..models.sites import Layout, find_sites
 from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
+from .bias import Bias
 from .fold import Fold
-from .hook_path import expect_free
 from .path import Path
-from .path_choice import MODES, plan_paths
+from .path_choice import MODES, expect_free, plan_paths
 from .prompt import Prompt
 from .report import Report, complaint, make_report
 from .routing import Routing
 from .row_plans import NO_NAMES, Rows
 from .scope import parse_scope
-from .selfcheck import FoldProbe
+from .selfcheck import EditProbe
 from .strength import Alpha, Strength
 
 #: The modules with folded weights, of all models: two models may share some.
@@ -153,6 +153,8 @@ class Steering:
         for path in self._paths:
             for table in path.tables:
                 table.fill(self._levels.of(path.site.name))
+        if self._routing is not None and self._routing.rows is not None:
+            self._routing.rows.renew()  # what was made from the tables for the rows as they are is out of date
 
     def _refresh(self) -> None:
         with _lock:
@@ -160,10 +162,13 @@ class Steering:
             if self._attached:
                 # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
                 folds = [path for path in self._paths if isinstance(path, Fold)]
-                for path in reversed(folds):
-                    path.detach()
-                for path in folds:
-                    path.attach()
+                for fold in reversed(folds):
+                    fold.detach()
+                for fold in folds:
+                    fold.attach()
+                for path in self._paths:
+                    if isinstance(path, Bias):
+                        path.refresh()
 
     # --- rows and prompt, live ---------------------------------------------------------------------------------------
 
@@ -226,7 +231,7 @@ class Steering:
                 )
             self._paths, self._reasons = self._plan_paths()  # the model may have changed since
             for path in self._paths:
-                expect_free(path)
+                expect_free(self._model, path)
             folded = {part for path in self._paths if isinstance(path, Fold) for part in path.parts}
             if any(part in _folded for part in folded):
                 raise SteeringError(
@@ -239,12 +244,12 @@ class Steering:
             _folded.update(folded)
             try:
                 self._refresh_tables()
-                probe = FoldProbe.of(self._paths, self._model) if self._check else None
+                probes = EditProbe.of(self._paths, self._model) if self._check else []
                 if self._routing is not None:
                     self._routing.attach()
                 for path in self._paths:
                     path.attach()
-                if probe is not None:
+                for probe in probes:
                     probe.check()
             except BaseException:
                 self.detach()

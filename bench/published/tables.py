@@ -202,6 +202,19 @@ def dispatch(content: dict[str, Any], names: Sequence[str]) -> str:
     return table(["out x in", "tokens", *names], rows)
 
 
+def settings(content: dict[str, Any]) -> str:
+    """The best settings found for each form of the projection, over the plain product and product and columns."""
+    forms: dict[tuple[str, str, int], dict[tuple[bool, bool], str]] = {}
+    for row in content["forms"]:
+        cell = f"{row['best us'] / row['plain us']:.2f}, {row['best us'] / row['columns us']:.2f}"
+        key = f"{row['n']}x{row['k']}", row["m"]
+        forms.setdefault(key, {})[row["at_input"], row["rows"]] = cell
+    names = {(False, False): "output", (True, False): "input", (False, True): "output, a plan a token"}
+    names[True, True] = "input, a plan a token"
+    rows = [[*key, *(cells.get(form, "") for form in names)] for key, cells in forms.items()]
+    return table(["out x in", "tokens", *names.values()], rows)
+
+
 def exactness(results: Results) -> str:
     """For each device one row a way to run a plan, operation and site: the error beside the steering's own size."""
     parts = []

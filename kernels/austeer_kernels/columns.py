@@ -4,6 +4,7 @@ The interpreter (TRITON_INTERPRET=1) keeps bfloat16 as raw 16-bit words: it cann
 a GPU rounds to nearest even. :func:`rounded` and the upcasts right after each load keep both runs equal.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -93,19 +94,21 @@ def steer_columns_(
     tokens, count = y.shape[0], index.shape[0]
     if tokens == 0 or count == 0:
         return
+    if launch.elsewhere(y):
+        with torch.cuda.device(y.device):
+            return steer_columns_(y, index, gamma, shift, magnitude, row_plan)
     s = launch.settings("steer_columns_", tokens, count, 0, y.dtype, y.device)
-    with launch.on_device(y.device):
-        steer_columns_kernel[(triton.cdiv(tokens, s.block_m), triton.cdiv(count, s.block_n))](
-            y,
-            index,
-            gamma,
-            shift,
-            row_plan,
-            tokens,
-            count,
-            y.stride(0),
-            MAGNITUDE=magnitude,
-            BLOCK_T=s.block_m,
-            BLOCK_I=s.block_n,
-            num_warps=s.num_warps,
-        )
+    steer_columns_kernel[(-(-tokens // s.block_m), -(-count // s.block_n))](
+        y,
+        index,
+        gamma,
+        shift,
+        row_plan,
+        tokens,
+        count,
+        y.stride(0),
+        MAGNITUDE=magnitude,
+        BLOCK_T=s.block_m,
+        BLOCK_I=s.block_n,
+        num_warps=s.num_warps,
+    )

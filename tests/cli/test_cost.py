@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 app = typer.Typer()
 app.command()(cost)
 
-LIMITS = ("--bandwidth", "1e10", "--flops", "1e11", "--launch", "1e-6")
+LIMITS = ("--bandwidth", "1e10", "--flops", "1e11", "--launch", "1e-6", "--host-us", "10")
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,13 @@ def test_json_is_the_library_s(folder):
         context=9,
         dtype=torch.float16,
         device="cpu",
+        host_us=10,
         **rates,
     )
     assert found == {"config": str(folder), **json.loads(json.dumps(expected.to_json()))}
     assert found["ceilings"] == {**rates, "source": "as given"}
+    assert found["host"] == {"launch": pytest.approx(1e-5), "source": "as given"}
+    assert found["decode"]["extra"]["public"]["host"] > 0 == found["decode"]["extra"]["fold"]["host"]
     file = json.loads(run(folder / "config.json", *options, "--dtype", "float16", "--device", "cpu", *LIMITS, "--json"))
     assert {**file, "config": str(folder)} == found
 
@@ -67,23 +70,32 @@ def test_table_has_every_way_and_a_conclusion(folder):
     # three layers, no bias: a multiply, an add and a copy in each, of 32 values and a vector, 2 bytes each
     [public] = [line for line in decoded.splitlines() if line.startswith("public")]
     assert public.split()[1:3] == ["+1.5", "k"] and " +9 " in public and "…" not in text
-    assert re.search("7 AUs in 3 of 3 layers.*fold adds nothing, columns", text)
+    assert "host:   10.0 us a launch, as given" in text and "both, one after the other" in text
+    assert re.search("7 AUs in 3 of 3 layers.*auto takes fold and adds nothing; columns", text)
+    lines = text.splitlines()
+    tables = [line for line in lines if line.endswith((" overhead    kept", "kept")) or re.search(r" %", line)]
+    assert max(map(len, tables[:-1])) <= 80
 
 
 def test_what_is_not_possible_is_said(folder):
     text = run(folder, "--k", 7, "--device", "cpu", "--site", "layer", *LIMITS)
     assert re.search(r"fold +not possible: no linear layer makes this tensor", text)
-    assert "columns adds" in text
+    assert "auto takes columns and adds" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_gpu_that_is_not_here_and_one_ceiling_given(folder):
     text = run(folder, "--k", 7, "--device", "cuda", "--launch", "3e-6")
-    assert re.search("H100 SXM.*launch as given.*3.0 TB/s, 798.0 T operations/s, 3.0 us", text)
+    assert re.search("3.0 TB/s, 798.0 T operations/s, 3.0 us a launch\n.*H100 SXM.*launch as given", text)
+    assert re.search("host: .*34.3 us a launch, an H200's", text) and "the longer of the two" in text
+    graph = run(folder, "--k", 7, "--device", "cuda", "--execution", "graph")
+    assert "graph: a pass takes the device's time" in graph and "host: " not in graph.split("Beyond")[0]
 
 
 def test_this_machine_is_measured(folder):
-    found = json.loads(run(folder, "--k", 7, "--device", "cpu", "--json"))["ceilings"]
+    content = json.loads(run(folder, "--k", 7, "--device", "cpu", "--json"))
+    assert content["host"]["source"] == "measured on this machine" and 1e-7 < content["host"]["launch"] < 1e-2
+    found = content["ceilings"]
     assert found["source"] == "measured on this cpu"
     assert 1e8 < found["bandwidth"] < 1e13 and 1e7 < found["flops"] < 1e15 and 1e-8 < found["launch"] < 1e-3
 

@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 import austeer
 from austeer import AusteerError, PlanError, SiteError, SteeringError
 from austeer.costs.steering import spread, steering_cost
-from austeer.costs.work import WAYS, Place, Target, Work, columns, fused
+from austeer.costs.ways import WAYS
+from austeer.costs.work import EXECUTIONS, Work
 from austeer.models.sites import find_sites
 from austeer.plans.table import OPERATIONS
 from austeer.steering.path_choice import plan_paths
-from austeer_kernels import launch
 from bench.counted_ops import count
 from bench.plain_ways import DenseHook, Public, SparseHook
 from bench.plans import spread_plan
@@ -23,7 +23,7 @@ from bench.steered import twin
 from tiny_models import FAMILIES, tiny_model
 
 OURS = ("fold", "columns", "fused", "dense")
-RATES = {"bandwidth": 1e10, "flops": 1e11, "launch": 1e-6}
+RATES = {"bandwidth": 1e10, "flops": 1e11, "launch": 1e-6, "host_us": 10.0}
 SEVERAL = ["llama", "gpt2", "gemma2", "opt", "bloom", "mixtral", "deepseek_v3", "llama4_text"]
 WIDE = {"hidden_size": 512, "head_dim": 128, "num_hidden_layers": 2}
 
@@ -207,43 +207,34 @@ def test_bytes_kept(family, site):
             kept += sum(t.nbytes for t in (*tables, *saved) if t is not None)
             path.detach()
         assert cost.memory[way] == kept, way
-    assert cost_of(model, site, device="cuda").memory["columns"] == 7 * 16
+    assert cost_of(model, site, device="cuda", execution="graph").memory["columns"] == 7 * 16
     assert cost.memory["public"] == 3 * 4 * find_sites(model)[site][0].width
     assert cost.memory["sparse hook"] == 7 * 12
 
 
-def test_columns_on_a_gpu_by_hand():
-    place = Place(3, 4096, 10, torch.bfloat16, "scale")
-    # 10 values of 2 bytes in and out for each token; an index of 8 and two strengths of 4 bytes for each AU
-    expected = Work(3 * 20 + 160, 3 * 20, 3 * 30, 1, 2 * 3 * 10 * 30)
-    assert columns(place, Target("cuda")) == expected
-    assert columns(replace(place, operation="push"), Target("cuda")).operations == 3 * 40
-    whole = columns(replace(place, count=4096), Target("cuda"))
-    assert whole.padding == 0, "whole rows are read anyway"
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_a_shift_is_a_bias_and_nothing_else_is(site):
+    model = built("llama")
+    cost = cost_of(model, site, operation="shift", layers=2, device="cuda")
+    added = cost.decode.extra["bias"]
+    assert (added.work, added.host, added.overhead) == (Work(2 * 4 * 32, 0, 2 * 32), 0.0, 0.0)
+    assert cost.memory["bias"] == 2 * 32 * (4 + 4)
+    assert "cannot scale" in cost_of(model, site).refused["bias"]
+    assert "linear layer" in cost_of(built("mixtral"), operation="shift").refused["bias"]
 
 
-def test_the_fused_kernel_on_a_gpu_is_launched_as_predicted():
-    """Against the settings that the kernel takes; in the interpreter's made-up GPU, which can be asked here."""
-    interpreter, here = Target("cuda", "interpreter", "cpu", 4), torch.device("cpu")
-    seen = set()
-    for tokens, inputs, outputs in itertools.product((1, 8, 64), (64, 4096), (64, 4096)):
-        place = Place(tokens, outputs, 4, torch.bfloat16, "scale", projection=(inputs, outputs))
-        taken = launch.settings("steered_linear", tokens, outputs, inputs, torch.bfloat16, here)
-        splits = taken.splits
-        work = fused(place, interpreter)
-        seen.add(splits > 1)
-        assert work.launches == (1 if splits > 1 else 0)
-        parts = 4 * tokens * outputs * splits if splits > 1 else 0
-        assert (work.read, work.written) == (8 * outputs + parts, parts)
-    assert seen == {False, True}, "with and without a split"
-
-
-@pytest.mark.parametrize("target", [Target("cpu"), Target("cuda")], ids=["cpu", "cuda"])
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_beyond_its_tokens_fused_is_columns(target, side):
-    few = Place(64, 96, 4, torch.bfloat16, "scale", side, projection=(96, 96))
-    many = replace(few, tokens=65)
-    assert fused(many, target) == columns(many, target) and fused(few, target) != columns(few, target)
+@pytest.mark.parametrize(
+    ("family", "operation", "path"),
+    [
+        ("llama", "scale", "fold"),
+        ("llama", "shift", "bias"),
+        ("llama", "push", "columns"),
+        ("mixtral", "shift", "columns"),
+    ],
+)
+def test_what_auto_takes(family, operation, path):
+    cost = cost_of(built(family), operation=operation)
+    assert cost.auto == path and f"auto takes {path}" in cost.conclusion()
 
 
 def test_launches_on_a_gpu():
@@ -264,17 +255,33 @@ def test_launches_on_a_gpu():
     assert half.decode.extra["dense"].work.launches == 2 * 4, "the strengths are converted to bfloat16"
 
 
-def test_floor_and_overhead_by_hand():
-    cost = cost_of(built("llama"), k=3, bandwidth=1e6, flops=1e12, launch=1e-3)
+@pytest.mark.parametrize(
+    ("device", "execution"), [("cpu", "eager"), ("cpu", "compile"), *(("cuda", e) for e in EXECUTIONS)]
+)
+def test_seconds_and_overhead_by_hand(device, execution):
+    """Device and host both slow."""
+    slow = {"bandwidth": 1e8, "flops": 1e12, "launch": 1e-5, "host_us": 50.0}
+    cost = cost_of(built("llama"), k=3, device=device, execution=execution, **slow)
+    eager, both = execution == "eager", (device, execution) == ("cpu", "eager")
+    longer = set()
     for one in (cost.decode, cost.prefill):
         itself = one.unsteered
-        assert one.seconds == pytest.approx(itself.bytes / 1e6 + itself.launches * 1e-3)
-        for extra in one.extra.values():
-            assert extra.seconds == pytest.approx(extra.work.moved / 1e6 + extra.work.launches * 1e-3)
-            assert extra.overhead == pytest.approx(extra.seconds / one.seconds)
-    slow = cost_of(built("llama"), k=3, bandwidth=1e15, flops=1e3, launch=0)
-    assert slow.decode.seconds == slow.decode.unsteered.operations / 1e3
-    assert slow.decode.extra["lora"].seconds == slow.decode.extra["lora"].work.operations / 1e3
+        floor = itself.bytes / 1e8 + (0 if both else itself.launches * 1e-5)
+        host = itself.launches * 50e-6 if eager else 0
+        assert (one.device, one.host) == (pytest.approx(floor), pytest.approx(host))
+        together = floor + host if both else max(floor, host)
+        assert one.seconds == pytest.approx(together)
+        longer.add(host > floor)
+        for way, extra in one.extra.items():
+            more = extra.work.moved / 1e8 + (0 if both else extra.work.launches * 1e-5)
+            assert extra.device == pytest.approx(more)
+            assert (extra.host > 0) == (eager and way != "fold")
+            with_it = floor + more + host + extra.host if both else max(floor + more, host + extra.host)
+            assert extra.overhead == pytest.approx(with_it / together - 1)
+    assert longer == {eager}
+    far = cost_of(built("llama"), k=3, bandwidth=1e15, flops=1e3, launch=0, host_us=0)
+    assert far.decode.seconds == far.decode.unsteered.operations / 1e3
+    assert far.decode.extra["lora"].device == far.decode.extra["lora"].work.operations / 1e3
 
 
 def test_json_is_whole():
@@ -339,6 +346,10 @@ def test_notes():
         ({"dtype": torch.float64}, SteeringError, "dtype: .*float64.*float16"),
         ({"dtype": "int8"}, AusteerError, "dtype: .*'int8'"),
         ({"device": "tpu"}, SteeringError, "device: .*'tpu'.*cuda"),
+        ({"execution": "graph"}, SteeringError, "execution: .*'graph' on cpu.*eager, compile"),
+        ({"execution": "fast", "device": "cuda"}, SteeringError, "execution: .*'fast'.*eager, graph, compile"),
+        ({"host_us": -1.0}, AusteerError, "host_us: .*-1.0"),
+        ({"host_us": float("inf")}, AusteerError, "host_us: .*inf"),
         ({"bandwidth": 0}, AusteerError, "bandwidth: .* 0,"),
         ({"flops": float("nan")}, AusteerError, "flops: .*nan"),
         ({"launch": -1.0}, AusteerError, "launch: .*-1.0"),

@@ -126,13 +126,24 @@ def test_the_sites_are_what_the_layers_are_made_of(model_of, family):
 # --- steering --------------------------------------------------------------------------------------------------------
 
 
-def folds(model, found, operation):
-    """Whether steering at these sites is a change of the weights, by what these random models are."""
-    if operation == "push" or not found[0].parts:
-        return False
-    return operation == "scale" or all(
-        site.projection is not None and model.get_submodule(site.projection).bias is not None for site in found
-    )
+#: What stands between a layer's feed-forward block and its output, or is between its parts: no bias does a shift there.
+NORM_AFTER = ("exaone4", "gemma2", "gemma3", "gemma3_text", "glm4", "olmo2")
+UNGATED = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "llama4_text")
+
+
+def edit_of(family, model, found, operation):
+    """The paths of a site's layers in mode auto, by what these random models are."""
+    if operation == "push":
+        return {"columns"}
+    if operation == "scale":
+        return {"fold"} if found[0].parts else {"columns"}
+    if found[0].side == "input":
+        return {"bias"}
+    if found[0].name == "layer" and family in NORM_AFTER:
+        return {"columns"}
+    if family in UNGATED or family not in MIXTURES:
+        return {"bias"}
+    return {"bias", "columns"} if MIXTURES[family][0] else {"columns"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,17 +157,17 @@ def test_steering_equals_the_formula_and_leaves_no_trace(model_of, family):
             expected = formula_logits(model, BATCH, plan, alpha)
             effect = float((expected - plain)[REAL].abs().max())
             assert expected.isfinite().all() and effect > 1e-2, (site, operation, effect)
-            in_weights = folds(model, found, operation)
-            for mode in ("auto", "columns") if in_weights else ("auto",):
+            edit = edit_of(family, model, found, operation)
+            for mode in ("auto", "columns"):
                 with austeer.steer(model, plan, alpha, mode=mode) as steering:
                     got = logits(model, BATCH)
                     took = {row.path for row in steering.report()}
                 case = f"{family} {site} {operation} {mode}"
                 torch.testing.assert_close(got[REAL], expected[REAL], rtol=1e-4, atol=1e-3 * effect, msg=case)
-                assert took == {"columns" if mode == "columns" or not in_weights else "fold"}, case
-            if not in_weights:
-                with pytest.raises(austeer.SteeringError, match=f"'fold'.*'{site}'"):
-                    austeer.steer(model, plan, alpha, mode="fold")
+                assert took == ({"columns"} if mode == "columns" else edit), case
+            for mode in {"fold", "bias"} - edit:
+                with pytest.raises(austeer.SteeringError, match=f"'{mode}'.*'{site}'"):
+                    austeer.steer(model, plan, alpha, mode=mode)
     assert_unchanged(model, before)
     assert torch.equal(logits(model, BATCH), plain)
 

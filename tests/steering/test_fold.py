@@ -14,7 +14,8 @@ import austeer
 from austeer import find_sites
 from austeer.models.structure import text_config
 from austeer.steering import fold
-from austeer.steering.fold import shared_storages, why_not_fold
+from austeer.steering.editable import shared_storages
+from austeer.steering.fold import why_not_fold
 from dense_formula import assert_unchanged, formula_logits, logits, random_plan, snapshot
 from tiny_models import tiny_model
 
@@ -106,8 +107,7 @@ def test_a_fold_that_breaks_off_is_undone(monkeypatch):
 def test_what_a_mixture_can_fold():
     model = tiny_model("qwen2_moe")
     assert refusal(model) is None and refusal(model, layer=0) is None
-    assert "router" in refusal(model, operation="shift")
-    assert "bias" in refusal(model, operation="shift", layer=0)
+    assert "shift" in refusal(model, operation="shift")
     assert "push" in refusal(model, operation="push")
     assert "no linear layer" in refusal(model, name="layer")
 
@@ -202,7 +202,7 @@ class OtherMLP(LlamaMLP):
 
 @pytest.mark.parametrize("kind", ["factor", "skip", "clamp"])
 @pytest.mark.parametrize("operation", ["scale", "shift"])
-def test_a_block_that_does_more_than_its_projection_is_neither_folded_nor_fused(kind, operation):
+def test_a_block_that_does_more_than_its_projection_is_neither_edited_nor_fused(kind, operation):
     model = tiny_model("llama", mlp_bias=True)
     for layer in model.model.layers:
         layer.mlp.__class__ = type("Other", (OtherMLP,), {"kind": kind})
@@ -214,13 +214,18 @@ def test_a_block_that_does_more_than_its_projection_is_neither_folded_nor_fused(
         assert {row.path for row in steering.report()} == {"columns"}
         assert "does more" in steering.report()[0].reason
     assert torch.equal(torch.get_rng_state(), state)
-    for mode in ("fold", "fused"):
+    edit = "bias" if operation == "shift" else "fold"
+    for mode in (edit, "fused"):
         with pytest.raises(austeer.SteeringError, match=f"'{mode}'.*'ffn'.*does more"):
             austeer.steer(model, plan, mode=mode)
-    austeer.steer(model, random_plan(model, "neuron", 30), mode="fold")  # the projection's input is what it was
+    austeer.steer(
+        model, random_plan(model, "neuron", 30, operation), mode=edit
+    )  # the projection's input is what it was
+    at_layer = austeer.steer(model, random_plan(model, "layer", 30, operation)).report()
+    assert {row.path for row in at_layer} == {"columns"}
     for layer in model.model.layers:
         type(layer.mlp).kind = ""
-    assert {row.path for row in austeer.steer(model, plan).report()} == {"fold"}
+    assert {row.path for row in austeer.steer(model, plan).report()} == {edit}
 
 
 def test_a_mixture_that_adds_to_its_experts_fails_the_self_check():

@@ -1,4 +1,4 @@
-"""Which path a site gets: fold where possible, the fused kernel only as far as it was measured, and the reason."""
+"""Which path a site gets: an edit where possible, the fused kernel only as far as it was measured, and the reason."""
 
 import copy
 import json
@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import austeer
+from austeer.steering import fused
 from austeer.steering import path_choice as dispatch
 from austeer_kernels import launch
 from dense_formula import formula, formula_at, formula_logits, logits, random_plan
 
 CPU = torch.device("cpu")
 H100 = ("sm_90", "NVIDIA H100 80GB HBM3", 132)
+OUTPUT = launch.form(at_input=False, rows=False)
 
 
 @pytest.fixture
@@ -20,9 +22,15 @@ def limit_of(monkeypatch):
     """Lets every projection have a limit, as a table of a GPU would; a CPU has none."""
 
     def limit_of(limit):
-        monkeypatch.setattr(dispatch, "measured_limit", lambda projection: limit)
+        monkeypatch.setattr(dispatch, "measured_limit", lambda *_: limit)
 
     return limit_of
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """As while a CUDA graph is captured, which a CPU has not."""
+    monkeypatch.setattr(fused, "capturing", lambda device: True)
 
 
 def paths_of(steering):
@@ -32,13 +40,14 @@ def paths_of(steering):
 # --- auto ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("operation", "path"), [("scale", "fold"), ("shift", "bias")])
 @pytest.mark.parametrize("site", ["attention", "ffn", "neuron"])
-def test_auto_folds_where_it_can_also_where_fused_was_measured(tiny, tiny_ids, site, limit_of):
+def test_auto_edits_where_it_can_also_where_fused_was_measured(tiny, tiny_ids, site, operation, path, limit_of):
     limit_of(1000)
-    plan = random_plan(tiny, site, 9)
+    plan = random_plan(tiny, site, 9, operation)
     with austeer.steer(tiny, plan, 2.0) as steering:
         logits(tiny, tiny_ids)
-        assert paths_of(steering) == {"fold"} and {row.reason for row in steering.report()} == {""}
+        assert paths_of(steering) == {path} and {row.reason for row in steering.report()} == {""}
 
 
 @pytest.mark.parametrize(
@@ -59,16 +68,28 @@ def test_what_depends_on_the_token_is_never_folded(tiny, arguments, reason):
     report = austeer.steer(tiny, plans, 2.0, **arguments).report()
     assert {row.path for row in report} == {"columns"}
     assert {row.reason.split("; no fused")[0] for row in report} == {f"no fold: {reason}"}
-    with pytest.raises(austeer.SteeringError) as error:
-        austeer.steer(tiny, plans, 2.0, mode="fold", **arguments)
-    assert "mode 'fold' is not possible at site" in str(error.value) and reason in str(error.value)
-    assert "Use mode='auto' or 'columns'" in str(error.value)
+    for mode in ("fold", "bias"):
+        with pytest.raises(austeer.SteeringError) as error:
+            austeer.steer(tiny, plans, 2.0, mode=mode, **arguments)
+        assert f"mode '{mode}' is not possible at site" in str(error.value) and reason in str(error.value)
+        assert "Use mode='auto' or 'columns'" in str(error.value)
+
+
+def test_an_edit_of_the_other_kind_is_refused(tiny):
+    for mode, operation, message in (
+        ("fold", "shift", "shift scales no weight"),
+        ("bias", "scale", "scale is no addition"),
+        ("bias", "push", "push is no addition"),
+    ):
+        with pytest.raises(austeer.SteeringError, match=rf"mode '{mode}'.*{message}"):
+            austeer.steer(tiny, random_plan(tiny, "ffn", 9, operation), 1.0, mode=mode)
 
 
 def test_a_cpu_has_no_measured_limit(tiny):
-    assert dispatch.measured_limit(tiny.model.layers[0].mlp.down_proj) == 0
-    assert dispatch.measured_limit(None) == 0
-    with launch.preferring(fused=[launch.Limit(("float32",), 32, 64, 99)]):
+    for rows, at_input in ((False, False), (True, True)):
+        assert dispatch.measured_limit(tiny.model.layers[0].mlp.down_proj, at_input, rows) == 0
+        assert dispatch.measured_limit(None, at_input, rows) == 0
+    with launch.preferring(fused=[launch.Limit(OUTPUT, ("float32",), 32, 64, 99)]):
         report = austeer.steer(tiny, random_plan(tiny, "ffn", 9, "push"), 1.0).report()
     assert {(row.path, row.reason) for row in report} == {
         ("columns", "no fold: push is not linear; no fused: not measured to be faster here")
@@ -81,8 +102,6 @@ def test_a_cpu_has_no_measured_limit(tiny):
 @pytest.fixture
 def counted(monkeypatch):
     """How many tokens went through the fused kernel at each call."""
-    from austeer.steering import fused
-
     tokens, kernel = [], fused.steered_linear_op
 
     def counting(x, *rest):
@@ -93,11 +112,21 @@ def counted(monkeypatch):
     return tokens
 
 
-@pytest.mark.parametrize("operation", ["push", "shift"])
+def test_auto_uses_the_fused_kernel_only_under_capture(tiny, tiny_ids, limit_of, counted):
+    """Elsewhere its launch costs more host time than the whole layer."""
+    limit_of(1000)
+    plain, plan = copy.deepcopy(tiny), random_plan(tiny, "ffn", 60, "push")
+    with austeer.steer(tiny, plan, 1.5) as steering:
+        torch.testing.assert_close(logits(tiny, tiny_ids), formula_logits(plain, tiny_ids, plan, 1.5))
+        assert paths_of(steering) == {"fused"} and not counted
+        reason = "no fold: push is not linear; fused under CUDA graphs up to 1000 tokens, else columns"
+        assert {row.reason for row in steering.report()} == {reason}
+
+
 @pytest.mark.parametrize("site", ["attention", "ffn"])
-def test_auto_uses_the_fused_kernel_exactly_up_to_the_limit(tiny, site, operation, limit_of, counted):
+def test_auto_uses_the_fused_kernel_exactly_up_to_the_limit(tiny, site, limit_of, captured, counted):
     limit_of(6)
-    plain, plan = copy.deepcopy(tiny), random_plan(tiny, site, 60, operation)
+    plain, plan = copy.deepcopy(tiny), random_plan(tiny, site, 60, "push")
     assert set(plan.layer.tolist()) == {0, 1, 2}
     ids = torch.randint(3, 999, (3, 4), generator=torch.Generator().manual_seed(2))
     with austeer.steer(tiny, plan, 1.5, check=False) as steering:
@@ -114,7 +143,7 @@ def test_auto_uses_the_fused_kernel_exactly_up_to_the_limit(tiny, site, operatio
 
 @pytest.mark.parametrize("limit", [1, 18, 26, 27, 1000])
 @pytest.mark.parametrize("site", ["attention", "ffn"])
-def test_rows_of_plans_are_right_on_both_sides_of_the_limit(lively, padded, site, limit, limit_of, counted):
+def test_rows_of_plans_are_right_on_both_sides_of_the_limit(lively, padded, site, limit, limit_of, captured, counted):
     """27 tokens: three rows of nine, one with its own plan, one with none and one with another."""
     limit_of(limit)
     plans = {"a": random_plan(lively, site, 40), "b": random_plan(lively, site, 40, "shift", seed=3)}
@@ -134,7 +163,7 @@ def test_rows_of_plans_are_right_on_both_sides_of_the_limit(lively, padded, site
 
 
 @pytest.mark.parametrize("site", ["attention", "ffn"])
-def test_a_scope_with_a_limit_is_right_in_prefill_and_decode(lively, padded, site, limit_of, counted):
+def test_a_scope_with_a_limit_is_right_in_prefill_and_decode(lively, padded, site, limit_of, captured, counted):
     """The prompt of 27 tokens is above the limit, and each decoded step of 3 below it."""
     limit_of(5)
     plan = random_plan(lively, site, 60, "push")
@@ -149,7 +178,7 @@ def test_a_scope_with_a_limit_is_right_in_prefill_and_decode(lively, padded, sit
         assert set(counted) == (set() if scope == "prompt" else {3})
 
 
-def test_sites_that_the_fused_kernel_cannot_take_get_columns_beside_it(tiny, tiny_ids, limit_of):
+def test_sites_that_the_fused_kernel_cannot_take_get_columns_beside_it(tiny, tiny_ids, limit_of, captured):
     """The layer's output is no projection; ffn and neuron share one, and only one of them can be inside it."""
     limit_of(1000)
     plain = copy.deepcopy(tiny)
@@ -190,7 +219,7 @@ def test_fused_as_asked_has_the_limit_of_the_kernel(tiny, site, limit_of, counte
             some = {"input_ids": ids[:rows]}
             torch.testing.assert_close(logits(tiny, some), formula_logits(plain, some, plan, 1.5))
         assert {(row.path, row.reason, row.calls) for row in steering.report()} == {
-            ("fused", "as asked; fused up to 64 tokens, then columns", 2)
+            ("fused", "as asked; fused up to 64 tokens, else columns", 2)
         }
     assert counted == [52] * 3, "65 tokens are one too many"
 
@@ -209,9 +238,9 @@ def measured_on_h100(tmp_path, monkeypatch):
         "devices": ["NVIDIA H100 80GB HBM3"],
         "entries": [],
         "fused": [
-            {"dtypes": ["bfloat16", "float16"], "n": 4096, "k": 14336, "m": 16},
-            {"dtypes": ["bfloat16"], "n": 4096, "k": 4096, "m": 4},
-            {"dtypes": ["bfloat16"], "n": 128, "k": 128, "m": 512},
+            {"op": OUTPUT, "dtypes": ["bfloat16", "float16"], "n": 4096, "k": 14336, "m": 16},
+            {"op": OUTPUT, "dtypes": ["bfloat16"], "n": 4096, "k": 4096, "m": 4},
+            {"op": OUTPUT, "dtypes": ["bfloat16"], "n": 128, "k": 128, "m": 512},
         ],
     }
 
@@ -250,21 +279,21 @@ def test_another_device_is_another_matter(measured_on_h100, monkeypatch):
 
 
 def test_a_malformed_limit_is_named(measured_on_h100):
-    measured_on_h100(fused=[{"dtypes": ["bfloat16"], "n": 4096, "k": 4096}])  # no m
+    measured_on_h100(fused=[{"op": OUTPUT, "dtypes": ["bfloat16"], "n": 4096, "k": 4096}])  # no m
     with pytest.raises(ValueError, match=r"h100\.json: entry .*4096.* does not fit"):
         launch.fused_up_to(4096, 4096, torch.bfloat16, CUDA)
 
 
 def test_preferred_limits_and_entries_are_taken_back():
-    entry = launch.Entry("steered_linear", ("float32",), 1, 64, 32, 128, 8, k=64, block_k=32)
-    before = launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU)
-    with pytest.raises(KeyError), launch.preferring([entry], [launch.Limit(("float32",), 64, 64, 7)]):
-        inside = launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU)
+    entry = launch.Entry(OUTPUT, ("float32",), 1, 64, 32, 128, 8, k=64, block_k=32)
+    before = launch.settings(OUTPUT, 1, 64, 64, torch.float32, CPU)
+    with pytest.raises(KeyError), launch.preferring([entry], [launch.Limit(OUTPUT, ("float32",), 64, 64, 7)]):
+        inside = launch.settings(OUTPUT, 1, 64, 64, torch.float32, CPU)
         assert (inside.block_m, inside.block_n, inside.block_k, inside.num_warps) == (32, 128, 32, 8)
         assert launch.settings("steer_columns_", 1, 64, 0, torch.float32, CPU).block_m == 1
         assert launch.fused_up_to(64, 64, torch.float32, CPU) == 7
-        with launch.preferring(fused=[launch.Limit(("float32",), 64, 64, 9)]):
+        with launch.preferring(fused=[launch.Limit(OUTPUT, ("float32",), 64, 64, 9)]):
             assert launch.fused_up_to(64, 64, torch.float32, CPU) == 9
         raise KeyError
-    assert launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU) == before
+    assert launch.settings(OUTPUT, 1, 64, 64, torch.float32, CPU) == before
     assert launch.fused_up_to(64, 64, torch.float32, CPU) == 0

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import peft
 import pytest
@@ -12,10 +13,12 @@ from torch.nn.utils import prune
 import austeer
 from austeer.models.sites import find_sites
 from austeer.plans.fit import LayerUnits
-from austeer.steering import columns
+from austeer.steering import columns, forms, run_path
+from austeer.steering.forms import most_elements
 from austeer.steering.path_choice import plan_paths
 from austeer.steering.tables import StrengthTable
 from dense_formula import (
+    OPERATION,
     OPERATIONS,
     PATHS,
     SITES,
@@ -32,6 +35,9 @@ from dense_formula import (
 def double(demo):
     return copy.deepcopy(demo[0]).double()
 
+
+#: What each mode can do.
+POSSIBLE = {("fold", "scale"), ("bias", "shift"), *itertools.product(("fused", "columns", "dense"), OPERATIONS)}
 
 #: A pass of the real model is dear: there each site takes one operation.
 ON_THE_REAL_MODEL = [("attention", "scale"), ("ffn", "push"), ("layer", "shift"), ("neuron", "scale")]
@@ -61,7 +67,7 @@ def test_each_path_equals_the_formula(request, tiny, ids, site, operation, real_
     before = logits(model, ids)
     took = []
     for mode in PATHS:
-        if (site == "layer" and mode in ("fold", "fused")) or (mode == "fold" and operation != "scale"):
+        if (site == "layer" and mode in ("fold", "fused")) or (mode, operation) not in POSSIBLE:
             with pytest.raises(austeer.SteeringError, match=rf"{mode}.*{site}"):
                 austeer.steer(model, plan, alpha, mode=mode)
             continue
@@ -78,31 +84,31 @@ def test_each_path_equals_the_formula(request, tiny, ids, site, operation, real_
 @pytest.mark.parametrize("site", SITES)
 def test_the_sparse_and_the_dense_form_of_columns_give_the_same(tiny, tiny_ids, site, operation, monkeypatch):
     """On a CPU the path takes whichever is cheaper; both must be right, whatever is chosen where."""
-    plan, took = random_plan(tiny, site, 20, operation), []
+    plan, took, kernel = random_plan(tiny, site, 20, operation), [], columns.sparse
+    monkeypatch.setattr(columns, "sparse", lambda *args: took.append(1) or kernel(*args))
 
-    def run(dense):
-        monkeypatch.setattr(columns, "dense_is_cheaper", lambda x, table: took.append(dense) or dense)
+    def run(most):
+        took.clear()
+        for module in (columns, run_path):
+            monkeypatch.setattr(module, "most_elements", lambda *_: most)
         with austeer.steer(tiny, plan, 0.5, mode="columns"):
             return logits(tiny, tiny_ids)
 
-    dense, sparse = run(True), run(False)
-    assert set(took) == {True, False}
+    dense, before = run(math.inf), bool(took)
+    sparse = run(0)
+    assert took and not before
     assert not torch.equal(dense, logits(tiny, tiny_ids))
     torch.testing.assert_close(dense, sparse)
 
 
-def test_the_dense_form_is_for_a_cpu_with_few_elements_or_many_columns():
-    def cheaper(tokens, width, count, dtype=torch.float32):
-        table = StrengthTable([LayerUnits(0, *(torch.arange(count),) * 4, "scale")], 1, width, torch.device("cpu"))
-        return columns.dense_is_cheaper(torch.empty(tokens, width, dtype=dtype, device="cpu"), table)
+def test_the_dense_form_is_for_few_elements_or_many_columns():
+    def cheaper(device, tokens, width, count):
+        return tokens * width <= most_elements(device, count, width)
 
-    assert cheaper(1, 4096, 4) and cheaper(512, 4096, 100) and cheaper(512, 576, 100)
-    assert not cheaper(512, 4096, 4)
-    assert cheaper(1, 576, 4, torch.bfloat16) and not cheaper(1, 576, 4, torch.float64)
-    mixed = [LayerUnits(i, *(torch.arange(4),) * 4, name) for i, name in enumerate(("scale", "shift"))]
-    table = StrengthTable(mixed, 2, 576, torch.device("cpu"))
-    assert columns.dense_is_cheaper(torch.empty(1, 576), table)
-    assert not columns.dense_is_cheaper(torch.empty(1, 576, dtype=torch.bfloat16), table)  # it would round twice
+    assert cheaper("cpu", 1, 4096, 4) and cheaper("cpu", 512, 4096, 100) and cheaper("cpu", 512, 576, 100)
+    assert not cheaper("cpu", 512, 4096, 4)
+    assert cheaper("cuda", 512, 4096, 4) and cheaper("cuda", 4096, 4096, 410) and not cheaper("cuda", 4096, 4096, 100)
+    assert cheaper("mps", 4096, 4096, 4), "there is no sparse kernel for it"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -110,22 +116,39 @@ def test_the_dense_form_is_for_a_cpu_with_few_elements_or_many_columns():
 def test_the_dense_form_rounds_once(operation, dtype):
     index, values = torch.randperm(64)[:40], torch.randn(40)
     table = StrengthTable(
-        [LayerUnits(0, index, values.clamp(-1, 1), values, torch.arange(40), operation)], 1, 64, "cpu"
+        [LayerUnits(0, index, values.clamp(-1, 1), values, torch.arange(40), operation)], 1, 64, "cpu", dense=True
     )
     table.fill([(3.0, 40)])
     x = torch.randn(500, 64).to(dtype)
     exact = x.double() + table.dense_gamma * (x.abs() if operation == "push" else x).double() + table.dense_shift
-    got = columns.steer_columns(x.clone(), table, None, None).double()
     half_a_step = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).tiny
-    assert ((got - exact).abs() <= 1.001 * half_a_step + 1e-6 * x.abs()).all()
+    for got in (forms.form_of(table)(x.clone(), *table.operands), forms.steered(x, table, table.operands)):
+        assert got.dtype == dtype
+        assert ((got.double() - exact).abs() <= 1.001 * half_a_step + 1e-6 * x.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("operations", [("scale",), ("push",), ("shift",), ("scale", "shift")])
+def test_what_is_not_finite_in_an_unsteered_column_stays_as_it_is(operations, dtype):
+    """0 * inf would be NaN, and so would an unsteered outlier that overflowed."""
+    index, values = torch.arange(4), torch.tensor([0.5, -2.0, 3.0, 0.25])
+    entries = [LayerUnits(i, index, values, values, index, name) for i, name in enumerate(operations)]
+    table = StrengthTable(entries, len(entries), 9, torch.device("cpu"))
+    table.fill([(1.0, 4)] * len(entries))
+    x = torch.randn(3, 9).to(dtype)
+    x[:, 5:8] = torch.tensor([torch.inf, -torch.inf, torch.nan]).to(dtype)
+    for operands in [table.operands or table.spread(torch.tensor([0, 1, -1]))]:
+        for got in (forms.form_of(table)(x.clone(), *operands), forms.steered(x, table, operands)):
+            torch.testing.assert_close(got[:, 4:], x[:, 4:], rtol=0, atol=0, equal_nan=True)
+            assert not torch.equal(got[:, :4], x[:, :4])
 
 
 @pytest.mark.parametrize("mode", ["auto", *PATHS])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_two_sites_at_one_projection_stay_right_while_alpha_changes(tiny, tiny_ids, operation, mode):
     """ffn and neuron are both sides of the down projection: folds meet in its weight, and only one can be fused."""
-    if mode == "fold" and operation != "scale":
-        pytest.skip("only scale folds where there is no bias")
+    if mode != "auto" and (mode, operation) not in POSSIBLE:
+        pytest.skip("refused")
     a, b = (random_plan(tiny, site, 60, operation, seed=i) for i, site in enumerate(("ffn", "neuron")))
     plain, before = copy.deepcopy(tiny), snapshot(tiny)
     with austeer.steer(tiny, a + b, 1.0, mode=mode) as steering:
@@ -183,13 +206,13 @@ def test_a_weight_made_anew_at_each_forward_is_not_folded(tiny, tiny_ids):
 
 
 def test_the_default_dtype_does_not_matter(tiny, tiny_ids):
-    plan = random_plan(tiny, "ffn", 30)
-    expected = formula_logits(tiny, tiny_ids, plan, 3.0)
+    plans = {operation: random_plan(tiny, "ffn", 30, operation) for operation in set(OPERATION.values())}
+    expected = {operation: formula_logits(tiny, tiny_ids, plan, 3.0) for operation, plan in plans.items()}
     torch.set_default_dtype(torch.bfloat16)
     try:
         for mode in PATHS:
-            with austeer.steer(tiny, plan, 3.0, mode=mode):
-                torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+            with austeer.steer(tiny, plans[OPERATION[mode]], 3.0, mode=mode):
+                torch.testing.assert_close(logits(tiny, tiny_ids), expected[OPERATION[mode]])
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -246,16 +269,21 @@ def test_layers_without_aus_are_left_alone(tiny):
     chosen = int(plan.layer[0])
     only = plan.take((plan.layer == chosen).nonzero().flatten())
     with pytest.warns(austeer.SteeringWarning), austeer.steer(tiny, only, 1.0, mode="columns"):
-        hooked = [name for name, module in tiny.named_modules() if hasattr(module, "_hf_hook")]
-    assert hooked == [f"model.layers.{chosen}.mlp"]
+        patched = [name for name, module in tiny.named_modules() if "forward" in vars(module)]
+    assert patched == [f"model.layers.{chosen}.mlp"]
 
 
-def test_decoding_on_a_cpu_takes_the_short_way_and_stays_exact(tiny, monkeypatch):
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_decoding_takes_the_short_way_and_stays_exact(tiny, monkeypatch, operation):
     """After a first call the short way runs; it follows alpha, and leaves to the general way what is not its own."""
-    general, general_way = [], columns.steer_columns
-    monkeypatch.setattr(columns, "steer_columns", lambda x, *rest: general.append(x.shape) or general_way(x, *rest))
-    module = tiny.model.layers[0].mlp
-    found, _ = plan_paths(tiny, [random_plan(tiny, "ffn", 20)], find_sites(tiny, ["ffn"]), "columns", "", None, False)
+    general, general_way = [], columns.Columns.apply
+    monkeypatch.setattr(
+        columns.Columns, "apply", lambda path, x, rows: general.append(x.shape) or general_way(path, x, rows)
+    )
+    for module in (columns, run_path):
+        monkeypatch.setattr(module, "most_elements", lambda *_: 16384)
+    module, plan = tiny.model.layers[0].mlp, random_plan(tiny, "ffn", 20, operation)
+    found, _ = plan_paths(tiny, [plan], find_sites(tiny, ["ffn"]), "columns", "", None, False)
     path = next(p for p in found if p.module is module)
     x = torch.randn(1, 1, 32)
     with torch.no_grad():
@@ -263,7 +291,10 @@ def test_decoding_on_a_cpu_takes_the_short_way_and_stays_exact(tiny, monkeypatch
         path.attach()
         for alpha in (2.0, -1.0, 0.0, 2.0):
             path.table.fill([(alpha, 20)])
-            assert torch.equal(module(x), plain.addcmul(plain, path.table.dense_gamma[0])), alpha
+            gamma, shift = path.table.expanded()
+            torch.testing.assert_close(
+                module(x), plain + gamma * (plain.abs() if operation == "push" else plain) + shift
+            )
         assert general == [x.shape] and path.calls == 4 and path.tokens == 4
         many = torch.randn(1, 600, 32)  # more elements than the short way takes
         assert module(many).shape == many.shape == general[-1] and path.tokens == 604
@@ -275,6 +306,7 @@ def test_decoding_on_a_cpu_takes_the_short_way_and_stays_exact(tiny, monkeypatch
         assert not every_other.is_contiguous()
         path.steer(every_other)
         assert torch.equal(wide, kept)
-    grown = plain.clone().requires_grad_()
-    path.steer(grown * 1).sum().backward()
-    assert torch.allclose(grown.grad[0, 0], 1 + path.table.dense_gamma[0])
+    if operation == "scale":
+        grown = plain.clone().requires_grad_()
+        path.steer(grown * 1).sum().backward()
+        assert torch.allclose(grown.grad[0, 0], 1 + gamma[0])

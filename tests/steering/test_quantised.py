@@ -67,6 +67,11 @@ def tensors_at(model, site):
     return found
 
 
+def path_of(site, operation):
+    """A bias is added after the quantised product; what a weight makes of an input is rounded with it."""
+    return "bias" if operation == "shift" and site in ("ffn", "layer") else "columns"
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("site", SITES)
 def test_the_first_steered_layer_is_the_formula_of_what_the_model_made(model, site, operation):
@@ -80,21 +85,18 @@ def test_the_first_steered_layer_is_the_formula_of_what_the_model_made(model, si
     expected[..., plan.index.long()] = x + strength * {"scale": x, "push": x.abs(), "shift": 1.0}[operation]
     caught = []
     layer = model.model.layers[0]
+    module = {"attention": layer.self_attn.o_proj, "neuron": layer.mlp.down_proj, "ffn": layer.mlp, "layer": layer}[
+        site
+    ]
+    inner = module.forward
+    if site in ("attention", "neuron"):  # what the quantised layer is given
+        module.forward = lambda x: caught.append(x.clone()) or inner(x)
+    following = module.register_forward_hook(lambda m, args, out: caught.append(out.clone()))
     with austeer.steer(model, plan, 0.5) as steering:
-        if site in ("attention", "neuron"):
-            module = layer.self_attn.o_proj if site == "attention" else layer.mlp.down_proj
-            inner = module._old_forward  # inside the hook: what the quantised layer is given
-            module._old_forward = lambda x: caught.append(x.clone()) or inner(x)
-            logits(model, IDS)
-            module._old_forward = inner
-        else:
-            following = layer.register_forward_hook(lambda m, args, out: caught.append(out.clone()))
-            if site == "ffn":
-                following.remove()
-                following = layer.mlp.register_forward_hook(lambda m, args, out: caught.append(out.clone()))
-            logits(model, IDS)
-            following.remove()
-        assert {row.path for row in steering.report()} == {"columns"}
+        logits(model, IDS)
+        assert {row.path for row in steering.report()} == {path_of(site, operation)}
+    following.remove()
+    vars(module).pop("forward", None)
     torch.testing.assert_close(caught[0], expected)
 
 
@@ -113,6 +115,17 @@ def test_the_whole_model_and_the_way_back(model, site, mode):
     assert effect > 0.1 * before.norm()
     assert (got - expected).norm() < 0.02 * effect  # activations that are rounded to 8 bits may tip over
     assert text.shape == uncached.shape
+    assert torch.equal(logits(model, IDS), before)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_shift_of_the_whole_model_and_the_way_back(model, site):
+    plan, before = random_plan(model, site, 40, "shift"), logits(model, IDS)
+    expected = formula_logits(model, IDS, plan, 1.5)
+    with austeer.steer(model, plan, 1.5) as steering:
+        got = logits(model, IDS)
+        assert {row.path for row in steering.report()} == {path_of(site, "shift")}
+    assert (got - expected).norm() < 0.02 * (expected - before).norm()
     assert torch.equal(logits(model, IDS), before)
 
 

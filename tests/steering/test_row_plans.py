@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 
 import peft
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import StaticCache
 
 import austeer
-from austeer.steering import columns
+from austeer.steering import columns, run_path
 from dense_formula import assert_unchanged, formula_at, logits, random_plan, snapshot
 
 NEW = 6
@@ -90,16 +91,25 @@ def test_logits_of_mixed_rows_are_those_of_the_formula(model, batch, site, mode)
 
 @pytest.mark.parametrize("operation", ["scale", "push", "shift"])
 def test_the_sparse_and_the_dense_form_give_the_same(model, batch, operation, monkeypatch):
-    """On a CPU columns takes whichever is cheaper; with rows, too, both must be right."""
+    """A decoded token takes whichever is cheaper; both must be right."""
     plans = {name: random_plan(model, ("ffn", "layer"), 20, operation, seed=i) for i, name in enumerate("ab")}
     plans["c"] = plans["a"].with_operation("shift")
-    results = []
-    for dense in (True, False):
-        monkeypatch.setattr(columns, "dense_is_cheaper", lambda x, table, dense=dense: dense)
+    token, results, took, kernel = {"input_ids": batch["input_ids"][:, -1:]}, [], [], columns.sparse
+    monkeypatch.setattr(columns, "sparse", lambda *args: took.append(1) or kernel(*args))
+    for most in (math.inf, 0):
+        assert not took
+        for module in (columns, run_path):
+            monkeypatch.setattr(module, "most_elements", lambda *_, most=most: most)
         with austeer.steer(model, plans, 0.5) as steering, steering.rows(["b", None, "c"]):
-            results.append(logits(model, batch)[batch["attention_mask"].bool()])
-    assert not torch.equal(results[0], logits(model, batch)[batch["attention_mask"].bool()])
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+            results += [logits(model, token), logits(model, token)]  # the general way and the short one
+            steering.alpha = 0.2
+            results.append(logits(model, token))
+            steering.rows(["c", "b", "b"])
+            results.append(logits(model, token))
+    assert took and torch.equal(results[0], results[1])
+    for dense, sparse in zip(results[:4], results[4:]):
+        assert not torch.equal(dense, logits(model, token))
+        torch.testing.assert_close(dense, sparse, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_and_a_scope_together(model, batch, plans):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering import columns, fold, fused, selfcheck
+from austeer.steering import bias, columns, fold, selfcheck
 from austeer_kernels import reference
-from dense_formula import OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
+from dense_formula import OPERATION, OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
 from tiny_models import tiny_model
 
 
@@ -19,30 +19,30 @@ def test_what_is_right_passes(tiny, tiny_ids, mode, operation, dtype):
     """At strengths from nothing to far too much: rounding must not be mistaken for a mistake."""
     model = copy.deepcopy(tiny).to(dtype)
     sites = ("attention", "neuron") if mode in ("fold", "fused") else ("attention", "ffn", "layer", "neuron")
-    if mode == "fold" and operation != "scale":
-        pytest.skip("only scale folds where there is no bias")
+    if mode in ("fold", "bias") and operation != OPERATION[mode]:
+        pytest.skip("refused")
     for alpha in (1e-3, -30.0, 1000.0):
         with austeer.steer(model, random_plan(model, sites, 20, operation), alpha, mode=mode):
             logits(model, tiny_ids)
 
 
-def broken_columns(*args, steer=columns.steer_columns):
-    y, table = steer(*args), args[1]
-    y[..., int(table.index[0])] *= 1.01
+def broken_columns(path, *args, steer=columns.Columns.apply):
+    y = steer(path, *args)
+    y[..., int(path.table.index[0, 0])] *= 1.01
     return y
 
 
-def broken_neighbour(*args, steer=columns.steer_columns):
-    y, table = steer(*args), args[1]
-    y[..., (int(table.index[0]) + 1) % y.shape[-1]] += 0.01
+def broken_neighbour(path, *args, steer=columns.Columns.apply):
+    y = steer(path, *args)
+    y[..., (int(path.table.index[0, 0]) + 1) % y.shape[-1]] += 0.01
     return y
 
 
-@pytest.mark.parametrize("broken", [broken_columns, broken_neighbour, lambda x, *_: x])
+@pytest.mark.parametrize("broken", [broken_columns, broken_neighbour, lambda path, x, *_: x])
 @pytest.mark.parametrize("site", ["attention", "ffn", "layer"])
 def test_a_wrong_sparse_kernel_is_found_on_the_first_forward(tiny, tiny_ids, monkeypatch, broken, site):
     before = snapshot(tiny)
-    monkeypatch.setattr(columns, "steer_columns", broken)
+    monkeypatch.setattr(columns.Columns, "apply", broken)
     plan = random_plan(tiny, site, 20)
     plan = plan.take((plan.index < 31).nonzero().flatten())
     with (
@@ -74,7 +74,7 @@ def test_a_wrong_fused_kernel_is_found(tiny, tiny_ids, monkeypatch, site):
 @pytest.mark.parametrize("site", ["attention", "ffn"])
 def test_what_runs_beyond_the_fused_kernels_tokens_is_checked_too(tiny, monkeypatch, site):
     ids = {"input_ids": torch.randint(3, 999, (5, 20), generator=torch.Generator().manual_seed(0))}
-    monkeypatch.setattr(fused, "steer_columns", lambda x, *_: x)
+    monkeypatch.setattr(columns.Columns, "apply", lambda path, x, *_: x)
     with (
         pytest.raises(austeer.SteeringError, match=r"self-check.*fused"),
         austeer.steer(tiny, random_plan(tiny, site, 60), 2.0, mode="fused"),
@@ -90,7 +90,7 @@ def test_a_fold_that_does_not_reach_the_output_is_found_and_undone(tiny, monkeyp
         attach(path)
         with torch.no_grad():
             weight = path.module.weight
-            index = path.table.index[:1]
+            index = path.table.index[0, :1]
             weight.index_fill_(0 if path.site.side == "output" else 1, index, 0.0)
 
     monkeypatch.setattr(fold.Fold, "attach", half)
@@ -119,8 +119,8 @@ def test_mixed_rows_are_checked_by_their_own_plans(tiny, tiny_ids, monkeypatch):
     plans = {"a": random_plan(tiny, "ffn", 20), "b": random_plan(tiny, "ffn", 20, "push", seed=1)}
     with austeer.steer(tiny, plans, 2.0) as steering, steering.rows(["b", None]):
         logits(tiny, tiny_ids)
-    right = columns.steer_columns
-    monkeypatch.setattr(columns, "steer_columns", lambda x, t, rows, routing: right(x, t, rows.roll(7), routing))
+    right = columns.Columns.apply
+    monkeypatch.setattr(columns.Columns, "apply", lambda path, x, rows: right(path, x, rows.roll(7)))
     with (
         pytest.raises(austeer.SteeringError, match=r"self-check.*columns"),
         austeer.steer(tiny, plans, 2.0) as steering,
@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_not_a_mistake_of_steering(tiny, tiny_ids):
 
 
 def test_a_scope_of_one_token_among_many_is_checked_there(tiny, monkeypatch):
-    monkeypatch.setattr(columns, "steer_columns", lambda x, *_: x)
+    monkeypatch.setattr(columns.Columns, "apply", lambda path, x, *_: x)
     ids = {"input_ids": torch.arange(240).view(2, 120)}
     with (
         pytest.raises(austeer.SteeringError, match=r"self-check.*columns"),
@@ -151,5 +151,16 @@ def test_a_strong_shift_folded_into_a_bias_passes(dtype):
     model = tiny_model("opt").to(dtype)
     for site in ("attention", "neuron"):
         for alpha in (1.0, 100.0, 1e4):
-            with austeer.steer(model, random_plan(model, site, 40, "shift"), alpha, mode="fold"):
+            with austeer.steer(model, random_plan(model, site, 40, "shift"), alpha, mode="bias"):
                 model(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+@pytest.mark.parametrize("site", ["attention", "ffn", "layer", "neuron"])
+def test_a_bias_that_is_not_what_the_formula_says_is_found_and_undone(tiny, monkeypatch, site):
+    before, added = snapshot(tiny), bias.Bias.added
+    monkeypatch.setattr(bias.Bias, "added", lambda path: added(path) * 0.5)
+    with pytest.raises(austeer.SteeringError, match=r"self-check.*bias"):
+        austeer.steer(tiny, random_plan(tiny, site, 20, "shift"), 2.0).attach()
+    assert_unchanged(tiny, before)
+    austeer.steer(tiny, random_plan(tiny, site, 20, "shift"), 2.0, check=False).attach().detach()
+    assert_unchanged(tiny, before)

@@ -15,13 +15,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 
 import austeer
 from austeer.models.structure import is_steered
-from austeer.steering import fold
-from dense_formula import PATHS, assert_unchanged, formula_logits, logits, random_plan, snapshot
+from austeer.steering import bias, fold
+from dense_formula import OPERATION, PATHS, assert_unchanged, formula_logits, logits, random_plan, snapshot
 
 
 @pytest.mark.parametrize("mode", PATHS)
 def test_alpha_and_k_are_live(tiny, tiny_ids, mode):
-    plan = random_plan(tiny, "ffn", 12)
+    plan = random_plan(tiny, "ffn", 12, OPERATION[mode])
     plain = copy.deepcopy(tiny)
     with austeer.steer(tiny, plan, 1.0, mode=mode) as steering:
         for alpha, k in ((2.0, 12), (2.0, 5), (-3.0, 1), (0.0, 12), (1.0, 12)):
@@ -32,7 +32,8 @@ def test_alpha_and_k_are_live(tiny, tiny_ids, mode):
 @pytest.mark.parametrize("mode", PATHS)
 def test_leaving_restores_the_model_bit_for_bit(tiny, tiny_ids, mode):
     before, plain = snapshot(tiny), logits(tiny, tiny_ids)
-    with austeer.steer(tiny, random_plan(tiny, ("ffn", "attention"), 40), 3.7, mode=mode) as steering:
+    plan = random_plan(tiny, ("ffn", "attention"), 40, OPERATION[mode])
+    with austeer.steer(tiny, plan, 3.7, mode=mode) as steering:
         assert not torch.equal(logits(tiny, tiny_ids), plain)
         steering.alpha = -1.3
         steering.k = 31
@@ -43,7 +44,8 @@ def test_leaving_restores_the_model_bit_for_bit(tiny, tiny_ids, mode):
 @pytest.mark.parametrize("mode", PATHS)
 def test_an_exception_inside_restores_too(tiny, mode):
     before = snapshot(tiny)
-    with pytest.raises(KeyError, match="mine"), austeer.steer(tiny, random_plan(tiny, "attention", 8), 9.0, mode=mode):
+    plan = random_plan(tiny, "attention", 8, OPERATION[mode])
+    with pytest.raises(KeyError, match="mine"), austeer.steer(tiny, plan, 9.0, mode=mode):
         raise KeyError("mine")
     assert_unchanged(tiny, before)
     assert not is_steered(tiny)
@@ -51,9 +53,10 @@ def test_an_exception_inside_restores_too(tiny, mode):
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("broken", [1, 3])
-def test_an_attach_that_is_broken_off_takes_back_what_it_did(tiny, monkeypatch, broken, error):
+@pytest.mark.parametrize("kind", [fold.Fold, bias.Bias])
+def test_an_attach_that_is_broken_off_takes_back_what_it_did(tiny, monkeypatch, kind, broken, error):
     """Also what the path at which it broke off had already written."""
-    before, calls, attach = snapshot(tiny), [], fold.Fold.attach
+    before, calls, attach = snapshot(tiny), [], kind.attach
 
     def fails(path):
         attach(path)
@@ -61,9 +64,9 @@ def test_an_attach_that_is_broken_off_takes_back_what_it_did(tiny, monkeypatch, 
         if len(calls) == broken:
             raise error
 
-    monkeypatch.setattr(fold.Fold, "attach", fails)
+    monkeypatch.setattr(kind, "attach", fails)
     with pytest.raises(error):
-        austeer.steer(tiny, random_plan(tiny, "ffn", 30), 2.0, mode="fold").attach()
+        austeer.steer(tiny, random_plan(tiny, "ffn", 30, OPERATION[kind.name]), 2.0, mode=kind.name).attach()
     assert len(calls) == broken
     assert_unchanged(tiny, before)
     assert not is_steered(tiny)
@@ -91,9 +94,10 @@ def test_threads_cannot_both_steer_a_model(tiny):
         assert_unchanged(tiny, before)
 
 
-def test_a_model_cast_inside_is_restored_in_its_new_dtype(tiny):
+@pytest.mark.parametrize("mode", ["fold", "bias"])
+def test_a_model_cast_inside_is_restored_in_its_new_dtype(tiny, mode):
     expected = copy.deepcopy(tiny).to(torch.bfloat16)
-    with austeer.steer(tiny, random_plan(tiny, ("ffn", "attention"), 30), 3.0, mode="fold"):
+    with austeer.steer(tiny, random_plan(tiny, ("ffn", "attention"), 30, OPERATION[mode]), 3.0, mode=mode):
         tiny.to(torch.bfloat16)
     assert_unchanged(tiny, snapshot(expected))
 
@@ -207,25 +211,40 @@ def test_what_is_no_plan_is_refused(tiny):
             austeer.steer(tiny, found, 1.0)
 
 
-def test_a_hook_in_place_of_ours_is_told_and_undone(tiny, tiny_ids):
+@pytest.mark.parametrize("mode", ["fused", "columns", "dense"])
+def test_a_hook_put_on_inside_stays_and_steering_goes(tiny, tiny_ids, mode):
     plan, before, plain = random_plan(tiny, "attention", 40), snapshot(tiny), logits(tiny, tiny_ids)
-    for mode in ("fused", "columns"):
-        steering = austeer.steer(tiny, plan, 3.0, mode=mode).attach()
-        module = tiny.model.layers[1].self_attn.o_proj
-        add_hook_to_module(module, ModelHook())
-        with pytest.raises(austeer.SteeringError, match="accelerate hook"):
-            steering.detach()
-        assert torch.equal(logits(tiny, tiny_ids), plain) and not is_steered(tiny)
-        remove_hook_from_module(module)
-        vars(module).pop("forward", None)
+    steering = austeer.steer(tiny, plan, 3.0, mode=mode).attach()
+    module = tiny.model.layers[1].self_attn.o_proj
+    add_hook_to_module(module, ModelHook())
+    assert not torch.equal(logits(tiny, tiny_ids), plain)
+    steering.detach()
+    assert torch.equal(logits(tiny, tiny_ids), plain) and not is_steered(tiny)
+    remove_hook_from_module(module)
+    vars(module).pop("forward", None)
     assert_unchanged(tiny, before)
+
+
+@pytest.mark.parametrize("mode", ["fused", "columns", "dense"])
+def test_a_forward_that_wraps_ours_is_told_and_steers_no_more(tiny, tiny_ids, mode):
+    plan, plain = random_plan(tiny, "attention", 40), logits(tiny, tiny_ids)
+    expected = formula_logits(copy.deepcopy(tiny), tiny_ids, plan, 3.0)
+    steering = austeer.steer(tiny, plan, 3.0, mode=mode).attach()
+    module = tiny.model.layers[1].self_attn.o_proj
+    inner = module.forward
+    module.forward = lambda *args: inner(*args)
+    torch.testing.assert_close(logits(tiny, tiny_ids), expected)
+    with pytest.raises(austeer.SteeringError, match="another forward in place of ours"):
+        steering.detach()
+    assert torch.equal(logits(tiny, tiny_ids), plain) and not is_steered(tiny)
 
 
 def test_models_that_share_layers_are_steered_one_at_a_time(tiny):
     other = copy.deepcopy(tiny)
     other.model.layers = tiny.model.layers
-    before, plan = snapshot(tiny), random_plan(tiny, "ffn", 20)
-    for mode, message in (("fold", "shares"), ("columns", "steered already")):
+    before = snapshot(tiny)
+    for mode, message in (("fold", "shares"), ("columns", "steered already"), ("bias", "steered already")):
+        plan = random_plan(tiny, "ffn", 20, OPERATION[mode])
         with austeer.steer(tiny, plan, 2.0, mode=mode, check=False) as steering:
             with pytest.raises(austeer.SteeringError, match=message):
                 austeer.steer(other, plan, 3.0, mode=mode).attach()
@@ -237,24 +256,26 @@ def test_models_that_share_layers_are_steered_one_at_a_time(tiny):
     assert_unchanged(tiny, before)
 
 
-def test_a_copy_made_inside_is_not_steered_twice(tiny, tiny_ids):
-    plan = random_plan(tiny, "ffn", 20)
-    with austeer.steer(tiny, plan, 2.0, mode="columns"):
+@pytest.mark.parametrize("mode", ["bias", "columns"])
+def test_a_copy_made_inside_is_not_steered_twice(tiny, tiny_ids, mode):
+    plan = random_plan(tiny, "ffn", 20, "shift")
+    with austeer.steer(tiny, plan, 2.0, mode=mode):
         logits(tiny, tiny_ids)
         twin = copy.deepcopy(tiny)
-    with pytest.raises(austeer.SteeringError, match="copied"):
-        austeer.steer(twin, plan, 2.0, mode="columns").attach()
+    for again in ("auto", mode):
+        with pytest.raises(austeer.SteeringError, match="copied"):
+            austeer.steer(twin, plan, 2.0, mode=again).attach()
 
 
-def test_modules_replaced_inside_are_a_warning(tiny, tiny_ids):
-    plan = random_plan(tiny, "ffn", 40)
-    for mode in ("fold", "columns"):
-        with (
-            pytest.warns(austeer.SteeringWarning, match="modules.*replaced"),
-            austeer.steer(tiny, plan, 2.0, mode=mode),
-        ):
-            logits(tiny, tiny_ids)
-            tiny.model.layers[1].mlp = copy.deepcopy(tiny.model.layers[0].mlp)
+@pytest.mark.parametrize("mode", ["fold", "bias", "columns"])
+def test_modules_replaced_inside_are_a_warning(tiny, tiny_ids, mode):
+    plan = random_plan(tiny, "ffn", 40, OPERATION[mode])
+    with (
+        pytest.warns(austeer.SteeringWarning, match="modules.*replaced"),
+        austeer.steer(tiny, plan, 2.0, mode=mode),
+    ):
+        logits(tiny, tiny_ids)
+        tiny.model.layers[1].mlp = copy.deepcopy(tiny.model.layers[0].mlp)
 
 
 def test_a_strength_beyond_float32_is_refused(tiny):

@@ -10,7 +10,7 @@ from austeer.steering.tables import StrengthTable
 def table(operation):
     index, rank = torch.tensor([4, 0, 2]), torch.tensor([1, 5, 0])
     beta, delta = torch.tensor([0.5, -1.0, 0.25]), torch.tensor([2.0, 3.0, -4.0])
-    return StrengthTable([LayerUnits(0, index, beta, delta, rank, operation)], 1, 6, torch.device("cpu"))
+    return StrengthTable([LayerUnits(0, index, beta, delta, rank, operation)], 1, 6, torch.device("cpu"), dense=True)
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,12 @@ def table(operation):
 def test_each_operation_has_its_strengths(operation, gamma, shift, magnitude):
     t = table(operation)
     t.fill([(2.0, 6)])
-    assert t.index.tolist() == [0, 2, 4]
+    assert t.index.tolist() == [[0, 2, 4]]
     assert t.gamma.tolist() == [gamma] and t.shift.tolist() == [shift] and t.magnitude is magnitude
-    assert t.dense_gamma.tolist() == [[gamma[0], 0, gamma[1], 0, gamma[2], 0]]
-    assert t.dense_shift.tolist() == [[shift[0], 0, shift[1], 0, shift[2], 0]]
+    whole = [[[strengths[0], 0, strengths[1], 0, strengths[2], 0]] for strengths in (gamma, shift)]
+    assert [t.dense_gamma.tolist(), t.dense_shift.tolist()] == whole == [each.tolist() for each in t.expanded()]
+    operand = {"scale": [1 + g for g in whole[0][0]], "push": whole[0][0], "shift": whole[1][0]}[operation]
+    assert [each.tolist() for each in t.operands] == [operand]
 
 
 def test_aus_from_rank_k_on_get_nothing_and_come_back():
@@ -40,10 +42,14 @@ def test_aus_from_rank_k_on_get_nothing_and_come_back():
 
 def test_refilling_keeps_the_buffers_where_they_are():
     t = table("shift")
-    places = [getattr(t, name).data_ptr() for name in ("index", "gamma", "shift", "dense_gamma", "dense_shift")]
+
+    def places():
+        return [b.data_ptr() for b in (t.index, t.gamma, t.shift, t.dense_gamma, t.dense_shift, *t.operands)]
+
+    before = places()
     t.fill([(3.0, 1)])
     t.fill([(-1.0, 6)])
-    assert places == [getattr(t, name).data_ptr() for name in ("index", "gamma", "shift", "dense_gamma", "dense_shift")]
+    assert places() == before and len(before) == 6
 
 
 def test_gamma_is_computed_in_float32():
@@ -52,18 +58,33 @@ def test_gamma_is_computed_in_float32():
     assert t.gamma[0, 0] == torch.tensor(0.1, dtype=torch.float32) * -1
 
 
-def test_each_plan_has_a_row_over_the_aus_of_all():
+def test_each_plan_has_a_list_of_its_own_aus():
     one, two = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
     entries = [
         LayerUnits(0, torch.tensor([5, 1]), one, two, torch.tensor([0, 1]), "scale"),
         LayerUnits(2, torch.tensor([1, 3]), one, two, torch.tensor([0, 7]), "shift"),
     ]
-    t = StrengthTable(entries, 3, 6, torch.device("cpu"), dense=False)
+    t = StrengthTable(entries, 3, 6, torch.device("cpu"))
     t.fill([(1.0, 9), (9.0, 9), (2.0, 1)])
-    assert t.index.tolist() == [1, 3, 5] and t.dense_gamma is None
-    assert t.gamma.tolist() == [[2.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
-    assert t.shift.tolist() == [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [6.0, 0.0, 0.0]]
+    assert t.index.tolist() == [[1, 5], [-1, -1], [1, 3]] and t.columns == 2
+    assert t.dense_gamma is None and t.operands is None
+    assert t.gamma.tolist() == [[2.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    assert t.shift.tolist() == [[0.0, 0.0], [0.0, 0.0], [6.0, 0.0]]
     assert t.shifts and t.scales
+    factor, addend = t.spread(torch.tensor([0, -1, 2, 1]))
+    assert factor.tolist() == [[1, 3, 1, 1, 1, 2], [1] * 6, [1] * 6, [1] * 6]
+    assert addend.tolist() == [[0] * 6, [0] * 6, [0, 6, 0, 0, 0, 0], [0] * 6]
+
+
+def test_a_plan_with_every_au_beside_one_with_few():
+    """Unused entries of the short list are written to a column that the plan does not have, and change nothing."""
+    every, one = torch.arange(4), torch.tensor([0])
+    entries = [
+        LayerUnits(i, index, *(torch.ones(len(index)),) * 2, index, "scale") for i, index in enumerate((every, one))
+    ]
+    t = StrengthTable(entries, 2, 4, torch.device("cpu"))
+    t.fill([(2.0, 4), (5.0, 4)])
+    assert t.spread(torch.tensor([0, 1, -1]))[0].tolist() == [[3.0] * 4, [6.0, 1, 1, 1], [1.0] * 4]
 
 
 def test_push_and_scale_need_tables_of_their_own():

@@ -1,0 +1,305 @@
+"""What each way to steer does at one site of one layer in one forward pass: bytes, operations, launches.
+
+Written down from what the code does (austeer/steering, the kernels, what others call), as a list of operations. In
+the sums each operation reads every tensor that it is given once and writes every one that it makes once; of a gather or
+scatter only the selected values count. A launch is one operation that does work, no view: on a GPU a kernel or a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from austeer_kernels import launch
+
+from ..models import linear
+from ..models.sites import Site
+from ..plans.fit import why_no_edit
+from ..steering.forms import most_elements
+from ..steering.fused import why_not_fused
+from .work import Place, Target, Work
+
+#: Bytes of the tables' entries.
+INDEX, STRENGTH = 8, 4
+
+
+def _op(read: Iterable[int], written: int, operations: int = 0) -> Work:
+    return Work(sum(read), written, operations, 1)
+
+
+def _scattered(place: Place, target: Target) -> int:
+    """Bytes beyond the values themselves that one pass over the selected columns of all tokens moves."""
+    row = min(place.count * max(target.granule, place.itemsize), place.width * place.itemsize)
+    return place.tokens * row - place.chosen * place.itemsize
+
+
+def fold(place: Place, target: Target) -> Work:
+    """Nothing: it is in the weights."""
+    return Work()
+
+
+def bias(place: Place, target: Target) -> Work:
+    """``mode="bias"``: the shift in the bias of the linear layer, which the product adds as it writes its result.
+
+    Nothing where the layer has a bias already; otherwise it gains one, at the input side W @ shift.
+    """
+    if place.bias:
+        return Work()
+    outputs = place.shape[1]
+    return Work(outputs * place.itemsize, 0, place.tokens * outputs)
+
+
+def _compiled(place: Place, table: int) -> Work:
+    """A form that the compiler fuses with what is around it: beyond the tensor itself it reads ``table`` bytes."""
+    return Work(table, 0, (3 if place.operation == "push" else 2) * place.values)
+
+
+def dense(place: Place, target: Target) -> Work:
+    """``mode="dense"``: the strengths in the activations' dtype, multiply, add, copy back; no multiply for shift."""
+    size, n, w = place.itemsize, place.values, place.width
+    if target.execution == "compile":
+        return _compiled(place, STRENGTH * w)
+    cast = _op([STRENGTH * w], size * w) if place.low else Work()
+    if place.operation == "shift":
+        steer = _op([n * size, w * size], n * size, n)
+    else:
+        steer = _op([n * size, w * size], n * size, n) + _op([2 * n * size], n * size, n)
+        if place.operation == "push":
+            steer += _op([n * size], n * size, n)
+    return cast + steer + _op([n * size], n * size)
+
+
+def public(place: Place, target: Target) -> Work:
+    """The public code: multiply by a vector of the activations' dtype, add, copy back, however few AUs there are."""
+    size, w = place.itemsize, place.width
+    if target.execution == "compile":
+        return _compiled(place, size * w)
+    x = place.values * size
+    return _op([x, w * size], x, place.values) + _op([2 * x], x, place.values) + _op([x], x)
+
+
+def dense_hook(place: Place, target: Target) -> Work:
+    """A hook with one multiplication in place, by 1 + gamma for every dimension."""
+    size, n = place.itemsize, place.values
+    if target.execution == "compile":
+        return _compiled(place, size * place.width)
+    return _op([n * size, place.width * size], n * size, n)
+
+
+def sparse_hook(place: Place, target: Target) -> Work:
+    """A hook with ``x[..., index] *= factor``: gather, multiply, scatter."""
+    size, t, index = place.itemsize, place.chosen, INDEX * place.count
+    one_way = _op([t * size, index], t * size)
+    ops = one_way + _op([t * size, place.count * size], t * size, t) + one_way
+    return ops + Work(padding=2 * _scattered(place, target))
+
+
+def columns(place: Place, target: Target) -> Work:
+    """``mode="columns"``: one operation on the whole tensor, or one sparse kernel, on a CPU its four to six operations.
+
+    Compiled, the dense form.
+    """
+    if target.execution == "compile":
+        return _compiled(place, STRENGTH * place.width)
+    if runs_kernel("columns", place, target):
+        size, t = place.itemsize, place.chosen
+        each = 4 if place.operation == "push" else 3
+        kernel = _op([t * size, place.count * (INDEX + 2 * STRENGTH)], t * size, each * t)
+        return kernel + Work(padding=2 * _scattered(place, target))
+    if _few(place, target):
+        return _in_place(place)
+    return _sparse_on_cpu(place) + Work(padding=2 * _scattered(place, target))
+
+
+def runs_as(way: str, place: Place) -> str:
+    """The way that is taken: beyond the fused kernel's number of tokens ``fused`` is ``columns``."""
+    return "columns" if way == "fused" and place.tokens > launch.MOST_TOKENS else way
+
+
+def runs_kernel(way: str, place: Place, target: Target) -> bool:
+    """Whether a way launches a kernel of this library at a site."""
+    way = runs_as(way, place)
+    if target.kind == "cpu" or way not in ("columns", "fused"):
+        return False
+    if way == "fused":
+        return True
+    return target.execution == "graph" or (target.execution == "eager" and not _few(place, target))
+
+
+def _few(place: Place, target: Target) -> bool:
+    """Whether ``columns`` is one operation on the whole tensor."""
+    return place.values <= most_elements("cpu" if target.kind == "cpu" else "cuda", place.count, place.width)
+
+
+def _in_place(place: Place) -> Work:
+    size, n, table = place.itemsize, place.values, STRENGTH * place.width
+    if place.operation == "push":  # |x|, at most the largest number, times gamma
+        return _op([n * size], n * size, n) + _op([n * size], n * size, n) + _op([2 * n * size, table], n * size, 2 * n)
+    return _op([n * size, table], n * size, n)
+
+
+def _sparse_on_cpu(place: Place) -> Work:
+    size, t, index = place.itemsize, place.chosen, INDEX * place.count
+    one_way = _op([t * size, index], t * size)  # gather, or scatter
+    there, back = (_op([t * size], 4 * t), _op([4 * t], t * size)) if place.low else (Work(), Work())
+    return one_way + there + _steered(t, place.count, 4, place.operation) + back + one_way
+
+
+def _steered(values: int, table: int, size: int, operation: str) -> Work:
+    """The kernels' definition: x + gamma * (x or |x|), then + shift, whatever the operation is."""
+    same = [values * size]
+    absolute = _op(same, values * size, values) if operation == "push" else Work()
+    twice = 2 if operation == "push" else 1  # x and |x|, or x alone
+    return (
+        absolute
+        + _op([*same * twice, table * STRENGTH], values * size, 2 * values)
+        + _op([*same, table * STRENGTH], values * size, values)
+    )
+
+
+def _product(tokens: int, inputs: int, outputs: int, bias: bool, size: int) -> Work:
+    read = [tokens * inputs * size, inputs * outputs * size, outputs * size if bias else 0]
+    return _op(read, tokens * outputs * size, 2 * tokens * inputs * outputs)
+
+
+def fused(place: Place, target: Target) -> Work:
+    """``mode="fused"``: what its kernels, or on a CPU its definition, take beyond the product that they replace.
+
+    On a GPU the strengths of all dimensions, and, where the sum is split over programs, a finish that adds the parts.
+    Beyond the kernel's number of tokens it is ``columns``.
+    """
+    if runs_as("fused", place) == "columns":
+        return columns(place, target)
+    inputs, outputs = place.shape
+    size = place.itemsize
+    each = 4 if place.operation == "push" else 3
+    if target.kind != "cpu":
+        work = Work(2 * STRENGTH * place.width, 0, each * place.values)
+        splits = _splits(place, target)
+        if splits > 1:
+            parts = place.tokens * outputs * STRENGTH * splits
+            work += Work(parts, parts, place.tokens * outputs * splits, 1)
+        return work
+    t = place.tokens
+    work = _steered(place.values, place.width, 4, place.operation) + _product(t, inputs, outputs, place.bias, 4)
+    if place.low:  # everything through float32 and back, the weight too
+        sizes = [t * inputs, inputs * outputs, outputs if place.bias else 0]
+        for n in sizes:
+            work += _op([n * size], n * 4) if n else Work()
+        work += _op([4 * t * outputs], size * t * outputs)
+        if place.side == "input":  # the steered input is rounded as the tensor that it is
+            work += _op([4 * t * inputs], size * t * inputs) + _op([size * t * inputs], 4 * t * inputs)
+    return work - _product(t, inputs, outputs, place.bias, size)
+
+
+def _splits(place: Place, target: Target) -> int:
+    """Over how many programs the fused kernel splits the sum."""
+    inputs, outputs = place.shape
+    op = launch.form(place.side == "input", rows=False)
+    entry = launch.nearest(op, place.tokens, outputs, inputs, place.dtype, target.architecture, target.name)
+    return entry.splits(place.tokens, outputs, inputs, target.processors)
+
+
+def lora(place: Place, target: Target) -> Work:
+    """PEFT's adapter beside the projection, its rank the AUs of the layer: two products, the scaling, the addition."""
+    inputs, outputs = place.shape
+    size, t = place.itemsize, place.tokens
+    y = t * outputs * size
+    products = _product(t, inputs, place.count, False, size) + _product(t, place.count, outputs, False, size)
+    return products + _op([y], y, t * outputs) + _op([2 * y], y, t * outputs)
+
+
+#: Name -> what it does at a layer that has AUs. "public" does it at every layer.
+WAYS: dict[str, Callable[[Place, Target], Work]] = {
+    "fold": fold,
+    "bias": bias,
+    "columns": columns,
+    "fused": fused,
+    "dense": dense,
+    "public": public,
+    "dense hook": dense_hook,
+    "sparse hook": sparse_hook,
+    "lora": lora,
+}
+
+
+def table_bytes(way: str, place: Place, target: Target) -> int:
+    """Bytes that a way keeps on the device for a layer, beside what fold saves of the weights."""
+    if way == "public":
+        return place.width * place.itemsize
+    if place.count == 0:
+        return 0
+    if way == "dense hook":
+        return place.width * place.itemsize
+    if way == "sparse hook":
+        return place.count * (INDEX + place.itemsize)
+    if way == "lora":
+        return sum(place.shape) * place.count * place.itemsize
+    lists = 2 * place.count * (2 * INDEX + 2 * STRENGTH)  # of the plan, and of none
+    whole = 3 if way in ("fused", "dense") else 1  # the operand of the forms; gamma and shift
+    return lists + whole * STRENGTH * place.width
+
+
+def place_of(
+    network: nn.Module, site: Site, tokens: int, aus: dict[int, int], dtype: torch.dtype, operation: str
+) -> Place:
+    """A site in a forward pass of ``tokens``. ``aus``: layer -> how many are steered there."""
+    module = network.get_submodule(site.projection) if site.projection else None
+    return Place(
+        tokens=tokens,
+        width=site.width,
+        count=aus.get(site.layer, 0),
+        dtype=dtype,
+        operation=operation,
+        side=site.side,
+        projection=None if module is None else linear.sizes(module),
+        bias=getattr(module, "bias", None) is not None,
+    )
+
+
+#: The paths of ``mode="auto"``, for each operation: the first that is possible. In a graph ``fused`` takes the place of
+#: ``columns`` where the device's table says that it is no slower than the plain product.
+AUTO = {"scale": ("fold", "columns"), "shift": ("bias", "columns"), "push": ("columns",)}
+
+
+def why_not(network: nn.Module, way: str, sites: Sequence[Site], operation: str) -> str:
+    """Why a way is not possible at a site, as far as the model's shapes say; empty if it is."""
+    if way in ("public", "dense hook", "sparse hook", "lora") and operation != "scale":
+        return f"it scales, and cannot {operation}"
+    if way in ("fold", "bias") and operation != {"fold": "scale", "bias": "shift"}[way]:
+        return f"it cannot {operation}"
+    for site in sites:
+        projection = network.get_submodule(site.projection) if site.projection else None
+        if way == "lora" and projection is None:
+            return "no linear layer makes this tensor"
+        if way == "fused" and (reason := why_not_fused(projection)):
+            return reason
+        if way in ("fold", "bias") and (reason := why_no_edit(network, site, operation)):
+            return reason
+    return ""
+
+
+def kept_bytes(
+    network: nn.Module,
+    way: str,
+    sites: Sequence[Site],
+    aus: dict[int, int],
+    dtype: torch.dtype,
+    operation: str,
+    target: Target,
+) -> int:
+    """Bytes on the device: tables, and for fold the rows of the weights (and the biases) that it saves."""
+    total = 0
+    for site in sites:
+        total += table_bytes(way, place_of(network, site, 0, aus, dtype, operation), target)
+        if way != "fold" or site.layer not in aus:
+            continue
+        for path in site.parts:
+            weights = linear.weights_of(module := network.get_submodule(path))
+            assert isinstance(weights, linear.WeightNames)  # otherwise fold was refused
+            saved = getattr(module, weights.weight).numel() // site.width * aus[site.layer]
+            bias = getattr(module, weights.bias, None) if weights.bias else None
+            total += dtype.itemsize * (saved + (0 if bias is None else bias.numel()))
+    return total

@@ -1,0 +1,280 @@
+"""The bias path: a shift written into the bias of a linear layer, where the product's own epilogue adds it.
+
+    y = W x + b, shifted by s at the output:  b + s
+    shifted by s at the input:                b + W s
+    shifted by s after y, times c, was added to a residual stream:  b + s / c
+
+A layer without a bias gets one for the time: a buffer that is in no state dict and that an offloading hook leaves
+alone. It is kept from block to block, so that compiled and captured graphs find it where it was. A bias that a layer
+has is changed in place. Several contributions in one layer add up, and are rounded once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from austeer_kernels import reference
+
+from ..errors import SteeringError
+from ..models.hooks import hooks_on
+from ..models.linear import WeightNames, bias_owner, weights_of
+from ..models.sites import Site
+from ..models.structure import floating_dtype, input_device
+from ..plans.fit import why_no_edit
+from .editable import is_offloaded, why_frozen, why_not_between, why_not_parameter
+from .path import Path
+from .tables import StrengthTable
+
+#: Said of a module while a bias of it is ours, also of its copies.
+_MARK = "_austeer_bias"
+
+
+class Slot:
+    """The bias of one module: what it was, and what is added to it. It does not keep the module alive.
+
+    Attributes:
+        parts: what each path adds, [out], in the dtype that the sum is made in.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[int, Tensor] = {}
+        self._made: Tensor | None = None  # ours, of a module that has none
+        self._saved: Tensor | None = None  # of a module that has one: its values
+        self._order: list[str] = []
+        self._written: tuple[Tensor, Tensor, int | None] | None = (
+            None  # the tensor, its values and version after our last edit
+        )
+
+    def write(self, module: nn.Module, like: Tensor) -> None:
+        """Sets the module's bias to what it was and the sum of the parts, in place.
+
+        Args:
+            like: from :func:`bias_like`; it becomes the bias of a module that has none and had none before.
+        """
+        if self._written is None:
+            self._begin(module, like)
+        bias = self._follow(module)
+        total = sum(part.to(bias.device) for part in self.parts.values())
+        if self._saved is not None:
+            total = self._saved.to(bias.device, reference.compute_dtype(bias.dtype)) + total
+        bias.copy_(total)  # type: ignore[arg-type]
+        self._remember(bias)
+
+    def restore(self, module: nn.Module) -> None:
+        """Gives the module back the bias it had, or none.
+
+        Raises:
+            SteeringError: the bias is another one by now, which stays; or one of ours was changed, which is lost.
+        """
+        vars(module).pop(_MARK, None)
+        if self._written is None:
+            return
+        problem = None
+        try:
+            bias = self._follow(module)
+        except SteeringError as error:
+            problem = error
+        if self._saved is not None and problem is None:
+            bias.copy_(self._saved)
+            torch.clear_autocast_cache()
+        elif self._saved is None and (problem is None or module._buffers.get("bias") is self._written[0]):
+            del module._buffers["bias"]
+            module._non_persistent_buffers_set.discard("bias")
+            module._parameters["bias"] = None
+            for name in self._order:  # as they were
+                module._parameters[name] = module._parameters.pop(name)
+        self._saved = self._written = None
+        if problem is not None:
+            raise problem
+
+    def _begin(self, module: nn.Module, like: Tensor) -> None:
+        bias: Tensor | None = module._parameters.get("bias")
+        if bias is None:
+            made = self._made
+            if made is None or (made.shape, made.dtype, made.device) != (like.shape, like.dtype, like.device):
+                made = like
+            self._made = bias = made
+            # A parameter would be offloaded and be in the state dict, and one that is None hides a buffer of its name.
+            self._order = list(module._parameters)
+            module._parameters.pop("bias", None)
+            module._buffers["bias"] = made
+            module._non_persistent_buffers_set.add("bias")
+        else:
+            self._saved = bias.detach().clone()
+        vars(module)[_MARK] = True
+        self._remember(bias)
+
+    def _follow(self, module: nn.Module) -> Tensor:
+        """The module's bias, with what was done to it since our last edit taken into account.
+
+        Raises:
+            SteeringError: the bias is another one, or a bias of ours was changed.
+        """
+        assert self._written is not None
+        before, values, version = self._written
+        bias = (module._buffers if self._saved is None else module._parameters).get("bias")
+        if bias is before and version is not None and bias._version == version and bias.dtype == values.dtype:
+            return bias
+        if bias is not None and bias.shape == values.shape:
+            moved = values.to(bias.device, bias.dtype)  # the model may have been moved or cast
+            if torch.allclose(bias, moved, rtol=0, atol=0, equal_nan=True):
+                return bias
+            if bias is before and self._saved is not None:  # a training step: it stays
+                wide = reference.compute_dtype(bias.dtype)
+                change = bias.to(wide) - moved.to(wide)
+                self._saved = (self._saved.to(bias.device, wide) + change).to(bias.dtype)
+                return bias
+        raise SteeringError(
+            f"{type(module).__name__}: found another bias than the one that steering wrote (it was set or changed "
+            "inside the block), expected it to be left alone; change the model before steering it, or use "
+            "mode='columns'"
+        )
+
+    def _remember(self, bias: Tensor) -> None:
+        torch.clear_autocast_cache()  # a copy of the bias as it was may be in it
+        self._written = bias, bias.detach().clone(), None if bias.is_inference() else bias._version
+
+
+#: Kept from block to block, for the address of what was made.
+_slots: WeakKeyDictionary[nn.Module, Slot] = WeakKeyDictionary()
+
+
+class Bias(Path):
+    """A shift in the bias of a linear layer; no run-time cost.
+
+    Args:
+        module: the linear layer, inside an adapter's wrapper.
+        like: of the bias that it would have, see :func:`bias_like`.
+    """
+
+    name = "bias"
+
+    def __init__(self, site: Site, table: StrengthTable, module: nn.Module, like: Tensor):
+        super().__init__(site, table, module)
+        self.calls = None
+        self.like = like
+        self._unit: tuple[int, Tensor] | None = None  # k, and what alpha = 1 adds
+
+    def attach(self) -> None:
+        self._unit = None  # the weight may have changed
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Writes the strengths that the table has now."""
+        slot = _slots.setdefault(self.module, Slot())
+        slot.parts[id(self)] = self.added()
+        slot.write(self.module, self.like)
+
+    @torch.no_grad()
+    def detach(self) -> None:
+        slot = _slots.get(self.module)
+        if slot is None or slot.parts.pop(id(self), None) is None:
+            return
+        if slot.parts:
+            slot.write(self.module, self.like)
+        else:
+            slot.restore(self.module)
+
+    @torch.no_grad()
+    def added(self) -> Tensor:
+        """What it adds to the layer's output, [out], in the dtype that the sum is made in."""
+        entry, wide = self.table.entries[0], reference.compute_dtype(self.like.dtype)
+        if self.like.device.type == "cpu":
+            wide = torch.float64
+        alpha, k = self.table.given[entry.plan]
+        if self.site.side == "output":
+            shift = entry.strengths(alpha, k)[1].to(self.like.device, wide) / self.site.bias_factor
+            return torch.zeros_like(self.like, dtype=wide).index_copy_(0, entry.index.long().to(shift.device), shift)
+        if self.like.dtype == torch.float64:  # in which alpha * delta, a float32 product, differs from an exact one
+            return self._product(entry.index, entry.strengths(alpha, k)[1], wide)
+        if self._unit is None or self._unit[0] != k:
+            self._unit = k, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
+        return alpha * self._unit[1]
+
+    def _product(self, index: Tensor, shift: Tensor, wide: torch.dtype) -> Tensor:
+        """W[:, index] @ shift"""
+        weights = weights_of(self.module)
+        assert isinstance(weights, WeightNames)  # why_not_bias refuses all else
+        weight = self.module._parameters[weights.weight]
+        assert weight is not None
+        columns = weight.index_select(weights.input, index.long().to(weight.device))
+        columns = columns.to(wide).movedim(weights.input, -1)  # [out, AUs]
+        with torch.autocast(weight.device.type, enabled=False):  # it would make the product in half precision
+            return columns @ shift.to(columns)
+
+
+def bias_of_copy(module: nn.Module) -> bool:
+    """Whether a bias of ours is on a part of the module: it is steered, or a copy of what was."""
+    return any(_MARK in vars(part) for part in module.modules())
+
+
+def bias_like(model: nn.Module, module: nn.Module, outputs: int) -> Tensor:
+    """The bias that a linear layer has, or one for it, of its size, in its dtype, where it runs."""
+    bias, weight = module._parameters.get("bias"), module._parameters.get("weight")
+    if bias is not None:
+        return bias.detach()
+    device = input_device(model) if weight is None else weight.device
+    if device.type == "meta":  # it is loaded to where it runs
+        found = (getattr(hook, "execution_device", None) for hook in hooks_on(module))
+        device = torch.device(next((place for place in found if place is not None), input_device(model)))
+    dtype = weight.dtype if weight is not None and weight.is_floating_point() else floating_dtype(model)
+    with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
+        return torch.zeros(outputs, dtype=dtype, device=device)
+
+
+def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
+    """The reason why steering at a site cannot be written into a bias, or None if it is exact and possible.
+
+    Args:
+        storages: how many parameters of the model lie in each storage, from ``shared_storages``.
+    """
+    if operation != "shift":
+        return f"{operation} is no addition"
+    if reason := why_no_edit(model, site, operation) or why_frozen():
+        return reason
+    module = model.get_submodule(str(site.bias))
+    owner = bias_owner(module, site.side)
+    assert isinstance(owner, nn.Module)  # why_no_edit refuses all else
+    if _MARK in vars(owner):
+        return "it is steered already (another model shares it, or the model was copied while it was steered)"
+    if reason := why_not_parameter(owner, "bias", storages) or why_not_between(model, site, str(site.bias)):
+        return reason
+    if owner is not module and (owner._forward_hooks or owner._forward_pre_hooks):
+        return "the layer inside the adapter has hooks"
+    if site.side == "input":
+        return _why_not_weight(owner, site)
+    return None if site.projection else _why_not_summand(model, site)
+
+
+def _why_not_summand(model: nn.Module, site: Site) -> str | None:
+    """Why what a layer gives need not be added to the site's tensor as the family's code does it."""
+    names = str(site.bias).split(".")
+    for end in range(len(site.path.split(".")), len(names)):
+        module = model.get_submodule(".".join(names[:end]))
+        if not type(module).forward.__module__.startswith("transformers.models."):
+            return f"the forward of {'.'.join(names[:end])} is not Transformers' own"
+    if model.get_submodule(site.path).training:
+        return "dropout may follow the projection in training"
+    return None
+
+
+def _why_not_weight(module: nn.Module, site: Site) -> str | None:
+    """Why W s cannot be had, or would not be all that the shift of an input does."""
+    weight, names = module._parameters.get("weight"), weights_of(module)
+    assert isinstance(names, WeightNames)
+    if weight is None:
+        return "the weight is made anew at each forward pass (pruning, weight normalisation ...)"
+    if weight.device.type == "meta" or is_offloaded(module):
+        return "the weight is offloaded"
+    if not weight.is_floating_point():
+        return f"the weight is {weight.dtype}"
+    if weight.shape[names.input] != site.width:
+        return f"the weight is {tuple(weight.shape)}, for {site.width} AUs"
+    if module.training and weight.requires_grad and torch.is_grad_enabled():
+        return "the weight is trained, and its gradient would lack the shift"
+    return None

@@ -1,0 +1,77 @@
+"""The steering of a whole tensor as one PyTorch operation: what costs the least host time.
+
+A layer's weights sweep the caches, so between two sites a line of Python and a launch cost more than all that an
+operation does with the few tokens of decoding. The operands are a :class:`StrengthTable`'s: float32, neutral (factor 1,
+addend 0) where nothing is steered, of the tensor's width or of its whole shape. Each form computes in float32 and
+rounds once; an infinity or NaN in an unsteered column stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .tables import StrengthTable
+
+Form = Callable[..., Tensor]
+
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x <- x * factor"""
+    return x.mul_(factor)
+
+
+def shift_(x: Tensor, addend: Tensor) -> Tensor:
+    """x <- x + addend"""
+    return x.add_(addend)
+
+
+def scale_and_shift_(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+    """x <- x * factor + addend"""
+    return torch.addcmul(addend, x, factor, out=x)
+
+
+def push_(x: Tensor, gamma: Tensor) -> Tensor:
+    """x <- x + gamma * |x|, with the largest number for an infinite |x|: 0 * inf would be NaN."""
+    return x.addcmul_(x.abs().clamp_max_(_LARGEST[x.dtype]), gamma)
+
+
+def form_of(table: StrengthTable) -> Form:
+    """The operation, in place, that takes ``table.operands``."""
+    if table.magnitude:
+        return push_
+    if table.scales and table.shifts:
+        return scale_and_shift_
+    return scale_ if table.scales else shift_
+
+
+def steered(x: Tensor, table: StrengthTable, operands: tuple[Tensor, ...]) -> Tensor:
+    """The same out of place and differentiable, in the operands' dtype, rounded once; compilers fuse it."""
+    wide = x.to(operands[0].dtype)
+    if table.magnitude:
+        wide = wide * (1 + operands[0] * wide.sign())
+    elif table.scales:
+        wide = wide * operands[0]
+    return (wide + operands[-1] if table.shifts else wide).to(x.dtype)
+
+
+#: Up to so many elements one dense operation costs less than a sparse kernel ...
+FEW_ELEMENTS = {"cpu": 2**14, "cuda": 2**21}
+#: ... and so it does for any number where this many times the columns are at least the width.
+MANY_COLUMNS = {"cpu": 64, "cuda": 10}
+# A CPU's were measured (bench/test_kernels.py compares the forms). A GPU's are estimates until one was asked: at 4096
+# tokens of a width of 4096 the sparse kernel saved 60 to 270 us of an H200's time, and cost its host 180 us.
+
+
+def most_elements(device: str, columns: int, width: int) -> float:
+    """Up to how many elements of a tensor one dense operation costs less than the sparse kernel, for so many columns.
+
+    On other devices than a CPU and CUDA's there is no sparse kernel.
+    """
+    if device not in FEW_ELEMENTS or MANY_COLUMNS[device] * columns >= width:
+        return float("inf")
+    return FEW_ELEMENTS[device]

@@ -1,0 +1,175 @@
+"""A path that runs: it steers what goes into one module, or what comes out of it. Columns, fused and dense run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..errors import SteeringError
+from ..models.patches import Patch
+from ..models.sites import Site
+from ..models.structure import first_tensor
+from .forms import Form, form_of, most_elements
+from .path import Path
+from .routing import NOBODY, WHOLE, Routing, capturing
+from .selfcheck import checked_tensor
+from .tables import StrengthTable
+
+#: Equal to no key of a routing.
+_NO_KEY = object()
+
+
+def observable(x: Tensor) -> bool:
+    """Whether values can be looked at now: outside compiled and captured graphs."""
+    return not is_compiling() and not capturing(x.device)
+
+
+class RunPath(Path):
+    """A path in whose module's place a forward of ours runs, around the module's own.
+
+    Args:
+        tables: one, or two where plans with and without magnitude meet.
+        routing: which tokens are steered; None for all of them.
+        check: whether the first call is compared with the formula.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        tables: Sequence[StrengthTable],
+        module: nn.Module,
+        routing: Routing | None = None,
+        check: bool = False,
+    ):
+        super().__init__(site, tables[0], module)
+        self.tables = tuple(tables)
+        self.routing = routing
+        self._check = check
+        self._elements = 0
+        self._patch = Patch(module)
+        self._inner: Callable = module.forward
+        # What the short way needs, from the last call that went the general way.
+        self._short: tuple[tuple[Form, tuple[Tensor, ...]], ...] = ()
+        self._short_key: object = _NO_KEY
+        self._short_dtype: torch.dtype | None = None
+        self._short_most = 0.0
+
+    @property
+    def tokens(self) -> int | None:
+        return self._elements // self.table.width if self.routing is None else self.routing.tokens
+
+    def attach(self) -> None:
+        self._patch.attach(self.at_input if self.site.side == "input" else self.at_output)
+        self._inner = self._patch.inner
+
+    def detach(self) -> None:
+        try:
+            self._patch.detach()
+        except SteeringError:
+            self.steer = _unsteered  # type: ignore[method-assign]  # what wraps our forward calls it still
+            raise
+
+    # --- the module's forward ----------------------------------------------------------------------------------------
+
+    def at_input(self, *args, **kwargs):
+        """The module's forward on a steered input."""
+        if args:
+            return self._inner(self.steer(args[0]), *args[1:], **kwargs)
+        name = next(iter(kwargs))  # every module that has an input-side site takes one tensor, whatever its name
+        return self._inner(**{**kwargs, name: self.steer(kwargs[name])})
+
+    def at_output(self, *args, **kwargs):
+        """The module's forward, and its output steered."""
+        output = self._inner(*args, **kwargs)
+        if isinstance(output, (tuple, list)):
+            steered = [self.steer(first_tensor(output)), *output[1:]]
+            return steered if isinstance(output, list) else tuple(steered)
+        return self.steer(output)
+
+    def steer(self, x: Tensor) -> Tensor:
+        """The steered tensor, may be ``x`` itself.
+
+        In eager mode the general way finds out, once, that one operation on the whole of ``x`` is all there is to do;
+        the short way then does it for calls like that one. Decoding waits for the host: the general way takes some
+        90 us a site there, with the caches swept by the layer's weights.
+        """
+        if is_compiling():  # what follows remembers and counts, and each change would compile again
+            return self._in_general(x)
+        key = WHOLE if self.routing is None else self.routing.key
+        if key is NOBODY:
+            self.calls += 1  # type: ignore[operator]
+            return x
+        if (
+            key == self._short_key
+            and (elements := x.numel()) <= self._short_most
+            and x.dtype is self._short_dtype
+            and x.is_contiguous()
+            and not x.requires_grad
+            and not (x.is_cuda and capturing(x.device))
+        ):
+            try:
+                for form, operands in self._short:
+                    form(x, *operands)
+            except RuntimeError:  # another device or shape, and x is as it was; the general way sees to it
+                self._short_key = _NO_KEY
+            else:
+                self.calls += 1  # type: ignore[operator]
+                self._elements += elements
+                return x
+        return self._in_general(x)
+
+    def _in_general(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.table.width:
+            raise SteeringError(
+                f"site {self.site.name!r} of layer {self.site.layer} ({self.site.path}): found a tensor of width "
+                f"{x.shape[-1]}, expected {self.table.width}. A model split over processes is steered if Transformers "
+                "split it (DistributedConfig(tp_plan='auto'))"
+            )
+        rows = self.begin(x)
+        if rows is NOBODY:
+            return x
+        if not self.checks_now(x):
+            return self.apply(x, rows)
+        return checked_tensor(self, x, rows)(self.apply(x, rows))
+
+    def begin(self, x: Tensor):
+        """Counts a call, follows ``x`` to its device, and gives each token's row of the tables (see ``rows_for``)."""
+        if is_compiling():
+            self.traced = True  # a count would be a guard, and so a recompilation at every call
+        else:
+            self.calls += 1  # type: ignore[operator]
+            if self.routing is None:
+                self._elements += x.numel()
+        if x.device != self.table.device:
+            for table in self.tables:
+                table.to(x.device)
+        return None if self.routing is None else self.routing.rows_for(x)
+
+    def checks_now(self, x: Tensor) -> bool:
+        """Whether this call is to be compared with the formula: the first outside compiled and captured graphs."""
+        if not self._check or not observable(x):
+            return False
+        self._check = False
+        return True
+
+    def shorten(self, x: Tensor, operands: Sequence[tuple[Tensor, ...]], key: object) -> None:
+        """Lets calls with an ``x`` like this one go the short way, with these operands for each table."""
+        self._short = tuple((form_of(table), given) for table, given in zip(self.tables, operands))
+        self._short_key, self._short_dtype = key, x.dtype
+        columns = max(table.columns for table in self.tables)
+        self._short_most = most_elements(x.device.type, columns, self.table.width)
+
+    def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Steers ``x`` [..., width], in place where nothing is differentiated.
+
+        Args:
+            rows: int32 [tokens], each token's row of the tables, -1 for none; None: the first row for all.
+        """
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+
+def _unsteered(x: Tensor) -> Tensor:
+    return x
