@@ -64,9 +64,17 @@ def reached(goal: Goal, overhead: Overhead, dense: Overhead | None) -> str:
     return MET if overhead.median <= goal.most else UNRESOLVED
 
 
-def judged(content: dict[str, Any]) -> Iterator[tuple[Goal, Case, str, Overhead, str]]:
-    """(goal, case, way, overhead, what became of it) for all of a result of kind "inference" that goals are about."""
+#: (goal, setting, way, overhead, what became of it)
+Judged = tuple[str, str, str, Overhead, str]
+
+
+def judged(content: dict[str, Any]) -> Iterator[Judged]:
+    """All that goals are about in a result of kind "inference" or "plans"; nothing of another's."""
     device = "cpu" if "multiprocessors" not in content["environment"] else "gpu"
+    if content["kind"] == "plans" and device != "cpu":
+        yield from map(_many_plans, content["models"])
+    if content["kind"] != "inference":
+        return
     for case in map(Case, content["cases"]):
         for goal in GOALS:
             if not goal.applies(device, case):
@@ -75,15 +83,23 @@ def judged(content: dict[str, Any]) -> Iterator[tuple[Goal, Case, str, Overhead,
                 if (overhead := case.overhead(way, goal.metric)) is None:
                     continue
                 dense = case.overhead(DENSE, goal.metric)
-                quiet = case.decidable(goal.metric)
-                yield goal, case, way, overhead, reached(goal, overhead, dense) if quiet else UNRESOLVED
+                became = reached(goal, overhead, dense) if case.decidable(goal.metric) else UNRESOLVED
+                setting = f"{content['model']['name']}, {case.words}, batch {case.batch}"
+                yield goal.words, setting, way, overhead, became
+
+
+#: Of as many plans as there are rows in a batch.
+PLANS = Goal("GPU, as many plans as rows: at most +2 %", lambda device, case: False, 2.0)
+
+
+def _many_plans(model: dict[str, Any]) -> Judged:
+    """Of a decoding step of one execution, with the most plans."""
+    row = max((row for row in model["rows"].values() if "plans" in row), key=lambda row: row["plans"])
+    overhead = Overhead(*(100 * (row["ratio"][key] - 1) for key in ("median", "low", "high")), verdict="")
+    return PLANS.words, f"{model['execution']}, {row['plans']} plans", AUTO, overhead, reached(PLANS, overhead, None)
 
 
 def table_of(contents: Iterable[dict[str, Any]]) -> str:
     """A Markdown table of the goals that these results are about; "" where they are about none."""
-    rows = [
-        [goal.words, f"{content['model']['name']}, {case.words}, batch {case.batch}", way, str(overhead), became]
-        for content in contents
-        for goal, case, way, overhead, became in judged(content)
-    ]
+    rows = [[*row[:3], str(row[3]), row[4]] for content in contents for row in judged(content)]
     return table(["goal", "setting", "way", "overhead, %", ""], rows) if rows else ""

@@ -157,7 +157,7 @@ def show(path: Path, content: dict[str, Any]) -> None:
         for name, entry in content["parts"].items()
     ]
     text = table(["part", "status", "seconds", "reason", "files"], rows)
-    reached = "" if content["quick"] else goals.table_of(one for one in found if one.get("kind") == "inference")
+    reached = "" if content["quick"] else goals.table_of(found)
     report.wide_console().print(Markdown(f"{text}\n\n{content.get('stopped', '')}\n\n{reached}"))
 
 

@@ -16,7 +16,9 @@ def content(on_gpu=True, execution="eager", operation="scale", noise=0.6, **over
 
 
 def became(metric="token", **options):
-    return {way: what for goal, _, way, _, what in goals.judged(content(**options)) if goal.metric == metric}
+    prompts = metric == "first_token"
+    found = goals.judged(content(**options))
+    return {way: what for words, _, way, _, what in found if words.startswith("GPU, prompt") == prompts}
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,19 @@ def test_the_table_names_goal_setting_and_way():
     assert "| GPU, prompt: at most +1 % | synthetic-135M, eager, site ffn, scale, k = 100 in 30 layers" in text
     assert "| auto | +0.5 [+0.2, +0.8] | met |" in text
     assert goals.table_of([content(operation="push", on_gpu=False, auto=(0.5, 0.3))]) == ""
+
+
+@pytest.mark.parametrize("ratio, expected", [(1.01, goals.MET), (1.03, goals.MISSED), (1.021, goals.UNRESOLVED)])
+def test_many_plans_have_a_goal(ratio, expected):
+    def row(plans, ratio):
+        return {"plans": plans, "ratio": {"median": ratio, "low": ratio - 0.005, "high": ratio + 0.005}}
+
+    rows = {"unsteered": {}, "1": row(1, 1.5), "256": row(256, ratio)}
+    content = {
+        "kind": "plans",
+        "environment": {"multiprocessors": 132},
+        "models": [{"execution": "graph", "rows": rows}],
+    }
+    ((_, setting, _, _, became),) = goals.judged(content)
+    assert setting == "graph, 256 plans" and became == expected
+    assert not list(goals.judged(content | {"environment": {}}))

@@ -92,7 +92,7 @@ def test_the_whole_suite_on_a_cpu(tmp_path, capsys):
     counted = parts["counts"]["result"]["ways"]
     assert counted["public"]["launches"] == counted["unsteered"]["launches"] + 2 * 3
     momentum = file_of("momentum", "momentum")
-    assert momentum["large"]["sets"] and momentum["kernel"]["of_copy_bandwidth"] > 0 and momentum["complete"]
+    assert momentum["large"]["sets"] and momentum["kernel"]["of_bandwidth"] > 0 and momentum["complete"]
     for text in ("roofline", "counting kernel", "token, batch 1, %", "found no GPU"):
         assert text in printed
 
