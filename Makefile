@@ -84,7 +84,7 @@ bench-plans: $(READY) ## many plans in one batch, in the operation and in a mode
 bench-momentum: $(READY) ## ways to measure momentum side by side (about 10 minutes)
 	$(BIN)/python -m bench.momentum
 
-bench-gpu: $(READY) ## everything for this machine's GPU, its tests first (under 8 minutes)
+bench-gpu: $(READY) ## everything for this machine's GPU, what matters most first (under 8 minutes)
 	$(BIN)/python -m bench.gpu
 
 table: $(READY) ## settings of the kernels on this machine's GPU; writes the table that launches and auto go by

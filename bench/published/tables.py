@@ -114,14 +114,15 @@ def counting(kernel: dict[str, Any]) -> str:
     """The counting kernel, in a sentence."""
     return (
         f"The counting kernel reads [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']} in "
-        f"{kernel['seconds']['kernel']['median'] * 1e6:.1f} us, at {kernel['of_copy_bandwidth']:.0%} of the copy "
-        f"bandwidth, {kernel['faster_than_eager']['median']:.1f} times as fast as PyTorch's own operations."
+        f"{kernel['seconds']['kernel']['median'] * 1e6:.1f} us, at {kernel['of_bandwidth']:.0%} of what the "
+        f"fastest plain operation moves, {kernel['faster_than_eager']['median']:.1f} times as fast as PyTorch's own "
+        "operations."
     )
 
 
 def overheads(inference: Inference) -> str:
     """Overhead of every variant, one column a batch and metric, one table a setting."""
-    groups: dict[tuple[str, str, int, int, int], list[Case]] = {}
+    groups: dict[tuple[str, str, str, int, int, int], list[Case]] = {}
     for case in inference.main():
         groups.setdefault(case.setting, []).append(case)
     texts = []

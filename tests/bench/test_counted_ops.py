@@ -99,3 +99,14 @@ def test_products_of_models_are_those_of_torch_s_counter(family):
     products = [call for call in found.calls if call.name.removeprefix("aten::") in ("mm", "addmm", "bmm", "baddbmm")]
     assert torch.equal(after[0], before), "counting changes nothing"
     assert sum(call.operations for call in products) == theirs.get_total_flops() < found.operations
+
+
+@pytest.mark.parametrize("heads", [8, 2])
+def test_attention_with_fewer_keys_than_queries_is_counted(heads):
+    query, keys, values = torch.ones(3, 8, 5, 16), torch.ones(3, heads, 7, 16), torch.ones(3, heads, 7, 16)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    found = counted(lambda: attention(query, keys, values, enable_gqa=heads != 8))
+    assert found.operations >= 2 * 3 * 8 * 5 * 7 * 16 * 2
+    assert sum(call.operations for call in found.calls if "attention" in call.name or "bmm" in call.name) == (
+        2 * 3 * 8 * 5 * 7 * 16 * 2
+    )
