@@ -236,6 +236,11 @@ def _on(n: int | Tensor, device: torch.device) -> int | Tensor:
     return n.to(device) if isinstance(n, Tensor) else n
 
 
+def capturable(device: torch.device) -> bool:
+    """Whether what is called now may be captured in a CUDA graph later."""
+    return device.type == "cuda"
+
+
 def capturing(device: torch.device) -> bool:
     """Whether what is called now becomes part of a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
