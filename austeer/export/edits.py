@@ -230,6 +230,8 @@ def _edit(model: nn.Module, site: Site, path: str) -> Edit:
             f"{path}: {weights}, expected a linear layer whose weights can be edited; give the unquantised, unwrapped "
             "model, or its name"
         )
+    if sum(other is module for _, other in model.named_modules(remove_duplicate=False)) > 1:
+        raise ExportError(f"{path}: found it in several places of the model, expected each layer to have its own")
     for name in filter(None, (weights.weight, weights.bias)):
         if name not in module._parameters and getattr(module, name) is not None:
             raise ExportError(

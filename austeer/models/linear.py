@@ -110,6 +110,8 @@ def bias_of_shift(index: Tensor, shift: Tensor, outputs: int, weight: Tensor | N
     """
     if weight is None:
         return shift.new_zeros(outputs).index_copy_(0, index.long().to(shift.device), shift)
+    some = shift != 0  # 0 * inf is NaN
+    index, shift = index[some.to(index.device)], shift[some]
     columns = weight.index_select(inputs, index.long().to(weight.device)).to(shift.dtype).movedim(inputs, -1)
     with torch.autocast(weight.device.type, enabled=False):  # it would make the product in half precision
         return columns @ shift.to(columns.device)  # [outputs, AUs] @ [AUs]

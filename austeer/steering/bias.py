@@ -248,7 +248,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
         return _why_not_weight(owner, site)
     if site.projection:
         return None
-    if model.get_submodule(site.path).training:
+    if any(module.training for module in model.get_submodule(site.path).modules()):
         return "dropout may follow the projection in training"
     return why_not_own_code(model, site, str(site.bias))
 

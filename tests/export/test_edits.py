@@ -196,6 +196,14 @@ def test_other_code_in_a_known_family_is_refused(site, reason):
         edits_of(model, [(random_plan(model, site, 3, "shift"), 1.0)])
 
 
+def test_a_projection_in_several_layers_is_refused():
+    model = tiny_model()
+    plan = keep_layers(random_plan(model, "layer", 60, "shift"), {0})
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(ExportError, match=r"layers\.0\.mlp\.down_proj.*several"):
+        edits_of(model, [(plan, 1.0)])
+
+
 def test_a_model_in_training_is_no_other_model():
     """Its dropout is not in the checkpoint."""
     model = tiny_model("gpt2").train()
