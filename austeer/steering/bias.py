@@ -21,7 +21,8 @@ from austeer_kernels import reference
 
 from ..errors import SteeringError
 from ..models.hooks import hooks_on
-from ..models.linear import WeightNames, bias_owner, weights_of
+from ..models.linear import WeightNames, bias_of_shift, bias_owner, weights_of
+from ..models.projection import why_not_own_code
 from ..models.sites import Site
 from ..models.structure import floating_dtype, input_device
 from ..plans.fit import why_no_edit
@@ -189,7 +190,7 @@ class Bias(Path):
         alpha, k = self.table.given[entry.plan]
         if self.site.side == "output":
             shift = entry.strengths(alpha, k)[1].to(self.like.device, wide) / self.site.bias_factor
-            return torch.zeros_like(self.like, dtype=wide).index_copy_(0, entry.index.long().to(shift.device), shift)
+            return bias_of_shift(entry.index, shift, len(self.like))
         if self.like.dtype == torch.float64:  # in which alpha * delta, a float32 product, differs from an exact one
             return self._product(entry.index, entry.strengths(alpha, k)[1], wide)
         if self._unit is None or self._unit[0] != k:
@@ -202,10 +203,7 @@ class Bias(Path):
         assert isinstance(weights, WeightNames)  # why_not_bias refuses all else
         weight = self.module._parameters[weights.weight]
         assert weight is not None
-        columns = weight.index_select(weights.input, index.long().to(weight.device))
-        columns = columns.to(wide).movedim(weights.input, -1)  # [out, AUs]
-        with torch.autocast(weight.device.type, enabled=False):  # it would make the product in half precision
-            return columns @ shift.to(columns)
+        return bias_of_shift(index, shift.to(wide), len(self.like), weight, weights.input)
 
 
 def bias_of_copy(module: nn.Module) -> bool:
@@ -248,19 +246,11 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
         return "the layer inside the adapter has hooks"
     if site.side == "input":
         return _why_not_weight(owner, site)
-    return None if site.projection else _why_not_summand(model, site)
-
-
-def _why_not_summand(model: nn.Module, site: Site) -> str | None:
-    """Why what a layer gives need not be added to the site's tensor as the family's code does it."""
-    names = str(site.bias).split(".")
-    for end in range(len(site.path.split(".")), len(names)):
-        module = model.get_submodule(".".join(names[:end]))
-        if not type(module).forward.__module__.startswith("transformers.models."):
-            return f"the forward of {'.'.join(names[:end])} is not Transformers' own"
-    if model.get_submodule(site.path).training:
+    if site.projection:
+        return None
+    if any(module.training for module in model.get_submodule(site.path).modules()):
         return "dropout may follow the projection in training"
-    return None
+    return why_not_own_code(model, site, str(site.bias))
 
 
 def _why_not_weight(module: nn.Module, site: Site) -> str | None:
