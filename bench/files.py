@@ -27,6 +27,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "momentum": ("sets", "memory", "offloaded", "large", "kernel", "rounds", "environment"),
     "dispatch": ("rows", "ceilings", "dtype", "environment"),
     "settings": ("forms", "sparse us", "counting", "dtype", "environment"),
+    "plans": ("operation", "models", "batch", "rounds", "environment"),
     "inference": ("schema", "model", "settings", "complete", "series", "cases", "environment"),
     "kernels": ("benchmarks", "commit_info", "datetime"),
     "gpu": ("schema", "settings", "parts", "environment"),

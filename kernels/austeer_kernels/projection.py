@@ -251,7 +251,7 @@ def product_and_columns(
 
     The product is rounded to x's dtype before an epilogue steers it.
     """
-    columns = torch.arange(gamma.shape[1], device=x.device)
+    columns = torch.arange(gamma.shape[1], device=x.device).expand(gamma.shape)  # one list, for every plan
     # A kernel computes in the dtype that it is given, and is not differentiated.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if prologue:

@@ -104,7 +104,7 @@ def test_tokens_without_a_plan_are_unsteered(seed, device, splits, prologue):
 
 def product_and_columns(x, weight, bias, gamma, shift, prologue, magnitude, row_plan):
     """The same in plain PyTorch, with its roundings: the definition of each, one after the other."""
-    every = torch.arange(gamma.shape[1], device=x.device)
+    every = torch.arange(gamma.shape[1], device=x.device).expand(gamma.shape)
     y = x.clone() if prologue else torch.nn.functional.linear(x, weight, bias)
     reference.steer_columns_(y, every, gamma, shift, magnitude, row_plan)
     return torch.nn.functional.linear(y, weight, bias) if prologue else y
