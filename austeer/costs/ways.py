@@ -137,8 +137,10 @@ def _few(place: Place, target: Target) -> bool:
 
 def _in_place(place: Place) -> Work:
     size, n, table = place.itemsize, place.values, STRENGTH * place.width
-    if place.operation == "push":  # |x|, at most the largest number, times gamma
-        return _op([n * size], n * size, n) + _op([n * size], n * size, n) + _op([2 * n * size, table], n * size, 2 * n)
+    if place.operation == "push":  # the sign; 1 + gamma * sign, in float32; the product
+        factor = n * STRENGTH
+        sign = _op([n * size], n * size, n) + _op([n * size, table, STRENGTH], factor, 2 * n)
+        return sign + _op([n * size, factor], n * size, n)
     return _op([n * size, table], n * size, n)
 
 
@@ -241,7 +243,7 @@ def table_bytes(way: str, place: Place, target: Target) -> int:
         return sum(place.shape) * place.count * place.itemsize
     kept = 2 * place.count * (2 * INDEX + 2 * STRENGTH)  # lists of the plan and of none: index, columns, gamma, shift
     if way in ("columns", "fused"):
-        kept += STRENGTH * place.width  # the operand of the forms
+        kept += STRENGTH * (place.width + (place.operation == "push"))  # the operands of the forms: push has a 1 too
     if way in ("fused", "dense"):
         kept += 2 * STRENGTH * place.width  # gamma and shift
     if way == "bias":  # the bias made, or saved, and a copy of what was written; what is added, before it is rounded
