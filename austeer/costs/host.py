@@ -37,9 +37,9 @@ ADAPTER = 181 - 4 * OPERATION
 # each site. They add up to 238 for a sparse kernel and 398 for a split product, where the H200 showed 262 and 370.
 #: accelerate's wrapper and our Python. PyTorch's registry of operations. Our launcher and Triton's, each launch.
 WRAPPER, REGISTRY, KERNEL = 18.0, 40.0, 180.0
-#: ESTIMATED: the bound method around the operations of the run-time form. `python -m bench.host --cold` on a CPU: one
-#: operation took 1.1 times as long as the hook with one above, the three of push 2.4 times.
-BOUND = 18.0
+#: ESTIMATED: the bound method of the run-time form, as entering a hook. On a CPU (`python -m bench.host --cold`) one
+#: operation in it took 0.8 to 1.2 times as long as the hook with one, the three of push 1.6 times.
+BOUND = HOOK
 
 #: Way -> (us a site, us an operation) on that machine, where no kernel of ours runs.
 _WAYS: dict[str, tuple[float, float]] = {
