@@ -54,7 +54,7 @@ class Slot:
         """Sets the module's bias to what it was and the sum of the parts, in place.
 
         Args:
-            like: from :func:`bias_like`; it becomes the bias of a module that has none and had none before.
+            like: from :meth:`kept`; it becomes the bias of a module that has none.
         """
         if self._written is None:
             self._begin(module, like)
@@ -64,6 +64,13 @@ class Slot:
             total = self._saved.to(bias.device, reference.compute_dtype(bias.dtype)) + total
         bias.copy_(total)  # type: ignore[arg-type]
         self._remember(bias)
+
+    def kept(self, like: Tensor) -> Tensor:
+        """The bias that was made for the module before, if it is one such as ``like``; otherwise that."""
+        made = self._made
+        if made is None or (made.shape, made.dtype, made.device) != (like.shape, like.dtype, like.device):
+            return like
+        return made
 
     def restore(self, module: nn.Module) -> None:
         """Gives the module back the bias it had, or none.
@@ -95,14 +102,11 @@ class Slot:
     def _begin(self, module: nn.Module, like: Tensor) -> None:
         bias: Tensor | None = module._parameters.get("bias")
         if bias is None:
-            made = self._made
-            if made is None or (made.shape, made.dtype, made.device) != (like.shape, like.dtype, like.device):
-                made = like
-            self._made = bias = made
+            self._made = bias = like
             # A parameter would be offloaded and be in the state dict, and one that is None hides a buffer of its name.
             self._order = list(module._parameters)
             module._parameters.pop("bias", None)
-            module._buffers["bias"] = made
+            module._buffers["bias"] = like
             module._non_persistent_buffers_set.add("bias")
         else:
             self._saved = bias.detach().clone()
@@ -168,6 +172,7 @@ class Bias(Path):
     def refresh(self) -> None:
         """Writes the strengths that the table has now."""
         slot = _slots.setdefault(self.module, Slot())
+        self.like = slot.kept(self.like)
         slot.parts[id(self)] = self.added()
         slot.write(self.module, self.like)
 
