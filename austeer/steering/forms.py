@@ -15,17 +15,8 @@ from torch import Tensor
 
 from .tables import StrengthTable
 
+#: Called with the tensor, which it changes in place, and the operands.
 Form = Callable[..., Tensor]
-
-
-def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """x <- x * factor"""
-    return x.mul_(factor)
-
-
-def shift_(x: Tensor, addend: Tensor) -> Tensor:
-    """x <- x + addend"""
-    return x.add_(addend)
 
 
 def scale_and_shift_(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
@@ -44,7 +35,7 @@ def form_of(table: StrengthTable) -> Form:
         return push_
     if table.scales and table.shifts:
         return scale_and_shift_
-    return scale_ if table.scales else shift_
+    return Tensor.mul_ if table.scales else Tensor.add_  # by the factor, of the addend
 
 
 def steered(x: Tensor, table: StrengthTable, operands: tuple[Tensor, ...]) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..errors import SteeringError
 from ..models.patches import Patch
@@ -23,7 +23,7 @@ class _Short:
     """The one operation that is all there is to do, for calls like one that went the general way.
 
     Attributes:
-        form, operands: of the first table; more: of the others.
+        form, operands: of the first table; more: both of a second one, if there is one.
         key: of the routing. dtype: of the tensor. most: its elements. on_gpu: whether a graph may be captured.
     """
 
@@ -33,7 +33,7 @@ class _Short:
         self,
         form: Form,
         operands: tuple[Tensor, ...],
-        more: tuple[tuple[Form, tuple[Tensor, ...]], ...],
+        more: tuple[Form, tuple[Tensor, ...]] | None,
         key: object,
         dtype: torch.dtype,
         most: float,
@@ -116,7 +116,7 @@ class RunPath(Path):
         the short way then does it for calls like that one. Decoding waits for the host: the general way takes some
         90 us a site there, with the caches swept by the layer's weights.
         """
-        if is_compiling():  # what follows remembers and counts, and each change would compile again
+        if is_dynamo_compiling():  # what follows remembers and counts, and each change would compile again
             return self._in_general(x)
         short, routing = self._short, self.routing
         if routing is not None:
@@ -132,8 +132,8 @@ class RunPath(Path):
             return self._in_general(x)
         try:
             short.form(x, *short.operands)
-            for form, operands in short.more:
-                form(x, *operands)
+            if short.more is not None:
+                short.more[0](x, *short.more[1])
         except RuntimeError:  # another device or shape, and x is as it was; the general way sees to it
             self._short = None
             return self._in_general(x)
@@ -179,7 +179,7 @@ class RunPath(Path):
         """Lets calls with an ``x`` like this one go the short way, with these operands for each table."""
         forms = [(form_of(table), given) for table, given in zip(self.tables, operands)]
         most = most_elements(x.device.type, max(table.columns for table in self.tables), self.table.width)
-        self._short = _Short(*forms[0], tuple(forms[1:]), key, x.dtype, most, capturable(x.device))
+        self._short = _Short(*forms[0], forms[1] if len(forms) > 1 else None, key, x.dtype, most, capturable(x.device))
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Steers ``x`` [..., width], in place where nothing is differentiated.
