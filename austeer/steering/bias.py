@@ -21,7 +21,7 @@ from austeer_kernels import reference
 
 from ..errors import SteeringError
 from ..models.hooks import hooks_on
-from ..models.linear import WeightNames, bias_owner, weights_of
+from ..models.linear import FLOATING, WeightNames, bias_owner, weights_of
 from ..models.sites import Site
 from ..models.structure import floating_dtype, input_device
 from ..plans.fit import why_no_edit
@@ -45,9 +45,7 @@ class Slot:
         self._made: Tensor | None = None  # ours, of a module that has none
         self._saved: Tensor | None = None  # of a module that has one: its values
         self._order: list[str] = []
-        self._written: tuple[Tensor, Tensor, int | None] | None = (
-            None  # the tensor, its values and version after our last edit
-        )
+        self._written: tuple[Tensor, Tensor] | None = None  # the tensor, and its values after our last edit
 
     def write(self, module: nn.Module, like: Tensor) -> None:
         """Sets the module's bias to what it was and the sum of the parts, in place.
@@ -73,21 +71,18 @@ class Slot:
         vars(module).pop(_MARK, None)
         if self._written is None:
             return
-        problem = None
+        ours, problem = self._written[0], None
         try:
             bias = self._follow(module)
         except SteeringError as error:
             problem = error
-        if self._saved is not None and problem is None:
-            bias.copy_(self._saved)
+        saved, self._saved, self._written = self._saved, None, None
+        if saved is None:
+            if problem is None or module._buffers.get("bias") is None or module._buffers["bias"] is ours:
+                self._take_back(module)
+        elif problem is None:
+            bias.copy_(saved)
             torch.clear_autocast_cache()
-        elif self._saved is None and (problem is None or module._buffers.get("bias") is self._written[0]):
-            del module._buffers["bias"]
-            module._non_persistent_buffers_set.discard("bias")
-            module._parameters["bias"] = None
-            for name in self._order:  # as they were
-                module._parameters[name] = module._parameters.pop(name)
-        self._saved = self._written = None
         if problem is not None:
             raise problem
 
@@ -108,25 +103,37 @@ class Slot:
         vars(module)[_MARK] = True
         self._remember(bias)
 
+    def _take_back(self, module: nn.Module) -> None:
+        """Removes a bias of ours; a module to which someone gave another one by now keeps that."""
+        module._buffers.pop("bias", None)
+        module._non_persistent_buffers_set.discard("bias")
+        if "bias" in module._parameters:
+            return
+        module._parameters["bias"] = None
+        for name in self._order:  # as they were
+            if name in module._parameters:  # pruning has renamed the weight, say
+                module._parameters[name] = module._parameters.pop(name)
+
     def _follow(self, module: nn.Module) -> Tensor:
         """The module's bias, with what was done to it since our last edit taken into account.
+
+        Values are compared, as a change of ``bias.data`` shows in nothing else.
 
         Raises:
             SteeringError: the bias is another one, or a bias of ours was changed.
         """
         assert self._written is not None
-        before, values, version = self._written
+        before, values = self._written
         bias = (module._buffers if self._saved is None else module._parameters).get("bias")
-        if bias is before and version is not None and bias._version == version and bias.dtype == values.dtype:
-            return bias
-        if bias is not None and bias.shape == values.shape:
+        if bias is not None and bias.shape == values.shape and bias.device.type != "meta":
             moved = values.to(bias.device, bias.dtype)  # the model may have been moved or cast
-            if torch.allclose(bias, moved, rtol=0, atol=0, equal_nan=True):
+            same = (bias == moved) | (bias.isnan() & moved.isnan())
+            if bool(same.all()):
                 return bias
             if bias is before and self._saved is not None:  # a training step: it stays
                 wide = reference.compute_dtype(bias.dtype)
-                change = bias.to(wide) - moved.to(wide)
-                self._saved = (self._saved.to(bias.device, wide) + change).to(bias.dtype)
+                saved = self._saved.to(bias.device, wide)
+                self._saved = torch.where(same, saved, saved + (bias.to(wide) - moved.to(wide))).to(bias.dtype)
                 return bias
         raise SteeringError(
             f"{type(module).__name__}: found another bias than the one that steering wrote (it was set or changed "
@@ -136,7 +143,7 @@ class Slot:
 
     def _remember(self, bias: Tensor) -> None:
         torch.clear_autocast_cache()  # a copy of the bias as it was may be in it
-        self._written = bias, bias.detach().clone(), None if bias.is_inference() else bias._version
+        self._written = bias, bias.detach().clone()
 
 
 #: Kept from block to block, for the address of what was made.
@@ -194,10 +201,11 @@ class Bias(Path):
             return self._product(entry.index, entry.strengths(alpha, k)[1], wide)
         if self._unit is None or self._unit[0] != k:
             self._unit = k, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
-        return alpha * self._unit[1]
+        return alpha * self._unit[1] if alpha else torch.zeros_like(self._unit[1])  # 0 * inf is NaN
 
     def _product(self, index: Tensor, shift: Tensor, wide: torch.dtype) -> Tensor:
         """W[:, index] @ shift"""
+        index, shift = index[shift != 0], shift[shift != 0]  # 0 * inf is NaN
         weights = weights_of(self.module)
         assert isinstance(weights, WeightNames)  # why_not_bias refuses all else
         weight = self.module._parameters[weights.weight]
@@ -222,7 +230,9 @@ def bias_like(model: nn.Module, module: nn.Module, outputs: int) -> Tensor:
     if device.type == "meta":  # it is loaded to where it runs
         found = (getattr(hook, "execution_device", None) for hook in hooks_on(module))
         device = torch.device(next((place for place in found if place is not None), input_device(model)))
-    dtype = weight.dtype if weight is not None and weight.is_floating_point() else floating_dtype(model)
+    # A quantised weight's is that of what it is packed in.
+    plain = type(weight) is nn.Parameter and weight.dtype in FLOATING
+    dtype = weight.dtype if plain else floating_dtype(model)  # type: ignore[union-attr]
     with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
         return torch.zeros(outputs, dtype=dtype, device=device)
 
@@ -231,7 +241,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     """The reason why steering at a site cannot be written into a bias, or None if it is exact and possible.
 
     Args:
-        storages: how many parameters of the model lie in each storage, from ``shared_storages``.
+        storages: how often the model has each storage and module, from ``shared_storages``.
     """
     if operation != "shift":
         return f"{operation} is no addition"
@@ -242,10 +252,11 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     assert isinstance(owner, nn.Module)  # why_no_edit refuses all else
     if _MARK in vars(owner):
         return "it is steered already (another model shares it, or the model was copied while it was steered)"
-    if reason := why_not_parameter(owner, "bias", storages) or why_not_between(model, site, str(site.bias)):
+    path = str(site.bias) if owner is module else f"{site.bias}.base_layer"
+    if reason := why_not_parameter(owner, "bias", storages) or why_not_between(model, site, path):
         return reason
-    if owner is not module and (owner._forward_hooks or owner._forward_pre_hooks):
-        return "the layer inside the adapter has hooks"
+    if storages[owner] > 1:
+        return "the layer that has the bias is in several places of the model"
     if site.side == "input":
         return _why_not_weight(owner, site)
     return None if site.projection else _why_not_summand(model, site)
@@ -258,7 +269,7 @@ def _why_not_summand(model: nn.Module, site: Site) -> str | None:
         module = model.get_submodule(".".join(names[:end]))
         if not type(module).forward.__module__.startswith("transformers.models."):
             return f"the forward of {'.'.join(names[:end])} is not Transformers' own"
-    if model.get_submodule(site.path).training:
+    if any(module.training for module in model.get_submodule(site.path).modules()):
         return "dropout may follow the projection in training"
     return None
 
