@@ -13,7 +13,6 @@ from ..models.hooks import hooks_on
 from ..models.linear import FLOATING
 from ..models.sites import Site
 
-
 #: Hooks of accelerate that put weights and inputs where they are used, and change no value.
 _PLACING = (AlignDevicesHook, SequentialHook)
 

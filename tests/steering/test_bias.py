@@ -1,18 +1,16 @@
 """A shift in a bias: exact at every site, in every kind of model that it is for, and gone without a trace."""
 
+import contextlib
 import copy
 import io
 
-import peft
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import austeer
-from austeer.models.sites import find_sites
-from dense_formula import SITES, formula_at, formula_logits, logits, random_plan
+from dense_formula import SITES, formula_at, formula_logits, logits, modules_of, shift_plan
 from tiny_models import ids_of_rows, tiny_model
 
 IDS = ids_of_rows() | {"use_cache": False}
@@ -26,22 +24,8 @@ KINDS = {
 }
 
 
-def shift_of(model, sites=SITES, count=25, seed=0):
-    return random_plan(model, sites, count, "shift", seed)
-
-
 def trace(model):
-    """All that could tell that a model was steered: objects, values, names and their order."""
-    modules = {
-        name: (
-            list(vars(m)),
-            [(key, id(p)) for key, p in m._parameters.items()],
-            [(key, id(b)) for key, b in m._buffers.items()],
-            set(m._non_persistent_buffers_set),
-        )
-        for name, m in model.named_modules()
-    }
-    return modules, list(model.state_dict())
+    return modules_of(model), list(model.state_dict())
 
 
 def tensors(model):
@@ -58,15 +42,11 @@ def took(steering):
 
 def at_each(model, plan, alphas):
     """The formula with a strength for each site."""
-    handles = []
-    for site, alpha in alphas.items():
-        handles.append(formula_at(model, plan.take(torch.tensor([s == site for s in plan.site]).nonzero()[:, 0]), alpha))
-    for handle in handles:
-        handle.__enter__()
-    found = logits(model, IDS)
-    for handle in handles:
-        handle.__exit__(None, None, None)
-    return found
+    with contextlib.ExitStack() as stack:
+        for site, alpha in alphas.items():
+            part = plan.take(torch.tensor([i for i, name in enumerate(plan.site) if name == site]))
+            stack.enter_context(formula_at(model, part, alpha))
+        return logits(model, IDS)
 
 
 # --- every site ------------------------------------------------------------------------------------------------------
@@ -77,7 +57,7 @@ def at_each(model, plan, alphas):
 def test_each_site_follows_alpha_and_k_and_is_restored(kind, site):
     family, changes = KINDS[kind]
     model = tiny_model(family, **changes)
-    plan, plain, before, values = shift_of(model, site), tiny_model(family, **changes), trace(model), tensors(model)
+    plan, plain, before, values = shift_plan(model, site), tiny_model(family, **changes), trace(model), tensors(model)
     unsteered = logits(model, IDS)
     with austeer.steer(model, plan, 1.5, mode="bias") as steering:
         for alpha, k in ((1.5, 25), (-2.0, 25), (0.0, 25), (0.7, 9), (0.7, 1), (40.0, 25), (1.5, 24)):
@@ -96,7 +76,7 @@ def test_several_contributions_in_one_module_in_every_dtype(kind, dtype):
     """ffn, neuron and layer are one bias; each site has its own strength, and is rounded with the others, once."""
     family, changes = KINDS[kind]
     model = tiny_model(family, **changes).to(dtype)
-    wide, plan = copy.deepcopy(model).double(), shift_of(model)
+    wide, plan = copy.deepcopy(model).double(), shift_plan(model)
     before, values = trace(model), tensors(model)
     with austeer.steer(model, plan, 0.5) as steering:
         for alphas in (dict.fromkeys(SITES, 0.5), {"ffn": 1, "neuron": -0.5, "layer": 0.0, "attention": 2.0}):
@@ -105,7 +85,7 @@ def test_several_contributions_in_one_module_in_every_dtype(kind, dtype):
             restored = copy.deepcopy(wide).to(dtype)
             own_error = (at_each(restored, plan, alphas).double() - exact).norm()
             error = (logits(model, IDS).double() - exact).norm()
-            assert error <= 2 * own_error + 1e-5 * torch.finfo(dtype).eps * exact.norm()
+            assert error <= 2 * own_error + 4 * torch.finfo(dtype).eps * exact.norm()
         assert took(steering) == {"bias"} and {row.reason for row in steering.report()} == {""}
     assert trace(model) == before and same(tensors(model), values)
 
@@ -113,20 +93,22 @@ def test_several_contributions_in_one_module_in_every_dtype(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bias_is_the_sum_rounded_once(dtype):
     model = tiny_model("granite", residual_multiplier=0.3, mlp_bias=True).to(dtype)
-    plan = shift_of(model, ("ffn", "neuron", "layer"), 40)
+    plan = shift_plan(model, ("ffn", "neuron", "layer"), 40)
     down = model.model.layers[1].mlp.down_proj
-    total = down.bias.double()
+    total = down.bias.detach().double()
 
     def of(site):
         chosen = torch.tensor([s == site and layer == 1 for s, layer in zip(plan.site, plan.layer.tolist())])
-        return torch.zeros(48 if site == "neuron" else 32).double().index_put(
-            (plan.index[chosen].long(),), 1.5 * plan.delta[chosen].double()
+        return (
+            torch.zeros(48 if site == "neuron" else 32)
+            .double()
+            .index_put((plan.index[chosen].long(),), 1.5 * plan.delta[chosen].double())
         )
 
     expected = total + of("ffn") + of("layer") / 0.3 + down.weight.double() @ of("neuron")
     with austeer.steer(model, plan, 1.5):
         rounding = torch.finfo(dtype).eps / 2 * expected.abs()
-        assert ((down.bias.double() - expected).abs() <= 1.001 * rounding).all()
+        assert ((down.bias.double() - expected).abs() <= 1.001 * rounding + 3e-7).all()  # strengths are float32
 
 
 def test_a_second_block_finds_the_bias_where_it_was():
@@ -134,7 +116,7 @@ def test_a_second_block_finds_the_bias_where_it_was():
     down = [layer.mlp.down_proj for layer in model.model.layers]
     addresses = []
     for sites, seed in ((SITES, 0), (SITES, 0), ("ffn", 1), ("neuron", 2)):
-        with austeer.steer(model, shift_of(model, sites, 40, seed), 1.0) as steering:
+        with austeer.steer(model, shift_plan(model, sites, 40, seed), 1.0) as steering:
             for steering.alpha in (1.0, 0.0, -1.0):
                 addresses.append([module.bias.data_ptr() for module in down])
         assert all(module.bias is None for module in down)
@@ -145,7 +127,7 @@ def test_a_second_block_finds_the_bias_where_it_was():
 def test_what_is_saved_inside_the_block(kind, tmp_path):
     """Our own biases are in no checkpoint; one that the model has is saved as it is, as under fold."""
     model = tiny_model(KINDS[kind][0], **KINDS[kind][1])
-    plan, before = shift_of(model, ("ffn", "attention")), logits(model, IDS)
+    plan, before = shift_plan(model, ("ffn", "attention")), logits(model, IDS)
     keys = list(model.state_dict())
     with austeer.steer(model, plan, 1.0):
         steered = logits(model, IDS)
@@ -163,193 +145,6 @@ def test_what_is_saved_inside_the_block(kind, tmp_path):
     torch.testing.assert_close(logits(whole, IDS), steered)  # a copy of a steered model is one
     with pytest.raises(austeer.SteeringError, match="copied"):
         austeer.steer(whole, plan, 1.0).attach()
-
-
-# --- offloaded, quantised --------------------------------------------------------------------------------------------
-
-_MAP = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-MAP = _MAP | {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2.self_attn": "disk"}
-MAP |= {"model.layers.2.mlp": "cpu", "model.layers.2.input_layernorm": "cpu"}
-MAP |= {"model.layers.2.post_attention_layernorm": "disk"}
-
-
-@pytest.mark.parametrize("buffers", [False, True])
-@pytest.mark.parametrize("how", ["cpu", "disk", "map"])
-def test_offloaded(how, buffers, tmp_path):
-    """Output sides need no weight; an input side does, and runs where it is offloaded."""
-    plain, model = tiny_model(), tiny_model()
-    device, plan = torch.device("cpu"), shift_of(plain)
-    if how == "cpu":
-        cpu_offload(model, execution_device=device, offload_buffers=buffers)
-    elif how == "disk":
-        disk_offload(model, tmp_path, execution_device=device, offload_buffers=buffers)
-    else:
-        dispatch_model(model, MAP, main_device="cpu", offload_dir=tmp_path, offload_buffers=buffers)
-    before, unsteered = trace(model), logits(model, IDS)
-    for _ in range(2):
-        with austeer.steer(model, plan, 1.0) as steering:
-            for alpha in (1.0, -0.5):
-                steering.alpha = alpha
-                expected = formula_logits(plain, IDS, plan, alpha)
-                torch.testing.assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
-            for row in steering.report():
-                module = model.get_submodule(row.path and find_sites(model)[row.site][row.layer].bias)
-                stays = row.site in ("ffn", "layer") or module.weight.device.type != "meta"
-                assert row.path == ("bias" if stays else "columns")
-                assert stays or "the weight is offloaded" in row.reason
-        assert torch.equal(logits(model, IDS), unsteered)
-    after = trace(model)
-    assert {name: entry[0] for name, entry in after[0].items()} == {name: entry[0] for name, entry in before[0].items()}
-    assert after[1] == before[1]
-
-
-def test_a_bias_that_is_offloaded_is_left_alone():
-    plain = tiny_model("llama", mlp_bias=True)
-    model, plan = copy.deepcopy(plain), shift_of(plain, "ffn")
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    with austeer.steer(model, plan, 1.0) as steering:
-        torch.testing.assert_close(logits(model, IDS), formula_logits(plain, IDS, plan, 1.0), rtol=1e-4, atol=1e-4)
-        assert took(steering) == {"columns"} and "the bias is offloaded" in steering.report()[0].reason
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", ["8", "4", "4 in bfloat16"])
-def test_quantised_under_an_adapter(scheme, dtype, tmp_path):
-    """The bias is in the activations' dtype, not in the one that the weight is packed in."""
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    four = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
-    packed = {"bnb_4bit_quant_storage": torch.bfloat16} if scheme == "4 in bfloat16" else {}
-    config = BitsAndBytesConfig(**({"load_in_8bit": True} if scheme == "8" else four | packed))
-    tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=config, device_map={"": "cpu"}, dtype=dtype
-    )
-    adapter = peft.LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False)
-    torch.manual_seed(1)
-    model = peft.get_peft_model(model, adapter).eval()
-    plan = shift_of(model, ("ffn", "layer"))
-    plan = plan.take((plan.layer == 2).nonzero().flatten())  # nothing rounds what it made
-    expected, before = formula_logits(model.get_base_model(), IDS, plan, 1.0), trace(model)
-    unsteered = logits(model, IDS)
-    down = model.get_base_model().model.layers[2].mlp.down_proj.base_layer
-    with austeer.steer(model, plan, 1.0, mode="bias"):
-        assert down.bias.dtype == dtype
-        got = logits(model, IDS)
-        assert down.bias.dtype == dtype
-    assert (got - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
-    assert (expected - unsteered).norm() > 0.1 * unsteered.norm()
-    assert torch.equal(logits(model, IDS), unsteered) and trace(model)[0].keys() == before[0].keys()
-
-
-# --- adapters --------------------------------------------------------------------------------------------------------
-
-ADAPTERS = {
-    "lora": {},
-    "dora": {"use_dora": True},
-    "lora with a bias": {"lora_bias": True, "bias": "none"},
-    "rslora": {"use_rslora": True},
-}
-
-
-def adapted(options, **changes):
-    torch.manual_seed(1)
-    config = peft.LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False, **options)
-    model = peft.get_peft_model(tiny_model("llama", **changes), config)
-    model.add_adapter("other", config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora" in name:
-                p.normal_(std=0.2)
-    return model.eval()
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_adapter_on_the_layer_that_has_the_bias(kind, biased):
-    """On, off, another one, merged and taken out again, all inside the block."""
-    if kind == "lora with a bias" and not biased:
-        pytest.skip("PEFT merges no bias into a layer that has none")
-    model, plain = (adapted(ADAPTERS[kind], mlp_bias=biased) for _ in range(2))
-    plan, before, values = shift_of(model, ("ffn", "layer")), trace(model), tensors(model)
-
-    def check():
-        expected = formula_logits(plain.get_base_model(), IDS, plan, 1.2)
-        torch.testing.assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
-
-    with austeer.steer(model, plan, 1.2, mode="bias") as steering:
-        check()
-        with model.disable_adapter(), plain.disable_adapter():
-            check()
-        for one in (model, plain):
-            one.set_adapter("other")
-        check()
-        for one in (model, plain):
-            one.merge_adapter(["other"])
-        check()
-        steering.alpha = -3.0
-        steering.alpha = 1.2
-        check()
-        for one in (model, plain):
-            one.unmerge_adapter()
-            one.set_adapter("default")
-        check()
-        assert took(steering) == {"bias"}
-    assert trace(model) == before
-    torch.testing.assert_close(tensors(model), values)  # merging and taking out rounds
-    torch.testing.assert_close(logits(model, IDS), logits(plain, IDS))
-
-
-@pytest.mark.parametrize("site", ["attention", "neuron"])
-def test_an_adapter_that_reads_the_shifted_input_runs(site):
-    torch.manual_seed(1)
-    config = peft.LoraConfig(target_modules=["o_proj", "down_proj"], r=2, init_lora_weights=False)
-    model = peft.get_peft_model(tiny_model(), config).eval()
-    plan = shift_of(model, site)
-    expected = formula_logits(model.get_base_model(), IDS, plan, 1.0)
-    with austeer.steer(model, plan, 1.0) as steering:
-        torch.testing.assert_close(logits(model, IDS), expected)
-        assert took(steering) == {"columns"} and "Linear" in steering.report()[0].reason
-    with pytest.raises(austeer.SteeringError, match=rf"'bias'.*'{site}'.*Linear"):
-        austeer.steer(model, plan, 1.0, mode="bias")
-
-
-@pytest.mark.parametrize("operation", ["scale", "shift"])
-@pytest.mark.parametrize("saved", ["mlp", "down_proj"])
-def test_modules_that_an_adapter_brings_along_are_not_edited(saved, operation):
-    """They are not what runs with the adapter off."""
-    torch.manual_seed(1)
-    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[saved], r=2)
-    model = peft.get_peft_model(tiny_model(), config).eval()
-    with torch.no_grad():
-        for layer in model.get_base_model().model.layers:
-            for p in layer.mlp.parameters():
-                p += 0.01 * torch.randn_like(p)
-    plan = random_plan(model, ("ffn", "layer"), 25, operation)
-    with austeer.steer(model, plan, 1.0) as steering:
-        steered = logits(model, IDS)
-        with model.disable_adapter():
-            off = logits(model, IDS)
-        assert took(steering) == {"columns"}
-        assert "ModulesToSaveWrapper" in next(row.reason for row in steering.report() if row.site == "ffn")
-    torch.testing.assert_close(steered, formula_logits(model.get_base_model(), IDS, plan, 1.0))
-    with model.disable_adapter():
-        torch.testing.assert_close(off, formula_logits(model.get_base_model(), IDS, plan, 1.0))
-
-
-def test_an_adapter_of_another_kind_runs():
-    torch.manual_seed(1)
-    config = peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False)
-    model = peft.get_peft_model(tiny_model(), config).eval()
-    plan = shift_of(model)
-    expected = formula_logits(model.get_base_model(), IDS, plan, 1.0)
-    with austeer.steer(model, plan, 1.0) as steering:
-        torch.testing.assert_close(logits(model, IDS), expected)
-        assert {(row.site, row.path) for row in steering.report()} == {
-            *((site, "columns") for site in ("ffn", "layer", "neuron")),
-            ("attention", "bias"),
-        }
 
 
 # --- compiled --------------------------------------------------------------------------------------------------------
@@ -378,7 +173,7 @@ def test_one_graph_on_entering_and_no_more(graphs, backend, first, biased):
             assert graphs() == 1
         expected = graphs() + (0 if biased and graphs() else 1)
         for sites, seed in ((SITES, 0), (SITES, 1), (("neuron", "attention"), 2)):
-            plan = shift_of(plain, sites, 60, seed)
+            plan = shift_plan(plain, sites, 60, seed)
             with austeer.steer(model, plan, 0.5) as steering:
                 for alpha, k in ((0.5, len(plan)), (-0.7, 30), (0.0, 3), (0.9, len(plan))):
                     steering.alpha, steering.k = alpha, k
@@ -408,7 +203,7 @@ def test_gradients_are_those_of_the_formula(biased, training, checkpointing):
     """An input side is a bias only where no weight is trained: its gradient would lack the shift."""
     changes = {"mlp_bias": biased, "attention_bias": biased}
     model, plain = (tiny_model("llama", **changes).train(training) for _ in range(2))
-    plan = shift_of(model, SITES if training else ("ffn", "layer"))
+    plan = shift_plan(model, SITES if training else ("ffn", "layer"))
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     with formula_at(plain, plan, 0.7):
@@ -431,7 +226,7 @@ def test_gradients_are_those_of_the_formula(biased, training, checkpointing):
 def test_an_input_side_where_nothing_trains_its_weight(frozen):
     """An adapter elsewhere may be trained; and without gradients there is none to be wrong."""
     model, plain = (tiny_model().train().requires_grad_(frozen != "weights") for _ in range(2))
-    plan = shift_of(model, ("attention", "neuron"))
+    plan = shift_plan(model, ("attention", "neuron"))
     with torch.set_grad_enabled(frozen != "autograd"), austeer.steer(model, plan, 0.7) as steering:
         assert took(steering) == {"bias"}
         if frozen == "weights":
@@ -443,7 +238,7 @@ def test_an_input_side_where_nothing_trains_its_weight(frozen):
 def test_alpha_may_change_between_forward_and_backward():
     model = tiny_model("gpt2")
     found = []
-    with austeer.steer(model, shift_of(model), 0.7) as steering:
+    with austeer.steer(model, shift_plan(model), 0.7) as steering:
         for change in (0.7, -5.0):
             model.zero_grad()
             steering.alpha = 0.7
