@@ -9,7 +9,7 @@ ENGINES_VENV ?= .venv-engines
 ENGINES := $(ENGINES_VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test test-engines lint aot peers study bench bench-host bench-momentum bench-gpu table clean help
+.PHONY: demo test test-engines lint aot peers study bench bench-host bench-plans bench-momentum bench-gpu table clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -78,13 +78,16 @@ bench: $(PEERS) ## what steering costs on this machine, beside other libraries (
 bench-host: $(READY) ## host time of a steered site, by way to steer
 	$(BIN)/python -m bench.host
 
+bench-plans: $(READY) ## many plans in one batch, in the operation and in a model
+	$(BIN)/python -m bench.many_plans
+
 bench-momentum: $(READY) ## ways to measure momentum side by side (about 10 minutes)
 	$(BIN)/python -m bench.momentum
 
-bench-gpu: $(READY) ## everything for this machine's GPU, its tests first (under 8 minutes)
+bench-gpu: $(READY) ## everything for this machine's GPU, what matters most first (under 8 minutes)
 	$(BIN)/python -m bench.gpu
 
-table: $(READY) ## the projection kernels on this machine's GPU; writes the table that auto goes by
+table: $(READY) ## settings of the kernels on this machine's GPU; writes the table that launches and auto go by
 	$(BIN)/python -m bench.dispatch --write-table
 
 clean: ## remove the environments and caches

@@ -40,6 +40,7 @@ class Table:
 
     def __init__(self, width: int, count: int, plans: int, device: torch.device):
         self.index = torch.randperm(width, device=device)[: min(count, width)].sort().values
+        self.lists = self.index.repeat(plans, 1)
         self.gamma, self.shift = (torch.rand(plans, len(self.index), device=device) - 0.5 for _ in range(2))
         zeros = torch.zeros(plans, width, device=device)
         self.dense_gamma, self.dense_shift = (zeros.index_copy(1, self.index, t) for t in (self.gamma, self.shift))
@@ -152,7 +153,7 @@ class Case:
         row_plan = self.row_plan if rows else None
 
         def steer(y: Tensor, gamma: Tensor, shift: Tensor) -> Tensor:
-            return ak.steer_columns_(y, table.index, gamma, shift, row_plan=row_plan)
+            return ak.steer_columns_(y, table.lists, gamma, shift, row_plan=row_plan)
 
         def call(i: int) -> Tensor:
             if at_input:
@@ -177,10 +178,10 @@ class Case:
         def right() -> tuple[float, float]:
             y = self.y[0].clone()
             plain, exact = table.steered(y, None), table.steered(y.double(), None)
-            found = ak.steer_columns_(y, table.index, table.gamma, table.shift)
+            found = ak.steer_columns_(y, table.lists, table.gamma, table.shift)
             return check(f"{ALONE[count]}, {self}", found, plain, exact)
 
-        calls = tuple((lambda y=y: ak.steer_columns_(y, table.index, gamma, shift)) for y in self.y)
+        calls = tuple((lambda y=y: ak.steer_columns_(y, table.lists, gamma, shift)) for y in self.y)
         return Variant(calls, self._sparse_bytes(table), 2 * self.tokens * len(table.index), right, pure=False)
 
     def _variant(self, call: Callable[[int], Tensor], right: Check, more_bytes: int = 0, pure: bool = True) -> Variant:
@@ -189,7 +190,7 @@ class Case:
 
     def _sparse_bytes(self, table: Table) -> int:
         touched = 2 * self.tokens * len(table.index) * (torch.finfo(self.dtype).bits // 8)
-        return touched + table.index.nbytes + 2 * table.gamma.nbytes
+        return touched + table.lists.nbytes + 2 * table.gamma.nbytes
 
     def _check(
         self, name: str, found: Tensor, table: Table, at_input: bool, rows: Tensor | None

@@ -19,7 +19,7 @@ from .steered import Steered, UnavailableError, Way
 
 
 class Ours(Steered):
-    """``austeer.steer`` with one path for all layers."""
+    """``austeer.steer`` in one of its modes."""
 
     def __init__(self, mode: str, model: nn.Module, plan: Plan, alpha: float):
         super().__init__(model)
@@ -32,11 +32,11 @@ class Ours(Steered):
         self.steering.detach()
 
 
-class Fold(Ours):
-    """The weights, which other models share, are edited only while this one runs."""
+class InWeights(Ours):
+    """What may edit weights, which other models share: on only while this one runs."""
 
-    def __init__(self, model: nn.Module, plan: Plan, alpha: float):
-        super().__init__("fold", model, plan, alpha)
+    def __init__(self, mode: str, model: nn.Module, plan: Plan, alpha: float):
+        super().__init__(mode, model, plan, alpha)
         self._alpha = alpha
         self.steering.alpha = 0
 
@@ -51,7 +51,7 @@ class Fold(Ours):
 
 OURS = (
     *(Way(mode, partial(Ours, mode), ours=True) for mode in ("columns", "fused")),
-    Way("fold", Fold, ours=True),
+    *(Way(mode, partial(InWeights, mode), ours=True) for mode in ("fold", "auto")),
 )
 WAYS = {way.name: way for way in (*plain_ways.WAYS, *OURS, *PEERS)}
 

@@ -19,6 +19,7 @@ app = typer.Typer(rich_markup_mode="markdown", context_settings={"help_option_na
 #: What ``--full`` measures: for each option its values, the first one in the main case.
 FULL = {
     "site": "ffn,attention",
+    "operation": "scale,push,shift",
     "k": "100,1,10,1000,all",
     "batch": "1,4,16",
     "layers": "1,3,10",
@@ -26,7 +27,7 @@ FULL = {
     "execution": "eager,compile",
 }
 #: The ways in the sweeps of ``--full``, which would take hours with all.
-SWEPT = ("public", "dense hook", "sparse hook", "columns", "fold")
+SWEPT = ("public", "dense hook", "sparse hook", "columns", "fold", "auto")
 
 
 @app.callback(invoke_without_command=True)
@@ -36,6 +37,7 @@ def bench(
     site: Annotated[
         str, typer.Option(help="attention, ffn, layer, neuron. Of every list: the first is the main case.")
     ] = "ffn",
+    operation: Annotated[str, typer.Option(help="scale, push, shift.")] = "scale",
     k: Annotated[str, typer.Option(help="How many AUs, in the whole model; 'all' for all of the site.")] = "100",
     layers: Annotated[str, typer.Option(help="How many layers have AUs. [default: all, or k]")] = "",
     batch: Annotated[str, typer.Option(help="Rows at a time.")] = "1",
@@ -104,7 +106,7 @@ def bench(
         return
     effort, brief = Effort(seconds=seconds, tokens=tokens), Effort(seconds=seconds / 4, tokens=tokens)
     swept = {name: way for name, way in ways.items() if name in SWEPT or name.startswith("unsteered")}
-    thorough = {*series["main"], *series.get("site", ())} if full else set(cases)
+    thorough = {*series["main"], *series.get("site", ()), *series.get("operation", ())} if full else set(cases)
     jobs = [Job(case, ways, effort) if case in thorough else Job(case, swept, brief) for case in cases]
     _measure(loaded, jobs, series, out, json, quiet)
 
@@ -184,9 +186,11 @@ def expand(model: Any, texts: dict[str, str]) -> tuple[list[Case], dict[str, lis
 
 
 def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Path, json: bool, quiet: bool) -> None:
+    from rich.markdown import Markdown
+
     from austeer.utils.progress import Progress
 
-    from . import files, report
+    from . import files, goals, report
     from .inference import KIND, run
 
     path = files.new_file(out, model.device, KIND)
@@ -198,6 +202,8 @@ def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Pa
         emit(content)
         return
     report.show(path, content)
+    if reached := goals.table_of([content]):
+        report.wide_console().print(Markdown(reached))
     console.print(f"wrote {path}")
 
 

@@ -10,7 +10,6 @@ import torch
 
 from bench import shapes
 from bench.catalogue import WAYS
-from bench.gate import Exact
 from bench.graphs import wait
 from bench.lineup import Case, Lineup
 
@@ -57,15 +56,14 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 @functools.cache
-def _model(kind: str) -> tuple[torch.nn.Module, Exact]:
+def _model(kind: str) -> torch.nn.Module:
     shape = shapes.tiny(shapes.LLAMA_8B, **dict(zip(SIZES, SHAPES[kind])))
-    model = shapes.build(shape, torch.device(kind), DTYPES[kind])
-    return model, Exact(model)
+    return shapes.build(shape, torch.device(kind), DTYPES[kind])
 
 
 @functools.cache
 def _lineup(kind: str, batch: int, k: int) -> Lineup:
-    return Lineup(*_model(kind), Case(batch=batch, k=k), WAYS)
+    return Lineup(_model(kind), Case(batch=batch, k=k), WAYS)
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "host": ("batches", "sites", "rounds", "environment"),
     "momentum": ("sets", "memory", "offloaded", "large", "kernel", "rounds", "environment"),
     "dispatch": ("rows", "ceilings", "dtype", "environment"),
+    "settings": ("forms", "sparse us", "counting", "dtype", "environment"),
+    "plans": ("operation", "models", "batch", "rounds", "environment"),
     "inference": ("schema", "model", "settings", "complete", "series", "cases", "environment"),
     "kernels": ("benchmarks", "commit_info", "datetime"),
     "gpu": ("schema", "settings", "parts", "environment"),
@@ -41,9 +43,12 @@ class ResultsError(AusteerError):
 
 def device_slug(device: torch.device) -> str:
     """The device's name for files: ``nvidia-h100-80gb-hbm3``; ``cpu`` for any CPU."""
-    if device.type != "cuda":
-        return device.type
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
+
+
+def slug(name: str) -> str:
+    """A device's name in lower-case letters, digits and single hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def new_file(out: Path, device: torch.device, kind: str) -> Path:

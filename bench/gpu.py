@@ -1,12 +1,13 @@
 """Everything that is measured on one GPU, in under eight minutes.
 
-    python -m bench.gpu [--budget 480] [--skip tests kernels ...] [--models Llama-3.1-8B ...] [--quick] [--json]
+    python -m bench.gpu [--budget 480] [--only graphs-llama eager-llama ...] [--ways columns ...] [--quick] [--json]
 
-In this order: the tests that need a GPU; the projection kernels; steered inference of random models in the shapes of
-published ones; the counting kernel, and momentum of a random model. A part that fails is recorded with its error, and
-the rest still runs: in a new process where it ended its own, or the GPU's context. A part for which too little of the
-budget is left is skipped and named. Results are written as they come, since a GPU that is lent may be taken away. On a
-CPU only --quick runs: tiny models, to see that everything works. Its times mean nothing.
+What matters most comes first: the projection kernels; steered inference of random models in the shapes of published
+ones, in CUDA graphs, then in eager mode; many plans in one batch; the tests that need a GPU; a mixture of experts;
+momentum; counts. A part that fails is recorded with its error, and the rest still runs: in a new process where it ended
+its own, or the GPU's context. A part for which too little of the budget is left is skipped and named. Results are
+written as they come, since a GPU that is lent may be taken away. On a CPU only --quick runs: tiny models, to see that
+everything works. Its times mean nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ from typing import Any
 import torch
 from rich.markdown import Markdown
 
-from . import command, files, gpu_parts, report, shapes
+from . import catalogue, command, files, goals, gpu_parts, report
 from .gpu_suite import DTYPE, FAILED, RUNNING, BrokenDeviceError, Clock, Suite, run_part
 from .published.tables import table
 
 KIND = "gpu"
-SKIPPABLE = ("tests", "kernels", "models", "momentum")
 BUDGET = 480.0
 #: A process in which the GPU answers no more ends with this status, and another goes on.
 BROKEN = 3
@@ -46,7 +46,7 @@ def work(path: Path, seconds: float) -> int:
     clock = Clock(seconds)
     content = files.read(path, KIND)
     suite = Suite(path, content, command.device())
-    missing = [part for part in gpu_parts.parts(content["settings"]) if part.name not in content["parts"]]
+    missing = [part for part in gpu_parts.parts(content["settings"]["only"]) if part.name not in content["parts"]]
     for number, part in enumerate(missing):
         kept = sum(later.least for later in missing[number + 1 :])  # for those that come after it
         report.say(f"{part.name}: {clock.left:.0f} s are left")
@@ -96,8 +96,9 @@ def _status(code: int) -> str:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser("gpu", __doc__, quick="tiny models, few rounds")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for everything (default: {BUDGET:.0f})")
-    parser.add_argument("--skip", nargs="+", choices=SKIPPABLE, default=[], help="parts to leave out")
-    parser.add_argument("--models", nargs="+", choices=list(shapes.SHAPES), default=list(shapes.SHAPES))
+    names = [part.name for part in gpu_parts.parts()]
+    parser.add_argument("--only", nargs="+", choices=names, default=[], help="parts to run (default: all)")
+    parser.add_argument("--ways", nargs="+", choices=list(catalogue.WAYS), default=[], help="more ways to steer")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.budget <= 0 and not options.work:
@@ -121,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "schema": files.SCHEMAS[KIND],
         "environment": files.about(command.device(), options.commit),
         "settings": {
-            **{"budget": options.budget, "quick": options.quick, "skip": options.skip},
-            "models": [name for name in shapes.SHAPES if name in options.models],
+            **{"budget": options.budget, "quick": options.quick, "only": options.only, "ways": options.ways},
             "dtype": str(DTYPE).removeprefix("torch."),
         },
         "quick": options.quick,
@@ -148,16 +148,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(path: Path, content: dict[str, Any]) -> None:
-    """Everything that the parts' own files hold, then what became of the parts."""
-    for entry in content["parts"].values():
-        for file in entry["files"]:
-            report.show(path, json.loads((path.parent / file).read_text(encoding="utf-8")))
+    """Everything that the parts' own files hold, then what became of the parts, and of the goals."""
+    found = [json.loads((path.parent / file).read_text()) for of in content["parts"].values() for file in of["files"]]
+    for one in found:
+        report.show(path, one)
     rows = [
         [name, entry["status"], f"{entry['seconds']:.0f}", entry["reason"], ", ".join(entry["files"])]
         for name, entry in content["parts"].items()
     ]
     text = table(["part", "status", "seconds", "reason", "files"], rows)
-    report.wide_console().print(Markdown(f"{text}\n\n{content.get('stopped', '')}"))
+    reached = "" if content["quick"] else goals.table_of(found)
+    report.wide_console().print(Markdown(f"{text}\n\n{content.get('stopped', '')}\n\n{reached}"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from austeer.models.structure import input_device, text_config
 
 from . import counted_ops, files, steps, turns
 from .catalogue import AGAIN, UNSTEERED
-from .gate import Exact
 from .graphs import spread
 from .intervals import LEVEL, NARROW, NOISE, Ratio, ratio, verdict
 from .lineup import EAGER, Case, Lineup
@@ -112,7 +111,6 @@ def run(
     device = input_device(model)
     for job in jobs:
         job.case.check(model, job.effort.tokens)
-    exact = Exact(model)
     config = text_config(model)
     limits = ceilings(device, model.dtype)
     settings = {"turns": turns.TURNS, "level": LEVEL, "narrow": NARROW, "noise": NOISE}
@@ -138,7 +136,7 @@ def run(
     try:
         for job in jobs:
             try:
-                content["cases"].append(measure(model, exact, limits, job, tell))
+                content["cases"].append(measure(model, limits, job, tell))
             except Exception as error:
                 if failed is None:
                     raise
@@ -156,10 +154,10 @@ def run(
         gc.unfreeze()
 
 
-def measure(model: PreTrainedModel, exact: Exact, limits: Ceilings, job: Job, tell: Tell = _nobody) -> dict[str, Any]:
+def measure(model: PreTrainedModel, limits: Ceilings, job: Job, tell: Tell = _nobody) -> dict[str, Any]:
     """One case: every way is checked, looked at, then timed."""
     case, effort = job.case, job.effort
-    with Lineup(model, exact, case, job.ways, lambda way: tell(0, f"{case} · {way}")) as lineup:
+    with Lineup(model, case, job.ways, lambda way: tell(0, f"{case} · {way}")) as lineup:
         rows, made, prompt = lineup.rows, lineup.made, lineup.prompt
         if case.execution == EAGER:
             seconds = turns.by_turns(
@@ -169,9 +167,12 @@ def measure(model: PreTrainedModel, exact: Exact, limits: Ceilings, job: Job, te
             seconds = {"token": steps.by_turns(lineup.steps, effort.tokens, effort.clock(), lambda: tell(1, str(case)))}
         for name, way in made.items():  # when all is timed: a profiler may slow down what comes after it
             counted = effort.counts and job.ways[name].module
-            rows[name] |= counted_ops.of_step(way, prompt(-1)) if counted else counted_ops.UNKNOWN
+            rows[name] |= counted_ops.of_step_or_why_not(way, prompt(-1)) if counted else counted_ops.UNKNOWN
         if effort.counts:
-            _add_predictions(rows, model, case, limits)
+            try:
+                _add_predictions(rows, model, case, limits)
+            except Exception as error:  # as with counts, times are not to be lost to it
+                rows[UNSTEERED]["not_predicted"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     noise, possible = _add_times(rows, case.batch, seconds)
     return asdict(case) | {
         "layers": lineup.plan.layer.unique().numel(),
@@ -188,8 +189,9 @@ def _add_predictions(rows: dict[str, dict[str, Any]], model: nn.Module, case: Ca
     sizes = {"batch": case.batch, "prompt_tokens": case.prompt_tokens, "context": case.prompt_tokens + 1}
     device, dtype = str(input_device(model)), model.dtype
     found = steering_cost(
-        model, case.site, case.k, layers=case.layers, dtype=dtype, device=device, **sizes, **known
-    ).decode  # type: ignore[arg-type]
+        *(model, case.site, case.k),
+        **{"layers": case.layers, "operation": case.operation, "dtype": dtype, "device": device, **sizes, **known},
+    ).decode
     itself = found.unsteered
     for name, row in rows.items():
         if name in (UNSTEERED, AGAIN):

@@ -62,9 +62,9 @@ def kernel(pairs: int, columns: int, dtype: torch.dtype, device: torch.device, r
     return sizes | {
         "bytes": nbytes,
         "copies": copies,
-        "copy_bandwidth": bandwidth,
+        "bandwidth": bandwidth,
         "seconds": {name: dataclasses.asdict(spread(values)) for name, values in seconds.items()},
-        "of_copy_bandwidth": nbytes / spread(seconds[KERNEL]).median / bandwidth,
+        "of_bandwidth": nbytes / spread(seconds[KERNEL]).median / bandwidth,
         "faster_than_eager": dataclasses.asdict(ratios(seconds[EAGER], seconds[KERNEL])),
     }
 

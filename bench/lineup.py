@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from austeer import Plan
 from austeer.errors import AusteerError
 from austeer.models.structure import input_device, text_config
 
 from . import footprint, steps
 from .catalogue import AGAIN, UNSTEERED
-from .gate import Exact, Gate, Outcome
+from .gate import Gate, Seen, why_not_near
 from .plans import spread_plan
 from .steered import Steered, UnavailableError, Way, twin
 
-EAGER = "eager"
+EAGER = steps.EAGER
 EXECUTIONS = (EAGER, steps.COMPILE, steps.GRAPH)
 MEASURED = "measured"
-#: How many tokens of a prompt the gate looks at.
-GATE_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -31,25 +30,27 @@ class Case:
 
     Attributes:
         execution: "eager": Transformers' generate; "compile" or "graph": one decoding step with a static cache.
+        operation: "scale", "push" or "shift".
         layers: how many layers have AUs; None: as many as there are, or as k.
     """
 
     execution: str = EAGER
     batch: int = 1
     site: str = "ffn"
+    operation: str = "scale"
     k: int = 100
     layers: int | None = None
     prompt_tokens: int = 32
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Case:
-        """The case of a part of a result file."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        """The case of a part of a result file; in the first ones all are of the operation "scale"."""
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
     def __str__(self) -> str:
         layers = "" if self.layers is None else f", {self.layers} layers"
         return (
-            f"{self.execution}, batch {self.batch}, {self.site}, k={self.k}{layers}, "
+            f"{self.execution}, batch {self.batch}, {self.site}, {self.operation}, k={self.k}{layers}, "
             f"prompt of {self.prompt_tokens} tokens"
         )
 
@@ -76,7 +77,11 @@ class Case:
                 f"prompt: found {self.prompt_tokens} tokens and {tokens} after them, expected at most {longest} "
                 "together (the model)"
             )
-        spread_plan(model, self.site, self.k, self.layers)
+        self.plan(model)
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Raises PlanError where the model has no such one."""
+        return spread_plan(model, self.site, self.k, self.layers, operation=self.operation)
 
 
 def prompts(model: nn.Module, batch: int, length: int) -> Callable[[int], Tensor]:
@@ -106,16 +111,14 @@ class Lineup:
     def __init__(
         self,
         model: nn.Module,
-        exact: Exact,
         case: Case,
         ways: Mapping[str, Way],
         tell: Callable[[str], None] = lambda text: None,
     ):
         self.model, self.case, self.ways = model, case, ways
-        self.plan = spread_plan(model, case.site, case.k, case.layers)
+        self.plan = case.plan(model)
         self.prompt = prompts(model, case.batch, case.prompt_tokens)
-        looked_at = prompts(model, case.batch, min(case.prompt_tokens, GATE_TOKENS))(-2)
-        self.gate = Gate(model, exact, self.plan, looked_at)
+        self.gate = Gate(model, self.plan, self.prompt(-1))
         self.rows: dict[str, dict[str, Any]] = {}
         self.made: dict[str, Steered] = {}
         self.steps: dict[str, steps.Step] = {}
@@ -156,9 +159,10 @@ class Lineup:
             with footprint.Held() as held:
                 self.made[name] = way.make(twin(self.model), self.plan, self.gate.alpha)
             row["held_bytes"] = held.bytes
-            if self.case.execution != EAGER:
-                self.steps[name] = steps.Step(self.made[name], self.prompt(-1), self.case.execution)
-            row |= self._judged(name)
+            if name in (UNSTEERED, AGAIN):
+                row |= self._unsteered(name)
+            else:
+                row |= self._judged(name)
         except UnavailableError as error:
             row |= {"status": "skipped", "reason": str(error)}
         except Exception as error:  # another library's, say, on a model that it does not know
@@ -173,14 +177,34 @@ class Lineup:
         if name in self.made:
             self.made.pop(name).close()
 
-    def _judged(self, name: str) -> dict[str, Any]:
-        """What the gate says of a way, and of its compiled or captured step; of the unsteered model's, that alone."""
-        unsteered, step = name in (UNSTEERED, AGAIN), self.steps.get(name)
-        if unsteered and step is None:
+    def _step(self, name: str) -> steps.Step:
+        return steps.Step(self.made[name], self.prompt(-1), self.case.execution)
+
+    def _unsteered(self, name: str) -> dict[str, Any]:
+        """The model itself; its compiled or captured step must give about what it gives in eager mode."""
+        if self.case.execution == EAGER:
             return {}
-        outcome: Outcome | None = None if unsteered else self.gate(self.made[name])
-        if step is not None and (outcome is None or not outcome.reason):
-            outcome = self.gate.judge_step(step.run(), torch.cat([self.prompt(-1), step.token], 1), unsteered)
-        assert outcome is not None
+        step = self.steps[name] = self._step(name)
+        with torch.no_grad():
+            expected = self.made[name].logits(torch.cat([self.prompt(-1), step.token], 1))[:, -1]
+        reason = why_not_near(step.run(), expected, torch.zeros_like(expected))
+        return {"status": "wrong", "reason": reason} if reason else {}
+
+    def _judged(self, name: str) -> dict[str, Any]:
+        """What the gate says of a way, and of its step: of one that is compiled or captured with the gate looking on.
+
+        The step that is timed must give the same logits as that one.
+        """
+        outcome, reason = self.gate(self.made[name]), ""
+        if self.case.execution != EAGER and not outcome.reason:
+            with self.gate.watching(self.made[name].model) as seen:
+                looked_at = self._step(name)
+                logits = looked_at.run()
+            passes = [Seen(one.entered[:1] + one.entered[-1:], one.left[:1] + one.left[-1:]) for one in seen]
+            outcome = self.gate.judge(passes, torch.cat([self.prompt(-1), looked_at.token], 1))
+            del looked_at, seen, passes  # a graph's memory
+            step = self.steps[name] = self._step(name)
+            reason = why_not_near(step.run(), logits, self.steps[UNSTEERED].run())
+        reason = outcome.reason or reason
         found = {"error": outcome.error, "allowed": outcome.allowed, "effect": outcome.effect}
-        return found | ({"status": "wrong", "reason": outcome.reason} if outcome.reason else {})
+        return found | ({"status": "wrong", "reason": reason} if reason else {})

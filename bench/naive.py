@@ -29,7 +29,7 @@ class Bounds:
     differing: float  #: the largest share of AUs whose count may differ
 
 
-BOUNDS = {torch.float32: Bounds(1e-4, 0.02, 0.01), torch.bfloat16: Bounds(0.1, 0.5, 1.0)}
+BOUNDS = {torch.float32: Bounds(1e-4, 0.02, 0.01), torch.bfloat16: Bounds(0.2, 0.5, 1.0)}  # 0.13 in 32 random layers
 #: Two activations err in a difference, and what ran here is not every way to make a batch.
 MARGIN = 4
 

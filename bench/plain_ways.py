@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -16,18 +17,39 @@ from austeer.models.structure import input_device
 from .steered import Steered, Way
 
 
-def strengths(model: nn.Module, plan: Plan, alpha: float) -> Iterator[tuple[Site, Tensor, Tensor]]:
-    """For every layer of the plan's site: the site, its AUs' indices int64 [count], gamma = alpha * beta float32."""
-    device = input_device(model)
+@dataclass(frozen=True)
+class Strength:
+    """What a plan does at one layer's site.
+
+    Attributes:
+        index: the AUs, int64 [count]. value: alpha * beta, or alpha * delta of the operation "shift"; float32 [count].
+    """
+
+    site: Site
+    operation: str
+    index: Tensor
+    value: Tensor
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The value of every AU of the layer, 0 where the plan has none: [width]."""
+        vector = torch.zeros(self.site.width, dtype=torch.float64, device=self.value.device)
+        return vector.index_copy_(0, self.index, self.value.double()).to(dtype)
+
+    def formula(self, x: Tensor) -> Tensor:
+        """The definition: x + value * x ("scale"), x + value * |x| ("push"), x + value ("shift"), in x's dtype."""
+        value = self.dense(x.dtype)
+        return (
+            x + {"scale": lambda: value * x, "push": lambda: value * x.abs(), "shift": lambda: value}[self.operation]()
+        )
+
+
+def strengths(model: nn.Module, plan: Plan, alpha: float) -> Iterator[Strength]:
+    """One for every layer of the plan's site, also for those that have no AU."""
+    device, operation = input_device(model), plan.operation
     for site in find_sites(model, plan.sites)[plan.sites[0]]:
         rows = plan.layer == site.layer
-        yield site, plan.index[rows].long().to(device), (alpha * plan.beta[rows]).to(device)
-
-
-def dense(site: Site, index: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
-    """gamma of every AU of a layer, 0 where the plan has none: [width]."""
-    vector = torch.zeros(site.width, dtype=torch.float64, device=gamma.device)
-    return vector.index_copy_(0, index, gamma.double()).to(dtype)
+        values = plan.delta if operation == "shift" else plan.beta
+        yield Strength(site, operation, plan.index[rows].long().to(device), (alpha * values[rows]).to(device))
 
 
 def hook(model: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> None:
@@ -48,25 +70,21 @@ class Hooked(Steered):
 
     def __init__(self, model: nn.Module, plan: Plan, alpha: float):
         super().__init__(model)
-        for site, index, gamma in strengths(model, plan, alpha):
-            if len(index):
-                hook(model, site, self.steering(model, site, index, gamma))
+        for strength in strengths(model, plan, alpha):
+            if len(strength.index):
+                hook(model, strength.site, self.steering(strength, model.dtype))  # type: ignore[arg-type]
 
-    def steering(self, model: nn.Module, site: Site, index: Tensor, gamma: Tensor) -> Callable[[Tensor], Tensor]:
+    @staticmethod
+    def steering(strength: Strength, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         raise NotImplementedError
 
 
 class Formula(Hooked):
-    """The definition in plain PyTorch, x + gamma * x, computed in at least float32 and rounded once."""
+    """The definition in plain PyTorch, computed in at least float32 and rounded once."""
 
-    def steering(self, model: nn.Module, site: Site, index: Tensor, gamma: Tensor) -> Callable[[Tensor], Tensor]:
-        factor = dense(site, index, gamma, torch.float64)
-
-        def steer(x: Tensor) -> Tensor:
-            wide = x if x.dtype == torch.float64 else x.float()
-            return (wide + factor.to(wide.dtype) * wide).to(x.dtype)
-
-        return steer
+    @staticmethod
+    def steering(strength: Strength, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        return lambda x: strength.formula(x if x.dtype == torch.float64 else x.float()).to(x.dtype)
 
 
 class Public(Steered):
@@ -74,38 +92,51 @@ class Public(Steered):
 
     def __init__(self, model: nn.Module, plan: Plan, alpha: float):
         super().__init__(model)
-        for site, index, gamma in strengths(model, plan, alpha):
-            module = model.get_submodule(site.path)
-            strength = dense(site, index, gamma, model.dtype)  # type: ignore[arg-type]
-            forward = self._forward(module.forward, site.side, strength)
+        for strength in strengths(model, plan, alpha):
+            module = model.get_submodule(strength.site.path)
+            forward = self._forward(module.forward, strength, strength.dense(model.dtype))  # type: ignore[arg-type]
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
     @staticmethod
-    def _forward(original: Callable[..., Any], side: str, strength: Tensor) -> Callable[..., Any]:
-        def steer(x: Tensor) -> Tensor:
-            return x.copy_(x + strength * x)
-
-        if side == "input":
+    def _forward(original: Callable[..., Any], strength: Strength, value: Tensor) -> Callable[..., Any]:
+        steer: Callable[[Tensor], Tensor] = {
+            "scale": lambda x: x.copy_(x + value * x),
+            "push": lambda x: x.copy_(x + value * x.abs()),
+            "shift": lambda x: x.copy_(x + value),
+        }[strength.operation]
+        if strength.site.side == "input":
             return lambda _, x, *args, **options: original(steer(x), *args, **options)
         return lambda _, *args, **options: _on_output(original(*args, **options), steer)
 
 
 class DenseHook(Hooked):
-    """A PyTorch hook that multiplies the tensor in place by 1 + gamma."""
+    """A PyTorch hook that changes the whole width in place, with one operation (two of "push")."""
 
-    def steering(self, model: nn.Module, site: Site, index: Tensor, gamma: Tensor) -> Callable[[Tensor], Tensor]:
-        factor = (1 + dense(site, index, gamma, torch.float64)).to(model.dtype)  # type: ignore[arg-type]
-        return lambda x: x.mul_(factor)
+    @staticmethod
+    def steering(strength: Strength, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        value = strength.dense(dtype)
+        factor = (1 + strength.dense(torch.float64)).to(dtype)
+        return {
+            "scale": lambda x: x.mul_(factor),
+            "push": lambda x: x.addcmul_(x.abs(), value),
+            "shift": lambda x: x.add_(value),
+        }[strength.operation]
 
 
 class SparseHook(Hooked):
-    """A PyTorch hook that multiplies the AUs by advanced indexing."""
+    """A PyTorch hook that changes the AUs by advanced indexing."""
 
-    def steering(self, model: nn.Module, site: Site, index: Tensor, gamma: Tensor) -> Callable[[Tensor], Tensor]:
-        factor = (1 + gamma).to(model.dtype)  # type: ignore[arg-type]
+    @staticmethod
+    def steering(strength: Strength, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        index, value, factor = strength.index, strength.value.to(dtype), (1 + strength.value).to(dtype)
+        of_selected: Callable[[Tensor], Tensor] = {
+            "scale": lambda x: x.mul_(factor),
+            "push": lambda x: x.addcmul_(x.abs(), value),
+            "shift": lambda x: x.add_(value),
+        }[strength.operation]
 
         def steer(x: Tensor) -> Tensor:
-            x[..., index] *= factor
+            x[..., index] = of_selected(x[..., index])
             return x
 
         return steer

@@ -145,7 +145,7 @@ def check_memory(shape: ModelShape, device: torch.device, dtype: torch.dtype = t
         raise TooLargeError(
             f"{shape.name}: needs {needed / 1e9:.1f} GB ({shape.parameters / 1e9:.2f}e9 weights in "
             f"{str(dtype).removeprefix('torch.')}, and {shape.room / 1e9:.1f} GB beside them), found {free / 1e9:.1f} "
-            f"GB free on {device}; leave it out with --models, or take a device with more memory"
+            f"GB free on {device}; take a device with more memory"
         )
 
 

@@ -1,4 +1,4 @@
-"""One decoding step with a static cache, compiled or as a CUDA graph: what remains when the host is out of the way."""
+"""One decoding step with a static cache, eager, compiled or as a CUDA graph, where the host is out of the way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import StaticCache
 from .graphs import captured, no_collection, wait
 from .steered import Steered, UnavailableError
 
-COMPILE, GRAPH = "compile", "graph"
+EAGER, COMPILE, GRAPH = "eager", "compile", "graph"
 #: Steps after which the cache is wound back, outside of what is timed.
 ROOM = 32
 #: About how long a sample of steps on a GPU is.
@@ -26,7 +26,7 @@ class Step:
     """Decodes one token a row after a prompt, again and again at the same place.
 
     Args:
-        steered: a way whose model is a module. ids: [batch, prompt]. execution: "compile" or "graph".
+        steered: a way whose model is a module. ids: [batch, prompt]. execution: "eager", "compile" or "graph".
 
     Raises:
         UnavailableError: the model cannot be compiled in one graph, or captured.
@@ -57,7 +57,7 @@ class Step:
                 if execution == COMPILE:
                     self._call = torch.compile(self._call, fullgraph=True, dynamic=False)
                     self._call()
-                else:
+                elif execution == GRAPH:
                     self._capture(ids.device)
             except Exception as error:
                 raise UnavailableError(f"{execution}: {type(error).__name__}: {error}".splitlines()[0][:300]) from error

@@ -11,7 +11,7 @@ DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def steering(width, k, device):
-    index = torch.randperm(width, device=device)[:k]
+    index = torch.randperm(width, device=device)[None, :k]
     gamma = torch.rand(1, k, device=device) - 0.5
     return index, gamma, torch.zeros_like(gamma)
 
@@ -22,7 +22,7 @@ def steering(width, k, device):
 def test_steer_columns(timed, device, shape, k, form):
     y = torch.randn(shape, device=device, dtype=DTYPE[device.type])
     index, gamma, shift = steering(shape[1], k, device)
-    factor = torch.ones(shape[1], device=device).index_copy_(0, index, 1 + gamma[0]).to(y.dtype)
+    factor = torch.ones(shape[1], device=device).index_copy_(0, index[0], 1 + gamma[0]).to(y.dtype)
     expected = y * factor
 
     def ours():
@@ -30,7 +30,7 @@ def test_steer_columns(timed, device, shape, k, form):
 
     def indexing():
         steered = y.clone()
-        steered[:, index] *= 1 + gamma[0].to(y.dtype)
+        steered[:, index[0]] *= 1 + gamma[0].to(y.dtype)
         return steered
 
     forms = {"ours": ours, "dense": lambda: y.clone().mul_(factor), "indexing": indexing}
@@ -43,7 +43,7 @@ def test_steered_linear(timed, device, tokens, form):
     dtype = DTYPE[device.type]
     x, weight = (torch.randn(rows, 1536, device=device, dtype=dtype) for rows in (tokens, 576))
     index, gamma, shift = steering(576, 100, device)
-    dense = torch.zeros(1, 576, device=device).index_copy_(1, index, gamma)
+    dense = torch.zeros(1, 576, device=device).index_copy_(1, index[0], gamma)
     none = torch.zeros_like(dense)
     plain = reference.steered_linear(x, weight, None, none, none, False, False, None)
     steered = reference.steered_linear(x, weight, None, dense, none, False, False, None)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from austeer.errors import AusteerError
 
-from .gate import Exact
 from .graphs import wait
 from .lineup import MEASURED, Case, Lineup
 from .published.tables import table
@@ -63,7 +62,7 @@ def write_trace(
     """
     path = check_trace_path(path)
     case.check(model)
-    with Lineup(model, Exact(model), case, ways, on_way) as lineup:
+    with Lineup(model, case, ways, on_way) as lineup:
         device = lineup.prompt(-1).device
         phases = {name: _phases(lineup, name) for name in lineup.made}
         for name, own in phases.items():  # warms up

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import os
+import re
 import sys
 import zlib
 
@@ -16,6 +17,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu" or not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ.pop("COLUMNS", None)  # a width of the terminal outside is none of a test's
+
+
+#: What some test modules import, and a machine on which only ``-m gpu`` runs may lack.
+OPTIONAL = ("datasets", "gguf", "hypothesis", "markdown_it", "peft", "pyarrow", "zstandard")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """A module that imports an optional package which is not installed is skipped, and the package named."""
+    report = yield
+    missing = re.search(rf"No module named '({'|'.join(OPTIONAL)})\b", str(report.longrepr or ""))
+    if report.failed and missing:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 1, f"{missing[1]} is not installed")
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ import sys
 sys.modules["triton"] = None  # importing it raises ImportError, as where it is not installed
 import austeer, austeer_kernels, torch
 y = torch.ones(2, 4)
-austeer_kernels.steer_columns_(y, torch.tensor([1]), torch.full((1, 1), 2.0), torch.zeros(1, 1))
+austeer_kernels.steer_columns_(y, torch.tensor([[1]]), torch.full((1, 1), 2.0), torch.zeros(1, 1))
 print(y.tolist())
 """
     done = subprocess.run(

@@ -21,7 +21,7 @@ from ..utils.machine import wait_for
 from .unsteered import traced
 
 # Host us in eager mode, one decoded token of Llama-3.1-8B at a time, k = 100 at ffn in 32 layers: an NVIDIA H200,
-# torch 2.11, transformers 5.17, 2026-11-27 (bench/results/nvidia-h200/inference-llama-8b-eager-h200.json). What a way
+# torch 2.11, transformers 5.17 (bench/results/nvidia-h200/inference-llama-3.1-8b-eager-2026-11-27.json). What a way
 # adds a site is the difference of its token to the unsteered one over 32.
 #: A launch of the model itself: a token of 44.6 ms over the 1301 launches of :func:`.unsteered.traced`.
 MODEL = 44600 / 1301

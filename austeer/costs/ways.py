@@ -197,13 +197,9 @@ def fused(place: Place, target: Target) -> Work:
 def _splits(place: Place, target: Target) -> int:
     """Over how many programs the fused kernel splits the sum."""
     inputs, outputs = place.shape
-    name = str(place.dtype).removeprefix("torch.")
-    for table in launch.tables():
-        entries = [e for e in table.entries if e.op == "steered_linear" and name in e.dtypes]
-        if entries and table.fits(target.architecture, target.name):
-            entry = min(entries, key=lambda e: e.distance(place.tokens, outputs, inputs))
-            return entry.splits(place.tokens, outputs, inputs, target.processors)
-    return 1
+    op = launch.form(place.side == "input", rows=False)
+    entry = launch.nearest(op, place.tokens, outputs, inputs, place.dtype, target.architecture, target.name)
+    return entry.splits(place.tokens, outputs, inputs, target.processors)
 
 
 def lora(place: Place, target: Target) -> Work:

@@ -53,7 +53,10 @@ class Columns(RunPath):
             operands = [table.operands or () for table in self.tables]
         else:
             rows = rows.long()
-            operands = [tuple(t.view(x.shape) for t in table.spread(rows)) for table in self.tables]
+            operands = [
+                tuple(t.view(x.shape) if t.numel() == x.numel() else t for t in table.spread(rows))
+                for table in self.tables
+            ]
         self.shorten(x, operands, key)
         return operands
 
@@ -81,9 +84,5 @@ def sparse(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) -> T
     """``x``, contiguous, steered in place by the sparse kernel."""
     flat = x.view(-1, x.shape[-1])
     for table in tables:
-        if len(table.index) == 1:
-            steer_columns_op(flat, table.index[0], table.gamma, table.shift, table.magnitude, rows)
-            continue
-        g, s = table.expanded(torch.arange(len(table.index)))
-        steer_columns_op(flat, torch.arange(table.width), g, s, table.magnitude, rows)
+        steer_columns_op(flat, table.index, table.gamma, table.shift, table.magnitude, rows)
     return x

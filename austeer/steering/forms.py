@@ -17,8 +17,6 @@ from .tables import StrengthTable
 
 Form = Callable[..., Tensor]
 
-_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float16, torch.bfloat16, torch.float32)}
-
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x <- x * factor"""
@@ -35,9 +33,9 @@ def scale_and_shift_(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     return torch.addcmul(addend, x, factor, out=x)
 
 
-def push_(x: Tensor, gamma: Tensor) -> Tensor:
-    """x <- x + gamma * |x|, with the largest number for an infinite |x|: 0 * inf would be NaN."""
-    return x.addcmul_(x.abs().clamp_max_(_LARGEST[x.dtype]), gamma)
+def push_(x: Tensor, gamma: Tensor, one: Tensor) -> Tensor:
+    """x <- x * (1 + gamma * sign(x)), which is x + gamma * |x|; that would make NaN of 0 * inf."""
+    return x.mul_(torch.addcmul(one, x.sgn(), gamma))
 
 
 def form_of(table: StrengthTable) -> Form:

@@ -135,7 +135,8 @@ def measured_limit(projection: nn.Module | None, at_input: bool, rows: bool) -> 
     """
     if not isinstance(projection, nn.Linear) or projection.weight.device.type != "cuda":
         return 0
-    return launch.fused_up_to(*projection.weight.shape, projection.weight.dtype, projection.weight.device)
+    weight = projection.weight
+    return launch.fused_up_to(*weight.shape, weight.dtype, weight.device, at_input=at_input, rows=rows)
 
 
 def make_path(

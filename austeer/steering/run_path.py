@@ -14,12 +14,33 @@ from ..models.sites import Site
 from ..models.structure import first_tensor
 from .forms import Form, form_of, most_elements
 from .path import Path
-from .routing import NOBODY, WHOLE, Routing, capturing
+from .routing import NOBODY, Routing, capturing
 from .selfcheck import checked_tensor
 from .tables import StrengthTable
 
-#: Equal to no key of a routing.
-_NO_KEY = object()
+
+class _Short:
+    """The one operation that is all there is to do, for calls like one that went the general way.
+
+    Attributes:
+        form, operands: of the first table; more: of the others.
+        key: of the routing. dtype: of the tensor. most: its elements. on_gpu: whether a graph may be captured.
+    """
+
+    __slots__ = ("dtype", "form", "key", "more", "most", "on_gpu", "operands")
+
+    def __init__(
+        self,
+        form: Form,
+        operands: tuple[Tensor, ...],
+        more: tuple[tuple[Form, tuple[Tensor, ...]], ...],
+        key: object,
+        dtype: torch.dtype,
+        most: float,
+        on_gpu: bool,
+    ):
+        self.form, self.operands, self.more = form, operands, more
+        self.key, self.dtype, self.most, self.on_gpu = key, dtype, most, on_gpu
 
 
 def observable(x: Tensor) -> bool:
@@ -51,11 +72,7 @@ class RunPath(Path):
         self._elements = 0
         self._patch = Patch(module)
         self._inner: Callable = module.forward
-        # What the short way needs, from the last call that went the general way.
-        self._short: tuple[tuple[Form, tuple[Tensor, ...]], ...] = ()
-        self._short_key: object = _NO_KEY
-        self._short_dtype: torch.dtype | None = None
-        self._short_most = 0.0
+        self._short: _Short | None = None
 
     @property
     def tokens(self) -> int | None:
@@ -84,6 +101,8 @@ class RunPath(Path):
     def at_output(self, *args, **kwargs):
         """The module's forward, and its output steered."""
         output = self._inner(*args, **kwargs)
+        if output.__class__ is Tensor:
+            return self.steer(output)
         if isinstance(output, (tuple, list)):
             steered = [self.steer(first_tensor(output)), *output[1:]]
             return steered if isinstance(output, list) else tuple(steered)
@@ -98,28 +117,27 @@ class RunPath(Path):
         """
         if is_compiling():  # what follows remembers and counts, and each change would compile again
             return self._in_general(x)
-        key = WHOLE if self.routing is None else self.routing.key
-        if key is NOBODY:
-            self.calls += 1  # type: ignore[operator]
-            return x
-        if (
-            key == self._short_key
-            and (elements := x.numel()) <= self._short_most
-            and x.dtype is self._short_dtype
-            and x.is_contiguous()
-            and not x.requires_grad
-            and not (x.is_cuda and capturing(x.device))
-        ):
-            try:
-                for form, operands in self._short:
-                    form(x, *operands)
-            except RuntimeError:  # another device or shape, and x is as it was; the general way sees to it
-                self._short_key = _NO_KEY
-            else:
+        short, routing = self._short, self.routing
+        if routing is not None:
+            if routing.key is NOBODY:
                 self.calls += 1  # type: ignore[operator]
-                self._elements += elements
                 return x
-        return self._in_general(x)
+            if short is not None and routing.key != short.key:
+                short = None
+        if short is None or x.dtype is not short.dtype or x.requires_grad or not x.is_contiguous():
+            return self._in_general(x)
+        if (elements := x.numel()) > short.most or (short.on_gpu and capturing(x.device)):
+            return self._in_general(x)
+        try:
+            short.form(x, *short.operands)
+            for form, operands in short.more:
+                form(x, *operands)
+        except RuntimeError:  # another device or shape, and x is as it was; the general way sees to it
+            self._short = None
+            return self._in_general(x)
+        self.calls += 1  # type: ignore[operator]
+        self._elements += elements
+        return x
 
     def _in_general(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.table.width:
@@ -157,10 +175,9 @@ class RunPath(Path):
 
     def shorten(self, x: Tensor, operands: Sequence[tuple[Tensor, ...]], key: object) -> None:
         """Lets calls with an ``x`` like this one go the short way, with these operands for each table."""
-        self._short = tuple((form_of(table), given) for table, given in zip(self.tables, operands))
-        self._short_key, self._short_dtype = key, x.dtype
-        columns = max(table.columns for table in self.tables)
-        self._short_most = most_elements(x.device.type, columns, self.table.width)
+        forms = [(form_of(table), given) for table, given in zip(self.tables, operands)]
+        most = most_elements(x.device.type, max(table.columns for table in self.tables), self.table.width)
+        self._short = _Short(*forms[0], tuple(forms[1:]), key, x.dtype, most, x.is_cuda)
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Steers ``x`` [..., width], in place where nothing is differentiated.

@@ -100,9 +100,11 @@ class StrengthTable:
         return gamma, shift
 
     def spread(self, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        """The operands of :mod:`austeer.steering.forms` for each token, [tokens, width] each; see ``expanded``."""
+        """The operands of :mod:`austeer.steering.forms` for each token, [tokens, width] each (or [1]: 1, for push)."""
         gamma, shift = self.expanded(rows, dtype)
-        first = (gamma if self.magnitude else 1 + gamma,) if self.scales else ()
+        if self.magnitude:
+            return gamma, gamma.new_ones(1)
+        first = (1 + gamma,) if self.scales else ()
         return (*first, shift) if self.shifts else first
 
     def _for_all(self) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """Steering inside a vLLM model: a small module beside each steered one, called by a hook on it.
 
-All of it is traced when vLLM compiles the model. The tables and the row buffer are buffers, inputs of the compiled
+All of it is traced when vLLM compiles the model. The lists and the row buffer are buffers, inputs of the compiled
 graph, and stay where they are.
 """
 
@@ -9,15 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+
+from austeer_kernels import reference
 
 from ..errors import SiteError
 from ..models.families import LAYOUTS, alternatives
 from ..models.sites import SITE_NAMES, Fingerprint
 from ..plans.fit import check_architecture
 from ..plans.plan import Plan
+from .sets import Lists
+
+steer_columns_op = torch.ops.austeer.steer_columns_.default
 
 INPUT_SIDES = ("attention", "neuron")
 #: float64 would be computed in float32.
@@ -26,41 +32,44 @@ NAME = "austeer"
 
 
 class Steer(nn.Module):
-    """x + scale * x + push * |x| + shift, each token with its own row of the tables; float32 with one rounding.
+    """Steers each token at its set's AUs, maybe in place: memory grows with the longest list, not with the width.
+
+    Float32, rounded once; twice at AUs at which push and another operation of one set meet.
 
     Args:
-        tables: float32 [sets + 1, width] by term.
-        rows: int32 [tokens that a batch can have].
+        lists: applied one after the other.
+        rows: int32 [tokens that a batch can have], each token's set; -1 for none.
+        width: the site's.
+
+    Attributes:
+        in_place: whether the operation ``steer_columns_`` runs, or its definition. On a GPU the one is one kernel. On a
+            CPU vLLM's compiler fuses the other, where the operation, a dozen of PyTorch's, costs ten times as much.
     """
 
     rows: Tensor
 
-    def __init__(self, tables: Mapping[str, Tensor], rows: Tensor):
+    def __init__(self, lists: Sequence[Lists], rows: Tensor, width: int):
         super().__init__()
         self.register_buffer("rows", rows, persistent=False)
-        for term, table in tables.items():
-            self.register_buffer(term, table, persistent=False)
-        self.terms = tuple(tables)
-        self.width = next(iter(tables.values())).shape[1]
+        self.width, self.in_place, self.magnitudes = width, rows.is_cuda, [group.magnitude for group in lists]
+        for number, group in enumerate(lists):
+            for name in ("index", "gamma", "shift"):
+                self.register_buffer(f"{name}_{number}", getattr(group, name).to(rows.device), persistent=False)
 
-    def change(self, x: Tensor) -> Tensor:
-        """What is added to x, [tokens, width] of any floating dtype, as float32."""
+    def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in DTYPES or x.dim() != 2 or x.shape[1] != self.width:
             raise SiteError(
                 f"found a {x.dtype} tensor of {x.dim()} dimensions at a steered site, expected [tokens, {self.width}] "
                 "of float32, bfloat16 or float16; a quantised activation cannot be steered"
             )
         rows = self.rows.narrow(0, 0, x.shape[0])
-        wide = x.float()
-        factors = {"scale": wide, "push": wide.abs()}
-        changes = []
-        for term in self.terms:
-            strength = getattr(self, term).index_select(0, rows)
-            changes.append(strength * factors[term] if term in factors else strength)
-        return sum(changes[1:], start=changes[0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.float() + self.change(x)).to(x.dtype)
+        for number, magnitude in enumerate(self.magnitudes):
+            index, gamma, shift = (getattr(self, f"{name}_{number}") for name in ("index", "gamma", "shift"))
+            if self.in_place:
+                steer_columns_op(x, index, gamma, shift, magnitude, rows)
+            else:
+                x = reference.steer_columns(x, index, gamma, shift, magnitude, rows)
+        return x
 
 
 def _at_input(module: nn.Module, args: tuple) -> tuple:
@@ -72,10 +81,12 @@ def _at_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 
 def _at_layer(module: nn.Module, args: tuple, output: tuple) -> tuple:
-    # The residual is added by the next layer's norm; what is steered is the sum.
+    # The residual is added by the next layer's norm; what is steered is the sum. What is not keeps its bits.
     hidden, residual = output
-    change = getattr(module, NAME).change(hidden + residual)
-    return (hidden.float() + change).to(hidden.dtype), residual
+    wide = residual.float()
+    plain = hidden.float() + wide
+    steered = getattr(module, NAME)(plain.clone())
+    return torch.where(steered == plain, hidden, (steered - wide).to(hidden.dtype)), residual
 
 
 def site_module(model: nn.Module, model_type: str, site: str, layer: int) -> nn.Module:
@@ -118,10 +129,11 @@ def check_fits(name: str, plan: Plan, model: nn.Module, model_type: str, layers:
     check_architecture(plan, engine, f"set {name!r}: the plan")
 
 
-def structure(tables: Mapping[tuple[str, int], Mapping[str, Tensor]]) -> str:
-    """A digest of all that decides the compiled graph: where there are tables, of which terms and shapes."""
+def structure(tables: Mapping[tuple[str, int], Sequence[Lists]]) -> str:
+    """A digest of all that decides the compiled graph: where there are lists, of which kinds and shapes."""
     shapes = [
-        [site, layer, {term: list(t.shape) for term, t in terms.items()}] for (site, layer), terms in tables.items()
+        [site, layer, [[list(group.index.shape), group.magnitude] for group in lists]]
+        for (site, layer), lists in tables.items()
     ]
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
 
@@ -129,7 +141,7 @@ def structure(tables: Mapping[tuple[str, int], Mapping[str, Tensor]]) -> str:
 def install(
     model: nn.Module,
     model_type: str,
-    tables: Mapping[tuple[str, int], Mapping[str, Tensor]],
+    tables: Mapping[tuple[str, int], Sequence[Lists]],
     layers: range,
     rows: Tensor,
     part: tuple[int, int] = (0, 1),
@@ -137,22 +149,29 @@ def install(
     """Puts the steering of this process's layers on a model; returns the steered sites as "site layer".
 
     Args:
-        rows: the row buffer; the tables go to its device.
+        rows: the row buffer; the lists go to its device.
         part: this process's number in its tensor-parallel group, and how many there are: the inputs of projections are
             split among them, in order.
     """
     done = []
-    for (site, layer), terms in tables.items():
+    for (site, layer), lists in tables.items():
         if layer not in layers:
             continue
         module = site_module(model, model_type, site, layer)
         rank, size = part if site in INPUT_SIDES else (0, 1)
+        width = site_width(model, model_type, site, layer) // size
         with torch.inference_mode(False):
-            mine = {term: t.chunk(size, dim=1)[rank].to(rows.device).contiguous() for term, t in terms.items()}
-            module.add_module(NAME, Steer(mine, rows))
+            mine = [_slice(group, rank * width, width) for group in lists]
+            module.add_module(NAME, Steer(mine, rows, width))
         if site in INPUT_SIDES:
             module.register_forward_pre_hook(_at_input)
         else:
             module.register_forward_hook(_at_layer if site == "layer" else _at_output)
         done.append(f"{site} {layer}")
     return done
+
+
+def _slice(lists: Lists, first: int, width: int) -> Lists:
+    """The AUs from ``first`` on, ``width`` of them, as columns from 0; the others' entries are not used."""
+    index = lists.index - first
+    return replace(lists, index=index.masked_fill((index < 0) | (index >= width), -1))

@@ -86,7 +86,7 @@ class Steered:
 
         metadata = get_forward_context().attn_metadata
         if not metadata:  # a trial run, of no request
-            return np.zeros(positions.shape[-1], dtype=np.int32)
+            return np.full(positions.shape[-1], -1, dtype=np.int32)
         bounds = next(iter(metadata.values())).query_start_loc.numpy().astype(np.int64)
         first = positions.numpy()[bounds[:-1].clip(max=positions.shape[-1] - 1)]
         return self._steering_slots.rows(np.arange(len(first)), np.diff(bounds), first, positions.shape[-1])

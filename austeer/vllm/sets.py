@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from austeer_kernels import coalesce
+
 from ..errors import AusteerError, SteeringError
-from ..plans.fit import units_by_layer
+from ..plans.fit import LayerUnits, units_by_layer
 from ..plans.plan import Plan
 from ..plans.serving import KEY, VARIABLE
-from ..plans.table import OPERATIONS
 from ..steering.scope import Scope, parse_scope
 
 
@@ -135,22 +136,59 @@ def load(specs: Mapping[str, Spec]) -> dict[str, list[tuple[Plan, float]]]:
     return loaded
 
 
-def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """The strengths of all sets at each steered (site, layer), by operation: they multiply x, |x| or 1.
+@dataclass(frozen=True)
+class Lists:
+    """What ``steer_columns_`` takes for one site of one layer: a list of AUs for each set.
 
-    Returns:
-        tables, float32 [sets + 1, width]: row 0 is zero, row i + 1 is that of ``sets[i]``. An operation that no set
-        has at a site of a layer has no table there.
+    index int64, gamma and shift float32 [sets, AUs of the longest list]; with ``magnitude`` gamma is for |x|.
     """
-    found: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for row, plans in enumerate(sets, start=1):
+
+    index: Tensor
+    gamma: Tensor
+    shift: Tensor
+    magnitude: bool
+
+
+def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int], list[Lists]]:
+    """The AUs of all sets at each steered (site, layer), with their strengths; to be applied one after the other.
+
+    Raises:
+        ServingError: push meets a scale of -1 at an AU of one set.
+    """
+    found: dict[tuple[str, int], list[tuple[int, LayerUnits, float, int]]] = {}
+    widths: dict[str, int] = {}
+    for number, plans in enumerate(sets):
         for plan, alpha in plans:
-            for (site, layer), (units,) in units_by_layer([plan], plan.sites).items():
-                terms = found.setdefault((site, layer), {})
-                if plan.operation not in terms:
-                    terms[plan.operation] = torch.zeros(len(sets) + 1, plan.model.widths[site])
-                terms[plan.operation][row, units.index] += sum(units.strengths(alpha, len(plan)))
-    return {key: {term: found[key][term] for term in OPERATIONS if term in found[key]} for key in sorted(found)}
+            widths |= plan.model.widths
+            for key, (units,) in units_by_layer([plan], plan.sites).items():
+                found.setdefault(key, []).append((number, units, alpha, len(plan)))
+    return {key: _lists(found[key], len(sets), widths[key[0]]) for key in sorted(found)}
+
+
+def _lists(parts: Sequence[tuple[int, LayerUnits, float, int]], sets: int, width: int) -> list[Lists]:
+    groups = []
+    for magnitude in (True, False):
+        of_sets = []
+        for number in range(sets):
+            own = [(torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))]
+            for of, units, alpha, k in parts:
+                if of == number and units.magnitude == magnitude:
+                    own.append((units.index.long(), *units.strengths(alpha, k)))
+            index, gamma, shift = map(torch.cat, zip(*own))
+            of_sets.append((index, gamma, shift))
+        groups.append(Lists(*coalesce(of_sets), magnitude))
+    push, rest = groups
+    # Push comes first, and what follows multiplies it by 1 + gamma, too, where a set has both at an AU.
+    factor = torch.ones(sets, width + 1).scatter_(1, rest.index % (width + 1), 1 + rest.gamma)
+    factor = factor.gather(1, push.index % (width + 1))  # -1 is the last column
+    if (factor == 0).any():
+        number, place = (factor == 0).nonzero()[0].tolist()
+        raise ServingError(
+            f"{VARIABLE}, set number {number + 1}: found push and a scale of -1 at AU {push.index[number, place]}, "
+            "expected one of them there; change an alpha a little"
+        )
+    groups[0] = replace(push, gamma=push.gamma / factor)
+    return [lists for lists in groups if lists.index.shape[1]]
 
 
 def set_of(params: Any) -> str | None:

@@ -16,17 +16,17 @@ from .sets import ServingError, parse
 
 
 class Slots:
-    """The steering of each request slot of an engine. A slot without a set has row 0, which steers nothing.
+    """The steering of each request slot of an engine. A slot without a set has row -1.
 
     Args:
-        scopes: the scope of each set by name, in the order of the tables' rows, which count from 1.
+        scopes: the scope of each set by name, in the order of the tables' rows.
         count: how many requests the engine runs at once.
     """
 
     def __init__(self, scopes: Mapping[str, Scope], count: int):
         self._scopes = dict(scopes)
-        self._numbers = {name: row for row, name in enumerate(scopes, start=1)}
-        self._row = np.zeros(count, dtype=np.int32)
+        self._numbers = {name: row for row, name in enumerate(scopes)}
+        self._row = np.full(count, -1, dtype=np.int32)
         # The half-open interval of the request's positions that is steered.
         self._start = np.zeros(count, dtype=np.int64)
         self._stop = np.full(count, END, dtype=np.int64)
@@ -47,7 +47,7 @@ class Slots:
         self._start[slot], self._stop[slot] = start, stop
 
     def clear(self, slot: int) -> None:
-        self._row[slot] = 0
+        self._row[slot] = -1
 
     def move(self, source: int, target: int, swap: bool) -> None:
         """The request of one slot goes to another, which is free, or whose request takes its place."""
@@ -65,16 +65,16 @@ class Slots:
             count: the length of the result: the batch's tokens and, after them, padding.
 
         Returns:
-            int32 [count], 0 for what is not steered.
+            int32 [count], -1 for what is not steered.
         """
-        rows = np.zeros(count, dtype=np.int32)
-        if self._row[slots].any():
+        rows = np.full(count, -1, dtype=np.int32)
+        if (self._row[slots] >= 0).any():
             begin = np.cumsum(lengths) - lengths
             tokens = int(lengths.sum())
             position = np.arange(tokens) + np.repeat(first - begin, lengths)
             slot = np.repeat(slots, lengths)
             steered = (self._start[slot] <= position) & (position < self._stop[slot])
-            rows[:tokens] = np.where(steered, self._row[slot], 0)
+            rows[:tokens] = np.where(steered, self._row[slot], -1)
         return rows
 
 
@@ -87,14 +87,14 @@ class RowBuffer:
 
     def __init__(self, count: int, device: torch.device):
         with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
-            self.tensor = torch.zeros(count, dtype=torch.int32, device=device)
+            self.tensor = torch.full((count,), -1, dtype=torch.int32, device=device)
         self._written = np.zeros(0, dtype=np.int32)
 
     def write(self, rows: np.ndarray) -> None:
-        """Sets the first rows and zeroes the rest; decoding asks for the same ones again and again, at no cost."""
+        """Sets the first rows, and none for the rest; decoding asks for the same ones again and again, at no cost."""
         if np.array_equal(rows, self._written):
             return
-        values = np.zeros(max(len(rows), len(self._written)), dtype=np.int32)
+        values = np.full(max(len(rows), len(self._written)), -1, dtype=np.int32)
         values[: len(rows)] = rows
         source = torch.from_numpy(values)
         target: Tensor = self.tensor[: len(values)]

@@ -26,7 +26,7 @@ from austeer.export import export_lora
 from austeer.models.sites import Site, find_sites
 from austeer.models.structure import first_tensor
 
-from ..plain_ways import dense, strengths
+from ..plain_ways import strengths
 from ..steered import Steered, UnavailableError, Way
 
 COMMAND = "pip install -c constraints.txt"
@@ -92,12 +92,16 @@ def gradient_flags_kept(model: nn.Module) -> Iterator[None]:
 
 
 def gammas(model: nn.Module, plan: Plan, alpha: float) -> list[tuple[Site, Tensor]]:
-    """The planned layers' sites, with gamma [width] in float64."""
-    return [
-        (site, dense(site, index, gamma, torch.float64))
-        for site, index, gamma in strengths(model, plan, alpha)
-        if len(index)
-    ]
+    """The planned layers' sites, with gamma [width] in float64.
+
+    Raises:
+        UnavailableError: the plan has another operation than "scale", the only one that is written out here.
+    """
+    if plan.operation != "scale":
+        raise UnavailableError(
+            f"found the operation {plan.operation!r}, expected 'scale': other libraries are compared in the paper's"
+        )
+    return [(one.site, one.dense(torch.float64)) for one in strengths(model, plan, alpha) if len(one.index)]
 
 
 class Peft(Steered):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from ..cases import ALONE, COLUMNS, FUSED, PLAIN
 from . import figures, tables
-from .conclusion import sentences, worth
-from .inference import AGAIN, PUBLIC, SPARSE, Case, Inference, sweeps
+from .conclusion import sentences
+from .inference import AGAIN, AUTO, DENSE, PUBLIC, Case, Inference, sweeps
 from .load import Result, Results
 
 #: Which command measures a kind, on a CPU and on a GPU.
@@ -23,6 +24,8 @@ COMMANDS = {
         for where, mark in (("CPU", ""), ("GPU", " -m gpu"))
     },
 }
+#: The columns of the shortest table.
+SUMMARISED = (PUBLIC, DENSE, AUTO, "fold", "columns", "fused")
 DISPATCHED = (PLAIN, FUSED, COLUMNS[100], ALONE[100])
 
 
@@ -37,7 +40,6 @@ def blocks(results: Results) -> dict[str, str]:
         "layers": _each(results, "inference", partial(_sweep, along="layers")),
         "operations": _operations(results),
         "momentum": _each(results, "momentum", _momentum),
-        **{name.lower(): _kind_of_machine(results, name, devices) for name, devices in results.kinds_of_device()},
     }
 
 
@@ -50,7 +52,7 @@ def _each(results: Results, kind: str, section: Callable[[Result], str]) -> str:
     texts = []
     for where, devices in results.kinds_of_device():
         found = [r for device in devices for r in results.of(kind, device)]
-        own = [f"**{where}: {_title(r)}** ({r.link})\n\n{text}" for r in found if (text := section(r))]
+        own = [f"**{where}: {_title(r)}** ({r.link}){_remark(r)}\n\n{text}" for r in found if (text := section(r))]
         texts += own or [_missing(kind, where)]
     return "\n\n".join(texts)
 
@@ -59,44 +61,46 @@ def _title(result: Result) -> str:
     return Inference(result).title if result.kind == "inference" else result.machine
 
 
+def _remark(result: Result) -> str:
+    return f"; {result.remark}" if result.remark else ""
+
+
 def _conclusion(result: Result) -> str:
     return "\n".join(f"- {text}" for text in sentences(Inference(result)))
 
 
-def _kind_of_machine(results: Results, where: str, devices: Iterable[str]) -> str:
-    """One line for other pages: what steering costs on this kind of machine."""
-    found = [Inference(r) for device in devices for r in results.of("inference", device)]
-    if not found:
-        return f"not measured yet (`{COMMANDS['inference'][where]}`)"
-    texts = []
-    for inference in found:
-        quiet = [case for case in inference.main() if case.decidable("token")]
-        said = worth(quiet).rstrip(".") if quiet else "too noisy for a verdict"
-        texts.append(f"{inference.result.machine}, {inference.model['name']}: {said}")
-    return "; ".join(texts)
-
-
 def _summary(results: Results) -> str:
-    """The shortest table: batch 1 or the smallest, decode, one row for each machine, model and execution."""
-    rows = []
+    """The shortest table: batch 1 or the smallest, decode, medians, one row for each machine, model and execution."""
+    rows: list[list[str]] = []
     for where, devices in results.kinds_of_device():
         found = [Inference(r) for device in devices for r in results.of("inference", device)]
         for inference in found:
             smallest: dict[str, Case] = {}
             for case in inference.main():
-                known = smallest.setdefault(case.content["execution"], case)
-                smallest[case.content["execution"]] = min(known, case, key=lambda one: one.batch)
+                known = smallest.setdefault(case.execution, case)
+                smallest[case.execution] = min(known, case, key=lambda one: one.batch)
             for case in smallest.values():
-                best = case.best_of_ours("token")
-                own = f"{best[0]} {best[1]} {best[1].verdict}" if best else ""
-                others = (case.overhead(name, "token") for name in (AGAIN, PUBLIC, SPARSE))
-                name = f"{where}: {inference.result.machine}; {inference.model['name']}"
-                cells = (f"{o}" if o else "" for o in others)
-                rows.append([name, f"{case.words}, batch {case.batch}", *cells, own])
+                machine = where if where == "CPU" else inference.result.machine.removeprefix("NVIDIA ")
+                model = Path(inference.model["name"]).name.partition(",")[0].removesuffix("-Instruct")
+                content = case.content
+                setting = (
+                    f"{machine}, {model}, {case.execution}, {content['site']}, {case.operation}, k = {content['k']}"
+                )
+                rows.append([setting, *(_median(case, name) for name in (AGAIN, *SUMMARISED))])
         if not found:
-            rows.append([where, f"not measured yet (`{COMMANDS['inference'][where]}`)", "", "", "", ""])
-    head = ["overhead of a token, %", "setting", "unsteered again", "public form", "sparse hook", "ours, the best path"]
-    return tables.table(head, rows)
+            rows.append(
+                [f"{where}: not measured yet (`{COMMANDS['inference'][where]}`)", *[""] * (len(SUMMARISED) + 1)]
+            )
+    columns = zip(["a decoded token, %", "unsteered again", *SUMMARISED], *rows)
+    head, *filled = zip(*(column for column in columns if any(column[1:])))
+    return tables.table(head, filled)
+
+
+def _median(case: Case, name: str) -> str:
+    """In brackets where two unsteered runs may differ by too much for a verdict."""
+    if (found := case.overhead(name, "token")) is None:
+        return ""
+    return f"{found.median:+.1f}" if case.decidable("token") else f"({found.median:+.1f})"
 
 
 def _machines(results: Results) -> str:
@@ -108,6 +112,7 @@ def _machines(results: Results) -> str:
         versions = ", ".join(f"{name} {packages[name]}" for name in names)
         kind = result.kind + ("" if result.complete else " (cut off)")
         commit = re.sub(r"^(.{10})[^-]*", r"\1", known["commit"]) if known.get("commit") else "not recorded"
+        commit += f", {known['code']}" if known.get("code") else ""
         command = f"`{known['command']}`" if known.get("command") else ""
         rows.append([f"{kind}: {result.link}", result.machine, versions, result.order[0], commit, command])
     return tables.table(["result", "device", "versions", "date", "commit", "command"], rows)
@@ -132,9 +137,9 @@ def _sweep(result: Result, along: str) -> str:
     groups = sweeps(Inference(result).series(along), along)
     texts = []
     for group in groups:
-        execution, site, k, *_ = group[0].setting
+        execution, site, operation, k, *_ = group[0].setting
         fixed = "" if along == "k" else f", k = {k}"
-        head = f"{execution}, site {site}{fixed}, batch {group[0].batch}; a decoded token:"
+        head = f"{execution}, site {site}, {operation}{fixed}, batch {group[0].batch}; a decoded token:"
         texts.append(f"{tables.capital(head)}\n\n{tables.sweep(group, along)}")
     return "\n\n".join(texts)
 
@@ -159,20 +164,53 @@ def _host(result: Result) -> str:
 
 def _dispatch(result: Result) -> str:
     ceilings = result.content["ceilings"]
+    if "copy" in ceilings:  # of results older than the best of several operations
+        memory, flops = f"a copy {ceilings['copy'] / 1e12:.2f} TB/s, which reads exceed", ceilings["matmul"]
+    else:
+        memory, flops = f"memory {ceilings['bandwidth'] / 1e12:.2f} TB/s", ceilings["flops"]
     return (
-        "Ratio to PyTorch's plain product [quartiles], and the share of the roofline that is reached (copy "
-        f"{ceilings['bandwidth'] / 1e12:.2f} TB/s, matmul {ceilings['flops'] / 1e12:.0f} TFLOP/s, both measured there):"
+        f"Ratio to PyTorch's plain product [quartiles], and the share of the roofline that is reached ({memory}, "
+        f"matmul {flops / 1e12:.0f} TFLOP/s, both measured there):"
         f"\n\n{tables.dispatch(result.content, DISPATCHED)}"
     )
 
 
+def _settings(result: Result) -> str:
+    return (
+        "The fused kernel in each of its forms with the best of some 30 settings, its time over that of PyTorch's "
+        f"plain product, and over that of product and columns:\n\n{tables.settings(result.content)}"
+    )
+
+
+def _plans(result: Result) -> str:
+    content = result.content
+    texts = [
+        f"A batch of {content['batch']} rows with so many plans, each row one of them (median [quartiles] of "
+        f"{content['rounds']} rounds). The operation on [{content['batch']}, {content['operation']['width']}], "
+        f"{content['operation']['aus']} AUs a plan, over a plain copy:\n\n{tables.plans(content['operation'])}"
+    ]
+    for entry in content["models"]:
+        layers = entry["sizes"]["num_hidden_layers"]
+        texts.append(
+            f"A decoding step of a random Llama of {layers} layers, {entry['aus'] // layers} AUs a layer and plan, "
+            f"over the unsteered one ({entry['execution']}; 95 % intervals):\n\n{tables.model_with_plans(entry)}"
+        )
+    return "\n\n".join(texts)
+
+
 #: The kinds of results about single operations, and how each is shown.
-OPERATIONS = {"dispatch": _dispatch, "kernels": tables.kernels, "host": _host}
+OPERATIONS = {
+    "dispatch": _dispatch,
+    "settings": _settings,
+    "kernels": tables.kernels,
+    "plans": _plans,
+    "host": _host,
+}
 
 
 def section(result: Result) -> str:
     """All that a terminal shows of one result."""
-    texts = [f"**{_title(result)}**"]
+    texts = [f"**{_title(result)}**{_remark(result)}"]
     if result.kind == "inference":
         along: list[Callable[[Result], str]] = [partial(_sweep, along=name) for name in ("k", "layers")]
         makers = [_conclusion, _overhead, *along]

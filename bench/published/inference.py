@@ -9,6 +9,7 @@ from typing import Any
 from .load import Result
 
 UNSTEERED, AGAIN, PUBLIC, DENSE, SPARSE = "unsteered", "unsteered again", "public", "dense hook", "sparse hook"
+AUTO = "auto"
 #: What is timed: decoding comes first, since generation is nearly all of it.
 METRICS = {"token": "decode, each token", "first_token": "prefill, to the first token"}
 MEASURED = "measured"
@@ -44,15 +45,25 @@ class Case:
         return int(self.content["batch"])
 
     @property
-    def setting(self) -> tuple[str, str, int, int, int]:
-        """All but the batch: execution, site, k, layers touched, and tokens of the prompt."""
+    def execution(self) -> str:
+        return str(self.content["execution"])
+
+    @property
+    def operation(self) -> str:
+        """In the first results all cases are of the operation "scale", and none says so."""
+        return str(self.content.get("operation", "scale"))
+
+    @property
+    def setting(self) -> tuple[str, str, str, int, int, int]:
+        """All but the batch: execution, site, operation, k, layers touched, and tokens of the prompt."""
         c = self.content
-        return c["execution"], c["site"], c["k"], c["layers"], c["prompt_tokens"]
+        return c["execution"], c["site"], self.operation, c["k"], c["layers"], c["prompt_tokens"]
 
     @property
     def words(self) -> str:
-        execution, site, k, layers, prompt = self.setting
-        return f"{execution}, site {site}, k = {k} in {layers} layer{'s'[: layers != 1]}, prompt of {prompt} tokens"
+        execution, site, operation, k, layers, prompt = self.setting
+        where = f"k = {k} in {layers} layer{'s'[: layers != 1]}"
+        return f"{execution}, site {site}, {operation}, {where}, prompt of {prompt} tokens"
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:
@@ -120,8 +131,11 @@ class Inference:
         return [cases[i] for i in numbers if i < len(cases)]
 
     def main(self) -> list[Case]:
-        """What the verdicts are about: all cases but those along k and layers."""
-        return self.series("main", *(name for name in self.result.content["series"] if name not in ("k", "layers")))
+        """What the verdicts are about: all cases but those that only k or layers were varied for."""
+        wanted = self.result.content["series"]
+        found = self.series("main", *(name for name in wanted if name not in ("k", "layers")))
+        swept = {number for numbers in wanted.values() for number in numbers}
+        return found + [case for number, case in enumerate(self.cases) if number not in swept]
 
     @property
     def without_time(self) -> dict[str, str]:
@@ -152,7 +166,7 @@ def sweeps(cases: Iterable[Case], along: str) -> list[list[Case]]:
     for case in cases:
         # With more AUs more layers are touched, unless the sweep fixes them.
         fixed = () if along == "k" else (case.content[other],)
-        key = (case.content["execution"], case.batch, case.content["site"], case.content["prompt_tokens"], *fixed)
+        key = (case.execution, case.batch, case.content["site"], case.operation, case.content["prompt_tokens"], *fixed)
         groups.setdefault(key, []).append(case)
     found = (sorted(group, key=lambda case: case.content[along]) for group in groups.values())
     return [group for group in found if len({case.content[along] for case in group}) > 1]

@@ -38,6 +38,17 @@ class Result:
         return str(self.content["model"]["name"]) if self.kind == "inference" else ""
 
     @property
+    def executions(self) -> tuple[str, ...]:
+        """How the model ran, of kind "inference": eager mode and CUDA graphs may be measured apart."""
+        cases = self.content["cases"] if self.kind == "inference" else ()
+        return tuple(sorted({case["execution"] for case in cases}))
+
+    @property
+    def remark(self) -> str:
+        """What has to be known to read it; "" of most."""
+        return str(self.content.get("remark", ""))
+
+    @property
     def complete(self) -> bool:
         """Whether the measurement came to its end; the files of some kinds are written part by part."""
         return bool(self.content.get("complete", True))
@@ -45,7 +56,8 @@ class Result:
     @property
     def name(self) -> str:
         """For figures and numbers: the device, and the model where there may be several."""
-        return f"{self.device}-{self.subject}" if self.model else self.device
+        alone = f"-{self.executions[0]}" if len(self.executions) == 1 else ""
+        return f"{self.device}-{self.subject}{alone}" if self.model else self.device
 
     @property
     def subject(self) -> str:
@@ -87,7 +99,7 @@ def slug(name: str) -> str:
 
 
 def load(results: Path) -> Results:
-    """The newest result of each kind, device and model; one that was cut off only where there is no whole one.
+    """The newest result of each kind, device, model and way to execute it; a whole one before one that was cut off.
 
     Quick runs (``<kind>-quick-...``) only show that everything works, and are passed over.
 
@@ -96,17 +108,19 @@ def load(results: Path) -> Results:
     """
     if not results.is_dir():
         raise ResultsError(f"{results}: found no folder, expected the results, such as bench/results")
-    chosen: dict[tuple[str, str, str], Result] = {}
+    chosen: dict[tuple[str, str, str, tuple[str, ...]], Result] = {}
     for path in sorted(results.glob("*/*.json")):
         result = _read(path)
         if result is None:
             continue
-        key = result.device, result.kind, result.model
+        key = result.device, result.kind, result.model, result.executions
         other = chosen.get(key)
         if other is None or (result.complete, result.order) > (other.complete, other.order):
             chosen[key] = result
     return Results(
-        sorted(chosen.values(), key=lambda r: (r.device != CPU, r.device, list(KEYS).index(r.kind), r.model))
+        sorted(
+            chosen.values(), key=lambda r: (r.device != CPU, r.device, list(KEYS).index(r.kind), r.model, r.executions)
+        )
     )
 
 

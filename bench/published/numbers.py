@@ -8,12 +8,13 @@
 <device>.momentum.<set>.<way>.pairs_a_second, .<way>.over.<other>, .at_1000.<way>.over.<other>; .table, .report blocks
 <device>.momentum.unshared.<least|most>, .memory.<way>.<few|many>.<pairs|mb>, .memory.<way>.mb_a_pair
 <device>.momentum.offloaded.pairs, .read, .<cached|disk>.over.<other>, .<cached|disk>.at_1000.over.<other>
-<device>.inference.<model>.table, .<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
+<device>.inference.<model>.<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
+                                        (behind the site the operation, where it is not scale)
                                         percent over unsteered; with .low and .high behind it the interval's ends
 <device>.study.seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost, .<task>.table
 <device>.study.<task>.<method>.<operation>.<effect|low|high|accuracy|kl|k>
 serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
-efficiency.<section>, .summary, .cpu, .gpu      blocks: see efficiency.py
+efficiency.<section>, .summary                  blocks: see efficiency.py
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def values(results: Results) -> dict[str, object]:
         if result.kind in makers:
             prefix = f"{result.device}.{result.kind}"
             prefix += f".{result.subject}" if result.model else ""
-            found[f"{prefix}.source"] = result.link
+            alone = f".{result.executions[0]}" if len(result.executions) == 1 else ""
+            found[f"{prefix}{alone}.source"] = result.link
             found.update((f"{prefix}.{name}", value) for name, value in makers[result.kind](result))
     found["serving.exactness"] = tables.exactness(results)
     found.update((f"efficiency.{name}", text) for name, text in efficiency.blocks(results).items())
@@ -127,11 +129,10 @@ def _ratios(row: dict[str, Any]) -> Named:
 
 
 def _inference(result: Result) -> Named:
-    inference = Inference(result)
-    yield "table", tables.overheads(inference)
-    for case in inference.cases:
-        execution, site, k, layers, prompt = case.setting
-        at = f"{slug(execution)}.{slug(site)}.b{case.batch}.k{k}.l{layers}.p{prompt}"
+    for case in Inference(result).cases:
+        execution, site, operation, k, layers, prompt = case.setting
+        at = f"{slug(execution)}.{slug(site)}" + (f".{operation}" if operation != "scale" else "")
+        at += f".b{case.batch}.k{k}.l{layers}.p{prompt}"
         for name in case.variants:
             for metric in METRICS:
                 found = case.overhead(name, metric)

@@ -51,6 +51,26 @@ def host(result: Result) -> str:
     return table(["", "us"], rows)
 
 
+def plans(operation: dict[str, Any]) -> str:
+    """The operation with many plans: lists of each beside the union of all."""
+    rows = []
+    for name, row in operation["rows"].items():
+        ratio, seconds = row["over_copy"], row["seconds"]["median"]
+        over = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        rows.append([name, row.get("columns", ""), f"{seconds * 1e6:.1f}", over])
+    return table(["form, plans", "columns of a token", "us", "over a copy"], rows)
+
+
+def model_with_plans(entry: dict[str, Any]) -> str:
+    """A decoding step with many plans."""
+    rows = []
+    for name, row in entry["rows"].items():
+        ratio, milliseconds = row.get("ratio"), f"{row['seconds']['median'] * 1e3:.2f}"
+        over = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
+        rows.append([f"{name} plans" if "plans" in row else name, milliseconds, over])
+    return table(["", "ms", "over unsteered"], rows)
+
+
 def momentum(sets: Sequence[dict[str, Any]]) -> str:
     """Our rate and what it is over the others', in brackets at many pairs."""
 
@@ -94,14 +114,15 @@ def counting(kernel: dict[str, Any]) -> str:
     """The counting kernel, in a sentence."""
     return (
         f"The counting kernel reads [{kernel['pairs']}, {kernel['columns']}] {kernel['dtype']} in "
-        f"{kernel['seconds']['kernel']['median'] * 1e6:.1f} us, at {kernel['of_copy_bandwidth']:.0%} of the copy "
-        f"bandwidth, {kernel['faster_than_eager']['median']:.1f} times as fast as PyTorch's own operations."
+        f"{kernel['seconds']['kernel']['median'] * 1e6:.1f} us, at {kernel['of_bandwidth']:.0%} of what the "
+        f"fastest plain operation moves, {kernel['faster_than_eager']['median']:.1f} times as fast as PyTorch's own "
+        "operations."
     )
 
 
 def overheads(inference: Inference) -> str:
     """Overhead of every variant, one column a batch and metric, one table a setting."""
-    groups: dict[tuple[str, str, int, int, int], list[Case]] = {}
+    groups: dict[tuple[str, str, str, int, int, int], list[Case]] = {}
     for case in inference.main():
         groups.setdefault(case.setting, []).append(case)
     texts = []
@@ -200,6 +221,19 @@ def dispatch(content: dict[str, Any], names: Sequence[str]) -> str:
             cells.append(f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}], {v['of_floor']:.0%}")
         rows.append([f"{row['n']}x{row['k']}", row["tokens"], *cells])
     return table(["out x in", "tokens", *names], rows)
+
+
+def settings(content: dict[str, Any]) -> str:
+    """The best settings found for each form of the projection, over the plain product and product and columns."""
+    forms: dict[tuple[str, str, int], dict[tuple[bool, bool], str]] = {}
+    for row in content["forms"]:
+        cell = f"{row['best us'] / row['plain us']:.2f}, {row['best us'] / row['columns us']:.2f}"
+        key = f"{row['n']}x{row['k']}", row["m"]
+        forms.setdefault(key, {})[row["at_input"], row["rows"]] = cell
+    names = {(False, False): "output", (True, False): "input", (False, True): "output, a plan a token"}
+    names[True, True] = "input, a plan a token"
+    rows = [[*key, *(cells.get(form, "") for form in names)] for key, cells in forms.items()]
+    return table(["out x in", "tokens", *names.values()], rows)
 
 
 def exactness(results: Results) -> str:

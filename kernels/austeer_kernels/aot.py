@@ -147,14 +147,15 @@ def _constants(entry: launch.Entry) -> tuple[str, dict[str, Any]]:
 
 
 def jobs(target: str) -> list[Job]:
-    """Everything that is compiled for one target."""
-    listed = []
+    """Everything that is compiled for one target; entries that differ only in their shapes are compiled once."""
+    listed: dict[tuple, Job] = {}
 
     def add(kernel: str, dtype: str, setting: str, constants: dict[str, Any], variant: dict[str, Any], **rest) -> None:
         flags = [f"{name.lower()}={int(value)}" for name, value in variant.items() if isinstance(value, bool)]
         flags += [f"{name.removeprefix('p_')}=0" for name in variant.get("without", ())]
         arguments = _arguments(kernel, dtype, constants, variant)
-        listed.append(Job(target, kernel, dtype, setting, " ".join(flags), arguments, **rest))
+        job = Job(target, kernel, dtype, setting, " ".join(flags), arguments, **rest)
+        listed.setdefault((kernel, dtype, job.num_warps, *arguments.items()), job)
 
     for table, entry in launch.shipped(target):
         kernel, constants = _constants(entry)
@@ -162,10 +163,12 @@ def jobs(target: str) -> list[Job]:
         setting = f"{table} {'x'.join(str(b) for b in block if b)} w{entry.num_warps} s{entry.num_stages}"
         for dtype in entry.dtypes:
             variants = _VARIANTS[kernel]
+            if entry.op in launch.FORMS:
+                variants = [variant for variant in variants if variant["PROLOGUE"] == ("_input" in entry.op)]
             if dtype == "float16":  # the same code as bfloat16 but for the names of its instructions
-                variants = variants[1:2]
+                variants = variants[-1:]
             for variant in variants:
-                if entry.op == "steered_linear":
+                if entry.op in launch.FORMS and not entry.op.endswith("_rows"):
                     variant = {**variant, "without": (*variant.get("without", ()), "p_row_plan")}
                 add(kernel, dtype, setting, constants, variant, num_warps=entry.num_warps, block=block)
     finish = {"BLOCK_C": momentum.FINISH_BLOCK_C}
@@ -176,7 +179,7 @@ def jobs(target: str) -> list[Job]:
     for dtype in _SHORT:
         for variant in _VARIANTS["steered_finish_kernel"]:
             add("steered_finish_kernel", dtype, "fixed", finish, variant, **rest)
-    return listed
+    return list(listed.values())
 
 
 def gpu_target(name: str) -> GPUTarget:

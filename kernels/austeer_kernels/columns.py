@@ -1,9 +1,10 @@
-"""Triton: in-place sparse steering of the selected columns of a matrix, and the block helpers it shares.
+"""Triton: in-place sparse steering of a matrix, each token by its plan's list of columns; and block helpers it shares.
 
 The interpreter (TRITON_INTERPRET=1) keeps bfloat16 as raw 16-bit words: it cannot compute on them, and truncates where
 a GPU rounds to nearest even. :func:`rounded` and the upcasts right after each load keep both runs equal.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,21 +67,28 @@ def steer_columns_kernel(
     tokens,
     count,
     y_stride,
+    index_stride,
     MAGNITUDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """y[t, c] <- x + gamma[p, i] * (|x| if MAGNITUDE else x) + shift[p, i], x = y[t, c], c = index[i], p = row_plan[t].
+    """y[t, c] <- x + gamma[p, i] * (|x| if MAGNITUDE else x) + shift[p, i] with x = y[t, c].
 
-    Entries of tokens without a plan are not stored, so they keep their bits.
+    c is index[p, i], and p is row_plan[t]. Without row_plan a block reads its part of the one list once.
+    Entries with c = -1, and those of tokens without a plan, are neither loaded nor stored.
     """
     o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_i = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
     m_i = o_i < count
     b_plan = plan_of_rows(p_row_plan, o_t, o_t < tokens)  # [BLOCK_T]
-    b_index = tl.load(p_index + o_i, mask=m_i, other=0).to(tl.int64)  # [BLOCK_I]
-    p_tile = p_y + o_t[:, None] * y_stride + b_index[None, :]
-    m_tile = (b_plan >= 0)[:, None] & m_i[None, :]
+    m_t = (b_plan >= 0)[:, None]
+    if p_row_plan is None:
+        b_index = tl.load(p_index + o_i, mask=m_i, other=-1).to(tl.int64)[None, :]  # [1, BLOCK_I]
+    else:
+        p_list = p_index + b_plan[:, None] * index_stride + o_i[None, :]
+        b_index = tl.load(p_list, mask=m_t & m_i[None, :], other=-1).to(tl.int64)  # [BLOCK_T, BLOCK_I]
+    p_tile = p_y + o_t[:, None] * y_stride + b_index
+    m_tile = m_t & (b_index >= 0)
     b_x = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_I]
     b_y = steered_block(b_x, p_gamma, p_shift, p_row_plan, b_plan, o_i, m_i, count, MAGNITUDE)  # [BLOCK_T, BLOCK_I]
     tl.store(p_tile, rounded(b_y, p_y.dtype.element_ty), mask=m_tile)
@@ -90,22 +98,25 @@ def steer_columns_(
     y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None
 ) -> None:
     """Launches the kernel behind :func:`austeer_kernels.steer_columns_`, which checks the arguments."""
-    tokens, count = y.shape[0], index.shape[0]
+    tokens, count = y.shape[0], index.shape[1]
     if tokens == 0 or count == 0:
         return
+    if launch.elsewhere(y):
+        with torch.cuda.device(y.device):
+            return steer_columns_(y, index, gamma, shift, magnitude, row_plan)
     s = launch.settings("steer_columns_", tokens, count, 0, y.dtype, y.device)
-    with launch.on_device(y.device):
-        steer_columns_kernel[(triton.cdiv(tokens, s.block_m), triton.cdiv(count, s.block_n))](
-            y,
-            index,
-            gamma,
-            shift,
-            row_plan,
-            tokens,
-            count,
-            y.stride(0),
-            MAGNITUDE=magnitude,
-            BLOCK_T=s.block_m,
-            BLOCK_I=s.block_n,
-            num_warps=s.num_warps,
-        )
+    steer_columns_kernel[(-(-tokens // s.block_m), -(-count // s.block_n))](
+        y,
+        index,
+        gamma,
+        shift,
+        row_plan,
+        tokens,
+        count,
+        y.stride(0),
+        index.stride(0),
+        MAGNITUDE=magnitude,
+        BLOCK_T=s.block_m,
+        BLOCK_I=s.block_n,
+        num_warps=s.num_warps,
+    )

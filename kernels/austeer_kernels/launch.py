@@ -2,19 +2,26 @@
 
 A table (``tables/*.json``) names the architectures (``sm_90``, ``gfx942``) and device names it is for, as shell
 patterns, and lists entries: an operation, dtypes, the shape [M, N, K] it was chosen for, and the settings. A launch
-takes the entry nearest to its own shape: first the nearest N and K, then the nearest M, by ratio. "fused" lists, for
-devices on which that was measured, up to how many tokens ``steered_linear`` is worth while. The table that names the
-device most closely wins; ``default.json`` is for all others.
+takes the entry nearest to its own shape, by ratio; for a projection N and K come before M. The table that names the
+device most closely wins; what it has no entry for comes from the next, at last from ``default.json``.
 
-===================  ===========  ================  ===========  =========
-operation            M (block_m)  N (block_n)       K (block_k)  splits of
-===================  ===========  ================  ===========  =========
-``momentum_update``  pairs        columns           not used     the pairs
-``steer_columns_``   tokens       selected columns  not used     not used
-``steered_linear``   tokens       out               in           ``in``
-===================  ===========  ================  ===========  =========
+====================  ===========  ================  ===========  =========
+operation             M (block_m)  N (block_n)       K (block_k)  splits of
+====================  ===========  ================  ===========  =========
+``momentum_update``   pairs        columns           not used     the pairs
+``steer_columns_``    tokens       selected columns  not used     not used
+``steered_linear_*``  tokens       out               in           ``in``
+====================  ===========  ================  ===========  =========
 
-``steered_linear_rows`` is ``steered_linear`` with a plan a token.
+``steered_linear`` has four forms, each with entries of its own (:func:`form`): steered at the ``output`` or at the
+``input``, with one plan or, behind ``_rows``, a plan a token. At the input every block of outputs steers x again, and a
+plan a token gathers tiles of strengths, so the settings that are fast for one form are slow for another.
+
+"fused" lists, for each form and shape that was measured on the named devices, up to how many tokens it is worth while:
+in a CUDA graph no slower than the fastest other way to the same result, which is the library's product and
+``steer_columns_`` after it (at the input before it). 0: never. The plain, unsteered product is not the measure: where a
+form is slower than that and still faster than product and columns, it is the better choice. ``python -m
+bench.dispatch`` measures and writes both lists.
 """
 
 import contextlib
@@ -28,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -35,8 +43,14 @@ TABLES = Path(__file__).parent / "tables"
 #: PyTorch's product and the sparse kernel run, on every device.
 MOST_TOKENS = 64
 
-#: A context manager that does nothing; one object for all launches.
-_SAME_DEVICE = contextlib.nullcontext()
+#: All that tables have entries for.
+FORMS = tuple(f"steered_linear_{side}{rows}" for rows in ("", "_rows") for side in ("output", "input"))
+OPERATIONS = ("momentum_update", "steer_columns_", *FORMS)
+
+
+def form(at_input: bool, rows: bool) -> str:
+    """The form of ``steered_linear``: steered at its input instead of its output, and with a plan a token."""
+    return FORMS[2 * rows + at_input]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +72,15 @@ class Entry:
     #: ... but not further than this, and never below one tile a split.
     max_splits: int = 1
 
+    def __post_init__(self) -> None:
+        if self.op not in OPERATIONS:
+            raise TypeError(f"op: found {self.op!r}, expected one of {', '.join(OPERATIONS)}")
+
     def distance(self, m: int, n: int, k: int) -> tuple[float, float]:
-        """How far a shape is from the entry's: (in N and K, in M)."""
-        return _ratio(n, self.n) + _ratio(k, self.k), _ratio(m, self.m)
+        """How far a shape is from the entry's: of a projection (in N and K, in M), else (in all, 0)."""
+        if self.op in FORMS:
+            return _ratio(n, self.n) + _ratio(k, self.k), _ratio(m, self.m)
+        return _ratio(m, self.m) + _ratio(n, self.n), 0.0
 
     def splits(self, m: int, n: int, k: int, processors: int) -> int:
         """How many programs share the sum (over rows, or over K) of one output tile."""
@@ -78,15 +98,20 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """Up to ``m`` tokens ``steered_linear`` was no slower than the library's product and the sparse kernel.
+    """Up to ``m`` tokens a form of ``steered_linear`` was no slower than the library's product and the sparse kernel.
 
     Only a measurement on the named devices may write one.
     """
 
+    op: str
     dtypes: tuple[str, ...]
     n: int
     k: int
     m: int
+
+    def __post_init__(self) -> None:
+        if self.op not in FORMS:
+            raise TypeError(f"op: found {self.op!r}, expected one of {', '.join(FORMS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +163,7 @@ _preferred: list[Table] = []
 
 @functools.cache
 def tables() -> tuple[Table, ...]:
-    """All tables, those that name devices before those for any device, ``default.json`` last."""
+    """All tables: that of one device, those that others use too, those for any device; ``default.json`` last."""
     found: list[Table] = []
     for file in sorted(TABLES.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -146,12 +171,13 @@ def tables() -> tuple[Table, ...]:
         fused = tuple(_row(file, Limit, row) for row in content.get("fused", ()))
         architectures, devices = tuple(content["architectures"]), tuple(content["devices"])
         found.append(Table(file.stem, content["source"], architectures, devices, entries, fused))
-    return (*_preferred, *sorted(found, key=lambda t: (t.file == "default", t.devices == ("*",), t.file)))
+    found.sort(key=lambda t: (t.file == "default", t.devices == ("*",), len(t.devices), t.file))
+    return (*_preferred, *found)
 
 
 def forget() -> None:
     """Reads the tables anew at the next launch."""
-    for cached in (tables, entries_for, settings, fused_up_to):
+    for cached in (tables, settings, fused_up_to):
         cached.cache_clear()
 
 
@@ -183,7 +209,8 @@ def shipped(architecture: str) -> list[tuple[str, Entry]]:
             left = tuple(d for d in entry.dtypes if (entry.op, d) not in covered)
             if left:
                 listed.append((table.file, dataclasses.replace(entry, dtypes=left)))
-            own.update((entry.op, d) for d in entry.dtypes)
+            if entry.m >= MOST_TOKENS or entry.op not in FORMS:
+                own.update((entry.op, d) for d in entry.dtypes)
         if table.devices == ("*",):  # later tables are never asked for what this one has
             covered |= own
     return listed
@@ -207,27 +234,34 @@ def names_of(device: torch.device) -> tuple[str, str]:
     return device_profile(device)[:2]
 
 
-@functools.cache
-def entries_for(op: str, dtype: torch.dtype, architecture: str, name: str) -> tuple[Entry, ...]:
-    """The entries that a device chooses from: those of the first table that is for it and has any."""
+def entries_for(op: str, m: int, dtype: torch.dtype, architecture: str, name: str) -> tuple[Entry, ...]:
+    """The entries that a device chooses from for M: those of the first table that is for it and has any.
+
+    A projection of more tokens than a table knows goes to the next: small tiles of tokens would read the weight again
+    and again.
+    """
     short = str(dtype).removeprefix("torch.")
+    entries: tuple[Entry, ...] = ()
     for table in tables():
         if table.fits(architecture, name):
-            entries = tuple(e for e in table.entries if e.op == op and short in e.dtypes)
-            if entries:
-                return entries
-    raise ValueError(f"no table in {TABLES} has an entry for {op} in {dtype} on {name} ({architecture})")
+            entries = tuple(e for e in table.entries if e.op == op and short in e.dtypes) or entries
+            if entries and (op not in FORMS or m <= max(e.m for e in entries)):
+                break
+    if not entries:
+        raise ValueError(f"no table in {TABLES} has an entry for {op} in {dtype} on {name} ({architecture})")
+    return entries
 
 
-def nearest(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Entry:
-    """The entry whose settings a launch gets."""
-    return min(entries_for(op, dtype, *names_of(device)), key=lambda e: e.distance(m, n, k))
+def nearest(op: str, m: int, n: int, k: int, dtype: torch.dtype, architecture: str, name: str) -> Entry:
+    """The entry whose settings a launch gets on a device."""
+    return min(entries_for(op, m, dtype, architecture, name), key=lambda e: e.distance(m, n, k))
 
 
 @functools.lru_cache(maxsize=65536)
 def settings(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """The settings of one launch. A repeated call is one look-up in a cache."""
-    entry, processors = nearest(op, m, n, k, dtype, device), device_profile(device)[2]
+    architecture, name, processors = device_profile(device)
+    entry = nearest(op, m, n, k, dtype, architecture, name)
     return Settings(
         block_m=entry.block_m,
         block_n=entry.block_n,
@@ -243,24 +277,28 @@ _NEAR = 1.5
 
 
 @functools.cache
-def fused_up_to(n: int, k: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Up to how many tokens ``steered_linear`` is worth while for a weight [n, k]; 0 where that was not measured.
+def fused_up_to(
+    n: int, k: int, dtype: torch.dtype, device: torch.device, at_input: bool = False, rows: bool = False
+) -> int:
+    """Up to how many tokens a form of ``steered_linear`` is worth while for a weight [n, k]; 0 where not measured.
 
     Only measured tables (bench/dispatch.py writes them) have limits; the nearest measured shape decides. Never more
     than MOST_TOKENS.
+
+    Args:
+        at_input, rows: which form, see :func:`form`.
     """
+    op, short = form(at_input, rows), str(dtype).removeprefix("torch.")
     architecture, name, _ = device_profile(device)
-    short = str(dtype).removeprefix("torch.")
     for table in tables():
-        limits = [limit for limit in table.fused if short in limit.dtypes]
+        limits = [limit for limit in table.fused if limit.op == op and short in limit.dtypes]
         if limits and table.fits(architecture, name):
             near = min(limits, key=lambda limit: _ratio(n, limit.n) + _ratio(k, limit.k))
             return min(near.m, MOST_TOKENS) if _ratio(n, near.n) + _ratio(k, near.k) <= math.log2(_NEAR) else 0
     return 0
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes ``device`` current for a launch. Triton launches on the current device, wherever the tensors are."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _SAME_DEVICE
-    return torch.cuda.device(device)
+def elsewhere(t: Tensor) -> bool:
+    """Whether a tensor is on another GPU than the current one, on which Triton launches, wherever its tensors are."""
+    index = t.get_device()  # -1 on a CPU
+    return index >= 0 and index != torch.cuda.current_device()

@@ -152,8 +152,13 @@ def momentum_update(
     rows, columns = positive.shape
     if rows == 0 or columns == 0:
         return
+    if launch.elsewhere(positive):
+        with torch.cuda.device(positive.device):
+            return momentum_update(
+                *(positive, negative, positive_count, negative_count),
+                *(delta_sum, delta_square_sum, first_nonfinite, pair_offset),
+            )
     s = launch.settings("momentum_update", rows, columns, 0, positive.dtype, positive.device)
-    column_blocks = triton.cdiv(columns, s.block_n)
     counters = (positive_count, negative_count, delta_sum, delta_square_sum, first_nonfinite)
     if s.splits == 1:
         targets = counters
@@ -161,29 +166,28 @@ def momentum_update(
         counts = torch.empty((3, s.splits, columns), dtype=torch.int64, device=positive.device)
         sums = torch.empty((2, s.splits, columns), dtype=torch.float64, device=positive.device)
         targets = (counts[0], counts[1], sums[0], sums[1], counts[2])
-    with launch.on_device(positive.device):
-        momentum_kernel[(column_blocks, s.splits)](
-            positive,
-            negative,
+    momentum_kernel[(-(-columns // s.block_n), s.splits)](
+        positive,
+        negative,
+        *targets,
+        pair_offset,
+        rows,
+        columns,
+        positive.stride(0),
+        negative.stride(0),
+        -(-rows // (s.block_m * s.splits)),
+        ACCUMULATE=s.splits == 1,
+        BLOCK_R=s.block_m,
+        BLOCK_C=s.block_n,
+        NUM_STAGES=s.num_stages,
+        num_warps=s.num_warps,
+    )
+    if s.splits > 1:
+        momentum_finish_kernel[(-(-columns // FINISH_BLOCK_C),)](
             *targets,
-            pair_offset,
-            rows,
+            *counters,
+            s.splits,
             columns,
-            positive.stride(0),
-            negative.stride(0),
-            triton.cdiv(triton.cdiv(rows, s.block_m), s.splits),
-            ACCUMULATE=s.splits == 1,
-            BLOCK_R=s.block_m,
-            BLOCK_C=s.block_n,
-            NUM_STAGES=s.num_stages,
-            num_warps=s.num_warps,
+            BLOCK_C=FINISH_BLOCK_C,
+            num_warps=FINISH_WARPS,
         )
-        if s.splits > 1:
-            momentum_finish_kernel[(triton.cdiv(columns, FINISH_BLOCK_C),)](
-                *targets,
-                *counters,
-                s.splits,
-                columns,
-                BLOCK_C=FINISH_BLOCK_C,
-                num_warps=FINISH_WARPS,
-            )

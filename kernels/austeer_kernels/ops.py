@@ -7,8 +7,13 @@ The CUDA implementations import Triton when they are first called, so this modul
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from . import reference
 
@@ -29,30 +34,25 @@ _library.define(
 )
 
 
-def _momentum_update_cuda(*args) -> None:
-    from .momentum import momentum_update
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module of this package, imported at the first call and kept: an import costs 8 us a call."""
+    found: Callable[..., Any] | None = None
 
-    momentum_update(*args)
+    def launch(*args):
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(f".{module}", __package__), name)
+        return found(*args)
 
-
-def _steer_columns_cuda(*args) -> None:
-    from .columns import steer_columns_
-
-    steer_columns_(*args)
-
-
-def _steered_linear_cuda(*args) -> Tensor:
-    from .projection import steered_linear
-
-    return steered_linear(*args)
+    return launch
 
 
 _library.impl("momentum_update", reference.momentum_update, "CPU")
 _library.impl("steer_columns_", reference.steer_columns_, "CPU")
 _library.impl("steered_linear", reference.steered_linear, "CPU")
-_library.impl("momentum_update", _momentum_update_cuda, "CUDA")
-_library.impl("steer_columns_", _steer_columns_cuda, "CUDA")
-_library.impl("steered_linear", _steered_linear_cuda, "CUDA")
+_library.impl("momentum_update", _launcher("momentum", "momentum_update"), "CUDA")
+_library.impl("steer_columns_", _launcher("columns", "steer_columns_"), "CUDA")
+_library.impl("steered_linear", _launcher("projection", "steered_linear"), "CUDA")
 
 
 @torch.library.register_fake("austeer::momentum_update", lib=_library)
@@ -185,20 +185,22 @@ def steer_columns_(
     magnitude: bool = False,
     row_plan: Tensor | None = None,
 ) -> Tensor:
-    """Steers selected columns of a matrix in place, and touches no other column. Returns ``y``.
+    """Steers each token at its plan's list of columns, in place, and touches nothing else. Returns ``y``.
 
-    For every token t and every i, with p = row_plan[t] (0 without ``row_plan``) and x = y[t, index[i]]::
+    For every token t and every i, with p = row_plan[t] (0 without ``row_plan``), c = index[p, i] and x = y[t, c]::
 
-        y[t, index[i]] <- x + gamma[p, i] * (|x| if magnitude else x) + shift[p, i]
+        y[t, c] <- x + gamma[p, i] * (|x| if magnitude else x) + shift[p, i]        where c is not -1
 
     computed in float32 (float64 for float64) and rounded once (paper: x + alpha * beta * x, with gamma = alpha * beta).
+    Work and tables grow with the longest list, and not with what all plans together steer.
 
     Args:
         y: [tokens, width], floating point (float64 on a CPU only); any stride over tokens, columns adjacent.
-        index: int64 [count], distinct columns (see :func:`coalesce`), 0 <= index < width.
+        index: int64 [plans, count], 0 <= index < width, distinct within a plan (see :func:`coalesce`); -1 for an entry
+            that is not used, whatever gamma and shift hold there. Any stride over plans (0: one list for all of them).
         gamma, shift: float32 [plans, count], contiguous.
         magnitude: gamma multiplies |x| instead of x.
-        row_plan: int32 [tokens], each token's row of the table, -1 for a token that is left as it is.
+        row_plan: int32 [tokens], each token's plan, -1 for a token that is left as it is.
             Needed when there is more than one plan.
 
     Raises:
@@ -209,11 +211,13 @@ def steer_columns_(
     allowed = FLOATING if y.device.type == "cpu" else HALF_AND_SINGLE
     _expect(y.dtype in allowed, "y", str(y.dtype), " or ".join(map(str, allowed)))
     _expect(y.stride(1) == 1 or y.shape[1] <= 1, "y", f"stride {y.stride(1)} over columns", "stride 1")
-    _expect(index.dim() == 1, "index", f"{index.dim()} dimensions", "[count]")
-    _expect_tensor("index", index, (index.shape[0],), (torch.int64,), y.device)
-    _expect(index.is_contiguous(), "index", f"strides {index.stride()}", "a contiguous tensor")
-    _expect(index.shape[0] <= y.shape[1], "index", f"{index.shape[0]} columns", f"at most {y.shape[1]}, distinct")
-    _expect_table(gamma, shift, index.shape[0], row_plan, y)
+    _expect(index.dim() == 2, "index", f"{index.dim()} dimensions", "[plans, count]")
+    plans, count = index.shape
+    _expect_tensor("index", index, (plans, count), (torch.int64,), y.device)
+    _expect(index.stride(1) == 1 or count <= 1, "index", f"stride {index.stride(1)} over entries", "stride 1")
+    _expect(count <= y.shape[1], "index", f"{count} columns", f"at most {y.shape[1]}, distinct")
+    _expect_table(gamma, shift, count, row_plan, y)
+    _expect(gamma.shape[0] == plans, "index", f"the lists of {plans} plans", f"{gamma.shape[0]}, as gamma has")
     torch.ops.austeer.steer_columns_(y, index, gamma, shift, magnitude, row_plan)
     return y
 
@@ -267,19 +271,18 @@ def steered_linear(
     return torch.ops.austeer.steered_linear(x, weight, bias, gamma, shift, prologue, magnitude, row_plan)
 
 
-def coalesce(index: Tensor, gamma: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes the columns of a table distinct and sorted; entries of one column add up, as in an index-add.
+def coalesce(plans: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The lists of :func:`steer_columns_` for some plans; entries of one column of a plan add up, as in an index-add.
 
     Args:
-        index: int64 [count], any order, repeats allowed. gamma, shift: float32 [plans, count].
+        plans: for each index int64 [count], any order, repeats allowed; gamma and shift float32 [count].
 
     Returns:
-        index [distinct], gamma and shift [plans, distinct].
+        index [plans, most], ascending, -1 behind a list that is shorter than the longest; gamma and shift, 0 there.
     """
-    distinct, position = index.unique(return_inverse=True)
-    shape = (gamma.shape[0], distinct.shape[0])
-    return (
-        distinct,
-        gamma.new_zeros(shape).index_add_(1, position, gamma),
-        shift.new_zeros(shape).index_add_(1, position, shift),
-    )
+    lists = []
+    for index, gamma, shift in plans:
+        distinct, place = index.unique(return_inverse=True)
+        lists.append((distinct, *(t.new_zeros(len(distinct)).index_add_(0, place, t) for t in (gamma, shift))))
+    index, gamma, shift = (pad_sequence(list(part), True, value) for part, value in zip(zip(*lists), (-1, 0, 0)))
+    return index, gamma, shift

@@ -80,7 +80,7 @@ def steered(x: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool) -> Tensor:
     """x + gamma * (|x| if magnitude else x) + shift, in the dtype of ``x``; differentiable."""
     if gamma.dtype != x.dtype:  # a cast that changes nothing still costs a microsecond, and decoding counts them
         gamma, shift = gamma.to(x.dtype), shift.to(x.dtype)
-    return torch.addcmul(x, gamma, x.abs() if magnitude else x) + shift
+    return torch.addcmul(x, gamma, x.abs() if magnitude else x).add_(shift)
 
 
 def steered_columns(old: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None) -> Tensor:
@@ -96,12 +96,60 @@ def steered_columns(old: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, 
     return new if row_plan is None else torch.where((row_plan >= 0)[:, None], new, old)
 
 
+def steer_columns(
+    y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None
+) -> Tensor:
+    """The definition of :func:`steer_columns_`: a new tensor, differentiable in y, gamma and shift, and traceable."""
+    if not index.shape[1]:
+        return y.clone()
+    plan = y.new_zeros(y.shape[0], dtype=torch.int32) if row_plan is None else row_plan
+    columns, new, once = _steered_entries(y, index, gamma, shift, magnitude, plan)
+    return y.scatter(1, columns, torch.where(once, new, new.detach()))
+
+
+def _steered_entries(
+    y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns, and what they become, [tokens, count]; and where a column of a token stands there for the first time.
+
+    An entry that is not used stands for its token's first used one, with the same result; where there is none, all
+    stand for one column, which becomes what it was.
+    """
+    plan, place = row_plan.clamp(min=0), torch.arange(index.shape[1], device=y.device)
+    columns, gamma, shift = (t.index_select(0, plan) for t in (index, gamma, shift))
+    used = (columns >= 0) & (row_plan >= 0)[:, None]
+    entry = torch.where(used, place, used.byte().argmax(1, keepdim=True))
+    columns, gamma, shift = (t.gather(1, entry) for t in (columns.clamp(min=0), gamma, shift))
+    old = y.gather(1, columns)
+    new = torch.where(used.any(1, keepdim=True), steered_columns(old, gamma, shift, magnitude, None), old)
+    return columns, new, entry == place
+
+
 def steer_columns_(
     y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None
 ) -> None:
-    """y[:, index] <- y[:, index] + gamma * (y[:, index] or its magnitude) + shift, rounded once to y's dtype."""
-    if index.numel():
-        y.index_copy_(1, index, steered_columns(y.index_select(1, index), gamma, shift, magnitude, row_plan))
+    """y[t, c] <- y[t, c] + gamma[p, i] * (y[t, c] or its magnitude) + shift[p, i], c = index[p, i], p = row_plan[t].
+
+    Rounded once to y's dtype. What :func:`steer_columns` gives, with work for the lists' entries alone.
+    """
+    if not index.shape[1]:
+        return
+    if row_plan is not None:
+        columns, x, _ = _steered_entries(y, index, gamma, shift, magnitude, row_plan)
+        y.scatter_(1, columns, x)
+        return
+    columns = index.squeeze(0)
+    try:
+        x = y.index_select(1, columns)
+    except (IndexError, RuntimeError):  # -1, which is rare here: to look for it would cost microseconds a call
+        used = columns >= 0
+        columns, gamma, shift = columns[used], gamma[:, used], shift[:, used]
+        x = y.index_select(1, columns)
+    if x.dtype == torch.float32:  # decoding counts the microseconds: nothing more is allocated
+        x.addcmul_(x.abs() if magnitude else x, gamma).add_(shift)
+    else:
+        x = steered_columns(x, gamma, shift, magnitude, None)
+    y.index_copy_(1, columns, x)
 
 
 def steered_linear(

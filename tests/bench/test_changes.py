@@ -11,7 +11,7 @@ import synthetic_results
 from bench import changes
 from bench.changes import compare
 
-MAIN = "eager, batch 1, ffn, k=100, 30 layers, prompt of 32 tokens"
+MAIN = "eager, batch 1, ffn, scale, k=100, 30 layers, prompt of 32 tokens"
 
 
 @pytest.fixture

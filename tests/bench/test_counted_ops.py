@@ -77,14 +77,14 @@ def test_composite_operations_are_taken_apart(mode):
 
 
 def test_our_operations_on_a_cpu_are_what_they_consist_of(x):
-    index, gamma, shift = torch.tensor([1, 5]), torch.full((1, 2), 0.5), torch.zeros(1, 2)
+    index, gamma, shift = torch.tensor([[1, 5]]), torch.full((1, 2), 0.5), torch.zeros(1, 2)
     found = counted(lambda: steer_columns_(x, index, gamma, shift))
     names = [call.name.removeprefix("aten::") for call in found.calls]
-    assert names == ["index_select", "addcmul", "add", "index_copy_"]
+    assert names == ["index_select", "addcmul_", "add_", "index_copy_"]
     assert x[0].tolist() == [1, 1.5, 1, 1, 1, 1.5, 1, 1, 1, 1], "it was steered, and once"
     weight, dense = torch.ones(8, 10), torch.zeros(1, 8)
     found = counted(lambda: steered_linear(x, weight, None, dense, dense))
-    assert [call.name for call in found.calls] == ["aten::mm", "aten::addcmul", "aten::add"]
+    assert [call.name for call in found.calls] == ["aten::mm", "aten::addcmul", "aten::add_"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -99,3 +99,14 @@ def test_products_of_models_are_those_of_torch_s_counter(family):
     products = [call for call in found.calls if call.name.removeprefix("aten::") in ("mm", "addmm", "bmm", "baddbmm")]
     assert torch.equal(after[0], before), "counting changes nothing"
     assert sum(call.operations for call in products) == theirs.get_total_flops() < found.operations
+
+
+@pytest.mark.parametrize("heads", [8, 2])
+def test_attention_with_fewer_keys_than_queries_is_counted(heads):
+    query, keys, values = torch.ones(3, 8, 5, 16), torch.ones(3, heads, 7, 16), torch.ones(3, heads, 7, 16)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    found = counted(lambda: attention(query, keys, values, enable_gqa=heads != 8))
+    assert found.operations >= 2 * 3 * 8 * 5 * 7 * 16 * 2
+    assert sum(call.operations for call in found.calls if "attention" in call.name or "bmm" in call.name) == (
+        2 * 3 * 8 * 5 * 7 * 16 * 2
+    )

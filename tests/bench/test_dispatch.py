@@ -1,32 +1,15 @@
-"""The projection benchmark: what each variant computes, limits from times, and the table that is written."""
+"""The projection benchmark: what each variant computes, and the command."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
 from austeer.costs.ceilings import Ceilings
-from austeer_kernels import launch
 from bench import cases, dispatch, files, report
 from bench.graphs import WrongResultError
 
 CPU = torch.device("cpu")
-NAMES = ("sm_90", "NVIDIA H100 [80GB] HBM3")
-
-
-@pytest.fixture
-def own_tables(tmp_path, monkeypatch):
-    """A folder of tables with a copy of the shipped ones, looked up anew before and after."""
-    folder = tmp_path / "tables"
-    folder.mkdir()
-    for file in launch.TABLES.glob("*.json"):
-        (folder / file.name).write_text(file.read_text())
-    monkeypatch.setattr(launch, "TABLES", folder)
-    launch.forget()
-    yield folder
-    monkeypatch.undo()
-    launch.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -83,82 +66,6 @@ def test_bytes_and_operations():
     assert case.fused(rows=True).nbytes == moved + 8 * 8 * 200 + 4 * 4
     assert case.columns(count=10).nbytes == moved + 10 * (2 * 4 * 2 + 8 + 8)
     assert case.alone(10).nbytes == 10 * (2 * 4 * 2 + 8 + 8)
-
-
-# --- from times to limits ----------------------------------------------------------------------------------
-
-
-def row(tokens, over, shape=(64, 32)):
-    """What of a row of the result matters; ``over``: ratios of the fused forms to their rivals."""
-    over = over if isinstance(over, tuple) else (over,) * 4
-    ratios = {name: {"median": ratio} for name, ratio in zip(cases.RIVALS, over)}
-    return {"n": shape[0], "k": shape[1], "tokens": tokens, "over_rival": ratios}
-
-
-def test_a_limit_ends_at_the_first_number_of_tokens_that_is_slower():
-    def found(*ratios):
-        rows = [row(t, r) for t, r in zip((1, 4, 16, 64), ratios)]
-        return [limit.m for limit in dispatch.limits(reversed(rows), "bfloat16")]
-
-    assert found(0.9, 1.0, 0.99, 1.2) == [16]
-    assert found(0.9, 1.01, 0.5, 0.5) == [1]
-    assert found(1.1, 0.5, 0.5, 0.5) == []
-    assert found(0.9, 0.9, 0.9, 0.9) == [64]
-    assert found(0.9, (0.9, 0.9, 0.9, 1.01), 0.9, 0.9) == [1], "every form of the kernel counts"
-    rows = [row(64, 0.9), row(512, ())]
-    assert [limit.m for limit in dispatch.limits(rows, "bfloat16")] == [64], "beyond, the kernel was not timed"
-
-
-def test_each_shape_has_its_own_limit():
-    rows = [row(1, 0.9), row(1, 1.1, shape=(8, 8)), row(4, 0.9), row(4, 1.1, shape=(8, 8))]
-    assert dispatch.limits(rows, "float16") == [launch.Limit(("float16",), 64, 32, 4)]
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def update(file, names, source, dtype, shapes, limits):
-    """Writes made-up findings, as they are read from a file, into a table."""
-    content = {
-        "dtype": dtype,
-        "rows": [{"n": n, "k": k} for n, k in shapes],
-        "limits": [dataclasses.asdict(limit) for limit in limits],
-    }
-    dispatch.write_table(json.loads(json.dumps(content)), names, file, source)
-
-
-def test_a_table_with_limits_alone_leaves_every_launch_as_it_was(own_tables):
-    """Settings for an operation that a device's table lacks come from the next table."""
-    shapes = [("steered_linear", 16, 4096, 4096), ("steer_columns_", 1, 100, 0), ("momentum_update", 500, 4096, 0)]
-    before = [launch.entries_for(op, torch.bfloat16, *NAMES) for op, *_ in shapes]
-    file = own_tables / "h100.json"
-    limits = [launch.Limit(("bfloat16",), 4096, 14336, 16), launch.Limit(("bfloat16",), 4096, 4096, 4)]
-    update(file, NAMES, "a test", "bfloat16", {(4096, 4096), (4096, 14336), (64, 64)}, limits)
-    table = launch.tables()[0]
-    assert table.file == "h100" and table.source == "a test" and table.entries == ()
-    assert set(table.fused) == set(limits) and table.fits(*NAMES)
-    assert not table.fits("sm_90", "NVIDIA H100 8 HBM3"), "a bracket in a device's name is no pattern"
-    assert [launch.entries_for(op, torch.bfloat16, *NAMES) for op, *_ in shapes] == before
-    assert {(e.op, d) for _, e in launch.shipped("sm_90") for d in e.dtypes} >= {
-        (op, dtype) for op, *_ in shapes for dtype in ("float16", "bfloat16", "float32")
-    }
-
-
-def test_an_update_replaces_what_was_measured_again_and_keeps_the_rest(own_tables):
-    file = own_tables / "h100.json"
-    entry = launch.Entry("steered_linear", ("bfloat16",), 1, 64, 16, 64, 4, k=64, block_k=64)
-    head = {"source": "first", "architectures": [NAMES[0]], "devices": ["NVIDIA H100 [[]80GB] HBM3"], "fused": []}
-    file.write_text(json.dumps(head | {"entries": [dataclasses.asdict(entry)]}))
-    a, b = launch.Limit(("bfloat16",), 64, 64, 4), launch.Limit(("bfloat16",), 128, 64, 16)
-    update(file, NAMES, "first", "bfloat16", {(64, 64), (128, 64)}, [a, b])
-    update(file, NAMES, "half", "float16", {(64, 64)}, [dataclasses.replace(a, dtypes=("float16",))])
-    update(file, NAMES, "again", "bfloat16", {(64, 64)}, [])
-    table = next(t for t in launch.tables() if t.file == "h100")
-    assert table.source == "first; half; again"
-    assert {(x.dtypes, x.n, x.m) for x in table.fused} == {(("bfloat16",), 128, 16), (("float16",), 64, 4)}
-    assert table.entries == (entry,)
-    with pytest.raises(ValueError, match=r"h100\.json is for devices .*H100.*expected .*B200"):
-        update(file, ("sm_100", "NVIDIA B200"), "x", "bfloat16", set(), [])
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The GPU suite: its parts on a CPU with tiny models, what becomes of failures, of processes that end, and of time."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ from bench.lineup import Case
 from places import ROOT
 
 CPU = torch.device("cpu")
+LLAMA = gpu_parts.cases_of(shapes.LLAMA_8B, "eager", ("ffn",))
 #: What the measurements can do without: a machine with a GPU may have none of it.
 OPTIONAL = (
     *("greenlet", "peft", "typer", "matplotlib", "pyvene", "nnsight", "repeng", "steering_vectors", "gguf"),
@@ -35,7 +37,7 @@ def no_gpu(monkeypatch, request):
 @pytest.fixture
 def suite(tmp_path):
     """A suite of no parts."""
-    settings = {"quick": True, "models": ["Llama-3.1-8B"], "skip": [], "budget": 100.0, "dtype": "bfloat16"}
+    settings = {"quick": True, "only": [], "ways": [], "budget": 100.0, "dtype": "bfloat16"}
     content = {"kind": "gpu", "schema": 1, "settings": settings, "environment": {"commit": None}, "parts": {}}
     suite = Suite(tmp_path / "cpu" / "gpu-quick.json", content, CPU)
     suite.save()
@@ -50,15 +52,17 @@ def part_of(run, name="part", least=1.0, most=10.0):
 
 
 def test_the_whole_suite_on_a_cpu(tmp_path, capsys):
-    assert gpu.main(["--quick", "--models", "Qwen3-30B-A3B", "--out", str(tmp_path), "--commit", "abc"]) == 0
-    printed = capsys.readouterr().out
+    assert gpu.main(["--quick", "--ways", "fold", "--out", str(tmp_path), "--commit", "abc"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
     (path,) = (tmp_path / "cpu").glob("gpu-quick-*.json")
     content = json.loads(path.read_text())
     assert (content["kind"], content["schema"], content["complete"]) == ("gpu", 1, True)
     assert content["environment"]["commit"] == "abc" and content["environment"]["packages"]["torch"]
     parts = content["parts"]
-    assert list(parts) == ["tests", "kernels", "Qwen3-30B-A3B", "momentum"]
+    assert list(parts) == [part.name for part in gpu_parts.parts()]
     assert parts.pop("tests")["status"] == SKIPPED
+    if importlib.util.find_spec("bench.many_plans") is None:
+        assert parts.pop("rows")["status"] == SKIPPED
     assert {entry["status"] for entry in parts.values()} == {DONE}, [entry["reason"] for entry in parts.values()]
 
     def file_of(part, kind):
@@ -68,30 +72,36 @@ def test_the_whole_suite_on_a_cpu(tmp_path, capsys):
 
     kernels = file_of("kernels", "dispatch")
     assert kernels["complete"] and kernels["environment"]["commit"] == "abc"
-    found = file_of("Qwen3-30B-A3B", "inference")
-    cases, _ = gpu_parts.cases_of(True, False)
-    assert found["complete"] and found["kind"] == "inference" and found["model"]["dtype"] == "bfloat16"
-    assert found["model"]["name"] == "tiny Qwen3-30B-A3B, random weights"
-    assert [case["site"] for case in found["cases"]] == [case.site for case in cases] == ["ffn", "ffn", "attention"]
-    assert found["series"] == {"main": [1, 0], "site": [1, 2]}
-    for case in found["cases"]:
-        assert {"unsteered", "unsteered again", *gpu_parts.WAYS} == set(case["variants"])
-        measured = {name for name, row in case["variants"].items() if row["status"] == "measured"}
-        assert {"public", "dense hook", "sparse hook", "columns", "fold"} <= measured
-        assert {"token", "first_token"} <= set(case["variants"]["columns"])
-    assert found["cases"][0]["variants"]["fused"]["status"] == "skipped", "no projection makes a mixture's output"
-    assert found["cases"][2]["variants"]["fused"]["status"] == "measured"
+    assert parts["ceilings"]["result"]["bandwidth"] > 0
+    for part, sites, own in (
+        ("graphs-llama", ["ffn", "attention"], gpu_parts.GRAPH_WAYS),
+        ("eager-gemma", ["ffn", "attention", "layer"], gpu_parts.WAYS),
+        ("graphs-mixture", ["ffn"], gpu_parts.GRAPH_WAYS),
+    ):
+        found = file_of(part, "inference")
+        assert (
+            found["complete"] and found["model"]["dtype"] == "bfloat16" and found["model"]["name"].startswith("tiny ")
+        )
+        places = [(case["operation"], case["site"]) for case in found["cases"]]
+        assert places == [(operation, site) for operation in ("shift", "scale", "push") for site in sites]
+        for case in found["cases"]:
+            assert {"unsteered", "unsteered again", "fold", *own} == set(case["variants"])
+            measured = {name for name, row in case["variants"].items() if row["status"] == "measured"}
+            assert {"public", "dense hook", "auto"} <= measured and "launches" in case["variants"]["auto"]
+            assert {"token", "first_token"} <= set(case["variants"]["auto"])
+    counted = parts["counts"]["result"]["ways"]
+    assert counted["public"]["launches"] == counted["unsteered"]["launches"] + 2 * 3
     momentum = file_of("momentum", "momentum")
-    assert momentum["large"]["sets"] and momentum["kernel"]["of_copy_bandwidth"] > 0 and momentum["complete"]
+    assert momentum["large"]["sets"] and momentum["kernel"]["of_bandwidth"] > 0 and momentum["complete"]
     for text in ("roofline", "counting kernel", "token, batch 1, %", "found no GPU"):
-        assert text in " ".join(printed.split())
-    assert f"{found['cases'][0]['variants']['public']['token']['ratio']['median'] * 100 - 100:+.1f}" in printed
+        assert text in printed
 
 
 def test_it_runs_where_only_what_it_needs_is_installed(tmp_path):
     """In a process in which no optional package can be imported."""
     command = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); from bench import gpu; sys.exit(gpu.main())"
-    arguments = ["--quick", "--json", "--models", "Llama-3.1-8B", "--out", str(tmp_path), "--skip", "kernels"]
+    arguments = ["--quick", "--json", "--out", str(tmp_path), "--only", "tests", "graphs-llama", "momentum", "counts"]
+    arguments += ["--ways", "lora"]
     done = subprocess.run(
         [sys.executable, "-c", command, *arguments],
         cwd=ROOT,
@@ -103,7 +113,7 @@ def test_it_runs_where_only_what_it_needs_is_installed(tmp_path):
     assert done.returncode == 0, done.stderr
     parts = json.loads(done.stdout)["parts"]
     assert {name: entry["status"] for name, entry in parts.items() if entry["status"] != DONE} == {"tests": SKIPPED}
-    (name,) = parts["Llama-3.1-8B"]["files"]
+    (name,) = parts["graphs-llama"]["files"]
     rows = json.loads((tmp_path / "cpu" / name).read_text())["cases"][0]["variants"]
     assert [name for name, row in rows.items() if row["status"] != "measured"] == ["lora"]
     assert "peft" in rows["lora"]["reason"] and "install" in rows["lora"]["reason"]
@@ -119,13 +129,14 @@ def test_options_that_make_no_sense_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_what_is_asked_for_in_order():
-    names = [part.name for part in gpu_parts.parts({"models": list(shapes.SHAPES), "skip": []})]
-    assert names == ["tests", "kernels", *shapes.SHAPES, "momentum"]
-    assert [p.name for p in gpu_parts.parts({"models": ["Qwen3-8B"], "skip": ["tests", "kernels", "momentum"]})] == [
-        "Qwen3-8B"
-    ]
-    assert not {p.name for p in gpu_parts.parts({"models": ["Qwen3-8B"], "skip": ["models"]})} & set(shapes.SHAPES)
+def test_what_matters_most_comes_first_and_the_tests_have_their_time():
+    found = gpu_parts.parts()
+    names = [part.name for part in found]
+    assert names.index("graphs-llama") < names.index("eager-llama") < names.index("eager-gemma") < names.index("counts")
+    assert names.index("graphs-gemma") < names.index("eager-gemma") and names[-1] == "counts"
+    assert next(part for part in found if part.name == "tests").least >= 90
+    assert sum(part.least for part in found) < gpu.BUDGET
+    assert [part.name for part in gpu_parts.parts(["counts", "tests"])] == ["tests", "counts"]
 
 
 # --- failures and time -----------------------------------------------------------------------------------------------
@@ -147,7 +158,7 @@ def test_a_failing_part_is_recorded_and_the_rest_runs(suite, monkeypatch):
         entry["result"] = {"x": 1}
 
     parts = [part_of(run, name) for name, run in (("a", fails), ("b", too_large), ("c", writes))]
-    monkeypatch.setattr(gpu_parts, "parts", lambda settings: parts)
+    monkeypatch.setattr(gpu_parts, "parts", lambda only: parts)
     assert gpu.work(suite.path, 100) == 0
     assert seen == [{"a": FAILED, "b": SKIPPED, "c": RUNNING}], "the file is written after each part"
     found = files.read(suite.path, "gpu")["parts"]
@@ -163,7 +174,7 @@ def test_parts_get_the_time_that_later_ones_do_not_need(suite, monkeypatch):
     given = []
     needs = {"a": (1, 5), "b": (10, 100), "c": (50, 60), "d": (10, 10)}
     parts = [part_of(lambda suite, entry, clock: given.append(clock.left), name, *of) for name, of in needs.items()]
-    monkeypatch.setattr(gpu_parts, "parts", lambda settings: parts)
+    monkeypatch.setattr(gpu_parts, "parts", lambda only: parts)
     gpu.work(suite.path, 90)  # made-up parts take no time
     assert given == [pytest.approx(seconds, abs=6) for seconds in (5, 30, 60, 10)]
     suite.save()  # without the parts
@@ -179,7 +190,7 @@ def test_after_an_error_that_breaks_the_gpu_another_process_is_asked_for(suite, 
             raise BrokenDeviceError("the GPU answers no more")
 
     suite_parts = ["a", "b"]
-    monkeypatch.setattr(gpu_parts, "parts", lambda settings: [part_of(lambda *_: None, name) for name in suite_parts])
+    monkeypatch.setattr(gpu_parts, "parts", lambda only: [part_of(lambda *_: None, name) for name in suite_parts])
     monkeypatch.setattr(gpu_suite, "check_device", broken)
     assert gpu.work(suite.path, 100) == gpu.BROKEN
     assert list(files.read(suite.path, "gpu")["parts"]) == ["a"]
@@ -236,10 +247,10 @@ def test_a_process_for_the_rest_is_started_with_the_options_that_it_needs(tmp_pa
     )
     monkeypatch.setattr(gpu, "supervise", lambda path, end, started: called.append((path, end, started)))
     begin = time.perf_counter()
-    assert gpu.main(["--out", str(tmp_path), "--budget", "77", "--skip", "tests", "--json"]) == 0
+    assert gpu.main(["--out", str(tmp_path), "--budget", "77", "--only", "tests", "--json"]) == 0
     ((path, end, started),) = called
     assert started == [sys.executable, "-m", "bench.gpu", "--json"] and end - begin == pytest.approx(77, abs=1)
-    assert path.name.startswith("gpu-2") and files.read(path, "gpu")["settings"]["skip"] == ["tests"]
+    assert path.name.startswith("gpu-2") and files.read(path, "gpu")["settings"]["only"] == ["tests"]
 
 
 # --- tests as a part -------------------------------------------------------------------------------------------------
@@ -267,6 +278,16 @@ def test_results_of_tests_are_counted_and_those_that_fail_named(tmp_path):
     assert none["status"] == FAILED and none["reason"] == "pytest ended with status 5 and 0 tests, 0 failed"
 
 
+def test_results_of_several_processes_are_counted_too(tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_good(x): pass\ndef test_bad(): assert 0\n"
+    )
+    entry = gpu_parts.run_tests(["-c", "/dev/null", "-n", "2", str(tmp_path)], 120)
+    assert entry["result"]["counts"] == {"passed": 2, "failed": 1}
+    assert [name.split("::")[1] for name in entry["result"]["failing"]] == ["test_bad"]
+
+
 def test_tests_that_take_too_long_are_stopped_and_what_ran_is_counted(tmp_path):
     (tmp_path / "test_slow.py").write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n")
     begin = time.perf_counter()
@@ -279,19 +300,19 @@ def test_tests_that_take_too_long_are_stopped_and_what_ran_is_counted(tmp_path):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def test_cases_on_a_gpu_vary_one_thing_at_a_time():
-    cases, series = gpu_parts.cases_of(False, True)
-    eager, base = cases[:2]
-    assert (base.execution, base.batch, base.site, base.k) == ("graph", 1, "ffn", 100)
-    assert (eager.execution, eager.prompt_tokens, eager.k) == ("eager", 512, 100)
-    assert series["main"] == [base, eager]
-    assert [case.k for case in series["k"]] == [1, 10, 100, 1000]
-    assert [case.site for case in series["site"]] == ["ffn", "attention", "layer"]
-    assert [case.batch for case in series["batch"]] == [1, 16]
-    assert {case.execution for case in cases[2:]} == {"graph"} and len(cases) == len(set(cases)) == 8
-    for name in ("k", "site", "batch"):
-        assert {dataclasses.replace(case, **{name: None}) for case in series[name]} == {
-            dataclasses.replace(base, **{name: None})
+def test_cases_of_a_gpu_have_every_site_and_operation():
+    graphs = gpu_parts.planned("graph", ("ffn", "attention"), False)
+    assert {(case.execution, case.batch, case.k, case.prompt_tokens) for case in graphs} == {("graph", 1, 100, 32)}
+    assert [(case.operation, case.site) for case in graphs[:3]] == [
+        ("shift", "ffn"),
+        ("shift", "attention"),
+        ("scale", "ffn"),
+    ]
+    eager = gpu_parts.planned("eager", ("ffn", "attention"), False)
+    assert [case.prompt_tokens for case in eager] == [512, 4096, 512, 512, 512, 512, 512]
+    for cases in (graphs, eager):
+        assert {(case.operation, case.site) for case in cases} == {
+            (operation, site) for operation in ("scale", "push", "shift") for site in ("ffn", "attention")
         }
 
 
@@ -303,18 +324,18 @@ def made_up(case, k_that_fails=None):
 
 def measure_with(suite, monkeypatch, measure, clock):
     """The entry and file of a model whose cases are made up, as on a GPU."""
-    monkeypatch.setattr(gpu_parts, "cases_of", lambda quick, gpu: eager_cases())
-    monkeypatch.setattr(inference, "measure", lambda model, exact, limits, job, tell: measure(job.case))
+    monkeypatch.setattr(gpu_parts, "planned", lambda *_: eager_cases())
+    monkeypatch.setattr(inference, "measure", lambda model, limits, job, tell: measure(job.case))
     monkeypatch.setattr(inference, "ceilings", lambda *_: Ceilings(1.0, 1.0, 0.0, "made up"))
     monkeypatch.setattr(inference.files, "about", lambda *_: {})
     entry = {"status": RUNNING, "reason": "", "files": [], "result": None}
-    gpu_parts.model_part("Llama-3.1-8B")(suite, entry, clock)
+    LLAMA(suite, entry, clock)
     found = json.loads((suite.path.parent / entry["files"][0]).read_text()) if entry["files"] else None
     return entry, found
 
 
 def eager_cases():
-    return inference.sweep(Case(k=4), k=(1, 2, 4, 8), site=("ffn", "layer"))
+    return inference.sweep(Case(k=4), k=(1, 2, 4, 8), site=("ffn", "layer"))[0]
 
 
 def test_a_case_that_fails_costs_itself_alone(suite, monkeypatch):
@@ -322,7 +343,7 @@ def test_a_case_that_fails_costs_itself_alone(suite, monkeypatch):
     assert entry["status"] == PARTIAL, entry["reason"]
     assert entry["reason"].startswith(f"{Case(k=2)}: OutOfMemoryError: made up [")
     assert [(case["k"], case["site"]) for case in found["cases"]] == [(4, "ffn"), (1, "ffn"), (8, "ffn"), (4, "layer")]
-    assert found["series"] == {"main": [0], "k": [1, 0, 2], "site": [0, 3]} and not found["complete"]
+    assert found["series"] == {"main": [0, 1, 2, 3]} and not found["complete"]
     entry, found = measure_with(suite, monkeypatch, lambda case: 1 / 0, Clock(100))
     assert entry["status"] == FAILED and found is None and entry["reason"].count("ZeroDivisionError") == 5
 
@@ -338,14 +359,14 @@ def test_cases_for_which_no_time_is_left_are_left_out(suite, monkeypatch):
 
     entry, found = measure_with(suite, monkeypatch, measure, clock)
     assert [case["k"] for case in found["cases"]] == [4, 1]
-    assert not found["complete"] and found["series"] == {"main": [0], "k": [1, 0], "site": [0]}
+    assert not found["complete"] and found["series"] == {"main": [0, 1]}
     assert entry["status"] == PARTIAL and entry["reason"] == "3 of 5 cases left out, since its time was up"
 
 
 def test_a_model_that_does_not_fit_is_skipped_and_named(suite, monkeypatch):
     monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
-    gpu_suite.run_part(suite, part_of(gpu_parts.model_part("Llama-3.1-8B"), "Llama-3.1-8B"), 100)
-    entry = files.read(suite.path, "gpu")["parts"]["Llama-3.1-8B"]
+    gpu_suite.run_part(suite, part_of(LLAMA, "graphs-llama"), 100)
+    entry = files.read(suite.path, "gpu")["parts"]["graphs-llama"]
     assert entry["status"] == SKIPPED and "tiny Llama-3.1-8B: needs 0.0 GB" in entry["reason"]
 
 
@@ -355,7 +376,7 @@ def test_decoding_steps_are_captured_on_a_gpu(name, tmp_path):
     device = torch.device("cuda", torch.cuda.current_device())
     model = shapes.build(shapes.tiny(shapes.SHAPES[name]), device)
     case = Case("graph", k=10)
-    job = inference.Job(case, catalogue.chosen(["public", "columns", "fold"]), gpu_parts.QUICK_EFFORT)
+    job = inference.Job(case, catalogue.chosen(["public", "columns", "auto"]), gpu_parts.QUICK_EFFORT)
     (content,) = inference.run(model, name, [job], {"main": [case]})
     rows = content["cases"][0]["variants"]
     assert {row["status"] for row in rows.values()} == {"measured"}, rows

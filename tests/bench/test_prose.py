@@ -19,7 +19,6 @@ DEFINITIONS = (
     "so a goal of 5x is missed",
     "took 2.8 % longer steered than not",
     "its bootstrapped 95 % interval",
-    "with 95 % intervals",
     "may differ by more than 2 %, no verdict",
     "narrower than 2 %",
 )

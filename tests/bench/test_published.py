@@ -141,7 +141,9 @@ def test_the_document_has_every_section_of_every_machine(every_kind):
     assert "| memory held, MB |" in overhead and "| 0.03 |" in overhead
     assert values["cpu.inference.synthetic-135m.eager.ffn.b1.k100.l30.p32.public.token"] == pytest.approx(3.1)
     assert values["cpu.inference.synthetic-135m.eager.ffn.b1.k100.l30.p32.public.token.low"] == pytest.approx(2.5)
-    assert "fold +0.0 [-0.5, +0.5] same" in values["efficiency.summary"]
+    head, _, first, *_ = values["efficiency.summary"].splitlines()  # no column in which nothing is
+    assert head == "| a decoded token, % | unsteered again | public | dense hook | fold | columns | fused |"
+    assert first.startswith("| CPU, synthetic-135M, eager, ffn, scale, k = 100 | +0.1 | +3.1 | +1.9 | +0.0 | +0.4 |")
 
 
 def test_what_is_not_measured_is_said(tmp_path):
@@ -150,7 +152,32 @@ def test_what_is_not_measured_is_said(tmp_path):
     for section in ("conclusion", "overhead", "k", "layers", "operations", "momentum", "summary"):
         text = values[f"efficiency.{section}"]
         assert "CPU" in text and "GPU" in text and text.count("not measured yet") == 2
-    assert values["efficiency.gpu"] == "not measured yet (`python -m bench.gpu`)"
+
+
+def test_eager_mode_and_graphs_may_be_measured_apart(tmp_path):
+    for execution in ("eager", "graph"):
+        content = synthetic.inference() | {"cases": [synthetic.case(execution, 1, 100, 30)], "series": {"main": []}}
+        content["remark"] = f"a remark on {execution}"
+        content["environment"] |= {"code": "one line changed"}
+        synthetic.put(tmp_path, "nvidia-x", f"inference-{execution}-2000-01-01", content)
+    found = load(tmp_path)
+    assert [result.name for result in found] == ["nvidia-x-synthetic-135m-eager", "nvidia-x-synthetic-135m-graph"]
+    assert all(len(Inference(result).main()) == 1 for result in found), "what no series names is no sweep's"
+    values = numbers.values(found)
+    for execution in ("eager", "graph"):
+        assert values["efficiency.conclusion"].count(f"; a remark on {execution}\n") == 1
+        assert f"nvidia-x.inference.synthetic-135m.{execution}.source" in values
+        assert f"nvidia-x.inference.synthetic-135m.{execution}.ffn.b1.k100.l30.p32.fold.token" in values
+    assert values["efficiency.machines"].count("0000000000, one line changed") == 2
+
+
+def test_an_operation_is_named(tmp_path):
+    content = synthetic.inference()
+    content["cases"].append(synthetic.case("eager", 1, 100, 30) | {"operation": "shift"})
+    synthetic.put(tmp_path, "cpu", "inference-2000-01-01", content)
+    values = numbers.values(load(tmp_path))
+    assert "cpu.inference.synthetic-135m.eager.ffn.shift.b1.k100.l30.p32.fold.token" in values
+    assert "Eager, site ffn, shift, k = 100 in 30 layers" in values["efficiency.overhead"]
 
 
 def sentences(tmp_path, noise: float = 0.6, change=None, **more: tuple[float, float]) -> str:

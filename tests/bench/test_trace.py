@@ -97,7 +97,7 @@ def test_the_table_has_a_line_for_each_way_and_phase(traced):
 
 def test_what_is_wrong_or_missing_is_not_in_the_trace_and_says_why(traced):
     rows, events = traced
-    assert "wrong: logits differ from the formula" in row_of(rows, "crooked", "")["reason"]
+    assert "differs from the formula" in row_of(rows, "crooked", "")["reason"]
     assert "found no module 'absent'" in row_of(rows, "absent", "")["reason"]
     assert not {"crooked", "absent"} & set(annotations(events))
     console = Console(file=io.StringIO(), width=160)

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from bench import turns
-from bench.catalogue import Fold
+from bench.catalogue import InWeights
 from bench.plain_ways import WAYS
 from bench.plans import spread_plan
 from bench.steered import Steered, twin
@@ -129,7 +129,10 @@ def ways():
     model.generation_config = GenerationConfig(pad_token_id=0)
     plan = spread_plan(model, "ffn", 40)
     made = {way.name: way.make(twin(model), plan, 4.0) for way in WAYS}
-    return made | {"fold": Fold(twin(model), plan, 4.0), "fold again": Fold(twin(model), plan, -2.0)}
+    return made | {
+        "fold": InWeights("fold", twin(model), plan, 4.0),
+        "fold again": InWeights("fold", twin(model), plan, -2.0),
+    }
 
 
 OPTIONS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}

@@ -10,7 +10,7 @@ from austeer_kernels import columns, launch, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+DTYPES, F64 = [torch.float16, torch.bfloat16, torch.float32], torch.float64
 
 
 def steer(y, index, gamma, shift, magnitude=False, row_plan=None):
@@ -21,35 +21,45 @@ def steer(y, index, gamma, shift, magnitude=False, row_plan=None):
         columns.steer_columns_(y, index, gamma, shift, magnitude, row_plan)
 
 
-def case(tokens, width, count, plans, dtype, device):
-    """Random y, distinct columns, a table, and a plan a token (some without one) if there are several plans."""
+def case(tokens, width, count, plans, dtype, device, unused=0.0):
+    """Random y, a list of distinct columns a plan, and a plan a token (some without one) if there are several plans.
+
+    About the share ``unused`` of the entries is -1, with NaN or infinity beside it.
+    """
     y = torch.randn(tokens, width).to(dtype).to(device)
-    index = torch.randperm(width)[:count].to(device)
-    gamma, shift = torch.randn(plans, count, device=device), torch.randn(plans, count, device=device)
+    index = torch.stack([torch.randperm(width)[:count] for _ in range(plans)])
+    gamma, shift = torch.randn(plans, count), torch.randn(plans, count)
+    free = torch.rand(plans, count) < unused
+    index, gamma, shift = (
+        index.masked_fill(free, -1),
+        gamma.masked_fill(free, math.nan),
+        shift.masked_fill(free, math.inf),
+    )
     row_plan = torch.randint(-1, plans, (tokens,), dtype=torch.int32).to(device) if plans > 1 else None
-    return y, index, gamma, shift, row_plan
+    return y, index.to(device), gamma.to(device), shift.to(device), row_plan
 
 
 def oracles(y, index, gamma, shift, magnitude, row_plan):
     """(plain PyTorch in the dtype, float64), both by the definition."""
-    found = []
-    for dtype in (y.dtype, torch.float64):
-        copy = y.to(dtype, copy=True)
-        reference.steer_columns_(copy, index, gamma, shift, magnitude, row_plan)
-        found.append(copy)
-    return found
+    return [reference.steer_columns(y.to(dtype), index, gamma, shift, magnitude, row_plan) for dtype in (y.dtype, F64)]
 
 
-def check(assert_errs_no_more, dtype, plans, magnitude, tokens, width, count, device):
-    y, index, gamma, shift, row_plan = case(tokens, width, count, plans, dtype, device)
+def untouched(y, index, row_plan):
+    """bool [tokens, width]: what no entry of the token's plan names."""
+    found = torch.ones(y.shape, dtype=torch.bool)
+    plans = [0] * len(y) if row_plan is None else row_plan.tolist()
+    for t, plan in enumerate(plans):
+        found[t, [c for c in index[plan].tolist() if c >= 0 and plan >= 0]] = False
+    return found.to(y.device)
+
+
+def check(assert_errs_no_more, dtype, plans, magnitude, tokens, width, count, device, unused=0.0):
+    y, index, gamma, shift, row_plan = case(tokens, width, count, plans, dtype, device, unused)
     plain, exact = oracles(y, index, gamma, shift, magnitude, row_plan)
-    before = y.clone()
+    before, others = y.clone(), untouched(y, index, row_plan)
     steer(y, index, gamma, shift, magnitude, row_plan)
     assert_errs_no_more(y, plain, exact)
-    others = torch.ones(width, dtype=torch.bool, device=device).index_fill_(0, index, False)
-    assert torch.equal(y[:, others], before[:, others]), "a column that was not selected changed"
-    if row_plan is not None:
-        assert torch.equal(y[row_plan < 0], before[row_plan < 0]), "a token without a plan changed"
+    assert torch.equal(y[others], before[others]), "an entry that no plan of its token names changed"
 
 
 @pytest.mark.parametrize("plans", [1, 3])
@@ -57,15 +67,16 @@ def check(assert_errs_no_more, dtype, plans, magnitude, tokens, width, count, de
     ("tokens", "width", "count"),
     [(1, 63, 1), (1, 1, 1), (63, 65, 65), (65, 130, 7), (3, 200, 150), (0, 5, 2), (5, 9, 0)],
 )
-def test_matches_the_definition(seed, device, assert_errs_no_more, plans, tokens, width, count):
-    check(assert_errs_no_more, torch.bfloat16, plans, False, tokens, width, count, device)
+@pytest.mark.parametrize("unused", [0.0, 0.4, 1.0])
+def test_matches_the_definition(seed, device, assert_errs_no_more, plans, tokens, width, count, unused):
+    check(assert_errs_no_more, torch.bfloat16, plans, False, tokens, width, count, device, unused)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plans", [1, 3])
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_every_dtype_and_magnitude(seed, device, assert_errs_no_more, dtype, plans, magnitude):
-    check(assert_errs_no_more, dtype, plans, magnitude, 17, 65, 33, device)
+    check(assert_errs_no_more, dtype, plans, magnitude, 17, 65, 33, device, unused=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -78,7 +89,7 @@ def test_rounds_once_to_nearest_even(seed, device, dtype):
     eps = torch.finfo(dtype).eps
     ties = torch.tensor([[1.0], [1.0 + eps]], device=device).to(dtype)
     half, zero = torch.full((1, 1), eps / 2, device=device), torch.zeros(1, 1, device=device)
-    steer(ties, torch.zeros(1, dtype=torch.int64, device=device), zero, half)
+    steer(ties, torch.zeros(1, 1, dtype=torch.int64, device=device), zero, half)
     assert ties.tolist() == [[1.0], [1.0 + 2 * eps]]
 
 
@@ -93,28 +104,53 @@ def test_rows_may_be_strided(seed, device, assert_errs_no_more):
     assert torch.equal(wide, before), "something outside the view changed"
 
 
+def test_one_list_may_be_that_of_all_plans(seed, device, assert_errs_no_more):
+    y, index, gamma, shift, row_plan = case(21, 70, 45, 3, torch.float32, device)
+    shared = index[1].expand(3, -1)
+    assert shared.stride(0) == 0
+    plain, exact = oracles(y, shared, gamma, shift, False, row_plan)
+    steer(y, shared, gamma, shift, False, row_plan)
+    assert_errs_no_more(y, plain, exact)
+
+
 def test_repeated_columns_add_up_through_coalesce(seed, device, assert_errs_no_more):
     y = torch.randn(5, 20).to(device)
-    index = torch.tensor([3, 7, 3, 0, 7, 3], device=device)
-    gamma, shift = torch.randn(2, 6, device=device), torch.randn(2, 6, device=device)
+    indices = [torch.tensor([3, 7, 3, 0, 7, 3]), torch.tensor([19, 3])]
+    plans = [(index.to(device), *torch.randn(2, len(index), device=device)) for index in indices]
     row_plan = torch.tensor([0, 1, -1, 1, 0], dtype=torch.int32, device=device)
-    distinct, gamma_sum, shift_sum = austeer_kernels.coalesce(index, gamma, shift)
     exact = y.double()
     for t, plan in enumerate(row_plan.tolist()):
         if plan >= 0:
-            added = y[t, index].double() * gamma[plan].double() + shift[plan].double()
-            exact[t].index_add_(0, index, added)
-    plain = oracles(y, distinct, gamma_sum, shift_sum, False, row_plan)[0]
-    steer(y, distinct, gamma_sum, shift_sum, False, row_plan)
-    assert distinct.tolist() == [0, 3, 7]
+            index, gamma, shift = plans[plan]
+            exact[t].index_add_(0, index, y[t, index].double() * gamma.double() + shift.double())
+    lists = austeer_kernels.coalesce(plans)
+    plain = oracles(y, *lists, False, row_plan)[0]
+    steer(y, *lists, False, row_plan)
+    assert lists[0].tolist() == [[0, 3, 7], [3, 19, -1]]
     assert_errs_no_more(y, plain, exact)
 
 
 def test_keeps_nonfinite_values_apart(device):
     y = torch.tensor([[math.nan, 1.0, math.inf], [2.0, math.nan, 3.0]], device=device, dtype=torch.bfloat16)
-    index, one = torch.tensor([1], device=device), torch.ones(1, 1, device=device)
+    index, one = torch.tensor([[1]], device=device), torch.ones(1, 1, device=device)
     steer(y, index, one, one)
     assert y[0, 1] == 3.0 and y[1, 1].isnan() and y[1].tolist()[::2] == [2.0, 3.0] and y[0, 2] == math.inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2, -1, 1]])
+def test_what_is_not_steered_keeps_its_bits(device, dtype, rows):
+    """NaNs with payloads, infinities and negative zeros: beside steered entries, under unused ones, without a plan."""
+    index = torch.tensor([[4, -1, 0], [-1, 2, -1], [-1, -1, -1]], device=device)[: max(rows) + 1]
+    gamma = torch.full(index.shape, math.nan, device=device).where(index < 0, 1.0)
+    row_plan = torch.tensor(rows, dtype=torch.int32, device=device) if len(rows) > 1 else None
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    y = torch.tensor([math.inf, -0.0, math.nan, -math.inf, 0.0], dtype=dtype).repeat(len(rows), 1)
+    y.view(bits)[:, 3] = torch.tensor(math.nan, dtype=dtype).view(bits).item() + 3  # a NaN with a payload
+    y = y.to(device)
+    others, before = untouched(y, index, row_plan), y.clone()
+    steer(y, index, gamma, torch.zeros_like(gamma), False, row_plan)
+    assert torch.equal(y.view(bits)[others], before.view(bits)[others])
 
 
 def test_zero_gamma_and_shift_change_no_bit(seed, device):

@@ -12,7 +12,7 @@ from austeer_kernels import KernelArgumentError, momentum_counters, reference
 
 def column_arguments(device="cpu"):
     row_plan = torch.tensor([0, -1, 1, 0, 1], dtype=torch.int32, device=device)
-    index = torch.tensor([6, 1, 3], device=device)
+    index = torch.tensor([[6, 1, 3], [1, -1, 0]], device=device)
     table = [torch.randn(2, 3, device=device) for _ in range(2)]
     return torch.randn(5, 8, device=device), index, *table, row_plan
 
@@ -38,7 +38,7 @@ def test_steer_columns_passes_opcheck(seed, device, magnitude):
     *arguments, row_plan = column_arguments(device=device)
     torch.library.opcheck(torch.ops.austeer.steer_columns_, (*arguments, magnitude, row_plan))
     y, index, gamma, shift = arguments
-    torch.library.opcheck(torch.ops.austeer.steer_columns_, (y, index, gamma[:1], shift[:1], magnitude, None))
+    torch.library.opcheck(torch.ops.austeer.steer_columns_, (y, index[:1], gamma[:1], shift[:1], magnitude, None))
 
 
 @pytest.mark.parametrize(("prologue", "tokens"), [(False, 5), (True, 5), (False, 70), (True, 70)])
@@ -79,7 +79,7 @@ def test_new_strengths_and_rows_do_not_recompile(seed, device, backend, tokens):
     for _ in range(3):
         *operands, row_plan = linear_arguments(False, device, tokens)
         row_plan = row_plan[torch.randperm(tokens)]
-        index = torch.randperm(6)[:3].to(device)
+        index = torch.stack([torch.randperm(6)[:3] for _ in range(2)]).to(device)
         columns = index, torch.randn(2, 3, device=device), torch.randn(2, 3, device=device)
         got = compiled(*operands, row_plan, *columns, found)
         torch.testing.assert_close(got, every_operation(*operands, row_plan, *columns, wanted))
@@ -127,9 +127,11 @@ def test_momentum_update_names_what_does_not_fit(name, value, found):
     [
         ("y", torch.randn(5), "1 dimensions"),
         ("y", torch.randn(8, 5).T, "stride 5"),
-        ("index", torch.arange(3).int(), "torch.int32"),
-        ("index", torch.arange(6)[::2], "strides (2,)"),
-        ("index", torch.arange(9), "9 columns"),
+        ("index", torch.arange(3), "1 dimensions"),
+        ("index", torch.arange(6).view(2, 3).int(), "torch.int32"),
+        ("index", torch.arange(6).view(3, 2).T, "stride 2"),
+        ("index", torch.arange(18).view(2, 9), "9 columns"),
+        ("index", torch.arange(9).view(3, 3), "the lists of 3 plans"),
         ("gamma", torch.randn(2, 4), "shape [2, 4]"),
         ("gamma", torch.randn(2, 3).half(), "torch.float16"),
         ("gamma", torch.randn(0, 3), "no plan"),
@@ -173,5 +175,12 @@ def test_mixed_devices_are_named():
 
 
 def test_coalesce_of_nothing():
-    distinct, gamma, shift = austeer_kernels.coalesce(torch.empty(0).long(), torch.empty(1, 0), torch.empty(1, 0))
-    assert distinct.shape == (0,) and gamma.shape == shift.shape == (1, 0)
+    index, gamma, shift = austeer_kernels.coalesce([(torch.empty(0).long(), torch.empty(0), torch.empty(0))] * 2)
+    assert index.shape == gamma.shape == shift.shape == (2, 0) and index.dtype == torch.int64
+
+
+def test_coalesce_fills_up_with_what_steers_nothing():
+    plans = [(torch.tensor(index), torch.ones(len(index)), -torch.ones(len(index))) for index in ([5, 2, 5], [9])]
+    index, gamma, shift = austeer_kernels.coalesce(plans)
+    assert index.tolist() == [[2, 5], [9, -1]]
+    assert gamma.tolist() == [[1, 2], [1, 0]] and shift.tolist() == [[-1, -2], [-1, 0]]

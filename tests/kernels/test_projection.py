@@ -104,7 +104,7 @@ def test_tokens_without_a_plan_are_unsteered(seed, device, splits, prologue):
 
 def product_and_columns(x, weight, bias, gamma, shift, prologue, magnitude, row_plan):
     """The same in plain PyTorch, with its roundings: the definition of each, one after the other."""
-    every = torch.arange(gamma.shape[1], device=x.device)
+    every = torch.arange(gamma.shape[1], device=x.device).expand(gamma.shape)
     y = x.clone() if prologue else torch.nn.functional.linear(x, weight, bias)
     reference.steer_columns_(y, every, gamma, shift, magnitude, row_plan)
     return torch.nn.functional.linear(y, weight, bias) if prologue else y
@@ -132,7 +132,7 @@ def test_more_tokens_than_the_kernel_takes(
     assert torch.equal(operands[0], before), "the input was steered in place"
 
 
-@pytest.mark.parametrize(("tokens", "kernels"), [(64, ["steered_linear"]), (65, ["steer_columns_"])])
+@pytest.mark.parametrize(("tokens", "kernels"), [(64, ["steered_linear_output"]), (65, ["steer_columns_"])])
 def test_the_kernel_takes_as_many_tokens_as_it_says(seed, device, monkeypatch, tokens, kernels):
     asked, settings = [], launch.settings
 
@@ -143,7 +143,7 @@ def test_the_kernel_takes_as_many_tokens_as_it_says(seed, device, monkeypatch, t
     monkeypatch.setattr(launch, "settings", asking)
     *operands, _ = case(tokens, 5, 4, 1, torch.float32, device, False)
     project(*operands, False)
-    assert asked == kernels and (tokens <= launch.MOST_TOKENS) == (kernels == ["steered_linear"])
+    assert asked == kernels and (tokens <= launch.MOST_TOKENS) == (kernels == ["steered_linear_output"])
 
 
 @pytest.mark.parametrize("prologue", [False, True])
@@ -199,6 +199,19 @@ def test_rounds_once(seed, device, splits, dtype):
     got = project(*operands, False)
     once = exact_linear(*operands, False, False, None).to(dtype)
     assert (got != once).double().mean().item() <= 0.02, "a second rounding on the way"
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+def test_float32_is_summed_in_two_levels(seed, device, prologue):
+    """Against the error of sums of BLOCK_K products alone; a running sum of those, or of all, errs more."""
+    k = 14336
+    x, weight, bias, gamma, shift, _ = case(16, 64, k, 1, torch.float32, device, prologue)
+    unsteered = x, weight, bias, torch.zeros_like(gamma), torch.zeros_like(shift), prologue
+    entry = launch.Entry(launch.form(prologue, False), ("float32",), 16, 64, 16, 64, 4, k=k, block_k=BLOCK_K)
+    with launch.preferring([entry]):
+        found = project(*unsteered)
+    error = (found.double() - exact_linear(*unsteered, False, None)).square().mean().sqrt().item()
+    assert error <= (k * BLOCK_K / 2) ** 0.5 * 2**-24, "the analysis beside the kernel"
 
 
 @pytest.mark.gpu

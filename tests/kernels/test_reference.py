@@ -120,25 +120,55 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     assert int(done.stdout) < 8e6, "80 MB of buffers, and 160 MB for one float64 copy of either"
 
 
+#: A plan of its own for some tokens, none for others; one plan for all, with and without unused entries.
+LISTS = {
+    "rows": ([[4, 1], [1, -1], [-1, -1]], [0, -1, 2, 1, 0]),
+    "rows, all used": ([[4, 1], [1, 0], [2, 5]], [0, 1, 2, 1, 0]),
+    "one": ([[4, 1]], None),
+    "one, unused": ([[-1, 4]], None),
+    "none": ([[]], None),
+    "rows, none": ([[], []], [0, 1, -1, 1, 0]),
+}
+
+
 @pytest.mark.parametrize("magnitude", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_steer_columns_entry_by_entry(seed, dtype, magnitude):
-    y = torch.randn(4, 6).to(dtype)
-    index, gamma, shift = torch.tensor([4, 1]), torch.randn(3, 2), torch.randn(3, 2)
-    row_plan = torch.tensor([0, -1, 2, 1], dtype=torch.int32)
-    got = y.clone()
-    reference.steer_columns_(got, index, gamma, shift, magnitude, row_plan)
-    exact = y.double()
-    for t, plan in enumerate(row_plan.tolist()):
-        for i, c in enumerate(index.tolist()):
-            if plan >= 0:
+@pytest.mark.parametrize("lists", LISTS)
+def test_steer_columns_entry_by_entry(seed, lists, dtype, magnitude):
+    index, rows = LISTS[lists]
+    index = torch.tensor(index, dtype=torch.int64)
+    y, (gamma, shift) = torch.randn(5, 6).to(dtype), torch.randn(2, *index.shape)
+    gamma[index < 0], shift[index < 0] = math.nan, math.inf
+    row_plan = None if rows is None else torch.tensor(rows, dtype=torch.int32)
+    exact, named = y.to(torch.float64, copy=True), torch.zeros(5, 6, dtype=torch.bool)
+    for t, plan in enumerate(rows or [0] * 5):
+        for i, c in enumerate(index[plan].tolist()):
+            if plan >= 0 and c >= 0:
                 x = y[t, c].item()
                 exact[t, c] = steer_one(x, gamma[plan, i].item(), shift[plan, i].item(), magnitude)
+                named[t, c] = True
     wide = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 0)
-    torch.testing.assert_close(got.double(), exact, rtol=wide, atol=4 * torch.finfo(torch.float32).eps)
-    assert torch.equal(got[1], y[1]), "the token without a plan changed"
-    others = [c for c in range(6) if c not in index.tolist()]
-    assert torch.equal(got[:, others], y[:, others]), "a column that was not selected changed"
+    in_place = y.clone()
+    reference.steer_columns_(in_place, index, gamma, shift, magnitude, row_plan)
+    for found in (in_place, reference.steer_columns(y, index, gamma, shift, magnitude, row_plan)):
+        torch.testing.assert_close(found.double(), exact, rtol=wide, atol=4 * torch.finfo(torch.float32).eps)
+        assert torch.equal(found[~named], y[~named]), "an entry that no plan of its token names changed"
+
+
+@pytest.mark.parametrize("rows", [None, [0, -1, 1, 2]])
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_the_definition_has_the_formula_s_gradients(seed, rows, magnitude):
+    index = torch.tensor([[4, 1, -1], [-1, 0, 5], [-1, -1, -1]])[: 1 if rows is None else 3]
+    y = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    gamma, shift = (torch.randn(index.shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    row_plan = None if rows is None else torch.tensor(rows, dtype=torch.int32)
+
+    def steer(*given):
+        return reference.steer_columns(given[0], index, *given[1:], magnitude, row_plan)
+
+    assert torch.autograd.gradcheck(steer, (y, gamma, shift))
+    steer(y, gamma, shift).sum().backward()
+    assert not gamma.grad[index < 0].any() and not shift.grad[index < 0].any()
 
 
 @pytest.mark.parametrize("prologue", [False, True])

@@ -14,6 +14,7 @@ from dense_formula import formula, formula_at, formula_logits, logits, random_pl
 
 CPU = torch.device("cpu")
 H100 = ("sm_90", "NVIDIA H100 80GB HBM3", 132)
+OUTPUT = launch.form(at_input=False, rows=False)
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_cpu_has_no_measured_limit(tiny):
     for rows, at_input in ((False, False), (True, True)):
         assert dispatch.measured_limit(tiny.model.layers[0].mlp.down_proj, at_input, rows) == 0
         assert dispatch.measured_limit(None, at_input, rows) == 0
-    with launch.preferring(fused=[launch.Limit(("float32",), 32, 64, 99)]):
+    with launch.preferring(fused=[launch.Limit(OUTPUT, ("float32",), 32, 64, 99)]):
         report = austeer.steer(tiny, random_plan(tiny, "ffn", 9, "push"), 1.0).report()
     assert {(row.path, row.reason) for row in report} == {
         ("columns", "no fold: push is not linear; no fused: not measured to be faster here")
@@ -237,9 +238,9 @@ def measured_on_h100(tmp_path, monkeypatch):
         "devices": ["NVIDIA H100 80GB HBM3"],
         "entries": [],
         "fused": [
-            {"dtypes": ["bfloat16", "float16"], "n": 4096, "k": 14336, "m": 16},
-            {"dtypes": ["bfloat16"], "n": 4096, "k": 4096, "m": 4},
-            {"dtypes": ["bfloat16"], "n": 128, "k": 128, "m": 512},
+            {"op": OUTPUT, "dtypes": ["bfloat16", "float16"], "n": 4096, "k": 14336, "m": 16},
+            {"op": OUTPUT, "dtypes": ["bfloat16"], "n": 4096, "k": 4096, "m": 4},
+            {"op": OUTPUT, "dtypes": ["bfloat16"], "n": 128, "k": 128, "m": 512},
         ],
     }
 
@@ -278,21 +279,21 @@ def test_another_device_is_another_matter(measured_on_h100, monkeypatch):
 
 
 def test_a_malformed_limit_is_named(measured_on_h100):
-    measured_on_h100(fused=[{"dtypes": ["bfloat16"], "n": 4096, "k": 4096}])  # no m
+    measured_on_h100(fused=[{"op": OUTPUT, "dtypes": ["bfloat16"], "n": 4096, "k": 4096}])  # no m
     with pytest.raises(ValueError, match=r"h100\.json: entry .*4096.* does not fit"):
         launch.fused_up_to(4096, 4096, torch.bfloat16, CUDA)
 
 
 def test_preferred_limits_and_entries_are_taken_back():
-    entry = launch.Entry("steered_linear", ("float32",), 1, 64, 32, 128, 8, k=64, block_k=32)
-    before = launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU)
-    with pytest.raises(KeyError), launch.preferring([entry], [launch.Limit(("float32",), 64, 64, 7)]):
-        inside = launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU)
+    entry = launch.Entry(OUTPUT, ("float32",), 1, 64, 32, 128, 8, k=64, block_k=32)
+    before = launch.settings(OUTPUT, 1, 64, 64, torch.float32, CPU)
+    with pytest.raises(KeyError), launch.preferring([entry], [launch.Limit(OUTPUT, ("float32",), 64, 64, 7)]):
+        inside = launch.settings(OUTPUT, 1, 64, 64, torch.float32, CPU)
         assert (inside.block_m, inside.block_n, inside.block_k, inside.num_warps) == (32, 128, 32, 8)
         assert launch.settings("steer_columns_", 1, 64, 0, torch.float32, CPU).block_m == 1
         assert launch.fused_up_to(64, 64, torch.float32, CPU) == 7
-        with launch.preferring(fused=[launch.Limit(("float32",), 64, 64, 9)]):
+        with launch.preferring(fused=[launch.Limit(OUTPUT, ("float32",), 64, 64, 9)]):
             assert launch.fused_up_to(64, 64, torch.float32, CPU) == 9
         raise KeyError
-    assert launch.settings("steered_linear", 1, 64, 64, torch.float32, CPU) == before
+    assert launch.settings(OUTPUT, 1, 64, 64, torch.float32, CPU) == before
     assert launch.fused_up_to(64, 64, torch.float32, CPU) == 0

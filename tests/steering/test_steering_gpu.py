@@ -328,7 +328,7 @@ def test_auto_takes_the_fused_kernel_only_where_a_table_says_so(model, device):
         expected = logits(model, ids), logits(model, one)
         assert {row.path for row in steering.report()} == {"columns"}
     # Three rows of one token are below the limit, the prompt is above.
-    limits = [launch.Limit(("float32",), 64, width, 4) for width in (64, 96)]
+    limits = [launch.Limit(form, ("float32",), 64, width, 4) for form in launch.FORMS for width in (64, 96)]
     with launch.preferring(fused=limits):
         with austeer.steer(model, plan, 2.0) as steering:
             same(logits(model, ids), expected[0])
@@ -344,7 +344,8 @@ def test_a_limit_holds_inside_a_graph(model, device):
     """Batch and steps are as they were captured, so the choice is made once; rows still change."""
     plans = {"a": random_plan(model, "ffn", 60), "b": random_plan(model, "ffn", 60, "shift", seed=1)}
     prompt, tokens = random_ids(device), random_ids(device, columns=3, seed=2)
-    with launch.preferring(fused=[launch.Limit(("float32",), 64, 96, 4)]), austeer.steer(model, plans, 1.0) as steering:
+    limits = [launch.Limit(form, ("float32",), 64, 96, 4) for form in launch.FORMS]
+    with launch.preferring(fused=limits), austeer.steer(model, plans, 1.0) as steering:
         steering.rows(["a", None, "b"])
         captured, eager = Decoder(model, prompt, capture=True), Decoder(model, prompt)
         for i, rows in enumerate((["a", None, "b"], ["b", "a", None], [None, None, "a"])):

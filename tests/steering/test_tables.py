@@ -28,8 +28,8 @@ def test_each_operation_has_its_strengths(operation, gamma, shift, magnitude):
     assert t.gamma.tolist() == [gamma] and t.shift.tolist() == [shift] and t.magnitude is magnitude
     whole = [[[strengths[0], 0, strengths[1], 0, strengths[2], 0]] for strengths in (gamma, shift)]
     assert [t.dense_gamma.tolist(), t.dense_shift.tolist()] == whole == [each.tolist() for each in t.expanded()]
-    operand = {"scale": [1 + g for g in whole[0][0]], "push": whole[0][0], "shift": whole[1][0]}[operation]
-    assert [each.tolist() for each in t.operands] == [operand]
+    operands = {"scale": [[1 + g for g in whole[0][0]]], "push": [whole[0][0], [1.0]], "shift": [whole[1][0]]}
+    assert [each.tolist() for each in t.operands] == operands[operation]
 
 
 def test_aus_from_rank_k_on_get_nothing_and_come_back():

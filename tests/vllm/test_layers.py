@@ -1,5 +1,7 @@
 """The vLLM plugin inside a model: which row each token has, and what the layers add to it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -46,11 +48,11 @@ def test_each_token_has_the_row_of_its_request_where_its_scope_says_so(requests,
         found.put(slot, name, prompt)
         for position in range(computed, computed + tokens):
             steered = name is not None and INSIDE[name](position, prompt)
-            expected.append(NAMES.index(name) if steered else 0)
+            expected.append(list(SCOPES).index(name) if steered else -1)
     batch = np.array(order[: len(requests)], dtype=np.int64)
     first, lengths = (np.array([r[i] for r in requests], dtype=np.int64) for i in (2, 3))
     rows = found.rows(batch, lengths, first, len(expected) + padding)
-    assert rows.dtype == np.int32 and rows.tolist() == [*expected, *[0] * padding]
+    assert rows.dtype == np.int32 and rows.tolist() == [*expected, *[-1] * padding]
 
 
 def rows_of_all(found):
@@ -62,15 +64,15 @@ def test_requests_move_between_slots():
     found = slots()
     found.put(0, "all", 1)
     found.put(3, "generation", 1)
-    assert rows_of_all(found) == [1, 0, 0, 2, 0]
+    assert rows_of_all(found) == [0, -1, -1, 1, -1]
     found.move(0, 3, swap=True)
-    assert rows_of_all(found) == [2, 0, 0, 1, 0]
+    assert rows_of_all(found) == [1, -1, -1, 0, -1]
     found.move(3, 1, swap=False)
-    assert rows_of_all(found) == [2, 1, 0, 0, 0]
+    assert rows_of_all(found) == [1, 0, -1, -1, -1]
     found.move(2, 0, swap=False)  # one that is not steered takes the place of one that is
-    assert rows_of_all(found) == [0, 1, 0, 0, 0]
+    assert rows_of_all(found) == [-1, 0, -1, -1, -1]
     found.put(1, None, 1)
-    assert rows_of_all(found) == [0] * COUNT
+    assert rows_of_all(found) == [-1] * COUNT
 
 
 def test_an_unknown_set_does_not_become_none():
@@ -84,7 +86,7 @@ def test_the_row_buffer_stays_where_it_is_and_forgets_longer_batches():
     for rows in ([1, 2, 3, 4], [2, 1], [2, 1], [], [5, 5, 5, 5, 5, 5]):
         with torch.inference_mode():
             buffer.write(np.array(rows, dtype=np.int32))
-        assert buffer.tensor.tolist() == rows + [0] * (6 - len(rows)) and buffer.tensor.data_ptr() == place
+        assert buffer.tensor.tolist() == rows + [-1] * (6 - len(rows)) and buffer.tensor.data_ptr() == place
 
 
 def test_the_row_buffer_does_not_share_what_it_was_given():
@@ -96,31 +98,52 @@ def test_the_row_buffer_does_not_share_what_it_was_given():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_rounding_of_the_formula(seed, dtype):
-    strengths = {term: torch.randn(4, 16) for term in ("scale", "push", "shift")}
-    rows = torch.tensor([0, 3, 1, 1, 2, 0, 0], dtype=torch.int32)
-    for terms in (["push"], ["shift"], ["scale", "shift"], ["scale", "push", "shift"]):
-        mine = {term: strengths[term] for term in terms}
-        for t in mine.values():
-            t[0] = 0
-        x = torch.randn(5, 16, dtype=dtype)
-        exact = x.double()
-        for term, t in mine.items():
-            of = {"scale": x.double(), "push": x.double().abs(), "shift": 1.0}[term]
-            exact = exact + t.double()[rows[:5].long()] * of
-        found = Steer(mine, rows)(x)
-        assert found.dtype == dtype and torch.equal(found[0], x[0])
-        assert (found.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+@pytest.mark.parametrize("operations", [["push"], ["shift"], ["scale", "shift"], ["scale", "push", "shift"]])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_formula_at_aus_where_plans_of_a_set_meet(seed, dtype, operations, in_place):
+    plans = [plan("neuron", operation) for operation in operations]
+    sets = [[(p, alpha) for p in plans] for alpha in (1.5, -2.0)]
+    rows = torch.tensor([-1, 1, 0, 0, 1, 0, 0], dtype=torch.int32)
+    x = torch.randn(5, 10, dtype=dtype)
+    exact = x.double()
+    for p in plans:
+        alpha = torch.tensor([0.0, -2.0, 1.5, 1.5, -2.0]).double()[:, None]
+        of = {"scale": x.double() * p.beta, "push": x.double().abs() * p.beta, "shift": p.delta.double()}[p.operation]
+        exact = exact + alpha * of
+    (lists,) = tables(sets).values()
+    assert len(lists) == 1 + ("push" in operations and len(operations) > 1)
+    steer = Steer(lists, rows, 10)
+    steer.in_place = in_place  # as on a GPU
+    found = steer(x.clone())
+    assert found.dtype == dtype and torch.equal(found[0], x[0])
+    assert (found.double() - exact).abs().max() <= len(lists) * torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_a_tensor_that_is_no_activation_is_refused():
-    steer = Steer({"shift": torch.ones(2, 16)}, torch.zeros(8, dtype=torch.int32))
+    (lists,) = tables([[(plan("neuron", "shift"), 1.0)]]).values()
+    steer = Steer(lists, torch.zeros(8, dtype=torch.int32), 10)
     for x in (
-        *(torch.zeros(5, 16, dtype=dtype) for dtype in (torch.int8, torch.float64)),
-        *(torch.zeros(5, 8), torch.zeros(1, 5, 16)),
+        *(torch.zeros(5, 10, dtype=dtype) for dtype in (torch.int8, torch.float64)),
+        *(torch.zeros(5, 8), torch.zeros(1, 5, 10)),
     ):
-        with pytest.raises(SiteError, match=r"\[tokens, 16\]"):
+        with pytest.raises(SiteError, match=r"\[tokens, 10\]"):
             steer(x)
+
+
+def test_what_no_set_steers_keeps_its_bits_at_a_layer():
+    """Its sum with the residual is rounded by the next layer's norm, and not here."""
+    model, p = Decoder(layers=1), replace(plan("layer", "shift", layer=0).top(2), delta=torch.tensor([2.0, 3.0]))
+    rows = torch.tensor([-1, 0], dtype=torch.int32)
+    install(model, "llama", tables([[(p, 1.0)]]), range(1), rows)
+    hidden, residual = torch.randn(2, 6).bfloat16(), 100 * torch.randn(2, 6).bfloat16()
+    hidden[1, 5] = torch.inf
+    hook = next(iter(model.model.layers[0]._forward_hooks.values()))
+    found, same = hook(model.model.layers[0], (), (hidden.clone(), residual))
+    assert same is residual and torch.equal(found[0], hidden[0])
+    chosen = p.index.long()
+    others = [c for c in range(6) if c not in chosen.tolist()]
+    assert torch.equal(found[1, others], hidden[1, others])
+    torch.testing.assert_close(found[1, chosen].float(), hidden[1, chosen].float() + p.delta, rtol=2**-8, atol=0)
 
 
 class Projection(nn.Module):
@@ -205,13 +228,15 @@ def by_hand(model, plan, alpha, hidden):
     return hidden
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("site", WIDTHS)
-def test_the_layers_do_what_the_formula_says(seed, site, compiled):
+def test_the_layers_do_what_the_formula_says(seed, site, compiled, in_place):
     model, plans = Decoder(), [plan(site, operation) for operation in ("scale", "push", "shift")]
-    rows = torch.zeros(16, dtype=torch.int32)
+    rows = torch.full((16,), -1, dtype=torch.int32)
     done = install(model, "llama", tables([[(p, 1.5)] for p in plans]), range(2), rows)
     assert done == [f"{site} 1"]
+    site_module(model, "llama", site, 1).austeer.in_place = in_place
     run, graphs = model, []
 
     def count(graph, inputs):
@@ -222,25 +247,28 @@ def test_the_layers_do_what_the_formula_says(seed, site, compiled):
         torch._dynamo.reset()
         run = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for order in ([0, 1, 2, 3, 1], [3, 0, 2], [0, 0, 0, 0]):
+        for order in ([-1, 0, 1, 2, 0], [2, -1, 1], [-1, -1, -1, -1]):
             x = torch.randn(len(order), 6)
             rows[: len(order)] = torch.tensor(order)
             found = run(x)
             for number, row in enumerate(order):
                 one = x[number : number + 1]
-                expected = by_hand(model, plans[row - 1], 1.5 if row else 0.0, one)
+                expected = by_hand(model, plans[row], 1.5 if row >= 0 else 0.0, one)
                 torch.testing.assert_close(found[number : number + 1], expected, rtol=1e-5, atol=1e-5)
     assert len(graphs) == compiled  # neither other rows nor another number of tokens makes another one
 
 
 def test_a_process_of_a_tensor_parallel_group_steers_its_share(seed):
-    p = plan("attention", "shift")
-    whole, found = tables([[(p, 2.0)]])["attention", 1]["shift"], []
+    found, x = [], torch.randn(2, 8)
+    sets = [[(plan("attention", "shift").top(k), 2.0)] for k in (8, 3)]
+    rows = torch.tensor([1, 0], dtype=torch.int32)
     for rank in range(2):
         model = Decoder(part=2)
-        install(model, "llama", tables([[(p, 2.0)]]), range(2), torch.zeros(4, dtype=torch.int32), (rank, 2))
-        found.append(model.model.layers[1].self_attn.o_proj.austeer.shift)
-    assert torch.equal(torch.cat(found, dim=1), whole)
+        install(model, "llama", tables(sets), range(2), rows, (rank, 2))
+        found.append(model.model.layers[1].self_attn.o_proj.austeer(x[:, 4 * rank : 4 * rank + 4].clone()))
+    (lists,) = tables(sets).values()
+    assert torch.equal(torch.cat(found, dim=1), Steer(lists, rows, 8)(x.clone()))
+    assert not torch.equal(torch.cat(found, dim=1), x)
 
 
 def test_a_process_steers_the_layers_that_it_has():
@@ -289,6 +317,7 @@ def test_the_digest_tells_structures_apart_and_no_values():
         tables([[(plan("ffn", "shift", layer=0), 1.0)]]),
         tables([[(plan("layer", "shift"), 1.0)]]),
         tables([[(plan("ffn", "shift"), 1.0)]] * 2),
-        tables([[(plan("ffn", "shift"), 1.0), (plan("ffn", "scale"), 1.0)]]),
+        tables([[(plan("ffn", "shift"), 1.0), (plan("ffn", "push"), 1.0)]]),
+        tables([[(plan("ffn", "shift").top(2), 1.0)]]),
     ]
-    assert len({structure(found) for found in (one, *others)}) == 6
+    assert len({structure(found) for found in (one, *others)}) == 7

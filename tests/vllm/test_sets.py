@@ -95,23 +95,36 @@ def test_a_plan_that_cannot_be_had_is_named_with_its_set(tmp_path, change, match
         load(parse(json.dumps({"kind": entry})))
 
 
-def test_the_tables_have_a_row_of_zeros_and_one_for_each_set():
+def test_the_tables_have_a_list_for_each_set():
     found = tables([[(SHIFT, 2.0)], [(PUSH, 3.0), (SCALE, 4.0)]])
     assert list(found) == [("attention", 0), ("attention", 1), ("layer", 2)]
-    assert list(found["attention", 1]) == ["push", "shift"]  # only what some set has there
-    expected = torch.zeros(3, 8)
-    expected[1, 3] = 1.0
-    assert torch.equal(found["attention", 1]["shift"], expected)
-    expected = torch.zeros(3, 8)
-    expected[2, 3], expected[2, 4] = 1.5, -3.0
-    assert torch.equal(found["attention", 1]["push"], expected)
-    assert found["attention", 0]["scale"][2, 7] == 1.0 and found["layer", 2]["shift"][1, 0] == -4.0
-    assert sum(t.count_nonzero() for terms in found.values() for t in terms.values()) == 5
+    push, shift = found["attention", 1]  # only what some set has there
+    assert push.magnitude and push.index.tolist() == [[-1, -1], [3, 4]] and push.gamma[1].tolist() == [1.5, -3.0]
+    assert not shift.magnitude and shift.index.tolist() == [[3], [-1]] and shift.shift[0].tolist() == [1.0]
+    (scale,), (shift,) = found["attention", 0], found["layer", 2]
+    assert scale.index.tolist() == [[-1], [7]] and scale.gamma[1].tolist() == [1.0]
+    assert shift.index.tolist() == [[0], [-1]] and shift.shift[0].tolist() == [-4.0]
+
+
+def test_the_tables_grow_with_the_longest_list():
+    plans = [
+        plan("shift", *(("attention", 1, index, 1.0, 1.0) for index in chosen)) for chosen in ([3], [5, 1], [0, 7])
+    ]
+    (lists,) = tables([[(p, 1.0)] for p in plans])["attention", 1]
+    assert lists.index.tolist() == [[3, -1], [1, 5], [0, 7]]
 
 
 def test_plans_that_meet_at_an_au_add_up():
-    found = tables([[(PUSH, 3.0), (PUSH, -1.0), (SHIFT, 1.0)]])
-    assert found["attention", 1]["push"][1, 3] == 1.0 and found["attention", 1]["shift"][1, 3] == 0.5
+    push, shift = tables([[(PUSH, 3.0), (PUSH, -1.0), (SHIFT, 1.0)]])["attention", 1]
+    assert push.gamma.tolist() == [[1.0, -2.0]] and shift.shift.tolist() == [[0.5]]
+
+
+def test_push_where_a_scale_takes_all_away_is_refused():
+    scale = plan("scale", ("attention", 1, 4, 0.25, 9.0))
+    for alpha in (4.0, -3.9):
+        tables([[(scale, alpha), (PUSH, 1.0)]])
+    with pytest.raises(ServingError, match=r"number 2: found push and a scale of -1 at AU 4"):
+        tables([[(SHIFT, 1.0)], [(scale, -4.0), (PUSH, 1.0)]])
 
 
 def test_nothing_is_registered_without_sets(monkeypatch):
