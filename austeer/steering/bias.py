@@ -21,7 +21,7 @@ from austeer_kernels import reference
 
 from ..errors import SteeringError
 from ..models.hooks import hooks_on
-from ..models.linear import FLOATING, WeightNames, bias_owner, weights_of
+from ..models.linear import FLOATING, WeightNames, bias_owner, sizes, weights_of
 from ..models.sites import Site
 from ..models.structure import floating_dtype, input_device
 from ..plans.fit import why_no_edit
@@ -127,13 +127,17 @@ class Slot:
         bias = (module._buffers if self._saved is None else module._parameters).get("bias")
         if bias is not None and bias.shape == values.shape and bias.device.type != "meta":
             moved = values.to(bias.device, bias.dtype)  # the model may have been moved or cast
+            if torch.equal(bias, moved):
+                return bias
             same = (bias == moved) | (bias.isnan() & moved.isnan())
             if bool(same.all()):
                 return bias
-            if bias is before and self._saved is not None:  # a training step: it stays
+            if bias is before and self._saved is not None:
                 wide = reference.compute_dtype(bias.dtype)
                 saved = self._saved.to(bias.device, wide)
-                self._saved = torch.where(same, saved, saved + (bias.to(wide) - moved.to(wide))).to(bias.dtype)
+                if not torch.equal(bias, saved.to(bias.dtype)):  # else its checkpoint was loaded once more
+                    # A training step: it stays.
+                    self._saved = torch.where(same, saved, saved + (bias.to(wide) - moved.to(wide))).to(bias.dtype)
                 return bias
         raise SteeringError(
             f"{type(module).__name__}: found another bias than the one that steering wrote (it was set or changed "
@@ -164,10 +168,9 @@ class Bias(Path):
         super().__init__(site, table, module)
         self.calls = None
         self.like = like
-        self._unit: tuple[int, Tensor] | None = None  # k, and what alpha = 1 adds
+        self._unit: tuple[int, int, Tensor] | None = None  # k, the weight's version, and what alpha = 1 adds
 
     def attach(self) -> None:
-        self._unit = None  # the weight may have changed
         self.refresh()
 
     @torch.no_grad()
@@ -199,9 +202,15 @@ class Bias(Path):
             return torch.zeros_like(self.like, dtype=wide).index_copy_(0, entry.index.long().to(shift.device), shift)
         if self.like.dtype == torch.float64:  # in which alpha * delta, a float32 product, differs from an exact one
             return self._product(entry.index, entry.strengths(alpha, k)[1], wide)
-        if self._unit is None or self._unit[0] != k:
-            self._unit = k, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
-        return alpha * self._unit[1] if alpha else torch.zeros_like(self._unit[1])  # 0 * inf is NaN
+        weight = self.module._parameters["weight"]
+        assert weight is not None  # why_not_bias refuses it
+        if weight.device.type == "meta" and self._unit is not None:  # it was offloaded in the meantime
+            version = self._unit[1]
+        else:
+            version = 0 if weight.is_inference() else weight._version
+        if self._unit is None or self._unit[:2] != (k, version):
+            self._unit = k, version, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
+        return alpha * self._unit[2] if alpha else torch.zeros_like(self._unit[2])  # 0 * inf is NaN
 
     def _product(self, index: Tensor, shift: Tensor, wide: torch.dtype) -> Tensor:
         """W[:, index] @ shift"""
@@ -255,6 +264,9 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     path = str(site.bias) if owner is module else f"{site.bias}.base_layer"
     if reason := why_not_parameter(owner, "bias", storages) or why_not_between(model, site, path):
         return reason
+    bias, outputs = owner._parameters.get("bias"), sizes(owner)
+    if bias is not None and outputs is not None and bias.shape != outputs[1:]:  # sharded, say
+        return f"the bias is {tuple(bias.shape)}, for {outputs[1]} outputs"
     if storages[owner] > 1:
         return "the layer that has the bias is in several places of the model"
     if site.side == "input":
@@ -284,7 +296,7 @@ def _why_not_weight(module: nn.Module, site: Site) -> str | None:
         return "the weight is offloaded"
     if not weight.is_floating_point():
         return f"the weight is {weight.dtype}"
-    if weight.shape[names.input] != site.width:
+    if weight.dim() != 2 or weight.shape[names.input] != site.width:  # sharded, say
         return f"the weight is {tuple(weight.shape)}, for {site.width} AUs"
     if module.training and weight.requires_grad and torch.is_grad_enabled():
         return "the weight is trained, and its gradient would lack the shift"

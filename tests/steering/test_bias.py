@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import austeer
+from austeer.models.sites import find_sites
 from dense_formula import SITES, formula_at, formula_logits, logits, modules_of, shift_plan
 from tiny_models import ids_of_rows, tiny_model
 
@@ -90,6 +91,16 @@ def test_several_contributions_in_one_module_in_every_dtype(kind, dtype):
     assert trace(model) == before and same(tensors(model), values)
 
 
+def test_strengths_are_float32_also_in_float64():
+    """As on every other path."""
+    model, found = tiny_model().double(), []
+    plan = shift_plan(model)
+    for mode in ("bias", "columns"):
+        with austeer.steer(model, plan, 0.3, mode=mode):
+            found.append(logits(model, IDS))
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bias_is_the_sum_rounded_once(dtype):
     model = tiny_model("granite", residual_multiplier=0.3, mlp_bias=True).to(dtype)
@@ -109,6 +120,33 @@ def test_the_bias_is_the_sum_rounded_once(dtype):
     with austeer.steer(model, plan, 1.5):
         rounding = torch.finfo(dtype).eps / 2 * expected.abs()
         assert ((down.bias.double() - expected).abs() <= 1.001 * rounding + 3e-7).all()  # strengths are float32
+
+
+def test_a_layer_without_aus_in_the_first_k():
+    """It has a bias of zeros, and gives what it gave."""
+    model = tiny_model()
+    plan = shift_plan(model, "ffn", 30)
+    first = int(plan.layer[0])
+    with austeer.steer(model, plan, 1.0, k=1, mode="bias") as steering:
+        assert [bool(module.bias.any()) for module in [layer.mlp.down_proj for layer in model.model.layers]] == [
+            i == first for i in range(3)
+        ]
+        torch.testing.assert_close(logits(model, IDS), formula_logits(tiny_model(), IDS, plan.top(1), 1.0))
+        assert {row.layer for row in steering.report()} == set(plan.layer.tolist())
+
+
+def test_only_layers_that_have_aus_get_a_bias():
+    model = tiny_model()
+    plan = shift_plan(model)
+    plan = plan.take((plan.layer == 1).nonzero().flatten())
+    sites = find_sites(model)
+    with austeer.steer(model, plan, 1.0):
+        assert [module.bias is not None for module in [layer.mlp.down_proj for layer in model.model.layers]] == [
+            False,
+            True,
+            False,
+        ]
+        assert [site.layer for site in sites["attention"] if model.get_submodule(site.path).bias is not None] == [1]
 
 
 def test_a_second_block_finds_the_bias_where_it_was():

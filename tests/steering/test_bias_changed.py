@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 import austeer
-from austeer.models.sites import find_sites
 from austeer.steering import bias
 from dense_formula import assert_unchanged, formula_logits, logits, random_plan, shift_plan, snapshot
 from tiny_models import ids_of_rows, tiny_model
@@ -115,6 +114,32 @@ def test_an_optimizers_step_on_an_existing_bias_stays():
     assert torch.equal(downs(model)[2].bias, downs(plain)[2].bias)
 
 
+def test_a_checkpoint_loaded_inside_the_block_stays_as_it_is():
+    """What was steered before is not taken from what was loaded."""
+    model, plan = biased(), shift_plan(biased(), ("ffn", "attention"))
+    state, before = copy.deepcopy(model.state_dict()), snapshot(model)
+    with austeer.steer(model, plan, 1.0) as steering:
+        model.load_state_dict(state)
+        steering.alpha = 0.5
+        expected = formula_logits(biased(), IDS, plan, 0.5)
+        torch.testing.assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+
+
+@torch.no_grad()
+def test_a_weight_that_changed_is_read_again_with_the_next_strength():
+    model, plain = tiny_model(), tiny_model()
+    plan = shift_plan(model, ("neuron", "attention"))
+    with austeer.steer(model, plan, 1.0) as steering:
+        for one in (model, plain):
+            for module in downs(one):
+                module.weight.mul_(1.5)
+        steering.alpha = 0.9
+        torch.testing.assert_close(logits(model, IDS), formula_logits(plain, IDS, plan, 0.9), rtol=1e-4, atol=1e-4)
+    assert_unchanged(model, snapshot(plain))
+
+
 def replace(module):
     module.bias = nn.Parameter(torch.ones(32))
 
@@ -182,7 +207,9 @@ def test_a_weight_that_is_pruned_inside_the_block():
     assert torch.equal(logits(model, IDS), unsteered)
     for module in downs(model):
         prune.remove(module, "weight")
+        assert list(module._parameters) == ["bias", "weight"]
     assert takes_biases(model, plan)
+    assert all(list(module._parameters) == ["bias", "weight"] for module in downs(model))
 
 
 @pytest.mark.parametrize("make", [tiny_model, biased])
@@ -240,11 +267,12 @@ def test_inference_mode_around_the_block_or_the_other_way_round(make, inside):
 
 @pytest.mark.parametrize("operation", ["shift", "scale"])
 @pytest.mark.parametrize("around", ["autocast", "block"])
+@pytest.mark.parametrize("sites", [("ffn",), ("ffn", "neuron", "attention")])
 @pytest.mark.parametrize("make", [tiny_model, biased])
-def test_autocast_whose_cache_holds_the_weights_already(make, around, operation):
+def test_autocast_whose_cache_holds_the_weights_already(make, sites, around, operation):
     """Its copies of weights and biases are those of before the block, of another alpha, or of inside it."""
     model, plain = make(), make()
-    plan = random_plan(model, ("ffn", "neuron", "attention"), 25, operation)
+    plan = random_plan(model, sites, 25, operation)
 
     def of(alpha):
         with torch.autocast("cpu", torch.bfloat16):
@@ -361,24 +389,3 @@ def test_threads_that_change_alpha_and_run():
         torch.testing.assert_close(logits(model, IDS), formula_logits(plain, IDS, plan, 0.7), rtol=1e-4, atol=1e-4)
     assert not wrong
     assert_unchanged(model, snapshot(plain))
-
-
-def test_a_layer_without_aus_in_the_first_k():
-    """It has a bias of zeros, and gives what it gave."""
-    model = tiny_model()
-    plan = shift_plan(model, "ffn", 30)
-    first = int(plan.layer[0])
-    with austeer.steer(model, plan, 1.0, k=1, mode="bias") as steering:
-        assert [bool(module.bias.any()) for module in downs(model)] == [i == first for i in range(3)]
-        torch.testing.assert_close(logits(model, IDS), formula_logits(tiny_model(), IDS, plan.top(1), 1.0))
-        assert {row.layer for row in steering.report()} == set(plan.layer.tolist())
-
-
-def test_only_layers_that_have_aus_get_a_bias():
-    model = tiny_model()
-    plan = shift_plan(model)
-    plan = plan.take((plan.layer == 1).nonzero().flatten())
-    sites = find_sites(model)
-    with austeer.steer(model, plan, 1.0):
-        assert [module.bias is not None for module in downs(model)] == [False, True, False]
-        assert [site.layer for site in sites["attention"] if model.get_submodule(site.path).bias is not None] == [1]

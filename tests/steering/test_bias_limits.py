@@ -224,6 +224,24 @@ def test_a_weight_split_over_processes(tmp_path):
     assert all("DTensor" in row.reason for row in report if row.site != "attention")
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "reason"),
+    [
+        ("weight", slice(16), r"the weight is \(16,\), for 48 AUs"),
+        ("weight", (slice(None), slice(24)), r"the weight is \(32, 24\), for 48 AUs"),
+        ("bias", slice(8), r"the bias is \(8,\), for 32 outputs"),
+    ],
+)
+def test_a_part_of_a_parameter(name, part, reason):
+    """As a process has it of a model that is spread over several."""
+    model = biased()
+    plan, down = shift_plan(model, "neuron", 60), downs(model)[1]
+    p = getattr(down, name).detach()
+    down._parameters[name] = nn.Parameter(p.flatten()[part] if isinstance(part, slice) else p[part])
+    with pytest.raises(austeer.SteeringError, match=f"'bias'.*'neuron' of layer 1.*{reason}"):
+        austeer.steer(model, plan, 1.0, mode="bias")
+
+
 def test_freezing():
     model = tiny_model()
     with torch._inductor.config.patch(freezing=True):

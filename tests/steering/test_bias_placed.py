@@ -92,9 +92,11 @@ def test_quantised_under_an_adapter(scheme, dtype, tmp_path):
     model = peft.get_peft_model(model, adapter).eval()
     plan = shift_plan(model, ("ffn", "layer"))
     plan = plan.take((plan.layer == 2).nonzero().flatten())  # nothing rounds what it made
+    down = model.get_base_model().model.layers[2].mlp.down_proj.base_layer
+    with austeer.steer(model, plan, 1.0, mode="bias"):  # before a first pass packs the weights anew
+        assert down.bias.dtype == dtype
     unsteered = logits(model, IDS)
     expected, before = formula_logits(model.get_base_model(), IDS, plan, 1.0), modules_of(model)
-    down = model.get_base_model().model.layers[2].mlp.down_proj.base_layer
     with austeer.steer(model, plan, 1.0, mode="bias"):
         assert down.bias.dtype == dtype
         got = logits(model, IDS)
