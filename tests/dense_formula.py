@@ -35,6 +35,10 @@ def random_plan(model, sites, count, operation="scale", seed=0) -> Plan:
     )
 
 
+def shift_plan(model, sites=SITES, count=25, seed=0) -> Plan:
+    return random_plan(model, sites, count, "shift", seed)
+
+
 def keep_layers(plan, layers) -> Plan:
     return plan.take(torch.tensor([i for i, layer in enumerate(plan.layer.tolist()) if layer in layers]))
 
@@ -114,3 +118,16 @@ def assert_unchanged(model, before):
     assert tensors.keys() == before[0].keys()
     assert all(torch.equal(tensors[name], before[0][name]) for name in tensors)
     assert attributes == before[1]
+
+
+def modules_of(model):
+    """All that could tell that a module was steered: names and their order, and which tensors they are."""
+    return {
+        name: (
+            list(vars(m)),
+            [(key, id(p)) for key, p in m._parameters.items()],
+            [(key, id(b)) for key, b in m._buffers.items()],
+            set(m._non_persistent_buffers_set),
+        )
+        for name, m in model.named_modules()
+    }

@@ -21,7 +21,7 @@ from austeer_kernels import reference
 
 from ..errors import SteeringError
 from ..models.hooks import hooks_on
-from ..models.linear import WeightNames, bias_of_shift, bias_owner, weights_of
+from ..models.linear import FLOATING, WeightNames, bias_of_shift, bias_owner, sizes, weights_of
 from ..models.projection import why_not_own_code
 from ..models.sites import Site
 from ..models.structure import floating_dtype, input_device
@@ -46,9 +46,7 @@ class Slot:
         self._made: Tensor | None = None  # ours, of a module that has none
         self._saved: Tensor | None = None  # of a module that has one: its values
         self._order: list[str] = []
-        self._written: tuple[Tensor, Tensor, int | None] | None = (
-            None  # the tensor, its values and version after our last edit
-        )
+        self._written: tuple[Tensor, Tensor] | None = None  # the tensor, and its values after our last edit
 
     def write(self, module: nn.Module, like: Tensor) -> None:
         """Sets the module's bias to what it was and the sum of the parts, in place.
@@ -81,21 +79,18 @@ class Slot:
         vars(module).pop(_MARK, None)
         if self._written is None:
             return
-        problem = None
+        ours, problem = self._written[0], None
         try:
             bias = self._follow(module)
         except SteeringError as error:
             problem = error
-        if self._saved is not None and problem is None:
-            bias.copy_(self._saved)
+        saved, self._saved, self._written = self._saved, None, None
+        if saved is None:
+            if problem is None or module._buffers.get("bias") is None or module._buffers["bias"] is ours:
+                self._take_back(module)
+        elif problem is None:
+            bias.copy_(saved)
             torch.clear_autocast_cache()
-        elif self._saved is None and (problem is None or module._buffers.get("bias") is self._written[0]):
-            del module._buffers["bias"]
-            module._non_persistent_buffers_set.discard("bias")
-            module._parameters["bias"] = None
-            for name in self._order:  # as they were
-                module._parameters[name] = module._parameters.pop(name)
-        self._saved = self._written = None
         if problem is not None:
             raise problem
 
@@ -113,25 +108,41 @@ class Slot:
         vars(module)[_MARK] = True
         self._remember(bias)
 
+    def _take_back(self, module: nn.Module) -> None:
+        """Removes a bias of ours; a module to which someone gave another one by now keeps that."""
+        module._buffers.pop("bias", None)
+        module._non_persistent_buffers_set.discard("bias")
+        if "bias" in module._parameters:
+            return
+        module._parameters["bias"] = None
+        for name in self._order:  # as they were
+            if name in module._parameters:  # pruning has renamed the weight, say
+                module._parameters[name] = module._parameters.pop(name)
+
     def _follow(self, module: nn.Module) -> Tensor:
         """The module's bias, with what was done to it since our last edit taken into account.
+
+        Values are compared, as a change of ``bias.data`` shows in nothing else.
 
         Raises:
             SteeringError: the bias is another one, or a bias of ours was changed.
         """
         assert self._written is not None
-        before, values, version = self._written
+        before, values = self._written
         bias = (module._buffers if self._saved is None else module._parameters).get("bias")
-        if bias is before and version is not None and bias._version == version and bias.dtype == values.dtype:
-            return bias
-        if bias is not None and bias.shape == values.shape:
+        if bias is not None and bias.shape == values.shape and bias.device.type != "meta":
             moved = values.to(bias.device, bias.dtype)  # the model may have been moved or cast
-            if torch.allclose(bias, moved, rtol=0, atol=0, equal_nan=True):
+            if torch.equal(bias, moved):
                 return bias
-            if bias is before and self._saved is not None:  # a training step: it stays
+            same = (bias == moved) | (bias.isnan() & moved.isnan())
+            if bool(same.all()):
+                return bias
+            if bias is before and self._saved is not None:
                 wide = reference.compute_dtype(bias.dtype)
-                change = bias.to(wide) - moved.to(wide)
-                self._saved = (self._saved.to(bias.device, wide) + change).to(bias.dtype)
+                saved = self._saved.to(bias.device, wide)
+                if not torch.equal(bias, saved.to(bias.dtype)):  # else its checkpoint was loaded once more
+                    # A training step: it stays.
+                    self._saved = torch.where(same, saved, saved + (bias.to(wide) - moved.to(wide))).to(bias.dtype)
                 return bias
         raise SteeringError(
             f"{type(module).__name__}: found another bias than the one that steering wrote (it was set or changed "
@@ -141,7 +152,7 @@ class Slot:
 
     def _remember(self, bias: Tensor) -> None:
         torch.clear_autocast_cache()  # a copy of the bias as it was may be in it
-        self._written = bias, bias.detach().clone(), None if bias.is_inference() else bias._version
+        self._written = bias, bias.detach().clone()
 
 
 #: Kept from block to block, for the address of what was made.
@@ -162,10 +173,9 @@ class Bias(Path):
         super().__init__(site, table, module)
         self.calls = None
         self.like = like
-        self._unit: tuple[int, Tensor] | None = None  # k, and what alpha = 1 adds
+        self._unit: tuple[int, int, Tensor] | None = None  # k, the weight's version, and what alpha = 1 adds
 
     def attach(self) -> None:
-        self._unit = None  # the weight may have changed
         self.refresh()
 
     @torch.no_grad()
@@ -198,9 +208,15 @@ class Bias(Path):
             return bias_of_shift(entry.index, shift, len(self.like))
         if self.like.dtype == torch.float64:  # in which alpha * delta, a float32 product, differs from an exact one
             return self._product(entry.index, entry.strengths(alpha, k)[1], wide)
-        if self._unit is None or self._unit[0] != k:
-            self._unit = k, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
-        return alpha * self._unit[1]
+        weight = self.module._parameters["weight"]
+        assert weight is not None  # why_not_bias refuses it
+        if weight.device.type == "meta" and self._unit is not None:  # it was offloaded in the meantime
+            version = self._unit[1]
+        else:
+            version = 0 if weight.is_inference() else weight._version
+        if self._unit is None or self._unit[:2] != (k, version):
+            self._unit = k, version, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
+        return alpha * self._unit[2] if alpha else torch.zeros_like(self._unit[2])  # 0 * inf is NaN
 
     def _product(self, index: Tensor, shift: Tensor, wide: torch.dtype) -> Tensor:
         """W[:, index] @ shift"""
@@ -225,7 +241,9 @@ def bias_like(model: nn.Module, module: nn.Module, outputs: int) -> Tensor:
     if device.type == "meta":  # it is loaded to where it runs
         found = (getattr(hook, "execution_device", None) for hook in hooks_on(module))
         device = torch.device(next((place for place in found if place is not None), input_device(model)))
-    dtype = weight.dtype if weight is not None and weight.is_floating_point() else floating_dtype(model)
+    # A quantised weight's is that of what it is packed in.
+    plain = type(weight) is nn.Parameter and weight.dtype in FLOATING
+    dtype = weight.dtype if plain else floating_dtype(model)  # type: ignore[union-attr]
     with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
         return torch.zeros(outputs, dtype=dtype, device=device)
 
@@ -234,7 +252,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     """The reason why steering at a site cannot be written into a bias, or None if it is exact and possible.
 
     Args:
-        storages: how many parameters of the model lie in each storage, from ``shared_storages``.
+        storages: how often the model has each storage and module, from ``shared_storages``.
     """
     if operation != "shift":
         return f"{operation} is no addition"
@@ -245,10 +263,14 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     assert isinstance(owner, nn.Module)  # why_no_edit refuses all else
     if _MARK in vars(owner):
         return "it is steered already (another model shares it, or the model was copied while it was steered)"
-    if reason := why_not_parameter(owner, "bias", storages) or why_not_between(model, site, str(site.bias)):
+    path = str(site.bias) if owner is module else f"{site.bias}.base_layer"
+    if reason := why_not_parameter(owner, "bias", storages) or why_not_between(model, site, path):
         return reason
-    if owner is not module and (owner._forward_hooks or owner._forward_pre_hooks):
-        return "the layer inside the adapter has hooks"
+    bias, outputs = owner._parameters.get("bias"), sizes(owner)
+    if bias is not None and outputs is not None and bias.shape != outputs[1:]:  # sharded, say
+        return f"the bias is {tuple(bias.shape)}, for {outputs[1]} outputs"
+    if storages[owner] > 1:
+        return "the layer that has the bias is in several places of the model"
     if site.side == "input":
         return _why_not_weight(owner, site)
     if site.projection:
@@ -268,7 +290,7 @@ def _why_not_weight(module: nn.Module, site: Site) -> str | None:
         return "the weight is offloaded"
     if not weight.is_floating_point():
         return f"the weight is {weight.dtype}"
-    if weight.shape[names.input] != site.width:
+    if weight.dim() != 2 or weight.shape[names.input] != site.width:  # sharded, say
         return f"the weight is {tuple(weight.shape)}, for {site.width} AUs"
     if module.training and weight.requires_grad and torch.is_grad_enabled():
         return "the weight is trained, and its gradient would lack the shift"

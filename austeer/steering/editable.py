@@ -6,20 +6,26 @@ import sys
 from collections import Counter
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 
 from ..models.hooks import hooks_on
 from ..models.linear import FLOATING
 from ..models.sites import Site
 
+#: Hooks of accelerate that put weights and inputs where they are used, and change no value.
+_PLACING = (AlignDevicesHook, SequentialHook)
+
 
 def shared_storages(model: nn.Module) -> Counter:
-    """How many parameters (tied ones counted each time) lie in each storage."""
-    return Counter(
+    """How many parameters (tied ones counted each time) lie in each storage, and in how many places each module is."""
+    found: Counter = Counter(
         p.untyped_storage().data_ptr()
         for _, p in model.named_parameters(remove_duplicate=False)
         if type(p) is nn.Parameter and p.device.type != "meta"  # DTensors and quantised tensors have no storage
     )
+    found.update(module for _, module in model.named_modules(remove_duplicate=False))
+    return found
 
 
 def why_frozen() -> str | None:
@@ -55,15 +61,20 @@ def why_not_parameter(module: nn.Module, name: str, storages: Counter) -> str | 
 
 
 def why_not_between(model: nn.Module, site: Site, path: str) -> str | None:
-    """Whether anything was put on or between the module at ``path`` and the site's tensor that need not be linear."""
-    names = path.split(".")
+    """Whether anything was put on or between the module at ``path`` and the site's tensor that may change it."""
+    names, parent = path.split("."), model
+    for name in names:
+        if name not in getattr(parent, "_orig_mod", parent)._modules:
+            return f"a {type(parent).__name__} chooses what is its {name}"  # PEFT's modules_to_save, adapters on or off
+        parent = parent.get_submodule(name)
     inside = len(site.path.split(".")) if path.startswith(f"{site.path}.") else len(names)
     for end in range(inside, len(names) + 1):
         module = model.get_submodule(".".join(names[:end]))
         forward = vars(module).get("_old_forward", vars(module).get("forward"))  # accelerate's hooks keep the old one
         if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
             return f"the forward of {'.'.join(names[:end])} was replaced"
-        if end > inside and (module._forward_hooks or module._forward_pre_hooks):
+        placing = all(type(hook) in _PLACING for hook in hooks_on(module))
+        if end > inside and (module._forward_hooks or module._forward_pre_hooks or not placing):
             return f"{'.'.join(names[:end])} has hooks"
     return None
 
