@@ -109,7 +109,7 @@ def checkpoint(
 ) -> None:
     """Fold plans into a model's weights: a checkpoint for any engine. Needs no GPU, and little memory.
 
-    The operation shift becomes biases, where the model's config has them.
+    The operation shift becomes biases, where the model's config has them; of the site layer, its last projection's.
 
     Example: `austeer export checkpoint plans/kind --model meta-llama/Llama-3.1-8B-Instruct --alpha 8 --out kind-8b`
     """

@@ -35,7 +35,7 @@ from .ceilings import Ceilings, ceilings
 from .host import Host
 from .shapes import LayerWork, layer_work
 from .unsteered import UnsteeredPass, unsteered
-from .ways import AUTO, WAYS, kept_bytes, place_of, runs_as, runs_kernel, why_not
+from .ways import WAYS, automatic, kept_bytes, place_of, runs_as, runs_kernel, why_not
 from .work import EXECUTIONS, Target, Work
 
 #: The dtypes that predictions are made for: all that the kernels have on every device.
@@ -94,7 +94,7 @@ class SteeringCost:
         layers: of the model. aus: layer -> how many AUs are steered there; other layers are not touched.
         decode, prefill: one forward pass each.
         memory: bytes that each way keeps on the device: tables, and for fold the weights' saved rows.
-        refused: ways that are not possible here, and why. auto: the one that ``mode="auto"`` takes.
+        refused: ways that are not possible here, and why. auto: the one that ``mode="auto"`` takes for a decoded token.
         ceilings, host: what the seconds were worked out with. notes: what is not known of the model.
     """
 
@@ -252,6 +252,7 @@ def steering_cost(
         return Pass(batch * length, past, itself, device, host, seconds, extra)
 
     decode = one(1, context - 1)
+    decoded = [place_of(network, at, batch, aus, dtype, operation) for at in touched]
     return SteeringCost(
         model=network.config.model_type,  # type: ignore[union-attr,arg-type]
         site=site,
@@ -267,7 +268,7 @@ def steering_cost(
         prefill=one(prompt_tokens, 0),
         memory={way: kept_bytes(network, way, places, aus, dtype, operation, target) for way in ways},
         refused={way: reason for way, reason in reasons.items() if reason},
-        auto=next(way for way in AUTO[operation] if way in ways),
+        auto=automatic(ways, decoded, target),
         ceilings=pace.ceilings,
         host=pace.host,
         notes=tuple(_notes(config, works, decode)),

@@ -41,14 +41,16 @@ def fold(place: Place, target: Target) -> Work:
 
 
 def bias(place: Place, target: Target) -> Work:
-    """``mode="bias"``: the shift in the bias of the linear layer, which the product adds as it writes its result.
+    """``mode="bias"``: the shift in the bias of a linear layer, which the product adds as it writes its result.
 
-    Nothing where the layer has a bias already; otherwise it gains one, at the input side W @ shift.
+    Nothing where the layer has a bias already. Otherwise the product reads one; its addition counts as part of it.
     """
-    if place.bias:
-        return Work()
-    outputs = place.shape[1]
-    return Work(outputs * place.itemsize, 0, place.tokens * outputs)
+    return Work() if place.bias else Work(_outputs(place) * place.itemsize)
+
+
+def _outputs(place: Place) -> int:
+    """Of the linear layer whose bias adds the shift: at the input side the one that reads the tensor."""
+    return place.shape[1] if place.side == "input" else place.width
 
 
 def _compiled(place: Place, table: int) -> Work:
@@ -135,8 +137,10 @@ def _few(place: Place, target: Target) -> bool:
 
 def _in_place(place: Place) -> Work:
     size, n, table = place.itemsize, place.values, STRENGTH * place.width
-    if place.operation == "push":  # |x|, at most the largest number, times gamma
-        return _op([n * size], n * size, n) + _op([n * size], n * size, n) + _op([2 * n * size, table], n * size, 2 * n)
+    if place.operation == "push":  # the sign; 1 + gamma * sign, in float32; the product
+        factor = n * STRENGTH
+        sign = _op([n * size], n * size, n) + _op([n * size, table, STRENGTH], factor, 2 * n)
+        return sign + _op([n * size, factor], n * size, n)
     return _op([n * size, table], n * size, n)
 
 
@@ -197,9 +201,9 @@ def fused(place: Place, target: Target) -> Work:
 def _splits(place: Place, target: Target) -> int:
     """Over how many programs the fused kernel splits the sum."""
     inputs, outputs = place.shape
-    op = launch.form(place.side == "input", rows=False)
-    entry = launch.nearest(op, place.tokens, outputs, inputs, place.dtype, target.architecture, target.name)
-    return entry.splits(place.tokens, outputs, inputs, target.processors)
+    shape = (place.tokens, outputs, inputs)
+    entry = launch.nearest(_form(place), *shape, place.dtype, target.architecture, target.name)
+    return entry.splits(*shape, target.processors)
 
 
 def lora(place: Place, target: Target) -> Work:
@@ -237,9 +241,15 @@ def table_bytes(way: str, place: Place, target: Target) -> int:
         return place.count * (INDEX + place.itemsize)
     if way == "lora":
         return sum(place.shape) * place.count * place.itemsize
-    lists = 2 * place.count * (2 * INDEX + 2 * STRENGTH)  # of the plan, and of none
-    whole = 3 if way in ("fused", "dense") else 1  # the operand of the forms; gamma and shift
-    return lists + whole * STRENGTH * place.width
+    kept = 2 * place.count * (2 * INDEX + 2 * STRENGTH)  # lists of the plan and of none: index, columns, gamma, shift
+    if way in ("columns", "fused"):
+        kept += STRENGTH * (place.width + (place.operation == "push"))  # the operands of the forms: push has a 1 too
+    if way in ("fused", "dense"):
+        kept += 2 * STRENGTH * place.width  # gamma and shift
+    if way == "bias":  # the bias made, or saved, and a copy of what was written; what is added, before it is rounded
+        parts = 2 if place.side == "input" else 1  # W @ shift for alpha = 1 too
+        kept += _outputs(place) * (2 * place.itemsize + parts * (8 if target.kind == "cpu" else 4))
+    return kept
 
 
 def place_of(
@@ -247,6 +257,7 @@ def place_of(
 ) -> Place:
     """A site in a forward pass of ``tokens``. ``aus``: layer -> how many are steered there."""
     module = network.get_submodule(site.projection) if site.projection else None
+    adds = network.get_submodule(site.bias) if site.bias else None
     return Place(
         tokens=tokens,
         width=site.width,
@@ -255,20 +266,41 @@ def place_of(
         operation=operation,
         side=site.side,
         projection=None if module is None else linear.sizes(module),
-        bias=getattr(module, "bias", None) is not None,
+        bias=getattr(adds, "bias", None) is not None,
     )
 
 
-#: The paths of ``mode="auto"``, for each operation: the first that is possible. In a graph ``fused`` takes the place of
-#: ``columns`` where the device's table says that it is no slower than the plain product.
-AUTO = {"scale": ("fold", "columns"), "shift": ("bias", "columns"), "push": ("columns",)}
+#: What ``mode="auto"`` takes for an operation where it is possible; otherwise it runs.
+EDITS = {"scale": "fold", "shift": "bias"}
+
+
+def automatic(ways: Sequence[str], places: Sequence[Place], target: Target) -> str:
+    """The way of ``mode="auto"`` at ``places``, of those that are possible.
+
+    In a graph it is ``fused`` where the kernels' tables say that it is worth while on the device.
+    """
+    edit = EDITS.get(places[0].operation, "")
+    if edit in ways:
+        return edit
+    fusing = target.execution == "graph" and "fused" in ways
+    return "fused" if fusing and all(place.tokens <= _limit(place, target) for place in places) else "columns"
+
+
+def _limit(place: Place, target: Target) -> int:
+    """Up to how many tokens ``auto`` takes the fused kernel."""
+    inputs, outputs = place.shape
+    return launch.limit_for(_form(place), outputs, inputs, place.dtype, target.architecture, target.name)
+
+
+def _form(place: Place) -> str:
+    return launch.form(place.side == "input", rows=False)
 
 
 def why_not(network: nn.Module, way: str, sites: Sequence[Site], operation: str) -> str:
     """Why a way is not possible at a site, as far as the model's shapes say; empty if it is."""
     if way in ("public", "dense hook", "sparse hook", "lora") and operation != "scale":
         return f"it scales, and cannot {operation}"
-    if way in ("fold", "bias") and operation != {"fold": "scale", "bias": "shift"}[way]:
+    if way in EDITS.values() and way != EDITS.get(operation):
         return f"it cannot {operation}"
     for site in sites:
         projection = network.get_submodule(site.projection) if site.projection else None
@@ -276,7 +308,7 @@ def why_not(network: nn.Module, way: str, sites: Sequence[Site], operation: str)
             return "no linear layer makes this tensor"
         if way == "fused" and (reason := why_not_fused(projection)):
             return reason
-        if way in ("fold", "bias") and (reason := why_no_edit(network, site, operation)):
+        if way in EDITS.values() and (reason := why_no_edit(network, site, operation)):
             return reason
     return ""
 
@@ -300,6 +332,6 @@ def kept_bytes(
             weights = linear.weights_of(module := network.get_submodule(path))
             assert isinstance(weights, linear.WeightNames)  # otherwise fold was refused
             saved = getattr(module, weights.weight).numel() // site.width * aus[site.layer]
-            bias = getattr(module, weights.bias, None) if weights.bias else None
+            bias = getattr(module, weights.bias, None) if weights.bias and site.side == "output" else None
             total += dtype.itemsize * (saved + (0 if bias is None else bias.numel()))
     return total

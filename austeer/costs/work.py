@@ -57,7 +57,7 @@ class Target:
     kind: str
     execution: str = "eager"
     architecture: str = "sm_90"
-    name: str = ""
+    name: str = "NVIDIA H100 80GB HBM3"
     processors: int = 132
 
     @classmethod
@@ -82,7 +82,8 @@ class Place:
         tokens: of all rows. width: AUs there. count: how many of them are steered; 0 in layers that are left alone.
         dtype: of activations and weights. operation: "scale", "push" or "shift".
         side: "input" or "output" of the projection.
-        projection: inputs and outputs of the linear layer at the site; None without one. bias: whether it has one.
+        projection: inputs and outputs of the linear layer at the site; None without one.
+        bias: whether that has a bias, or, without a projection, the layer that could add a shift.
     """
 
     tokens: int

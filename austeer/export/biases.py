@@ -78,11 +78,12 @@ def new_biases(network: nn.Module, config: Any, edits: Iterable[Edit]) -> NewBia
     added = _added(network, config, settings) if settings else {}
     for path, edit in missing.items():
         if added is None or f"{path}.bias" not in added:
+            # At "layer" no weights can be scaled.
+            scale = "" if "layer" in edit.sites else "use plan.with_operation('scale'), or "
             raise ExportError(
                 f"{edit.where}: found no bias, and no setting of the config of "
-                f"{config.get_text_config().model_type!r} that gives it one, so 'shift' is no edit of its weights; use "
-                "plan.with_operation('scale'), or steer at run time (austeer.steer, or austeer's plugin "
-                "in vLLM)"
+                f"{config.get_text_config().model_type!r} that gives it one, so 'shift' is no edit of its weights; "
+                f"{scale}steer at run time (austeer.steer, or austeer's plugin in vLLM)"
             )
     return NewBiases(tuple(settings), dict(added or {}))
 

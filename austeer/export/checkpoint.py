@@ -36,10 +36,11 @@ def export_checkpoint(
     """Writes a model with plans folded into its weights: a checkpoint as Transformers and every engine read it.
 
     The steered values are computed in float64 and rounded once to the dtype that the checkpoint stores; names and
-    dtypes stay. ``shift`` goes into biases: the projection's own, or those that a setting of the config gives it
-    (``attention_bias``, ``mlp_bias`` ...), which is then set in the new config.json. Files with an edited tensor are
-    written anew, one tensor in memory at a time; the others are linked (the same file on disk under a second name) or
-    copied. Config, tokenizer and chat template go along, and ``austeer.json`` says what was folded in.
+    dtypes stay. ``shift`` goes into biases, those that ``austeer.steer`` writes it into (of the site ``layer``, its
+    last projection's): the model's own, or those that a setting of the config gives it (``attention_bias``,
+    ``mlp_bias`` ...), which is then set in the new config.json. Files with an edited tensor are written anew, one
+    tensor in memory at a time; the others are linked (the same file on disk under a second name) or copied. Config,
+    tokenizer and chat template go along, and ``austeer.json`` says what was folded in.
 
     Example:
         >>> out = austeer.export_checkpoint(plan, "models/tiny", "models/kind", alpha=8)
@@ -63,8 +64,9 @@ def export_checkpoint(
 
     Raises:
         PlanError: plans that are not for this model, or an alpha that is not finite.
-        ExportError: a plan that is no edit of this model's weights (the site ``layer``, ``push``, ``shift`` without a
-            bias), a quantised or steered model, ``out`` exists or has no space; nothing is there at ``out`` then.
+        ExportError: a plan that is no edit of this model's weights (``push``, ``scale`` at the site ``layer``,
+            ``shift`` without a bias), a quantised or steered model, ``out`` exists or has no space; nothing is there
+            at ``out`` then.
     """
     pairs = with_alphas(plans, alpha)
     if isinstance(model, nn.Module):

@@ -11,21 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..models.demo_model import DEMO, DEMO_ID
-from ..models.sites import find_sites
+from ..models.families import LAYOUTS
+from ..models.sites import find_sites, residual_factor
 from ..models.skeleton import load_config, skeleton
 from ..models.structure import base_of, name_of, text_config
 from ..plans.fit import check_plan_fits, units_by_layer
 from ..plans.plan import Plan
 from .edits import ExportError, summed, warn_of_another_model
-from .gguf_file import ARCHITECTURES, add, writing
+from .gguf_file import add, writing
 from .output_files import check_output, staged
-
-#: Families whose decoder layers add the MLP's output to their own as it is, so that a shift of the one is a shift of
-#: the other: no norm behind the MLP, no factor.
-ADDED_AS_IT_IS = frozenset(ARCHITECTURES) - {
-    *("exaone4", "gemma2", "gemma3_text", "glm4", "olmo2"),  # a norm
-    *("granite", "granitemoe"),  # residual_multiplier
-}
 
 
 def write_control_vector(
@@ -56,10 +50,10 @@ def _directions(network: nn.Module, pairs: list[tuple[Plan, float]]) -> dict[int
     for plan, _ in pairs:
         check_plan_fits(plan, network, sites)
     for (name, layer), entries in units_by_layer([plan for plan, _ in pairs], sites).items():
-        _check_site(name, text_config(network).model_type)
+        factor = _factor(name, network)
         strengths = summed(entries, pairs)
         vector = found.setdefault(layer, torch.zeros(sites[name][layer].width, dtype=torch.float64))
-        vector[strengths.index] += strengths.shift
+        vector[strengths.index] += strengths.shift * factor
     if 0 in found:
         raise ExportError(
             "layer 0: found AUs in the first decoder layer, where llama.cpp has no control vector; leave them out "
@@ -68,11 +62,17 @@ def _directions(network: nn.Module, pairs: list[tuple[Plan, float]]) -> dict[int
     return found
 
 
-def _check_site(name: str, family: str) -> None:
-    if name == "layer" or (name == "ffn" and family in ADDED_AS_IT_IS):
-        return
+def _factor(name: str, network: nn.Module) -> float:
+    """What a shift at a site is multiplied by in the layer's output."""
+    if name == "layer":
+        return 1.0
+    config = text_config(network)
+    layout = LAYOUTS.get(config.model_type)
+    factor = residual_factor(layout, config) if name == "ffn" and layout is not None else None
+    if factor is not None:
+        return factor
     reason = (
-        f"{family!r} does not add the MLP's output as it is"
+        f"{config.model_type!r} is not known to add the MLP's output to the layer's as it is, or times a number"
         if name == "ffn"
         else "a control vector is added to a decoder layer's output"
     )

@@ -6,6 +6,9 @@ With x the input of a linear layer y = W x + b, and gamma, shift zero but at a p
 at its input (attention,    W (x + gamma * x + shift) + b  =  W (1 + gamma) x + (b + W shift)
 neuron)
 at its output (ffn)         y + gamma * y + shift          =  (1 + gamma) W x + (1 + gamma) b + shift
+after it, where the output  r + c y + shift                =  r + c (W x + b + shift / c)
+is added, times c, to r
+(layer; ffn of a mixture)
 =========================== ==================================================================
 """
 
@@ -15,7 +18,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import AusteerError, PlanError
 from ..models import linear
 from ..models.families import LAYOUTS
-from ..models.projection import why_not_the_projection
+from ..models.projection import why_not_own_code, why_not_the_projection
 from ..models.sites import Site, find_sites
 from ..models.structure import text_config
 from ..plans.fit import LayerUnits, check_alpha, check_plan_fits, units_by_layer, why_not_linear
@@ -57,6 +60,14 @@ class Strengths:
     def shifts(self) -> bool:
         return bool(self.shift.any())
 
+    @classmethod
+    def sum(cls, parts: Sequence[Strengths]) -> Strengths:
+        """Strengths at the same side of one layer, added up at each AU."""
+        index, place = torch.cat([part.index for part in parts]).unique(return_inverse=True)
+        zeros = torch.zeros(len(index), dtype=torch.float64)
+        values = ([part.gamma for part in parts], [part.shift for part in parts])
+        return cls(index, *(zeros.index_add(0, place, torch.cat(one)) for one in values))
+
 
 @dataclass
 class Edit:
@@ -81,6 +92,13 @@ class Edit:
     def where(self) -> str:
         """For messages."""
         return f"{self.path} (site {' and '.join(map(repr, self.sites))} of layer {self.layer})"
+
+    def add(self, site: Site, strengths: Strengths) -> None:
+        """Adds what is done at a site that the module serves."""
+        if site.name not in self.sites:
+            self.sites.append(site.name)
+        before = getattr(self, site.side)
+        setattr(self, site.side, strengths if before is None else Strengths.sum([before, strengths]))
 
     @property
     def rank(self) -> int:
@@ -155,7 +173,7 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
 
     Raises:
         PlanError: a plan for another model.
-        ExportError: a plan that is no edit of weights (``push``, the site ``layer``), with the reason.
+        ExportError: a plan that is no edit of weights (``push``, ``scale`` at the site ``layer``), with the reason.
     """
     sites = find_sites(model, list(dict.fromkeys(name for plan, _ in plans for name in plan.sites)))
     for plan, _ in plans:
@@ -171,32 +189,37 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
                     f"weights; {_instead(site, entry.operation)}, or steer at run time (austeer.steer, or austeer's "
                     "plugin in vLLM)"
                 )
-        _check_site(model, site, checked)
-        strengths = summed(entries, plans)
-        for path in site.parts:
-            edit = edits.setdefault(path, _edit(model, site, path))
-            edit.sites.append(name)
-            setattr(edit, site.side, strengths)
+        for operation, paths in (("scale", site.parts), ("shift", (str(site.bias),))):
+            part = [entry for entry in entries if entry.operation == operation]
+            if not part:
+                continue
+            strengths = summed(part, plans)
+            if operation == "shift":
+                strengths = replace(strengths, shift=strengths.shift / site.bias_factor)
+            for path in paths:
+                if site.projection or operation == "shift":
+                    _check_site(model, site, path, checked)
+                edits.setdefault(path, _edit(model, site, path)).add(site, strengths)
     return list(edits.values())
 
 
 def _instead(site: Site, operation: str) -> str:
     """What is an edit of weights where steering at a site with an operation is none."""
-    if not site.parts:
-        return "select at 'attention' or 'ffn'"
+    others = " or ".join(repr(other) for other in ("scale", "shift") if why_not_linear(site, other) is None)
     if operation == "push":
-        return "use plan.with_operation('scale' or 'shift')"
-    return "use plan.with_operation('scale'), or select at 'attention'"  # shift in a mixture of experts
+        return f"use plan.with_operation({others})" if others else "select at 'attention' with another operation"
+    return f"use plan.with_operation({others}), or select at 'attention'" if others else "select at 'attention'"
 
 
 def summed(entries: Sequence[LayerUnits], plans: Sequence[tuple[Plan, float]]) -> Strengths:
     """Summed over the plans that have AUs at a site of a layer."""
-    # Each is a float32 product, as everywhere (DESIGN: Operation); only the sum over plans is wider.
-    parts = [entry.strengths(plans[entry.plan][1], len(plans[entry.plan][0])) for entry in entries]
-    index, place = torch.cat([entry.index.long() for entry in entries]).unique(return_inverse=True)
-    zeros = torch.zeros(len(index), dtype=torch.float64)
-    gamma, shift = (zeros.index_add(0, place, torch.cat(values).double()) for values in zip(*parts))
-    return Strengths(index, gamma, shift)
+    parts = []
+    for entry in entries:
+        plan, alpha = plans[entry.plan]
+        # Each is a float32 product, as everywhere (DESIGN: Operation); only the sum over plans is wider.
+        gamma, shift = (values.double() for values in entry.strengths(alpha, len(plan)))
+        parts.append(Strengths(entry.index.long(), gamma, shift))
+    return Strengths.sum(parts)
 
 
 def _edit(model: nn.Module, site: Site, path: str) -> Edit:
@@ -207,6 +230,8 @@ def _edit(model: nn.Module, site: Site, path: str) -> Edit:
             f"{path}: {weights}, expected a linear layer whose weights can be edited; give the unquantised, unwrapped "
             "model, or its name"
         )
+    if sum(other is module for _, other in model.named_modules(remove_duplicate=False)) > 1:
+        raise ExportError(f"{path}: found it in several places of the model, expected each layer to have its own")
     for name in filter(None, (weights.weight, weights.bias)):
         if name not in module._parameters and getattr(module, name) is not None:
             raise ExportError(
@@ -216,16 +241,22 @@ def _edit(model: nn.Module, site: Site, path: str) -> Edit:
     return Edit(path, site.layer, weights, experts=getattr(module, weights.weight).dim() == 3)
 
 
-def _check_site(model: nn.Module, site: Site, checked: set[tuple[type, type]]) -> None:
-    """Refuses a block that does more to its tensor than its projection does; the table's families were tested."""
-    if text_config(model).model_type in LAYOUTS or site.projection in (None, site.path):
+def _check_site(model: nn.Module, site: Site, path: str, checked: set[tuple[type, type]]) -> None:
+    """Refuses a block that does more to its tensor than adding what the module at ``path`` makes.
+
+    Transformers' code of the table's families was read and tested; a block of other code with one projection is run.
+    """
+    reason = why_not_own_code(model, site, path) if site.side == "output" else None
+    known = reason is None and text_config(model).model_type in LAYOUTS
+    if known or site.projection == site.path:
         return
-    block = model.get_submodule(site.path)
-    kind = (type(block), type(model.get_submodule(str(site.projection))))
-    if kind in checked:
-        return
-    checked.add(kind)
-    reason = why_not_the_projection(_with_values(model, site), site)
+    if site.projection is not None:
+        block = model.get_submodule(site.path)
+        kind = (type(block), type(model.get_submodule(site.projection)))
+        if kind in checked:
+            return
+        checked.add(kind)
+        reason = why_not_the_projection(_with_values(model, site), site)
     if reason is not None:
         raise ExportError(f"site {site.name!r} of layer {site.layer}: {reason}, so it is no edit of weights")
 

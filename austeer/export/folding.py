@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..models.linear import bias_of_shift
 from .edits import Edit, ExportError
 
 
@@ -54,12 +55,12 @@ def steered_bias(edit: Edit, weight: Tensor, bias: Tensor | None) -> Tensor:
     width = weight.shape[dims["output"]]
     result = torch.zeros(width, dtype=torch.float64) if bias is None else bias.double()
     if edit.input is not None and edit.input.shifts:
-        columns = weight.index_select(dims["input"], edit.input.index).double().movedim(dims["input"], -1)
-        result = result + columns @ edit.input.shift
+        result = result + bias_of_shift(edit.input.index, edit.input.shift, width, weight, dims["input"])
     if edit.output is not None:
-        strengths = edit.output
-        steered = result.index_select(-1, strengths.index) * (1 + strengths.gamma) + strengths.shift
-        result = result.index_copy(-1, strengths.index, steered)
+        result = result.clone()
+        result[..., edit.output.index] *= 1 + edit.output.gamma
+        if edit.output.shifts:
+            result += bias_of_shift(edit.output.index, edit.output.shift, width)
     return result
 
 

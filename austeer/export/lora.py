@@ -174,7 +174,7 @@ def _all_of_their_kinds(network: nn.Module, edits: Sequence[Edit]) -> list[str]:
     names = {name for edit in edits for name in edit.sites}
     for sites in find_sites(network, [name for name in SITE_NAMES if name in names]).values():
         for site in sites:
-            for path in site.parts:
+            for path in dict.fromkeys((*site.parts, *filter(None, (site.bias,)))):
                 if _kind(path) in kinds and isinstance(weights_of(network.get_submodule(path)), WeightNames):
                     found.setdefault(site.layer, {})[path] = None
     return [path for layer in sorted(found) for path in found[layer]]

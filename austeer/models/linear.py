@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 #: Subclasses of ``nn.Linear`` whose forward was read: the same product, written another way.
 _PLAIN_SUBCLASSES = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
@@ -95,6 +95,26 @@ def bias_owner(module: nn.Module, side: str) -> nn.Module | str:
     if weight is not None and type(weight) is not nn.Parameter and not quantised:
         return f"the weight is a {type(weight).__name__}"
     return module
+
+
+def bias_of_shift(index: Tensor, shift: Tensor, outputs: int, weight: Tensor | None = None, inputs: int = 1) -> Tensor:
+    """What a shift of some outputs, or of some inputs, of a linear layer adds to its bias: s, or W s.
+
+    Args:
+        index, shift: int and floating-point [count], the AUs, distinct, and what is added to each.
+        outputs: of the layer. weight: for a shift of its inputs; None for one of its outputs.
+        inputs: the dimension of the weight that counts them.
+
+    Returns:
+        [outputs], in the shift's dtype: where the weight is, or the shift.
+    """
+    if weight is None:
+        return shift.new_zeros(outputs).index_copy_(0, index.long().to(shift.device), shift)
+    some = shift != 0  # 0 * inf is NaN
+    index, shift = index[some.to(index.device)], shift[some]
+    columns = weight.index_select(inputs, index.long().to(weight.device)).to(shift.dtype).movedim(inputs, -1)
+    with torch.autocast(weight.device.type, enabled=False):  # it would make the product in half precision
+        return columns @ shift.to(columns.device)  # [outputs, AUs] @ [AUs]
 
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

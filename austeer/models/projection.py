@@ -1,4 +1,4 @@
-"""Whether a block hands on the output of its projection as it is, so that steering the one is steering the other."""
+"""Whether what a linear layer makes reaches a site's tensor as it is: then to steer the one is to steer the other."""
 
 from __future__ import annotations
 
@@ -33,4 +33,17 @@ def why_not_the_projection(model: nn.Module, site: Site) -> str | None:
         handle.remove()
     if len(made) != 1 or not torch.equal(made[0].reshape(-1), found.reshape(-1)):
         return f"{site.path} does more to the tensor than its projection"
+    return None
+
+
+def why_not_own_code(model: nn.Module, site: Site, path: str) -> str | None:
+    """The reason why the module at ``path`` need not add to the site's tensor as the family's code does it, or None.
+
+    What the table of families says was read in Transformers' code; other code of the same names may do anything.
+    """
+    names = path.split(".")
+    for end in range(len(site.path.split(".")), len(names)):
+        module = model.get_submodule(".".join(names[:end]))
+        if not type(module).forward.__module__.startswith("transformers.models."):
+            return f"the forward of {'.'.join(names[:end])} is not Transformers' own"
     return None

@@ -50,6 +50,9 @@ class Site:
             does: its product can be fused. Otherwise None.
         parts: paths of all the modules whose weights can be scaled in place of the tensor: the projection, or in a
             mixture of experts the routed experts' module and the shared experts' down projections. None at ``layer``.
+        bias: path of the linear layer by whose bias the tensor can be shifted: the one that reads it (input side), or
+            one whose output is part of it (output side). None if none is known.
+        bias_factor: what that output is multiplied by before.
     """
 
     name: str
@@ -195,11 +198,19 @@ def _ffn_bias(base: str, layer: nn.Module, layout: Layout) -> str | None:
 
 def _last_bias(base: str, layer: nn.Module, layout: Layout, config: Any) -> tuple[str | None, float]:
     """The linear layer whose bias adds to a layer's output, and what its own output is multiplied by."""
-    normed = getattr(config, "do_layer_norm_before", True) is False  # OPT-350m: a norm comes after the residual
-    if not layout.residual or normed:
-        return None, 1.0
-    factor = 1.0 if layout.residual == AS_IT_IS else float(getattr(config, layout.residual))
+    factor = residual_factor(layout, config)
     return (_ffn_bias(base, layer, layout), factor) if factor else (None, 1.0)
+
+
+def residual_factor(layout: Layout, config: Any) -> float | None:
+    """What a layer multiplies the output of ``ffn`` by, to add it to its own; None where it does more, or is unknown.
+
+    Args:
+        config: the language model's.
+    """
+    if not layout.residual or getattr(config, "do_layer_norm_before", True) is False:  # OPT-350m: a norm follows
+        return None
+    return 1.0 if layout.residual == AS_IT_IS else float(getattr(config, layout.residual))
 
 
 def _check_widths(name: str, sites: list[Site], family: str) -> None:

@@ -200,12 +200,12 @@ def _serve(plan: PlanTable, where: str, model: str, strength: str) -> str:
 
 
 def _why_no_lora(plan: PlanTable) -> str | None:
-    if "layer" in plan.sites:
-        return "no weights make the output of a whole decoder layer, so a LoRA cannot carry the plan"
     if plan.operation == "push":
         return "`push` is not linear, so a LoRA cannot carry the plan"
     if plan.operation == "shift":
         return "`shift` adds a constant, which a LoRA cannot carry"
+    if "layer" in plan.sites:
+        return "no weights make the output of a whole decoder layer, so a LoRA cannot carry the plan"
     return None
 
 

@@ -21,7 +21,8 @@ from austeer_kernels import reference
 
 from ..errors import SteeringError
 from ..models.hooks import hooks_on
-from ..models.linear import FLOATING, WeightNames, bias_owner, sizes, weights_of
+from ..models.linear import FLOATING, WeightNames, bias_of_shift, bias_owner, sizes, weights_of
+from ..models.projection import why_not_own_code
 from ..models.sites import Site
 from ..models.structure import floating_dtype, input_device
 from ..plans.fit import why_no_edit
@@ -51,7 +52,7 @@ class Slot:
         """Sets the module's bias to what it was and the sum of the parts, in place.
 
         Args:
-            like: from :func:`bias_like`; it becomes the bias of a module that has none and had none before.
+            like: from :meth:`kept`; it becomes the bias of a module that has none.
         """
         if self._written is None:
             self._begin(module, like)
@@ -61,6 +62,13 @@ class Slot:
             total = self._saved.to(bias.device, reference.compute_dtype(bias.dtype)) + total
         bias.copy_(total)  # type: ignore[arg-type]
         self._remember(bias)
+
+    def kept(self, like: Tensor) -> Tensor:
+        """The bias that was made for the module before, if it is one such as ``like``; otherwise that."""
+        made = self._made
+        if made is None or (made.shape, made.dtype, made.device) != (like.shape, like.dtype, like.device):
+            return like
+        return made
 
     def restore(self, module: nn.Module) -> None:
         """Gives the module back the bias it had, or none.
@@ -89,14 +97,11 @@ class Slot:
     def _begin(self, module: nn.Module, like: Tensor) -> None:
         bias: Tensor | None = module._parameters.get("bias")
         if bias is None:
-            made = self._made
-            if made is None or (made.shape, made.dtype, made.device) != (like.shape, like.dtype, like.device):
-                made = like
-            self._made = bias = made
+            self._made = bias = like
             # A parameter would be offloaded and be in the state dict, and one that is None hides a buffer of its name.
             self._order = list(module._parameters)
             module._parameters.pop("bias", None)
-            module._buffers["bias"] = made
+            module._buffers["bias"] = like
             module._non_persistent_buffers_set.add("bias")
         else:
             self._saved = bias.detach().clone()
@@ -177,6 +182,7 @@ class Bias(Path):
     def refresh(self) -> None:
         """Writes the strengths that the table has now."""
         slot = _slots.setdefault(self.module, Slot())
+        self.like = slot.kept(self.like)
         slot.parts[id(self)] = self.added()
         slot.write(self.module, self.like)
 
@@ -185,9 +191,7 @@ class Bias(Path):
         slot = _slots.get(self.module)
         if slot is None or slot.parts.pop(id(self), None) is None:
             return
-        if slot.parts:
-            slot.write(self.module, self.like)
-        else:
+        if not slot.parts:  # the last of what is on the module
             slot.restore(self.module)
 
     @torch.no_grad()
@@ -199,7 +203,7 @@ class Bias(Path):
         alpha, k = self.table.given[entry.plan]
         if self.site.side == "output":
             shift = entry.strengths(alpha, k)[1].to(self.like.device, wide) / self.site.bias_factor
-            return torch.zeros_like(self.like, dtype=wide).index_copy_(0, entry.index.long().to(shift.device), shift)
+            return bias_of_shift(entry.index, shift, len(self.like))
         if self.like.dtype == torch.float64:  # in which alpha * delta, a float32 product, differs from an exact one
             return self._product(entry.index, entry.strengths(alpha, k)[1], wide)
         weight = self.module._parameters["weight"]
@@ -214,15 +218,11 @@ class Bias(Path):
 
     def _product(self, index: Tensor, shift: Tensor, wide: torch.dtype) -> Tensor:
         """W[:, index] @ shift"""
-        index, shift = index[shift != 0], shift[shift != 0]  # 0 * inf is NaN
         weights = weights_of(self.module)
         assert isinstance(weights, WeightNames)  # why_not_bias refuses all else
         weight = self.module._parameters[weights.weight]
         assert weight is not None
-        columns = weight.index_select(weights.input, index.long().to(weight.device))
-        columns = columns.to(wide).movedim(weights.input, -1)  # [out, AUs]
-        with torch.autocast(weight.device.type, enabled=False):  # it would make the product in half precision
-            return columns @ shift.to(columns)
+        return bias_of_shift(index, shift.to(wide), len(self.like), weight, weights.input)
 
 
 def bias_of_copy(module: nn.Module) -> bool:
@@ -271,19 +271,11 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
         return "the layer that has the bias is in several places of the model"
     if site.side == "input":
         return _why_not_weight(owner, site)
-    return None if site.projection else _why_not_summand(model, site)
-
-
-def _why_not_summand(model: nn.Module, site: Site) -> str | None:
-    """Why what a layer gives need not be added to the site's tensor as the family's code does it."""
-    names = str(site.bias).split(".")
-    for end in range(len(site.path.split(".")), len(names)):
-        module = model.get_submodule(".".join(names[:end]))
-        if not type(module).forward.__module__.startswith("transformers.models."):
-            return f"the forward of {'.'.join(names[:end])} is not Transformers' own"
+    if site.projection:
+        return None
     if any(module.training for module in model.get_submodule(site.path).modules()):
         return "dropout may follow the projection in training"
-    return None
+    return why_not_own_code(model, site, str(site.bias))
 
 
 def _why_not_weight(module: nn.Module, site: Site) -> str | None:

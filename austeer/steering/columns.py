@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from austeer_kernels import reference
+from austeer_kernels import launch, reference
 
 from .forms import form_of, most_elements, steered
-from .routing import WHOLE, capturing
+from .routing import WHOLE, capturable, capturing
 from .run_path import RunPath
 from .tables import StrengthTable
 
@@ -28,37 +28,65 @@ class Columns(RunPath):
 
     name = "columns"
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._loaded: set[int] = set()  # the numbers of elements for which the kernel was run
+
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled()):  # the others compute in float32
             return differentiable(x, self.tables, rows)
         if is_compiling():
             return compiled(x, self.tables, rows)
         x = x.contiguous()
-        operands = self._operands(x, rows)
-        if operands is None:
-            return sparse(x, self.tables, rows)
-        for table, given in zip(self.tables, operands):
-            form_of(table)(x, *given)
-        return x
-
-    def _operands(self, x: Tensor, rows: Tensor | None) -> Sequence[tuple[Tensor, ...]] | None:
-        """What one dense operation takes, and from now on the short way; None where the sparse kernel is the choice."""
+        if capturing(x.device):
+            return sparse(x, self.tables, rows) if x.numel() in self._loaded else whole(x, self.tables, rows)
+        if capturable(x.device):
+            self.load(x)
         columns = max(table.columns for table in self.tables)
-        if x.dtype == torch.float64 or x.numel() > most_elements(x.device.type, columns, self.table.width):
-            return None
         key = WHOLE if self.routing is None else self.routing.key
-        if key is None or capturing(x.device):
-            return None
-        if rows is None:
-            operands = [table.operands or () for table in self.tables]
-        else:
-            rows = rows.long()
-            operands = [
-                tuple(t.view(x.shape) if t.numel() == x.numel() else t for t in table.spread(rows))
-                for table in self.tables
-            ]
+        if key is None or x.numel() > most_elements(x.device.type, columns, self.table.width):
+            return sparse(x, self.tables, rows)
+        operands = [operands_of(x, table, rows) for table in self.tables]
         self.shorten(x, operands, key)
-        return operands
+        return whole(x, self.tables, rows, operands)
+
+    def load(self, x: Tensor) -> None:
+        """Runs the sparse kernel on a copy of ``x``, once for its size, if a graph of decoding may be captured.
+
+        A kernel's code is loaded as it first runs, which a driver refuses during a capture: there it is only taken
+        where it was loaded before.
+        """
+        if x.numel() in self._seen:
+            return
+        self._seen.add(x.numel())
+        tokens = x.numel() // self.table.width
+        if tokens <= launch.MOST_TOKENS or x.dim() == 2 or x.shape[-2] == 1:
+            sparse(x.clone(), self.tables, self._rows_of_capture(tokens, x.device))
+            self._loaded.add(x.numel())
+
+    def _rows_of_capture(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Rows as a captured pass has them: where there is a routing, on the device, whatever they say."""
+        return None if self.routing is None else torch.zeros(tokens, dtype=torch.int32, device=device)
+
+
+def operands_of(x: Tensor, table: StrengthTable, rows: Tensor | None) -> tuple[Tensor, ...]:
+    """What the form of a table takes for ``x``."""
+    if rows is None:
+        assert table.operands is not None  # several plans have rows
+        return table.operands
+    return tuple(t.view(x.shape) if t.numel() == x.numel() else t for t in table.spread(rows.long()))
+
+
+def whole(
+    x: Tensor,
+    tables: Sequence[StrengthTable],
+    rows: Tensor | None,
+    operands: Sequence[tuple[Tensor, ...]] | None = None,
+) -> Tensor:
+    """``x``, contiguous, steered in place by one operation a table."""
+    for number, table in enumerate(tables):
+        form_of(table)(x, *(operands_of(x, table, rows) if operands is None else operands[number]))
+    return x
 
 
 def differentiable(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) -> Tensor:
@@ -71,8 +99,8 @@ def differentiable(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | No
 
 
 def compiled(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) -> Tensor:
-    """``x`` steered where it is compiled: by an expression that fuses, but for rows of plans and float64."""
-    if rows is not None or x.dtype == torch.float64:
+    """``x`` steered where it is compiled: by an expression that fuses, but for rows of plans."""
+    if rows is not None:
         return sparse(x.contiguous(), tables, rows)
     for table in tables:
         assert table.operands is not None  # several plans have rows

@@ -14,7 +14,7 @@ from austeer_kernels import reference
 from ..errors import SteeringError
 from ..models.linear import FLOATING
 from .columns import Columns
-from .routing import NOBODY, capturing
+from .routing import NOBODY, capturable, capturing
 from .run_path import observable
 from .selfcheck import check_linear
 
@@ -35,6 +35,7 @@ class Fused(Columns):
         super().__init__(*args, **kwargs)
         self.limit, self.always = limit, always
         self._check_product = self._check
+        self._products: set[int] = set()  # the numbers of elements for which the kernel was run
 
     def detach(self) -> None:
         try:
@@ -54,30 +55,55 @@ class Fused(Columns):
         return self.steer(self._inner(x))
 
     def _in_kernel(self, x: Tensor) -> bool:
+        """Whether the kernel is what this call takes."""
         if x.numel() > self.limit * x.shape[-1]:
             return False
-        return self.always or (not is_compiling() and capturing(x.device))
+        if is_compiling():
+            return self.always
+        if capturing(x.device):
+            return self.has_loaded(x)
+        if capturable(x.device) and not self.has_loaded(x):
+            self._load_product(x)
+        return self.always
+
+    def has_loaded(self, x: Tensor) -> bool:
+        """Whether the kernel was run for as many tokens."""
+        return x.numel() in self._products
+
+    def _load_product(self, x: Tensor) -> None:
+        """Runs the kernel as a captured graph would, once for a number of tokens; see ``load``."""
+        weight = cast(nn.Linear, self.module).weight
+        if (x.dtype, x.device) == (weight.dtype, weight.device) == (x.dtype, self.table.device):
+            tokens = x.detach().reshape(-1, x.shape[-1])
+            with torch.no_grad():
+                self._kernel(tokens, self._rows_of_capture(len(tokens), x.device))
+            self._products.add(x.numel())
+
+    def _kernel(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
+        linear, table = cast(nn.Linear, self.module), self.table
+        gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
+        # The definition is differentiable, the kernel is not.
+        wanted = (tokens, linear.weight, linear.bias)
+        differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
+        operation = reference.steered_linear if differentiate else steered_linear_op
+        if differentiate:
+            gamma, shift = gamma.clone(), shift.clone()  # alpha may change before the backward pass
+        at_input = self.site.side == "input"
+        return operation(tokens, linear.weight, linear.bias, gamma, shift, at_input, table.magnitude, rows)
 
     def _product(self, x: Tensor) -> Tensor:
+        """The linear layer's output, steered."""
         rows = self.begin(x)
         if rows is NOBODY:
             return self._inner(x)
-        linear, table = cast(nn.Linear, self.module), self.table
+        linear = cast(nn.Linear, self.module)
         if x.dtype != linear.weight.dtype:
             raise SteeringError(
                 f"mode 'fused' at {self.site.path}: found {x.dtype} activations and a {linear.weight.dtype} weight "
                 "(autocast?), expected one dtype; use mode='columns'"
             )
-        # The definition is differentiable, the kernel is not.
-        wanted = (x, linear.weight, linear.bias)
-        differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
-        operation = reference.steered_linear if differentiate else steered_linear_op
-        gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
-        if differentiate:
-            gamma, shift = gamma.clone(), shift.clone()  # alpha may change before the backward pass
         tokens = x.reshape(-1, x.shape[-1])
-        prologue = self.site.side == "input"
-        y = operation(tokens, linear.weight, linear.bias, gamma, shift, prologue, table.magnitude, rows)
+        y = self._kernel(tokens, rows)
         if self._check_product and observable(x):
             self._check_product = False
             check_linear(self, tokens, linear, rows, y)

@@ -205,8 +205,8 @@ def plan_paths(
             continue  # other processes have these
         choice = choose(mode, model, site, groups, storages, at_run_time, fused, blocks)
         device = _device_of(choice.module, default)
-        dense = choice.path in (Fused, Dense)  # 8 bytes a plan and dimension
-        tables = [StrengthTable(group, len(plans), len(mine), device, dense) for group in groups]
+        forms, dense = issubclass(choice.path, Columns), choice.path in (Fused, Dense)  # some bytes a dimension each
+        tables = [StrengthTable(group, len(plans), len(mine), device, forms, dense) for group in groups]
         first = check and not any(type(path) is choice.path for path in paths)
         paths.append(make_path(choice, model, site, tables, routing, first, mode == "fused"))
         reasons.append(choice.reason)

@@ -1,11 +1,12 @@
 """Which tokens of the forward pass at hand are steered, and with whose strengths.
 
-One hook on the decoder works it out once a forward pass, for all sites: everything, nothing, or for each token the row
+A patch of the decoder works it out once a forward pass, for all sites: everything, nothing, or for each token the row
 of the strength tables (-1: none).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SteeringError
-from ..models.hooks import Attachment, Hook
+from ..models.patches import Patch
 from .prompt import PACKED, Prompt, padding
 from .row_plans import Rows
 from .scope import END, Scope
@@ -28,7 +29,7 @@ WHOLE = object()
 _PACKED = ("cu_seq_lens_q", "block_table")
 
 
-class Routing(Hook):
+class Routing:
     """The tokens to steer, for a scope and for rows with plans of their own.
 
     Args:
@@ -42,9 +43,8 @@ class Routing(Hook):
     """
 
     def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module):
-        super().__init__()
         self.scope, self.rows, self.prompt, self._decoder = scope, rows, prompt, decoder
-        self._attachment = Attachment(decoder, self)
+        self._patch = Patch(decoder)
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._state: Any = NOBODY
         self.key: Any = None
@@ -54,12 +54,14 @@ class Routing(Hook):
 
     def attach(self) -> None:
         self._state, self.key, self._tokens, self._counted = NOBODY, None, 0, None
-        self._attachment.attach()
+        # With the decoder's own signature, which generation code may ask for.
+        forward = functools.update_wrapper(functools.partial(self.forward), self._decoder.forward)
+        self._patch.attach(forward)
         self.prompt.attach()
 
     def detach(self) -> None:
         self.prompt.detach()
-        self._attachment.detach()
+        self._patch.detach()
 
     @property
     def tokens(self) -> int:
@@ -68,8 +70,19 @@ class Routing(Hook):
 
     # --- a forward pass ----------------------------------------------------------------------------------------------
 
-    def pre_forward(self, module: nn.Module, *args, **kwargs):
-        """Called before each forward pass of the decoder."""
+    def forward(self, *args, **kwargs):
+        """The decoder's forward, once it is known which tokens of it are steered."""
+        self._begin(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._patch.inner(*args, **kwargs)
+        try:
+            return self._patch.inner(*args, **kwargs)
+        finally:
+            if self._ours:
+                self._ours = False
+                self.prompt.turn.give_back()
+
+    def _begin(self, *args, **kwargs) -> None:
         if not torch.compiler.is_compiling():
             self._ours = self.prompt.turn.take_for_forward()
         given = {**dict(zip(self._names, args)), **kwargs}
@@ -103,19 +116,12 @@ class Routing(Hook):
             self._state = self._host_state(rows, begin, end, batch, length, x.device)
             if not isinstance(self._state, Tensor):
                 self.key = WHOLE if self._state is None else NOBODY
-        return args, kwargs
 
     def _recomputed(self) -> bool:
         """Whether parts of this forward pass will run once more in its backward pass."""
         if not self._decoder.training or not torch.is_grad_enabled():
             return False
         return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
-
-    def post_forward(self, module: nn.Module, output):
-        if not torch.compiler.is_compiling() and self._ours:
-            self._ours = False
-            self.prompt.turn.give_back()
-        return output
 
     def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
         scope, prompt = self.scope, self.prompt
@@ -228,6 +234,11 @@ def _each_token(rows: Tensor, length: int) -> Tensor:
 
 def _on(n: int | Tensor, device: torch.device) -> int | Tensor:
     return n.to(device) if isinstance(n, Tensor) else n
+
+
+def capturable(device: torch.device) -> bool:
+    """Whether what is called now may be captured in a CUDA graph later."""
+    return device.type == "cuda"
 
 
 def capturing(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ from ..models.sites import Site
 from ..models.structure import first_tensor
 from .forms import Form, form_of, most_elements
 from .path import Path
-from .routing import NOBODY, Routing, capturing
+from .routing import NOBODY, Routing, capturable, capturing
 from .selfcheck import checked_tensor
 from .tables import StrengthTable
 
@@ -73,6 +73,7 @@ class RunPath(Path):
         self._patch = Patch(module)
         self._inner: Callable = module.forward
         self._short: _Short | None = None
+        self._seen: set[int] = set()  # numbers of elements that went the general way, where graphs can be captured
 
     @property
     def tokens(self) -> int | None:
@@ -126,7 +127,8 @@ class RunPath(Path):
                 short = None
         if short is None or x.dtype is not short.dtype or x.requires_grad or not x.is_contiguous():
             return self._in_general(x)
-        if (elements := x.numel()) > short.most or (short.on_gpu and capturing(x.device)):
+        elements = x.numel()
+        if elements > short.most or (short.on_gpu and (elements not in self._seen or capturing(x.device))):
             return self._in_general(x)
         try:
             short.form(x, *short.operands)
@@ -177,7 +179,7 @@ class RunPath(Path):
         """Lets calls with an ``x`` like this one go the short way, with these operands for each table."""
         forms = [(form_of(table), given) for table, given in zip(self.tables, operands)]
         most = most_elements(x.device.type, max(table.columns for table in self.tables), self.table.width)
-        self._short = _Short(*forms[0], tuple(forms[1:]), key, x.dtype, most, x.is_cuda)
+        self._short = _Short(*forms[0], tuple(forms[1:]), key, x.dtype, most, capturable(x.device))
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Steers ``x`` [..., width], in place where nothing is differentiated.

@@ -321,9 +321,10 @@ def steer(
     Everything is checked before anything is touched, and on leaving the block the model is restored bit for bit, also
     after an exception. Only layers in which the plan has AUs are touched.
 
-    Inside the block the model *is* the steered one: a copy or a checkpoint made there may hold steered weights (fold),
-    and a training step on folded weights is lost for the steered rows on leaving; train with ``mode="columns"``. A
-    compiled model is compiled again in each new block (not under fold): stay in one, and set ``alpha`` to 0.
+    Inside the block the model *is* the steered one: a copy or a checkpoint made there may hold steered weights or
+    biases, a training step on folded weights is lost for the steered rows on leaving, and a shift in a bias leaves the
+    weight that reads the site without its part of the gradient; train with ``mode="columns"``. A compiled model is
+    compiled again in each new block by what runs (not by fold; by biases once): stay in one, and set ``alpha`` to 0.
 
     Args:
         model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.
@@ -335,10 +336,11 @@ def steer(
         scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
             or a half-open range such as (0, 16) or (16, None), counted from each row's first token after its padding.
             See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
-        mode: the path, see ``report()``: "fold" edits weights in place and costs nothing at run time, "fused" runs our
-            projection kernel for up to 64 tokens and "columns" beyond, "columns" runs the sparse kernel after the
-            model's own computation, "dense" is the public code's arithmetic. "auto" takes fold where it is exact and
-            possible, fused where it was measured to be faster on this device, otherwise columns.
+        mode: the path, see ``report()``: "fold" scales weights in place and "bias" writes a shift into biases, both
+            at no cost at run time; "fused" runs our projection kernel for up to 64 tokens and "columns" beyond,
+            "columns" steers the tensor itself by the cheapest form for where it runs, "dense" is the public code's
+            arithmetic. "auto" takes fold or bias where it is exact and possible, fused while a CUDA graph is captured
+            if it was measured to be no slower on this device, otherwise columns.
         layout: attribute paths of a model whose family is not known.
         check: compare one site of each path with the formula, once.
 

@@ -42,7 +42,8 @@ class StrengthTable:
     Attributes:
         index: int64 [plans, most], each plan's AUs, ascending; -1 after the last of them.
         gamma, shift: float32 [plans, most]; zeros where ``index`` is -1.
-        operands: float32 [width] each, what :mod:`austeer.steering.forms` takes for all tokens; None for several plans.
+        operands: float32 [width] each, what :mod:`austeer.steering.forms` takes for all tokens; None for several plans
+            and without ``forms``.
         dense_gamma, dense_shift: float32 [plans, width], zeros for all other AUs; None without ``dense``.
         magnitude: whether gamma multiplies |x|. Plans that differ in this need two tables.
         scales, shifts: whether any gamma, any shift can be other than 0.
@@ -50,7 +51,13 @@ class StrengthTable:
     """
 
     def __init__(
-        self, entries: Sequence[LayerUnits], plans: int, width: int, device: torch.device, dense: bool = False
+        self,
+        entries: Sequence[LayerUnits],
+        plans: int,
+        width: int,
+        device: torch.device,
+        forms: bool = True,
+        dense: bool = False,
     ):
         self.entries = tuple(entries)
         self.magnitude = entries[0].magnitude
@@ -75,7 +82,7 @@ class StrengthTable:
             zeros = partial(torch.zeros, dtype=torch.float32, device=device)
             self._index, self._strengths = index.to(device), zeros(2, plans + 1, most)
             self._columns = torch.where(index >= 0, index, _free(index, width)[:, None]).to(device)
-            if plans == 1:
+            if forms and plans == 1:
                 self.operands = self._for_all()
             if dense:
                 self.dense_gamma, self.dense_shift = zeros(plans, width), zeros(plans, width)

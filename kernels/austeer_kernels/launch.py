@@ -282,14 +282,19 @@ def fused_up_to(
 ) -> int:
     """Up to how many tokens a form of ``steered_linear`` is worth while for a weight [n, k]; 0 where not measured.
 
-    Only measured tables (bench/dispatch.py writes them) have limits; the nearest measured shape decides. Never more
-    than MOST_TOKENS.
-
     Args:
         at_input, rows: which form, see :func:`form`.
     """
-    op, short = form(at_input, rows), str(dtype).removeprefix("torch.")
-    architecture, name, _ = device_profile(device)
+    return limit_for(form(at_input, rows), n, k, dtype, *names_of(device))
+
+
+def limit_for(op: str, n: int, k: int, dtype: torch.dtype, architecture: str, name: str) -> int:
+    """The same of a device by name, here or not.
+
+    Only measured tables (bench/dispatch.py writes them) have limits; the nearest measured shape decides. Never more
+    than MOST_TOKENS.
+    """
+    short = str(dtype).removeprefix("torch.")
     for table in tables():
         limits = [limit for limit in table.fused if limit.op == op and short in limit.dtypes]
         if limits and table.fits(architecture, name):

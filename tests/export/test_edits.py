@@ -22,7 +22,8 @@ from austeer.export.edits import (
     warn_of_another_model,
     with_alphas,
 )
-from dense_formula import WEIGHT_SITES, random_plan
+from austeer.models.sites import find_sites
+from dense_formula import WEIGHT_SITES, keep_layers, random_plan
 from tiny_models import tiny_model
 
 
@@ -75,8 +76,9 @@ def test_an_au_that_cancels_out_takes_no_rank(model):
 @pytest.mark.parametrize(
     "site, operation, reason",
     [
-        ("layer", "scale", "site 'layer'.*'attention'.*'ffn'"),
-        ("ffn", "push", r"'push'.*plan\.with_operation"),
+        ("layer", "scale", r"site 'layer'.*with_operation\('shift'\).*'attention'"),
+        ("layer", "push", r"site 'layer'.*'push'.*with_operation\('shift'\)"),
+        ("ffn", "push", r"'push'.*with_operation\('scale' or 'shift'\)"),
     ],
 )
 def test_what_is_no_edit_of_weights_is_refused(model, site, operation, reason):
@@ -84,11 +86,50 @@ def test_what_is_no_edit_of_weights_is_refused(model, site, operation, reason):
         edits_of(model, [(random_plan(model, site, 3, operation), 1.0)])
 
 
-def test_shift_in_a_mixture_is_refused():
-    mixture = tiny_model("mixtral")
-    with pytest.raises(ExportError, match=r"'ffn' of layer \d.*'shift'.*mixture"):
-        edits_of(mixture, [(random_plan(mixture, "ffn", 3, "shift"), 1.0)])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_next"])
+def test_shift_in_a_mixture_without_plain_shared_experts_is_refused(family):
+    mixture = tiny_model(family)
+    with pytest.raises(ExportError, match=r"'ffn' of layer \d.*'shift'.*mixture.*with_operation\('scale'\)"):
+        edits_of(mixture, [(keep_layers(random_plan(mixture, "ffn", 60, "shift"), {1}), 1.0)])
     assert edits_of(mixture, [(random_plan(mixture, "attention", 3, "shift"), 1.0)])
+
+
+@pytest.mark.parametrize("operation", ["scale", "shift", "push"])
+def test_a_layer_with_a_norm_behind_its_projection_is_refused(operation):
+    for model in (tiny_model("gemma2"), tiny_model("opt", do_layer_norm_before=False)):
+        with pytest.raises(ExportError, match=rf"'layer' of layer \d.*'{operation}'.*'attention'"):
+            edits_of(model, [(random_plan(model, "layer", 3, operation), 1.0)])
+
+
+# --- shift goes where it does at run time ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "glm4_moe", "llama4_text"])
+def test_shift_in_a_mixture_is_in_the_shared_experts_and_scale_in_all(family):
+    mixture = tiny_model(family)
+    number = next(site.layer for site in find_sites(mixture, "ffn")["ffn"] if site.projection is None)
+    one, other, third = (
+        keep_layers(random_plan(mixture, name, 40, operation), {number})
+        for name, operation in (("ffn", "scale"), ("ffn", "shift"), ("layer", "shift"))
+    )
+    edits = by_path(mixture, (one, 1.0), (other, 1.0), (third, 1.0))
+    site = find_sites(mixture, "ffn")["ffn"][number]
+    assert set(edits) == set(site.parts) and site.bias in edits
+    for path, edit in edits.items():
+        assert edit.output.gamma.count_nonzero() == len(one)
+        assert edit.shifts == (path == site.bias)
+        assert edit.sites == (["ffn", "layer"] if edit.shifts else ["ffn"])
+
+
+def test_a_layer_s_shift_is_divided_by_what_its_projection_is_multiplied_by():
+    model = tiny_model("granite", residual_multiplier=0.5)
+    plan = keep_layers(random_plan(model, "layer", 40, "shift"), {1})
+    other = replace(plan, site=("ffn",) * len(plan), model=replace(plan.model, widths={"ffn": 32}))
+    (edit,) = edits_of(model, [(plan, 1.0), (other, 1.0)])
+    assert edit.path == "model.layers.1.mlp.down_proj" and edit.sites == ["layer", "ffn"] and edit.rank == 0
+    order = plan.index.argsort()
+    assert edit.output.index.tolist() == plan.index[order].tolist()
+    assert torch.equal(edit.output.shift, 3 * plan.delta[order].double())
 
 
 def test_a_plan_for_another_architecture_is_refused(model):
@@ -144,6 +185,30 @@ def test_a_block_that_does_more_than_its_projection_is_refused(place):
     plan = random_plan(model, "ffn", 3)
     with pytest.raises(ExportError, match=r"'ffn'.*projection"):
         edits_of(model.to(place), [(plan, 1.0)])
+
+
+@pytest.mark.parametrize("site, reason", [("ffn", "projection"), ("layer", r"layers\.\d\.mlp is not Transformers'")])
+def test_other_code_in_a_known_family_is_refused(site, reason):
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp = Doubled(layer.mlp)
+    with pytest.raises(ExportError, match=rf"'{site}' of layer \d.*{reason}"):
+        edits_of(model, [(random_plan(model, site, 3, "shift"), 1.0)])
+
+
+def test_a_projection_in_several_layers_is_refused():
+    model = tiny_model()
+    plan = keep_layers(random_plan(model, "layer", 60, "shift"), {0})
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(ExportError, match=r"layers\.0\.mlp\.down_proj.*several"):
+        edits_of(model, [(plan, 1.0)])
+
+
+def test_a_model_in_training_is_no_other_model():
+    """Its dropout is not in the checkpoint."""
+    model = tiny_model("gpt2").train()
+    for site in ("ffn", "layer"):
+        assert edits_of(model, [(random_plan(model, site, 3, "shift"), 1.0)])
 
 
 # --- plans and alphas ------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ import torch
 
 import austeer
 from austeer.errors import PlanError
-from austeer.export.control_vector import ADDED_AS_IT_IS
 from austeer.export.edits import ExportError, ExportWarning, digest
 from austeer.export.gguf import export_gguf
 from austeer.export.gguf_file import ARCHITECTURES
 from austeer.models.demo_model import DEMO_ID
+from austeer.models.families import LAYOUTS
 from austeer.models.linear import weights_of
 from austeer.models.sites import find_sites
 from austeer.models.skeleton import load_config, skeleton
@@ -166,13 +166,17 @@ def reweighted(family):
     return model
 
 
-@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+#: Families with a norm behind the MLP.
+NORMED = ("exaone4", "gemma2", "gemma3_text", "glm4", "olmo2")
+
+
+@pytest.mark.parametrize("family", sorted(LAYOUTS))
 def test_a_shift_is_a_control_vector(family, tmp_path):
     model = reweighted(family)
     for site in ("layer", "ffn") if family in ("llama", "gpt2") else ("ffn",):
         plan = shifted(model, site)
         file = tmp_path / f"{site}.gguf"
-        if site == "ffn" and family not in ADDED_AS_IT_IS:
+        if site == "ffn" and family in NORMED:
             with pytest.raises(ExportError, match=r"'ffn'.*MLP"):
                 export_gguf(plan, model, file)
             moved = replace(plan, site=("layer",) * len(plan), model=replace(plan.model, widths={"layer": 32}))
@@ -235,6 +239,9 @@ def test_what_is_refused(tmp_path, monkeypatch):
     other = tiny_model("opt")
     with pytest.raises(ExportError, match="'opt'"):
         export_gguf(random_plan(other, "attention", 5), other, tmp_path / "a.gguf")
+    other = tiny_model("opt", do_layer_norm_before=False)  # as OPT-350m: a norm behind the residual
+    with pytest.raises(ExportError, match=r"'ffn'.*'opt'.*MLP"):
+        export_gguf(shifted(other, "ffn"), other, tmp_path / "a.gguf")
     with pytest.raises(PlanError, match=r"qwen2.*llama"):
         export_gguf(shifted(tiny_model("qwen2"), "layer"), model, tmp_path / "a.gguf")
     assert not any(tmp_path.iterdir())

@@ -24,6 +24,8 @@ def refused(match, plan, model, out, error=ExportError, **options):
     [
         ("ffn", "shift", r"down_proj.*'ffn' of layer \d.*'shift'.*austeer export checkpoint"),
         ("attention", "shift", r"o_proj.*'shift'.*lora_bias=True"),
+        ("layer", "shift", r"down_proj.*'layer' of layer \d.*'shift'.*lora_bias=True"),
+        ("layer", "scale", r"'layer' of layer \d.*'scale'"),
     ],
 )
 def test_what_no_product_of_matrices_does_is_refused(model, out, site, operation, match):

@@ -58,7 +58,11 @@ def test_a_site_is_one_width_in_all_layers():
 def test_a_layout_by_hand_takes_alternatives_and_may_leave_out_the_down_projection(tiny):
     expected = find_sites(tiny)
     layout = Layout(
-        layers="layers", attention=("attn", "self_attn.o_proj"), ffn=("moe", "mlp"), down=("w2", "mlp.down_proj")
+        layers="layers",
+        attention=("attn", "self_attn.o_proj"),
+        ffn=("moe", "mlp"),
+        down=("w2", "mlp.down_proj"),
+        residual="as it is",
     )
     assert find_sites(tiny, layout=layout) == expected
     without = find_sites(tiny, layout=replace(layout, down=()))
@@ -81,7 +85,9 @@ def test_unknown_site(tiny):
 def test_a_family_that_is_not_in_the_table_is_found_by_structure_or_takes_a_layout(tiny):
     expected = find_sites(tiny)
     tiny.config.model_type = "novel"
-    assert find_sites(tiny) == expected
+    found = find_sites(tiny)
+    assert {site.bias for site in found["layer"]} == {None}, "structure does not tell how a layer adds up"
+    assert found == expected | {"layer": [replace(site, bias=None) for site in expected["layer"]]}
     for layer in tiny.model.layers:
         layer.second_mlp = copy.deepcopy(layer.mlp)
     with pytest.raises(SiteError, match=r"novel.*mlp, second_mlp.*layout="):

@@ -178,6 +178,22 @@ def test_an_adapter_that_reads_the_shifted_input_runs(site):
         austeer.steer(model, plan, 1.0, mode="bias")
 
 
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_what_is_done_to_the_layer_inside_an_adapter(change):
+    model = adapted({})
+    for layer in model.get_base_model().model.layers:
+        base = layer.mlp.down_proj.base_layer
+        if change == "hook":
+            base.register_forward_hook(lambda m, args, out: 2 * out)
+        else:
+            base.forward = lambda x, weight=base.weight: 2 * x @ weight.T
+    plan = shift_plan(model, ("ffn", "layer"))
+    expected = formula_logits(model.get_base_model(), IDS, plan, 1.0)
+    with austeer.steer(model, plan, 1.0) as steering:
+        torch.testing.assert_close(logits(model, IDS), expected)
+        assert took(steering) == {"columns"} and "base_layer" in steering.report()[0].reason
+
+
 @pytest.mark.parametrize("operation", ["scale", "shift"])
 @pytest.mark.parametrize("saved", ["mlp", "down_proj"])
 def test_modules_that_an_adapter_brings_along_are_not_edited(saved, operation):

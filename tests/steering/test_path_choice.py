@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering import fused
+from austeer.steering import columns, fused, run_path
 from austeer.steering import path_choice as dispatch
 from austeer_kernels import launch
 from dense_formula import formula, formula_at, formula_logits, logits, random_plan
@@ -29,8 +29,9 @@ def limit_of(monkeypatch):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """As while a CUDA graph is captured, which a CPU has not."""
+    """As while a CUDA graph is captured, which a CPU has not, of sizes that were run before."""
     monkeypatch.setattr(fused, "capturing", lambda device: True)
+    monkeypatch.setattr(fused.Fused, "has_loaded", lambda path, x: True)
 
 
 def paths_of(steering):
@@ -121,6 +122,31 @@ def test_auto_uses_the_fused_kernel_only_under_capture(tiny, tiny_ids, limit_of,
         assert paths_of(steering) == {"fused"} and not counted
         reason = "no fold: push is not linear; fused under CUDA graphs up to 1000 tokens, else columns"
         assert {row.reason for row in steering.report()} == {reason}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_capture_takes_only_kernels_that_were_loaded(tiny, monkeypatch, limit_of, counted, named):
+    """A driver refuses to load code during a capture; what was not run before is steered by PyTorch's operations."""
+    limit_of(1000)
+    on, sparse, took = [False], columns.sparse, []
+    for module in (fused, columns, run_path):
+        monkeypatch.setattr(module, "capturing", lambda device: on[0])
+        monkeypatch.setattr(module, "capturable", lambda device: True)
+    monkeypatch.setattr(columns, "sparse", lambda x, *rest: took.append(len(x)) or sparse(x, *rest))
+    plan, plain = random_plan(tiny, ("ffn", "layer"), 60, "push"), copy.deepcopy(tiny)
+    ids = [{"input_ids": torch.full((rows, 1), 7)} for rows in (3, 5)]
+    expected = [formula_logits(plain, each, plan, 1.5) for each in ids]
+    with austeer.steer(tiny, {"a": plan} if named else plan, 1.5, check=False) as steering:
+        if named:
+            steering.rows("a")
+        for _ in range(3):
+            torch.testing.assert_close(logits(tiny, ids[0]), expected[0])
+        assert (counted, took) == ([3] * 3, [3] * 6), "once each: ffn's product and columns, layer's columns"
+        on[0] = True
+        torch.testing.assert_close(logits(tiny, ids[0]), expected[0])
+        assert (counted, took) == ([3] * 6, [3] * 9)
+        torch.testing.assert_close(logits(tiny, ids[1]), expected[1])
+        assert (counted, took) == ([3] * 6, [3] * 9)
 
 
 @pytest.mark.parametrize("site", ["attention", "ffn"])

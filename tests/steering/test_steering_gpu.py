@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import austeer
 from austeer_kernels import launch
-from dense_formula import assert_unchanged, formula_at, logits, random_plan, snapshot
+from dense_formula import OPERATION, PATHS, assert_unchanged, formula_at, logits, random_plan, snapshot
 
 PROMPT, LENGTH, STEPS = 6, 24, 5
-MODES = ("fold", "fused", "columns", "dense")
+MODES = PATHS
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def differ(a, b):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("site", ["attention", "ffn"])
 def test_alpha_and_k_change_between_replays(model, device, site, mode):
-    plain, plan = copy.deepcopy(model), random_plan(model, site, 40)
+    plain, plan = copy.deepcopy(model), random_plan(model, site, 40, OPERATION[mode])
     prompt, tokens = random_ids(device), random_ids(device, columns=STEPS, seed=2)
     unsteered = Decoder(plain, prompt)
     with austeer.steer(model, plan, 2.0, mode=mode) as steering:
@@ -296,10 +296,10 @@ def test_results_repeat_bit_for_bit(model, device, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["one plan", "rows", "scope"])
 def test_a_model_that_moves_while_it_is_steered(model, device, kind, mode):
-    if mode == "fold" and kind != "one plan":
-        pytest.skip("fold is for one plan at all positions")
+    if mode in ("fold", "bias") and kind != "one plan":
+        pytest.skip("one plan at all positions")
     before, plain = snapshot(model), copy.deepcopy(model).cpu()
-    a, b = random_plan(model, ("attention", "ffn"), 40), random_plan(model, "ffn", 40, seed=1)
+    a, b = random_plan(model, ("attention", "ffn"), 40, OPERATION[mode]), random_plan(model, "ffn", 40, seed=1)
     ids, options = random_ids("cpu"), {"scope": (2, 5)} if kind == "scope" else {}
     with austeer.steer(model, {"a": a, "b": b} if kind == "rows" else a, 1.0, mode=mode, **options) as steering:
         if kind == "rows":
