@@ -191,9 +191,7 @@ class Bias(Path):
         slot = _slots.get(self.module)
         if slot is None or slot.parts.pop(id(self), None) is None:
             return
-        if slot.parts:
-            slot.write(self.module, self.like)
-        else:
+        if not slot.parts:  # the last of what is on the module
             slot.restore(self.module)
 
     @torch.no_grad()

@@ -94,11 +94,11 @@ def test_quantised_under_an_adapter(scheme, dtype, tmp_path):
     plan = plan.take((plan.layer == 2).nonzero().flatten())  # nothing rounds what it made
     down = model.get_base_model().model.layers[2].mlp.down_proj.base_layer
     with austeer.steer(model, plan, 1.0, mode="bias"):  # before a first pass packs the weights anew
-        assert down.bias.dtype == dtype
+        first = down.bias.clone()
     unsteered = logits(model, IDS)
     expected, before = formula_logits(model.get_base_model(), IDS, plan, 1.0), modules_of(model)
     with austeer.steer(model, plan, 1.0, mode="bias"):
-        assert down.bias.dtype == dtype
+        assert down.bias.dtype == dtype and torch.equal(down.bias, first)
         got = logits(model, IDS)
         assert down.bias.dtype == dtype
     assert (got - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
@@ -176,6 +176,22 @@ def test_an_adapter_that_reads_the_shifted_input_runs(site):
         assert took(steering) == {"columns"} and "Linear" in steering.report()[0].reason
     with pytest.raises(austeer.SteeringError, match=rf"'bias'.*'{site}'.*Linear"):
         austeer.steer(model, plan, 1.0, mode="bias")
+
+
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_what_is_done_to_the_layer_inside_an_adapter(change):
+    model = adapted({})
+    for layer in model.get_base_model().model.layers:
+        base = layer.mlp.down_proj.base_layer
+        if change == "hook":
+            base.register_forward_hook(lambda m, args, out: 2 * out)
+        else:
+            base.forward = lambda x, weight=base.weight: 2 * x @ weight.T
+    plan = shift_plan(model, ("ffn", "layer"))
+    expected = formula_logits(model.get_base_model(), IDS, plan, 1.0)
+    with austeer.steer(model, plan, 1.0) as steering:
+        torch.testing.assert_close(logits(model, IDS), expected)
+        assert took(steering) == {"columns"} and "base_layer" in steering.report()[0].reason
 
 
 @pytest.mark.parametrize("operation", ["scale", "shift"])
