@@ -152,15 +152,12 @@ def _sparse_on_cpu(place: Place) -> Work:
 
 
 def _steered(values: int, table: int, size: int, operation: str) -> Work:
-    """The kernels' definition: x + gamma * (x or |x|), then + shift, whatever the operation is."""
-    same = [values * size]
-    absolute = _op(same, values * size, values) if operation == "push" else Work()
-    twice = 2 if operation == "push" else 1  # x and |x|, or x alone
-    return (
-        absolute
-        + _op([*same * twice, table * STRENGTH], values * size, 2 * values)
-        + _op([*same, table * STRENGTH], values * size, values)
-    )
+    """The kernels' definition, for every operation: x * (1 + gamma) + shift, gamma with the sign of x for push."""
+    x, strengths = values * size, table * STRENGTH
+    if operation == "push":
+        signed = _op([x], x, values) + _op([x, strengths], x, values) + _op([x], x, values)
+        return signed + _op([x, x, strengths], x, 2 * values)
+    return _op([strengths], strengths, table) + _op([x, 2 * strengths], x, 2 * values)
 
 
 def _product(tokens: int, inputs: int, outputs: int, bias: bool, size: int) -> Work:

@@ -198,19 +198,21 @@ def _ffn_bias(base: str, layer: nn.Module, layout: Layout) -> str | None:
 
 def _last_bias(base: str, layer: nn.Module, layout: Layout, config: Any) -> tuple[str | None, float]:
     """The linear layer whose bias adds to a layer's output, and what its own output is multiplied by."""
-    factor = residual_factor(layout, config)
+    factor = residual_factor(layout, config, layer)
     return (_ffn_bias(base, layer, layout), factor) if factor else (None, 1.0)
 
 
-def residual_factor(layout: Layout, config: Any) -> float | None:
+def residual_factor(layout: Layout, config: Any, layer: nn.Module | None = None) -> float | None:
     """What a layer multiplies the output of ``ffn`` by, to add it to its own; None where it does more, or is unknown.
 
     Args:
-        config: the language model's.
+        config: the language model's. layer: where it keeps the number itself, as Granite's do, that one counts.
     """
     if not layout.residual or getattr(config, "do_layer_norm_before", True) is False:  # OPT-350m: a norm follows
         return None
-    return 1.0 if layout.residual == AS_IT_IS else float(getattr(config, layout.residual))
+    if layout.residual == AS_IT_IS:
+        return 1.0
+    return float(getattr(layer, layout.residual, getattr(config, layout.residual)))
 
 
 def _check_widths(name: str, sites: list[Site], family: str) -> None:

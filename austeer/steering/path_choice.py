@@ -61,7 +61,7 @@ def choose(
     storages: Counter,
     at_run_time: str,
     fused: set[nn.Module],
-    blocks: dict[tuple[type, type], str | None],
+    blocks: dict[tuple[type, type, bool], str | None],
 ) -> Choice:
     """The path of a site.
 
@@ -90,7 +90,7 @@ def choose(
     no_edit = at_run_time or why_not_edit(model, site, operation, storages)
     no_fused = why_not_fused(projection, groups)
     if projection is not None and not (no_edit and no_fused):
-        kind = (type(module), type(projection))
+        kind = (type(module), type(projection), any(part.training for part in module.modules()))
         if kind not in blocks:
             blocks[kind] = why_not_the_projection(model, site)
         no_edit, no_fused = no_edit or blocks[kind], no_fused or blocks[kind]
@@ -195,7 +195,7 @@ def plan_paths(
     reasons: list[str] = []
     storages, default = shared_storages(model), input_device(model)
     fused: set[nn.Module] = set()
-    blocks: dict[tuple[type, type], str | None] = {}
+    blocks: dict[tuple[type, type, bool], str | None] = {}
     for (name, layer), entries in units_by_layer(plans, sites).items():
         site = sites[name][layer]
         mine = held(model, site)

@@ -35,10 +35,13 @@ def plan_of_rows(p_row_plan, o_t, m_t):
 
 
 @triton.jit
-def steered_block(b_x, p_gamma, p_shift, p_row_plan, b_plan, o_c, m_c, width, MAGNITUDE: tl.constexpr):
+def steered_block(
+    b_x, p_gamma, p_shift, p_row_plan, b_plan, o_c, m_c, width, MAGNITUDE: tl.constexpr, INPUT: tl.constexpr = False
+):
     """x + gamma[plan, c] * (|x| if MAGNITUDE else x) + shift[plan, c] in float32; x where plan is -1.
 
-    b_x [BLOCK_T, BLOCK_C] float32, b_plan [BLOCK_T], o_c and m_c [BLOCK_C], tables [plans, width].
+    b_x [BLOCK_T, BLOCK_C] float32, b_plan [BLOCK_T], o_c and m_c [BLOCK_C], tables [plans, width]. Where gamma is 0 an
+    infinity stays one, but for the INPUT of a product, which it makes infinite or NaN anyway: registers are dear there.
     """
     if p_row_plan is None:
         b_gamma = tl.load(p_gamma + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_C]
@@ -48,10 +51,12 @@ def steered_block(b_x, p_gamma, p_shift, p_row_plan, b_plan, o_c, m_c, width, MA
         m_table = (b_plan >= 0)[:, None] & m_c[None, :]
         b_gamma = tl.load(p_gamma + o_table, mask=m_table, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
         b_shift = tl.load(p_shift + o_table, mask=m_table, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
-    if MAGNITUDE:
-        b_y = b_x + b_gamma * tl.abs(b_x) + b_shift  # [BLOCK_T, BLOCK_C]
+    if INPUT:
+        b_y = b_x + b_gamma * (tl.abs(b_x) if MAGNITUDE else b_x) + b_shift  # [BLOCK_T, BLOCK_C]
     else:
-        b_y = b_x + b_gamma * b_x + b_shift  # [BLOCK_T, BLOCK_C]
+        if MAGNITUDE:
+            b_gamma = tl.where(b_x < 0, -b_gamma, b_gamma)  # [BLOCK_T, BLOCK_C]
+        b_y = b_x * (1 + b_gamma) + b_shift  # [BLOCK_T, BLOCK_C]
     if p_row_plan is not None:
         b_y = tl.where((b_plan >= 0)[:, None], b_y, b_x)
     return b_y

@@ -100,7 +100,7 @@ def steered_linear_kernel(
         b_x = tl.load(p_x_row + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BLOCK_T, BLOCK_K]
         if PROLOGUE:
             b_wide = b_x.to(tl.float32)  # [BLOCK_T, BLOCK_K]
-            b_wide = steered_block(b_wide, p_gamma, p_shift, p_row_plan, b_plan, o_k, m_k, k_width, MAGNITUDE)
+            b_wide = steered_block(b_wide, p_gamma, p_shift, p_row_plan, b_plan, o_k, m_k, k_width, MAGNITUDE, True)
             b_x = rounded(b_wide, p_x.dtype.element_ty)  # [BLOCK_T, BLOCK_K]
         b_x = dot_operand(b_x)  # [BLOCK_T, BLOCK_K]
         if p_x.dtype.element_ty == tl.float32:

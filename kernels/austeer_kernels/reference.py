@@ -77,10 +77,13 @@ def _momentum_sums(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def steered(x: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool) -> Tensor:
-    """x + gamma * (|x| if magnitude else x) + shift, in the dtype of ``x``; differentiable."""
+    """x + gamma * (|x| if magnitude else x) + shift, in the dtype of ``x``; differentiable.
+
+    Computed as x * (1 + gamma, with the sign of x if magnitude) + shift: where gamma is 0 an infinity stays one.
+    """
     if gamma.dtype != x.dtype:  # a cast that changes nothing still costs a microsecond, and decoding counts them
         gamma, shift = gamma.to(x.dtype), shift.to(x.dtype)
-    return torch.addcmul(x, gamma, x.abs() if magnitude else x).add_(shift)
+    return torch.addcmul(shift, x, 1 + (gamma * x.sign() if magnitude else gamma))
 
 
 def steered_columns(old: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor | None) -> Tensor:
@@ -145,11 +148,7 @@ def steer_columns_(
         used = columns >= 0
         columns, gamma, shift = columns[used], gamma[:, used], shift[:, used]
         x = y.index_select(1, columns)
-    if x.dtype == torch.float32:  # decoding counts the microseconds: nothing more is allocated
-        x.addcmul_(x.abs() if magnitude else x, gamma).add_(shift)
-    else:
-        x = steered_columns(x, gamma, shift, magnitude, None)
-    y.index_copy_(1, columns, x)
+    y.index_copy_(1, columns, steered_columns(x, gamma, shift, magnitude, None))
 
 
 def steered_linear(

@@ -103,7 +103,7 @@ def test_many_tokens_take_the_sparse_form_on_a_cpu(dtype, operation):
         work = cost_of(model, k=k, operation=operation, batch=2, prompt_tokens=24).prefill.extra["columns"].work
         assert beyond(found, base) == logical(work)
         casts = 2 if dtype == torch.bfloat16 and k == 4 else 0
-        push = (1 if k == 4 else 2) if operation == "push" else 0  # |x|; in the form sign and factor
+        push = 2 if operation == "push" else 0  # sign and factor
         assert work.launches == 2 * (launches + casts + push)
         assert (work.padding > 0) == (k == 4)
 
