@@ -44,15 +44,17 @@ class Fused(Columns):
             self.limit = -1
             raise
 
-    def at_input(self, x: Tensor) -> Tensor:
-        if self._in_kernel(x):
-            return self._product(x)
-        return self._inner(self.steer(x))
+    # A linear layer's forward calls its argument ``input``.
 
-    def at_output(self, x: Tensor) -> Tensor:
-        if self._in_kernel(x):
-            return self._product(x)
-        return self.steer(self._inner(x))
+    def at_input(self, input: Tensor) -> Tensor:
+        if self._in_kernel(input):
+            return self._product(input)
+        return self._inner(self.steer(input))
+
+    def at_output(self, input: Tensor) -> Tensor:
+        if self._in_kernel(input):
+            return self._product(input)
+        return self.steer(self._inner(input))
 
     def _in_kernel(self, x: Tensor) -> bool:
         """Whether the kernel is what this call takes."""
@@ -104,7 +106,7 @@ class Fused(Columns):
             )
         tokens = x.reshape(-1, x.shape[-1])
         y = self._kernel(tokens, rows)
-        if self._check_product and observable(x):
+        if observable(x) and self._check_product:  # in this order, see checks_now
             self._check_product = False
             check_linear(self, tokens, linear, rows, y)
         return y.view(*x.shape[:-1], y.shape[-1])

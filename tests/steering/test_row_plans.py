@@ -161,6 +161,18 @@ def test_rows_of_what_begins_from_nothing(model, plans):
         assert torch.equal(out, model.generate(num_beams=2, num_return_sequences=2, **GREEDY))
 
 
+def test_rows_chosen_in_inference_mode_are_chosen_anew_anywhere(model, batch, plans):
+    with austeer.steer(model, plans, ALPHA) as steering:
+        with torch.inference_mode():
+            steering.rows(["kind", None, "calm"])
+            steering.rows([None, "calm", "kind"])
+        steering.rows(["brief", None, None])
+        with steering.rows([None, "kind", "brief"]):
+            expected = logits(model, batch)
+        with torch.inference_mode(), steering.rows([None, "kind", "brief"]):
+            assert torch.equal(model(**batch).logits, expected)
+
+
 def test_rows_of_the_wrong_number_or_name(model, batch, plans):
     before = snapshot(model)
     with austeer.steer(model, plans, ALPHA) as steering:
