@@ -77,8 +77,9 @@ class Fused(Columns):
         weight = cast(nn.Linear, self.module).weight
         if (x.dtype, x.device) == (weight.dtype, weight.device) == (x.dtype, self.table.device):
             tokens = x.detach().reshape(-1, x.shape[-1])
+            rows = self._rows_of_capture(len(tokens), x.device)
             with torch.no_grad():
-                self._kernel(tokens, self._rows_of_capture(len(tokens), x.device))
+                self._check_once(tokens, rows, self._kernel(tokens, rows))
             self._products.add(x.numel())
 
     def _kernel(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
@@ -93,6 +94,12 @@ class Fused(Columns):
         at_input = self.site.side == "input"
         return operation(tokens, linear.weight, linear.bias, gamma, shift, at_input, table.magnitude, rows)
 
+    def _check_once(self, tokens: Tensor, rows: Tensor | None, y: Tensor) -> None:
+        """Compares what the kernel made with the formula; what it makes in a captured graph cannot be looked at."""
+        if observable(tokens) and self._check_product:  # in this order, see checks_now
+            self._check_product = False
+            check_linear(self, tokens, cast(nn.Linear, self.module), rows, y)
+
     def _product(self, x: Tensor) -> Tensor:
         """The linear layer's output, steered."""
         rows = self.begin(x)
@@ -106,9 +113,7 @@ class Fused(Columns):
             )
         tokens = x.reshape(-1, x.shape[-1])
         y = self._kernel(tokens, rows)
-        if observable(x) and self._check_product:  # in this order, see checks_now
-            self._check_product = False
-            check_linear(self, tokens, linear, rows, y)
+        self._check_once(tokens, rows, y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
