@@ -225,9 +225,9 @@ class Bias(Path):
         return bias_of_shift(index, shift.to(wide), len(self.like), weight, weights.input)
 
 
-def bias_of_copy(module: nn.Module) -> bool:
-    """Whether a bias of ours is on a part of the module: it is steered, or a copy of what was."""
-    return any(_MARK in vars(part) for part in module.modules())
+def is_marked(module: nn.Module) -> bool:
+    """Whether a bias of ours is on the module: it is steered, or a copy of what was."""
+    return _MARK in vars(module)
 
 
 def bias_like(model: nn.Module, module: nn.Module, outputs: int) -> Tensor:
@@ -259,7 +259,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     module = model.get_submodule(str(site.bias))
     owner = bias_owner(module, site.side)
     assert isinstance(owner, nn.Module)  # why_no_edit refuses all else
-    if _MARK in vars(owner):
+    if is_marked(owner):
         return "it is steered already (another model shares it, or the model was copied while it was steered)"
     path = str(site.bias) if owner is module else f"{site.bias}.base_layer"
     if reason := why_not_parameter(owner, "bias", storages) or why_not_between(model, site, path):

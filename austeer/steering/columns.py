@@ -13,6 +13,7 @@ from austeer_kernels import launch, reference
 from .forms import form_of, most_elements, steered
 from .routing import WHOLE, capturable, capturing
 from .run_path import RunPath
+from .selfcheck import checked_tensor
 from .tables import StrengthTable
 
 # The checked functions of austeer_kernels check what is true of every call here; naming the overload saves a search.
@@ -31,6 +32,7 @@ class Columns(RunPath):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._loaded: set[int] = set()  # the numbers of elements for which the kernel was run
+        self._check_kernel = self._check
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         if x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled()):  # the others compute in float32
@@ -61,7 +63,11 @@ class Columns(RunPath):
         self._seen.add(x.numel())
         tokens = x.numel() // self.table.width
         if tokens <= launch.MOST_TOKENS or x.dim() == 2 or x.shape[-2] == 1:
-            sparse(x.clone(), self.tables, self._rows_of_capture(tokens, x.device))
+            rows = self._rows_of_capture(tokens, x.device)
+            result = sparse(x.clone(), self.tables, rows)
+            if self._check_kernel:  # what it makes in a captured graph cannot be looked at
+                self._check_kernel = False
+                checked_tensor(self, x, rows)(result)
             self._loaded.add(x.numel())
 
     def _rows_of_capture(self, tokens: int, device: torch.device) -> Tensor | None:

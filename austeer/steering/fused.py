@@ -44,15 +44,17 @@ class Fused(Columns):
             self.limit = -1
             raise
 
-    def at_input(self, x: Tensor) -> Tensor:
-        if self._in_kernel(x):
-            return self._product(x)
-        return self._inner(self.steer(x))
+    # A linear layer's forward calls its argument ``input``.
 
-    def at_output(self, x: Tensor) -> Tensor:
-        if self._in_kernel(x):
-            return self._product(x)
-        return self.steer(self._inner(x))
+    def at_input(self, input: Tensor) -> Tensor:
+        if self._in_kernel(input):
+            return self._product(input)
+        return self._inner(self.steer(input))
+
+    def at_output(self, input: Tensor) -> Tensor:
+        if self._in_kernel(input):
+            return self._product(input)
+        return self.steer(self._inner(input))
 
     def _in_kernel(self, x: Tensor) -> bool:
         """Whether the kernel is what this call takes."""
@@ -75,8 +77,9 @@ class Fused(Columns):
         weight = cast(nn.Linear, self.module).weight
         if (x.dtype, x.device) == (weight.dtype, weight.device) == (x.dtype, self.table.device):
             tokens = x.detach().reshape(-1, x.shape[-1])
+            rows = self._rows_of_capture(len(tokens), x.device)
             with torch.no_grad():
-                self._kernel(tokens, self._rows_of_capture(len(tokens), x.device))
+                self._check_once(tokens, rows, self._kernel(tokens, rows))
             self._products.add(x.numel())
 
     def _kernel(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
@@ -91,6 +94,12 @@ class Fused(Columns):
         at_input = self.site.side == "input"
         return operation(tokens, linear.weight, linear.bias, gamma, shift, at_input, table.magnitude, rows)
 
+    def _check_once(self, tokens: Tensor, rows: Tensor | None, y: Tensor) -> None:
+        """Compares what the kernel made with the formula; what it makes in a captured graph cannot be looked at."""
+        if observable(tokens) and self._check_product:  # in this order, see checks_now
+            self._check_product = False
+            check_linear(self, tokens, cast(nn.Linear, self.module), rows, y)
+
     def _product(self, x: Tensor) -> Tensor:
         """The linear layer's output, steered."""
         rows = self.begin(x)
@@ -104,9 +113,7 @@ class Fused(Columns):
             )
         tokens = x.reshape(-1, x.shape[-1])
         y = self._kernel(tokens, rows)
-        if self._check_product and observable(x):
-            self._check_product = False
-            check_linear(self, tokens, linear, rows, y)
+        self._check_once(tokens, rows, y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

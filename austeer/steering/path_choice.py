@@ -20,7 +20,7 @@ from ..models.structure import input_device
 from ..models.tensor_parallel import held
 from ..plans.fit import LayerUnits, units_by_layer
 from ..plans.plan import Plan
-from .bias import Bias, bias_like, bias_of_copy, why_not_bias
+from .bias import Bias, bias_like, is_marked, why_not_bias
 from .columns import Columns
 from .dense import Dense
 from .editable import shared_storages
@@ -165,13 +165,14 @@ def make_path(
     return choice.path(site, tables, choice.module, routing, check)
 
 
-def expect_free(model: nn.Module, path: Path) -> None:
-    """Raises SteeringError where some steering is on the path's module or in a bias at its site."""
-    if owner_of(path.module, RunPath) is not None or bias_of_copy(model.get_submodule(path.site.path)):
-        raise SteeringError(
-            f"{path.site.path}: found a module that is steered already (another model shares it, or the model was "
-            "copied while it was steered), expected one that is not; copy before steering"
-        )
+def expect_free(decoder: nn.Module) -> None:
+    """Raises SteeringError where some steering is on a module of the decoder, at any site, or in a bias of one."""
+    for path, module in decoder.named_modules():
+        if owner_of(module, RunPath) is not None or is_marked(module):
+            raise SteeringError(
+                f"{path}: found a module that is steered already (another model shares it, or the model was copied "
+                "while it was steered), expected one that is not; copy before steering"
+            )
 
 
 def plan_paths(

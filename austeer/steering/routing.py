@@ -100,7 +100,8 @@ class Routing:
                 "model.gradient_checkpointing_disable()"
             )
         cache = given.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
+        # A static cache's is a tensor, of which nothing can be told here; without a scope nothing depends on it.
+        past = cache.get_seq_length() if cache is not None and self.scope.name != "all" else 0
         batch, length = x.shape[0], x.shape[1]
         on_device = torch.compiler.is_compiling() or capturing(x.device)
         first, last = self._interval(given, past, batch, length, on_device)

@@ -65,8 +65,8 @@ class Rows:
         self.version += 1
         if not numbers:
             return
-        new = torch.tensor(numbers, dtype=torch.int32)
         with torch.inference_mode(False):  # an inference tensor could not be refilled outside of that mode
+            new = torch.tensor(numbers, dtype=torch.int32)
             if self._buffer is not None and self._buffer.shape == new.shape:
                 self._buffer.copy_(new)  # in place: a captured graph reads it
             else:

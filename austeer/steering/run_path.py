@@ -127,16 +127,18 @@ class RunPath(Path):
                 short = None
         if short is None or x.dtype is not short.dtype or x.requires_grad or not x.is_contiguous():
             return self._in_general(x)
+        if x.__class__ is not Tensor:  # torch.export traces with a fake one, whose size is a symbol
+            return self._in_general(x)
         elements = x.numel()
         if elements > short.most or (short.on_gpu and (elements not in self._seen or capturing(x.device))):
             return self._in_general(x)
         try:
             short.form(x, *short.operands)
-            if short.more is not None:
-                short.more[0](x, *short.more[1])
         except RuntimeError:  # another device or shape, and x is as it was; the general way sees to it
             self._short = None
             return self._in_general(x)
+        if short.more is not None:  # what this raises is raised: x is half steered
+            short.more[0](x, *short.more[1])
         self.calls += 1  # type: ignore[operator]
         self._elements += elements
         return x
@@ -170,7 +172,7 @@ class RunPath(Path):
 
     def checks_now(self, x: Tensor) -> bool:
         """Whether this call is to be compared with the formula: the first outside compiled and captured graphs."""
-        if not self._check or not observable(x):
+        if not observable(x) or not self._check:  # in this order: a compiled graph would be guarded by the second
             return False
         self._check = False
         return True

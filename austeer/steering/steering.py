@@ -230,8 +230,7 @@ class Steering:
                     'its own (steer(model, {"a": plan_a, "b": plan_b}))'
                 )
             self._paths, self._reasons = self._plan_paths()  # the model may have changed since
-            for path in self._paths:
-                expect_free(self._model, path)
+            expect_free(self._decoder)
             folded = {part for path in self._paths if isinstance(path, Fold) for part in path.parts}
             if any(part in _folded for part in folded):
                 raise SteeringError(
@@ -324,7 +323,7 @@ def steer(
     Inside the block the model *is* the steered one: a copy or a checkpoint made there may hold steered weights or
     biases, a training step on folded weights is lost for the steered rows on leaving, and a shift in a bias leaves the
     weight that reads the site without its part of the gradient; train with ``mode="columns"``. A compiled model is
-    compiled again in each new block by what runs (not by fold; by biases once): stay in one, and set ``alpha`` to 0.
+    compiled again where something runs in other layers than in blocks before, and in each block with rows or a scope.
 
     Args:
         model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.

@@ -135,11 +135,12 @@ class StrengthTable:
 
     def to(self, device: torch.device) -> None:
         """Moves the buffers, once, where activations turn out to be on another device than was expected."""
-        for name in ("_index", "_columns", "_strengths", "dense_gamma", "dense_shift"):
-            buffer = getattr(self, name)
-            setattr(self, name, None if buffer is None else buffer.to(device))
-        if self.operands is not None:
-            self.operands = tuple(operand.to(device) for operand in self.operands)
+        with torch.inference_mode(False):  # as above
+            for name in ("_index", "_columns", "_strengths", "dense_gamma", "dense_shift"):
+                buffer = getattr(self, name)
+                setattr(self, name, None if buffer is None else buffer.to(device))
+            if self.operands is not None:
+                self.operands = tuple(operand.to(device) for operand in self.operands)
         self.device = device
         self._view()
 

@@ -9,7 +9,7 @@ from accelerate.utils import compile_regions
 from torch._dynamo.utils import counters
 
 import austeer
-from dense_formula import SITES, formula_logits, random_plan
+from dense_formula import SITES, formula_logits, keep_layers, random_plan
 from tiny_models import ids_of_rows, tiny_model
 
 IDS = ids_of_rows() | {"use_cache": False}
@@ -154,9 +154,10 @@ def test_a_twin_that_was_compiled_before_lends_no_graph(mode):
 
 @pytest.mark.parametrize("mode", ["fold", "columns"])
 def test_more_steered_layers_than_the_compiler_keeps_graphs_for(mode):
-    """Layers compiled one by one are a graph each once they have hooks; beyond the limit they run uncompiled, right."""
+    """Layers compiled one by one and steered alike share a graph; beyond the limit others run uncompiled, right."""
     model = tiny_model(num_hidden_layers=4)
-    plan, plain = random_plan(model, ("attention", "ffn"), 60), copy.deepcopy(model)
+    plan = keep_layers(random_plan(model, "attention", 60), (0, 2)) + keep_layers(random_plan(model, "ffn", 60), (1, 2))
+    plain = copy.deepcopy(model)
     run = each_layer(model)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
         run()
@@ -166,6 +167,20 @@ def test_more_steered_layers_than_the_compiler_keeps_graphs_for(mode):
             torch.testing.assert_close(run().logits, expected, rtol=1e-4, atol=1e-4)
             uncompiled = [row for row in steering.report() if row.calls]
         assert bool(uncompiled) == (mode == "columns")
+
+
+@pytest.mark.parametrize("mode", ["columns", "fused"])
+def test_layers_and_blocks_that_are_steered_alike_share_a_graph(mode):
+    model = tiny_model(num_hidden_layers=4)
+    plain, run = copy.deepcopy(model), each_layer(model)
+    with torch.no_grad():
+        run()
+        for seed, count in ((0, 60), (1, 60), (2, 50)):
+            plan = random_plan(model, ("attention", "ffn"), count, seed=seed)
+            with austeer.steer(model, plan, 0.3, mode=mode):
+                expected = formula_logits(plain, IDS, plan, 0.3)
+                torch.testing.assert_close(run().logits, expected, rtol=1e-4, atol=1e-4)
+        assert graphs() == 2
 
 
 def test_generation_compiles_no_more_graphs_than_without_steering():
@@ -190,6 +205,34 @@ def test_generation_compiles_no_more_graphs_than_without_steering():
         assert graphs() == without
     with austeer.steer(plain, plan, 0.5, mode="columns"):
         assert torch.equal(steered, plain.generate(IDS["input_ids"], **options))
+
+
+@pytest.mark.parametrize("mode", ["columns", "fused"])
+def test_a_pass_in_eager_mode_in_between_compiles_nothing(mode):
+    """It is counted, compared with the formula, and its short way is remembered: of none of that is a graph told."""
+    model = tiny_model(num_hidden_layers=1)
+    plan, run = random_plan(model, "ffn", 12), whole(model)
+    with torch.no_grad(), austeer.steer(model, plan, 0.5, mode=mode):
+        expected, made = run().logits, graphs()
+        for _ in range(2):
+            torch.testing.assert_close(model(**IDS).logits, expected)
+            torch.testing.assert_close(run().logits, expected)
+        assert graphs() == made
+
+
+def test_export_of_a_module_that_had_run_leaves_no_symbol_behind():
+    model = tiny_model(num_hidden_layers=1)
+    plan, mlp = random_plan(model, "ffn", 12), model.model.layers[0].mlp
+    with torch.no_grad(), austeer.steer(model, plan, 0.5, mode="columns") as steering:
+        model(**IDS)
+        (before,) = (row.tokens for row in steering.report())
+        tokens = {1: torch.export.Dim("tokens", min=2, max=64)}
+        program = torch.export.export(
+            torch.nn.Sequential(mlp), (torch.randn(2, 7, 32),), dynamic_shapes=(tokens,), strict=False
+        )
+        assert [row.tokens for row in steering.report()] == [before]
+        x = torch.randn(2, 9, 32)
+        torch.testing.assert_close(program.module()(x), mlp(x))
 
 
 def test_gradients_through_a_compiled_steered_model():

@@ -150,6 +150,17 @@ def test_a_capture_takes_only_kernels_that_were_loaded(tiny, monkeypatch, limit_
 
 
 @pytest.mark.parametrize("site", ["attention", "ffn"])
+def test_a_projection_is_called_by_its_argument_s_name(tiny, site):
+    plan = random_plan(tiny, site, 60)
+    layer = tiny.model.layers[0]
+    projection = layer.self_attn.o_proj if site == "attention" else layer.mlp.down_proj
+    x = torch.randn(1, 3, projection.in_features)
+    with torch.no_grad(), austeer.steer(tiny, plan, 1.5, mode="fused"):
+        assert torch.equal(projection(input=x), projection(x))
+        logits(tiny, {"input_ids": torch.tensor([[3, 4]])})
+
+
+@pytest.mark.parametrize("site", ["attention", "ffn"])
 def test_auto_uses_the_fused_kernel_exactly_up_to_the_limit(tiny, site, limit_of, captured, counted):
     limit_of(6)
     plain, plan = copy.deepcopy(tiny), random_plan(tiny, site, 60, "push")

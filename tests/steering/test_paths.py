@@ -307,6 +307,14 @@ def test_decoding_takes_the_short_way_and_stays_exact(tiny, monkeypatch, operati
         path.steer(every_other)
         assert torch.equal(wide, kept)
     if operation == "scale":
+        assert path._short is not None and path._short.more is None
+
+        def out_of_memory(x):
+            raise RuntimeError("out of memory")
+
+        path._short.more = (out_of_memory, ())
+        with pytest.raises(RuntimeError, match="out of memory"):  # and not steered by the first operation twice
+            path.steer(plain.clone())
         grown = plain.clone().requires_grad_()
         path.steer(grown * 1).sum().backward()
         assert torch.allclose(grown.grad[0, 0], 1 + gamma[0])

@@ -161,6 +161,32 @@ def test_rows_of_what_begins_from_nothing(model, plans):
         assert torch.equal(out, model.generate(num_beams=2, num_return_sequences=2, **GREEDY))
 
 
+def test_rows_chosen_in_inference_mode_are_chosen_anew_anywhere(model, batch, plans):
+    with austeer.steer(model, plans, ALPHA) as steering:
+        with torch.inference_mode():
+            steering.rows(["kind", None, "calm"])
+            steering.rows([None, "calm", "kind"])
+        steering.rows(["brief", None, None])
+        with steering.rows([None, "kind", "brief"]):
+            expected = logits(model, batch)
+        with torch.inference_mode(), steering.rows([None, "kind", "brief"]):
+            assert torch.equal(model(**batch).logits, expected)
+
+
+def test_decoding_with_a_static_cache_takes_the_short_way_too(model, batch, plans, monkeypatch):
+    ids, general = batch["input_ids"], []
+    monkeypatch.setattr(
+        columns.Columns, "_in_general", lambda path, x: general.append(x.shape) or run_path.RunPath._in_general(path, x)
+    )
+    with torch.no_grad(), austeer.steer(model, plans, ALPHA, mode="columns") as steering, steering.rows("kind"):
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(input_ids=ids, past_key_values=cache)
+        for step in range(3):
+            general.clear()
+            model(input_ids=ids[:, :1], past_key_values=cache)
+            assert bool(general) == (step == 0)
+
+
 def test_rows_of_the_wrong_number_or_name(model, batch, plans):
     before = snapshot(model)
     with austeer.steer(model, plans, ALPHA) as steering:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering import bias, columns, fold, selfcheck
+from austeer.steering import bias, columns, fold, fused, path_choice, run_path, selfcheck
 from austeer_kernels import reference
 from dense_formula import OPERATION, OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
 from tiny_models import tiny_model
@@ -69,6 +69,30 @@ def test_a_wrong_fused_kernel_is_found(tiny, tiny_ids, monkeypatch, site):
             austeer.steer(tiny, random_plan(tiny, site, 60), 2.0, mode="fused"),
         ):
             tiny(**tiny_ids)
+
+
+@pytest.mark.parametrize("kernel", ["sparse", "steered_linear_op"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_wrong_kernel_is_found_before_a_graph_is_captured(tiny, monkeypatch, kernel, named):
+    """In eager mode neither runs here, and nothing can be looked at during a capture."""
+    monkeypatch.setattr(path_choice, "measured_limit", lambda *_: 64)
+    for module in (fused, columns, run_path):
+        monkeypatch.setattr(module, "capturable", lambda device: True)
+    if kernel == "sparse":
+        monkeypatch.setattr(columns, "sparse", lambda x, *_: x)
+    else:
+        right = fused.steered_linear_op
+        monkeypatch.setattr(fused, "steered_linear_op", lambda x, w, b, g, s, *rest: right(x, w, b, g * 0, s, *rest))
+    plan = random_plan(tiny, "ffn", 60, "push")
+    for check in (False, True):
+        with austeer.steer(tiny, {"a": plan} if named else plan, 2.0, check=check) as steering:
+            if named:
+                steering.rows("a")
+            if not check:
+                logits(tiny, {"input_ids": torch.tensor([[7]])})
+                continue
+            with pytest.raises(austeer.SteeringError, match=r"self-check.*fused"):
+                logits(tiny, {"input_ids": torch.tensor([[7]])})
 
 
 @pytest.mark.parametrize("site", ["attention", "ffn"])

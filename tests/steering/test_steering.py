@@ -256,15 +256,15 @@ def test_models_that_share_layers_are_steered_one_at_a_time(tiny):
     assert_unchanged(tiny, before)
 
 
-@pytest.mark.parametrize("mode", ["bias", "columns"])
+@pytest.mark.parametrize("mode", ["bias", "fused", "columns"])
 def test_a_copy_made_inside_is_not_steered_twice(tiny, tiny_ids, mode):
     plan = random_plan(tiny, "ffn", 20, "shift")
     with austeer.steer(tiny, plan, 2.0, mode=mode):
         logits(tiny, tiny_ids)
         twin = copy.deepcopy(tiny)
-    for again in ("auto", mode):
+    for site, again in (("ffn", "auto"), ("ffn", mode), ("ffn", "fused"), ("attention", "auto"), ("layer", "columns")):
         with pytest.raises(austeer.SteeringError, match="copied"):
-            austeer.steer(twin, plan, 2.0, mode=again).attach()
+            austeer.steer(twin, random_plan(tiny, site, 20, "shift"), 2.0, mode=again).attach()
 
 
 @pytest.mark.parametrize("mode", ["fold", "bias", "columns"])

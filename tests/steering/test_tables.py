@@ -92,3 +92,10 @@ def test_push_and_scale_need_tables_of_their_own():
     entries = [LayerUnits(i, index, values, values, index, name) for i, name in enumerate(("push", "scale"))]
     with pytest.raises(ValueError, match="magnitude"):
         StrengthTable(entries, 2, 4, torch.device("cpu"))
+
+
+def test_buffers_moved_in_inference_mode_can_be_refilled_outside():
+    t = table("scale")
+    with torch.inference_mode():
+        t.to(torch.device("meta"))  # stands for another GPU
+    assert not any(buffer.is_inference() for buffer in (t.index, t.gamma, t.shift, t.dense_gamma, *t.operands))
