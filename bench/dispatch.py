@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from austeer.costs.ceilings import Ceilings, ceilings
+from austeer.errors import AusteerError
 
 from . import command, files, kernel_tables, report, settings
 from .cases import PLAIN, RIVALS, Case
@@ -137,10 +138,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """The command line. Returns the exit status: 1 where a result that a table is to be made of cannot be read."""
     options, device = parse(argv), command.device()
     if options.table_from:
-        report.say(f"written: {kernel_tables.write(options.table_from)}")
+        try:
+            report.say(f"written: {kernel_tables.write(options.table_from)}")
+        except AusteerError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     elif options.write_table:
         path, _ = command.measure(kernel_tables.KIND, options, settings.run(options, device))
         results = sorted(path.parent.glob(f"{kernel_tables.KIND}-2*.json"), key=lambda p: (len(p.name), p.name))

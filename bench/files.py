@@ -130,7 +130,8 @@ def read(path: Path, kind: str) -> dict[str, Any]:
     found = content.get("kind", kind) if isinstance(content, dict) else type(content).__name__
     if found != kind or not isinstance(content, dict):
         raise ResultsError(
-            f"{path}: found a result of kind {found!r}, expected {kind!r}; give or name it as what it is"
+            f"{path}: found a result of kind {found!r}, expected {kind!r}; give one of that kind, or name it as "
+            "what it is"
         )
     missing = [key for key in KEYS[kind] if key not in content]
     if missing:

@@ -54,13 +54,13 @@ GOALS = (
 
 
 def reached(goal: Goal, overhead: Overhead, dense: Overhead | None) -> str:
-    """Whether an overhead is what a goal wants; beside the dense hook's, where there is one."""
+    """Whether an overhead is what a goal wants; where the dense hook was not measured, none is below it."""
     if goal.most is None:
         return MET if overhead.verdict == SAME else UNRESOLVED if overhead.low <= 0 else MISSED
     if overhead.low > goal.most:
         return MISSED
-    if goal.below_dense and dense is not None and overhead.median >= dense.median:
-        return MISSED if overhead.compared(dense) == "dearer" else UNRESOLVED
+    if goal.below_dense and (dense is None or overhead.median >= dense.median):
+        return MISSED if dense is not None and overhead.compared(dense) == "dearer" else UNRESOLVED
     return MET if overhead.median <= goal.most else UNRESOLVED
 
 

@@ -27,7 +27,7 @@ from rich.markdown import Markdown
 
 from . import catalogue, command, files, goals, gpu_parts, report
 from .gpu_suite import DTYPE, FAILED, RUNNING, BrokenDeviceError, Clock, Suite, run_part
-from .published.tables import table
+from .published.tables import counts, table
 
 KIND = "gpu"
 BUDGET = 480.0
@@ -152,13 +152,22 @@ def show(path: Path, content: dict[str, Any]) -> None:
     found = [json.loads((path.parent / file).read_text()) for of in content["parts"].values() for file in of["files"]]
     for one in found:
         report.show(path, one)
+    parts = content["parts"]
     rows = [
-        [name, entry["status"], f"{entry['seconds']:.0f}", entry["reason"], ", ".join(entry["files"])]
-        for name, entry in content["parts"].items()
+        [name, entry["status"], f"{entry['seconds']:.0f}", entry["reason"] or _tests(entry), ", ".join(entry["files"])]
+        for name, entry in parts.items()
     ]
-    text = table(["part", "status", "seconds", "reason", "files"], rows)
+    text = table(["part", "status", "seconds", "", "files"], rows)
+    if counted := (parts.get("counts", {}).get("result") or {}).get("ways"):
+        text = f"Counted once, {parts['counts']['result']['case']}:\n\n{counts(counted)}\n\n{text}"
     reached = "" if content["quick"] else goals.table_of(found)
     report.wide_console().print(Markdown(f"{text}\n\n{content.get('stopped', '')}\n\n{reached}"))
+
+
+def _tests(entry: dict[str, Any]) -> str:
+    """How many tests came to which end; "" of other parts."""
+    counted = (entry["result"] or {}).get("counts", {})
+    return ", ".join(f"{number} {word}" for word, number in counted.items())
 
 
 if __name__ == "__main__":

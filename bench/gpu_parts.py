@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -177,10 +178,14 @@ def cases_of(
 
 
 def planned(execution: str, sites: Sequence[str], quick: bool) -> list[Case]:
-    """Every site with every operation, most important first; in eager mode long prompts, for the time they take."""
+    """Every site with every operation, most important first; in eager mode long prompts, for the time they take.
+
+    A quick run has each operation and each site once.
+    """
     length = GRAPH_TOKENS if execution == steps.GRAPH else (QUICK_PREFILL_TOKENS if quick else PREFILL_TOKENS)[0]
     base = Case(execution, k=10 if quick else 100, prompt_tokens=length)
-    cases = [replace(base, operation=operation, site=site) for operation in OPERATIONS for site in sites]
+    places = zip(OPERATIONS, itertools.cycle(sites)) if quick else itertools.product(OPERATIONS, sites)
+    cases = [replace(base, operation=operation, site=site) for operation, site in places]
     longer = [] if execution == steps.GRAPH or quick else PREFILL_TOKENS[1:]
     return [cases[0], *(replace(cases[0], prompt_tokens=tokens) for tokens in longer), *cases[1:]]
 

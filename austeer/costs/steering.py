@@ -128,10 +128,8 @@ class SteeringCost:
             found = 100 * extra[way].overhead
             return "nothing" if found == 0 else f"{found:.2g} %" if found >= 0.005 else "less than 0.01 %"
 
-        beside = [way for way in ("columns",) if way != self.auto]
-        beside += ["public" if "public" in extra else "dense"]
-        names = {"public": "the public code's arithmetic", "dense": "the dense form"}
-        told = [f"{names.get(way, way)} {percent(way)}" for way in beside]
+        beside = {"columns": "columns", "public": "the public code's arithmetic"}
+        told = [f"{words} {percent(way)}" for way, words in beside.items() if way != self.auto]
         return (
             f"Steering {self.k} AUs in {len(self.aus)} of {self.layers} layers ({self.execution}), of a decoded "
             f"token: auto takes {self.auto} and adds {percent(self.auto)}; {', '.join(told)}."

@@ -74,27 +74,44 @@ def dense(place: Place, target: Target) -> Work:
 
 
 def public(place: Place, target: Target) -> Work:
-    """The public code: multiply by a vector of the activations' dtype, add, copy back, however few AUs there are."""
+    """The public code: multiply by a vector of the activations' dtype, add, copy back, however few AUs there are.
+
+    Its form of "shift" adds the vector alone, that of "push" takes the absolute value first.
+    """
     size, w = place.itemsize, place.width
     if target.execution == "compile":
         return _compiled(place, size * w)
-    x = place.values * size
-    return _op([x, w * size], x, place.values) + _op([2 * x], x, place.values) + _op([x], x)
+    n, x = place.values, place.values * size
+    added = _op([x, w * size], x, n)
+    if place.operation != "shift":
+        added += _op([2 * x], x, n)
+    return _absolute(place, n) + added + _op([x], x)
 
 
 def dense_hook(place: Place, target: Target) -> Work:
-    """A hook with one multiplication in place, by 1 + gamma for every dimension."""
+    """A hook with one operation in place for every dimension, such as a multiplication by 1 + gamma; two of "push"."""
     size, n = place.itemsize, place.values
     if target.execution == "compile":
         return _compiled(place, size * place.width)
-    return _op([n * size, place.width * size], n * size, n)
+    return _absolute(place, n) + _one_operation(place, n, place.width)
+
+
+def _absolute(place: Place, values: int) -> Work:
+    """|x| of so many values, for "push"."""
+    return _op([values * place.itemsize], values * place.itemsize, values) if place.operation == "push" else Work()
+
+
+def _one_operation(place: Place, values: int, table: int) -> Work:
+    """A multiplication or an addition in place by a vector of ``table`` values; of "push" x + vector * |x|."""
+    size, twice = place.itemsize, 2 if place.operation == "push" else 1
+    return _op([twice * values * size, table * size], values * size, twice * values)
 
 
 def sparse_hook(place: Place, target: Target) -> Work:
-    """A hook with ``x[..., index] *= factor``: gather, multiply, scatter."""
+    """A hook with ``x[..., index] *= factor``, or what else the operation is: gather, compute, scatter."""
     size, t, index = place.itemsize, place.chosen, INDEX * place.count
     one_way = _op([t * size, index], t * size)
-    ops = one_way + _op([t * size, place.count * size], t * size, t) + one_way
+    ops = one_way + _absolute(place, t) + _one_operation(place, t, place.count) + one_way
     return ops + Work(padding=2 * _scattered(place, target))
 
 
@@ -295,7 +312,7 @@ def _form(place: Place) -> str:
 
 def why_not(network: nn.Module, way: str, sites: Sequence[Site], operation: str) -> str:
     """Why a way is not possible at a site, as far as the model's shapes say; empty if it is."""
-    if way in ("public", "dense hook", "sparse hook", "lora") and operation != "scale":
+    if way == "lora" and operation != "scale":
         return f"it scales, and cannot {operation}"
     if way in EDITS.values() and way != EDITS.get(operation):
         return f"it cannot {operation}"

@@ -16,6 +16,7 @@ from .load import Result, Results
 #: Which command measures a kind, on a CPU and on a GPU.
 COMMANDS = {
     "inference": {"CPU": "make bench", "GPU": "python -m bench.gpu"},
+    "sweep": {"CPU": "make bench", "GPU": "austeer bench --full"},
     "momentum": {"CPU": "python -m bench.momentum", "GPU": "python -m bench.gpu"},
     "host": {"CPU": "python -m bench.host", "GPU": "python -m bench.host"},
     "dispatch": {"GPU": "python -m bench.gpu"},
@@ -36,8 +37,8 @@ def blocks(results: Results) -> dict[str, str]:
         "summary": _summary(results),
         "machines": _machines(results),
         "overhead": _each(results, "inference", _overhead),
-        "k": _each(results, "inference", partial(_sweep, along="k")),
-        "layers": _each(results, "inference", partial(_sweep, along="layers")),
+        "k": _each(results, "inference", partial(_sweep, along="k"), "sweep"),
+        "layers": _each(results, "inference", partial(_sweep, along="layers"), "sweep"),
         "operations": _operations(results),
         "momentum": _each(results, "momentum", _momentum),
     }
@@ -47,13 +48,17 @@ def _missing(kind: str, where: str) -> str:
     return f"**{where}**: not measured yet (`{COMMANDS[kind][where]}`)."
 
 
-def _each(results: Results, kind: str, section: Callable[[Result], str]) -> str:
-    """A section of every result of a kind, CPU and GPU; says so where there is none, or nothing of this in it."""
+def _each(results: Results, kind: str, section: Callable[[Result], str], measured: str = "") -> str:
+    """A section of every result of a kind, CPU and GPU; says so where there is none, or nothing of this in it.
+
+    Args:
+        measured: of ``COMMANDS``, what measures it; by default the kind.
+    """
     texts = []
     for where, devices in results.kinds_of_device():
         found = [r for device in devices for r in results.of(kind, device)]
         own = [f"**{where}: {_title(r)}** ({r.link}){_remark(r)}\n\n{text}" for r in found if (text := section(r))]
-        texts += own or [_missing(kind, where)]
+        texts += own or [_missing(measured or kind, where)]
     return "\n\n".join(texts)
 
 
@@ -148,7 +153,7 @@ def _operations(results: Results) -> str:
     texts = []
     for where, devices in results.kinds_of_device():
         found = [r for device in devices for kind in OPERATIONS for r in results.of(kind, device)]
-        texts += [f"**{where}: {r.machine}** ({r.link})\n\n{OPERATIONS[r.kind](r)}" for r in found]
+        texts += [f"**{where}: {r.machine}** ({r.link}){_remark(r)}\n\n{OPERATIONS[r.kind](r)}" for r in found]
         if not {"dispatch", "kernels"} & {r.kind for r in found}:
             texts.append(_missing("kernels", where))
     return "\n\n".join(texts)
@@ -176,10 +181,15 @@ def _dispatch(result: Result) -> str:
 
 
 def _settings(result: Result) -> str:
-    return (
+    texts = [
         "The fused kernel in each of its forms with the best of some 30 settings, its time over that of PyTorch's "
-        f"plain product, and over that of product and columns:\n\n{tables.settings(result.content)}"
-    )
+        f"plain product, and over that of product and columns:\n\n{tables.settings(result.content)}",
+        f"The sparse kernel by itself:\n\n{tables.sparse_settings(result.content)}",
+        tables.counting_settings(result.content),
+    ]
+    if bias := tables.bias_settings(result.content):
+        texts.append(f"PyTorch's product with a bias, over that without:\n\n{bias}")
+    return "\n\n".join(texts)
 
 
 def _plans(result: Result) -> str:

@@ -14,10 +14,13 @@ from .load import CPU, Result, Results
 SETS = {"caa": "CAA sycophancy", "boolq": "BoolQ"}
 HOST = {
     "unsteered again": "unsteered again (noise)",
-    "scale": "fold",
-    "scale, columns": "columns, `scale`",
-    "shift": "columns, `shift`",
-    "push": "columns, `push`",
+    "dense hook": "a PyTorch hook with one operation, as `scale`",
+    "dense hook, shift": "a PyTorch hook with one operation, as `shift`",
+    "scale": "`scale`",
+    "scale, columns": "`scale`, not folded",
+    "shift": "`shift`",
+    "shift, columns": "`shift`, not in a bias",
+    "push": "`push`",
     "generation, in scope": "a scope, in it",
     "generation, out of scope": "a scope, out of it",
     "rows of three plans": "rows of three plans, one operation",
@@ -25,6 +28,8 @@ HOST = {
     "scale, fused": "fused",
     "scale, dense": "dense, the public code's form",
 }
+#: What was measured of a site, and the heads of the table.
+HOST_STATES = {"us_by_itself": "us", "us_cold": "us, caches evicted"}
 #: The functions of bench/test_kernels.py, in words.
 KERNELS = {
     "test_steer_columns": "steering the selected columns in place",
@@ -40,15 +45,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def host(result: Result) -> str:
-    """Host time of a steered site by itself, at the smallest batch."""
-    batch = result.content["batches"][0]
+    """Host time of a steered site by itself, at the smallest batch, and the path that it took."""
+    known = {words: result.content["batches"][0]["variants"].get(name) for name, words in HOST.items()}
+    found = {words: row for words, row in known.items() if row}
+    states = [key for key in HOST_STATES if any(key in row for row in found.values())]
     rows = []
-    for name, words in HOST.items():
-        if name in batch["variants"]:
-            alone = batch["variants"][name]["us_by_itself"]
-            words += " (on a CPU its PyTorch definition)" if words == "fused" and result.device == CPU else ""
-            rows.append([words, f"{alone['median']:.1f} [{alone['low']:.1f}, {alone['high']:.1f}]"])
-    return table(["", "us"], rows)
+    for words, row in found.items():
+        words += " (on a CPU its PyTorch definition)" if words == "fused" and result.device == CPU else ""
+        times = (f"{row[key]['median']:.1f} [{row[key]['low']:.1f}, {row[key]['high']:.1f}]" for key in states)
+        rows.append([words, row["path"], *times])
+    return table(["", "path", *(HOST_STATES[key] for key in states)], rows)
 
 
 def plans(operation: dict[str, Any]) -> str:
@@ -175,7 +181,11 @@ def costs(case: Case) -> str:
 
     Memory is what the way holds: its tables, rows it saved.
     """
-    rows = {name: row | _beside(row) for name, row in case.variants.items() if row["status"] == "measured"}
+    return counts({name: row | _beside(row) for name, row in case.variants.items() if row["status"] == "measured"})
+
+
+def counts(rows: dict[str, dict[str, Any]]) -> str:
+    """What is known of each way, in the order of ``_COSTS``."""
     shown = [key for key in _COSTS if any(row.get(key) is not None for row in rows.values())]
     cells = [
         [name, *("" if row.get(key) is None else _COSTS[key][1](row[key]) for key in shown)]
@@ -234,6 +244,44 @@ def settings(content: dict[str, Any]) -> str:
     names[True, True] = "input, a plan a token"
     rows = [[*key, *(cells.get(form, "") for form in names)] for key, cells in forms.items()]
     return table(["out x in", "tokens", *names.values()], rows)
+
+
+def sparse_settings(content: dict[str, Any]) -> str:
+    """Microseconds of the sparse kernel: with the settings of the time, and with the best."""
+    rows = []
+    for name, times in content["sparse us"].items():
+        width, tokens, count = (part[1:] for part in name.split())
+        best = min(us for way, us in times.items() if way not in ("now", "addcmul"))
+        rows.append([width, tokens, count, f"{times['now']:.1f}", f"{best:.1f}"])
+    return table(["width", "tokens", "AUs", "us, settings of the time", "us, best settings"], rows)
+
+
+def counting_settings(content: dict[str, Any]) -> str:
+    """A sentence: how near the counting kernel comes to the fastest plain operation."""
+    pairs, width = content["counting shape"]
+    ceiling = max(content["ceilings TB/s"].values()) if "ceilings TB/s" in content else None
+    best = min(content["counting"].values(), key=lambda found: found["us"])
+    parts = [f"The counting kernel takes {best['us']:.0f} us for [{pairs}, {width}] with its best settings"]
+    if "now" in content["counting"]:
+        parts.append(f", {content['counting']['now']['us']:.0f} us with those of the time")
+    if ceiling and "TB/s" in best:
+        parts.append(f"; it reads {best['TB/s']:.2f} TB/s, the fastest of several plain operations {ceiling:.2f}")
+    return "".join(parts) + "."
+
+
+def bias_settings(content: dict[str, Any]) -> str:
+    """The plain product with a bias, and with an addition after it, over that without; "" where it was not measured."""
+    ways = {
+        "again": "plain again",
+        "bias": "bias",
+        "add after": "`add_` after it",
+        "addcmul after": "`addcmul_` after it",
+    }
+    rows = [
+        [*name.split(" m"), *(f"{us[way] / us['plain']:.2f}" for way in ways)]
+        for name, us in content.get("bias us", {}).items()
+    ]
+    return table(["out x in", "tokens", *ways.values()], rows) if rows else ""
 
 
 def exactness(results: Results) -> str:

@@ -40,6 +40,12 @@ def test_what_becomes_of_a_goal(options, expected):
     assert became(**options) == {"auto": expected}
 
 
+def test_nothing_is_below_a_dense_hook_that_was_not_measured():
+    found = content(auto=(0.5, 0.3))
+    del found["cases"][0]["variants"]["dense hook"]
+    assert {row[4] for row in goals.judged(found) if "below" in row[0]} == {goals.UNRESOLVED}
+
+
 def test_a_graph_s_goal_is_about_fused_too():
     assert became(execution="graph", auto=(-0.1, 0.3), fused=(1.0, 0.3)) == {"auto": goals.MET, "fused": goals.MISSED}
 

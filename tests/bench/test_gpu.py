@@ -74,16 +74,16 @@ def test_the_whole_suite_on_a_cpu(tmp_path, capsys):
     assert kernels["complete"] and kernels["environment"]["commit"] == "abc"
     assert parts["ceilings"]["result"]["bandwidth"] > 0
     for part, sites, own in (
-        ("graphs-llama", ["ffn", "attention"], gpu_parts.GRAPH_WAYS),
+        ("graphs-llama", ["ffn", "attention", "ffn"], gpu_parts.GRAPH_WAYS),
         ("eager-gemma", ["ffn", "attention", "layer"], gpu_parts.WAYS),
-        ("graphs-mixture", ["ffn"], gpu_parts.GRAPH_WAYS),
+        ("graphs-mixture", ["ffn", "ffn", "ffn"], gpu_parts.GRAPH_WAYS),
     ):
         found = file_of(part, "inference")
         assert (
             found["complete"] and found["model"]["dtype"] == "bfloat16" and found["model"]["name"].startswith("tiny ")
         )
         places = [(case["operation"], case["site"]) for case in found["cases"]]
-        assert places == [(operation, site) for operation in ("shift", "scale", "push") for site in sites]
+        assert places == list(zip(("shift", "scale", "push"), sites))
         for case in found["cases"]:
             assert {"unsteered", "unsteered again", "fold", *own} == set(case["variants"])
             measured = {name for name, row in case["variants"].items() if row["status"] == "measured"}
@@ -163,7 +163,7 @@ def test_a_failing_part_is_recorded_and_the_rest_runs(suite, monkeypatch):
     assert seen == [{"a": FAILED, "b": SKIPPED, "c": RUNNING}], "the file is written after each part"
     found = files.read(suite.path, "gpu")["parts"]
     assert found["a"]["reason"].startswith("one case failed before; ZeroDivisionError: a made-up error [")
-    assert "bench/test_gpu.py:" in found["a"]["reason"] and "/work" not in found["a"]["reason"]
+    assert "bench/test_gpu.py:" in found["a"]["reason"] and str(ROOT) not in found["a"]["reason"]
     assert found["b"]["reason"] == "needs more"
     assert (found["c"]["status"], found["c"]["result"]) == (DONE, {"x": 1})
     seen.clear()

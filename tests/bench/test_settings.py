@@ -135,6 +135,13 @@ def test_the_committed_table_is_that_of_the_committed_result(own_tables):
     assert all(part in source for part in (H200.name, "NVIDIA H200", "2026-11-27", "30a7754", "2.11.0", "3.6.0"))
 
 
+def test_a_table_from_another_kind_of_result_is_refused(own_tables, capsys):
+    shipped = (own_tables / "nvidia-h200.json").read_text()
+    assert dispatch.main(["--table-from", str(H200.with_name("dispatch-2026-11-27.json"))]) == 1
+    assert "found a result of kind 'dispatch', expected 'settings'" in capsys.readouterr().err
+    assert (own_tables / "nvidia-h200.json").read_text() == shipped
+
+
 def test_a_limit_ends_at_the_first_number_of_tokens_that_is_slower():
     def found(*ratios):
         rows = [form(m, ratio, 1.0) for m, ratio in zip((1, 4, 16, 64), ratios)]

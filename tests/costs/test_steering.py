@@ -114,12 +114,13 @@ def test_many_tokens_take_the_sparse_form_on_a_cpu(dtype, operation):
     ids=["llama-float32", "llama-bfloat16", "mixtral-float32"],
 )
 @pytest.mark.parametrize("site", ["attention", "ffn"])
-def test_others_ways_take_exactly_what_is_predicted(family, dtype, site):
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_others_ways_take_exactly_what_is_predicted(family, dtype, site, operation):
     model = built(family, dtype)
     base = prefill(model), decode(model)
-    cost = cost_of(model, site, layers=2)
+    cost = cost_of(model, site, layers=2, operation=operation)
     for way, kind in (("public", Public), ("dense hook", DenseHook), ("sparse hook", SparseHook)):
-        steered = kind(twin(model), spread_plan(model, site, 7, layers=2), 0.1).model
+        steered = kind(twin(model), spread_plan(model, site, 7, layers=2, operation=operation), 0.1).model
         assert beyond(prefill(steered), base[0]) == logical(cost.prefill.extra[way].work), way
         assert beyond(decode(steered), base[1]) == logical(cost.decode.extra[way].work), way
 
