@@ -149,11 +149,15 @@ class Lists:
     magnitude: bool
 
 
+#: Where push meets scale in one set, push is divided by 1 + scale: smaller, and float16 would overflow in between.
+SMALLEST_FACTOR = 1 / 16
+
+
 def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int], list[Lists]]:
     """The AUs of all sets at each steered (site, layer), with their strengths; to be applied one after the other.
 
     Raises:
-        ServingError: push meets a scale of -1 at an AU of one set.
+        ServingError: push meets a scale of about -1 at an AU of one set.
     """
     found: dict[tuple[str, int], list[tuple[int, LayerUnits, float, int]]] = {}
     widths: dict[str, int] = {}
@@ -181,11 +185,12 @@ def _lists(parts: Sequence[tuple[int, LayerUnits, float, int]], sets: int, width
     # Push comes first, and what follows multiplies it by 1 + gamma, too, where a set has both at an AU.
     factor = torch.ones(sets, width + 1).scatter_(1, rest.index % (width + 1), 1 + rest.gamma)
     factor = factor.gather(1, push.index % (width + 1))  # -1 is the last column
-    if (factor == 0).any():
-        number, place = (factor == 0).nonzero()[0].tolist()
+    small = factor.abs() < SMALLEST_FACTOR
+    if small.any():
+        number, place = small.nonzero()[0].tolist()
         raise ServingError(
-            f"{VARIABLE}, set number {number + 1}: found push and a scale of -1 at AU {push.index[number, place]}, "
-            "expected one of them there; change an alpha a little"
+            f"{VARIABLE}, set number {number + 1}: found push and a scale of {factor[number, place] - 1:.4g} at AU "
+            f"{push.index[number, place]}, expected one of them there; change an alpha a little"
         )
     groups[0] = replace(push, gamma=push.gamma / factor)
     return [lists for lists in groups if lists.index.shape[1]]
