@@ -31,7 +31,7 @@ class Columns(RunPath):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._loaded: set[int] = set()  # the numbers of elements for which the kernel was run
+        self._loaded: set[tuple[int, torch.dtype]] = set()  # for which of those the kernel was run
         self._check_kernel = self._check
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
@@ -41,7 +41,7 @@ class Columns(RunPath):
             return compiled(x, self.tables, rows)
         x = x.contiguous()
         if capturing(x.device):
-            return sparse(x, self.tables, rows) if x.numel() in self._loaded else whole(x, self.tables, rows)
+            return sparse(x, self.tables, rows) if size_of(x) in self._loaded else whole(x, self.tables, rows)
         if capturable(x.device):
             self.load(x)
         columns = max(table.columns for table in self.tables)
@@ -58,9 +58,9 @@ class Columns(RunPath):
         A kernel's code is loaded as it first runs, which a driver refuses during a capture: there it is only taken
         where it was loaded before.
         """
-        if x.numel() in self._seen:
+        if size_of(x) in self._seen:
             return
-        self._seen.add(x.numel())
+        self._seen.add(size_of(x))
         tokens = x.numel() // self.table.width
         if tokens <= launch.MOST_TOKENS or x.dim() == 2 or x.shape[-2] == 1:
             rows = self._rows_of_capture(tokens, x.device)
@@ -68,11 +68,16 @@ class Columns(RunPath):
             if self._check_kernel:  # what it makes in a captured graph cannot be looked at
                 self._check_kernel = False
                 checked_tensor(self, x, rows)(result)
-            self._loaded.add(x.numel())
+            self._loaded.add(size_of(x))
 
     def _rows_of_capture(self, tokens: int, device: torch.device) -> Tensor | None:
         """Rows as a captured pass has them: where there is a routing, on the device, whatever they say."""
         return None if self.routing is None else torch.zeros(tokens, dtype=torch.int32, device=device)
+
+
+def size_of(x: Tensor) -> tuple[int, torch.dtype]:
+    """What a kernel's code depends on: each dtype has its own, and each number of tokens its settings."""
+    return x.numel(), x.dtype
 
 
 def operands_of(x: Tensor, table: StrengthTable, rows: Tensor | None) -> tuple[Tensor, ...]:

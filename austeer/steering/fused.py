@@ -13,7 +13,7 @@ from austeer_kernels import reference
 
 from ..errors import SteeringError
 from ..models.linear import FLOATING
-from .columns import Columns
+from .columns import Columns, size_of
 from .routing import NOBODY, capturable, capturing
 from .run_path import observable
 from .selfcheck import check_linear
@@ -35,7 +35,7 @@ class Fused(Columns):
         super().__init__(*args, **kwargs)
         self.limit, self.always = limit, always
         self._check_product = self._check
-        self._products: set[int] = set()  # the numbers of elements for which the kernel was run
+        self._products: set[tuple[int, torch.dtype]] = set()  # sizes for which the kernel was run
 
     def detach(self) -> None:
         try:
@@ -69,8 +69,8 @@ class Fused(Columns):
         return self.always
 
     def has_loaded(self, x: Tensor) -> bool:
-        """Whether the kernel was run for as many tokens."""
-        return x.numel() in self._products
+        """Whether the kernel was run for as many tokens of this dtype."""
+        return size_of(x) in self._products
 
     def _load_product(self, x: Tensor) -> None:
         """Runs the kernel as a captured graph would, once for a number of tokens; see ``load``."""
@@ -80,7 +80,7 @@ class Fused(Columns):
             rows = self._rows_of_capture(len(tokens), x.device)
             with torch.no_grad():
                 self._check_once(tokens, rows, self._kernel(tokens, rows))
-            self._products.add(x.numel())
+            self._products.add(size_of(x))
 
     def _kernel(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
         linear, table = cast(nn.Linear, self.module), self.table

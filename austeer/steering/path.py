@@ -1,4 +1,4 @@
-"""What every way of steering a site has in common; each way has a file of its own: fold, columns, fused, dense."""
+"""What all ways of steering a site have in common; each has a file of its own: fold, bias, columns, fused, dense."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Path:
         site, table: what is steered and how strongly. tables: all of them; a second one only where plans with and
             without magnitude meet.
         module: the module that is changed.
-        calls: how often it ran in eager mode; None where that is not counted (fold).
+        calls: how often it ran in eager mode; None where that is not counted (fold, bias).
         traced: whether it became part of a compiled graph.
     """
 

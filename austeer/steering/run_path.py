@@ -73,7 +73,8 @@ class RunPath(Path):
         self._patch = Patch(module)
         self._inner: Callable = module.forward
         self._short: _Short | None = None
-        self._seen: set[int] = set()  # numbers of elements that went the general way, where graphs can be captured
+        #: Numbers of elements, and dtypes, that went the general way, where graphs can be captured.
+        self._seen: set[tuple[int, torch.dtype]] = set()
 
     @property
     def tokens(self) -> int | None:
@@ -130,7 +131,7 @@ class RunPath(Path):
         if x.__class__ is not Tensor:  # torch.export traces with a fake one, whose size is a symbol
             return self._in_general(x)
         elements = x.numel()
-        if elements > short.most or (short.on_gpu and (elements not in self._seen or capturing(x.device))):
+        if elements > short.most or (short.on_gpu and ((elements, x.dtype) not in self._seen or capturing(x.device))):
             return self._in_general(x)
         try:
             short.form(x, *short.operands)

@@ -149,6 +149,20 @@ def test_a_capture_takes_only_kernels_that_were_loaded(tiny, monkeypatch, limit_
         assert (counted, took) == ([3] * 6, [3] * 9)
 
 
+def test_a_kernel_is_loaded_for_each_dtype(tiny, monkeypatch):
+    for module in (fused, columns, run_path):
+        monkeypatch.setattr(module, "capturable", lambda device: True)
+    took, sparse = [], columns.sparse
+    monkeypatch.setattr(columns, "sparse", lambda x, *rest: took.append(x.dtype) or sparse(x, *rest))
+    plan, ids = random_plan(tiny, "ffn", 60, "push"), {"input_ids": torch.tensor([[7]])}
+    with austeer.steer(tiny, plan, 1.5, mode="columns"):
+        for _ in range(2):
+            logits(tiny, ids)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits(tiny, ids)
+    assert took == [torch.float32] * 3 + [torch.bfloat16] * 3
+
+
 @pytest.mark.parametrize("site", ["attention", "ffn"])
 def test_a_projection_is_called_by_its_argument_s_name(tiny, site):
     plan = random_plan(tiny, site, 60)
