@@ -109,6 +109,8 @@ class Routing:
         self.key = None
         if on_device or any(isinstance(n, Tensor) for n in (past, first, last)):
             self._state = _tensor_state(rows, past, first, last, batch, length, x.device)
+            if self._state is None and capturing(x.device):  # kernels were loaded as passes with rows take them
+                self._state = torch.zeros(batch * length, dtype=torch.int32, device=x.device)
             if not on_device and isinstance(self._state, Tensor):
                 count = (self._state >= 0).sum()
                 self._counted = count if self._counted is None else self._counted.to(count.device) + count
