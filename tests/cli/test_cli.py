@@ -93,7 +93,7 @@ def test_generate_sets_steered_beside_unsteered(demo, files):
     texts = {name: values[0] for name, values in data["continuations"].items()}
     assert list(texts) == ["unsteered", "alpha -6", "alpha 0"]
     assert texts["alpha 0"] == texts["unsteered"] != texts["alpha -6"]
-    assert all(row["path"] == "columns" and row["calls"] > 0 for row in data["report"])
+    assert {row["path"] for row in data["report"]} == {"bias"}
     ids = tokenizer("The weekend trip was", return_tensors="pt")
     with austeer.steer(model, austeer.Plan.from_pretrained(files[0] / "plan"), -6):
         own = model.generate(**ids, max_new_tokens=6, do_sample=False)
