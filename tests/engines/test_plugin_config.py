@@ -116,11 +116,11 @@ def test_model_runner_v2_has_each_tokens_row_before_its_forward_pass(state):
     batch.num_computed_tokens_np = np.array([3, 7, 0])
     batch.num_tokens_after_padding = 12
     assert state.prepare_inputs(batch, None) == {}
-    assert rows[:14].tolist() == [0, 0, 2, 2, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert rows[:14].tolist() == [-1, -1, 1, 1, -1, 0, 0, 0, 0, *[-1] * 5]
     state.remove_request("of slot 0")
     state.add_request(0, NewRequest(1))
     state.prepare_inputs(batch, None)
-    assert rows[:14].tolist() == [0, 0, 2, 2, *[0] * 10]
+    assert rows[:14].tolist() == [-1, -1, 1, 1, *[-1] * 10]
 
 
 def test_the_logits_processor_is_one_for_both_model_runners(state):
