@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,19 @@ def new_file(kind: str, options: argparse.Namespace) -> Path:
     return files.new_file(options.out, device(), f"{kind}-quick" if getattr(options, "quick", False) else kind)
 
 
-def measure(kind: str, options: argparse.Namespace, contents: Iterable[dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-    """Writes a result as it grows, and shows it in the end."""
+def measure(
+    kind: str,
+    options: argparse.Namespace,
+    contents: Iterable[dict[str, Any]],
+    show: Callable[[Path, dict[str, Any]], None] = report.show,
+) -> tuple[Path, dict[str, Any]]:
+    """Writes a result as it grows, and shows it in the end, without ``--json`` by ``show``."""
     path, content = new_file(kind, options), {}
     for content in contents:
         files.write(path, content)  # after each part: a GPU that is lent may be taken away
     if options.json:
         print(files.dumps(content))
     else:
-        report.show(path, content)
+        show(path, content)
     report.say(f"written: {path}")
     return path, content

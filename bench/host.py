@@ -292,6 +292,12 @@ def tables(content: dict[str, Any]) -> Iterator[Table]:
             yield table
 
 
+def show(_: object, content: dict[str, Any]) -> None:
+    """Prints the result."""
+    for table in tables(content):
+        report.wide_console().print(table)
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser("host", __doc__)
     parser.add_argument("--rounds", type=command.rounds, default=40, help="at least 2; half as many cold")
@@ -308,15 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = parse(argv)
     torch.set_num_threads(1)
-    path, content = command.new_file("host", options), {}
-    for content in run(options, command.device()):
-        files.write(path, content)
-    if options.json:
-        print(files.dumps(content))
-    else:
-        for table in tables(content):
-            report.wide_console().print(table)
-    report.say(f"written: {path}")
+    command.measure("host", options, run(options, command.device()), show)
     return 0
 
 

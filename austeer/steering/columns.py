@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from austeer_kernels import launch, reference
 
-from .forms import form_of, most_elements, steered
-from .routing import WHOLE, capturable, capturing
+from .forms import Form, form_of, most_elements, steered
+from .routing import NOBODY, WHOLE, capturable, capturing
 from .run_path import RunPath
 from .selfcheck import checked_tensor
 from .tables import StrengthTable
 
 # The checked functions of austeer_kernels check what is true of every call here; naming the overload saves a search.
 steer_columns_op = torch.ops.austeer.steer_columns_.default
+
+
+#: What a form of :mod:`austeer.steering.forms` takes besides the tensor.
+Operands = tuple[Tensor, ...]
+
+
+@dataclass(slots=True)
+class _Short:
+    """The one operation that is all there is to do, for calls like one that went the general way.
+
+    Attributes:
+        form, operands: of the first table; more: both of a second one, if there is one.
+        key: of the routing. dtype: of the tensor. most: its elements. on_gpu: whether a graph may be captured.
+    """
+
+    form: Form
+    operands: Operands
+    more: tuple[Form, Operands] | None
+    key: object
+    dtype: torch.dtype
+    most: float
+    on_gpu: bool
 
 
 class Columns(RunPath):
@@ -31,8 +54,45 @@ class Columns(RunPath):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._loaded: set[tuple[int, torch.dtype]] = set()  # for which of those the kernel was run
+        self._short: _Short | None = None
+        # Where graphs can be captured: sizes (see size_of) that went the general way, and for which the kernel was run.
+        self._seen: set[tuple[int, torch.dtype]] = set()
+        self._loaded: set[tuple[int, torch.dtype]] = set()
         self._check_kernel = self._check
+
+    def steer(self, x: Tensor) -> Tensor:
+        """The steered tensor, may be ``x`` itself.
+
+        In eager mode the general way finds out, once, that one operation on the whole of ``x`` is all there is to do;
+        the short way then does it for calls like that one. Decoding waits for the host: the general way takes some
+        90 us a site there, with the caches swept by the layer's weights.
+        """
+        if is_dynamo_compiling():  # what follows remembers and counts, and each change would compile again
+            return super().steer(x)
+        short, routing = self._short, self.routing
+        if routing is not None:
+            if routing.key is NOBODY:
+                self.calls += 1  # type: ignore[operator]
+                return x
+            if short is not None and routing.key != short.key:
+                short = None
+        if short is None or x.dtype is not short.dtype or x.requires_grad or not x.is_contiguous():
+            return super().steer(x)
+        if x.__class__ is not Tensor:  # torch.export traces with a fake one, whose size is a symbol
+            return super().steer(x)
+        elements = x.numel()
+        if elements > short.most or (short.on_gpu and ((elements, x.dtype) not in self._seen or capturing(x.device))):
+            return super().steer(x)
+        try:
+            short.form(x, *short.operands)
+        except RuntimeError:  # another device or shape, and x is as it was; the general way sees to it
+            self._short = None
+            return super().steer(x)
+        if short.more is not None:  # what this raises is raised: x is half steered
+            short.more[0](x, *short.more[1])
+        self.calls += 1  # type: ignore[operator]
+        self._elements += elements
+        return x
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         if x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled()):  # the others compute in float32
@@ -41,16 +101,19 @@ class Columns(RunPath):
             return compiled(x, self.tables, rows)
         x = x.contiguous()
         if capturing(x.device):
-            return sparse(x, self.tables, rows) if size_of(x) in self._loaded else whole(x, self.tables, rows)
+            if size_of(x) in self._loaded:
+                return sparse(x, self.tables, rows)
+            return whole(x, [(form_of(table), operands_of(x, table, rows)) for table in self.tables])
         if capturable(x.device):
             self.load(x)
-        columns = max(table.columns for table in self.tables)
+        most = most_elements(x.device.type, max(table.columns for table in self.tables), self.table.width)
         key = WHOLE if self.routing is None else self.routing.key
-        if key is None or x.numel() > most_elements(x.device.type, columns, self.table.width):
+        if key is None or x.numel() > most:
             return sparse(x, self.tables, rows)
-        operands = [operands_of(x, table, rows) for table in self.tables]
-        self.shorten(x, operands, key)
-        return whole(x, self.tables, rows, operands)
+        forms = [(form_of(table), operands_of(x, table, rows)) for table in self.tables]
+        second = forms[1] if len(forms) > 1 else None
+        self._short = _Short(*forms[0], second, key, x.dtype, most, capturable(x.device))
+        return whole(x, forms)
 
     def load(self, x: Tensor) -> None:
         """Runs the sparse kernel on a copy of ``x``, once for its size, if a graph of decoding may be captured.
@@ -80,7 +143,7 @@ def size_of(x: Tensor) -> tuple[int, torch.dtype]:
     return x.numel(), x.dtype
 
 
-def operands_of(x: Tensor, table: StrengthTable, rows: Tensor | None) -> tuple[Tensor, ...]:
+def operands_of(x: Tensor, table: StrengthTable, rows: Tensor | None) -> Operands:
     """What the form of a table takes for ``x``."""
     if rows is None:
         assert table.operands is not None  # several plans have rows
@@ -88,15 +151,10 @@ def operands_of(x: Tensor, table: StrengthTable, rows: Tensor | None) -> tuple[T
     return tuple(t.view(x.shape) if t.numel() == x.numel() else t for t in table.spread(rows.long()))
 
 
-def whole(
-    x: Tensor,
-    tables: Sequence[StrengthTable],
-    rows: Tensor | None,
-    operands: Sequence[tuple[Tensor, ...]] | None = None,
-) -> Tensor:
+def whole(x: Tensor, forms: Sequence[tuple[Form, Operands]]) -> Tensor:
     """``x``, contiguous, steered in place by one operation a table."""
-    for number, table in enumerate(tables):
-        form_of(table)(x, *(operands_of(x, table, rows) if operands is None else operands[number]))
+    for form, operands in forms:
+        form(x, *operands)
     return x
 
 

@@ -4,43 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from ..errors import SteeringError
 from ..models.patches import Patch
 from ..models.sites import Site
 from ..models.structure import first_tensor
-from .forms import Form, form_of, most_elements
 from .path import Path
-from .routing import NOBODY, Routing, capturable, capturing
+from .routing import NOBODY, Routing, capturing
 from .selfcheck import checked_tensor
 from .tables import StrengthTable
-
-
-class _Short:
-    """The one operation that is all there is to do, for calls like one that went the general way.
-
-    Attributes:
-        form, operands: of the first table; more: both of a second one, if there is one.
-        key: of the routing. dtype: of the tensor. most: its elements. on_gpu: whether a graph may be captured.
-    """
-
-    __slots__ = ("dtype", "form", "key", "more", "most", "on_gpu", "operands")
-
-    def __init__(
-        self,
-        form: Form,
-        operands: tuple[Tensor, ...],
-        more: tuple[Form, tuple[Tensor, ...]] | None,
-        key: object,
-        dtype: torch.dtype,
-        most: float,
-        on_gpu: bool,
-    ):
-        self.form, self.operands, self.more = form, operands, more
-        self.key, self.dtype, self.most, self.on_gpu = key, dtype, most, on_gpu
 
 
 def observable(x: Tensor) -> bool:
@@ -72,9 +46,6 @@ class RunPath(Path):
         self._elements = 0
         self._patch = Patch(module)
         self._inner: Callable = module.forward
-        self._short: _Short | None = None
-        #: Numbers of elements, and dtypes, that went the general way, where graphs can be captured.
-        self._seen: set[tuple[int, torch.dtype]] = set()
 
     @property
     def tokens(self) -> int | None:
@@ -111,40 +82,7 @@ class RunPath(Path):
         return self.steer(output)
 
     def steer(self, x: Tensor) -> Tensor:
-        """The steered tensor, may be ``x`` itself.
-
-        In eager mode the general way finds out, once, that one operation on the whole of ``x`` is all there is to do;
-        the short way then does it for calls like that one. Decoding waits for the host: the general way takes some
-        90 us a site there, with the caches swept by the layer's weights.
-        """
-        if is_dynamo_compiling():  # what follows remembers and counts, and each change would compile again
-            return self._in_general(x)
-        short, routing = self._short, self.routing
-        if routing is not None:
-            if routing.key is NOBODY:
-                self.calls += 1  # type: ignore[operator]
-                return x
-            if short is not None and routing.key != short.key:
-                short = None
-        if short is None or x.dtype is not short.dtype or x.requires_grad or not x.is_contiguous():
-            return self._in_general(x)
-        if x.__class__ is not Tensor:  # torch.export traces with a fake one, whose size is a symbol
-            return self._in_general(x)
-        elements = x.numel()
-        if elements > short.most or (short.on_gpu and ((elements, x.dtype) not in self._seen or capturing(x.device))):
-            return self._in_general(x)
-        try:
-            short.form(x, *short.operands)
-        except RuntimeError:  # another device or shape, and x is as it was; the general way sees to it
-            self._short = None
-            return self._in_general(x)
-        if short.more is not None:  # what this raises is raised: x is half steered
-            short.more[0](x, *short.more[1])
-        self.calls += 1  # type: ignore[operator]
-        self._elements += elements
-        return x
-
-    def _in_general(self, x: Tensor) -> Tensor:
+        """The steered tensor, may be ``x`` itself."""
         if x.shape[-1] != self.table.width:
             raise SteeringError(
                 f"site {self.site.name!r} of layer {self.site.layer} ({self.site.path}): found a tensor of width "
@@ -177,12 +115,6 @@ class RunPath(Path):
             return False
         self._check = False
         return True
-
-    def shorten(self, x: Tensor, operands: Sequence[tuple[Tensor, ...]], key: object) -> None:
-        """Lets calls with an ``x`` like this one go the short way, with these operands for each table."""
-        forms = [(form_of(table), given) for table, given in zip(self.tables, operands)]
-        most = most_elements(x.device.type, max(table.columns for table in self.tables), self.table.width)
-        self._short = _Short(*forms[0], forms[1] if len(forms) > 1 else None, key, x.dtype, most, capturable(x.device))
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Steers ``x`` [..., width], in place where nothing is differentiated.

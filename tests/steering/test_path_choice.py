@@ -131,6 +131,7 @@ def test_a_capture_takes_only_kernels_that_were_loaded(tiny, monkeypatch, limit_
     on, sparse, took = [False], columns.sparse, []
     for module in (fused, columns, run_path):
         monkeypatch.setattr(module, "capturing", lambda device: on[0])
+    for module in (fused, columns):
         monkeypatch.setattr(module, "capturable", lambda device: True)
     monkeypatch.setattr(columns, "sparse", lambda x, *rest: took.append(len(x)) or sparse(x, *rest))
     plan, plain = random_plan(tiny, ("ffn", "layer"), 60, "push"), copy.deepcopy(tiny)
@@ -150,7 +151,7 @@ def test_a_capture_takes_only_kernels_that_were_loaded(tiny, monkeypatch, limit_
 
 
 def test_a_kernel_is_loaded_for_each_dtype(tiny, monkeypatch):
-    for module in (fused, columns, run_path):
+    for module in (fused, columns):
         monkeypatch.setattr(module, "capturable", lambda device: True)
     took, sparse = [], columns.sparse
     monkeypatch.setattr(columns, "sparse", lambda x, *rest: took.append(x.dtype) or sparse(x, *rest))

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 import austeer
 from austeer.models.sites import find_sites
 from austeer.plans.fit import LayerUnits
-from austeer.steering import columns, forms, run_path
+from austeer.steering import columns, forms
 from austeer.steering.forms import most_elements
 from austeer.steering.path_choice import plan_paths
 from austeer.steering.tables import StrengthTable
@@ -89,8 +89,7 @@ def test_the_sparse_and_the_dense_form_of_columns_give_the_same(tiny, tiny_ids, 
 
     def run(most):
         took.clear()
-        for module in (columns, run_path):
-            monkeypatch.setattr(module, "most_elements", lambda *_: most)
+        monkeypatch.setattr(columns, "most_elements", lambda *_: most)
         with austeer.steer(tiny, plan, 0.5, mode="columns"):
             return logits(tiny, tiny_ids)
 
@@ -280,8 +279,7 @@ def test_decoding_takes_the_short_way_and_stays_exact(tiny, monkeypatch, operati
     monkeypatch.setattr(
         columns.Columns, "apply", lambda path, x, rows: general.append(x.shape) or general_way(path, x, rows)
     )
-    for module in (columns, run_path):
-        monkeypatch.setattr(module, "most_elements", lambda *_: 16384)
+    monkeypatch.setattr(columns, "most_elements", lambda *_: 16384)
     module, plan = tiny.model.layers[0].mlp, random_plan(tiny, "ffn", 20, operation)
     found, _ = plan_paths(tiny, [plan], find_sites(tiny, ["ffn"]), "columns", "", None, False)
     path = next(p for p in found if p.module is module)

@@ -98,8 +98,7 @@ def test_the_sparse_and_the_dense_form_give_the_same(model, batch, operation, mo
     monkeypatch.setattr(columns, "sparse", lambda *args: took.append(1) or kernel(*args))
     for most in (math.inf, 0):
         assert not took
-        for module in (columns, run_path):
-            monkeypatch.setattr(module, "most_elements", lambda *_, most=most: most)
+        monkeypatch.setattr(columns, "most_elements", lambda *_, most=most: most)
         with austeer.steer(model, plans, 0.5) as steering, steering.rows(["b", None, "c"]):
             results += [logits(model, token), logits(model, token)]  # the general way and the short one
             steering.alpha = 0.2
@@ -174,10 +173,8 @@ def test_rows_chosen_in_inference_mode_are_chosen_anew_anywhere(model, batch, pl
 
 
 def test_decoding_with_a_static_cache_takes_the_short_way_too(model, batch, plans, monkeypatch):
-    ids, general = batch["input_ids"], []
-    monkeypatch.setattr(
-        columns.Columns, "_in_general", lambda path, x: general.append(x.shape) or run_path.RunPath._in_general(path, x)
-    )
+    ids, general, general_way = batch["input_ids"], [], run_path.RunPath.steer
+    monkeypatch.setattr(run_path.RunPath, "steer", lambda path, x: general.append(x.shape) or general_way(path, x))
     with torch.no_grad(), austeer.steer(model, plans, ALPHA, mode="columns") as steering, steering.rows("kind"):
         cache = StaticCache(config=model.config, max_cache_len=32)
         model(input_ids=ids, past_key_values=cache)

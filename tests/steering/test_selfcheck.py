@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering import bias, columns, fold, fused, path_choice, run_path, selfcheck
+from austeer.steering import bias, columns, fold, fused, path_choice, selfcheck
 from austeer_kernels import reference
 from dense_formula import OPERATION, OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
 from tiny_models import tiny_model
@@ -76,7 +76,7 @@ def test_a_wrong_fused_kernel_is_found(tiny, tiny_ids, monkeypatch, site):
 def test_a_wrong_kernel_is_found_before_a_graph_is_captured(tiny, monkeypatch, kernel, named):
     """In eager mode neither runs here, and nothing can be looked at during a capture."""
     monkeypatch.setattr(path_choice, "measured_limit", lambda *_: 64)
-    for module in (fused, columns, run_path):
+    for module in (fused, columns):
         monkeypatch.setattr(module, "capturable", lambda device: True)
     if kernel == "sparse":
         monkeypatch.setattr(columns, "sparse", lambda x, *_: x)
