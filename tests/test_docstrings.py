@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import austeer
-from austeer.tasks.neutral import neutral_texts
+from austeer.forward.neutral import neutral_texts
 from searches import NOUNS
 from tiny_models import tiny_model
 

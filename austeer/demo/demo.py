@@ -29,7 +29,7 @@ from ..plans.plan import Plan
 from ..plans.table import OPERATIONS
 from ..statistics import stability
 from ..steering.steering import steer
-from ..tasks.neutral import neutral_texts
+from ..forward.neutral import neutral_texts
 from ..tasks.task import Task
 from ..tuning.calibrate import calibrate
 from ..tuning.compare import time_tokens

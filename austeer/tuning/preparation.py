@@ -16,7 +16,7 @@ from ..forward.tokens import encode
 from ..measuring.measure import measure
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
-from ..tasks.neutral import neutral_texts
+from ..forward.neutral import neutral_texts
 from ..tasks.task import Task
 from .data import Parts, digest_of, split
 from .options import SearchOptions

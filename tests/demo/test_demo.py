@@ -14,7 +14,7 @@ from austeer.demo.figures import draw_demo
 from austeer.models.structure import is_steered
 from austeer.statistics.intervals import mean_interval
 from austeer.tasks import log_odds, side_effects
-from austeer.tasks.neutral import neutral_texts
+from austeer.forward.neutral import neutral_texts
 from bench.published import demo as published
 from bench.published import numbers
 from bench.published.load import load

@@ -1,0 +1,206 @@
+"""The side-effect profile of a model: what shifts of its AUs do to text that should stay as it is.
+
+For a small shift s the next token's KL divergence from the unsteered model is, in nats a token,
+
+    KL(s) = s' F s / 2,    F = E[g g'],    g = d log p(y | context) / d s
+
+with y drawn from the model itself: F is the Fisher information, the curvature of the divergence at s = 0. A draw has
+one y for every token of a text, and its row is the sum of their g: as these are independent given the text, and their
+means are zero, the products of different tokens cancel on average. So with rows r and their tokens n
+
+    F = sum(r r') / sum(n),    KL(s) = sum((r . s)^2) / (2 sum(n))
+
+which needs no matrix. It belongs to the model alone, not to a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FileFormatError, SelectionError
+from ..models.sites import Fingerprint
+from ..plans.plan import Plan
+from ..utils import files
+
+FORMAT, VERSION = "austeer-profile", 1
+
+#: Of ``rows``: any sample of this size errs by more than its rounding, and its range is float32's.
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The gradients of sampled log-probabilities on neutral text, by shifts of every AU.
+
+    Attributes:
+        rows: site name -> bfloat16 [draws, layers, width], the sum over a text's tokens of d log p(y) / d s.
+        diagonal: site name -> float64 [layers, width], the diagonal of F times the number of all tokens.
+        tokens: int64 [draws], how many tokens each row sums over. texts: int64 [draws], the text of each draw.
+        model: what it was made on. weights: a digest of some of its weights, see :func:`austeer.models.weights.signature`.
+        dtype: what the model computed in. source: where the texts come from. seed: of the draws.
+    """
+
+    rows: Mapping[str, Tensor]
+    diagonal: Mapping[str, Tensor]
+    tokens: Tensor
+    texts: Tensor
+    model: Fingerprint
+    weights: str
+    dtype: str
+    source: str
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Profile({self.model.name}: {', '.join(self.rows)}; {len(self.tokens)} draws of "
+            f"{len(self.texts.unique())} texts)"
+        )
+
+    @property
+    def error(self) -> float:
+        """The relative standard error of a predicted KL: sqrt(2 / draws), as the square of a normal sum has it."""
+        return math.sqrt(2 / len(self.tokens))
+
+    def fisher(self, site: str) -> Tensor:
+        """The diagonal of F of a site, nats a token and squared unit of the AU: float64 [layers, width]."""
+        return self._of(self.diagonal, site) / self.tokens.sum()
+
+    def root(self, plan: Plan) -> Tensor:
+        """What predicts the KL of a plan of shifts: float64 [draws, k], so that KL = sum over draws of (root @ alpha)^2.
+
+        Args:
+            plan: of "shift"; its AU i is shifted by alpha[i] * delta[i].
+
+        Raises:
+            SelectionError: another model, a site without a profile, or another operation.
+        """
+        self.check(plan.model)
+        if plan.operation != "shift":
+            raise SelectionError(
+                f"profile: found a plan of {plan.operation!r}, expected 'shift': what {plan.operation} adds depends on "
+                "the activation"
+            )
+        found = torch.empty(len(self.tokens), len(plan), dtype=torch.float64)
+        for site in plan.sites:
+            places = plan.of(site)
+            rows = self._of(self.rows, site)
+            found[:, places] = rows[:, plan.layer[places].long(), plan.index[places].long()].double()
+        return found * plan.delta.double() / math.sqrt(2 * int(self.tokens.sum()))
+
+    def halves(self) -> tuple[Profile, Profile]:
+        """The profiles of every other text's draws, without a diagonal of their own.
+
+        Raises:
+            SelectionError: all draws are of one text.
+        """
+        numbers = self.texts.unique()
+        first = torch.isin(self.texts, numbers[::2])
+        if first.all():
+            raise SelectionError("halves: found draws of one text alone, expected several texts")
+        return self._part(first), self._part(~first)
+
+    def _part(self, chosen: Tensor) -> Profile:
+        rows = {site: found[chosen] for site, found in self.rows.items()}
+        return replace(
+            self,
+            rows=rows,
+            diagonal={site: found.double().square().sum(0) for site, found in rows.items()},
+            tokens=self.tokens[chosen],
+            texts=self.texts[chosen],
+        )
+
+    def merge(self, other: Profile) -> Profile:
+        """The profile of both's draws, of other texts or other seeds.
+
+        Raises:
+            SelectionError: the two are of different models, weights, dtypes or sites, or hold the same draws.
+        """
+        for what in ("model", "weights", "dtype"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like profiles add up")
+        if set(self.rows) != set(other.rows):
+            raise SelectionError(f"merge: found sites {sorted(other.rows)}, expected {sorted(self.rows)}")
+        if (self.source, self.seed) == (other.source, other.seed):
+            raise SelectionError(f"merge: found the same texts and seed twice ({self.source}, {self.seed})")
+        return replace(
+            self,
+            rows={site: torch.cat([rows, other.rows[site]]) for site, rows in self.rows.items()},
+            diagonal={site: found + other.diagonal[site] for site, found in self.diagonal.items()},
+            tokens=torch.cat([self.tokens, other.tokens]),
+            texts=torch.cat([self.texts, other.texts + self.texts.max() + 1]),
+            source=f"{self.source} (seed {self.seed}) + {other.source} (seed {other.seed})",
+        )
+
+    def check(self, model: Fingerprint) -> None:
+        """Raises SelectionError unless it is of this model."""
+        mine = self.model
+        if (mine.model_type, mine.layers) != (model.model_type, model.layers) or any(
+            model.widths.get(site, width) != width for site, width in mine.widths.items()
+        ):
+            raise SelectionError(
+                f"profile: found one of {mine.name} ({mine.model_type}, {mine.layers} layers), expected one of "
+                f"{model.name} ({model.model_type}, {model.layers} layers); make it: austeer profile --model ..."
+            )
+
+    def _of(self, table: Mapping[str, Tensor], site: str) -> Tensor:
+        if site not in table:
+            raise SelectionError(
+                f"site {site!r} has no profile; found {', '.join(table)}. Make it with sites=[{site!r}]"
+            )
+        return table[site]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a ``.safetensors`` file (rows, diagonals, tokens; a JSON header with the rest)."""
+        header: dict[str, Any] = {name: getattr(self, name) for name in ("weights", "dtype", "source", "seed")}
+        header |= {"model": self.model.to_json(), "sites": list(self.rows)}
+        tensors = {"tokens": self.tokens, "texts": self.texts}
+        for site in self.rows:
+            tensors |= {f"{site}.rows": self.rows[site], f"{site}.diagonal": self.diagonal[site]}
+        files.write(Path(path), FORMAT, VERSION, header, tensors)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Raises FileFormatError if the file is missing, truncated, foreign or inconsistent."""
+        header, tensors = files.read(Path(path), FORMAT, VERSION)
+        try:
+            model, sites = Fingerprint.from_json(header.pop("model")), header.pop("sites")
+            profile = cls(
+                rows={site: tensors[f"{site}.rows"] for site in sites},
+                diagonal={site: tensors[f"{site}.diagonal"] for site in sites},
+                tokens=tensors["tokens"],
+                texts=tensors["texts"],
+                model=model,
+                **header,
+            )
+            profile._check_shapes()
+            return profile
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: inconsistent content ({error}); make it anew: austeer profile") from error
+
+    def _check_shapes(self) -> None:
+        """Raises ValueError unless every tensor is what it should be."""
+        draws = len(self.tokens)
+        if not self.rows or not draws or int(self.tokens.min()) < 1:
+            raise ValueError(f"{len(self.rows)} sites, {draws} draws")
+        expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
+            "tokens": (self.tokens, (draws,), torch.int64),
+            "texts": (self.texts, (draws,), torch.int64),
+        }
+        for site, rows in self.rows.items():
+            shape = (self.model.layers, self.model.widths[site])
+            expected[f"{site}.rows"] = (rows, (draws, *shape), DTYPE)
+            expected[f"{site}.diagonal"] = (self.diagonal[site], shape, torch.float64)
+        for name, (t, shape, dtype) in expected.items():
+            if tuple(t.shape) != shape or t.dtype != dtype:
+                raise ValueError(f"{name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(shape)}")
+            if not t.isfinite().all():
+                raise ValueError(f"{name} is not finite")
