@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ..models.structure import text_config, unwrap
 
-
 #: Rows of logits that are made at once: 128 rows of a vocabulary of 256,000 in float32 are 131 MB.
 LOGIT_ROWS = 128
 

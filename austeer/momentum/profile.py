@@ -43,7 +43,7 @@ class Profile:
         rows: site name -> bfloat16 [draws, layers, width], the sum over a text's tokens of d log p(y) / d s.
         diagonal: site name -> float64 [layers, width], the diagonal of F times the number of all tokens.
         tokens: int64 [draws], how many tokens each row sums over. texts: int64 [draws], the text of each draw.
-        model: what it was made on. weights: a digest of some of its weights, see :func:`austeer.models.weights.signature`.
+        model: what it was made on. weights: its :func:`austeer.models.weights.signature`.
         dtype: what the model computed in. source: where the texts come from. seed: of the draws.
     """
 
@@ -73,7 +73,7 @@ class Profile:
         return self._of(self.diagonal, site) / self.tokens.sum()
 
     def root(self, plan: Plan) -> Tensor:
-        """What predicts the KL of a plan of shifts: float64 [draws, k], so that KL = sum over draws of (root @ alpha)^2.
+        """What predicts the KL of a plan of shifts: float64 [draws, k]; KL = sum over draws of (root @ alpha)^2.
 
         Args:
             plan: of "shift"; its AU i is shifted by alpha[i] * delta[i].
@@ -93,6 +93,48 @@ class Profile:
             rows = self._of(self.rows, site)
             found[:, places] = rows[:, plan.layer[places].long(), plan.index[places].long()].double()
         return found * plan.delta.double() / math.sqrt(2 * int(self.tokens.sum()))
+
+    def kl(self, plan: Plan, alpha: float | Mapping[str, float] = 1.0) -> float:
+        """The predicted KL(unsteered || steered), nats a token: right for small shifts, too low beyond them.
+
+        Example:
+            >>> plan = momentum.select("attention", k=10, operation="shift")
+            >>> profile.kl(plan, alpha=2) == 4 * profile.kl(plan)
+            True
+
+        Args:
+            plan: of "shift". alpha: its strength, or one for each of its sites by name.
+
+        Raises:
+            SelectionError: as :meth:`root`, or other sites than the plan's.
+        """
+        strengths = alpha if isinstance(alpha, Mapping) else dict.fromkeys(plan.sites, alpha)
+        if set(strengths) != set(plan.sites):
+            raise SelectionError(f"alpha: found sites {sorted(strengths)}, expected {list(plan.sites)}")
+        each = torch.tensor([float(strengths[site]) for site in plan.site], dtype=torch.float64)
+        return float((self.root(plan) @ each).square().sum())
+
+    def alpha(self, plan: Plan, kl: float) -> float:
+        """The strength at which the predicted KL of a plan is ``kl`` nats a token.
+
+        Example:
+            >>> plan = momentum.select("attention", k=10, operation="shift")
+            >>> alpha = profile.alpha(plan, kl=0.02)
+            >>> round(profile.kl(plan, alpha), 6)
+            0.02
+
+        Args:
+            plan: of "shift". kl: nats a token.
+
+        Raises:
+            SelectionError: ``kl`` is not positive, or the plan does nothing to the texts of the profile.
+        """
+        if isinstance(kl, bool) or not 0 < kl < math.inf:
+            raise SelectionError(f"kl: found {kl!r}, expected a positive number of nats a token, for example 0.1")
+        one = self.kl(plan)
+        if not one > 0:
+            raise SelectionError(f"kl: found a plan that changes nothing on the texts of the profile ({self.source})")
+        return math.sqrt(kl / one)
 
     def halves(self) -> tuple[Profile, Profile]:
         """The profiles of every other text's draws, without a diagonal of their own.
@@ -126,8 +168,6 @@ class Profile:
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like profiles add up")
-        if set(self.rows) != set(other.rows):
-            raise SelectionError(f"merge: found sites {sorted(other.rows)}, expected {sorted(self.rows)}")
         if (self.source, self.seed) == (other.source, other.seed):
             raise SelectionError(f"merge: found the same texts and seed twice ({self.source}, {self.seed})")
         return replace(
@@ -196,9 +236,9 @@ class Profile:
             "texts": (self.texts, (draws,), torch.int64),
         }
         for site, rows in self.rows.items():
-            shape = (self.model.layers, self.model.widths[site])
-            expected[f"{site}.rows"] = (rows, (draws, *shape), DTYPE)
-            expected[f"{site}.diagonal"] = (self.diagonal[site], shape, torch.float64)
+            size: tuple[int, ...] = (self.model.layers, self.model.widths[site])
+            expected[f"{site}.rows"] = (rows, (draws, *size), DTYPE)
+            expected[f"{site}.diagonal"] = (self.diagonal[site], size, torch.float64)
         for name, (t, shape, dtype) in expected.items():
             if tuple(t.shape) != shape or t.dtype != dtype:
                 raise ValueError(f"{name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(shape)}")

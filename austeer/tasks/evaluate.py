@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ..errors import TaskError
+from ..forward.neutral import neutral_texts
 from ..models.structure import name_of
 from ..plans.plan import Plan
 from ..steering.steering import Steering, steer
 from ..utils.progress import Progress
 from .evaluation import UNSTEERED, Evaluation, Observed, summarise
-from ..forward.neutral import neutral_texts
 from .numeric import TOLERANCE, equal_numbers, last_number, numeric_answers
 from .scoring import Names, _tokenise, option_scores, side_effects
 from .task import Task

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import PairsError, TaskError
+from ..errors import TaskError
 from ..forward.logits import LOGIT_ROWS, log_probabilities
 from ..forward.neutral import neutral_ids
 from ..forward.packing import batches

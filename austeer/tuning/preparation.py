@@ -12,11 +12,11 @@ from torch import nn
 
 from ..baselines.arm import Material
 from ..errors import TaskError
+from ..forward.neutral import neutral_texts
 from ..forward.tokens import encode
 from ..measuring.measure import measure
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
-from ..forward.neutral import neutral_texts
 from ..tasks.task import Task
 from .data import Parts, digest_of, split
 from .options import SearchOptions
