@@ -57,7 +57,7 @@ def profile(
         texts: text that steering should leave as it is; by default short encyclopaedic paragraphs.
         draws: how many at least, rounded up to as many of each text. A predicted KL has a relative standard error of
             sqrt(2 / draws).
-        batch_tokens: tokens in a batch, padding included.
+        batch_tokens: tokens in a batch, padding included. seed: of the draws.
         checkpoint: a file in which the draws are kept batch by batch. resume: go on from it, if it is there.
         source: what the texts are called in the profile.
         layout: attribute paths of a model whose family is not known.

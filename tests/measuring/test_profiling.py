@@ -1,4 +1,4 @@
-"""The side-effect profile: its predictions are the KL divergences of small shifts, and it is the same however it is made."""
+"""The side-effect profile: it predicts the KL of small shifts, and is the same however it is made."""
 
 import math
 
