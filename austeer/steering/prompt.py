@@ -194,6 +194,11 @@ class Turn:
             frame = frame.f_back
         return self._take(id(frame))
 
+    @property
+    def taken(self) -> object:
+        """An object, another one each time that the turn is taken; None while nobody has it."""
+        return self._holder.get("turn")
+
     def give_back(self) -> None:
         self._holder.clear()
 

@@ -124,7 +124,7 @@ def complaint(paths: Sequence[Path], model: nn.Module, scope: Scope) -> str | No
             f"{len(silent)} of {len(paths)} steered sites never ran, first {site.name!r} of layer {site.layer} "
             f"({site.path}): the model was not run, or not through these modules. See report()"
         )
-    replaced = [path for path in paths if not _has(model, path)]
+    replaced = [path for path in paths if not _has(model, path) or (path.edit and not _has(model, path.edit))]
     if replaced:
         return (
             f"{len(replaced)} of {len(paths)} steered modules were replaced or wrapped inside the block, first "

@@ -19,6 +19,7 @@ from ..models.patches import Patch
 from .prompt import PACKED, Prompt, padding
 from .row_plans import Rows
 from .scope import END, Scope
+from .switch import Switch
 
 #: No token of this forward pass is steered. (As a state, None stands for every token.)
 NOBODY = object()
@@ -37,13 +38,16 @@ class Routing:
         rows: each row's plan; None where there is one plan for every row.
         prompt: how long the prompt is.
         decoder: the model without its head.
+        model: with it.
 
     Attributes:
+        switch: the biases that hold a shift in forward passes of which every token is steered.
         key: NOBODY; WHOLE; what is equal in two forward passes if their tokens' rows are; or None if that is not known.
     """
 
-    def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module):
+    def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module, model: nn.Module):
         self.scope, self.rows, self.prompt, self._decoder = scope, rows, prompt, decoder
+        self.switch = Switch(model)
         self._patch = Patch(decoder)
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._state: Any = NOBODY
@@ -75,9 +79,14 @@ class Routing:
         self._begin(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._patch.inner(*args, **kwargs)
+        outer = self.switch.on  # of a pass inside of which this one runs
         try:
+            # Where gradients are wanted, or dropout may follow a bias, the sites steer the tensors themselves.
+            whole = self.key is WHOLE and not torch.is_grad_enabled() and not self._decoder.training
+            self.switch.turn(whole, None if self._ours else self.prompt.turn.taken)
             return self._patch.inner(*args, **kwargs)
         finally:
+            self.switch.turn(outer)
             if self._ours:
                 self._ours = False
                 self.prompt.turn.give_back()

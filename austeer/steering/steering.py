@@ -6,7 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -18,7 +18,6 @@ from ..models.sites import Layout, find_sites
 from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
-from .bias import Bias
 from .fold import Fold
 from .path import Path
 from .path_choice import MODES, expect_free, plan_paths
@@ -80,7 +79,7 @@ class Steering:
             rows = Rows(list(self.plans), device) if self._named else None
             scoped = self.scope.name != "all"
             prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped)
-            self._routing = Routing(self.scope, rows, prompt, self._decoder)
+            self._routing = Routing(self.scope, rows, prompt, self._decoder, self._model)
         with _lock:  # planning may run a block once, with a hook on it
             self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
         self._expect_finite()
@@ -99,7 +98,8 @@ class Steering:
         at_run_time = "plans are chosen row by row" if self._named else ""
         if self.scope.name != "all":
             at_run_time = f"only some tokens are steered ({self.scope})"
-        return plan_paths(self._model, plans, sites, self._mode, at_run_time, self._routing, self._check)
+        switched = not self._named and self.scope.name in ("prompt", "generation")
+        return plan_paths(self._model, plans, sites, self._mode, at_run_time, switched, self._routing, self._check)
 
     # --- strength, live ----------------------------------------------------------------------------------------------
 
@@ -167,8 +167,7 @@ class Steering:
                 for fold in folds:
                     fold.attach()
                 for path in self._paths:
-                    if isinstance(path, Bias):
-                        path.refresh()
+                    path.refresh()
 
     # --- rows and prompt, live ---------------------------------------------------------------------------------------
 
@@ -248,8 +247,9 @@ class Steering:
                     self._routing.attach()
                 for path in self._paths:
                     path.attach()
-                for probe in probes:
-                    probe.check()
+                with nullcontext() if self._routing is None else self._routing.switch.turned_on():
+                    for probe in probes:
+                        probe.check()
             except BaseException:
                 self.detach()
                 raise
