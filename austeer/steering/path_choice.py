@@ -181,8 +181,7 @@ def make_path(
         return _bias(model, site, tables[0], choice.module)
     edit = None if choice.owner is None else _bias(model, site, tables[0], choice.owner)
     if choice.path is Fused:
-        limits = {"limit": choice.limit, "always": always}
-        return Fused(site, tables, choice.module, routing, check, edit=edit, **limits)
+        return Fused(site, tables, choice.module, routing, check, edit=edit, limit=choice.limit, always=always)
     if choice.path is Columns:
         return Columns(site, tables, choice.module, routing, check, edit=edit)
     return Dense(site, tables, choice.module, routing, check)

@@ -54,6 +54,7 @@ class Routing:
         self.key: Any = None
         self._tokens = 0
         self._counted: Tensor | None = None
+        self._running = False
         self._ours = False  # whether the forward pass at hand has to give its turn back: it is outside generate
 
     def attach(self) -> None:
@@ -76,17 +77,22 @@ class Routing:
 
     def forward(self, *args, **kwargs):
         """The decoder's forward, once it is known which tokens of it are steered."""
-        self._begin(*args, **kwargs)
         if torch.compiler.is_compiling():
+            self._begin(*args, **kwargs)
             return self._patch.inner(*args, **kwargs)
-        outer = self.switch.on  # of a pass inside of which this one runs
+        inside, around = self._running, (self._state, self.key, self.switch.on)  # of a pass inside of which this runs
+        self._begin(*args, **kwargs)
+        self._running = True
         try:
             # Where gradients are wanted, or dropout may follow a bias, the sites steer the tensors themselves.
             whole = self.key is WHOLE and not torch.is_grad_enabled() and not self._decoder.training
             self.switch.turn(whole, None if self._ours else self.prompt.turn.taken)
             return self._patch.inner(*args, **kwargs)
         finally:
-            self.switch.turn(outer)
+            self._running = inside
+            self.switch.turn(inside and around[2])
+            if inside:  # what is left of that pass; otherwise a layer called by itself uses the last pass's
+                self._state, self.key = around[:2]
             if self._ours:
                 self._ours = False
                 self.prompt.turn.give_back()

@@ -190,7 +190,7 @@ def why_not_switched(module: nn.Module) -> str | None:
 def _address(parameters: dict[str, nn.Parameter | None]) -> int | None:
     """Where a linear layer's weight is; None where that does not tell."""
     weight = parameters.get("weight")
-    return weight.data_ptr() if weight.__class__ is nn.Parameter else None  # type: ignore[union-attr]
+    return weight.data_ptr() if weight.__class__ is nn.Parameter else None
 
 
 def _way(model: nn.Module, path: str) -> list[tuple[dict, str, nn.Module]]:
