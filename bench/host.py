@@ -4,8 +4,9 @@
 
 Each MLP of a narrow Llama with random weights is called under every variant, in turns with that of an unsteered twin,
 so that nothing else is in the difference; inside a forward pass of the model, as a scope, rows and the biases that are
-exchanged for a pass hold for one. What is done once a pass is not in the figures. On a CPU with one thread this is time to the end; on a GPU
-the time until everything is queued, and the GPU is waited for between the runs, not inside them.
+exchanged for a pass hold for one. What is done once a pass is not in the figures. On a CPU with one thread this is
+time to the end; on a GPU the time until everything is queued, and the GPU is waited for between the runs, not inside
+them.
 
 Warm, an MLP is called over and over. ``--cold`` measures single calls too, each after a walk over more memory than
 the caches hold: in a real model the weights of every layer sweep them, and what is called once a layer is read anew.

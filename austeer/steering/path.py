@@ -17,7 +17,7 @@ class Path:
         site, table: what is steered and how strongly. tables: all of them; a second one only where plans with and
             without magnitude meet.
         module: the module that is changed.
-        calls: how often it ran in eager mode; None where that is not counted (fold, bias).
+        calls: how often it ran in eager mode; None where that is not counted (fold, a bias that stays).
         traced: whether it became part of a compiled graph.
         edit: what it writes into weights or a bias: fold and bias themselves, and of a site that also runs the bias
             that is switched on and off; or None.

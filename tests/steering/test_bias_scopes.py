@@ -229,7 +229,8 @@ def test_a_pass_inside_of_a_pass(cuts, length, mode):
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("llama", "mlp"), ("biases of its own", "mlp"), ("biases of its own", "down"), ("llama", "whole")]
+    ("name", "part"),
+    [("llama", "mlp"), ("biases of its own", "mlp"), ("biases of its own", "down"), ("llama", "whole")],
 )
 def test_compiled_in_part_or_as_a_whole(name, part):
     """A compiled part sees whether the bias is there; a graph of the whole decoder never has one."""
