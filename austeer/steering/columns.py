@@ -130,9 +130,10 @@ class Columns(RunPath):
         """``x``, which a bias has steered or will."""
         if is_compiling():
             self.traced = True
-        elif x.is_cuda and size_of(x) not in self._seen and x.dtype != torch.float64 and not capturing(x.device):
+        elif capturable(x.device) and size_of(x) not in self._seen and not capturing(x.device):
             self.begin(x)
-            self.load(x.contiguous())
+            if x.dtype != torch.float64:  # which the kernel does not steer
+                self.load(x.contiguous())
         else:
             self.calls += 1  # type: ignore[operator]
         return x
