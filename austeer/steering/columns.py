@@ -61,6 +61,7 @@ class Columns(RunPath):
         super().__init__(*args, **kwargs)
         self.edit: Bias | None = edit
         self._bias: SwitchedBias | None = None
+        self._loads = False
         if edit is not None:
             self.name = edit.name
         self._short: _Short | None = None
@@ -74,6 +75,7 @@ class Columns(RunPath):
         if self.edit is not None:
             assert self.routing is not None
             self._bias = self.routing.switch.add(self.edit)
+            self._loads = capturable(self.edit.like.device)  # a tensor takes as long to ask as an operation
 
     def refresh(self) -> None:
         if self._bias is not None:
@@ -130,7 +132,7 @@ class Columns(RunPath):
         """``x``, which a bias has steered or will."""
         if is_compiling():
             self.traced = True
-        elif capturable(x.device) and size_of(x) not in self._seen and not capturing(x.device):
+        elif self._loads and size_of(x) not in self._seen and not capturing(x.device):
             self.begin(x)
             if x.dtype != torch.float64:  # which the kernel does not steer
                 self.load(x.contiguous())
