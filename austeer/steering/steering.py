@@ -333,7 +333,9 @@ def steer(
             name. 0 steers nothing, and a negative number steers the other way (not under "scale", see Plan).
         k: steer only the k most important AUs, of each plan or by name; all by default.
         scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
-            or a half-open range such as (0, 16) or (16, None), counted from each row's first token after its padding.
+            "from_last_prompt_token", that and what comes after it; or a half-open range such as (0, 16) or (16, None),
+            counted from each row's first token after its padding. The first generated token is chosen at the last
+            prompt token: "generation" leaves it as it is, "from_last_prompt_token" steers the choice of every one.
             See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
         mode: the path, see ``report()``: "fold" scales weights in place and "bias" writes a shift into biases, both
             at no cost at run time; "fused" runs our projection kernel for up to 64 tokens and "columns" beyond,
