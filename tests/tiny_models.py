@@ -101,7 +101,7 @@ HYBRIDS: dict[str, dict] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], **_MAMBA2, **_EXPERTS, **_SHARED_MLP},
     "jamba": {
         **{"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
-        **{"num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False, "mamba_d_state": 8},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8},
     },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba": {"state_size": 8},
