@@ -22,10 +22,10 @@ def random_plan(model, sites, count, operation="scale", seed=0, layout=None) -> 
     sites = [sites] if isinstance(sites, str) else list(sites)
     names, layers, indices = [], [], []
     for name in sites:
-        width = print_.widths[name]
-        flat = torch.randperm(print_.layers * width, generator=generator)[:count]
+        width, numbers = print_.widths[name], torch.tensor([site.layer for site in found[name]])
+        flat = torch.randperm(len(numbers) * width, generator=generator)[:count]
         names += [name] * count
-        layers.append(flat // width)
+        layers.append(numbers[flat // width])
         indices.append(flat % width)
     total = count * len(sites)
     beta = torch.rand(total, generator=generator) * 2 - 1

@@ -84,13 +84,15 @@ def _settings(decoder: nn.Module) -> object:
 
 @torch.no_grad()
 def _probe(model: nn.Module, decoder: nn.Module, layout: Layout | None) -> bool:
-    device, half = input_device(model), LENGTH // 2
-    tokens = [(11 + 7 * i * i + 5 * i) % vocabulary_size(model) for i in range(half + LENGTH)]
-    texts = (tokens[:LENGTH], tokens[:half] + tokens[LENGTH:])
+    context = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
+    device, length = input_device(model), min(LENGTH, context)
+    kept, vocabulary = length - length // 2, vocabulary_size(model)
+    text = [(11 + 7 * i * i + 5 * i) % vocabulary for i in range(length)]
+    texts = (text, text[:kept] + [(token + 1) % vocabulary for token in text[kept:]])
     with evaluating(model), _few_layers(model, layout):
         # Not by calling the decoder: a compiled one would be compiled for this.
         first, second = (
-            _hidden(decoder.forward(input_ids=torch.tensor([text], device=device)))[0, :half] for text in texts
+            _hidden(decoder.forward(input_ids=torch.tensor([text], device=device)))[0, :kept] for text in texts
         )
     difference, scale = ((t.double().square().mean().sqrt()) for t in (first - second, first))
     tolerance = TOLERANCE.get(first.dtype, TOLERANCE[torch.bfloat16])
@@ -109,8 +111,6 @@ def _few_layers(model: nn.Module, layout: Layout | None):
     except SiteError:
         return nullcontext()
     kinds = list(getattr(text_config(model), "layer_types", None) or ())
-    made = [
-        tuple(type(module) for module in layer.modules()) for layer in unwrap(model).get_submodule(path).children()
-    ]
+    made = [tuple(type(module) for module in layer.modules()) for layer in unwrap(model).get_submodule(path).children()]
     both = list(zip(made, kinds)) if len(kinds) == len(made) else made
     return first_layers(model, path, 1 + max(both.index(kind) for kind in set(both)))

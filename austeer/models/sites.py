@@ -13,8 +13,8 @@ layer       output of the decoder layer              output
 neuron      input of the MLP's down projection       input
 =========== ======================================== ======
 
-In layers that have a state space, a convolution or a recurrence in attention's place there is no ``attention``: the site
-is that of the other layers, whose numbers it keeps.
+Where a state space, a convolution or a recurrence stands in attention's place, ``attention`` is a site of the other
+layers only, which keep their numbers.
 In a mixture of experts ``ffn`` is the block's summed output, and there is no ``neuron``: each expert has its own.
 A tensor is [batch, tokens, width], or [batch * tokens, width] in the families that flatten it (OPT and Llama 4's
 mixtures at ``ffn``, OPT at ``neuron``).
@@ -237,8 +237,8 @@ def _check_widths(name: str, sites: list[Site], family: str) -> None:
     for site in sites:
         if site.width != sites[0].width:
             raise _NotHere(
-                f"site {name!r} of {family}: found a width of {sites[0].width} in layer {sites[0].layer} and {site.width} in layer "
-                f"{site.layer}, expected one width in all layers; use another site"
+                f"site {name!r} of {family}: found a width of {sites[0].width} in layer {sites[0].layer} and "
+                f"{site.width} in layer {site.layer}, expected one width in all layers; use another site"
             )
 
 

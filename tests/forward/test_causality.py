@@ -1,4 +1,4 @@
-"""Whether a model's attention is causal, asked of the model; and models in which it is not: measured even, not scored."""
+"""Whether attention is causal, asked of the model; and models in which it is not: measured even, not scored."""
 
 import pytest
 import torch
@@ -130,7 +130,7 @@ def test_texts_beyond_a_scaled_context_are_apart_in_every_batch():
         **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12},
         **{"short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
     }
-    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=12)
+    model = tiny_model("phi3", head_dim=8, rope_parameters=rope, original_max_position_embeddings=12)
     texts = [[5] * length for length in (4, 11, 12, 13, 20, 21)]
     for batch in plain_batches(model, texts, 10**6):
         assert len({len(texts[i]) > 12 for i in batch.texts.tolist()}) == 1

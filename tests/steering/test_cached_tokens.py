@@ -71,12 +71,12 @@ def test_a_cache_that_was_not_seen_being_filled_is_refused():
         with steering:
             seen = model(ids, use_cache=True).cache_params
             for cache in (unseen, copy.deepcopy(seen)):
-                with pytest.raises(austeer.SteeringError, match="cache_params: .*DynamicCache"):
+                with pytest.raises(austeer.SteeringError, match=r"cache_params: .*DynamicCache"):
                     model(ids[:, :1], cache_params=cache)
             model(ids[:, :1], cache_params=seen)
         with steering:
             model(ids)
-            with pytest.raises(austeer.SteeringError, match="cache_params: .*DynamicCache"):
+            with pytest.raises(austeer.SteeringError, match=r"cache_params: .*DynamicCache"):
                 model(ids[:, :1], cache_params=seen)  # what ran in between was not counted
 
 

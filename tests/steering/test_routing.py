@@ -227,7 +227,13 @@ def test_a_second_turn_goes_on_from_the_cache(model, batch):
 
 def test_tokens_are_counted(model, batch):
     plan = random_plan(model, "ffn", 10)
-    for scope, per_row in (("prompt", 9), ("generation", NEW - 1), ("last_prompt_token", 1), ("from_last_prompt_token", NEW), ((0, 3), 3)):
+    for scope, per_row in (
+        ("prompt", 9),
+        ("generation", NEW - 1),
+        ("last_prompt_token", 1),
+        ("from_last_prompt_token", NEW),
+        ((0, 3), 3),
+    ):
         with austeer.steer(model, plan, 1.0, scope=scope) as steering:
             model.generate(**batch, **GREEDY)
             assert {row.tokens for row in steering.report()} == {3 * per_row}
