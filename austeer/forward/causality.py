@@ -110,7 +110,8 @@ def _few_layers(model: nn.Module, layout: Layout | None):
         path = layers_path(model, layout)
     except SiteError:
         return nullcontext()
-    kinds = list(getattr(text_config(model), "layer_types", None) or ())
-    made = [tuple(type(module) for module in layer.modules()) for layer in unwrap(model).get_submodule(path).children()]
-    both = list(zip(made, kinds)) if len(kinds) == len(made) else made
-    return first_layers(model, path, 1 + max(both.index(kind) for kind in set(both)))
+    layers = list(unwrap(model).get_submodule(path).children())
+    named = list(getattr(text_config(model), "layer_types", None) or ())
+    named = named if len(named) == len(layers) else [""] * len(layers)
+    kinds = [(name, *map(type, layer.modules())) for name, layer in zip(named, layers)]
+    return first_layers(model, path, 1 + max(kinds.index(kind) for kind in set(kinds)))
