@@ -5,6 +5,7 @@ import torch
 
 import austeer
 from austeer.baselines.pair_activations import pair_activations
+from austeer.causal.check import causal_check
 from austeer.forward.causality import expect_causal, is_causal, plain_batches
 from austeer.making.momentum_signs import momentum_signs
 from austeer.models.sites import find_sites
@@ -109,12 +110,14 @@ def test_signs_of_pairs_do_not_depend_on_the_batch():
 def test_scores_are_refused_before_anything_runs():
     model, tokenizer = seeing_all("gemma3_text"), Letters()
     task = Task.of_pairs(PAIRS)
-    plan = austeer.measure(model, tokenizer, PAIRS, "ffn").select(site="ffn", k=5)
+    momentum = austeer.measure(model, tokenizer, PAIRS, "ffn")
+    plan = momentum.select(site="ffn", k=5)
     attempts = {
         "log_odds": lambda: log_odds(model, tokenizer, PAIRS),
         "cross_entropy": lambda: cross_entropy(model, tokenizer, ["some text"]),
         "evaluate": lambda: evaluate(model, tokenizer, task, {"mine": (plan, 2.0)}),
         "tune": lambda: tune(model, tokenizer, task, seed=0),
+        "check": lambda: causal_check(model, tokenizer, task, momentum, "ffn", n=2),
     }
     for name, attempt in attempts.items():
         with pytest.raises(austeer.TaskError, match="bidirectional"):
