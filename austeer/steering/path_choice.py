@@ -15,7 +15,7 @@ from ..errors import SteeringError
 from ..models.linear import bias_owner, sizes
 from ..models.patches import owner_of
 from ..models.projection import why_not_the_projection
-from ..models.sites import Site
+from ..models.sites import Site, site_at
 from ..models.structure import input_device
 from ..models.tensor_parallel import held
 from ..plans.fit import LayerUnits, units_by_layer
@@ -227,7 +227,7 @@ def plan_paths(
     fused: set[nn.Module] = set()
     blocks: dict[tuple[type, type, bool], str | None] = {}
     for (name, layer), entries in units_by_layer(plans, sites).items():
-        site = sites[name][layer]
+        site = site_at(sites[name], layer)
         mine = held(model, site)
         mine = range(site.width) if mine is None else mine  # it may be an empty one
         groups = groups_of(entries, mine)

@@ -98,7 +98,7 @@ class Steering:
         at_run_time = "plans are chosen row by row" if self._named else ""
         if self.scope.name != "all":
             at_run_time = f"only some tokens are steered ({self.scope})"
-        switched = not self._named and self.scope.name in ("prompt", "generation")
+        switched = not self._named and self.scope.name in ("prompt", "generation", "from_last_prompt_token")
         return plan_paths(self._model, plans, sites, self._mode, at_run_time, switched, self._routing, self._check)
 
     # --- strength, live ----------------------------------------------------------------------------------------------
@@ -333,11 +333,13 @@ def steer(
             name. 0 steers nothing, and a negative number steers the other way (not under "scale", see Plan).
         k: steer only the k most important AUs, of each plan or by name; all by default.
         scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
-            or a half-open range such as (0, 16) or (16, None), counted from each row's first token after its padding.
+            "from_last_prompt_token", that and what comes after it; or a half-open range such as (0, 16) or (16, None),
+            counted from each row's first token after its padding. The first generated token is chosen at the last
+            prompt token: "generation" leaves it as it is, "from_last_prompt_token" steers the choice of every one.
             See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
         mode: the path, see ``report()``: "fold" scales weights in place and "bias" writes a shift into biases, both
-            at no cost at run time (under the scopes "prompt" and "generation" biases are there for passes that are
-            wholly in scope, and others run as "columns"); "fused" runs our projection kernel for up to 64 tokens and
+            at no cost at run time (under the scopes "prompt", "generation" and "from_last_prompt_token" biases are
+            there for passes that are wholly in scope, and others run as "columns"); "fused" runs our projection kernel for up to 64 tokens and
             "columns" beyond, "columns" steers the tensor itself by the cheapest form for where it runs, "dense" is the
             public code's arithmetic. "auto" takes fold or bias where it is exact and possible, fused while a CUDA graph
             is captured if it was measured to be no slower on this device, otherwise columns.

@@ -24,6 +24,7 @@ from tiny_models import ids_of_rows, tiny_model
 
 IDS = ids_of_rows()
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+SCOPES = ["prompt", "generation", "from_last_prompt_token"]
 MODELS = {
     "llama": ("llama", {}),
     "biases of its own": ("llama", {"mlp_bias": True, "attention_bias": True}),
@@ -96,7 +97,7 @@ def test_a_pass_wholly_in_scope_has_the_bias_and_all_equal_the_formula(name, sco
         assert {row.calls for row in report} == {10} and {row.tokens for row in report} == {3 * 2 * int(where[0].sum())}
 
 
-@pytest.mark.parametrize("scope", ["prompt", "generation"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_generate_exchanges_the_biases_also_those_of_the_modules_own(name, scope):
     model = build(name)
@@ -123,7 +124,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("scope", ["prompt", "generation"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("form", [*FORMS, "assistant"])
 def test_ways_of_generating(form, scope):
     model, plan = tiny_model(), shift_plan(tiny_model())
