@@ -339,10 +339,10 @@ def steer(
             See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
         mode: the path, see ``report()``: "fold" scales weights in place and "bias" writes a shift into biases, both
             at no cost at run time (under the scopes "prompt", "generation" and "from_last_prompt_token" biases are
-            there for passes that are wholly in scope, and others run as "columns"); "fused" runs our projection kernel for up to 64 tokens and
-            "columns" beyond, "columns" steers the tensor itself by the cheapest form for where it runs, "dense" is the
-            public code's arithmetic. "auto" takes fold or bias where it is exact and possible, fused while a CUDA graph
-            is captured if it was measured to be no slower on this device, otherwise columns.
+            there for passes that are wholly in scope, and others run as "columns"); "fused" runs our projection kernel
+            for up to 64 tokens and "columns" beyond, "columns" steers the tensor itself by the cheapest form for where
+            it runs, "dense" is the public code's arithmetic. "auto" takes fold or bias where it is exact and possible,
+            fused while a CUDA graph is captured if it was measured to be no slower on this device, otherwise columns.
         layout: attribute paths of a model whose family is not known.
         check: compare one site of each path with the formula, once.
 
