@@ -28,7 +28,10 @@ def generate(
     ] = None,
     k: Annotated[int | None, typer.Option(help="Only the k most important AUs. [default: all]")] = None,
     scope: Annotated[
-        str, typer.Option(help="all, prompt, generation, last_prompt_token, or tokens such as 0:16 or 16:")
+        str,
+        typer.Option(
+            help="all, prompt, generation, last_prompt_token, from_last_prompt_token, or tokens such as 0:16 or 16:"
+        ),
     ] = "all",
     mode: Annotated[str, typer.Option(help="auto, fold, fused, columns or dense.")] = "auto",
     chat: Chat = False,

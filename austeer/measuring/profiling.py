@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FileFormatError, PairsError, check_count
+from ..errors import CaptureError, FileFormatError, PairsError, check_count
+from ..forward.causality import is_causal, plain_batches
 from ..forward.gradients import ShiftGradients
 from ..forward.logits import LOGIT_ROWS, log_probabilities
 from ..forward.neutral import neutral_ids, neutral_texts
-from ..forward.packing import batches
 from ..forward.tokens import check_vocabulary
 from ..models.sites import Layout, find_sites, fingerprint
 from ..models.structure import floating_dtype, vocabulary_size
@@ -65,7 +66,7 @@ def profile(
 
     Raises:
         PairsError: no text of two tokens, or too few draws. SiteError: a site or family that is not known.
-        CaptureError: a gradient that is not finite, or a site that cannot be differentiated.
+        CaptureError: a gradient that is not finite, a site that cannot be differentiated, or bidirectional attention.
         SteeringError: the model is steered. FileFormatError: the checkpoint is of another run.
     """
     chosen = list(neutral_texts() if texts is None else texts)
@@ -74,8 +75,14 @@ def profile(
     draws = check_count("draws", draws, 2**20, "draws", PairsError)
     each = -(-draws // len(ids))
     found = find_sites(model, sites, layout)
+    if not is_causal(model, layout):
+        raise CaptureError(
+            f"{type(model).__name__}: found bidirectional attention, expected a causal model: in one pass each token "
+            "sees what follows it"
+        )
     gradients = ShiftGradients(model, found)
     settings = Profile(
+        layers={name: tuple(site.layer for site in all_) for name, all_ in found.items()},
         rows={},
         diagonal={},
         tokens=torch.empty(0, dtype=torch.int64),
@@ -91,7 +98,7 @@ def profile(
     waiting = [number for number in range(len(ids)) if number not in known]
     with gradients.attached(), Progress("profiling", len(ids) * each, "draws", progress) as bar:
         bar.advance(len(known) * each)
-        for batch in batches([ids[number] for number in waiting], batch_tokens, share=False):
+        for batch in plain_batches(model, [ids[number] for number in waiting], batch_tokens):
             numbers = [waiting[text] for text in batch.texts.tolist()]
             part = _draws(gradients, [ids[n] for n in numbers], numbers, batch.ids, each, settings, bar)
             made = part if made is None else _joined(made, part)
@@ -124,16 +131,12 @@ def _draws(
             rows[site].append(values.to(DTYPE))
             squares[site] = squares.get(site, 0) + values.double().square().sum(0)
         bar.advance(len(texts))
-    return Profile(
+    return replace(
+        settings,
         rows={site: torch.stack(found, 1).flatten(0, 1) for site, found in rows.items()},
         diagonal=squares,
         tokens=(lengths - 1).repeat_interleave(each),
         texts=torch.tensor(numbers).repeat_interleave(each),
-        model=settings.model,
-        weights=settings.weights,
-        dtype=settings.dtype,
-        source=settings.source,
-        seed=settings.seed,
     )
 
 
@@ -173,7 +176,7 @@ def _earlier(
             "anew"
         )
     made = Profile.load(checkpoint)
-    for what in ("model", "weights", "dtype", "source", "seed"):
+    for what in ("model", "layers", "weights", "dtype", "source", "seed"):
         found, expected = getattr(made, what), getattr(settings, what)
         if found != expected:
             raise FileFormatError(f"{checkpoint}: is of another run: found {what} {found!r}, expected {expected!r}")
@@ -186,16 +189,12 @@ def _earlier(
 
 
 def _joined(made: Profile, part: Profile) -> Profile:
-    return Profile(
+    return replace(
+        made,
         rows={site: torch.cat([rows, part.rows[site]]) for site, rows in made.rows.items()},
         diagonal={site: found + part.diagonal[site] for site, found in made.diagonal.items()},
         tokens=torch.cat([made.tokens, part.tokens]),
         texts=torch.cat([made.texts, part.texts]),
-        model=made.model,
-        weights=made.weights,
-        dtype=made.dtype,
-        source=made.source,
-        seed=made.seed,
     )
 
 

@@ -28,6 +28,7 @@ from ..errors import FileFormatError, SelectionError
 from ..models.sites import Fingerprint
 from ..plans.plan import Plan
 from ..utils import files
+from .momentum import ascending
 
 FORMAT, VERSION = "austeer-profile", 1
 
@@ -40,6 +41,7 @@ class Profile:
     """The gradients of sampled log-probabilities on neutral text, by shifts of every AU.
 
     Attributes:
+        layers: site name -> the layers that have it, in a hybrid not all.
         rows: site name -> bfloat16 [draws, layers, width], the sum over a text's tokens of d log p(y) / d s.
         diagonal: site name -> float64 [layers, width], the diagonal of F times the number of all tokens.
         tokens: int64 [draws], how many tokens each row sums over. texts: int64 [draws], the text of each draw.
@@ -47,6 +49,7 @@ class Profile:
         dtype: what the model computed in. source: where the texts come from. seed: of the draws.
     """
 
+    layers: Mapping[str, tuple[int, ...]]
     rows: Mapping[str, Tensor]
     diagonal: Mapping[str, Tensor]
     tokens: Tensor
@@ -91,7 +94,11 @@ class Profile:
         for site in plan.sites:
             places = plan.of(site)
             rows = self._of(self.rows, site)
-            found[:, places] = rows[:, plan.layer[places].long(), plan.index[places].long()].double()
+            row_of = {layer: row for row, layer in enumerate(self.layers[site])}
+            if missing := sorted({*plan.layer[places].tolist()} - {*row_of}):
+                raise SelectionError(f"profile: found no {site!r} in layers {missing}, expected those of the plan")
+            row = torch.tensor([row_of[layer] for layer in plan.layer[places].tolist()])
+            found[:, places] = rows[:, row, plan.index[places].long()].double()
         return found * plan.delta.double() / math.sqrt(2 * int(self.tokens.sum()))
 
     def kl(self, plan: Plan, alpha: float | Mapping[str, float] = 1.0) -> float:
@@ -164,7 +171,7 @@ class Profile:
         Raises:
             SelectionError: the two are of different models, weights, dtypes or sites, or hold the same draws.
         """
-        for what in ("model", "weights", "dtype"):
+        for what in ("model", "layers", "weights", "dtype"):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like profiles add up")
@@ -200,7 +207,7 @@ class Profile:
     def save(self, path: str | Path) -> Path:
         """Writes a ``.safetensors`` file (rows, diagonals, tokens; a JSON header with the rest)."""
         header: dict[str, Any] = {name: getattr(self, name) for name in ("weights", "dtype", "source", "seed")}
-        header |= {"model": self.model.to_json(), "sites": list(self.rows)}
+        header |= {"model": self.model.to_json(), "layers": {site: list(self.layers[site]) for site in self.rows}}
         tensors = {"tokens": self.tokens, "texts": self.texts}
         for site in self.rows:
             tensors |= {f"{site}.rows": self.rows[site], f"{site}.diagonal": self.diagonal[site]}
@@ -212,10 +219,12 @@ class Profile:
         """Raises FileFormatError if the file is missing, truncated, foreign or inconsistent."""
         header, tensors = files.read(Path(path), FORMAT, VERSION)
         try:
-            model, sites = Fingerprint.from_json(header.pop("model")), header.pop("sites")
+            model = Fingerprint.from_json(header.pop("model"))
+            layers = {site: ascending(found, model.layers) for site, found in header.pop("layers").items()}
             profile = cls(
-                rows={site: tensors[f"{site}.rows"] for site in sites},
-                diagonal={site: tensors[f"{site}.diagonal"] for site in sites},
+                layers=layers,
+                rows={site: tensors[f"{site}.rows"] for site in layers},
+                diagonal={site: tensors[f"{site}.diagonal"] for site in layers},
                 tokens=tensors["tokens"],
                 texts=tensors["texts"],
                 model=model,
@@ -223,7 +232,7 @@ class Profile:
             )
             profile._check_shapes()
             return profile
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); make it anew: austeer profile") from error
 
     def _check_shapes(self) -> None:
@@ -236,7 +245,7 @@ class Profile:
             "texts": (self.texts, (draws,), torch.int64),
         }
         for site, rows in self.rows.items():
-            size: tuple[int, ...] = (self.model.layers, self.model.widths[site])
+            size: tuple[int, ...] = (len(self.layers[site]), self.model.widths[site])
             expected[f"{site}.rows"] = (rows, (draws, *size), DTYPE)
             expected[f"{site}.diagonal"] = (self.diagonal[site], size, torch.float64)
         for name, (t, shape, dtype) in expected.items():

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TaskError
+from ..forward.causality import expect_causal, plain_batches
 from ..forward.logits import LOGIT_ROWS, log_probabilities
 from ..forward.neutral import neutral_ids
-from ..forward.packing import batches
 from ..forward.tokens import check_vocabulary, encode
 from ..models.structure import decoder_of, evaluating, input_device, vocabulary_size
 from ..pairs.pairs import Pairs
@@ -96,7 +96,8 @@ def option_scores(
         on_batch: told the tokens of each forward pass.
 
     Raises:
-        TaskError: a numeric task, an option without a token of its own, or several tokens where one was promised.
+        TaskError: a numeric task, an option without a token of its own, several tokens where one was promised, or a
+            model whose attention is not causal.
     """
     if task.kind == "numeric":
         raise TaskError(f"{task.name}: found a numeric task, expected options to score; see austeer.tasks.evaluate")
@@ -270,10 +271,11 @@ def _hidden_states(
     decoder, device = decoder_of(model), input_device(model)
     accepts = inspect.signature(decoder.forward).parameters
     check_vocabulary(vocabulary_size(model), token_ids)
+    expect_causal(model, nullcontext if steering is None else lambda: steering.rows([None]))
     together = len(names) if whole else max(1, min(len(names), batch_tokens // max(map(len, token_ids))))
     for first in range(0, len(names), together):
         part = names[first : first + together]
-        for batch in batches(token_ids, max(1, batch_tokens // len(part)), share=False):
+        for batch in plain_batches(model, token_ids, max(1, batch_tokens // len(part))):
             texts = batch.texts.tolist()
             # Causal attention: what is padded on the right cannot reach what is read.
             lengths = torch.tensor([len(token_ids[i]) for i in texts])

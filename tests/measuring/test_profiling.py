@@ -140,3 +140,14 @@ def test_what_does_not_fit_is_refused(model, made):
         profile(model, Letters(), ["ffn"], TEXTS, draws=1)
     with pytest.raises(SelectionError, match="one text"):
         profile(model, Letters(), ["ffn"], TEXTS[:1], draws=2, progress=False).halves()
+
+
+def test_a_hybrid_has_the_site_in_some_layers(tmp_path):
+    hybrid = tiny_model("jamba")
+    found = profile(hybrid, Letters(), ["attention"], TEXTS, draws=400, progress=False)
+    found = Profile.load(found.save(tmp_path / "hybrid.profile"))
+    layers = found.layers["attention"]
+    assert found.rows["attention"].shape[1] == len(layers) < hybrid.config.num_hidden_layers
+    plan = shift_plan(hybrid, ("attention",), 8)
+    assert {*plan.layer.tolist()} <= {*layers}
+    assert measured_kl(hybrid, plan, found.alpha(plan, 2e-3)) == pytest.approx(2e-3, rel=5 * found.error + 0.05)
