@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -12,20 +11,10 @@ from torch import nn
 from ..models.hooks import hooks_on
 from ..models.linear import FLOATING
 from ..models.sites import Site
+from .sharing import Sharing
 
 #: Hooks of accelerate that put weights and inputs where they are used, and change no value.
 _PLACING = (AlignDevicesHook, SequentialHook)
-
-
-def shared_storages(model: nn.Module) -> Counter:
-    """How many parameters (tied ones counted each time) lie in each storage, and in how many places each module is."""
-    found: Counter = Counter(
-        p.untyped_storage().data_ptr()
-        for _, p in model.named_parameters(remove_duplicate=False)
-        if type(p) is nn.Parameter and p.device.type != "meta"  # DTensors and quantised tensors have no storage
-    )
-    found.update(module for _, module in model.named_modules(remove_duplicate=False))
-    return found
 
 
 def why_frozen() -> str | None:
@@ -36,11 +25,11 @@ def why_frozen() -> str | None:
     return None
 
 
-def why_not_parameter(module: nn.Module, name: str, storages: Counter) -> str | None:
+def why_not_parameter(module: nn.Module, name: str, sharing: Sharing) -> str | None:
     """The reason why a parameter of a module cannot be edited in place, or None if it can, or if there is none.
 
     Args:
-        storages: how many parameters of the model lie in each storage, from :func:`shared_storages`.
+        sharing: of the model.
     """
     p = module._parameters.get(name)
     if p is None:
@@ -55,9 +44,8 @@ def why_not_parameter(module: nn.Module, name: str, storages: Counter) -> str | 
         return f"the {name} is a {type(p).__name__}"
     if p.is_inference() and not torch.is_inference_mode_enabled():
         return f"the {name} was made in inference mode and cannot be written outside of it"
-    if storages[p.untyped_storage().data_ptr()] > 1:
-        return f"the {name} is shared with another module"
-    return None
+    reason = sharing.why_not(p)
+    return None if reason is None else f"the {name} {reason}"
 
 
 def why_not_between(model: nn.Module, site: Site, path: str) -> str | None:

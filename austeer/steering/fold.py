@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from ..models.sites import Site
 from ..plans.fit import why_no_edit
 from .editable import is_offloaded, why_frozen, why_not_between, why_not_parameter
 from .path import Path
+from .sharing import Sharing
 from .tables import StrengthTable
 
 
@@ -35,6 +35,10 @@ class Fold(Path):
         self.calls = None
         self.parts = tuple(parts)
         self._saved: list[tuple[Tensor, Tensor | None]] = []
+
+    def edits(self) -> list[tuple[nn.Module, list[str]]]:
+        found = [(part, weights_of(part)) for part in self.parts]
+        return [(part, [w.weight, *filter(None, [w.bias])]) for part, w in found if isinstance(w, WeightNames)]
 
     @torch.no_grad()
     def attach(self) -> None:
@@ -70,32 +74,32 @@ class Fold(Path):
             yield getattr(part, weights.weight), bias, getattr(weights, self.site.side)
 
 
-def why_not_fold(model: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
+def why_not_fold(model: nn.Module, site: Site, operation: str, sharing: Sharing) -> str | None:
     """The reason why steering cannot be folded into the weights at a site, or None if it is exact and possible.
 
     Args:
-        storages: how many parameters of the model lie in each storage, from ``shared_storages``.
+        sharing: of the model.
     """
     if operation == "shift":
         return "shift scales no weight"
     if reason := why_no_edit(model, site, operation) or why_frozen():
         return reason
     for path in site.parts:
-        reason = _why_not_part(model.get_submodule(path), site, storages) or why_not_between(model, site, path)
+        reason = _why_not_part(model.get_submodule(path), site, sharing) or why_not_between(model, site, path)
         if reason is not None:
             return reason if len(site.parts) == 1 else f"{path}: {reason}"
     return None
 
 
-def _why_not_part(module: nn.Module, site: Site, storages: Counter) -> str | None:
+def _why_not_part(module: nn.Module, site: Site, sharing: Sharing) -> str | None:
     weights = weights_of(module)
     assert isinstance(weights, WeightNames)  # why_no_edit refuses all else
     if is_offloaded(module):
         return "the weight is offloaded"
     for name in filter(None, (weights.weight, weights.bias)):
-        if reason := why_not_parameter(module, name, storages):
+        if reason := why_not_parameter(module, name, sharing):
             return reason
     weight, dim = module._parameters[weights.weight], getattr(weights, site.side)
-    if weight is None or weight.shape[dim] != site.width:  # sharded, say
+    if weight is None or weight.shape[dim : dim + 1] != (site.width,):  # sharded, say
         return f"the weight is {tuple(weight.shape) if weight is not None else None}, for {site.width} AUs"
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,22 +12,21 @@ from austeer_kernels import launch
 
 from ..errors import SteeringError
 from ..models.linear import bias_owner, sizes
-from ..models.patches import owner_of
 from ..models.projection import why_not_the_projection
 from ..models.sites import Site
 from ..models.structure import input_device
 from ..models.tensor_parallel import held
 from ..plans.fit import LayerUnits, units_by_layer
 from ..plans.plan import Plan
-from .bias import Bias, bias_like, is_marked, why_not_bias
+from .bias import Bias, bias_like, why_not_bias
 from .columns import Columns
 from .dense import Dense
-from .editable import shared_storages
 from .fold import Fold, why_not_fold
 from .fused import Fused, why_not_fused
 from .path import Path
 from .routing import Routing
 from .run_path import RunPath
+from .sharing import Sharing
 from .tables import StrengthTable, groups_of
 
 PATHS: dict[str, type[Path]] = {"fold": Fold, "bias": Bias, "fused": Fused, "columns": Columns, "dense": Dense}
@@ -58,7 +56,7 @@ def choose(
     model: nn.Module,
     site: Site,
     groups: Sequence[Sequence[LayerUnits]],
-    storages: Counter,
+    sharing: Sharing,
     at_run_time: str,
     fused: set[nn.Module],
     blocks: dict[tuple[type, type, bool], str | None],
@@ -71,7 +69,7 @@ def choose(
 
     Args:
         groups: the AUs at the site, see ``StrengthTable``; more than one where plans with and without magnitude meet.
-        storages: from ``shared_storages``.
+        sharing: of the model.
         at_run_time: the reason why steering depends on the token, and so cannot be in the weights; or empty.
         fused: the projections that are fused with another site already; this one's is added.
         blocks: what ``why_not_the_projection`` said of a kind of block and projection; this one's is added.
@@ -87,7 +85,7 @@ def choose(
     operation = groups[0][0].operation
     edit = mode if mode in ("fold", "bias") else "bias" if operation == "shift" else "fold"
     why_not_edit = why_not_bias if edit == "bias" else why_not_fold
-    no_edit = at_run_time or why_not_edit(model, site, operation, storages)
+    no_edit = at_run_time or why_not_edit(model, site, operation, sharing)
     no_fused = why_not_fused(projection, groups)
     if projection is not None and not (no_edit and no_fused):
         kind = (type(module), type(projection), any(part.training for part in module.modules()))
@@ -165,16 +163,6 @@ def make_path(
     return choice.path(site, tables, choice.module, routing, check)
 
 
-def expect_free(decoder: nn.Module) -> None:
-    """Raises SteeringError where some steering is on a module of the decoder, at any site, or in a bias of one."""
-    for path, module in decoder.named_modules():
-        if owner_of(module, RunPath) is not None or is_marked(module):
-            raise SteeringError(
-                f"{path}: found a module that is steered already (another model shares it, or the model was copied "
-                "while it was steered), expected one that is not; copy before steering"
-            )
-
-
 def plan_paths(
     model: nn.Module,
     plans: Sequence[Plan],
@@ -194,7 +182,7 @@ def plan_paths(
     """
     paths: list[Path] = []
     reasons: list[str] = []
-    storages, default = shared_storages(model), input_device(model)
+    sharing, default = Sharing(model), input_device(model)
     fused: set[nn.Module] = set()
     blocks: dict[tuple[type, type, bool], str | None] = {}
     for (name, layer), entries in units_by_layer(plans, sites).items():
@@ -204,7 +192,7 @@ def plan_paths(
         groups = groups_of(entries, mine)
         if not groups:
             continue  # other processes have these
-        choice = choose(mode, model, site, groups, storages, at_run_time, fused, blocks)
+        choice = choose(mode, model, site, groups, sharing, at_run_time, fused, blocks)
         device = _device_of(choice.module, default)
         forms, dense = issubclass(choice.path, Columns), choice.path in (Fused, Dense)  # some bytes a dimension each
         tables = [StrengthTable(group, len(plans), len(mine), device, forms, dense) for group in groups]

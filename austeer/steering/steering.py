@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
 
@@ -21,17 +20,15 @@ from ..plans.plan import Plan
 from .bias import Bias
 from .fold import Fold
 from .path import Path
-from .path_choice import MODES, expect_free, plan_paths
+from .path_choice import MODES, plan_paths
 from .prompt import Prompt
 from .report import Report, complaint, make_report
 from .routing import Routing
 from .row_plans import NO_NAMES, Rows
 from .scope import parse_scope
 from .selfcheck import EditProbe
+from .sharing import expect_apart, expect_free, mark, unmark
 from .strength import Alpha, Strength
-
-#: The modules with folded weights, of all models: two models may share some.
-_folded: WeakSet[nn.Module] = WeakSet()
 
 #: Two threads that put plans on one model at once would each save what the other has changed.
 _lock = threading.RLock()
@@ -68,7 +65,7 @@ class Steering:
         self._mode, self._layout, self._check = mode, layout, check
         self._decoder = decoder_of(self._model)
         self._attached = False
-        self._parts: set[nn.Module] = set()
+        self._marked: list[nn.Module] = []
         self._routing: Routing | None = None
         if self._named or self.scope.name != "all":
             if self.scope.name != "all" and has_virtual_tokens(model):
@@ -229,18 +226,12 @@ class Steering:
                     "Leave that context first, steer with the sum of both plans (plan_a + plan_b), or give each row "
                     'its own (steer(model, {"a": plan_a, "b": plan_b}))'
                 )
-            self._paths, self._reasons = self._plan_paths()  # the model may have changed since
             expect_free(self._decoder)
-            folded = {part for path in self._paths if isinstance(path, Fold) for part in path.parts}
-            if any(part in _folded for part in folded):
-                raise SteeringError(
-                    f"{type(self._model).__name__} shares modules with another model that is steered by folding now; "
-                    "leave that context first, or use mode='columns'"
-                )
+            self._paths, self._reasons = self._plan_paths()  # the model may have changed since
+            expect_apart(self._paths, self._decoder)
             steered[self._decoder] = sum(map(len, self.plans.values()))
             self._attached = True
-            self._parts = folded
-            _folded.update(folded)
+            self._marked = mark(self._paths)
             try:
                 self._refresh_tables()
                 probes = EditProbe.of(self._paths, self._model) if self._check else []
@@ -273,7 +264,7 @@ class Steering:
             if self._routing is not None:
                 self._routing.detach()
             self._attached = False
-            _folded.difference_update(self._parts)
+            unmark(self._marked)
             steered.pop(self._decoder, None)
         if failed:
             raise SteeringError(f"{len(failed)} of {len(self._paths)} modules could not be restored: {failed[0]}")

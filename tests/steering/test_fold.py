@@ -14,7 +14,7 @@ import austeer
 from austeer import find_sites
 from austeer.models.structure import text_config
 from austeer.steering import fold
-from austeer.steering.editable import shared_storages
+from austeer.steering.sharing import Sharing
 from austeer.steering.fold import why_not_fold
 from dense_formula import assert_unchanged, formula_logits, logits, random_plan, snapshot
 from tiny_models import tiny_model
@@ -23,7 +23,7 @@ BATCH = {"input_ids": torch.tensor([[3, 1, 40, 22, 9], [7, 7, 12, 50, 2]])}
 
 
 def refusal(model, name="ffn", operation="scale", layer=-1):
-    return why_not_fold(model, find_sites(model)[name][layer], operation, shared_storages(model))
+    return why_not_fold(model, find_sites(model)[name][layer], operation, Sharing(model))
 
 
 # --- what is scaled --------------------------------------------------------------------------------------------------
