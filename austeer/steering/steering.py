@@ -158,14 +158,19 @@ class Steering:
             self._refresh_tables()
             if self._attached:
                 # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
-                folds = [path for path in self._paths if isinstance(path, Fold)]
+                folds, failed = [path for path in self._paths if isinstance(path, Fold)], []
                 for fold in reversed(folds):
-                    fold.detach()
+                    try:
+                        fold.detach()
+                    except SteeringError as error:  # said when the others are as they should be
+                        failed.append(error)
                 for fold in folds:
                     fold.attach()
                 for path in self._paths:
                     if isinstance(path, Bias):
                         path.refresh()
+                if failed:
+                    raise failed[0]
 
     # --- rows and prompt, live ---------------------------------------------------------------------------------------
 
@@ -311,10 +316,11 @@ def steer(
     Everything is checked before anything is touched, and on leaving the block the model is restored bit for bit, also
     after an exception. Only layers in which the plan has AUs are touched.
 
-    Inside the block the model *is* the steered one: a copy or a checkpoint made there may hold steered weights or
-    biases, a training step on folded weights is lost for the steered rows on leaving, and a shift in a bias leaves the
-    weight that reads the site without its part of the gradient; train with ``mode="columns"``. A compiled model is
-    compiled again where something runs in other layers than in blocks before, and in each block with rows or a scope.
+    Inside the block the model *is* the steered one: a copy or a checkpoint made there, and another model on the same
+    memory, may hold steered weights or biases; folded weights that were trained or replaced stay as they are on leaving,
+    which raises; and a shift in a bias leaves the weight that reads the site without its part of the gradient. Train
+    with ``mode="columns"``. A compiled model is compiled again where something runs in other layers than in blocks
+    before, and in each block with rows or a scope.
 
     Args:
         model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.

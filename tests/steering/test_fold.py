@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
+from torch.nn.utils import prune
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import austeer
@@ -99,6 +100,90 @@ def test_a_fold_that_breaks_off_is_undone(monkeypatch):
         pass
     assert_unchanged(model, before)
     assert not austeer.is_steered(model)
+
+
+# --- changed inside the block ----------------------------------------------------------------------------------------
+
+
+def downs(model):
+    return [layer.mlp.down_proj for layer in model.model.layers]
+
+
+def step(module):
+    module.weight.grad = torch.ones_like(module.weight)
+    torch.optim.SGD([module.weight], 0.1).step()
+
+
+def load(module):
+    module.load_state_dict({"weight": torch.ones_like(module.weight), "bias": torch.ones_like(module.bias)})
+
+
+def replace_weight(module):
+    module.weight = nn.Parameter(torch.ones_like(module.weight))
+
+
+def quantise(module):
+    module.weight = Quantised(module.weight.data.to(torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [step, load, replace_weight, quantise])
+def test_weights_that_are_changed_inside_the_block_stay_and_it_is_said(change):
+    model = tiny_model("llama", mlp_bias=True)
+    plan, before, down = random_plan(model, ("ffn", "neuron", "attention"), 40), snapshot(model), downs(model)[1]
+    steering = austeer.steer(model, plan, 2.0, mode="fold").attach()
+    change(down)
+    now = down.weight.clone()
+    with pytest.raises(austeer.SteeringError, match=r"layers\.1\.mlp.*weight: found other values"):
+        steering.detach()
+    assert not austeer.is_steered(model)
+    assert torch.equal(down.weight, now) or change is step  # of which what was not steered stays
+    after = snapshot(model)[0]
+    assert all(torch.equal(after[name], value) for name, value in before[0].items() if "layers.1.mlp.down" not in name)
+
+
+@pytest.mark.parametrize("change", [lambda m: cpu_offload(m, torch.device("cpu")), lambda m: prune.identity(m, "weight")])
+def test_weights_that_are_elsewhere_by_now_are_restored(change):
+    model = tiny_model()
+    plan, unsteered = random_plan(model, ("ffn", "neuron"), 40), logits(model, BATCH)
+    with austeer.steer(model, plan, 2.0, mode="fold"):
+        assert not torch.equal(logits(model, BATCH), unsteered)
+        for module in downs(model):
+            change(module)
+    assert torch.equal(logits(model, BATCH), unsteered)
+
+
+def test_a_checkpoint_loaded_inside_is_steered_with_the_next_strength():
+    model = tiny_model()
+    plan, state, before = random_plan(model, ("ffn", "attention"), 40), copy.deepcopy(model.state_dict()), snapshot(model)
+    expected = formula_logits(tiny_model(), BATCH, plan, 0.5)
+    with austeer.steer(model, plan, 2.0, mode="fold") as steering:
+        model.load_state_dict(state)
+        steering.alpha = 0.5
+        torch.testing.assert_close(logits(model, BATCH), expected, rtol=1e-4, atol=1e-4)
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+
+
+def test_a_model_cast_inside_leaves_nothing_in_the_memory_that_it_shared():
+    model = tiny_model()
+    other = tiny_model()
+    other.load_state_dict(model.state_dict(), assign=True)
+    before = snapshot(other)
+    with austeer.steer(model, random_plan(model, ("ffn", "neuron"), 40), 2.0, mode="fold") as steering:
+        model.double()
+        steering.alpha = 1.0
+        logits(model, BATCH)
+    assert_unchanged(other, before)
+    assert_unchanged(model, snapshot(tiny_model().double()))
+
+
+def test_no_fold_where_the_weight_is_trained():
+    """Its gradient would be that of the scaled one."""
+    model = tiny_model().train()
+    assert "trained" in refusal(model)
+    with torch.no_grad():
+        assert refusal(model) is None
+    assert refusal(model.requires_grad_(False)) is None and refusal(model.requires_grad_(True).eval()) is None
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
