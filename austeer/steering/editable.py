@@ -19,8 +19,9 @@ _PLACING = (AlignDevicesHook, SequentialHook)
 
 def why_frozen() -> str | None:
     """The reason why no edit of any weight or bias may have an effect."""
-    inductor = sys.modules.get("torch._inductor.config")  # a second to import, and nothing was compiled without it
-    if inductor is not None and inductor.freezing:
+    # A second to import, and nothing was compiled without the first, nor frozen without the second.
+    inductor, froze = (sys.modules.get(f"torch._inductor.{name}") for name in ("config", "freezing"))
+    if froze is not None or (inductor is not None and inductor.freezing):
         return "Inductor's freezing copies weights into compiled code"
     return None
 
@@ -33,7 +34,7 @@ def why_not_parameter(module: nn.Module, name: str, sharing: Sharing) -> str | N
     """
     p = module._parameters.get(name)
     if p is None:
-        if getattr(module, name) is not None:
+        if getattr(module, name, None) is not None:
             return f"the {name} is made anew at each forward pass (pruning, weight normalisation ...)"
         return None
     if p.device.type == "meta":

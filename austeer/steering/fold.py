@@ -145,7 +145,7 @@ def _why_not_part(module: nn.Module, site: Site, sharing: Sharing) -> str | None
     for name in filter(None, (weights.weight, weights.bias)):
         if reason := why_not_parameter(module, name, sharing):
             return reason
-    weight, dim = module._parameters[weights.weight], getattr(weights, site.side)
+    weight, dim = module._parameters.get(weights.weight), getattr(weights, site.side)
     if weight is None or weight.shape[dim : dim + 1] != (site.width,):  # sharded, say
         return f"the weight is {tuple(weight.shape) if weight is not None else None}, for {site.width} AUs"
     if module.training and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False)):

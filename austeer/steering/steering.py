@@ -18,6 +18,7 @@ from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_de
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
 from .bias import Bias
+from .editable import why_frozen
 from .fold import Fold
 from .path import Path
 from .path_choice import MODES, plan_paths
@@ -169,8 +170,19 @@ class Steering:
                 for path in self._paths:
                     if isinstance(path, Bias):
                         path.refresh()
+                self._expect_no_copies()
                 if failed:
                     raise failed[0]
+
+    def _expect_no_copies(self) -> None:
+        """Warns where edits no longer reach what runs."""
+        if self._marked and (reason := why_frozen()):
+            warnings.warn(
+                f"{reason} since steering began, where neither another strength nor the end of steering arrives; "
+                "compile it anew (torch.compiler.reset()), outside the block",
+                SteeringWarning,
+                stacklevel=4,
+            )
 
     # --- rows and prompt, live ---------------------------------------------------------------------------------------
 
@@ -269,6 +281,7 @@ class Steering:
             if self._routing is not None:
                 self._routing.detach()
             self._attached = False
+            self._expect_no_copies()
             unmark(self._marked)
             steered.pop(self._decoder, None)
         if failed:

@@ -246,6 +246,7 @@ def tie(block):
         (lambda b: b.experts.register_forward_hook(lambda *a: None), r"mlp\.experts.*hooks"),
         (offload, "(down_proj|weight) is offloaded"),
         (tie, "down_proj.*shared"),
+        (lambda b: setattr(b.shared_expert, "down_proj", torch.jit.script(b.shared_expert.down_proj)), "TorchScript"),
         (lambda b: b.shared_expert.down_proj.to(torch.float8_e4m3fn), r"shared_expert.*weight.*torch\.float8"),
         (lambda b: parameter(b.experts, "down_proj", Quantised(b.experts.down_proj.data)), "down_proj.*Quantised"),
         (
