@@ -170,7 +170,7 @@ class Bias(Path):
         self.like = like
         self._unit: tuple[int, int, Tensor] | None = None  # k, the weight's version, and what alpha = 1 adds
 
-    def edits(self) -> list[tuple[nn.Module, list[str]]]:
+    def edited(self) -> list[tuple[nn.Module, list[str]]]:
         return [(self.module, ["bias"])]
 
     def attach(self) -> None:

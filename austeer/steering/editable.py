@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -11,6 +12,7 @@ from torch import nn
 from ..models.hooks import hooks_on
 from ..models.linear import FLOATING
 from ..models.sites import Site
+from ..models.structure import unwrap
 from .sharing import Sharing
 
 #: Hooks of accelerate that put weights and inputs where they are used, and change no value.
@@ -51,11 +53,9 @@ def why_not_parameter(module: nn.Module, name: str, sharing: Sharing) -> str | N
 
 def why_not_between(model: nn.Module, site: Site, path: str) -> str | None:
     """Whether anything was put on or between the module at ``path`` and the site's tensor that may change it."""
-    names, parent = path.split("."), model
-    for name in names:
-        if name not in getattr(parent, "_orig_mod", parent)._modules:
-            return f"a {type(parent).__name__} chooses what is its {name}"  # PEFT's modules_to_save, adapters on or off
-        parent = parent.get_submodule(name)
+    for parent, name in choosers(model, path):
+        return f"a {type(parent).__name__} chooses what is its {name}"
+    names = path.split(".")
     inside = len(site.path.split(".")) if path.startswith(f"{site.path}.") else len(names)
     for end in range(inside, len(names) + 1):
         module = model.get_submodule(".".join(names[:end]))
@@ -66,6 +66,18 @@ def why_not_between(model: nn.Module, site: Site, path: str) -> str | None:
         if end > inside and (module._forward_hooks or module._forward_pre_hooks or not placing):
             return f"{'.'.join(names[:end])} has hooks"
     return None
+
+
+def choosers(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
+    """Modules on the way to the one at ``path`` that have no child of its name, and give out one of some.
+
+    PEFT's modules_to_save give out the adapter's copy or, with the adapter off, the model's own.
+    """
+    parent = model
+    for name in path.split("."):
+        if name not in unwrap(parent)._modules:
+            yield parent, name
+        parent = parent.get_submodule(name)
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -86,7 +86,7 @@ class Fold(Path):
         self.parts = tuple(parts)
         self._edits: list[Edit] = []
 
-    def edits(self) -> list[tuple[nn.Module, list[str]]]:
+    def edited(self) -> list[tuple[nn.Module, list[str]]]:
         return [(part, [name for name, _ in tensors]) for part, tensors in self._scaled()]
 
     @torch.no_grad()
@@ -148,6 +148,4 @@ def _why_not_part(module: nn.Module, site: Site, sharing: Sharing) -> str | None
     weight, dim = module._parameters.get(weights.weight), getattr(weights, site.side)
     if weight is None or weight.shape[dim : dim + 1] != (site.width,):  # sharded, say
         return f"the weight is {tuple(weight.shape) if weight is not None else None}, for {site.width} AUs"
-    if module.training and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False)):
-        return "the weight is trained, and its gradient would be that of the scaled one"
     return None

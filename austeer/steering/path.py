@@ -34,7 +34,7 @@ class Path:
         """How many tokens it steered in eager mode, padding included; None where that is not counted."""
         return None
 
-    def edits(self) -> list[tuple[nn.Module, list[str]]]:
+    def edited(self) -> list[tuple[nn.Module, list[str]]]:
         """The modules whose parameters or buffers it changes in place, and their names."""
         return []
 

@@ -21,6 +21,7 @@ from ..plans.plan import Plan
 from .bias import Bias, bias_like, why_not_bias
 from .columns import Columns
 from .dense import Dense
+from .editable import choosers, why_not_between
 from .fold import Fold, why_not_fold
 from .fused import Fused, why_not_fused
 from .path import Path
@@ -77,6 +78,13 @@ def choose(
     Raises:
         SteeringError: ``mode`` is not possible at the site.
     """
+    for wrapper, name in choosers(model, site.path):
+        if type(wrapper).__module__.startswith("peft."):
+            raise SteeringError(
+                f"site {site.name!r} of layer {site.layer} ({site.path}): found a {type(wrapper).__name__}, which runs "
+                f"another {name} with its adapter on than with it off, expected one; steer another site, or merge the "
+                "adapter (merge_and_unload)"
+            )
     module = model.get_submodule(site.path)
     projection = model.get_submodule(site.projection) if site.projection else None
     if mode in ("columns", "dense"):
@@ -87,6 +95,8 @@ def choose(
     why_not_edit = why_not_bias if edit == "bias" else why_not_fold
     no_edit = at_run_time or why_not_edit(model, site, operation, sharing)
     no_fused = why_not_fused(projection, groups)
+    if projection is not None and no_fused is None:
+        no_fused = why_not_between(model, site, str(site.projection))
     if projection is not None and not (no_edit and no_fused):
         kind = (type(module), type(projection), any(part.training for part in module.modules()))
         if kind not in blocks:

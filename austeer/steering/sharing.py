@@ -127,7 +127,7 @@ def mark(paths: Sequence[Path]) -> list[nn.Module]:
     """Notes what the paths edit, and in which modules."""
     marked = []
     for path in paths:
-        for module, names in path.edits():
+        for module, names in path.edited():
             vars(module)[_MARK] = {*names, *vars(module).get(_MARK, ())}
             marked.append(module)
     return marked
@@ -173,7 +173,7 @@ def expect_apart(paths: Sequence[Path], decoder: nn.Module) -> None:
     """Raises SteeringError where another model that is steered now has a module that the paths would change."""
     others = {module for other in _others(decoder) for module in other.modules()}
     for path in paths:
-        if path.module in others or any(module in others for module, _ in path.edits()):
+        if path.module in others or any(module in others for module, _ in path.edited()):
             raise SteeringError(
                 f"{path.site.path}: found a module that another steered model shares, expected one of this model "
                 "alone; leave that context first"

@@ -177,15 +177,6 @@ def test_a_model_cast_inside_leaves_nothing_in_the_memory_that_it_shared():
     assert_unchanged(model, snapshot(tiny_model().double()))
 
 
-def test_no_fold_where_the_weight_is_trained():
-    """Its gradient would be that of the scaled one."""
-    model = tiny_model().train()
-    assert "trained" in refusal(model)
-    with torch.no_grad():
-        assert refusal(model) is None
-    assert refusal(model.requires_grad_(False)) is None and refusal(model.requires_grad_(True).eval()) is None
-
-
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
