@@ -45,10 +45,13 @@ class Edit:
     def undo(self) -> bool:
         """Restores what was scaled, wherever it is by now; False if some of it was changed since, which stays."""
         p, edited = self.module._parameters.get(self.name), self._edited()
-        tensors = [edited] if p is None or p.device.type == "meta" else [p]  # pruned, say, or offloaded
-        if edited is not None and tensors[0] is p and p.data_ptr() != edited.data_ptr():  # moved or cast
+        tensors: list[Tensor] = []
+        if p is not None and p.device.type != "meta":  # otherwise it was pruned, say, or offloaded
+            tensors.append(p)
+        if edited is not None and not any(t.data_ptr() == edited.data_ptr() for t in tensors):  # moved or cast
             tensors.append(edited)
-        return all([t is not None and self._undo_in(t) for t in tensors])
+        undone = [self._undo_in(t) for t in tensors]
+        return bool(undone) and all(undone)
 
     def _edited(self) -> Tensor | None:
         """The memory that was edited, if it is in use still."""

@@ -330,8 +330,8 @@ def steer(
     after an exception. Only layers in which the plan has AUs are touched.
 
     Inside the block the model *is* the steered one: a copy or a checkpoint made there, and another model on the same
-    memory, may hold steered weights or biases; folded weights that were trained or replaced stay as they are on leaving,
-    which raises; and a shift in a bias leaves the weight that reads the site without its part of the gradient. Train
+    memory, may hold steered weights or biases; folded weights that were trained or replaced stay as they are, and
+    leaving raises; and a shift in a bias leaves the weight that reads the site without its part of the gradient. Train
     with ``mode="columns"``. A compiled model is compiled again where something runs in other layers than in blocks
     before, and in each block with rows or a scope.
 

@@ -135,10 +135,10 @@ def test_an_adapter_that_is_added_inside_the_block_is_warned_of(operation, mode,
     """What it adds may not be steered."""
     for site in sites:
         model = tiny_model()
-        with pytest.warns(austeer.SteeringWarning, match="replaced or wrapped"):
-            with austeer.steer(model, random_plan(model, site, 25, operation), 0.7, mode=mode):
-                logits(model, IDS)
-                model.add_adapter(KINDS["lora"]())
+        steering = austeer.steer(model, random_plan(model, site, 25, operation), 0.7, mode=mode)
+        with pytest.warns(austeer.SteeringWarning, match="replaced or wrapped"), steering:
+            logits(model, IDS)
+            model.add_adapter(KINDS["lora"]())
 
 
 def test_an_adapter_that_is_added_inside_the_block_to_a_layer_with_a_bias(recwarn):

@@ -162,11 +162,13 @@ def test_no_fold_after_weights_were_copied_into_compiled_code():
 
 def test_weights_that_are_copied_into_compiled_code_inside_the_block_are_warned_of():
     model = tiny_model(num_hidden_layers=1)
-    with pytest.warns(austeer.SteeringWarning, match="freezing.*since steering began") as found:
-        with austeer.steer(model, random_plan(model, "ffn", 9), 0.5, mode="fold") as steering:
-            freeze(model)
-            steering.alpha = 1.0
-    assert len([w for w in found if w.category is austeer.SteeringWarning]) == 2  # with the new strength, and on leaving
+    steering = austeer.steer(model, random_plan(model, "ffn", 9), 0.5, mode="fold")
+    with pytest.warns(austeer.SteeringWarning, match=r"freezing.*since steering began") as found, steering:
+        freeze(model)
+        steering.alpha = 1.0
+    assert (
+        len([w for w in found if w.category is austeer.SteeringWarning]) == 2
+    )  # with the new strength, and on leaving
 
 
 @pytest.mark.parametrize("mode", ["fold", "columns"])

@@ -15,8 +15,8 @@ import austeer
 from austeer import find_sites
 from austeer.models.structure import text_config
 from austeer.steering import fold
-from austeer.steering.sharing import Sharing
 from austeer.steering.fold import why_not_fold
+from austeer.steering.sharing import Sharing
 from dense_formula import assert_unchanged, formula_logits, logits, random_plan, snapshot
 from tiny_models import tiny_model
 
@@ -141,7 +141,9 @@ def test_weights_that_are_changed_inside_the_block_stay_and_it_is_said(change):
     assert all(torch.equal(after[name], value) for name, value in before[0].items() if "layers.1.mlp.down" not in name)
 
 
-@pytest.mark.parametrize("change", [lambda m: cpu_offload(m, torch.device("cpu")), lambda m: prune.identity(m, "weight")])
+@pytest.mark.parametrize(
+    "change", [lambda m: cpu_offload(m, torch.device("cpu")), lambda m: prune.identity(m, "weight")]
+)
 def test_weights_that_are_elsewhere_by_now_are_restored(change):
     model = tiny_model()
     plan, unsteered = random_plan(model, ("ffn", "neuron"), 40), logits(model, BATCH)
@@ -154,7 +156,11 @@ def test_weights_that_are_elsewhere_by_now_are_restored(change):
 
 def test_a_checkpoint_loaded_inside_is_steered_with_the_next_strength():
     model = tiny_model()
-    plan, state, before = random_plan(model, ("ffn", "attention"), 40), copy.deepcopy(model.state_dict()), snapshot(model)
+    plan, state, before = (
+        random_plan(model, ("ffn", "attention"), 40),
+        copy.deepcopy(model.state_dict()),
+        snapshot(model),
+    )
     expected = formula_logits(tiny_model(), BATCH, plan, 0.5)
     with austeer.steer(model, plan, 2.0, mode="fold") as steering:
         model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Weights that other models, modules, processes or files share: no edit in place, or the second that comes is refused."""
+"""Weights that other models, modules, processes or files share: no edit in place, or the second to come is refused."""
 
 import copy
 import mmap
@@ -53,7 +53,7 @@ def twin(model):
 def views(model):
     """Parts of larger tensors, in parameters of their own."""
     other = biased()
-    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+    for p, q in zip(model.parameters(), other.parameters()):
         whole = torch.cat([p.detach().flatten(), torch.zeros(7)])
         with torch.no_grad():
             q.set_(nn.Parameter(whole[: p.numel()].view(p.shape)))
@@ -95,7 +95,7 @@ def test_a_model_whose_weights_are_edited_already_is_not_steered(share, mode):
         for second in ("auto", "columns", "dense"):
             with pytest.raises(austeer.SteeringError, match=r"layers\.\d.*another steered model shares"):
                 austeer.steer(other, plan_for(other, "push"), 1.0, mode=second).attach()
-        with pytest.raises(austeer.SteeringError, match="shared with another model|another steered model shares"):
+        with pytest.raises(austeer.SteeringError, match=r"shared with another model|another steered model shares"):
             austeer.steer(other, plan, 1.0, mode=mode).attach()
         assert all(map(torch.equal, other.parameters(), edited)) and not austeer.is_steered(other)
     assert all(map(torch.equal, other.parameters(), before))
@@ -154,7 +154,7 @@ def test_overlapping_counts_every_extent():
     parts = [t, t[:10], t[5:15], t[20:30:5], t[::2], t[:0], t[12:].view(4, 7)[:, 3:5]]
     memory = Memory(extents_of(parts))
     for start, stop in ((0, 5), (0, 40), (11, 12), (18, 21), (26, 28), (39, 40), (3, 3)):
-        touched = {place for place in range(start, stop)}
+        touched = set(range(start, stop))
         expected = sum(
             bool(touched & set(range(int(part.min()), int(part.max()) + 1))) for part in parts if part.numel()
         )

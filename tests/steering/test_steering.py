@@ -247,7 +247,7 @@ def test_models_that_share_layers_are_steered_one_at_a_time(tiny):
         plan = random_plan(tiny, "ffn", 20, OPERATION[mode])
         with austeer.steer(tiny, plan, 2.0, mode=mode, check=False) as steering:
             for second in (mode, "columns"):
-                with pytest.raises(austeer.SteeringError, match="shared with another model|steered already"):
+                with pytest.raises(austeer.SteeringError, match=r"shared with another model|steered already"):
                     austeer.steer(other, plan, 3.0, mode=second).attach()
             steering.alpha = 1.0
             tiny(input_ids=torch.tensor([[3, 4]]))
