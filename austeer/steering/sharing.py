@@ -113,11 +113,18 @@ def _shared_mappings() -> list[Extent]:
 
 
 def _sent(t: Tensor) -> bool:
-    """Whether PyTorch has sent the tensor to another process, or got it from one."""
+    """Whether PyTorch may have sent the tensor to another process, or got it from one."""
     if t.device.type == "cpu":
         return t.is_shared() and not sys.platform.startswith("linux")  # there the mappings say it
-    own = reductions.StorageWeakRef(t.untyped_storage())
-    return any(reference == own for reference in list(reductions.shared_cache.values()))
+    for key, reference in list(reductions.shared_cache.items()):
+        storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+        if storage is None or storage.device != t.device:
+            continue
+        # A tensor that was received has its own entry; of all that were sent of one allocation the last one stands for
+        # the others, and so for everything on the device.
+        if not isinstance(key, tuple) or storage.data_ptr() == t.untyped_storage().data_ptr():
+            return True
+    return False
 
 
 # --- what is edited now ----------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import copy
 import mmap
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import austeer
+from austeer.steering import sharing
 from austeer.steering.sharing import Memory, extents_of
 from dense_formula import OPERATION, formula_logits, logits, random_plan
 from tiny_models import ids_of_rows, tiny_model
@@ -216,3 +219,23 @@ def test_memory_that_others_see_is_not_edited(share, edited, operation, tmp_path
         austeer.steer(model, plan, mode=mode)
     without = share(tiny_model(), tmp_path)  # in whose memory nothing is written
     assert steers(without, plan_for(without, "shift"))[0] == {"bias"}
+
+
+def test_shared_memory_where_the_system_does_not_list_it(monkeypatch):
+    monkeypatch.setattr(sharing, "sys", SimpleNamespace(platform="darwin"))
+    model = biased()
+    assert steers(model, plan_for(model))[0] == {"fold"}
+    model.share_memory()
+    assert steers(model, plan_for(model))[0] == {"columns"}
+
+
+@pytest.mark.gpu
+def test_what_was_sent_to_another_process_on_a_gpu():
+    """Small tensors lie in one allocation, of which PyTorch remembers the last that was sent."""
+    model = biased().cuda()
+    plan, ids = plan_for(model), {name: t.cuda() for name, t in IDS.items()}
+    with austeer.steer(model, plan, 2.0, mode="fold"):
+        logits(model, ids)
+    sent = [ForkingPickler.dumps(p) for p in model.parameters()]
+    paths, reasons = rows(austeer.steer(model, plan))
+    assert sent and paths == {"columns"} and all("other processes" in reason for reason in reasons)
