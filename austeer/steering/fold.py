@@ -96,7 +96,7 @@ class Fold(Path):
     def attach(self) -> None:
         for part, tensors in self._scaled():
             for name, dim in tensors:
-                self._edits.append(Edit(part, name, dim, self.table.index[0], self.table.gamma[0]))
+                self._edits.append(Edit(part, name, dim, self.table.index[0], gamma=self.table.gamma[0]))
         torch.clear_autocast_cache()  # a copy of the weight as it was may be in it
 
     @torch.no_grad()
