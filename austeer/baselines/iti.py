@@ -65,12 +65,13 @@ def iti_arms(material: Material, heads: Sequence[int]) -> Iterator[Arm]:
     activations = pair_activations(material.model, material.tokenizer, material.pairs, sites)
     found = rank_heads(activations, train_half(material.pairs, activations.number), size)
     chosen = found.order[: counts[-1]]
-    order = (chosen[:, None] * size + torch.arange(size)).flatten()  # heads are slices, one behind another
+    # Heads are slices, one behind another.
+    order = (chosen[:, None] * size + torch.arange(size, device="cpu")).flatten()
     width = sites[0].width
     beta = signed_rate(activations.counters(), len(material.pairs)).flatten()
     plan = Plan(
         site=(SITE,) * len(order),
-        layer=torch.tensor([site.layer for site in sites])[order // width].int(),
+        layer=torch.tensor([site.layer for site in sites], device="cpu")[order // width].int(),
         index=(order % width).int(),
         beta=beta[order].float(),
         delta=found.shift.flatten()[order].float(),
@@ -122,7 +123,7 @@ def train_half(pairs: Pairs, number: Sequence[int]) -> Tensor:
     members: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         members.setdefault(group, []).append(place)
-    train = torch.zeros(len(number), dtype=torch.bool)
+    train = torch.zeros(len(number), dtype=torch.bool, device="cpu")
     for group in sorted(members, key=lambda group: hashlib.sha256(group.encode()).digest()):
         if 2 * int(train.sum()) < len(number):
             train[members[group]] = True
@@ -137,5 +138,5 @@ def train_half(pairs: Pairs, number: Sequence[int]) -> Tensor:
 def _texts(sides: tuple[Tensor, Tensor], pairs: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """float64 [heads, texts, size] of both sides of some pairs, and bool [texts], which are positive."""
     x = torch.cat([side[pairs] for side in sides]).double()
-    label = torch.arange(len(x)) < len(x) // 2
+    label = torch.arange(len(x), device="cpu") < len(x) // 2
     return x.unflatten(-1, (-1, size)).transpose(0, 1), label

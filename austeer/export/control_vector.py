@@ -52,7 +52,9 @@ def _directions(network: nn.Module, pairs: list[tuple[Plan, float]]) -> dict[int
     for (name, layer), entries in units_by_layer([plan for plan, _ in pairs], sites).items():
         factor = _factor(name, network)
         strengths = summed(entries, pairs)
-        vector = found.setdefault(layer, torch.zeros(site_at(sites[name], layer).width, dtype=torch.float64))
+        vector = found.setdefault(
+            layer, torch.zeros(site_at(sites[name], layer).width, dtype=torch.float64, device="cpu")
+        )
         vector[strengths.index] += strengths.shift * factor
     if 0 in found:
         raise ExportError(

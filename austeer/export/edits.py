@@ -64,7 +64,7 @@ class Strengths:
     def sum(cls, parts: Sequence[Strengths]) -> Strengths:
         """Strengths at the same side of one layer, added up at each AU."""
         index, place = torch.cat([part.index for part in parts]).unique(return_inverse=True)
-        zeros = torch.zeros(len(index), dtype=torch.float64)
+        zeros = torch.zeros(len(index), dtype=torch.float64, device="cpu")
         values = ([part.gamma for part in parts], [part.shift for part in parts])
         return cls(index, *(zeros.index_add(0, place, torch.cat(one)) for one in values))
 

@@ -95,7 +95,9 @@ class ShiftGradients:
             CaptureError: a gradient is not finite, or none arrives.
         """
         rows = self._shape[0]
-        self._gradients = {name: torch.zeros(rows, len(found), found[0].width) for name, found in self.sites.items()}
+        self._gradients = {
+            name: torch.zeros(rows, len(found), found[0].width, device="cpu") for name, found in self.sites.items()
+        }
         self._reached.clear()
         torch.autograd.backward([hidden], [gradient], retain_graph=again)
         for name, found in self.sites.items():

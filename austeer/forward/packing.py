@@ -68,7 +68,7 @@ class Batch:
             return self._row_halves()
         cut = rows // 2
         # A row's last token is the last of some text, so the ends tell how long it is.
-        lengths = torch.zeros(rows, dtype=torch.int64)
+        lengths = torch.zeros(rows, dtype=torch.int64, device="cpu")
         lengths.scatter_reduce_(0, self.ends // length, self.ends % length + 1, "amax")
         first = self.ends < cut * length
         parts = [
@@ -142,7 +142,7 @@ def batches(
         for long in (False, True):
             numbers = [i for i, ids in enumerate(texts) if (len(ids) > apart) == long]
             for found in batches([texts[i] for i in numbers], tokens, share, even=even):
-                yield replace(found, texts=torch.tensor(numbers)[found.texts])
+                yield replace(found, texts=torch.tensor(numbers, device="cpu")[found.texts])
         return
     rows = _rows(texts, tokens, share)
     # Rows that need a mask apart from those that do not: attention without one is faster.
@@ -215,8 +215,8 @@ def _batch(rows: Sequence[_Row], branching: bool) -> Batch:
             sees[r, rest, rest] = True  # padding sees itself: a row of a softmax that sees nothing is NaN
     return Batch(
         torch.from_numpy(ids),
-        torch.tensor([end for _, end in ends]),
-        torch.tensor([text for text, _ in ends]),
+        torch.tensor([end for _, end in ends], device="cpu"),
+        torch.tensor([text for text, _ in ends], device="cpu"),
         None if positions is None else torch.from_numpy(positions),
         None if sees is None else torch.from_numpy(sees),
         sum(map(len, rows)),

@@ -48,7 +48,7 @@ def decode_times(
     In each round every variant decodes ``tokens`` tokens once, in a new random order. Entering the variant's context,
     the prompt's pass and one token come before the clock starts. One more round, not counted, warms up.
     """
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(input_device(model))
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     shuffle = random.Random(seed).shuffle

@@ -236,7 +236,7 @@ def _of_site(momentum: Momentum, control: Momentum, site: str, k: int):
     rates = torch.stack([(reacts & ~up).double().mean(1), (reacts & up).double().mean(1)])  # [2, layers]
     expected = float(rates[(beta >= 0).long(), rows].sum())
     control_beta = signed_rate(counters, control.pairs).flatten()[order]
-    layers = torch.tensor(momentum.layers)[rows]
+    layers = torch.tensor(momentum.layers, device="cpu")[rows]
     reacting = tuple(
         Reacting(int(layers[i]), int(columns[i]), float(beta[i]), float(control_beta[i]))
         for i in same.nonzero().flatten().tolist()

@@ -52,8 +52,8 @@ def momentum_signs(
 ) -> np.ndarray:
     """The sign of m for each pair and each AU (layer, index) of a site: int8 [pairs, AUs]."""
     wanted = sorted(set(layers))
-    place = torch.tensor([wanted.index(layer) for layer in layers])
-    column = torch.tensor(list(indices))
+    place = torch.tensor([wanted.index(layer) for layer in layers], device="cpu")
+    column = torch.tensor(list(indices), device="cpu")
     sites = {site: [found for found in find_sites(model, [site])[site] if found.layer in set(wanted)]}
     capture = LastTokens(model, sites, 2 * BLOCK)
     tokens = automatic_batch_tokens(model, input_device(model))

@@ -85,8 +85,8 @@ def profile(
         layers={name: tuple(site.layer for site in all_) for name, all_ in found.items()},
         rows={},
         diagonal={},
-        tokens=torch.empty(0, dtype=torch.int64),
-        texts=torch.empty(0, dtype=torch.int64),
+        tokens=torch.empty(0, dtype=torch.int64, device="cpu"),
+        texts=torch.empty(0, dtype=torch.int64, device="cpu"),
         model=fingerprint(model, found),
         weights=signature(model),
         dtype=str(floating_dtype(model)).removeprefix("torch."),
@@ -118,8 +118,8 @@ def _draws(
     bar: Progress,
 ) -> Profile:
     """``each`` draws of the texts of one batch."""
-    lengths = torch.tensor([len(text) for text in texts])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    lengths = torch.tensor([len(text) for text in texts], device="cpu")
+    mask = (torch.arange(ids.shape[1], device="cpu") < lengths[:, None]).long()
     hidden = gradients.hidden_states(ids, mask)
     seeds = [_seed(settings.seed, number) for number in numbers]
     outward = sampled_gradients(gradients.model, hidden.detach(), (lengths - 1).tolist(), each, seeds)
@@ -136,7 +136,7 @@ def _draws(
         rows={site: torch.stack(found, 1).flatten(0, 1) for site, found in rows.items()},
         diagonal=squares,
         tokens=(lengths - 1).repeat_interleave(each),
-        texts=torch.tensor(numbers).repeat_interleave(each),
+        texts=torch.tensor(numbers, device="cpu").repeat_interleave(each),
     )
 
 
@@ -180,7 +180,7 @@ def _earlier(
         found, expected = getattr(made, what), getattr(settings, what)
         if found != expected:
             raise FileFormatError(f"{checkpoint}: is of another run: found {what} {found!r}, expected {expected!r}")
-    lengths = torch.tensor([len(text) - 1 for text in ids])
+    lengths = torch.tensor([len(text) - 1 for text in ids], device="cpu")
     if set(made.rows) != set(settings.model.widths) or len(made.texts) != len(made.texts.unique()) * each:
         raise FileFormatError(f"{checkpoint}: is of another run: found {made}, expected {each} draws a text")
     if int(made.texts.max()) >= len(ids) or not torch.equal(lengths[made.texts], made.tokens):

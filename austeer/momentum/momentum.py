@@ -223,7 +223,7 @@ def plan_of(
     own = signed_rate(counters, momentum.pairs).flatten()[order]
     return Plan(
         site=(site,) * len(order),
-        layer=torch.tensor(momentum.layers)[order // width].int(),
+        layer=torch.tensor(momentum.layers, device="cpu")[order // width].int(),
         index=(order % width).int(),
         beta=(own if beta is None else torch.full_like(own, beta)).float(),
         delta=(counters.delta_sum.flatten()[order] / momentum.pairs).float(),

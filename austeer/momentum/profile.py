@@ -90,14 +90,14 @@ class Profile:
                 f"profile: found a plan of {plan.operation!r}, expected 'shift': what {plan.operation} adds depends on "
                 "the activation"
             )
-        found = torch.empty(len(self.tokens), len(plan), dtype=torch.float64)
+        found = torch.empty(len(self.tokens), len(plan), dtype=torch.float64, device="cpu")
         for site in plan.sites:
             places = plan.of(site)
             rows = self._of(self.rows, site)
             row_of = {layer: row for row, layer in enumerate(self.layers[site])}
             if missing := sorted({*plan.layer[places].tolist()} - {*row_of}):
                 raise SelectionError(f"profile: found no {site!r} in layers {missing}, expected those of the plan")
-            row = torch.tensor([row_of[layer] for layer in plan.layer[places].tolist()])
+            row = torch.tensor([row_of[layer] for layer in plan.layer[places].tolist()], device="cpu")
             found[:, places] = rows[:, row, plan.index[places].long()].double()
         return found * plan.delta.double() / math.sqrt(2 * int(self.tokens.sum()))
 
@@ -118,7 +118,7 @@ class Profile:
         strengths = alpha if isinstance(alpha, Mapping) else dict.fromkeys(plan.sites, alpha)
         if set(strengths) != set(plan.sites):
             raise SelectionError(f"alpha: found sites {sorted(strengths)}, expected {list(plan.sites)}")
-        each = torch.tensor([float(strengths[site]) for site in plan.site], dtype=torch.float64)
+        each = torch.tensor([float(strengths[site]) for site in plan.site], dtype=torch.float64, device="cpu")
         return float((self.root(plan) @ each).square().sum())
 
     def alpha(self, plan: Plan, kl: float) -> float:

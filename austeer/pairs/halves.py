@@ -24,7 +24,7 @@ def half_of(prompt: str) -> bool:
 
 def half_rows(prompts: Sequence[str]) -> Tensor:
     """The places of the prompts that are in the half: int64, ascending."""
-    return torch.tensor([i for i, prompt in enumerate(prompts) if half_of(prompt)], dtype=torch.int64)
+    return torch.tensor([i for i, prompt in enumerate(prompts) if half_of(prompt)], dtype=torch.int64, device="cpu")
 
 
 def half_rows_without_texts(name: str, start: int, stop: int) -> Tensor:
@@ -36,5 +36,5 @@ def half_rows_without_texts(name: str, start: int, stop: int) -> Tensor:
     Returns:
         The places in rows ``start`` to ``stop - 1`` of a file that are in the half: int64, from 0.
     """
-    blocks = torch.arange(start, stop) // BLOCK_ROWS + crc32(name.encode())
+    blocks = torch.arange(start, stop, device="cpu") // BLOCK_ROWS + crc32(name.encode())
     return (blocks % 2 == 0).nonzero().flatten()

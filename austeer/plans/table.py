@@ -121,7 +121,7 @@ class PlanTable:
 
     def of(self, site: str) -> Tensor:
         """Positions of a site's AUs in the plan: int64 [k of the site]."""
-        return torch.tensor([i for i, name in enumerate(self.site) if name == site], dtype=torch.int64)
+        return torch.tensor([i for i, name in enumerate(self.site) if name == site], dtype=torch.int64, device="cpu")
 
     def take(self, positions: Tensor) -> Self:
         """The plan of the AUs at ``positions``, in that order; with the evidence only if that is all, in this order."""
@@ -139,7 +139,7 @@ class PlanTable:
         Raises:
             PlanError: k is not from 1 to the plan's length.
         """
-        return self.take(torch.arange(check_count("k", k, len(self), "the plan's AUs", PlanError)))
+        return self.take(torch.arange(check_count("k", k, len(self), "the plan's AUs", PlanError), device="cpu"))
 
     def with_operation(self, operation: str) -> Self:
         """The same AUs under another operation, of which there is no evidence."""
@@ -171,7 +171,7 @@ class PlanTable:
                     f"{what}: found {getattr(other, what)!r} and {getattr(self, what)!r}, expected the same in both"
                 )
         columns: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in (self, other)]) for name in COLUMNS}
-        rank = torch.cat([torch.arange(len(self)), torch.arange(len(other))])
+        rank = torch.cat([torch.arange(len(self), device="cpu"), torch.arange(len(other), device="cpu")])
         joined = replace(
             self,
             evidence=None,

@@ -11,7 +11,6 @@ has is changed in place. Several contributions in one layer add up, and are roun
 
 from __future__ import annotations
 
-from collections import Counter
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,10 +27,8 @@ from ..models.structure import floating_dtype, input_device
 from ..plans.fit import why_no_edit
 from .editable import is_offloaded, why_frozen, why_not_between, why_not_parameter
 from .path import Path
+from .sharing import Sharing, is_marked
 from .tables import StrengthTable
-
-#: Said of a module while a bias of it is ours, also of its copies.
-_MARK = "_austeer_bias"
 
 
 class Slot:
@@ -76,7 +73,6 @@ class Slot:
         Raises:
             SteeringError: the bias is another one by now, which stays; or one of ours was changed, which is lost.
         """
-        mark(module, False)
         if self._written is None:
             return
         ours, problem = self._written[0], None
@@ -105,7 +101,6 @@ class Slot:
             module._non_persistent_buffers_set.add("bias")
         else:
             self._saved = bias.detach().clone()
-        mark(module, True)
         self._remember(bias)
 
     def _take_back(self, module: nn.Module) -> None:
@@ -176,6 +171,9 @@ class Bias(Path):
         self.like = like
         self._unit: tuple[tuple, Tensor] | None = None  # k and the weight's state, and what alpha = 1 adds
 
+    def edited(self) -> list[tuple[nn.Module, list[str]]]:
+        return [(self.module, ["bias"])]
+
     def attach(self) -> None:
         self.refresh()
 
@@ -227,19 +225,6 @@ class Bias(Path):
         return bias_of_shift(index, shift.to(wide), len(self.like), weight, weights.input)
 
 
-def is_marked(module: nn.Module) -> bool:
-    """Whether a bias of ours is on the module: it is steered, or a copy of what was."""
-    return _MARK in vars(module)
-
-
-def mark(module: nn.Module, ours: bool) -> None:
-    """Says that a bias of ours is on the module, or is no more."""
-    if ours:
-        vars(module)[_MARK] = True
-    else:
-        vars(module).pop(_MARK, None)
-
-
 def state_of(weight: Tensor) -> tuple[int, int]:
     """What is another where the values of a parameter may be, but for a change of what is in ``.data``."""
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
@@ -261,11 +246,11 @@ def bias_like(model: nn.Module, module: nn.Module, outputs: int) -> Tensor:
         return torch.zeros(outputs, dtype=dtype, device=device)
 
 
-def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
+def why_not_bias(model: nn.Module, site: Site, operation: str, sharing: Sharing) -> str | None:
     """The reason why steering at a site cannot be written into a bias, or None if it is exact and possible.
 
     Args:
-        storages: how often the model has each storage and module, from ``shared_storages``.
+        sharing: of the model.
     """
     if operation != "shift":
         return f"{operation} is no addition"
@@ -277,12 +262,12 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     if is_marked(owner):
         return "it is steered already (another model shares it, or the model was copied while it was steered)"
     path = str(site.bias) if owner is module else f"{site.bias}.base_layer"
-    if reason := why_not_parameter(owner, "bias", storages) or why_not_between(model, site, path):
+    if reason := why_not_parameter(owner, "bias", sharing) or why_not_between(model, site, path):
         return reason
     bias, outputs = owner._parameters.get("bias"), sizes(owner)
     if bias is not None and outputs is not None and bias.shape != outputs[1:]:  # sharded, say
         return f"the bias is {tuple(bias.shape)}, for {outputs[1]} outputs"
-    if storages[owner] > 1:
+    if sharing.places(owner) > 1:
         return "the layer that has the bias is in several places of the model"
     if site.side == "input":
         return why_not_weight(owner, site)

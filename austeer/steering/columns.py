@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from austeer_kernels import launch, reference
@@ -69,6 +69,10 @@ class Columns(RunPath):
         self._seen: set[tuple[int, torch.dtype]] = set()
         self._loaded: set[tuple[int, torch.dtype]] = set()
         self._check_kernel = self._check
+
+    def edited(self) -> list[tuple[nn.Module, list[str]]]:
+        # Another bias takes the place of the module's own, which stays as it is.
+        return [] if self.edit is None else [(self.edit.module, [])]
 
     def attach(self) -> None:
         super().attach()

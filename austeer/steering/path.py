@@ -37,6 +37,10 @@ class Path:
         """How many tokens it steered in eager mode, padding included; None where that is not counted."""
         return None
 
+    def edited(self) -> list[tuple[nn.Module, list[str]]]:
+        """The modules whose parameters or buffers it changes in place, and their names."""
+        return []
+
     def attach(self) -> None:
         raise TypeError(f"{type(self).__name__} is abstract")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,22 +12,21 @@ from austeer_kernels import launch
 
 from ..errors import SteeringError
 from ..models.linear import bias_owner, sizes
-from ..models.patches import owner_of
 from ..models.projection import why_not_the_projection
 from ..models.sites import Site, site_at
 from ..models.structure import input_device
 from ..models.tensor_parallel import held
 from ..plans.fit import LayerUnits, units_by_layer
 from ..plans.plan import Plan
-from .bias import Bias, bias_like, is_marked, why_not_bias
+from .bias import Bias, bias_like, why_not_bias
 from .columns import Columns
 from .dense import Dense
-from .editable import shared_storages
+from .editable import choosers, why_not_between
 from .fold import Fold, why_not_fold
 from .fused import Fused, why_not_fused
 from .path import Path
 from .routing import Routing
-from .run_path import RunPath
+from .sharing import Sharing
 from .switch import why_not_switched
 from .tables import StrengthTable, groups_of
 
@@ -64,7 +62,7 @@ def choose(
     model: nn.Module,
     site: Site,
     groups: Sequence[Sequence[LayerUnits]],
-    storages: Counter,
+    sharing: Sharing,
     at_run_time: str,
     switched: bool,
     fused: set[nn.Module],
@@ -79,7 +77,7 @@ def choose(
 
     Args:
         groups: the AUs at the site, see ``StrengthTable``; more than one where plans with and without magnitude meet.
-        storages: from ``shared_storages``.
+        sharing: of the model.
         at_run_time: the reason why steering depends on the token, and so cannot be in the weights; or empty.
         switched: whether all the same forward passes are likely of which every token is steered, or none.
         fused: the projections that are fused with another site already; this one's is added.
@@ -88,6 +86,13 @@ def choose(
     Raises:
         SteeringError: ``mode`` is not possible at the site.
     """
+    for wrapper, name in choosers(model, site.path):
+        if type(wrapper).__module__.startswith("peft."):
+            raise SteeringError(
+                f"site {site.name!r} of layer {site.layer} ({site.path}): found a {type(wrapper).__name__}, which runs "
+                f"another {name} with its adapter on than with it off, expected one; steer another site, or merge the "
+                "adapter (merge_and_unload)"
+            )
     module = model.get_submodule(site.path)
     projection = model.get_submodule(site.projection) if site.projection else None
     if mode in ("columns", "dense"):
@@ -97,8 +102,10 @@ def choose(
     edit = mode if mode in ("fold", "bias") else "bias" if operation == "shift" else "fold"
     why_not_edit = why_not_bias if edit == "bias" else why_not_fold
     switched = switched and edit == "bias" and operation == "shift"
-    no_edit = ("" if switched else at_run_time) or why_not_edit(model, site, operation, storages)
+    no_edit = ("" if switched else at_run_time) or why_not_edit(model, site, operation, sharing)
     no_fused = why_not_fused(projection, groups)
+    if projection is not None and no_fused is None:
+        no_fused = why_not_between(model, site, str(site.projection))
     if projection is not None and not (no_edit and no_fused):
         kind = (type(module), type(projection), any(part.training for part in module.modules()))
         if kind not in blocks:
@@ -193,16 +200,6 @@ def _bias(model: nn.Module, site: Site, table: StrengthTable, module: nn.Module)
     return Bias(site, table, module, bias_like(model, module, found[1]))
 
 
-def expect_free(decoder: nn.Module) -> None:
-    """Raises SteeringError where some steering is on a module of the decoder, at any site, or in a bias of one."""
-    for path, module in decoder.named_modules():
-        if owner_of(module, RunPath) is not None or is_marked(module):
-            raise SteeringError(
-                f"{path}: found a module that is steered already (another model shares it, or the model was copied "
-                "while it was steered), expected one that is not; copy before steering"
-            )
-
-
 def plan_paths(
     model: nn.Module,
     plans: Sequence[Plan],
@@ -223,7 +220,7 @@ def plan_paths(
     """
     paths: list[Path] = []
     reasons: list[str] = []
-    storages, default = shared_storages(model), input_device(model)
+    sharing, default = Sharing(model), input_device(model)
     fused: set[nn.Module] = set()
     blocks: dict[tuple[type, type, bool], str | None] = {}
     for (name, layer), entries in units_by_layer(plans, sites).items():
@@ -233,7 +230,7 @@ def plan_paths(
         groups = groups_of(entries, mine)
         if not groups:
             continue  # other processes have these
-        choice = choose(mode, model, site, groups, storages, at_run_time, switched, fused, blocks)
+        choice = choose(mode, model, site, groups, sharing, at_run_time, switched, fused, blocks)
         device = _device_of(choice.module, default)
         forms, dense = issubclass(choice.path, Columns), choice.path in (Fused, Dense)  # some bytes a dimension each
         tables = [StrengthTable(group, len(plans), len(mine), device, forms, dense) for group in groups]

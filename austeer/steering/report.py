@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..models.linear import bias_owner
+from ..models.structure import unwrap
+from .bias import Bias
+from .fused import Fused
 from .path import Path
 from .scope import Scope
 from .strength import Strength
@@ -137,8 +141,16 @@ def complaint(paths: Sequence[Path], model: nn.Module, scope: Scope) -> str | No
 
 
 def _has(model: nn.Module, path: Path) -> bool:
-    """Whether the model still has the steered module where it was."""
+    """Whether what is steered runs where it did, with nothing around it."""
+    site, edits = path.site, path.edit is path
+    steered = [module for module, _ in path.edited()] if edits else [path.module]
+    if edits:
+        where = (site.bias,) if isinstance(path, Bias) else site.parts
+    else:
+        where = (site.projection if isinstance(path, Fused) else site.path,)
     try:
-        return any(module is path.module for module in model.get_submodule(path.site.path).modules())
+        found = [unwrap(model.get_submodule(str(name))) for name in where]
     except AttributeError:
         return False
+    # An adapter leaves what is added to its layer's output as it is.
+    return [bias_owner(found[0], site.side)] == steered if isinstance(path, Bias) else found == steered

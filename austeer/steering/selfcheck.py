@@ -108,7 +108,8 @@ class EditProbe:
         inputs = path.site.width if whole else linear.sizes(path.module)[0]  # type: ignore[index]
         generator = torch.Generator().manual_seed(0)
         dtype = self.weight.dtype if self.weight.dtype in linear.FLOATING else floating_dtype(model)
-        self.x = torch.randn(1, 4, inputs, generator=generator, dtype=torch.float32).to(self.weight.device, dtype)
+        x = torch.randn(1, 4, inputs, generator=generator, dtype=torch.float32, device="cpu")
+        self.x = x.to(self.weight.device, dtype)
         self.size = self.x  # the larger of what is multiplied before and after the edit
         if path.site.side == "input":
             inner = self._steered(self.x).to(self.x)

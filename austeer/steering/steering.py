@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
 
@@ -18,19 +17,18 @@ from ..models.sites import Layout, find_sites
 from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
+from .editable import why_frozen
 from .fold import Fold
 from .path import Path
-from .path_choice import MODES, expect_free, plan_paths
+from .path_choice import MODES, plan_paths
 from .prompt import Prompt
 from .report import Report, complaint, make_report
 from .routing import Routing
 from .row_plans import NO_NAMES, Rows
 from .scope import parse_scope
 from .selfcheck import EditProbe
+from .sharing import expect_apart, expect_free, mark, unmark
 from .strength import Alpha, Strength
-
-#: The modules with folded weights, of all models: two models may share some.
-_folded: WeakSet[nn.Module] = WeakSet()
 
 #: Two threads that put plans on one model at once would each save what the other has changed.
 _lock = threading.RLock()
@@ -67,7 +65,7 @@ class Steering:
         self._mode, self._layout, self._check = mode, layout, check
         self._decoder = decoder_of(self._model)
         self._attached = False
-        self._parts: set[nn.Module] = set()
+        self._marked: list[nn.Module] = []
         self._routing: Routing | None = None
         if self._named or self.scope.name != "all":
             if self.scope.name != "all" and has_virtual_tokens(model):
@@ -161,13 +159,29 @@ class Steering:
             self._refresh_tables()
             if self._attached:
                 # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
-                folds = [path for path in self._paths if isinstance(path, Fold)]
+                folds, failed = [path for path in self._paths if isinstance(path, Fold)], []
                 for fold in reversed(folds):
-                    fold.detach()
+                    try:
+                        fold.detach()
+                    except SteeringError as error:  # said when the others are as they should be
+                        failed.append(error)
                 for fold in folds:
                     fold.attach()
                 for path in self._paths:
                     path.refresh()
+                self._expect_no_copies()
+                if failed:
+                    raise failed[0]
+
+    def _expect_no_copies(self) -> None:
+        """Warns where edits no longer reach what runs."""
+        if self._marked and (reason := why_frozen()):
+            warnings.warn(
+                f"{reason} since steering began, where neither another strength nor the end of steering arrives; "
+                "compile it anew (torch.compiler.reset()), outside the block",
+                SteeringWarning,
+                stacklevel=4,
+            )
 
     # --- rows and prompt, live ---------------------------------------------------------------------------------------
 
@@ -228,18 +242,12 @@ class Steering:
                     "Leave that context first, steer with the sum of both plans (plan_a + plan_b), or give each row "
                     'its own (steer(model, {"a": plan_a, "b": plan_b}))'
                 )
-            self._paths, self._reasons = self._plan_paths()  # the model may have changed since
             expect_free(self._decoder)
-            folded = {part for path in self._paths if isinstance(path, Fold) for part in path.parts}
-            if any(part in _folded for part in folded):
-                raise SteeringError(
-                    f"{type(self._model).__name__} shares modules with another model that is steered by folding now; "
-                    "leave that context first, or use mode='columns'"
-                )
+            self._paths, self._reasons = self._plan_paths()  # the model may have changed since
+            expect_apart(self._paths, self._decoder)
             steered[self._decoder] = sum(map(len, self.plans.values()))
             self._attached = True
-            self._parts = folded
-            _folded.update(folded)
+            self._marked = mark(self._paths)
             try:
                 self._refresh_tables()
                 probes = EditProbe.of(self._paths, self._model) if self._check else []
@@ -273,7 +281,8 @@ class Steering:
             if self._routing is not None:
                 self._routing.detach()
             self._attached = False
-            _folded.difference_update(self._parts)
+            self._expect_no_copies()
+            unmark(self._marked)
             steered.pop(self._decoder, None)
         if failed:
             raise SteeringError(f"{len(failed)} of {len(self._paths)} modules could not be restored: {failed[0]}")
@@ -320,10 +329,11 @@ def steer(
     Everything is checked before anything is touched, and on leaving the block the model is restored bit for bit, also
     after an exception. Only layers in which the plan has AUs are touched.
 
-    Inside the block the model *is* the steered one: a copy or a checkpoint made there may hold steered weights or
-    biases, a training step on folded weights is lost for the steered rows on leaving, and a shift in a bias leaves the
-    weight that reads the site without its part of the gradient; train with ``mode="columns"``. A compiled model is
-    compiled again where something runs in other layers than in blocks before, and in each block with rows or a scope.
+    Inside the block the model *is* the steered one: a copy or a checkpoint made there, and another model on the same
+    memory, may hold steered weights or biases; folded weights that were trained or replaced stay as they are, and
+    leaving raises; and a shift in a bias leaves the weight that reads the site without its part of the gradient. Train
+    with ``mode="columns"``. A compiled model is compiled again where something runs in other layers than in blocks
+    before, and in each block with rows or a scope.
 
     Args:
         model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.

@@ -8,14 +8,13 @@ not exchanged steers the tensor itself, as it does in passes of which only some 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .bias import Bias, bias_like, mark, why_not_weight
+from .bias import Bias, bias_like, why_not_weight
 from .editable import is_offloaded, why_not_parameter
 
 
@@ -75,7 +74,7 @@ class SwitchedBias:
         """The sum, and ours with it; False where the module is not any more what it was when steering was planned."""
         self.stale = False  # first: another thread may change the strengths meanwhile
         module, sides = self.module, {edit.site.side: edit.site for edit in self.edits}
-        reason = why_not_switched(module) or why_not_parameter(module, "bias", Counter())
+        reason = why_not_switched(module) or why_not_parameter(module, "bias", None)
         if reason or ("input" in sides and why_not_weight(module, sides["input"])):
             self.stale = True
             return False
@@ -126,7 +125,6 @@ class Switch:
         for step in _way(self._model, path):
             self._way[id(step[0]), step[1]] = step
         bias = self._biases.setdefault(module, SwitchedBias(self._model, module))
-        mark(module, True)
         bias.edits.append(edit)
         bias.stale = True
         return bias
@@ -141,7 +139,6 @@ class Switch:
         bias.stale = True
         if not bias.edits:
             del self._biases[edit.module]
-            mark(edit.module, False)
         if not self._biases:
             self._way.clear()
 

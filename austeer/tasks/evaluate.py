@@ -153,8 +153,8 @@ def _score_options(
     batch_tokens: int,
     advance: Callable[[int], None],
 ) -> Observed:
-    correct = torch.zeros(len(names), len(task), dtype=torch.bool)
-    exact, margin = correct.clone(), torch.zeros(correct.shape, dtype=torch.float64)
+    correct = torch.zeros(len(names), len(task), dtype=torch.bool, device="cpu")
+    exact, margin = correct.clone(), torch.zeros(correct.shape, dtype=torch.float64, device="cpu")
     details: list[list[dict[str, Any]]] = [[{} for _ in task] for _ in names]
     order = sorted(range(len(task)), key=lambda i: len(task[i].prompt))  # of like lengths, so there is little padding
     for first in range(0, len(order), ITEMS):
@@ -177,7 +177,7 @@ def _read_numbers(task: Task, texts: list[list[str]], tolerance: float) -> Obser
         for row in numbers
     ]
     details = [[{"text": text, "number": n} for text, n in zip(*row)] for row in zip(texts, numbers)]
-    return Observed(None, torch.tensor(right), None, details)
+    return Observed(None, torch.tensor(right, device="cpu"), None, details)
 
 
 def _rows(task: Task, names: Sequence[str], observed: Observed) -> tuple[dict[str, Any], ...]:

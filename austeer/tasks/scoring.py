@@ -52,7 +52,7 @@ class OptionScores:
         return self.greedy.gather(-1, self._labels(task))[..., 0]
 
     def _labels(self, task: Task) -> Tensor:
-        return torch.tensor([item.label for item in task]).expand(len(self.greedy), -1)[..., None]
+        return torch.tensor([item.label for item in task], device="cpu").expand(len(self.greedy), -1)[..., None]
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def option_scores(
         raise TaskError(f"{task.name}: found a numeric task, expected options to score; see austeer.tasks.evaluate")
     texts, starts, place = _tokenise(tokenizer, task)
     most = max(len(item.options) for item in task)
-    log_prob = torch.full((len(names), len(task), most), -torch.inf, dtype=torch.float64)
-    greedy = torch.zeros(log_prob.shape, dtype=torch.bool)
+    log_prob = torch.full((len(names), len(task), most), -torch.inf, dtype=torch.float64, device="cpu")
+    greedy = torch.zeros(log_prob.shape, dtype=torch.bool, device="cpu")
     contexts, owner = _distinct_contexts([ids[:-1] for ids in texts])
     wanted: list[list[int]] = [[] for _ in contexts]  # context -> the texts that read it
     for text, context in enumerate(owner):
@@ -120,7 +120,7 @@ def option_scores(
         ]
         row, position, _, target = zip(*reads)
         found = hidden[:, list(row), list(position)]  # [chunk, reads, hidden]
-        values, tops = _target_scores(model, found, torch.tensor(target))
+        values, tops = _target_scores(model, found, torch.tensor(target, device="cpu"))
         for i, (_, _, (item, option), _) in enumerate(reads):
             log_prob[chunk, item, option] += values[:, i]
             greedy[chunk, item, option] &= tops[:, i]
@@ -133,7 +133,7 @@ def log_odds(model: nn.Module, tokenizer, pairs: Pairs, *, batch_tokens: int = 2
 
     0 for a pair of equal sides.
     """
-    found = torch.zeros(len(pairs), dtype=torch.float64)
+    found = torch.zeros(len(pairs), dtype=torch.float64, device="cpu")
     different = [i for i, pair in enumerate(pairs) if pair.positive != pair.negative]
     task = Task.of_pairs(pairs)
     found[different] = option_scores(model, tokenizer, task, batch_tokens=batch_tokens).margins(task)[0]
@@ -147,7 +147,7 @@ def cross_entropy(model: nn.Module, tokenizer, texts: Sequence[str], *, batch_to
     total = 0.0
     for _, batch, hidden in _hidden_states(model, ids, batch_tokens):
         for row, i in enumerate(batch):
-            target = torch.tensor(ids[i][1:])
+            target = torch.tensor(ids[i][1:], device="cpu")
             total -= float(_target_scores(model, hidden[:, row, : len(target)], target)[0].sum())
     return total / sum(len(row) - 1 for row in ids)
 
@@ -168,7 +168,7 @@ def side_effects(
     The unsteered model is a row of the same batch, so nothing but the steering differs.
     """
     ids = neutral_ids(tokenizer, texts)
-    kl = torch.zeros(len(names), len(ids), dtype=torch.float64)
+    kl = torch.zeros(len(names), len(ids), dtype=torch.float64, device="cpu")
     rise = torch.zeros_like(kl)
     step = max(1, batch_tokens // max(map(len, ids)) - 1)  # names beside the unsteered row of one text
     for first in range(0, len(names), step):
@@ -178,16 +178,16 @@ def side_effects(
         ):
             assert chunk == slice(0, len(part) + 1)
             for row, i in enumerate(batch):
-                target = torch.tensor(ids[i][1:])
+                target = torch.tensor(ids[i][1:], device="cpu")
                 kl[first : first + len(part), i], rise[first : first + len(part), i] = _divergence(
                     model, hidden[:, row, : len(target)], target
                 )
-    return SideEffects(kl, rise, torch.tensor([len(row) - 1 for row in ids]))
+    return SideEffects(kl, rise, torch.tensor([len(row) - 1 for row in ids], device="cpu"))
 
 
 def _divergence(model: nn.Module, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Mean KL and rise of each steered row against row 0: float64 [rows - 1]; hidden [rows, tokens, width]."""
-    kl = torch.zeros(len(hidden) - 1, dtype=torch.float64)
+    kl = torch.zeros(len(hidden) - 1, dtype=torch.float64, device="cpu")
     rise = torch.zeros_like(kl)
     step = max(1, LOGIT_ROWS // 2)
     for start in range(0, len(target), step):
@@ -278,9 +278,9 @@ def _hidden_states(
         for batch in plain_batches(model, token_ids, max(1, batch_tokens // len(part))):
             texts = batch.texts.tolist()
             # Causal attention: what is padded on the right cannot reach what is read.
-            lengths = torch.tensor([len(token_ids[i]) for i in texts])
+            lengths = torch.tensor([len(token_ids[i]) for i in texts], device="cpu")
             ids = batch.ids.to(device)
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
+            mask = (torch.arange(ids.shape[1], device="cpu") < lengths[:, None]).long().to(device)
             cache = {"use_cache": False} if "use_cache" in accepts else {}
             rows = nullcontext() if steering is None else steering.rows([name for name in part for _ in texts])
             with evaluating(model), rows:

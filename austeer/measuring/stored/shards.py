@@ -116,7 +116,7 @@ class Shard:
             raise FileFormatError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         if len(flags) < stop - start:
             raise FileFormatError(f"{self.path}: cut off while it was read; copy the shard whole, or make it anew")
-        return torch.tensor([i for i, flag in enumerate(flags) if flag], dtype=torch.int64)
+        return torch.tensor([i for i, flag in enumerate(flags) if flag], dtype=torch.int64, device="cpu")
 
 
 def read_shard(path: Path) -> Shard:

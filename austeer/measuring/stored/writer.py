@@ -91,9 +91,9 @@ class ActivationWriter:
             FileFormatError: it cannot be written.
         """
         m = len(numbers)
-        tensors = {"numbers": torch.tensor(list(numbers), dtype=torch.int64)}
+        tensors = {"numbers": torch.tensor(list(numbers), dtype=torch.int64, device="cpu")}
         if half is not None:
-            tensors["half"] = torch.zeros(m, dtype=torch.uint8).index_fill_(0, half, 1)
+            tensors["half"] = torch.zeros(m, dtype=torch.uint8, device="cpu").index_fill_(0, half, 1)
         for site, buffer in buffers.items():
             tensors[f"{site}.positive"], tensors[f"{site}.negative"] = buffer[:m].cpu(), buffer[m : 2 * m].cpu()
         path = self.folder / f"{first:012d}.safetensors"
