@@ -25,7 +25,7 @@ def prompts(task):
     "kind, item, message",
     [
         ("guess", Item("Q", (" a", " b")), "kind.*'guess'.*choice, continuation, numeric"),
-        ("choice", Item(" \n", (" a", " b")), "prompt.*' .n'"),
+        ("numeric", Item(" \n", answer=1.0), "prompt.*' .n'"),
         ("choice", Item("Q\ud800", (" a", " b")), "prompt.*ud800"),
         ("choice", Item("Q", (" a",)), r"options.*\(' a',\)"),
         ("choice", Item("Q", (" a", " a")), r"options.*\(' a', ' a'\)"),
@@ -104,7 +104,7 @@ def test_parts_have_their_fractions_and_depend_on_the_seed():
 
 def test_one_group_is_never_divided():
     task = numbered(6, [0] * 6)
-    with pytest.raises(TaskError, match=r"memory.*6 items in 1 groups.*'b'"):
+    with pytest.raises(TaskError, match=r"memory.*6 items in 1 group .*'b'"):
         task.split({"a": 0.5, "b": 0.5})
 
 
