@@ -115,7 +115,7 @@ class Blocks:
         """Raises PairsError: these are not the pairs that were counted before."""
         raise PairsError(
             f"{self.source}: found other pairs than were counted before ({self.read} of them); expected the same "
-            "file, unchanged. Start anew"
+            "file, unchanged. Start anew (--force)"
         )
 
     def _block(self, number: int, offset: int, pairs: list[Pair]) -> Block:

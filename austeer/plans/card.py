@@ -140,7 +140,7 @@ def _cost(plan: PlanTable) -> str:
 
 def _use(plan: PlanTable, repo_id: str | None) -> str:
     alpha = plan.evidence.alpha if plan.evidence and plan.evidence.alpha is not None else 1.0
-    strength = "ALPHA" if isinstance(alpha, dict) else f"{alpha:.12g}"
+    strength = "ALPHA" if isinstance(alpha, dict) else f"{alpha:.4g}"
     where = repo_id or "FOLDER"
     python = f"""```python
 import austeer
@@ -226,8 +226,8 @@ def _ranges(evidence: Evidence) -> str:
 
 def _alpha(alpha: float | dict[str, float] | None) -> str:
     if isinstance(alpha, dict):
-        return ", ".join(f"{_plain(site)} {value:.12g}" for site, value in alpha.items())
-    return f"{alpha:.12g}"
+        return ", ".join(f"{_plain(site)} {value:.4g}" for site, value in alpha.items())
+    return f"{alpha:.4g}"
 
 
 def _interval(low: float | None, high: float | None, form: str) -> str:

@@ -20,7 +20,8 @@ def test_halves_are_about_equal():
 
 def test_pairs_of_one_prompt_stay_together(tiny64, demo):
     answers = [(" good", " bad"), (" fine", " poor"), (" fresh", " stale")]
-    pairs = [(prompt, *answer) for prompt in ("The soup was", "It is", "Bread is", "The film was") for answer in answers]
+    prompts = ("The soup was", "It is", "Bread is", "The film was")
+    pairs = [(prompt, *answer) for prompt in prompts for answer in answers]
     found = austeer.measure(tiny64, demo[1], pairs)
     inside = [pair for pair in pairs if half_of(pair[0])]
     assert found.half_pairs == len(inside) and 0 < len(inside) < 12 and not len(inside) % 3
