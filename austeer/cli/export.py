@@ -94,9 +94,10 @@ def lora(
     if json:
         emit(found)
         return
+    layers = count_of(len(record["layers"]), "layer")
     console.print(
-        f"rank {config['r']}, {count_of(found['modules'], 'module')}, AUs in {count_of(len(record['layers']), 'layer')}, "
-        f"{gigabytes(size)}\nwrote {out}\n" + _next(found, peft_only=lora_bias or experts),
+        f"rank {config['r']}, {count_of(found['modules'], 'module')}, AUs in {layers}, {gigabytes(size)}\nwrote {out}\n"
+        + _next(found, peft_only=lora_bias or experts),
         markup=False,
     )
 

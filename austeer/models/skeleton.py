@@ -69,7 +69,7 @@ def source_of(name: str) -> str:
     else:
         return name
     raise ModelError(
-        f"model {name!r}: found no folder of that name here, and no such model on the Hub ({one_line(reason)[:120]}); "
+        f"model {name!r}: found no folder of that name here, and the Hub gave none ({one_line(reason)[:120]}); "
         f"{expected}. Check the name"
     ) from reason
 

@@ -82,7 +82,7 @@ def _fetch(
         except LocalEntryNotFoundError as error:
             raise HubError(
                 f"{repo_id}{_at(revision)}: found no folder of that name here, nothing in the cache of the Hub's "
-                f"client, and no such plan on the Hub ({away or one_line(error.__cause__ or error)}); check the name"
+                f"client, and the Hub gave no such plan ({away or one_line(error.__cause__ or error)}); check the name"
             ) from error
     return Path(path)
 
