@@ -58,9 +58,10 @@ def compare(
 
     shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
     form = common.chat_form(chat, chat_option, system)
+    task = options.load_data(data, template, limit)  # before the model, which takes longer
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
-    task = options.load_data(data, template, limit, form, tokenizer)
+    task = common.in_chat_form(task, tokenizer, form)
     shared |= {"methods": common.split_names(methods), "timed": timed, "max_kl": max_kl, "seed": seed}
     result = compare_methods(network, tokenizer, task, **shared)
     options.write_result(result, out / "compare.png", draw_compare, json)

@@ -13,7 +13,7 @@ import typer
 from . import common
 
 if TYPE_CHECKING:
-    from ..pairs.chat import ChatForm
+    from ..tasks import Task
     from ..tuning.search import Step
 
 DataArgument = Annotated[
@@ -78,14 +78,12 @@ def groups_line(split: dict[str, Any]) -> str:
     return f"groups of items, which parts of the data do not share: {BY[split['grouped_by']]}"
 
 
-def load_data(source: str, template: str | None, limit: int | None, chat: ChatForm, tokenizer):
+def load_data(source: str, template: str | None, limit: int | None) -> Task:
     """The task, or pairs as a task; a sample of it if it is larger than ``limit``."""
     from ..tasks import load_task
 
     task = load_task(source, template)
-    if limit is not None:
-        task = task.take(limit)
-    return common.in_chat_form(task, tokenizer, chat)
+    return task if limit is None else task.take(limit)
 
 
 def read_neutral(path: Path | None) -> list[str] | None:

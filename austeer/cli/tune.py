@@ -61,9 +61,10 @@ def tune(
     shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
     counted = None if momentum is None else Counted.load(momentum)
     form = common.chat_form(chat, chat_option, system)
+    task = options.load_data(data, template, limit)  # before the model, which takes longer
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
-    task = options.load_data(data, template, limit, form, tokenizer)
+    task = common.in_chat_form(task, tokenizer, form)
     result = search_plan(network, tokenizer, task, momentum=counted, mix=mix, max_kl=max_kl, seed=seed, **shared)
     result.plan.save_pretrained(out / "plan")
     options.write_result(result, out / "tune.png", draw_tune, json)

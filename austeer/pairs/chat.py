@@ -64,20 +64,20 @@ def check_untemplated(form: ChatForm, source: str) -> None:
 
 def check_chat(tokenizer, options: Mapping[str, Any]) -> None:
     """Raises PairsError: no chat template, one that does not take these options, or one that would ignore one."""
-    rendered = render_chat(tokenizer, "text", options)
-    template = _template(tokenizer, options)
-    for name, value in options.items():
-        if name == "system":
-            if not isinstance(value, str) or value.strip() not in rendered:
+    if getattr(tokenizer, "chat_template", None):
+        template = _template(tokenizer, options)
+        for name in options:
+            if name in OWN or not (name == "system" or re.search(rf"\b{re.escape(name)}\b", template)):
                 raise PairsError(
-                    f"system: found {value!r:.60}, which the tokenizer's chat template does not write; expected text, "
-                    "and a template that takes system messages. Put it before the prompts"
+                    f"chat option {name!r}: the tokenizer's chat template does not read it; expected a variable of it "
+                    "(print(tokenizer.chat_template) shows them), or system"
                 )
-        elif name in OWN or not re.search(rf"\b{re.escape(name)}\b", template):
-            raise PairsError(
-                f"chat option {name!r}: the tokenizer's chat template does not read it; expected a variable of it "
-                "(print(tokenizer.chat_template) shows them), or system"
-            )
+    system = options.get("system", "")
+    if not isinstance(system, str) or system.strip() not in render_chat(tokenizer, "text", options):
+        raise PairsError(
+            f"system: found {system!r:.60}, which the tokenizer's chat template does not write; expected text, and a "
+            "template that takes system messages. Put it before the prompts"
+        )
     try:
         check_chat_form(chat_form(options))
     except (TypeError, ValueError) as error:
