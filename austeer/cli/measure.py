@@ -104,8 +104,7 @@ def measure(
     fields = {"prompt": prompt_field, "positive": positive_field, "negative": negative_field}
     source = pairs[0] if len(pairs) == 1 else pairs
     loaded = stream_pairs(source, **fields, where=conditions, limit=limit, split=split)
-    if checkpoint is None and out is not None:
-        checkpoint = out.with_name(f"{out.name}.checkpoint")
+    checkpoint = checkpoint or (out and out.with_name(f"{out.name}.checkpoint"))
     work: dict[str, Any] = {  # what a run and its estimate take alike
         "sites": common.split_names(sites),
         "layers": momentum_file.parse_layers(layers),
