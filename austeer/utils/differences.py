@@ -7,11 +7,12 @@ from typing import Any
 
 
 def first_difference(found: Any, expected: Any, name: str = "") -> str | None:
-    """The first entry that is not as expected, as ``seed 0, expected 3``, in words for a message; None if all are.
+    """The first entry that is not as expected, as ``data.seed 0, expected 3``, for a message; None if all are.
 
     Entries that only ``found`` has do not count.
     """
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        entries = (first_difference(found.get(key), value, str(key)) for key, value in expected.items())
+        names = {key: f"{name}.{key}".lstrip(".") for key in expected}
+        entries = (first_difference(found.get(key), value, names[key]) for key, value in expected.items())
         return next((entry for entry in entries if entry is not None), None)
     return None if found == expected else f"{name} {found!r:.120}, expected {expected!r:.120}"

@@ -55,7 +55,7 @@ def test_what_was_saved_comes_back(tmp_path_factory, seed, number, name, tree):
 @pytest.mark.parametrize(
     "name, value, found",
     [
-        ("model", SETTINGS["model"] | {"layers": 3}, "layers 2, expected 3"),
+        ("model", SETTINGS["model"] | {"layers": 3}, "model.layers 2, expected 3"),
         ("share_prompts", False, "share_prompts True, expected False"),
         ("something_new", 1, "something_new None, expected 1"),
     ],
