@@ -48,12 +48,6 @@ System = Annotated[
     str | None,
     typer.Option(help="A system message before each prompt, in the chat template. Implies --chat.", show_default=False),
 ]
-Alphas = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--alpha", "-a", metavar="NUMBER", help="Strength; several with commas, or repeated.", show_default=False
-    ),
-]
 Where = Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")]
 Split = Annotated[str | None, typer.Option(help="Which split of a dataset.")]
 PromptField = Annotated[str, typer.Option(help="The name of the prompt's field.")]

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from ..plans.plan import Plan
 
 
+Alphas = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--alpha",
+        "-a",
+        metavar="NUMBER",
+        help="Strength; several with commas, or repeated. [default: the plan's own recommendation, or 1]",
+    ),
+]
+
+
 def generate(
     plan: Annotated[
         list[str],
@@ -23,17 +34,13 @@ def generate(
     ],
     model: Model,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue; may be repeated.")],
-    alpha: Annotated[
-        list[str] | None,
-        typer.Option(
-            *("--alpha", "-a"),
-            metavar="NUMBER",
-            help="Strength; several with commas, or repeated. [default: the plan's own recommendation, or 1]",
-        ),
-    ] = None,
+    alpha: Alphas = None,
     k: Annotated[int | None, typer.Option(help="Only the k most important AUs. [default: all]")] = None,
     scope: Annotated[
-        str, typer.Option(help="all, prompt, generation, last_prompt_token, or tokens such as 0:16 or 16:")
+        str,
+        typer.Option(
+            help="all, prompt, generation, last_prompt_token, from_last_prompt_token, or tokens such as 0:16 or 16:"
+        ),
     ] = "all",
     mode: Annotated[str, typer.Option(help="auto, fold, fused, columns or dense.")] = "auto",
     chat: Chat = False,

@@ -79,6 +79,7 @@ def check(
     from ..making.check import read_unchecked
     from ..making.made_pairs import check_out
     from ..models.skeleton import load_config, load_tokenizer
+    from ..models.structure import text_config_of
     from ..momentum.momentum import Momentum
 
     names = {"prompt": prompt_field, "positive": positive_field, "negative": negative_field}
@@ -90,7 +91,7 @@ def check(
     if control or counted is not None:
         network, tokenizer = common.load(model, dtype, device)
     else:
-        config, tokenizer = load_config(model).get_text_config(), load_tokenizer(model)
+        config, tokenizer = text_config_of(load_config(model)), load_tokenizer(model)
         if tokenizer is None:
             raise ModelError(f"{model}: found no tokenizer, expected one beside the model's config")
     form = common.chat_form(chat, chat_option, system)

@@ -27,7 +27,7 @@ from ..errors import AusteerError, PlanError
 from ..models import linear
 from ..models.families import LAYOUTS
 from ..models.projection import why_not_own_code, why_not_the_projection
-from ..models.sites import Site, find_sites
+from ..models.sites import Site, find_sites, site_at
 from ..models.structure import text_config
 from ..plans.fit import LayerUnits, check_alpha, check_plan_fits, units_by_layer, why_not_linear
 from ..plans.plan import Plan
@@ -181,7 +181,7 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
     edits: dict[str, Edit] = {}
     checked: set[tuple[type, type]] = set()
     for (name, layer), entries in units_by_layer([plan for plan, _ in plans], sites).items():
-        site = sites[name][layer]
+        site = site_at(sites[name], layer)
         for entry in entries:
             if reason := why_not_linear(site, entry.operation):
                 raise ExportError(

@@ -10,7 +10,8 @@ depth  0  1  2  2  3         positions
 sees   a: a   b: ab  c: abc  d: abd  e: abde
 ====== ===================== =========
 
-Rows are padded on the right, where causal attention never looks, so rows of one text need no mask at all.
+Rows are padded on the right, where causal attention never looks, so rows of one text need no mask at all. For a model
+whose attention is not causal (causality.py) rows of unlike length come apart.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class _Row:
 
 
 def batches(
-    texts: Sequence[Sequence[int]], tokens: int, share: bool = True, apart: int | None = None
+    texts: Sequence[Sequence[int]], tokens: int, share: bool = True, apart: int | None = None, even: bool = False
 ) -> Iterator[Batch]:
     """Batches of at most ``tokens`` tokens with their padding, longest rows first.
 
@@ -135,11 +136,12 @@ def batches(
         tokens: the limit. share: whether beginnings that texts have in common may run once.
         apart: texts of more tokens share no batch with shorter ones
             (:func:`austeer.forward.tree_masks.longest_short_text`).
+        even: all rows of a batch have one length, so that there is no padding to be seen.
     """
     if apart is not None:
         for long in (False, True):
             numbers = [i for i, ids in enumerate(texts) if (len(ids) > apart) == long]
-            for found in batches([texts[i] for i in numbers], tokens, share):
+            for found in batches([texts[i] for i in numbers], tokens, share, even=even):
                 yield replace(found, texts=torch.tensor(numbers)[found.texts])
         return
     rows = _rows(texts, tokens, share)
@@ -150,7 +152,8 @@ def batches(
         for row in group:
             if batch:
                 length, padded = len(batch[0]), len(batch[0]) * (len(batch) + 1)
-                if padded > tokens or (padded > ENOUGH * tokens and len(row) < FILL * length):
+                least = length if even else FILL * length if padded > ENOUGH * tokens else 0
+                if padded > tokens or len(row) < least:
                     yield _batch(batch, branching)
                     batch = []
             batch.append(row)

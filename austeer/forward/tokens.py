@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,11 +107,22 @@ def check_vocabulary(size: int, token_ids: Sequence[Sequence[int]]) -> None:
 
 
 def length_limit(model: nn.Module, max_length: int | None) -> int:
-    """The longest text, in tokens: what is asked for, within the model's context."""
+    """The longest text, in tokens: ``max_length``, within the model's context. Warns where that is lower."""
     context = getattr(text_config(model), "max_position_embeddings", None)
     if max_length is not None:
         max_length = check_count("max_length", max_length, None, "tokens of a text", PairsError)
-    limit = min((n for n in (max_length, context) if n is not None), default=None)
+    limit = within(max_length, context)
     if limit is None:
         raise PairsError("the model's config names no context length; give max_length")
     return limit
+
+
+def within(max_length: int | None, context: int | None) -> int | None:
+    """``max_length``, but at most the context of a model; None where neither is known. Warns where it is lowered."""
+    if max_length is not None and context is not None and max_length > context:
+        warnings.warn(
+            f"max_length: found {max_length}, and the model's context is {context} tokens (max_position_embeddings); "
+            f"texts are cut to {context}",
+            stacklevel=3,
+        )
+    return min((n for n in (max_length, context) if n is not None), default=None)

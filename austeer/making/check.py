@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import PairsError
-from ..forward.tokens import length_limit
+from ..forward.tokens import length_limit, within
 from ..measuring.measure import measure
 from ..models.structure import text_config
 from ..momentum.momentum import Momentum
@@ -76,7 +76,7 @@ def check_pairs(
     if len(pairs) < 2:
         raise PairsError(f"{pairs.source}: found {len(pairs)} pairs, expected at least 2")
     config = text_config(model) if config is None and model is not None else config
-    limit = (max_length or _context(config, tokenizer)) if model is None else length_limit(model, max_length)
+    limit = within(max_length, _context(config, tokenizer)) if model is None else length_limit(model, max_length)
     findings, sides = _texts(pairs, tokenizer, limit)
     findings += _enough(len(sides), config, momentum)
     control = None

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..forward.batch_size import automatic_batch_tokens
 from ..forward.capture import LastTokens
-from ..forward.packing import batches
+from ..forward.causality import plain_batches
 from ..models.sites import find_sites
 from ..models.structure import evaluating, input_device
 from ..utils.progress import Progress
@@ -65,7 +65,7 @@ def momentum_signs(
     ):
         for start in range(0, len(positive), BLOCK):
             texts = [*positive[start : start + BLOCK], *negative[start : start + BLOCK]]
-            for batch in batches(texts, tokens, share=False):
+            for batch in plain_batches(model, texts, tokens):
                 capture.run(batch)
             half = len(texts) // 2
             values = capture.buffers[site][: len(texts)].cpu()[:, place, column]  # [texts, AUs]

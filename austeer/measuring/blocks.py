@@ -60,7 +60,7 @@ class Blocks:
         source, chat_template: as in :class:`austeer.pairs.pairs.Pairs`.
         vocabulary: how many tokens the model has. max_length: longer texts are cut.
         batch_tokens: tokens in a batch, with padding. share: whether shared beginnings run once.
-        apart: see :func:`austeer.forward.packing.batches`.
+        apart, even: see :func:`austeer.forward.packing.batches`.
         first: blocks before this number are read and left out. known: the digest of all pairs in them.
         part: (i, n) takes the blocks i, i + n, i + 2 n ...
         pin: whether batches lie in page-locked memory.
@@ -82,6 +82,7 @@ class Blocks:
     batch_tokens: int
     share: bool
     apart: int | None = None
+    even: bool = False
     first: int = 0
     known: str = ""
     part: tuple[int, int] = (0, 1)
@@ -125,7 +126,7 @@ class Blocks:
         check_vocabulary(self.vocabulary, texts)
         now = time.perf_counter()
         self.seconds.tokenise += now - start
-        packed = list(batches(texts, self.batch_tokens, self.share, self.apart))
+        packed = list(batches(texts, self.batch_tokens, self.share, self.apart, self.even))
         half = half_rows([self._group(pairs[i]) for i in found.number])
         if self.pin:
             packed, half = [batch.pinned() for batch in packed], half.pin_memory()

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import ModelError, one_line
 from .demo_model import DEMO, demo_model
+from .structure import text_config_of
 
 CONFIG_NAME = "config.json"
 
@@ -103,7 +104,7 @@ def load_tokenizer(name: str):
 
 def named_dtype(config) -> torch.dtype | None:
     """The dtype that a checkpoint was saved in, by its config; None if it names none."""
-    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    named = getattr(config, "dtype", None) or getattr(text_config_of(config), "dtype", None)
     return getattr(torch, named) if isinstance(named, str) else named
 
 

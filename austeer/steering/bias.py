@@ -76,7 +76,7 @@ class Slot:
         Raises:
             SteeringError: the bias is another one by now, which stays; or one of ours was changed, which is lost.
         """
-        vars(module).pop(_MARK, None)
+        mark(module, False)
         if self._written is None:
             return
         ours, problem = self._written[0], None
@@ -105,7 +105,7 @@ class Slot:
             module._non_persistent_buffers_set.add("bias")
         else:
             self._saved = bias.detach().clone()
-        vars(module)[_MARK] = True
+        mark(module, True)
         self._remember(bias)
 
     def _take_back(self, module: nn.Module) -> None:
@@ -172,8 +172,9 @@ class Bias(Path):
     def __init__(self, site: Site, table: StrengthTable, module: nn.Module, like: Tensor):
         super().__init__(site, table, module)
         self.calls = None
+        self.edit = self
         self.like = like
-        self._unit: tuple[int, int, Tensor] | None = None  # k, the weight's version, and what alpha = 1 adds
+        self._unit: tuple[tuple, Tensor] | None = None  # k and the weight's state, and what alpha = 1 adds
 
     def attach(self) -> None:
         self.refresh()
@@ -209,12 +210,13 @@ class Bias(Path):
         weight = self.module._parameters["weight"]
         assert weight is not None  # why_not_bias refuses it
         if weight.device.type == "meta" and self._unit is not None:  # it was offloaded in the meantime
-            version = self._unit[1]
+            state = k, *self._unit[0][1:]
         else:
-            version = 0 if weight.is_inference() else weight._version
-        if self._unit is None or self._unit[:2] != (k, version):
-            self._unit = k, version, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
-        return alpha * self._unit[2] if alpha else torch.zeros_like(self._unit[2])  # 0 * inf is NaN
+            state = k, *state_of(weight)
+        if self._unit is None or self._unit[0] != state:
+            self._unit = state, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
+        unit = self._unit[1]
+        return alpha * unit if alpha else torch.zeros_like(unit)  # 0 * inf is NaN
 
     def _product(self, index: Tensor, shift: Tensor, wide: torch.dtype) -> Tensor:
         """W[:, index] @ shift"""
@@ -228,6 +230,19 @@ class Bias(Path):
 def is_marked(module: nn.Module) -> bool:
     """Whether a bias of ours is on the module: it is steered, or a copy of what was."""
     return _MARK in vars(module)
+
+
+def mark(module: nn.Module, ours: bool) -> None:
+    """Says that a bias of ours is on the module, or is no more."""
+    if ours:
+        vars(module)[_MARK] = True
+    else:
+        vars(module).pop(_MARK, None)
+
+
+def state_of(weight: Tensor) -> tuple[int, int]:
+    """What is another where the values of a parameter may be, but for a change of what is in ``.data``."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def bias_like(model: nn.Module, module: nn.Module, outputs: int) -> Tensor:
@@ -270,7 +285,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     if storages[owner] > 1:
         return "the layer that has the bias is in several places of the model"
     if site.side == "input":
-        return _why_not_weight(owner, site)
+        return why_not_weight(owner, site)
     if site.projection:
         return None
     if any(module.training for module in model.get_submodule(site.path).modules()):
@@ -278,7 +293,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     return why_not_own_code(model, site, str(site.bias))
 
 
-def _why_not_weight(module: nn.Module, site: Site) -> str | None:
+def why_not_weight(module: nn.Module, site: Site) -> str | None:
     """Why W s cannot be had, or would not be all that the shift of an input does."""
     weight, names = module._parameters.get("weight"), weights_of(module)
     assert isinstance(names, WeightNames)

@@ -33,6 +33,7 @@ class Fold(Path):
     def __init__(self, site: Site, table: StrengthTable, parts: Sequence[nn.Module]):
         super().__init__(site, table, parts[0])
         self.calls = None
+        self.edit = self
         self.parts = tuple(parts)
         self._saved: list[tuple[Tensor, Tensor | None]] = []
 

@@ -17,8 +17,10 @@ class Path:
         site, table: what is steered and how strongly. tables: all of them; a second one only where plans with and
             without magnitude meet.
         module: the module that is changed.
-        calls: how often it ran in eager mode; None where that is not counted (fold, bias).
+        calls: how often it ran in eager mode; None where that is not counted (fold, a bias that stays).
         traced: whether it became part of a compiled graph.
+        edit: what it writes into weights or a bias: fold and bias themselves, and of a site that also runs the bias
+            that is switched on and off; or None.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Path:
         self.tables: tuple[StrengthTable, ...] = (table,)
         self.calls: int | None = 0
         self.traced = False
+        self.edit: Path | None = None
 
     @property
     def tokens(self) -> int | None:
@@ -36,6 +39,9 @@ class Path:
 
     def attach(self) -> None:
         raise TypeError(f"{type(self).__name__} is abstract")
+
+    def refresh(self) -> None:
+        """Takes up the strengths that the tables have now, where they are not read at each call."""
 
     def detach(self) -> None:
         raise TypeError(f"{type(self).__name__} is abstract")

@@ -37,8 +37,9 @@ class SiteReport:
         site, layer, module: where.
         path: "fold", "bias", "fused", "columns" or "dense".
         aus: how many AUs are steered here, of all plans.
-        calls: how often the path ran outside compiled graphs; None for fold and bias, which leave nothing to run.
-        tokens: how many tokens were steered in these calls, by any plan, padding included; None for fold and bias.
+        calls: how often the path ran outside compiled graphs, or a bias in its place; None where nothing is left to
+            run: for fold, and for a bias that stays.
+        tokens: how many tokens were steered in these calls, by any plan, padding included; None where calls are.
         compiled: whether the path is part of a compiled graph.
         reason: why this path and not a cheaper one; empty for the cheapest.
         share: the site's part of the plans' strength, 0 to 1, all plans counting alike.
@@ -124,7 +125,7 @@ def complaint(paths: Sequence[Path], model: nn.Module, scope: Scope) -> str | No
             f"{len(silent)} of {len(paths)} steered sites never ran, first {site.name!r} of layer {site.layer} "
             f"({site.path}): the model was not run, or not through these modules. See report()"
         )
-    replaced = [path for path in paths if not _has(model, path)]
+    replaced = [path for path in paths if not _has(model, path) or (path.edit and not _has(model, path.edit))]
     if replaced:
         return (
             f"{len(replaced)} of {len(paths)} steered modules were replaced or wrapped inside the block, first "

@@ -122,7 +122,7 @@ class EditProbe:
     def of(cls, paths: Sequence[Path], model: nn.Module) -> list[EditProbe]:
         """A probe of the first fold and of the first bias, made before they are; none of what does not run alone."""
         found = []
-        edits = [path for path in paths if path.name in ("fold", "bias")]
+        edits = [path.edit for path in paths if path.edit is not None]
         for name in ("fold", "bias"):
             for path in edits:
                 alone = sum(other.module is path.module for other in edits) == 1  # ffn and neuron can meet in one

@@ -6,7 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -18,7 +18,6 @@ from ..models.sites import Layout, find_sites
 from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
-from .bias import Bias
 from .fold import Fold
 from .path import Path
 from .path_choice import MODES, expect_free, plan_paths
@@ -80,7 +79,7 @@ class Steering:
             rows = Rows(list(self.plans), device) if self._named else None
             scoped = self.scope.name != "all"
             prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped)
-            self._routing = Routing(self.scope, rows, prompt, self._decoder)
+            self._routing = Routing(self.scope, rows, prompt, self._decoder, self._model)
         with _lock:  # planning may run a block once, with a hook on it
             self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
         self._expect_finite()
@@ -99,7 +98,8 @@ class Steering:
         at_run_time = "plans are chosen row by row" if self._named else ""
         if self.scope.name != "all":
             at_run_time = f"only some tokens are steered ({self.scope})"
-        return plan_paths(self._model, plans, sites, self._mode, at_run_time, self._routing, self._check)
+        switched = not self._named and self.scope.name in ("prompt", "generation", "from_last_prompt_token")
+        return plan_paths(self._model, plans, sites, self._mode, at_run_time, switched, self._routing, self._check)
 
     # --- strength, live ----------------------------------------------------------------------------------------------
 
@@ -167,8 +167,7 @@ class Steering:
                 for fold in folds:
                     fold.attach()
                 for path in self._paths:
-                    if isinstance(path, Bias):
-                        path.refresh()
+                    path.refresh()
 
     # --- rows and prompt, live ---------------------------------------------------------------------------------------
 
@@ -248,8 +247,9 @@ class Steering:
                     self._routing.attach()
                 for path in self._paths:
                     path.attach()
-                for probe in probes:
-                    probe.check()
+                with nullcontext() if self._routing is None else self._routing.switch.turned_on():
+                    for probe in probes:
+                        probe.check()
             except BaseException:
                 self.detach()
                 raise
@@ -333,13 +333,16 @@ def steer(
             name. 0 steers nothing, and a negative number steers the other way (not under "scale", see Plan).
         k: steer only the k most important AUs, of each plan or by name; all by default.
         scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
-            or a half-open range such as (0, 16) or (16, None), counted from each row's first token after its padding.
+            "from_last_prompt_token", that and what comes after it; or a half-open range such as (0, 16) or (16, None),
+            counted from each row's first token after its padding. The first generated token is chosen at the last
+            prompt token: "generation" leaves it as it is, "from_last_prompt_token" steers the choice of every one.
             See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
         mode: the path, see ``report()``: "fold" scales weights in place and "bias" writes a shift into biases, both
-            at no cost at run time; "fused" runs our projection kernel for up to 64 tokens and "columns" beyond,
-            "columns" steers the tensor itself by the cheapest form for where it runs, "dense" is the public code's
-            arithmetic. "auto" takes fold or bias where it is exact and possible, fused while a CUDA graph is captured
-            if it was measured to be no slower on this device, otherwise columns.
+            at no cost at run time (under the scopes "prompt", "generation" and "from_last_prompt_token" biases are
+            there for passes that are wholly in scope, and others run as "columns"); "fused" runs our projection kernel
+            for up to 64 tokens and "columns" beyond, "columns" steers the tensor itself by the cheapest form for where
+            it runs, "dense" is the public code's arithmetic. "auto" takes fold or bias where it is exact and possible,
+            fused while a CUDA graph is captured if it was measured to be no slower on this device, otherwise columns.
         layout: attribute paths of a model whose family is not known.
         check: compare one site of each path with the formula, once.
 

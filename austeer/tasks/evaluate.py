@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from ..errors import TaskError
+from ..forward.causality import expect_causal
+from ..forward.neutral import neutral_texts
 from ..models.structure import name_of
 from ..plans.plan import Plan
 from ..steering.steering import Steering, steer
 from ..utils.progress import Progress
 from .evaluation import UNSTEERED, Evaluation, Observed, summarise
-from .neutral import neutral_texts
 from .numeric import TOLERANCE, equal_numbers, last_number, numeric_answers
 from .scoring import Names, _tokenise, option_scores, side_effects
 from .task import Task
@@ -61,14 +62,17 @@ def evaluate(
         progress: whether to show a bar; by default if standard error is a terminal.
 
     Raises:
-        TaskError: a variant without a strength or with a reserved name, or options that cannot be scored
-            (:func:`check_options`). PlanError, SteeringError: what :func:`austeer.steer` refuses.
+        TaskError: a variant without a strength or with a reserved name, options that cannot be scored
+            (:func:`check_options`), or texts to score and a model whose attention is not causal (a numeric task with
+            neutral=() scores none). PlanError, SteeringError: what :func:`austeer.steer` refuses.
     """
     chosen = checked_variants(variants or {})
     if task.kind != "numeric":
         check_options(tokenizer, task)
     if neutral is None:
         neutral = neutral_texts("heldout")
+    if task.kind != "numeric" or (chosen and neutral):
+        expect_causal(model)
     names: list[str | None] = [None, *chosen]
     about: dict[str, dict[str, Any]] = {name: _about(variant) for name, variant in chosen.items()}
     plans = {name: variant.plan for name, variant in chosen.items()}

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import TaskError
+from ..forward.causality import expect_causal
 from ..models.structure import evaluating
 from ..pairs.chat import ChatForm, check_chat, options_of
 from ..plans.plan import Plan
@@ -44,9 +45,10 @@ def steered_lm(
         batch_size: rows of lm-eval's batches. options: what else ``HFLM`` takes.
 
     Raises:
-        TaskError: lm-eval is not installed.
+        TaskError: lm-eval is not installed, or a model whose attention is not causal.
     """
     _require()
+    expect_causal(model)
     from lm_eval.models.huggingface import HFLM
 
     with evaluating(model), nullcontext() if plan is None else steer(model, plan, alpha, k=k):

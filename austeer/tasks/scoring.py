@@ -13,16 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import PairsError, TaskError
-from ..forward.packing import batches
+from ..errors import TaskError
+from ..forward.causality import expect_causal, plain_batches
+from ..forward.logits import LOGIT_ROWS, log_probabilities
+from ..forward.neutral import neutral_ids
 from ..forward.tokens import check_vocabulary, encode
-from ..models.structure import decoder_of, evaluating, input_device, text_config, unwrap, vocabulary_size
+from ..models.structure import decoder_of, evaluating, input_device, vocabulary_size
 from ..pairs.pairs import Pairs
 from ..steering.steering import Steering
 from .task import Task
-
-#: Rows of logits that are made at once: 128 rows of a vocabulary of 256,000 in float32 are 131 MB.
-LOGIT_ROWS = 128
 
 #: Names of a steering's plans, and None for the model as it is: what is scored beside each other.
 Names = Sequence[str | None]
@@ -97,7 +96,8 @@ def option_scores(
         on_batch: told the tokens of each forward pass.
 
     Raises:
-        TaskError: a numeric task, an option without a token of its own, or several tokens where one was promised.
+        TaskError: a numeric task, an option without a token of its own, several tokens where one was promised, or a
+            model whose attention is not causal.
     """
     if task.kind == "numeric":
         raise TaskError(f"{task.name}: found a numeric task, expected options to score; see austeer.tasks.evaluate")
@@ -143,7 +143,7 @@ def log_odds(model: nn.Module, tokenizer, pairs: Pairs, *, batch_tokens: int = 2
 @torch.no_grad()
 def cross_entropy(model: nn.Module, tokenizer, texts: Sequence[str], *, batch_tokens: int = 2048) -> float:
     """Mean cross-entropy of all tokens of ``texts`` but each text's first, in nats a token."""
-    ids = _neutral(tokenizer, texts)
+    ids = neutral_ids(tokenizer, texts)
     total = 0.0
     for _, batch, hidden in _hidden_states(model, ids, batch_tokens):
         for row, i in enumerate(batch):
@@ -167,7 +167,7 @@ def side_effects(
 
     The unsteered model is a row of the same batch, so nothing but the steering differs.
     """
-    ids = _neutral(tokenizer, texts)
+    ids = neutral_ids(tokenizer, texts)
     kl = torch.zeros(len(names), len(ids), dtype=torch.float64)
     rise = torch.zeros_like(kl)
     step = max(1, batch_tokens // max(map(len, ids)) - 1)  # names beside the unsteered row of one text
@@ -192,10 +192,10 @@ def _divergence(model: nn.Module, hidden: Tensor, target: Tensor) -> tuple[Tenso
     step = max(1, LOGIT_ROWS // 2)
     for start in range(0, len(target), step):
         part, wanted = hidden[:, start : start + step], target[start : start + step, None].to(hidden.device)
-        base = _log_probabilities(model, part[0])
+        base = log_probabilities(model, part[0])
         chance = base.exp()
         for row in range(1, len(part)):
-            steered = _log_probabilities(model, part[row])
+            steered = log_probabilities(model, part[row])
             kl[row - 1] += (chance * (base - steered)).sum(dtype=torch.float64).cpu()
             rise[row - 1] += (base.gather(-1, wanted) - steered.gather(-1, wanted)).sum(dtype=torch.float64).cpu()
     return kl / len(target), rise / len(target)
@@ -207,7 +207,7 @@ def _target_scores(model: nn.Module, hidden: Tensor, target: Tensor) -> tuple[Te
     flat, wanted = hidden.flatten(0, 1), target.repeat(rows).to(hidden.device)
     values, tops = [], []
     for start in range(0, len(flat), LOGIT_ROWS):
-        chance = _log_probabilities(model, flat[start : start + LOGIT_ROWS])
+        chance = log_probabilities(model, flat[start : start + LOGIT_ROWS])
         part = wanted[start : start + LOGIT_ROWS]
         values.append(chance.gather(-1, part[:, None])[:, 0].double().cpu())
         tops.append((chance.argmax(-1) == part).cpu())
@@ -239,13 +239,6 @@ def _tokenise(tokenizer, task: Task) -> tuple[list[list[int]], list[int], list[t
                 'one token with their blank, or the kind "continuation"'
             )
     return texts, [start[i] for i, _ in place], place
-
-
-def _neutral(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    ids = [row for row in encode(tokenizer, texts) if len(row) > 1]
-    if not ids:
-        raise PairsError("neutral text: found no text of at least two tokens")
-    return ids
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -283,10 +276,11 @@ def _hidden_states(
     decoder, device = decoder_of(model), input_device(model)
     accepts = inspect.signature(decoder.forward).parameters
     check_vocabulary(vocabulary_size(model), token_ids)
+    expect_causal(model, nullcontext if steering is None else lambda: steering.rows([None]))
     together = len(names) if whole else max(1, min(len(names), batch_tokens // max(map(len, token_ids))))
     for first in range(0, len(names), together):
         part = names[first : first + together]
-        for batch in batches(token_ids, max(1, batch_tokens // len(part)), share=False):
+        for batch in plain_batches(model, token_ids, max(1, batch_tokens // len(part))):
             texts = batch.texts.tolist()
             # Causal attention: what is padded on the right cannot reach what is read.
             lengths = torch.tensor([len(token_ids[i]) for i in texts])
@@ -299,14 +293,3 @@ def _hidden_states(
             on_batch(ids.numel() * len(part))
             hidden = output.last_hidden_state
             yield slice(first, first + len(part)), texts, hidden.view(len(part), len(texts), *hidden.shape[1:])
-
-
-def _log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:
-    """In float32 at least, whatever the model computes in."""
-    config = text_config(model)
-    logits = unwrap(model).get_output_embeddings()(hidden)  # type: ignore[operator]
-    # Some families scale (Cohere, Granite) or cap (Gemma 2) what the head gives.
-    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)
-    logits = logits if cap is None else torch.tanh(logits / cap) * cap
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -12,11 +12,12 @@ from torch import nn
 
 from ..baselines.arm import Material
 from ..errors import TaskError
+from ..forward.causality import expect_causal
+from ..forward.neutral import neutral_texts
 from ..forward.tokens import encode
 from ..measuring.measure import measure
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
-from ..tasks.neutral import neutral_texts
 from ..tasks.task import Task
 from .data import Parts, digest_of, split
 from .options import SearchOptions
@@ -59,9 +60,10 @@ def prepare(
         sites: those to measure, where there is no momentum. settings: what else the search depends on.
 
     Raises:
-        TaskError: a numeric task, too little data, or a budget too small to measure.
+        TaskError: a numeric task, too little data, a budget too small to measure, or a model that is not causal.
         FileFormatError: ``folder`` holds another search.
     """
+    expect_causal(model)
     momentum, budget, neutral = options.momentum, options.budget, options.neutral
     given = isinstance(data, Parts) and data.measure is not None
     parts = split(data, measured=momentum is not None and not given, most=options.most, seed=options.seed)

@@ -1,6 +1,7 @@
 """Token ids of texts and pairs: what a tokenizer adds of itself, cutting, and pairs without a difference."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -108,6 +109,15 @@ def test_a_text_without_a_token_is_named(demo):
     pairs = Pairs.of([("a", " b", " c"), ("d", " e", " f")])
     with pytest.raises(PairsError, match=r"p\.jsonl.*pair 40.*'a c'"):
         tokenise(Empty(), pairs, 10, source="p.jsonl", first=40)
+
+
+def test_a_limit_above_the_context_is_lowered_with_a_warning(tiny):
+    context = tiny.config.max_position_embeddings
+    with pytest.warns(UserWarning, match=rf"max_length: found {context + 5}.*{context} tokens"):
+        assert length_limit(tiny, context + 5) == context
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert length_limit(tiny, context) == length_limit(tiny, None) == context
 
 
 def test_a_limit_is_an_integer_of_python(tiny):
