@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
+from ..pairs.groups import BY, groups_of
 from ..pairs.pairs import Pairs
 from ..plans.plan import Plan
 from ..statistics import signed_rate
@@ -109,7 +110,7 @@ def rank_heads(activations: PairActivations, train: Tensor, size: int) -> Rankin
 
 
 def train_half(pairs: Pairs, number: Sequence[int]) -> Tensor:
-    """Half of the pairs, drawn by a hash of their prompts, which stay on one side: bool [len(number)].
+    """Half of the pairs, drawn by a hash of their groups, which stay on one side: bool [len(number)].
 
     Args:
         number: the pairs of ``pairs`` that are to be divided.
@@ -117,9 +118,8 @@ def train_half(pairs: Pairs, number: Sequence[int]) -> Tensor:
     Raises:
         SelectionError: fewer than two pairs in a half.
     """
-    prompts = [pairs[i].prompt for i in number]
-    # Pairs of one prompt only can be told apart by their answers.
-    groups = prompts if len(set(prompts)) > 1 else [pairs[i].positive + pairs[i].negative for i in number]
+    some = [pairs[i] for i in number]
+    groups, by = groups_of([pair.prompt for pair in some], [(pair.positive, pair.negative) for pair in some])
     members: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         members.setdefault(group, []).append(place)
@@ -129,8 +129,8 @@ def train_half(pairs: Pairs, number: Sequence[int]) -> Tensor:
             train[members[group]] = True
     if min(int(train.sum()), int((~train).sum())) < 2:
         raise SelectionError(
-            f"method 'iti': found {len(number)} pairs of different sides with {len(members)} different prompts, too "
-            "few to train a probe on two of them and check it on two others; give more pairs"
+            f"method 'iti': found {len(number)} pairs of different sides in {len(members)} groups ({BY[by]}), too few "
+            "to train a probe on two of them and check it on two others; give more pairs"
         )
     return train
 

@@ -20,6 +20,7 @@ from ..models.sites import find_sites, fingerprint
 from ..models.structure import floating_dtype
 from ..models.weights import signature
 from ..momentum.momentum import Momentum
+from ..pairs.chat import describe_form
 from ..plans.fit import check_plan_fits
 from ..statistics import signed_rate
 from ..tasks import Task
@@ -227,9 +228,9 @@ def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
             "of it, nothing here is held out"
         )
     if task.chat_template != momentum.chat_template:
-        said = {True: "went through a chat template", False: "did not go through a chat template"}
         found.append(
-            f"the items' prompts {said[task.chat_template]}, and the measured pairs' {said[momentum.chat_template]}"
+            f"the items' prompts are run {describe_form(task.chat_template)}, and the measured pairs' were "
+            f"{describe_form(momentum.chat_template)}"
         )
     if dtype.itemsize < 4:
         found.append(

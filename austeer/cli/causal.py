@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import common
-from .common import Chat, Device, DType, Json, Model, Quiet, Split, Where, console, note
+from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, Split, System, Where, console, note
 from .search_text import show_value
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def causal(
     where: Where = None,
     split: Split = None,
     chat: Chat = False,
+    chat_option: ChatOption = None,
+    system: System = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch.", min=1)] = 2048,
     dtype: DType = "float32",
@@ -60,6 +62,7 @@ def causal(
     from ..momentum.momentum import Momentum
     from ..tasks import load_task
 
+    form = common.chat_form(chat, chat_option, system)
     result_file, record = out / "causal.json", out / "record.jsonl"
     common.check_writable(result_file, force=True)
     measured = Momentum.load(momentum)
@@ -68,8 +71,7 @@ def causal(
     if force:
         record.unlink(missing_ok=True)
     network, tokenizer = common.load(model, dtype, device)
-    if chat:
-        task = task.with_chat_template(tokenizer)
+    task = common.in_chat_form(task, tokenizer, form)
     try:
         result = causal_check(
             network,

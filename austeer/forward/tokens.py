@@ -29,15 +29,41 @@ class Tokenised:
 
 
 def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-    """Token ids of texts, without an end-of-text token that the tokenizer appends of itself."""
+    """Token ids of texts, begun once as the tokenizer begins texts, and without what it ends them with of itself.
+
+    A text that already begins as the tokenizer would begin it (with the beginning-of-text token, from a chat template
+    that was rendered elsewhere) gets no second one: models never saw two.
+    """
     if not texts:
         return []
     ids = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    for i, (text, tokens) in enumerate(zip(texts, ids)):
-        if len(tokens) > 1 and tokens[-1] == eos and not text.endswith(tokenizer.eos_token):
-            ids[i] = tokens[:-1]
+    before, after = frame(tokenizer) if add_special_tokens else ([], [])
+    for i, tokens in enumerate(ids):
+        start = len(before) if before and tokens[: 2 * len(before)] == 2 * before else 0
+        stop = len(tokens) - len(after) if after and tokens[-len(after) :] == after else len(tokens)
+        ids[i] = tokens[start:stop]
     return ids
+
+
+def frame(tokenizer) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind every text of itself, as token ids."""
+    bare, framed = (
+        tokenizer(["a"], add_special_tokens=special, return_attention_mask=False)["input_ids"][0]
+        for special in (False, True)
+    )
+    for start in range(len(framed) - len(bare) + 1):
+        if framed[start : start + len(bare)] == bare:
+            return framed[:start], framed[start + len(bare) :]
+    return [], []
+
+
+def begun(tokenizer, texts: Sequence[str]) -> int:
+    """How many texts already begin as the tokenizer begins texts of itself."""
+    before = frame(tokenizer)[0]
+    if not before or not texts:
+        return 0
+    ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return sum(tokens[: len(before)] == before for tokens in ids)
 
 
 def tokenise(

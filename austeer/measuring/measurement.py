@@ -241,7 +241,7 @@ class Measurement:
         if others:
             raise FileFormatError(
                 f"{others[0]}: found the checkpoint of a run with another number of processes; go on with as many, or "
-                "remove it to start anew"
+                "remove it (--force) to start anew"
             )
         state = self.checkpoint.earlier(resume)
         if state is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import PlanError, check_count
 from ..models.sites import SITE_NAMES, Fingerprint
+from ..pairs.chat import ChatForm, check_chat_form
 from .evidence import Evidence
 
 if TYPE_CHECKING:
@@ -46,16 +47,20 @@ class PlanTable:
     model: Fingerprint
     pairs: int
     ties: str = "effect"
-    chat_template: bool = False
+    chat_template: ChatForm = False
     evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
         for name, value, names in (("operation", self.operation, OPERATIONS), ("ties", self.ties, TIES)):
             if value not in names:
                 raise PlanError(f"{name}: found {value!r}, expected one of {', '.join(names)}")
-        for what, kind in (("site", tuple), ("model", Fingerprint), ("pairs", int), ("chat_template", bool)):
+        for what, kind in (("site", tuple), ("model", Fingerprint), ("pairs", int)):
             if type(getattr(self, what)) is not kind:
                 raise PlanError(f"{what}: found {type(getattr(self, what)).__name__}, expected {kind.__name__}")
+        try:
+            check_chat_form(self.chat_template)
+        except (TypeError, ValueError) as error:
+            raise PlanError(str(error)) from error
         if self.pairs < 0 or not all(isinstance(name, str) for name in self.site):
             raise PlanError(f"found {self.pairs} pairs and sites {set(map(type, self.site))}, expected 0 or more, str")
         if not self.site:

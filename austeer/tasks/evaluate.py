@@ -100,6 +100,7 @@ def evaluate(
         digest=task.digest(),
         items=len(task),
         groups=len(set(groups)),
+        grouped_by=task.grouped_by,
         chat_template=task.chat_template,
         model=name_of(model),
         neutral_texts=len(neutral) if chosen else 0,

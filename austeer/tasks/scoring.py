@@ -226,6 +226,11 @@ def _tokenise(tokenizer, task: Task) -> tuple[list[list[int]], list[int], list[t
         start[i] = min(start[i], _common_prefix(prompts[i], ids))
     for (i, j), ids in zip(place, texts):
         where = f"{task.source}, item {i}, option {task[i].options[j]!r:.40}"
+        if not prompts[i]:
+            raise TaskError(
+                f"{where}: found no token before it, expected one to score it by: the prompt is empty, and this "
+                "tokenizer begins texts with no token of its own. Give the prompts some text, for example 'Text:'"
+            )
         if not 0 < start[i] < len(ids):
             raise TaskError(f"{where}: found no token of its own after the prompt, expected at least one")
         if task.kind == "choice" and len(ids) - start[i] > 1:

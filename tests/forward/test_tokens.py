@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from austeer import Pair, Pairs, PairsError
-from austeer.forward.tokens import length_limit, tokenise
+from austeer.forward.tokens import begun as begins
+from austeer.forward.tokens import encode, length_limit, tokenise
 
 EXPECTED = [
     Pair("The soup was", " good", " bad"),
@@ -45,6 +46,15 @@ def test_appended_eos_is_dropped_and_bos_kept(demo, framing):
     bos = [demo[1].bos_token_id]
     assert framed.positive == [bos + ids for ids in plain.positive]
     assert framed.negative == [bos + ids for ids in plain.negative]
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(demo, framing):
+    bos, eos = framing.bos_token, framing.eos_token
+    plain, begun, twice, ended = encode(framing, ["soup", f"{bos}soup", f"{bos}{bos}soup", f"soup{eos}"])
+    assert begun == plain and twice == [framing.bos_token_id, *plain]
+    assert ended == [*plain, framing.eos_token_id], "the text's own end stays, the tokenizer's goes"
+    assert encode(framing, [""]) == [[framing.bos_token_id]] and encode(demo[1], [""]) == [[]]
+    assert begins(framing, ["soup", f"{bos}soup"]) == 1 and begins(demo[1], [f"{bos}soup"]) == 0
 
 
 def test_eos_that_the_text_itself_ends_with_stays(demo):

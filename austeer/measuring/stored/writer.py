@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import FileFormatError
 from ...models.sites import Fingerprint
+from ...pairs.chat import ChatForm
 from ...utils import files
 from .shards import COMPLETE, FORMAT, VERSION, ShardHeader, read_shard
 
@@ -38,7 +39,7 @@ class ActivationWriter:
         model: Fingerprint,
         *,
         layers: Sequence[int],
-        chat_template: bool = False,
+        chat_template: ChatForm = False,
         source: str = "memory",
         resume: bool = False,
     ):
