@@ -26,7 +26,7 @@ from ..models.projection import why_not_own_code
 from ..models.sites import Site
 from ..models.structure import floating_dtype, input_device
 from ..plans.fit import why_no_edit
-from .editable import is_offloaded, why_frozen, why_not_between, why_not_parameter
+from .editable import is_offloaded, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
 from .tables import StrengthTable
 
@@ -254,7 +254,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     """
     if operation != "shift":
         return f"{operation} is no addition"
-    if reason := why_no_edit(model, site, operation) or why_frozen():
+    if reason := why_no_edit(model, site, operation) or why_frozen() or why_in_training(model, site):
         return reason
     module = model.get_submodule(str(site.bias))
     owner = bias_owner(module, site.side)
@@ -290,6 +290,4 @@ def _why_not_weight(module: nn.Module, site: Site) -> str | None:
         return f"the weight is {weight.dtype}"
     if weight.dim() != 2 or weight.shape[names.input] != site.width:  # sharded, say
         return f"the weight is {tuple(weight.shape)}, for {site.width} AUs"
-    if module.training and weight.requires_grad and torch.is_grad_enabled():
-        return "the weight is trained, and its gradient would lack the shift"
     return None

@@ -76,7 +76,9 @@ class Columns(RunPath):
                 return x
             if short is not None and routing.key != short.key:
                 short = None
-        if short is None or x.dtype is not short.dtype or x.requires_grad or not x.is_contiguous():
+        if short is None or x.dtype is not short.dtype or x.requires_grad or self.module.training:
+            return super().steer(x)
+        if not x.is_contiguous():
             return super().steer(x)
         if x.__class__ is not Tensor:  # torch.export traces with a fake one, whose size is a symbol
             return super().steer(x)

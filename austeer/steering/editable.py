@@ -28,6 +28,15 @@ def shared_storages(model: nn.Module) -> Counter:
     return found
 
 
+def why_in_training(model: nn.Module, site: Site) -> str | None:
+    """The reason why a site is steered by what runs while it is trained.
+
+    A step on an edited weight is lost on leaving, its own gradient is that of the edited weight, and what activation
+    checkpointing computes anew does not show whether the edit is still there.
+    """
+    return "it is in training mode" if model.get_submodule(site.path).training else None
+
+
 def why_frozen() -> str | None:
     """The reason why no edit of any weight or bias may have an effect."""
     inductor = sys.modules.get("torch._inductor.config")  # a second to import, and nothing was compiled without it

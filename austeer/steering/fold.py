@@ -13,7 +13,7 @@ from austeer_kernels import reference
 from ..models.linear import WeightNames, weights_of
 from ..models.sites import Site
 from ..plans.fit import why_no_edit
-from .editable import is_offloaded, why_frozen, why_not_between, why_not_parameter
+from .editable import is_offloaded, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
 from .tables import StrengthTable
 
@@ -78,7 +78,7 @@ def why_not_fold(model: nn.Module, site: Site, operation: str, storages: Counter
     """
     if operation == "shift":
         return "shift scales no weight"
-    if reason := why_no_edit(model, site, operation) or why_frozen():
+    if reason := why_no_edit(model, site, operation) or why_frozen() or why_in_training(model, site):
         return reason
     for path in site.parts:
         reason = _why_not_part(model.get_submodule(path), site, storages) or why_not_between(model, site, path)

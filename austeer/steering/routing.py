@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import SteeringError
 from ..models.patches import Patch
 from .prompt import PACKED, Prompt, padding
+from .recomputation import is_recomputed
 from .row_plans import Rows
 from .scope import END, Scope
 
@@ -93,7 +94,7 @@ class Routing:
             raise SteeringError("found neither input_ids nor inputs_embeds; expected one of them")
         if any(given.get(name) is not None for name in _PACKED):
             raise SteeringError(PACKED)
-        if self._recomputed():
+        if is_recomputed(self._decoder):
             raise SteeringError(
                 "found activation checkpointing together with a scope or rows: what is computed anew in the backward "
                 "pass cannot tell which forward pass it belongs to; expected one plan with scope='all', or "
@@ -119,12 +120,6 @@ class Routing:
             self._state = self._host_state(rows, begin, end, batch, length, x.device)
             if not isinstance(self._state, Tensor):
                 self.key = WHOLE if self._state is None else NOBODY
-
-    def _recomputed(self) -> bool:
-        """Whether parts of this forward pass will run once more in its backward pass."""
-        if not self._decoder.training or not torch.is_grad_enabled():
-            return False
-        return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
 
     def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
         scope, prompt = self.scope, self.prompt

@@ -23,6 +23,7 @@ from .fold import Fold
 from .path import Path
 from .path_choice import MODES, expect_free, plan_paths
 from .prompt import Prompt
+from .recomputation import Recomputation
 from .report import Report, complaint, make_report
 from .routing import Routing
 from .row_plans import NO_NAMES, Rows
@@ -69,6 +70,7 @@ class Steering:
         self._decoder = decoder_of(self._model)
         self._attached = False
         self._parts: set[nn.Module] = set()
+        self._recomputation = Recomputation(self._decoder)
         self._routing: Routing | None = None
         if self._named or self.scope.name != "all":
             if self.scope.name != "all" and has_virtual_tokens(model):
@@ -159,6 +161,7 @@ class Steering:
     def _refresh(self) -> None:
         with _lock:
             self._refresh_tables()
+            self._recomputation.changed()
             if self._attached:
                 # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
                 folds = [path for path in self._paths if isinstance(path, Fold)]
@@ -248,6 +251,7 @@ class Steering:
                     self._routing.attach()
                 for path in self._paths:
                     path.attach()
+                self._recomputation.attach()
                 for probe in probes:
                     probe.check()
             except BaseException:
@@ -265,6 +269,7 @@ class Steering:
             if not self._attached:
                 return
             failed = []
+            self._recomputation.detach()
             for path in reversed(self._paths):
                 try:
                     path.detach()
