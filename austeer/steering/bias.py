@@ -11,15 +11,17 @@ has is changed in place. Several contributions in one layer add up, and are roun
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from austeer_kernels import reference
 
-from ..errors import SteeringError
+from ..errors import SteeringError, SteeringWarning
 from ..models.hooks import hooks_on
 from ..models.linear import FLOATING, WeightNames, bias_of_shift, bias_owner, sizes, weights_of
 from ..models.projection import why_not_own_code
@@ -173,10 +175,14 @@ class Bias(Path):
         super().__init__(site, table, module)
         self.calls = None
         self.like = like
+        self._hook: RemovableHandle | None = None
         self._unit: tuple[int, int, Tensor] | None = None  # k, the weight's version, and what alpha = 1 adds
 
     def attach(self) -> None:
         self.refresh()
+        weight = self.module._parameters.get("weight")
+        if self.site.side == "input" and weight is not None and weight.requires_grad:
+            self._hook = weight.register_hook(self._warn)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -188,11 +194,23 @@ class Bias(Path):
 
     @torch.no_grad()
     def detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         slot = _slots.get(self.module)
         if slot is None or slot.parts.pop(id(self), None) is None:
             return
         if not slot.parts:  # the last of what is on the module
             slot.restore(self.module)
+
+    def _warn(self, gradient: Tensor) -> None:
+        """Called with the gradient of a weight that reads the site."""
+        warnings.warn(
+            f"{self.site.bias}.weight: its gradient lacks the part of the shift, which is in the bias; for "
+            "gradients of weights use mode='columns'",
+            SteeringWarning,
+            stacklevel=2,
+        )
 
     @torch.no_grad()
     def added(self) -> Tensor:

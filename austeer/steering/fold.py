@@ -4,18 +4,47 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from austeer_kernels import reference
 
+from ..errors import SteeringError
 from ..models.linear import WeightNames, weights_of
 from ..models.sites import Site
 from ..plans.fit import why_no_edit
 from .editable import is_offloaded, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
 from .tables import StrengthTable
+
+
+@dataclass
+class _Saved:
+    """What was scaled of one part, as it was.
+
+    Attributes:
+        weight: the AUs' rows or columns. bias: the whole of it.
+        factor: of each AU; None until it is scaled. version: autograd's, of the scaled weight; None where it has none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    factor: Tensor | None = None
+    version: int | None = None
+
+    def scaled(self, dim: int) -> Tensor:
+        """The rows or columns times the factor, rounded once."""
+        assert self.factor is not None
+        wide = self.weight.to(self.factor.dtype).movedim(dim, -1)  # [..., AUs]
+        return (wide * self.factor).movedim(-1, dim).to(self.weight.dtype)
+
+
+def _version(weight: Tensor) -> int | None:
+    return None if weight.is_inference() else weight._version
 
 
 class Fold(Path):
@@ -34,32 +63,52 @@ class Fold(Path):
         super().__init__(site, table, parts[0])
         self.calls = None
         self.parts = tuple(parts)
-        self._saved: list[tuple[Tensor, Tensor | None]] = []
+        self._saved: list[_Saved] = []
+        self._hooks: list[RemovableHandle] = []
 
     @torch.no_grad()
     def attach(self) -> None:
         for weight, bias, dim in self._weights():
             index = self.table.index[0].to(weight.device)
             saved = weight.index_select(dim, index)
-            self._saved.append((saved, None if bias is None else bias.clone()))
+            kept = _Saved(saved, None if bias is None else bias.clone())
+            self._saved.append(kept)
             wide = reference.compute_dtype(weight.dtype)
             factor = (1 + self.table.gamma[0].to(wide)).to(weight.device)
-            scaled = saved.to(wide).movedim(dim, -1) * factor  # [..., AUs]
-            weight.index_copy_(dim, index, scaled.movedim(-1, dim).to(weight.dtype))
+            kept.factor = factor
+            weight.index_copy_(dim, index, kept.scaled(dim))
+            kept.version = _version(weight)
             if bias is not None:
                 bias.index_copy_(-1, index, (bias.index_select(-1, index).to(wide) * factor).to(bias.dtype))
+            for tensor, along in ((weight, dim), (bias, -1)):
+                if tensor is not None and tensor.requires_grad and tensor.is_leaf:
+                    self._hooks.append(tensor.register_hook(partial(_scaled, dim=along, index=index, factor=factor)))
         torch.clear_autocast_cache()  # a copy of the weight as it was may be in it
 
     @torch.no_grad()
     def detach(self) -> None:
+        """Raises SteeringError, once all is restored, where something else has written to what was scaled."""
+        changed = False
         # After an attach that was broken off there are fewer saved values than parts; the rest was not touched.
-        for (weight, bias, dim), (saved, saved_bias) in zip(self._weights(), self._saved):
+        for (weight, bias, dim), kept in zip(self._weights(), self._saved):
+            index = self.table.index[0].to(weight.device)
+            if kept.factor is not None and (kept.version is None or kept.version != _version(weight)):
+                changed |= not torch.equal(weight.index_select(dim, index), kept.scaled(dim).to(weight))
             # The model may have been moved or cast in the meantime; so are the saved values.
-            weight.index_copy_(dim, self.table.index[0].to(weight.device), saved.to(weight))
-            if bias is not None and saved_bias is not None:
-                bias.copy_(saved_bias)
+            weight.index_copy_(dim, index, kept.weight.to(weight))
+            if bias is not None and kept.bias is not None:
+                bias.copy_(kept.bias)
         self._saved = []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         torch.clear_autocast_cache()
+        if changed:
+            raise SteeringError(
+                "found weights that were changed inside the block (a training step, a checkpoint), expected them to be "
+                "left alone; what was steered of them is what it was before. Put the model into training mode before "
+                "the block, or use mode='columns'"
+            )
 
     def _weights(self) -> Iterator[tuple[Tensor, Tensor | None, int]]:
         """Weight, the bias that is scaled with it, and the weight's dimension that counts the AUs, of each part."""
@@ -68,6 +117,13 @@ class Fold(Path):
             assert isinstance(weights, WeightNames)  # why_not_fold refuses all else
             bias = getattr(part, weights.bias) if weights.bias and self.site.side == "output" else None
             yield getattr(part, weights.weight), bias, getattr(weights, self.site.side)
+
+
+def _scaled(gradient: Tensor, dim: int, index: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of a weight, from that of the scaled one."""
+    index, factor = index.to(gradient.device), factor.to(gradient.device)
+    some = gradient.index_select(dim, index).movedim(dim, -1) * factor
+    return gradient.index_copy(dim, index, some.movedim(-1, dim).to(gradient.dtype))
 
 
 def why_not_fold(model: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:

@@ -15,7 +15,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
 from torch.utils import checkpoint
 
 from ..errors import SteeringError
@@ -65,9 +64,8 @@ class Watched:
     def __init__(self, function: Callable, owner: Recomputation):
         self.function, self.owner = function, owner
 
+    @torch._disable_dynamo  # a graph would hold the state as a constant, and be compiled again after each change
     def __call__(self, run: Callable, *args, **kwargs):
-        if is_compiling():  # a graph keeps what it needs of the strengths, and autograd sees whether it was changed
-            return self.function(run, *args, **kwargs)
         return self.function(partial(_run, run, self.owner, self.owner.state), *args, **kwargs)
 
 

@@ -165,10 +165,10 @@ class Steering:
             if self._attached:
                 # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
                 folds = [path for path in self._paths if isinstance(path, Fold)]
-                for fold in reversed(folds):
-                    fold.detach()
+                failed = _detach(folds)
                 for fold in folds:
                     fold.attach()
+                _expect_restored(failed, folds)
                 for path in self._paths:
                     if isinstance(path, Bias):
                         path.refresh()
@@ -268,20 +268,14 @@ class Steering:
         with _lock:
             if not self._attached:
                 return
-            failed = []
             self._recomputation.detach()
-            for path in reversed(self._paths):
-                try:
-                    path.detach()
-                except Exception as error:  # one module must not keep the others steered
-                    failed.append(f"{path.site.path} ({error})")
+            failed = _detach(self._paths)
             if self._routing is not None:
                 self._routing.detach()
             self._attached = False
             _folded.difference_update(self._parts)
             steered.pop(self._decoder, None)
-        if failed:
-            raise SteeringError(f"{len(failed)} of {len(self._paths)} modules could not be restored: {failed[0]}")
+        _expect_restored(failed, self._paths)
 
     def __enter__(self) -> Steering:
         return self.attach()
@@ -355,6 +349,22 @@ def steer(
             with the reason).
     """
     return Steering(model, plan, alpha, k, scope, mode, layout, check)
+
+
+def _detach(paths: Sequence[Path]) -> list[str]:
+    """Undoes all, last first; what could not be is returned, each with the reason."""
+    failed = []
+    for path in reversed(paths):
+        try:
+            path.detach()
+        except Exception as error:  # one module must not keep the others steered
+            failed.append(f"{path.site.path} ({error})")
+    return failed
+
+
+def _expect_restored(failed: Sequence[str], paths: Sequence[Path]) -> None:
+    if failed:
+        raise SteeringError(f"{len(failed)} of {len(paths)} modules could not be restored: {failed[0]}")
 
 
 @contextmanager

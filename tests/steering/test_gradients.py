@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.checkpoint import checkpoint
 
@@ -117,9 +117,11 @@ def test_activation_checkpointing(how, operation, mode, backward):
 def test_a_checkpointed_forward_pass_before_the_block(how):
     model = checkpointed(how)
     loss = loss_of(model)
-    with pytest.raises(austeer.SteeringError, match="forward pass before the block"):
-        with austeer.steer(model, random_plan(model, "ffn", 25), 0.7):
-            loss.backward()
+    with (
+        pytest.raises(austeer.SteeringError, match="forward pass before the block"),
+        austeer.steer(model, random_plan(model, "attention", 25), 0.7),
+    ):
+        loss.backward()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -182,12 +184,12 @@ def test_what_autograd_keeps(mode, backward):
 
 
 @pytest.mark.parametrize("mode", ["fold", "bias", "columns"])
-def test_saved_on_the_cpu(mode):
+def test_saved_elsewhere(mode):
     """What is saved is a copy, of the weights as they were as well."""
     model = tiny_model()
     plan = random_plan(model, "ffn", 25, "shift" if mode == "bias" else "scale")
     weight = model.model.layers[0].self_attn.q_proj.weight
-    with austeer.steer(model, plan, 0.7, mode=mode), save_on_cpu():
+    with austeer.steer(model, plan, 0.7, mode=mode), saved_tensors_hooks(torch.clone, torch.clone):
         loss = loss_of(model)
     got = torch.autograd.grad(loss, weight)[0]
     expected = expected_gradients(plan, 0.7)["model.layers.0.self_attn.q_proj.weight"]
@@ -220,3 +222,55 @@ def test_second_derivatives(checkpointing):
         expected = second(plain)
     with austeer.steer(model, plan, 0.7):
         torch.testing.assert_close(second(model), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_the_gradient_of_a_folded_weight(family):
+    """It is the model's own weight's, not that of the scaled one."""
+    model, plain = tiny_model(family), tiny_model(family)
+    sites = ("ffn",) if family == "mixtral" else SITES  # ffn and neuron meet in one weight
+    plan = random_plan(model, sites, 25)
+    with formula_at(plain, plan, 0.7):
+        loss_of(plain).backward()
+    with austeer.steer(model, plan, 0.7) as steering:
+        assert {row.path for row in steering.report()} == {"fold"}
+        loss_of(model).backward()
+    assert_alike(gradients(model), gradients(plain))
+    hooked = [name for name, p in model.named_parameters() if p._backward_hooks]
+    assert not hooked
+
+
+@pytest.mark.parametrize("found_by", ["leaving", "alpha"])
+def test_a_training_step_on_folded_weights_is_told(found_by):
+    """As by a trainer that puts the model into training mode inside the block."""
+    model = tiny_model()
+    steering = austeer.steer(model, random_plan(model, ("ffn", "neuron"), 25), 0.7).attach()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.train()
+    steering.alpha = 0.3  # our own writing is none
+    loss_of(model).backward()
+    optimizer.step()
+    steps = {name: p.detach().clone() for name, p in model.named_parameters() if "down_proj" not in name}
+    with pytest.raises(austeer.SteeringError, match=r"down_proj|mlp.*changed inside the block"):
+        if found_by == "alpha":
+            steering.alpha = 0.5
+        else:
+            steering.detach()
+    steering.detach()
+    assert not austeer.is_steered(model)
+    assert all(torch.equal(p, steps[name]) for name, p in model.named_parameters() if name in steps)
+
+
+def test_training_trains_what_is_steered():
+    """As the definition does: by hooks, and on leaving the steps stay."""
+    model, plain = tiny_model().train(), tiny_model().train()
+    plan = random_plan(model, (*SITES, "layer"), 25)
+    for one, steered in ((model, austeer.steer(model, plan, 0.7)), (plain, formula_at(plain, plan, 0.7))):
+        optimizer = torch.optim.SGD(one.parameters(), 0.1)
+        with steered:
+            for _ in range(2):
+                one.zero_grad()
+                loss_of(one).backward()
+                optimizer.step()
+    for (name, got), expected in zip(model.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5, msg=name)
