@@ -63,6 +63,7 @@ class Fold(Path):
         super().__init__(site, table, parts[0])
         self.calls = None
         self.parts = tuple(parts)
+        self._names = [weights_of(part) for part in parts]  # now: a module's class may be another on leaving
         self._saved: list[_Saved] = []
         self._hooks: list[RemovableHandle] = []
 
@@ -110,10 +111,13 @@ class Fold(Path):
                 "the block, or use mode='columns'"
             )
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return self.parts
+
     def _weights(self) -> Iterator[tuple[Tensor, Tensor | None, int]]:
         """Weight, the bias that is scaled with it, and the weight's dimension that counts the AUs, of each part."""
-        for part in self.parts:
-            weights = weights_of(part)
+        for part, weights in zip(self.parts, self._names):
             assert isinstance(weights, WeightNames)  # why_not_fold refuses all else
             bias = getattr(part, weights.bias) if weights.bias and self.site.side == "output" else None
             yield getattr(part, weights.weight), bias, getattr(weights, self.site.side)

@@ -30,6 +30,11 @@ class Path:
         self.traced = False
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules that are changed."""
+        return (self.module,)
+
+    @property
     def tokens(self) -> int | None:
         """How many tokens it steered in eager mode, padding included; None where that is not counted."""
         return None

@@ -24,6 +24,7 @@ from .path import Path
 from .path_choice import MODES, expect_free, plan_paths
 from .prompt import Prompt
 from .recomputation import Recomputation
+from .replaced import Forwards, forwards_of, replaced
 from .report import Report, complaint, make_report
 from .routing import Routing
 from .row_plans import NO_NAMES, Rows
@@ -70,6 +71,7 @@ class Steering:
         self._decoder = decoder_of(self._model)
         self._attached = False
         self._parts: set[nn.Module] = set()
+        self._forwards: Forwards = {}
         self._recomputation = Recomputation(self._decoder)
         self._routing: Routing | None = None
         if self._named or self.scope.name != "all":
@@ -243,6 +245,7 @@ class Steering:
             steered[self._decoder] = sum(map(len, self.plans.values()))
             self._attached = True
             self._parts = folded
+            self._forwards = forwards_of(self._model, self._decoder, self._paths)
             _folded.update(folded)
             try:
                 self._refresh_tables()
@@ -285,7 +288,8 @@ class Steering:
     ) -> None:
         self.detach()
         if kind is None:
-            message = complaint(self._paths, self._model, self.scope)
+            changes = replaced(self._model, self._paths, self._forwards)
+            message = complaint(self._paths, changes, self.scope)
             if message:
                 warnings.warn(message, SteeringWarning, stacklevel=2)
 
