@@ -324,9 +324,9 @@ def steer(
     after an exception. Only layers in which the plan has AUs are touched.
 
     Inside the block the model *is* the steered one: a copy or a checkpoint made there may hold steered weights or
-    biases, a training step on folded weights is lost for the steered rows on leaving, and a shift in a bias leaves the
-    weight that reads the site without its part of the gradient; train with ``mode="columns"``. A compiled model is
-    compiled again where something runs in other layers than in blocks before, and in each block with rows or a scope.
+    biases. To train it, put it into training mode before the block, in which nothing is then folded, and call backward
+    inside it. A compiled model is compiled again where something runs in other layers than in blocks before, and in
+    each block with rows or a scope.
 
     Args:
         model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.
