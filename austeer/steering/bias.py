@@ -11,21 +11,23 @@ has is changed in place. Several contributions in one layer add up, and are roun
 
 from __future__ import annotations
 
+import warnings
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from austeer_kernels import reference
 
-from ..errors import SteeringError
+from ..errors import SteeringError, SteeringWarning
 from ..models.hooks import hooks_on
 from ..models.linear import FLOATING, WeightNames, bias_of_shift, bias_owner, sizes, weights_of
 from ..models.projection import why_not_own_code
 from ..models.sites import Site
 from ..models.structure import floating_dtype, input_device
 from ..plans.fit import why_no_edit
-from .editable import is_offloaded, why_frozen, why_not_between, why_not_parameter
+from .editable import is_offloaded, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
 from .sharing import Sharing, is_marked
 from .tables import StrengthTable
@@ -169,6 +171,7 @@ class Bias(Path):
         self.calls = None
         self.edit = self
         self.like = like
+        self._hook: RemovableHandle | None = None
         self._unit: tuple[tuple, Tensor] | None = None  # k and the weight's state, and what alpha = 1 adds
 
     def edited(self) -> list[tuple[nn.Module, list[str]]]:
@@ -176,6 +179,9 @@ class Bias(Path):
 
     def attach(self) -> None:
         self.refresh()
+        weight = self.module._parameters.get("weight")
+        if self.site.side == "input" and weight is not None and weight.requires_grad:
+            self._hook = weight.register_hook(self._warn)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -187,11 +193,23 @@ class Bias(Path):
 
     @torch.no_grad()
     def detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         slot = _slots.get(self.module)
         if slot is None or slot.parts.pop(id(self), None) is None:
             return
         if not slot.parts:  # the last of what is on the module
             slot.restore(self.module)
+
+    def _warn(self, gradient: Tensor) -> None:
+        """Called with the gradient of a weight that reads the site."""
+        warnings.warn(
+            f"{self.site.bias}.weight: its gradient lacks the part of the shift, which is in the bias; for "
+            "gradients of weights use mode='columns'",
+            SteeringWarning,
+            stacklevel=2,
+        )
 
     @torch.no_grad()
     def added(self) -> Tensor:
@@ -254,7 +272,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, sharing: Sharing)
     """
     if operation != "shift":
         return f"{operation} is no addition"
-    if reason := why_no_edit(model, site, operation) or why_frozen():
+    if reason := why_no_edit(model, site, operation) or why_frozen() or why_in_training(model, site):
         return reason
     module = model.get_submodule(str(site.bias))
     owner = bias_owner(module, site.side)
@@ -290,6 +308,4 @@ def why_not_weight(module: nn.Module, site: Site) -> str | None:
         return f"the weight is {weight.dtype}"
     if weight.dim() != 2 or weight.shape[names.input] != site.width:  # sharded, say
         return f"the weight is {tuple(weight.shape)}, for {site.width} AUs"
-    if module.training and weight.requires_grad and torch.is_grad_enabled():
-        return "the weight is trained, and its gradient would lack the shift"
     return None

@@ -70,6 +70,10 @@ class Columns(RunPath):
         self._loaded: set[tuple[int, torch.dtype]] = set()
         self._check_kernel = self._check
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (self.module,) if self.edit is None else (self.module, self.edit.module)
+
     def edited(self) -> list[tuple[nn.Module, list[str]]]:
         # Another bias takes the place of the module's own, which stays as it is.
         return [] if self.edit is None else [(self.edit.module, [])]
@@ -109,7 +113,9 @@ class Columns(RunPath):
                 return x
             if short is not None and routing.key != short.key:
                 short = None
-        if short is None or x.dtype is not short.dtype or x.requires_grad or not x.is_contiguous():
+        if short is None or x.dtype is not short.dtype or x.requires_grad or self.module.training:
+            return super().steer(x)
+        if not x.is_contiguous():
             return super().steer(x)
         if x.__class__ is not Tensor:  # torch.export traces with a fake one, whose size is a symbol
             return super().steer(x)

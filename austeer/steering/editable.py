@@ -19,6 +19,15 @@ from .sharing import Sharing
 _PLACING = (AlignDevicesHook, SequentialHook)
 
 
+def why_in_training(model: nn.Module, site: Site) -> str | None:
+    """The reason why a site is steered by what runs while it is trained.
+
+    A step on an edited weight is lost on leaving, its own gradient is that of the edited weight, and what activation
+    checkpointing computes anew does not show whether the edit is still there.
+    """
+    return "it is in training mode" if model.get_submodule(site.path).training else None
+
+
 def why_frozen() -> str | None:
     """The reason why no edit of any weight or bias may have an effect."""
     # A second to import, and nothing was compiled without the first, nor frozen without the second.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from austeer_kernels import reference
 
@@ -14,7 +16,7 @@ from ..errors import SteeringError
 from ..models.linear import WeightNames, weights_of
 from ..models.sites import Site
 from ..plans.fit import why_no_edit
-from .editable import is_offloaded, why_frozen, why_not_between, why_not_parameter
+from .editable import is_offloaded, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
 from .sharing import Sharing
 from .tables import StrengthTable
@@ -41,9 +43,14 @@ class Edit:
         scaled = self._before.to(wide).movedim(dim, -1) * factor  # [..., AUs]
         self._after = scaled.movedim(-1, dim).to(p.dtype)
         p.index_copy_(dim, index.to(p.device), self._after)
+        self._hook: RemovableHandle | None = None
+        if p.requires_grad and p.is_leaf:
+            self._hook = p.register_hook(partial(_scaled, dim=dim, index=index, factor=factor))
 
     def undo(self) -> bool:
         """Restores what was scaled, wherever it is by now; False if some of it was changed since, which stays."""
+        if self._hook is not None:
+            self._hook.remove()
         p, edited = self.module._parameters.get(self.name), self._edited()
         tensors: list[Tensor] = []
         if p is not None and p.device.type != "meta":  # otherwise it was pruned, say, or offloaded
@@ -88,14 +95,15 @@ class Fold(Path):
         self.calls = None
         self.edit = self
         self.parts = tuple(parts)
+        self._names = [weights_of(part) for part in parts]  # now: a module's class may be another on leaving
         self._edits: list[Edit] = []
 
     def edited(self) -> list[tuple[nn.Module, list[str]]]:
-        return [(part, [name for name, _ in tensors]) for part, tensors in self._scaled()]
+        return [(part, [name for name, _ in tensors]) for part, tensors in self._tensors()]
 
     @torch.no_grad()
     def attach(self) -> None:
-        for part, tensors in self._scaled():
+        for part, tensors in self._tensors():
             for name, dim in tensors:
                 self._edits.append(Edit(part, name, dim, self.table.index[0], gamma=self.table.gamma[0]))
         torch.clear_autocast_cache()  # a copy of the weight as it was may be in it
@@ -113,15 +121,25 @@ class Fold(Path):
                 "the model before steering it, or use mode='columns'"
             )
 
-    def _scaled(self) -> Iterator[tuple[nn.Module, list[tuple[str, int]]]]:
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return self.parts
+
+    def _tensors(self) -> Iterator[tuple[nn.Module, list[tuple[str, int]]]]:
         """What is scaled of each part: names of parameters, and their dimensions that count the AUs."""
-        for part in self.parts:
-            weights = weights_of(part)
+        for part, weights in zip(self.parts, self._names):
             assert isinstance(weights, WeightNames)  # why_not_fold refuses all else
             tensors = [(weights.weight, getattr(weights, self.site.side))]
             if weights.bias and part._parameters[weights.bias] is not None and self.site.side == "output":
                 tensors.append((weights.bias, -1))
             yield part, tensors
+
+
+def _scaled(gradient: Tensor, dim: int, index: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of a weight, from that of the scaled one."""
+    index, factor = index.to(gradient.device), factor.to(gradient.device)
+    some = gradient.index_select(dim, index).movedim(dim, -1) * factor
+    return gradient.index_copy(dim, index, some.movedim(-1, dim).to(gradient.dtype))
 
 
 def why_not_fold(model: nn.Module, site: Site, operation: str, sharing: Sharing) -> str | None:
@@ -132,7 +150,7 @@ def why_not_fold(model: nn.Module, site: Site, operation: str, sharing: Sharing)
     """
     if operation == "shift":
         return "shift scales no weight"
-    if reason := why_no_edit(model, site, operation) or why_frozen():
+    if reason := why_no_edit(model, site, operation) or why_frozen() or why_in_training(model, site):
         return reason
     for path in site.parts:
         reason = _why_not_part(model.get_submodule(path), site, sharing) or why_not_between(model, site, path)

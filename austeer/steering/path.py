@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from ..errors import SteeringError
 from ..models.sites import Site
 from .tables import StrengthTable
 
@@ -33,6 +36,11 @@ class Path:
         self.edit: Path | None = None
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules that are changed."""
+        return (self.module,)
+
+    @property
     def tokens(self) -> int | None:
         """How many tokens it steered in eager mode, padding included; None where that is not counted."""
         return None
@@ -49,3 +57,20 @@ class Path:
 
     def detach(self) -> None:
         raise TypeError(f"{type(self).__name__} is abstract")
+
+
+def detach_all(paths: Sequence[Path]) -> list[str]:
+    """Undoes all, last first; what could not be is returned, each with the reason."""
+    failed = []
+    for path in reversed(paths):
+        try:
+            path.detach()
+        except Exception as error:  # one module must not keep the others steered
+            failed.append(f"{path.site.path} ({error})")
+    return failed
+
+
+def expect_restored(failed: Sequence[str], paths: Sequence[Path]) -> None:
+    """Raises SteeringError where ``detach_all`` has failed."""
+    if failed:
+        raise SteeringError(f"{len(failed)} of {len(paths)} modules could not be restored: {failed[0]}")

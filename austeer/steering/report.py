@@ -5,12 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from ..models.linear import bias_owner
-from ..models.structure import unwrap
-from .bias import Bias
-from .fused import Fused
 from .path import Path
 from .scope import Scope
 from .strength import Strength
@@ -120,8 +114,12 @@ def make_report(paths: Sequence[Path], reasons: Sequence[str], names: Sequence[s
     return Report(rows)
 
 
-def complaint(paths: Sequence[Path], model: nn.Module, scope: Scope) -> str | None:
-    """What a user should know when steering ends: that it did nothing, wholly or in part; None if all is well."""
+def complaint(paths: Sequence[Path], changes: Sequence[str], scope: Scope) -> str | None:
+    """What a user should know when steering ends: that it did nothing, wholly or in part; None if all is well.
+
+    Args:
+        changes: of the steered modules inside the block, from :func:`austeer.steering.replaced.replaced`.
+    """
     silent = [path for path in paths if path.calls == 0 and not path.traced]
     if silent:
         site = silent[0].site
@@ -129,28 +127,11 @@ def complaint(paths: Sequence[Path], model: nn.Module, scope: Scope) -> str | No
             f"{len(silent)} of {len(paths)} steered sites never ran, first {site.name!r} of layer {site.layer} "
             f"({site.path}): the model was not run, or not through these modules. See report()"
         )
-    replaced = [path for path in paths if not _has(model, path) or (path.edit and not _has(model, path.edit))]
-    if replaced:
+    if changes:
         return (
-            f"{len(replaced)} of {len(paths)} steered modules were replaced or wrapped inside the block, first "
-            f"{replaced[0].site.path}, and may not have been steered since; change the model before steering it"
+            f"steered modules, or what lies around them, were replaced or wrapped inside the block ({len(changes)}, "
+            f"first: {changes[0]}), and may not have been steered since; change the model before steering it"
         )
     if scope.name != "all" and any(path.tokens == 0 and not path.traced for path in paths):
         return f"the model ran and no token was steered: none was in the scope ({scope})"
     return None
-
-
-def _has(model: nn.Module, path: Path) -> bool:
-    """Whether what is steered runs where it did, with nothing around it."""
-    site, edits = path.site, path.edit is path
-    steered = [module for module, _ in path.edited()] if edits else [path.module]
-    if edits:
-        where = (site.bias,) if isinstance(path, Bias) else site.parts
-    else:
-        where = (site.projection if isinstance(path, Fused) else site.path,)
-    try:
-        found = [unwrap(model.get_submodule(str(name))) for name in where]
-    except AttributeError:
-        return False
-    # An adapter leaves what is added to its layer's output as it is.
-    return [bias_owner(found[0], site.side)] == steered if isinstance(path, Bias) else found == steered

@@ -19,6 +19,7 @@ from ..models.patches import Patch
 from ..models.structure import text_config
 from .cached_tokens import CachedTokens
 from .prompt import PACKED, Prompt, expect_unpadded, padding
+from .recomputation import is_recomputed
 from .row_plans import Rows
 from .scope import END, Scope
 from .switch import Switch
@@ -115,7 +116,7 @@ class Routing:
             raise SteeringError("found neither input_ids nor inputs_embeds; expected one of them")
         if any(given.get(name) is not None for name in _PACKED):
             raise SteeringError(PACKED)
-        if self._recomputed():
+        if is_recomputed(self._decoder):
             raise SteeringError(
                 "found activation checkpointing together with a scope or rows: what is computed anew in the backward "
                 "pass cannot tell which forward pass it belongs to; expected one plan with scope='all', or "
@@ -142,12 +143,6 @@ class Routing:
             if not isinstance(self._state, Tensor):
                 self.key = WHOLE if self._state is None else NOBODY
         return past + length if scoped else None
-
-    def _recomputed(self) -> bool:
-        """Whether parts of this forward pass will run once more in its backward pass."""
-        if not self._decoder.training or not torch.is_grad_enabled():
-            return False
-        return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
 
     def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
         scope, prompt = self.scope, self.prompt

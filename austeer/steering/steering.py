@@ -19,9 +19,11 @@ from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
 from .editable import why_frozen
 from .fold import Fold
-from .path import Path
+from .path import Path, detach_all, expect_restored
 from .path_choice import MODES, plan_paths
 from .prompt import Prompt
+from .recomputation import Recomputation
+from .replaced import Forwards, forwards_of, replaced
 from .report import Report, complaint, make_report
 from .routing import Routing
 from .row_plans import NO_NAMES, Rows
@@ -66,6 +68,8 @@ class Steering:
         self._decoder = decoder_of(self._model)
         self._attached = False
         self._marked: list[nn.Module] = []
+        self._forwards: Forwards = {}
+        self._recomputation = Recomputation(self._decoder)
         self._routing: Routing | None = None
         if self._named or self.scope.name != "all":
             if self.scope.name != "all" and has_virtual_tokens(model):
@@ -157,21 +161,17 @@ class Steering:
     def _refresh(self) -> None:
         with _lock:
             self._refresh_tables()
+            self._recomputation.changed()
             if self._attached:
                 # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
-                folds, failed = [path for path in self._paths if isinstance(path, Fold)], []
-                for fold in reversed(folds):
-                    try:
-                        fold.detach()
-                    except SteeringError as error:  # said when the others are as they should be
-                        failed.append(error)
+                folds = [path for path in self._paths if isinstance(path, Fold)]
+                failed = detach_all(folds)
                 for fold in folds:
                     fold.attach()
                 for path in self._paths:
                     path.refresh()
                 self._expect_no_copies()
-                if failed:
-                    raise failed[0]
+                expect_restored(failed, folds)
 
     def _expect_no_copies(self) -> None:
         """Warns where edits no longer reach what runs."""
@@ -248,6 +248,7 @@ class Steering:
             steered[self._decoder] = sum(map(len, self.plans.values()))
             self._attached = True
             self._marked = mark(self._paths)
+            self._forwards = forwards_of(self._model, self._decoder, self._paths)
             try:
                 self._refresh_tables()
                 probes = EditProbe.of(self._paths, self._model) if self._check else []
@@ -255,6 +256,7 @@ class Steering:
                     self._routing.attach()
                 for path in self._paths:
                     path.attach()
+                self._recomputation.attach()
                 with nullcontext() if self._routing is None else self._routing.switch.turned_on():
                     for probe in probes:
                         probe.check()
@@ -272,20 +274,15 @@ class Steering:
         with _lock:
             if not self._attached:
                 return
-            failed = []
-            for path in reversed(self._paths):
-                try:
-                    path.detach()
-                except Exception as error:  # one module must not keep the others steered
-                    failed.append(f"{path.site.path} ({error})")
+            self._recomputation.detach()
+            failed = detach_all(self._paths)
             if self._routing is not None:
                 self._routing.detach()
             self._attached = False
             self._expect_no_copies()
             unmark(self._marked)
             steered.pop(self._decoder, None)
-        if failed:
-            raise SteeringError(f"{len(failed)} of {len(self._paths)} modules could not be restored: {failed[0]}")
+        expect_restored(failed, self._paths)
 
     def __enter__(self) -> Steering:
         return self.attach()
@@ -295,7 +292,8 @@ class Steering:
     ) -> None:
         self.detach()
         if kind is None:
-            message = complaint(self._paths, self._model, self.scope)
+            changes = replaced(self._model, self._paths, self._forwards)
+            message = complaint(self._paths, changes, self.scope)
             if message:
                 warnings.warn(message, SteeringWarning, stacklevel=2)
 
@@ -330,10 +328,9 @@ def steer(
     after an exception. Only layers in which the plan has AUs are touched.
 
     Inside the block the model *is* the steered one: a copy or a checkpoint made there, and another model on the same
-    memory, may hold steered weights or biases; folded weights that were trained or replaced stay as they are, and
-    leaving raises; and a shift in a bias leaves the weight that reads the site without its part of the gradient. Train
-    with ``mode="columns"``. A compiled model is compiled again where something runs in other layers than in blocks
-    before, and in each block with rows or a scope.
+    memory, may hold steered weights or biases. To train it, put it into training mode before the block, in which
+    nothing is then folded, and call backward inside it. A compiled model is compiled again where something runs in
+    other layers than in blocks before, and in each block with rows or a scope.
 
     Args:
         model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.

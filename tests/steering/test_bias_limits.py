@@ -130,8 +130,7 @@ CHANGES = {
         on_each("mlp", lambda m: setattr(m, "forward", types.MethodType(doubled, m))),
         {"layer": "forward of model.layers.1.mlp was replaced", "neuron": None},
     ),
-    "training": (lambda model: model.train().requires_grad_(False), {"layer": "training", "ffn": None, "neuron": None}),
-    "trained": (lambda model: model.train(), {"layer": "training", "neuron": "trained", "attention": "trained"}),
+    "training": (lambda model: model.train().requires_grad_(False), dict.fromkeys(("ffn", "neuron"), "training mode")),
     "one module in training": (
         on_each("mlp.act_fn", lambda m: m.train()),
         {"layer": "training", "ffn": None, "neuron": None},

@@ -85,17 +85,17 @@ def test_every_way_to_run_experts(family, implementation):
 
 def test_a_fold_that_breaks_off_is_undone(monkeypatch):
     model = tiny_model("deepseek_v3")
-    plan, before, read = random_plan(model, "ffn", 40), snapshot(model), fold.weights_of
-    first, second = map(model.get_submodule, find_sites(model, ["ffn"])["ffn"][1].parts)
+    plan, before, read = random_plan(model, "ffn", 40), snapshot(model), fold.reference.compute_dtype
+    first, _ = map(model.get_submodule, find_sites(model, ["ffn"])["ffn"][1].parts)
     unchanged = first.down_proj.clone()
 
-    def broken(part):
-        if part is second and not torch.equal(first.down_proj, unchanged):
-            monkeypatch.setattr(fold, "weights_of", read)  # once
+    def broken(dtype):
+        if not torch.equal(first.down_proj, unchanged):
+            monkeypatch.setattr(fold.reference, "compute_dtype", read)  # once
             raise RuntimeError("out of memory")
-        return read(part)
+        return read(dtype)
 
-    monkeypatch.setattr(fold, "weights_of", broken)
+    monkeypatch.setattr(fold.reference, "compute_dtype", broken)
     with pytest.raises(RuntimeError, match="out of memory"), austeer.steer(model, plan, 2.0, mode="fold"):
         pass
     assert_unchanged(model, before)

@@ -268,17 +268,6 @@ def test_a_copy_made_inside_is_not_steered_twice(tiny, tiny_ids, mode):
             austeer.steer(twin, random_plan(tiny, site, 20, OPERATION[mode]), 2.0, mode=again).attach()
 
 
-@pytest.mark.parametrize("mode", ["fold", "bias", "columns"])
-def test_modules_replaced_inside_are_a_warning(tiny, tiny_ids, mode):
-    plan = random_plan(tiny, "ffn", 40, OPERATION[mode])
-    with (
-        pytest.warns(austeer.SteeringWarning, match="modules.*replaced"),
-        austeer.steer(tiny, plan, 2.0, mode=mode),
-    ):
-        logits(tiny, tiny_ids)
-        tiny.model.layers[1].mlp = copy.deepcopy(tiny.model.layers[0].mlp)
-
-
 def test_a_strength_beyond_float32_is_refused(tiny):
     plan = random_plan(tiny, "ffn", 40, "shift")
     assert plan.delta.abs().max() > 2
