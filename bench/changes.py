@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.markup import escape
 
 from .catalogue import AGAIN, UNSTEERED
 from .lineup import Case
 from .published.tables import table
+from .report import show_markdown
 
 METRICS = {"token": "each token", "first_token": "first token"}
 #: What has no noise: of one decoding step, and what a way holds.
@@ -176,7 +176,7 @@ def show(changes: Changes, console: Console) -> None:
     if changes.beyond_noise:
         head = ["case", "variant", "time of", "before", "after", "change"]
         rows = table(head, [change.cells for change in changes.beyond_noise])
-        console.print(Markdown(f"Overhead over unsteered with its interval, or time with quartiles:\n\n{rows}"))
+        show_markdown(f"Overhead over unsteered with its interval, or time with quartiles:\n\n{rows}", console)
     for text in changes.events:
         console.print(text, highlight=False, markup=False)
     still = len(changes.timed) - len(changes.beyond_noise)

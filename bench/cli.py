@@ -186,8 +186,6 @@ def expand(model: Any, texts: dict[str, str]) -> tuple[list[Case], dict[str, lis
 
 
 def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Path, json: bool, quiet: bool) -> None:
-    from rich.markdown import Markdown
-
     from austeer.utils.progress import Progress
 
     from . import files, goals, report
@@ -203,7 +201,7 @@ def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Pa
         return
     report.show(path, content)
     if reached := goals.table_of([content]):
-        report.wide_console().print(Markdown(reached))
+        report.show_markdown(reached)
     console.print(f"wrote {path}")
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from ..utils.tables import console as console
+
 if TYPE_CHECKING:
     from ..plans.plan import Plan
-
-console = Console(highlight=False, soft_wrap=True)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder or Hub id; 'demo' is SmolLM2-135M-Instruct.", show_default=False)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from . import common
 from . import search_options as options
 from .common import Chat, Device, DType, Json, Model, Quiet, console
-from .search_text import LEGEND, held_out_table, show_ratio
+from .search_text import LEGEND, show_held_out, show_ratio
 
 if TYPE_CHECKING:
     from ..tuning import CompareResult
@@ -79,10 +80,10 @@ def show(result: CompareResult) -> None:
     def time_of(row: HeldOut) -> str:
         return show_ratio(result.cost[row.name]) if row.name in result.cost else ""
 
-    console.print(held_out_table(result.unsteered, result.held_out, time_of if result.cost else None))
+    show_held_out(result.unsteered, result.held_out, time_of if result.cost else None)
     console.print(LEGEND)
     if result.cost:
         console.print(
             "time: of a token over unsteered, decoding at batch 1, median and quartiles; unsteered again "
-            + show_ratio(result.cost["unsteered again"])
+            + escape(show_ratio(result.cost["unsteered again"]))
         )

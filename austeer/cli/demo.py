@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from ..utils.tables import show_table
 from .common import DType, Json, Quiet, check_writable, console, load
 from .search_options import bars, write_result
-from .search_text import LEGEND, held_out_table, show_alpha, show_ratio
+from .search_text import LEGEND, show_alpha, show_held_out, show_ratio
 
 if TYPE_CHECKING:
     from ..demo.demo import DemoResult
@@ -64,7 +64,7 @@ def show(result: DemoResult, console: Console) -> None:
         f"\n[bold]Effect on {result.pairs['held-out']} held-out pairs[/]: mean change of log p(positive) - "
         f"log p(negative), nats (unsteered {result.unsteered.log_odds:+.2f})"
     )
-    console.print(held_out_table(result.unsteered, result.held_out))
+    show_held_out(result.unsteered, result.held_out, on=console)
     console.print(LEGEND)
     console.print(
         f"groups: topics; every setting's strength was chosen within a KL of {result.max_kl:g} on other neutral text;\n"
@@ -82,10 +82,8 @@ def show(result: DemoResult, console: Console) -> None:
             console.print(f"    [cyan]{name:<11}[/] {escape(' '.join(texts[i].split()))}")
 
     console.print("\n[bold]Time per token[/], decoding at batch 1, interleaved rounds")
-    table = Table("path", "ms", escape("ratio to unsteered [quartiles]"), box=None)
-    for name, timing in result.timings.items():
-        table.add_row(name, f"{1000 * timing.seconds:.1f}", show_ratio(timing))
-    console.print(table)
+    rows = [[name, f"{1000 * timing.seconds:.1f}", show_ratio(timing)] for name, timing in result.timings.items()]
+    show_table(["path", "ms", "ratio to unsteered [quartiles]"], rows, on=console)
     console.print(
         "fused: its PyTorch definition, as this is a CPU; differences within those of unsteered again are noise"
     )
