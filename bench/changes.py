@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from austeer.utils.tables import signed
+
 from .catalogue import AGAIN, UNSTEERED
 from .lineup import Case
 from .published.tables import table
@@ -47,8 +49,8 @@ class Change:
         """A line of a table."""
         if self.unit == "ratio":
             spreads = [[100 * (of[key] - 1) for key in ENDS] for of in (self.before, self.after)]
-            words = [f"{median:+.1f} % ({low:+.1f} to {high:+.1f})" for median, low, high in spreads]
-            by = f"{spreads[1][0] - spreads[0][0]:+.1f} points"
+            words = [f"{signed(median, 1)} % ({signed(low, 1)} to {signed(high, 1)})" for median, low, high in spreads]
+            by = f"{signed(spreads[1][0] - spreads[0][0], 1)} points"
         else:
             spreads = [[1e6 * of[key] for key in ENDS] for of in (self.before, self.after)]
             words = [f"{median:.1f} us ({low:.1f} to {high:.1f})" for median, low, high in spreads]

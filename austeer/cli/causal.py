@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..utils.tables import show_table
+from ..utils.tables import show_table, signed
 from . import common
 from .common import Chat, Device, DType, Json, Model, Quiet, Split, Where, console, note
 from .search_text import show_value
@@ -110,7 +110,7 @@ def show(result: CausalResult) -> None:
 
     console.print(
         f"[bold]{result.n} top AUs of site {result.site} beside {result.n} matched random ones[/], each steered alone, "
-        f"on {result.items} held-out items (unsteered log-odds {result.log_odds:+.2f} nats)"
+        f"on {result.items} held-out items (unsteered log-odds {signed(result.log_odds, 2)} nats)"
     )
     rows = [
         [way, name, *_cells(row)]
@@ -134,4 +134,4 @@ def _cells(row: Difference) -> list[str]:
     top, matched, difference, low, high = (
         1000 * value for value in (row.top, row.matched, row.difference, row.low, row.high)
     )
-    return [f"{top:+.2f}", f"{matched:+.2f}", show_value(difference, low, high), f"{row.p:.2g}"]
+    return [signed(top, 2), signed(matched, 2), show_value(difference, low, high), f"{row.p:.2g}"]

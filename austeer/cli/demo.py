@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..utils.tables import show_table
+from ..utils.tables import show_table, signed
 from .common import DType, Json, Quiet, check_writable, console, load
 from .search_options import bars, write_result
 from .search_text import LEGEND, show_alpha, show_held_out, show_ratio
@@ -62,7 +62,7 @@ def show(result: DemoResult, console: Console) -> None:
     first = result.held_out[0]
     console.print(
         f"\n[bold]Effect on {result.pairs['held-out']} held-out pairs[/]: mean change of log p(positive) - "
-        f"log p(negative), nats (unsteered {result.unsteered.log_odds:+.2f})"
+        f"log p(negative), nats (unsteered {signed(result.unsteered.log_odds, 2)})"
     )
     show_held_out(result.unsteered, result.held_out, on=console)
     console.print(LEGEND)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from ..utils.tables import show_table
+from ..utils.tables import show_table, signed
 from .common import console, emit
 from .search_text import show_alpha, show_value
 
@@ -38,7 +38,7 @@ def show(result: Evaluation) -> None:
     rows = []
     for row in result.variants:
         shares = [_share(value) for value in (row.accuracy, row.exact) if value is not None]
-        odds = [] if row.margin is None else [f"{row.margin.value:+.2f}", _signed(row.margin_change)]
+        odds = [] if row.margin is None else [signed(row.margin.value, 2), _change(row.margin_change)]
         p = [value for value in (row.accuracy_p, row.exact_p) if value is not None]
         rows.append(
             [
@@ -49,7 +49,7 @@ def show(result: Evaluation) -> None:
                 " ".join(f"{value:.2g}" for value in p),
                 *odds,
                 "" if row.kl is None else f"{row.kl:.3f}",
-                "" if row.rise is None else f"{row.rise:+.3f}",
+                "" if row.rise is None else signed(row.rise, 3),
             ]
         )
     show_table(["variant", "alpha", "AUs", *columns], rows)
@@ -107,5 +107,5 @@ def _share(estimate: IntervalEstimate) -> str:
     return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
 
 
-def _signed(estimate: IntervalEstimate | None) -> str:
+def _change(estimate: IntervalEstimate | None) -> str:
     return "" if estimate is None else show_value(estimate.value, estimate.low, estimate.high)

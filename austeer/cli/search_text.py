@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..utils.tables import show_table
+from ..utils.tables import show_table, signed
 from .common import console
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def show_alpha(alpha: float | dict[str, float]) -> str:
 
 def show_value(value: float, low: float | None, high: float | None) -> str:
     """With its interval, where it has one."""
-    return f"{value:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+    found = signed(value, 2)
+    return found if low is None or high is None else f"{found} [{signed(low, 2)}, {signed(high, 2)}]"
 
 
 def show_ratio(timing: Timing) -> str:

@@ -43,6 +43,11 @@ def show_table(
         on.print(part, soft_wrap=False)
 
 
+def signed(value: float, digits: int) -> str:
+    """With a sign and so many decimals; what is rounded to zero is "+0.0", however small it is below."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"  # -0.0 + 0.0 is 0.0
+
+
 def fitting(
     headings: Sequence[str],
     rows: Sequence[Sequence[str | Text]],
