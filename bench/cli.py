@@ -193,7 +193,7 @@ def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Pa
 
     path = files.new_file(out, model.device, KIND)
     content: dict[str, Any] = {}
-    with Progress("measuring", None, "turns", False if quiet or json else None) as bar:
+    with Progress("measuring", None, "turns", False if quiet else None) as bar:
         for content in run(model, model.config._name_or_path, jobs, series, tell=bar.advance):
             files.write(path, content)  # after each case: an interrupted run keeps what it has
     if json:

@@ -82,7 +82,7 @@ def causal(
             seed=seed,
             batch_tokens=batch_tokens,
             record=record,
-            progress=False if quiet or json else None,
+            progress=False if quiet else None,
         )
     except KeyboardInterrupt:
         note(f"what is finished is in {record}: the same command goes on")

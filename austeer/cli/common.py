@@ -26,7 +26,7 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda:0 ..., or a device map such as auto. [default: cuda if there is one]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite --out.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")]
 Where = Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")]

@@ -55,7 +55,7 @@ def compare(
     from ..tuning import compare as compare_methods
     from ..tuning.figures import draw_compare
 
-    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet)
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
     task = options.load_data(data, template, limit, chat, tokenizer)

@@ -42,7 +42,7 @@ def demo(
     start = time.perf_counter()
     network, tokenizer = load(model, dtype, "cpu")
     say(f"model     {network.config._name_or_path}, loaded in {time.perf_counter() - start:.1f} s")
-    show_bars = False if quiet or json else None
+    show_bars = False if quiet else None
     result, _, _ = demonstration.run(network, tokenizer, out, say=say, step=bars(show_bars), progress=show_bars)
     write_result(result, out / "demo.png", draw_demo, json)
     if json:

@@ -118,7 +118,7 @@ def evaluate(
     if chat:
         loaded = loaded.with_chat_template(tokenizer)
     common.note_chat_form({name: variant.plan for name, variant in variants.items()}, chat)
-    show_bar = False if quiet or json else None
+    show_bar = False if quiet else None
     result = evaluate_task(
         network, tokenizer, loaded, variants, neutral=texts, max_new_tokens=max_new_tokens, progress=show_bar
     )

@@ -53,7 +53,7 @@ def tune(
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
 
-    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet)
     counted = None if momentum is None else Counted.load(momentum)
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
