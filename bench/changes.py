@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.markup import escape
+
+from austeer.utils.tables import signed
 
 from .catalogue import AGAIN, UNSTEERED
 from .lineup import Case
 from .published.tables import table
+from .report import show_markdown
 
 METRICS = {"token": "each token", "first_token": "first token"}
 #: What has no noise: of one decoding step, and what a way holds.
@@ -47,8 +49,8 @@ class Change:
         """A line of a table."""
         if self.unit == "ratio":
             spreads = [[100 * (of[key] - 1) for key in ENDS] for of in (self.before, self.after)]
-            words = [f"{median:+.1f} % ({low:+.1f} to {high:+.1f})" for median, low, high in spreads]
-            by = f"{spreads[1][0] - spreads[0][0]:+.1f} points"
+            words = [f"{signed(median, 1)} % ({signed(low, 1)} to {signed(high, 1)})" for median, low, high in spreads]
+            by = f"{signed(spreads[1][0] - spreads[0][0], 1)} points"
         else:
             spreads = [[1e6 * of[key] for key in ENDS] for of in (self.before, self.after)]
             words = [f"{median:.1f} us ({low:.1f} to {high:.1f})" for median, low, high in spreads]
@@ -176,7 +178,7 @@ def show(changes: Changes, console: Console) -> None:
     if changes.beyond_noise:
         head = ["case", "variant", "time of", "before", "after", "change"]
         rows = table(head, [change.cells for change in changes.beyond_noise])
-        console.print(Markdown(f"Overhead over unsteered with its interval, or time with quartiles:\n\n{rows}"))
+        show_markdown(f"Overhead over unsteered with its interval, or time with quartiles:\n\n{rows}", console)
     for text in changes.events:
         console.print(text, highlight=False, markup=False)
     still = len(changes.timed) - len(changes.beyond_noise)

@@ -186,8 +186,6 @@ def expand(model: Any, texts: dict[str, str]) -> tuple[list[Case], dict[str, lis
 
 
 def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Path, json: bool, quiet: bool) -> None:
-    from rich.markdown import Markdown
-
     from austeer.utils.progress import Progress
 
     from . import files, goals, report
@@ -195,7 +193,7 @@ def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Pa
 
     path = files.new_file(out, model.device, KIND)
     content: dict[str, Any] = {}
-    with Progress("measuring", None, "turns", False if quiet or json else None) as bar:
+    with Progress("measuring", None, "turns", False if quiet else None) as bar:
         for content in run(model, model.config._name_or_path, jobs, series, tell=bar.advance):
             files.write(path, content)  # after each case: an interrupted run keeps what it has
     if json:
@@ -203,7 +201,7 @@ def _measure(model: Any, jobs: list[Job], series: dict[str, list[Case]], out: Pa
         return
     report.show(path, content)
     if reached := goals.table_of([content]):
-        report.wide_console().print(Markdown(reached))
+        report.show_markdown(reached)
     console.print(f"wrote {path}")
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markdown import Markdown
 
 from . import catalogue, command, files, goals, gpu_parts, report
 from .gpu_suite import DTYPE, FAILED, RUNNING, BrokenDeviceError, Clock, Suite, run_part
@@ -161,7 +160,7 @@ def show(path: Path, content: dict[str, Any]) -> None:
     if counted := (parts.get("counts", {}).get("result") or {}).get("ways"):
         text = f"Counted once, {parts['counts']['result']['case']}:\n\n{counts(counted)}\n\n{text}"
     reached = "" if content["quick"] else goals.table_of(found)
-    report.wide_console().print(Markdown(f"{text}\n\n{content.get('stopped', '')}\n\n{reached}"))
+    report.show_markdown(f"{text}\n\n{content.get('stopped', '')}\n\n{reached}")
 
 
 def _tests(entry: dict[str, Any]) -> str:

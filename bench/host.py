@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 import austeer
 from austeer.models.sites import find_sites
+from austeer.utils.tables import console, show_table
 
 from . import command, files, report, shapes
 from .graphs import no_collection, spread, wait
@@ -279,30 +279,22 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
         yield {**about, **known, **sizes, "batches": batches}
 
 
-def tables(content: dict[str, Any]) -> Iterator[Table]:
-    """The result, a table for each batch size and state of the caches."""
+def show(_: object, content: dict[str, Any]) -> None:
+    """Prints the result, a table for each batch size and state of the caches."""
     words = {"us_by_itself": "warm", "us_cold": "cold: caches evicted before each call"}
     for batch in content["batches"]:
         goals = {(one["variant"], one["of"]): one for one in batch["goals"]}
         for key, state in words.items():
-            rows = {name: row for name, row in batch["variants"].items() if key in row}
-            if not rows:
-                continue
-            title = f"\nHost us that a steered site adds, batch {batch['batch']}, {state}"
-            table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-            for head, justify in (("", "left"), ("path", "left"), ("median \\[quartiles]", "right"), ("goal", "left")):
-                table.add_column(head, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-            for name, row in rows.items():
+            rows = []
+            for name, row in batch["variants"].items():
+                if key not in row:
+                    continue
                 us, one = row[key], goals.get((name, key))
                 verdict = f"at most {one['most']:g}: {'met' if one['met'] else 'missed'}" if one else ""
-                table.add_row(name, row["path"], f"{us['median']:.1f} [{us['low']:.1f}, {us['high']:.1f}]", verdict)
-            yield table
-
-
-def show(_: object, content: dict[str, Any]) -> None:
-    """Prints the result."""
-    for table in tables(content):
-        report.wide_console().print(table)
+                rows.append([name, row["path"], f"{us['median']:.1f} [{us['low']:.1f}, {us['high']:.1f}]", verdict])
+            if rows:
+                console.print(f"\n[bold]Host us that a steered site adds, batch {batch['batch']}, {state}[/]")
+                show_table(["", "path", "median [quartiles]", "goal"], rows)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

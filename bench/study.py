@@ -18,7 +18,7 @@ from austeer.baselines import METHODS
 from austeer.causal import causal_check
 from austeer.cli.common import console, load, split_names, write_json
 from austeer.cli.search_options import bars
-from austeer.cli.search_text import held_out_table
+from austeer.cli.search_text import show_held_out
 from austeer.demo.demo import load_data
 from austeer.errors import TaskError
 from austeer.momentum.momentum import Momentum
@@ -119,7 +119,7 @@ def run(
         result["causal"] = {name: value for name, value in causal.items() if name not in left_out}
     result["seconds"] = time.perf_counter() - start
     console.print(f"\n[bold]{subject.name}[/], {found.settings['data']['test']['items']} held-out items")
-    console.print(held_out_table(found.unsteered, found.held_out))
+    show_held_out(found.unsteered, found.held_out)
     return result
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markdown import Markdown
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from austeer.errors import AusteerError
 from .graphs import wait
 from .lineup import MEASURED, Case, Lineup
 from .published.tables import table
+from .report import show_markdown
 from .steered import Steered, Way
 
 ENDINGS = (".json", ".json.gz")
@@ -132,5 +132,5 @@ def show_trace(rows: Iterable[Mapping[str, Any]], path: Path, console: Console) 
         for row in rows
     ]
     title = "A prefill, and a decoded token; under the profiler, which slows the host:"
-    console.print(Markdown(f"{title}\n\n{table(['way', 'phase', 'host, us', 'not in the trace'], lines)}"))
+    show_markdown(f"{title}\n\n{table(['way', 'phase', 'host, us', 'not in the trace'], lines)}", console)
     console.print(f"wrote {path}; open it in https://ui.perfetto.dev or chrome://tracing")

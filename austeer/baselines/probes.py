@@ -11,6 +11,9 @@ from torch.nn.functional import softplus
 #: Newton's method converges in about ten steps; halving keeps each step downhill.
 STEPS, HALVINGS = 100, 30
 
+#: Added to the curvature's diagonal, as a part of it, so that it is positive definite after rounding, too.
+ROUNDING = 1e-12
+
 #: The largest gradient, for one text, at which a fit is done.
 TOLERANCE = 1e-8
 
@@ -63,7 +66,10 @@ def fit(x: Tensor, positive: Tensor, penalty: float = 1.0) -> Probes:
         if gradient.abs().max() <= TOLERANCE * texts:
             break
         curvature = torch.einsum("gnw,gn,gnv->gwv", x, chance * (1 - chance), x) + torch.diag(ridge + 1e-12)
-        step = torch.linalg.solve(curvature, gradient)
+        curvature.diagonal(dim1=-2, dim2=-1).mul_(1 + ROUNDING)
+        # Cholesky, which a positive definite matrix allows: torch 2.13's batched LU (solve, inv) fails on oneMKL with
+        # several threads from widths of some 256 on.
+        step = torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(curvature))[..., 0]
         size = torch.ones(groups, dtype=torch.float64, device=x.device)
         for _ in range(HALVINGS):
             tried = loss(solution - size[:, None] * step)

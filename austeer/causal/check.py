@@ -117,7 +117,7 @@ def causal_check(
         batch_tokens: tokens in a batch; candidates are its rows.
         record: a file in which finished AUs are kept; with the same model, task and momentum it is gone on with, also
             for another ``n`` or ``sample``.
-        progress: a progress bar on standard error; by default if that is a terminal.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
         SelectionError: a site that was not measured, an unknown way, more AUs than the site has.

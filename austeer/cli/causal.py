@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
+from ..utils.tables import show_table, signed
 from . import common
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, Split, System, Where, console, note
 from .search_text import show_value
@@ -85,7 +84,7 @@ def causal(
             seed=seed,
             batch_tokens=batch_tokens,
             record=record,
-            progress=False if quiet or json else None,
+            progress=False if quiet else None,
         )
     except KeyboardInterrupt:
         note(f"what is finished is in {record}: the same command goes on")
@@ -113,20 +112,20 @@ def show(result: CausalResult) -> None:
 
     console.print(
         f"[bold]{result.n} top AUs of site {result.site} beside {result.n} matched random ones[/], each steered alone, "
-        f"on {result.items} held-out items (unsteered log-odds {result.log_odds:+.2f} nats)"
+        f"on {result.items} held-out items (unsteered log-odds {signed(result.log_odds, 2)} nats)"
     )
-    table = Table("steered", "mean, millinats", "top", "matched", escape("difference [95 %]"), "p", box=None)
-    for way, found in result.findings.items():
-        for name, row in (("|effect|", found.size), ("wanted direction", found.wanted)):
-            table.add_row(way, name, *_cells(row))
-    console.print(table)
+    rows = [
+        [way, name, *_cells(row)]
+        for way, found in result.findings.items()
+        for name, row in (("|effect|", found.size), ("wanted direction", found.wanted))
+    ]
+    show_table(["steered", "mean, millinats", "top", "matched", "difference [95 %]", "p"], rows)
     console.print("\n[bold]Rank correlation with the effect[/], AUs over the whole range of |beta|")
-    table = Table("steered", "beta, effect", "|beta|, |effect|", "the same, layer and scale held constant", box=None)
-    for way, found in result.findings.items():
-        table.add_row(
-            way, *(show_value(c.rho, c.low, c.high) for c in (found.signed, found.absolute, found.absolute_given))
-        )
-    console.print(table)
+    rows = [
+        [way, *(show_value(c.rho, c.low, c.high) for c in (found.signed, found.absolute, found.absolute_given))]
+        for way, found in result.findings.items()
+    ]
+    show_table(["steered", "beta, effect", "|beta|, |effect|", "the same, layer and scale held constant"], rows)
     for way, sentences in result.verdict.items():
         console.print(f"\n[bold]{way}[/] ({WAYS[way]})")
         for sentence in sentences:
@@ -137,4 +136,4 @@ def _cells(row: Difference) -> list[str]:
     top, matched, difference, low, high = (
         1000 * value for value in (row.top, row.matched, row.difference, row.low, row.high)
     )
-    return [f"{top:+.2f}", f"{matched:+.2f}", show_value(difference, low, high), f"{row.p:.2g}"]
+    return [signed(top, 2), signed(matched, 2), show_value(difference, low, high), f"{row.p:.2g}"]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from ..utils.tables import console as console
+
 if TYPE_CHECKING:
     from ..momentum.momentum import Momentum
     from ..pairs.chat import ChatForm
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 
 #: What the commands that are given as examples continue.
 PROMPT = "The weekend trip was"
-
-console = Console(highlight=False, soft_wrap=True)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder or Hub id; 'demo' is SmolLM2-135M-Instruct.", show_default=False)
@@ -32,7 +32,7 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda:0 ..., or a device map such as auto. [default: cuda if there is one]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite --out.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")]
 ChatOption = Annotated[

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from . import common
 from . import search_options as options
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
-from .search_text import LEGEND, held_out_table, show_ratio
+from .search_text import LEGEND, show_held_out, show_ratio
 
 if TYPE_CHECKING:
     from ..tuning import CompareResult
@@ -56,7 +57,7 @@ def compare(
     from ..tuning import compare as compare_methods
     from ..tuning.figures import draw_compare
 
-    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet)
     form = common.chat_form(chat, chat_option, system)
     task = options.load_data(data, template, limit)  # before the model, which takes longer
     options.open_folder(out, force)
@@ -83,10 +84,10 @@ def show(result: CompareResult) -> None:
     def time_of(row: HeldOut) -> str:
         return show_ratio(result.cost[row.name]) if row.name in result.cost else ""
 
-    console.print(held_out_table(result.unsteered, result.held_out, time_of if result.cost else None))
+    show_held_out(result.unsteered, result.held_out, time_of if result.cost else None)
     console.print(LEGEND)
     if result.cost:
         console.print(
             "time: of a token over unsteered, decoding at batch 1, median and quartiles; unsteered again "
-            + show_ratio(result.cost["unsteered again"])
+            + escape(show_ratio(result.cost["unsteered again"]))
         )

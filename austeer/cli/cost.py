@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
+from ..utils.tables import show_table
 from .common import Json, console, emit, note
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def cost(
         f"[bold]{model}[/] ({found.model}, {found.dtype}, {found.device}):\n"
         f"{operation} of {k} AUs at site {site}, in {len(found.aus)} of {found.layers} layers\n{_rates(found)}"
     )
-    console.print(_table("One decoded token a row", found, found.decode))
-    console.print(_table("The prompt", found, found.prefill))
+    _show_pass("One decoded token a row", found, found.decode)
+    _show_pass("The prompt", found, found.prefill)
     for way, reason in found.refused.items():
         console.print(f"  {way:<11} not possible: {reason}")
     console.print(
@@ -109,30 +109,29 @@ def _rates(found: SteeringCost) -> str:
     return "\n".join(lines)
 
 
-def _table(title: str, found: SteeringCost, done: Pass) -> Table:
+def _show_pass(title: str, found: SteeringCost, done: Pass) -> None:
     itself = done.unsteered
     title = f"{title}: {found.batch} x {done.tokens // found.batch} tokens, {done.past} in the cache"
-    title = f"{title}: {_time(done.seconds)}"
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for name in ("bytes", "operations", "launches", "device", "host", "overhead", "kept"):
-        table.add_column(name, justify="right", no_wrap=True)
+    console.print(f"\n[bold]{title}: {_time(done.seconds)}[/]")
     launches = "?" if itself.launches is None else f"{itself.launches}"
     cells = [_short(itself.bytes), _short(itself.operations), launches, _time(done.device), _time(done.host)]
-    table.add_row("unsteered", *cells, "", "")
+    rows = [["unsteered", *cells, "", ""]]
     for way, extra in done.extra.items():
         work = extra.work
-        table.add_row(
-            way,
-            f"+{_short(work.bytes)}",
-            f"+{_short(work.operations)}",
-            f"+{work.launches}",
-            f"+{_time(extra.device)}",
-            f"+{_time(extra.host)}",
-            f"{100 * extra.overhead:.2f} %",
-            _short(found.memory[way]),
+        rows.append(
+            [
+                way,
+                f"+{_short(work.bytes)}",
+                f"+{_short(work.operations)}",
+                f"+{work.launches}",
+                f"+{_time(extra.device)}",
+                f"+{_time(extra.host)}",
+                f"{100 * extra.overhead:.2f} %",
+                _short(found.memory[way]),
+            ]
         )
-    return table
+    columns = ["", "bytes", "operations", "launches", "device", "host", "overhead", "kept"]
+    show_table(columns, rows, right=True)
 
 
 def _short(value: float) -> str:

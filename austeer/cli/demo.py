@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from ..utils.tables import show_table, signed
 from .common import DType, Json, Quiet, check_writable, console, load, next_line
 from .search_options import bars, write_result
-from .search_text import LEGEND, held_out_table, show_alpha, show_ratio
+from .search_text import LEGEND, show_alpha, show_held_out, show_ratio
 
 if TYPE_CHECKING:
     from ..demo.demo import DemoResult
@@ -42,7 +42,7 @@ def demo(
     start = time.perf_counter()
     network, tokenizer = load(model, dtype, "cpu")
     say(f"model     {network.config._name_or_path}, loaded in {time.perf_counter() - start:.1f} s")
-    show_bars = False if quiet or json else None
+    show_bars = False if quiet else None
     result, _, _ = demonstration.run(network, tokenizer, out, say=say, step=bars(show_bars), progress=show_bars)
     write_result(result, out / "demo.png", draw_demo, json)
     if json:
@@ -65,9 +65,9 @@ def show(result: DemoResult, console: Console) -> None:
     first = result.held_out[0]
     console.print(
         f"\n[bold]Effect on {result.pairs['held-out']} held-out pairs[/]: mean change of log p(positive) - "
-        f"log p(negative), nats (unsteered {result.unsteered.log_odds:+.2f})"
+        f"log p(negative), nats (unsteered {signed(result.unsteered.log_odds, 2)})"
     )
-    console.print(held_out_table(result.unsteered, result.held_out))
+    show_held_out(result.unsteered, result.held_out, on=console)
     console.print(LEGEND)
     console.print(
         f"groups: topics; every setting's strength was chosen within a KL of {result.max_kl:g} on other neutral text;\n"
@@ -85,10 +85,8 @@ def show(result: DemoResult, console: Console) -> None:
             console.print(f"    [cyan]{name:<11}[/] {escape(' '.join(texts[i].split()))}")
 
     console.print("\n[bold]Time per token[/], decoding at batch 1, interleaved rounds")
-    table = Table("path", "ms", escape("ratio to unsteered [quartiles]"), box=None)
-    for name, timing in result.timings.items():
-        table.add_row(name, f"{1000 * timing.seconds:.1f}", show_ratio(timing))
-    console.print(table)
+    rows = [[name, f"{1000 * timing.seconds:.1f}", show_ratio(timing)] for name, timing in result.timings.items()]
+    show_table(["path", "ms", "ratio to unsteered [quartiles]"], rows, on=console)
     console.print(
         "fused: its PyTorch definition, as this is a CPU; differences within those of unsteered again are noise"
     )

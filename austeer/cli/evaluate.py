@@ -120,7 +120,7 @@ def evaluate(
     network, tokenizer = common.load(model, dtype, device)
     loaded = common.in_chat_form(loaded, tokenizer, form)
     common.note_chat_form({name: variant.plan for name, variant in variants.items()}, form)
-    show_bar = False if quiet or json else None
+    show_bar = False if quiet else None
     result = evaluate_task(
         network, tokenizer, loaded, variants, neutral=texts, max_new_tokens=max_new_tokens, progress=show_bar
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
 
+from ..utils.tables import show_table, signed
 from .common import console, emit
 from .search_text import show_alpha, show_value
 
@@ -40,28 +40,31 @@ def show(result: Evaluation) -> None:
     )
     share = ["exact match"] if numeric else ["accuracy", "exact match"]
     columns = [*share, "p", *([] if numeric else ["log-odds", "change"]), "KL", "rise"]
-    table = Table("variant", "alpha", "AUs", *columns, box=None, pad_edge=False)
+    rows = []
     for row in result.variants:
         shares = [_share(value) for value in (row.accuracy, row.exact) if value is not None]
-        odds = [] if row.margin is None else [f"{row.margin.value:+.2f}", _signed(row.margin_change)]
+        odds = [] if row.margin is None else [signed(row.margin.value, 2), _change(row.margin_change)]
         p = [value for value in (row.accuracy_p, row.exact_p) if value is not None]
-        table.add_row(
-            escape(row.name),
-            "" if row.alpha is None else show_alpha(row.alpha),
-            str(row.k or ""),
-            *shares,
-            " ".join(f"{value:.2g}" for value in p),
-            *odds,
-            "" if row.kl is None else f"{row.kl:.3f}",
-            "" if row.rise is None else f"{row.rise:+.3f}",
+        rows.append(
+            [
+                row.name,
+                "" if row.alpha is None else show_alpha(row.alpha),
+                str(row.k or ""),
+                *shares,
+                " ".join(f"{value:.2g}" for value in p),
+                *odds,
+                "" if row.kl is None else f"{row.kl:.3f}",
+                "" if row.rise is None else signed(row.rise, 3),
+            ]
         )
-    console.print(table)
+    show_table(["variant", "alpha", "AUs", *columns], rows)
     if result.between:
-        tests = Table("between", "and", "p", box=None, pad_edge=False)
+        tests = []
         for pair in result.between:
             p = [value for value in (pair.accuracy_p, pair.exact_p) if value is not None]
-            tests.add_row(escape(pair.first), escape(pair.second), " ".join(f"{value:.2g}" for value in p))
-        console.print(tests)
+            tests.append([pair.first, pair.second, " ".join(f"{value:.2g}" for value in p)])
+        console.print()
+        show_table(["between", "and", "p"], tests)
     what, of = ("the right number", "") if numeric else ("the wanted option", ", of accuracy and of exact match")
     console.print(("" if numeric else OPTIONS) + LEGEND.format(what=what, of=of))
     console.print(f"groups: {BY[result.grouped_by]}")
@@ -69,7 +72,7 @@ def show(result: Evaluation) -> None:
 
 def show_lm_eval(scores: dict[str, dict[str, dict[str, float]]]) -> None:
     """The table of lm-eval's metrics: a row for each task and metric, a column for each variant."""
-    table = Table("task", "metric", *map(escape, scores), box=None, pad_edge=False)
+    rows = []
     first = next(iter(scores.values()))
     for task, metrics in first.items():
         for metric in metrics:
@@ -80,8 +83,8 @@ def show_lm_eval(scores: dict[str, dict[str, dict[str, float]]]) -> None:
                 error = found[task].get(f"{metric}_stderr")
                 spread = "" if not isinstance(error, float) else f" ± {error:.4f}"
                 cells.append(f"{found[task][metric]:.4f}{spread}")
-            table.add_row(escape(task), escape(metric), *cells)
-    console.print(table)
+            rows.append([task, metric, *cells])
+    show_table(["task", "metric", *scores], rows)
 
 
 def list_templates(as_json: bool) -> None:
@@ -92,10 +95,8 @@ def list_templates(as_json: bool) -> None:
     if as_json:
         emit({name: _about(template) for name, template in found.items()})
         return
-    table = Table("template", "kind", "fields of a row", "what it is", box=None, pad_edge=False)
-    for name, template in found.items():
-        table.add_row(name, template.kind, ", ".join(template.required), template.description)
-    console.print(table)
+    rows = [[name, t.kind, ", ".join(t.required), t.description] for name, t in found.items()]
+    show_table(["template", "kind", "fields of a row", "what it is"], rows, prose=(2, 3))
 
 
 def _about(template) -> dict[str, Any]:
@@ -109,8 +110,8 @@ def _about(template) -> dict[str, Any]:
 
 
 def _share(estimate: IntervalEstimate) -> str:
-    return escape(f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]")
+    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
 
 
-def _signed(estimate: IntervalEstimate | None) -> str:
+def _change(estimate: IntervalEstimate | None) -> str:
     return "" if estimate is None else show_value(estimate.value, estimate.low, estimate.high)

@@ -77,7 +77,7 @@ def lora(
             lora_bias=lora_bias,
             experts=experts,
             force=force,
-            progress=False if quiet or json else None,
+            progress=False if quiet else None,
         )
     config, record = (json_module.loads((out / name).read_text(encoding="utf-8")) for name in (CONFIG, RECORD))
     size = (out / TENSORS).stat().st_size
@@ -126,7 +126,7 @@ def checkpoint(
 
     with warnings_as_notes():
         export_checkpoint(
-            read_plans(plan, alpha), model, out, force=force, link=not copy, progress=False if quiet or json else None
+            read_plans(plan, alpha), model, out, force=force, link=not copy, progress=False if quiet else None
         )
     record = json_module.loads((out / RECORD).read_text(encoding="utf-8"))
     files = sorted(file for file in out.rglob("*.safetensors"))
@@ -190,7 +190,7 @@ def gguf(
             dtype=dtype,
             architecture=architecture,
             force=force,
-            progress=False if quiet or json else None,
+            progress=False if quiet else None,
         )
     vector = plans[0][0].operation == "shift"
     size = out.stat().st_size

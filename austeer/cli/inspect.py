@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
+from ..utils.tables import show_table
 from .common import Json, console, emit
 
 
@@ -38,7 +38,8 @@ def inspect(
         emit({**summary.to_json(), "png": png})
         return
     console.print(f"[bold]{source}[/]  {summary.origin}\n")
-    show(overview_text.unit_table(summary, rows))
+    headings, *units = overview_text.unit_table(summary, rows)
+    show_table(headings, units, right=True)
     console.print(f"\ntop {len(summary.units)} AUs of site {summary.site} by layer")
     for line in overview_text.layer_lines(summary, console.width):
         console.print(line)
@@ -47,33 +48,26 @@ def inspect(
         paragraph(line)
     if summary.stability is not None:
         console.print()
-        show(overview_text.stability_table(summary.stability))
+        headings, *again = overview_text.stability_table(summary.stability)
+        show_table(headings, again, right=True)
     if summary.verdict:
         console.print()
         paragraph(summary.verdict, "bold")
     if len(summary.sites) > 1:
         console.print()
-        show(overview_text.site_table(summary))
+        headings, *sites = overview_text.site_table(summary)
+        show_table(headings, sites, right=True)
     if summary.evidence is not None:
         console.print()
         if summary.evidence.tested:
-            show(overview_text.evidence_table(summary.evidence))
+            headings, *tested = overview_text.evidence_table(summary.evidence)
+            show_table(headings, tested, prose=(len(headings) - 1,), right=True)
         for line in overview_text.evidence_lines(summary.evidence):
             paragraph(line)
     for note in summary.notes:
         paragraph(note)
     if png:
         console.print(f"wrote {png}")
-
-
-def show(rows: list[list[str]]) -> None:
-    """A table without lines: names on the left, numbers on the right."""
-    table = Table(*rows[0], box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
 
 
 def paragraph(text: str, style: str | None = None) -> None:

@@ -108,7 +108,7 @@ def check(
         control_count=control_pairs,
         max_length=max_length,
         seed=seed,
-        progress=False if quiet or json else None,
+        progress=False if quiet else None,
     )
     if counted is not None and counted.pairs != len(found):
         note(f"{momentum} was measured on {counted.pairs} pairs, and here are {len(found)}")

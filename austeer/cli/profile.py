@@ -56,7 +56,7 @@ def profile(
         checkpoint=checkpoint,
         resume=resume,
         source=None if neutral is None else neutral.name,
-        progress=False if quiet or json else None,
+        progress=False if quiet else None,
     )
     seconds = time.perf_counter() - start
     made.save(out)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Console
+
+from ..utils.tables import show_table, signed
+from .common import console
 
 if TYPE_CHECKING:
     from ..forward.timing import Timing
@@ -19,28 +21,33 @@ LEGEND = (
 )
 
 
-def held_out_table(
-    unsteered: Unsteered, rows: Sequence[HeldOut], extra: Callable[[HeldOut], str] | None = None
-) -> Table:
-    table = Table(box=None, pad_edge=False)
-    names = ["alpha", "AUs", escape("effect, nats [95 %]"), "up", "accuracy", "p", "KL", *(["time"] if extra else [])]
-    table.add_column("setting")
-    for name in names:  # only what a setting is called may be broken
-        table.add_column(name, no_wrap=True)
-    table.add_row("unsteered", "", "", "", "", f"{unsteered.accuracy:.1%}")
+def show_held_out(
+    unsteered: Unsteered,
+    rows: Sequence[HeldOut],
+    extra: Callable[[HeldOut], str] | None = None,
+    on: Console = console,
+) -> None:
+    """The table of what settings do to held-out data; ``extra`` gives a last column, of time."""
+    columns = ["setting", "alpha", "AUs", "effect, nats [95 %]", "up", "accuracy", "p", "KL"]
+    cells = [["unsteered", "", "", "", "", f"{unsteered.accuracy:.1%}", "", ""]]
     for row in rows:
-        cells = [
-            escape(f"{row.method} {row.operation}, {row.detail or row.site}"),
-            show_alpha(row.alpha),
-            str(row.k),
-            show_value(row.effect, row.low, row.high),
-            f"{row.share:.0%}",
-            f"{row.accuracy:.1%}",
-            f"{row.p:.2g}",
-            f"{row.kl:.3f}",
-        ]
-        table.add_row(*cells, *([extra(row)] if extra else []))
-    return table
+        cells.append(
+            [
+                f"{row.method} {row.operation}, {row.detail or row.site}",
+                show_alpha(row.alpha),
+                str(row.k),
+                show_value(row.effect, row.low, row.high),
+                f"{row.share:.0%}",
+                f"{row.accuracy:.1%}",
+                f"{row.p:.2g}",
+                f"{row.kl:.3f}",
+            ]
+        )
+    if extra is not None:
+        columns.append("time")
+        for line, time in zip(cells, ["", *map(extra, rows)]):
+            line.append(time)
+    show_table(columns, cells, on=on)
 
 
 def show_alpha(alpha: float | dict[str, float]) -> str:
@@ -51,9 +58,10 @@ def show_alpha(alpha: float | dict[str, float]) -> str:
 
 def show_value(value: float, low: float | None, high: float | None) -> str:
     """With its interval, where it has one."""
-    return escape(f"{value:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]"))
+    found = signed(value, 2)
+    return found if low is None or high is None else f"{found} [{signed(low, 2)}, {signed(high, 2)}]"
 
 
 def show_ratio(timing: Timing) -> str:
     """To unsteered, with quartiles."""
-    return escape(f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]")
+    return f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]"

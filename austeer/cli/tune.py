@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
+from ..utils.tables import show_table
 from . import common
 from . import search_options as options
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
-from .search_text import LEGEND, held_out_table, show_alpha, show_value
+from .search_text import LEGEND, show_alpha, show_held_out, show_value
 
 if TYPE_CHECKING:
     from ..tuning import TuneResult
@@ -58,7 +57,7 @@ def tune(
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
 
-    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet or json)
+    shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet)
     counted = None if momentum is None else Counted.load(momentum)
     form = common.chat_form(chat, chat_option, system)
     task = options.load_data(data, template, limit)  # before the model, which takes longer
@@ -89,13 +88,13 @@ def show(result: TuneResult, max_kl: float, rows: int) -> None:
         f"{measured}{split['tune']['items']} items tuned on, {split['test']['items']} held out; "
         f"{len(result.trials)} settings\n{options.groups_line(split)}\n"
     )
-    table = Table("setting", "k", "alpha", "items", escape("effect, nats [95 %]"), "up", box=None, pad_edge=False)
+    cells = []
     for t in result.trials[:rows]:
         where, effect = f"{t.operation} at {t.detail or t.site}", show_value(t.effect, t.low, t.high)
-        table.add_row(where, str(t.k), show_alpha(t.alpha), str(t.items), effect, f"{t.share:.0%}")
-    console.print(table)
+        cells.append([where, str(t.k), show_alpha(t.alpha), str(t.items), effect, f"{t.share:.0%}"])
+    show_table(["setting", "k", "alpha", "items", "effect, nats [95 %]", "up"], cells)
     console.print(f"\n[bold]On {split['test']['items']} held-out items[/]: the chosen setting first")
-    console.print(held_out_table(result.unsteered, result.held_out))
+    show_held_out(result.unsteered, result.held_out)
     console.print(LEGEND)
     first = result.held_out[0]
     if first.low is not None and first.low <= 0:

@@ -20,7 +20,7 @@ def draw_demo(result: DemoResult, path: Path) -> None:
     axes[0].set_yticks(range(len(rows)), names, fontsize=8)
     axes[0].axvline(0, color="#333333", linewidth=0.8)
     axes[0].set(xlabel="change of log-odds on held-out pairs, nats", title="Effect, with its interval")
-    _settings_tried(axes[1], result)
+    figure.set_figheight(max(4, 1.4 + 0.17 * _settings_tried(axes[1], result)))
 
     timings = list(result.timings.items())[:0:-1]  # the reference itself is 1 by definition
     ratios = [t.ratio for _, t in timings]
@@ -32,8 +32,11 @@ def draw_demo(result: DemoResult, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _settings_tried(axis, result: DemoResult) -> None:
-    """Each setting at the limit on the side effect (filled) and at a part of that strength; pale: by fewer pairs."""
+def _settings_tried(axis, result: DemoResult) -> int:
+    """Each setting at the limit on the side effect (filled) and at a part of that strength; pale: by fewer pairs.
+
+    Returns how many rows that makes.
+    """
     settings = sorted(
         {(t.operation, t.site, t.k) for t in result.trials},
         key=lambda setting: (list(COLORS).index(setting[0]), setting),
@@ -56,3 +59,4 @@ def _settings_tried(axis, result: DemoResult) -> None:
     axis.axvline(0, color="#333333", linewidth=0.8)
     axis.set(xlabel="change of log-odds on tuning pairs, nats")
     axis.set_title("Settings tried: filled at the limit, open weaker,\npale by fewer pairs", fontsize=9)
+    return len(settings)

@@ -57,7 +57,7 @@ def export_checkpoint(
         force: replaces ``out``.
         link: links untouched files where the file system can, so that what later writes into one of the two changes
             both; False copies them.
-        progress: shows a bar; by default if standard error is a terminal.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Returns:
         The folder.

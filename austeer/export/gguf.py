@@ -56,7 +56,7 @@ def export_gguf(
         dtype: of the adapter, "float32" or "float16"; control vectors are float32.
         architecture: what the model's GGUF calls its architecture, if it is not the one of the model's family.
         force: replaces ``out``.
-        progress: shows a bar; by default if standard error is a terminal.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Returns:
         The file.

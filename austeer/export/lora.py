@@ -74,7 +74,7 @@ def export_lora(
             alone reads it, and merges it only into layers that have a bias; others refuse it or leave it out.
         experts: also write the experts of mixtures. PEFT alone reads them in this form.
         force: replace what is in ``out``.
-        progress: a progress bar on standard error; by default if that is a terminal.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Returns:
         ``out``, with ``adapter_config.json``, ``adapter_model.safetensors`` and what was exported in ``austeer.json``.

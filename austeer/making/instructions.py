@@ -64,7 +64,7 @@ def pairs_from_instructions(
         chat: put the instruction into the chat template; by default if the tokenizer has one. Momentum is then
             measured with the template, too.
         resume: go on from ``OUT.partial``, if it is there.
-        progress: a progress bar on standard error; by default if that is a terminal.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
         PairsError: an instruction that is empty, two equal ones, no prompt, another suffix, an unfinished run that

@@ -81,7 +81,7 @@ def measure(
             one. With a checkpoint they are always kept in a folder, by default beside it.
         device: layerwise, where to compute: for example a GPU that has no room for a model in the CPU's memory.
         layout: attribute paths of a model whose family is not known.
-        progress: a progress bar on standard error; by default if that is a terminal.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
         PairsError, SiteError: unusable pairs; a site, layer or family that is not known; sites of unlike layers.

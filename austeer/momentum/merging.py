@@ -15,7 +15,7 @@ def merge_files(paths: Sequence[str | Path], progress: bool | None = None) -> Mo
     """The momentum of all pairs of some momentum files; counts do not depend on their order.
 
     Args:
-        progress: a progress bar on standard error; by default if that is a terminal.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
         SelectionError: fewer than two files; one given twice, also as a copy; or files of different models, sites,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..utils.figures import BLUE, ORANGE, new_figure, save_figure
+from ..utils.figures import BLUE, ORANGE, new_figure, save_figure, set_title
 from .overview import Overview
 
 
@@ -23,7 +23,7 @@ def draw_overview(overview: Overview, path: Path) -> None:
         _draw_layers(figure, axes[1], overview)
         _draw_stability(axes[2], overview)
         _draw_ties(axes[3], overview)
-    figure.suptitle(f"{overview.origin}, site {overview.site}", fontsize=10)
+    set_title(figure, f"{overview.origin}, site {overview.site}")
     save_figure(figure, path)
 
 
@@ -50,6 +50,7 @@ def _draw_layers(figure, axis, overview: Overview) -> None:
     image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     names = [f"{first} to {last}" for first, last in overview.ranks]
     axis.set_yticks(range(len(names)), names)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="decoder layer", ylabel="rank", title="AUs by layer")
     figure.colorbar(image, ax=axis, label="% of the row", fraction=0.05, pad=0.02)
 

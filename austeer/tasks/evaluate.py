@@ -59,7 +59,7 @@ def evaluate(
         neutral: texts that steering should leave as they are; None: the packaged held-out ones; empty: none.
         max_new_tokens, tolerance: of a numeric task: how much is written, and how far from the answer is still right.
         batch_tokens, batch_rows: the limits on a batch of scores, and of texts for a numeric task.
-        progress: whether to show a bar; by default if standard error is a terminal.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
         TaskError: a variant without a strength or with a reserved name, options that cannot be scored

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from austeer.utils.tables import signed
+
 from ..intervals import FASTER, NOISE, SAME, SLOWER, UNCLEAR
 from .inference import DENSE, METRICS, PUBLIC, SPARSE, Case, Inference, Overhead
 from .tables import capital
@@ -120,7 +122,7 @@ def _saved(best: Sequence[tuple[Overhead, tuple[str, Overhead]]]) -> str:
 
 
 def _span(percents: Sequence[float], sign: str = "+") -> str:
-    least, most = f"{min(percents):{sign}.1f}", f"{max(percents):{sign}.1f}"
+    least, most = (signed(end, 1).lstrip("" if sign else "+") for end in (min(percents), max(percents)))
     return f"{least} %" if least == most else f"{least} to {most} %"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from austeer.utils.figures import require_matplotlib
+from austeer.utils.tables import signed
 
 #: The ground, text, and lines of little weight.
 _PAGE, _TEXT, _WEAK, _BAND = "#ffffff", "#1f2328", "#d1d9e0", "#59636e"
@@ -99,6 +100,8 @@ def _overheads(data: Mapping[str, Any]):
 
 def _bars(data: Mapping[str, Any]):
     """Horizontal bars, with their values; with an interval where one is given."""
+    from matplotlib.ticker import MaxNLocator
+
     panels = data["panels"]
     most = max(len(panel["bars"]) for panel in panels)
     figure, axes = _axes(len(panels), 2, 5.2 if len(panels) > 1 else 8.5, 1.0 + 0.33 * most)
@@ -111,11 +114,12 @@ def _bars(data: Mapping[str, Any]):
         least = min([0, *(bar[2] for bar in bars)]) if spread else 0
         margin = 0.012 * (max(ends) - least)
         for place, end, value in zip(places, ends, values):
-            axis.text(max(end, 0) + margin, place, f"{value:#.3g}" if spread is None else f"{value:.1f}", va="center")
+            axis.text(max(end, 0) + margin, place, f"{value:#.3g}" if spread is None else signed(value, 2), va="center")
         axis.set_yticks(places, [bar[0] for bar in bars])
         axis.set_ylim(len(bars) - 0.45, -0.55)
-        axis.set_xlim(least * 1.05, least + (max(ends) - least) * 1.13)
+        axis.set_xlim(least * 1.05, least + (max(ends) - least) * 1.18)
         axis.grid(axis="y", visible=False)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set(xlabel=data["x"], title=panel["title"])
     return figure
 

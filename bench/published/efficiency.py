@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from austeer.utils.tables import signed
+
 from ..cases import ALONE, COLUMNS, FUSED, PLAIN
 from . import figures, tables
 from .conclusion import sentences
@@ -105,7 +107,8 @@ def _median(case: Case, name: str) -> str:
     """In brackets where two unsteered runs may differ by too much for a verdict."""
     if (found := case.overhead(name, "token")) is None:
         return ""
-    return f"{found.median:+.1f}" if case.decidable("token") else f"({found.median:+.1f})"
+    shown = signed(found.median, 1)
+    return shown if case.decidable("token") else f"({shown})"
 
 
 def _machines(results: Results) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from austeer.utils.tables import signed
+
 from .load import Result
 
 UNSTEERED, AGAIN, PUBLIC, DENSE, SPARSE = "unsteered", "unsteered again", "public", "dense hook", "sparse hook"
@@ -25,7 +27,7 @@ class Overhead:
     verdict: str
 
     def __str__(self) -> str:
-        return f"{self.median:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        return f"{signed(self.median, 1)} [{signed(self.low, 1)}, {signed(self.high, 1)}]"
 
     def compared(self, other: Overhead) -> str:
         """ "cheaper" or "dearer" where the two intervals do not meet, else "unresolved": a cautious comparison."""

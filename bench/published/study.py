@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from austeer.utils.tables import signed
+
 from .load import Result
 from .tables import table
 
@@ -64,8 +66,8 @@ def _stability(name: str, task: dict[str, Any]) -> Iterator[list[str]]:
 
 def _interval(row: dict[str, Any], key: str = "effect", digits: int = 2) -> str:
     if row["low"] is None:
-        return f"{row[key]:+.{digits}f}"
-    return f"{row[key]:+.{digits}f} [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+        return signed(row[key], digits)
+    return f"{signed(row[key], digits)} [{signed(row['low'], digits)}, {signed(row['high'], digits)}]"
 
 
 def _operations(tasks: dict[str, Any]) -> Iterator[list[str]]:
@@ -107,7 +109,7 @@ def _held_out(task: dict[str, Any]) -> str:
     for row in task["held_out"]:
         behind = row["behind"]
         where = row["site"] + (f", {row['detail']}" if row["detail"] else "")
-        later = "" if behind is None else f"{behind[0]:+.2f} [{behind[1]:+.2f}, {behind[2]:+.2f}]"
+        later = "" if behind is None else f"{signed(behind[0], 2)} [{signed(behind[1], 2)}, {signed(behind[2], 2)}]"
         sizes = [str(row["k"]), str(row["layers"]), _interval(row), later, f"{row['accuracy']:.0%}"]
         rows.append([label(row), where, *sizes, f"{row['p']:.2g}", f"{row['kl']:.3f}"])
     return table(head, rows)
@@ -131,9 +133,9 @@ def _causal(tasks: dict[str, Any]) -> Iterator[list[str]]:
         if "causal" not in task:
             continue
         for way, found in task["causal"]["findings"].items():
-            wanted, signed = found["wanted"], found["signed"]
-            means = [f"{wanted[key]:+.3f}" for key in ("top", "matched")]
-            yield [name, WAYS.get(way, way), *means, _interval(wanted, "difference", 3), _interval(signed, "rho")]
+            wanted, rank = found["wanted"], found["signed"]
+            means = [signed(wanted[key], 3) for key in ("top", "matched")]
+            yield [name, WAYS.get(way, way), *means, _interval(wanted, "difference", 3), _interval(rank, "rho")]
 
 
 def _cost(task: dict[str, Any]) -> str:

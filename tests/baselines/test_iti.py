@@ -51,11 +51,24 @@ def test_probes_equal_scikit_learns(shape, scale, shift):
         assert float(probes.accuracy(x, positive)[group]) == pytest.approx(reference.score(x[group].double(), positive))
 
 
+@pytest.mark.parametrize("width", [255, 256, 300])  # with the bias one more
+def test_probes_of_wide_heads_with_several_threads(width):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # batched LU fails with them on oneMKL
+    try:
+        expect_least_loss(*data(4, 40, width, 1.0, 0.2), 1.0)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 6), st.integers(2, 25), st.floats(0, 20), st.floats(1e-3, 1e3), st.integers(0, 99))
 def test_probes_are_at_the_least_loss(width, texts, shift, scale, seed):
-    x, positive = data(2, texts, width, scale, shift, seed)
-    probes = fit(x, positive)
+    expect_least_loss(*data(2, texts, width, scale, shift, seed), scale)
+
+
+def expect_least_loss(x, positive, scale):
+    probes, texts = fit(x, positive), len(positive)
     weight = probes.weight.clone().requires_grad_()
     bias = probes.bias.clone().requires_grad_()
     logit = torch.einsum("gnw,gw->gn", x.double(), weight) + bias[:, None]
@@ -138,6 +151,19 @@ def test_the_real_model_has_heads_that_tell_the_sides_apart(demo):
     best, worst = ranking.accuracy[ranking.order[0]], ranking.accuracy[ranking.order[-1]]
     assert best > 0.9 and best - worst > 0.2
     assert (ranking.accuracy[ranking.order].diff() <= 0).all()
+
+
+def test_wide_heads_of_a_model_with_several_threads(tiny_of, demo):
+    """Gemma 3 270M's shape at its attention site: four heads of 256."""
+    model = tiny_of("gemma3_text", head_dim=256, num_key_value_heads=1, num_hidden_layers=2)
+    material = material_of(model, demo[1], PAIRS[:10], ["ffn"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (arm,) = arms("iti", material, sites=["ffn"], ks=[1], heads=[3])
+    finally:
+        torch.set_num_threads(threads)
+    assert arm.k == 3 * 256 and len({int(i) // 256 + 4 * int(at) for i, at in zip(arm.plan.index, arm.plan.layer)}) == 3
 
 
 # --- halves, errors --------------------------------------------------------------------------------------------------

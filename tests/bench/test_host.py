@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from rich.console import Console
 
 from bench import host, report
 
@@ -114,14 +113,13 @@ def command(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_the_table_fits_a_terminal_and_has_every_goal(model, capsys):
+def test_the_table_fits_a_terminal_and_has_every_goal(model, capsys, monkeypatch):
+    monkeypatch.setattr(host.console, "_width", 80)
     us = {"median": -123.45, "low": -1234.5, "high": 123.4, "rounds": 40}
     known = host.variants(model)
     rows = {name: {"path": "columns", "us_by_itself": us, "us_cold": us} for name in known}
     goals = [one for name in known for one in host.goal(name, known[name], rows[name])]
-    console = Console(width=80)
-    for table in host.tables({"batches": [{"batch": 1, "variants": rows, "goals": goals}]}):
-        console.print(table)
+    host.show(None, {"batches": [{"batch": 1, "variants": rows, "goals": goals}]})
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     for name, most in {"shift, columns": [3, 12], "push": [5, 12], "dense hook": []}.items():
@@ -130,7 +128,8 @@ def test_the_table_fits_a_terminal_and_has_every_goal(model, capsys):
         assert [line.partition("at most ")[2] for line in found if "at most" in line] == [f"{n}: met" for n in most]
 
 
-def test_the_command_prints_both_tables(command, capsys):
+def test_the_command_prints_both_tables(command, capsys, monkeypatch):
+    monkeypatch.setattr(host.console, "_width", 120)  # no name in two lines
     assert command("--cold") == 0
     printed = capsys.readouterr().out
     for name in host.variants(host.build_model(1, CPU, torch.float32)):

@@ -35,6 +35,36 @@ def test_no_bar_where_nobody_looks(capsys, show):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_line_now_and_then_where_there_is_no_terminal(capsys, monkeypatch):
+    """Whatever is being done: stages that are shorter than the time between lines make lines, too."""
+    now = 1000.0
+    monkeypatch.setattr("austeer.utils.progress.monotonic", lambda: now)
+    monkeypatch.setattr("austeer.utils.progress._last_line", None)
+    for stage in range(1, 8):
+        with Progress(f"round {stage}", 40, "texts") as bar:
+            for _ in range(4):
+                now += 4  # 16 s a stage
+                bar.advance(10)
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == "" and [line.partition(",")[0] for line in lines] == [
+        "round 2: 40 of 40 texts",
+        "round 4: 40 of 40 texts",
+        "round 6: 40 of 40 texts",
+    ]
+
+
+def test_a_line_of_work_whose_end_is_not_known(capsys, monkeypatch):
+    monkeypatch.setattr("austeer.utils.progress._last_line", -1e9)
+    with Progress("measuring", None, "") as bar:
+        bar.advance(7, "quiet")
+    assert capsys.readouterr().err == "measuring: 7, quiet\n"
+    monkeypatch.setattr("austeer.utils.progress._last_line", -1e9)
+    with Progress("measuring", None, "", False) as bar:
+        bar.advance(7)
+    assert capsys.readouterr().err == ""
+
+
 def last_rate(shown, unit):
     return float(re.findall(rf"([\d.]+) {unit}/s", shown)[-1])
 

@@ -68,7 +68,7 @@ def momentum_from_activations(
         checkpoint: a file in which the counters are kept every GB or so, and when a shard cannot be read; remove it
             when the result is saved.
         resume: go on from the checkpoint, if it is there, to the identical result.
-        progress: a progress bar on standard error; by default if that is a terminal.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
         FileFormatError: no shard, one that is damaged or covers what another one covers, shards of different models,
