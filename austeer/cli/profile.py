@@ -19,7 +19,7 @@ def profile(
     out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write (safetensors).", show_default=False)],
     sites: Annotated[str, typer.Option(help="attention, ffn, layer, neuron; comma-separated.")] = "attention,ffn",
     draws: Annotated[
-        int, typer.Option(help="Backward passes of a text; a predicted KL errs by sqrt(2 / draws).", min=1)
+        int, typer.Option(help="Draws of all texts together; a predicted KL errs by sqrt(2 / draws).", min=1)
     ] = 200,
     neutral: Neutral = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
