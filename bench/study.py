@@ -118,7 +118,7 @@ def run(
         left_out = ("environment", "seconds", "notes")
         result["causal"] = {name: value for name, value in causal.items() if name not in left_out}
     result["seconds"] = time.perf_counter() - start
-    console.print(f"\n[bold]{subject.name}[/], {found.settings['data']['test']['items']} held-out items")
+    console.print(f"\n[bold]{subject.name}[/], {found.unsteered.items} held-out items")
     show_held_out(found.unsteered, found.held_out)
     return result
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from . import common
 from . import search_options as options
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
-from .search_text import LEGEND, show_held_out, show_ratio
+from .search_text import LEGEND, show_held_out, show_left_out, show_ratio
 
 if TYPE_CHECKING:
     from ..tuning import CompareResult
@@ -77,7 +77,7 @@ def show(result: CompareResult) -> None:
     split = result.settings["data"]
     console.print(
         f"{split['measure']['pairs']} pairs measured, {split['tune']['items']} items tuned on, {len(result.trials)} "
-        f"settings\n{options.groups_line(split)}\n\n[bold]On {split['test']['items']} held-out items[/], each method "
+        f"settings\n{options.groups_line(split)}\n\n[bold]On {result.unsteered.items} held-out items[/], each method "
         "tuned to the same limit on the side effect"
     )
 
@@ -91,3 +91,4 @@ def show(result: CompareResult) -> None:
             "time: of a token over unsteered, decoding at batch 1, median and quartiles; unsteered again "
             + escape(show_ratio(result.cost["unsteered again"]))
         )
+    show_left_out(result.left_out)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from ..utils.tables import show_table, signed
 from .common import console
@@ -48,6 +49,12 @@ def show_held_out(
         for line, time in zip(cells, ["", *map(extra, rows)]):
             line.append(time)
     show_table(columns, cells, on=on)
+
+
+def show_left_out(left_out: Sequence[str]) -> None:
+    """What a time budget was too short for."""
+    if left_out:
+        console.print("[bold]cut by --budget[/]: " + escape("; ".join(left_out)))
 
 
 def show_alpha(alpha: float | dict[str, float]) -> str:

@@ -12,7 +12,7 @@ from ..utils.tables import show_table
 from . import common
 from . import search_options as options
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
-from .search_text import LEGEND, show_alpha, show_held_out, show_value
+from .search_text import LEGEND, show_alpha, show_held_out, show_left_out, show_value
 
 if TYPE_CHECKING:
     from ..tuning import TuneResult
@@ -85,7 +85,7 @@ def show(result: TuneResult, max_kl: float, rows: int) -> None:
     split = result.settings["data"]
     measured = f"{split['measure']['pairs']} pairs measured, " if "measure" in split else ""
     console.print(
-        f"{measured}{split['tune']['items']} items tuned on, {split['test']['items']} held out; "
+        f"{measured}{split['tune']['items']} items tuned on, {result.unsteered.items} held out; "
         f"{len(result.trials)} settings\n{options.groups_line(split)}\n"
     )
     cells = []
@@ -93,9 +93,10 @@ def show(result: TuneResult, max_kl: float, rows: int) -> None:
         where, effect = f"{t.operation} at {t.detail or t.site}", show_value(t.effect, t.low, t.high)
         cells.append([where, str(t.k), show_alpha(t.alpha), str(t.items), effect, f"{t.share:.0%}"])
     show_table(["setting", "k", "alpha", "items", "effect, nats [95 %]", "up"], cells)
-    console.print(f"\n[bold]On {split['test']['items']} held-out items[/]: the chosen setting first")
+    console.print(f"\n[bold]On {result.unsteered.items} held-out items[/]: the chosen setting first")
     show_held_out(result.unsteered, result.held_out)
     console.print(LEGEND)
+    show_left_out(result.left_out)
     first = result.held_out[0]
     if first.low is not None and first.low <= 0:
         console.print(

@@ -42,17 +42,23 @@ def decode_times(
     rounds: int = 12,
     seed: int = 0,
     on_round: Callable[[], None] = lambda: None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> dict[str, Timing]:
     """Times greedy decoding at batch 1 with a KV cache; the first variant is the reference of the ratios.
 
     In each round every variant decodes ``tokens`` tokens once, in a new random order. Entering the variant's context,
     the prompt's pass and one token come before the clock starts. One more round, not counted, warms up.
+
+    Args:
+        is_over: whether time is up: then no more rounds are made than the two that a spread needs.
     """
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     shuffle = random.Random(seed).shuffle
     for number in range(rounds + 1):
+        if number > 2 and is_over():
+            break
         shuffle(order)
         for name in order:
             with variants[name]():
@@ -64,7 +70,7 @@ def decode_times(
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, reference, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        found[name] = Timing(statistics.median(values), statistics.median(ratios), low, high, rounds)
+        found[name] = Timing(statistics.median(values), statistics.median(ratios), low, high, len(values))
     return found
 
 

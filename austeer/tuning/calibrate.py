@@ -49,6 +49,7 @@ def calibrate(
     texts: int | None = None,
     start: Callable[[Arm], float] = lambda arm: 1.0,
     on_arm: Callable[[], None] = lambda: None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> dict[str, Limit]:
     """For each arm, by its digest, the strongest alpha whose KL divergence on neutral text is within ``max_kl``.
 
@@ -59,12 +60,13 @@ def calibrate(
     Args:
         texts: how many of the scorer's neutral texts are run. start: the first alpha of an arm.
         on_arm: called once for each arm that is done.
+        is_over: whether time is up: then the strengths that were seen have to do.
     """
     seen: dict[str, dict[float, tuple[float, float]]] = {arm.digest: {} for arm in arms}
     waiting = {arm.digest: arm for arm in arms}
     alphas = {arm.digest: start(arm) for arm in waiting.values()}
-    for _ in range(STEPS):
-        if not waiting:
+    for number in range(STEPS):
+        if not waiting or (number and is_over()):
             break
         candidates = [Candidate(arm, alphas[digest]) for digest, arm in waiting.items()]
         for candidate, (kl, rise) in zip(candidates, scorer.side_effects(candidates, texts)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from ..plans.table import OPERATIONS
 from ..steering.steering import steer
 from ..tasks.task import Task
 from ..utils.environment import environment
+from .budget import TIMES, Budget
 from .data import Most, Parts
 from .held_out import HeldOut, Unsteered, hold_out
 from .options import SearchOptions
@@ -46,7 +46,8 @@ class CompareResult:
             first.
         cost: time a token of each row by its name, as ``steer`` runs it, decoding at batch 1; beside "unsteered" and
             "unsteered again", whose distance is noise. Empty if it was not timed.
-        trials: every setting on the tuning part. seconds: of this run. environment: of the machine.
+        trials: every setting on the tuning part.
+        left_out: what a time budget was too short for, in words. seconds: of this run. environment: of the machine.
     """
 
     settings: dict[str, Any]
@@ -55,6 +56,7 @@ class CompareResult:
     held_out: list[HeldOut]
     cost: dict[str, Timing]
     trials: list[Trial]
+    left_out: list[str]
     seconds: float
     environment: dict[str, object]
 
@@ -138,7 +140,7 @@ def compare(
         SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
         FileFormatError: ``folder`` holds another search.
     """
-    started = time.perf_counter()
+    clock = Budget(budget)
     options = SearchOptions(
         *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
@@ -150,7 +152,7 @@ def compare(
         **options.settings("max_kl", "budget"),
     }
     needed = sites_needed(operations_of, options.sites)
-    prepared = prepare(model, tokenizer, data, options, sites=needed, settings=settings)
+    prepared = prepare(model, tokenizer, data, options, sites=needed, settings=settings, budget=clock)
     scorer, test_scorer, material = prepared.tune_scorer, prepared.test_scorer, prepared.material
     ks = options.ks_of(material.momentum)
     arms = [
@@ -158,19 +160,20 @@ def compare(
         for method, names in operations_of.items()
         for arm in arms_of(method, material, sites=options.sites, operations=names, ks=ks, layers=layers)
     ]
-    found = search(scorer, arms, group=_group, max_kl=max_kl, budget=budget, started=started, step=step)
+    found = search(scorer, arms, group=_group, max_kl=max_kl, budget=clock, step=step)
     groups = dict.fromkeys(_group(s.candidate.arm) for s in found.standings)
     best = sorted((found.best_in(group) for group in groups), key=lambda s: -s.effect)
-    unsteered, held_out = hold_out(test_scorer, [s.candidate for s in best], step)
+    unsteered, held_out = hold_out(test_scorer, [s.candidate for s in best], step, clock)
     known = scorer.record.get("cost") if timed else {}
     if known is None:
         variants = {
             s.candidate.arm.name: partial(steer, model, s.candidate.arm.plan, s.candidate.strength, k=s.candidate.arm.k)
             for s in best
         }
-        timings = time_tokens(model, tokenizer, variants, test_scorer.neutral[0], step)
+        timings = time_tokens(model, tokenizer, variants, test_scorer.neutral[0], step, clock)
         known = {name: asdict(timing) for name, timing in timings.items()}
-        scorer.record.put("cost", known)
+        if known:
+            scorer.record.put("cost", known)
     return CompareResult(
         settings=prepared.settings,
         schedule=found.schedule.to_json(),
@@ -178,7 +181,8 @@ def compare(
         held_out=held_out,
         cost={name: Timing(**timing) for name, timing in known.items()},
         trials=trials_of(found, scorer.task),
-        seconds=time.perf_counter() - started,
+        left_out=clock.left_out,
+        seconds=clock.spent,
         environment=environment(),
     )
 
@@ -188,11 +192,33 @@ def _group(arm: Arm) -> str:
 
 
 def time_tokens(
-    model: nn.Module, tokenizer, steered: Mapping[str, Callable[[], AbstractContextManager]], text: str, step: Step
+    model: nn.Module,
+    tokenizer,
+    steered: Mapping[str, Callable[[], AbstractContextManager]],
+    text: str,
+    step: Step,
+    budget: Budget | None = None,
 ) -> dict[str, Timing]:
-    """Time a token of the unsteered model, twice so that the noise shows, and of each steered one, in turns."""
+    """Time a token of the unsteered model, twice so that the noise shows, and of each steered one, in turns.
+
+    Args:
+        budget: for as many rounds as it leaves time for; without time for any the result is empty.
+    """
+    budget = Budget() if budget is None else budget
+    if budget.is_over(TIMES):
+        budget.note("rounds of times of a token", 0, ROUNDS)
+        return {}
     variants = {"unsteered": nullcontext, "unsteered again": nullcontext, **steered}
     with step(f"time a token, {len(variants)} ways", ROUNDS + 1) as advance:
-        return decode_times(
-            model, tokenizer, variants, prompt=text, tokens=TOKENS, rounds=ROUNDS, on_round=lambda: advance(1)
+        found = decode_times(
+            model,
+            tokenizer,
+            variants,
+            prompt=text,
+            tokens=TOKENS,
+            rounds=ROUNDS,
+            on_round=lambda: advance(1),
+            is_over=lambda: budget.is_over(TIMES),
         )
+    budget.note("rounds of times of a token", found["unsteered"].rounds, ROUNDS)
+    return found

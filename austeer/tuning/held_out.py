@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ..baselines.arm import Candidate
 from ..statistics.intervals import mcnemar, mean_interval, share_interval
+from .budget import HELD_OUT, Budget
 from .scorer import Scorer
-from .search import Step, no_bars, outcome_of
+from .search import Step, judged, no_bars, outcome_of
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,37 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Unsteered:
-    """The model as it is, on the test part: mean log-odds of the wanted option (nats), and accuracy with interval."""
+    """The model as it is, on the test part: mean log-odds of the wanted option (nats), and accuracy with interval.
+
+    Attributes:
+        items: of the test part that all rows were scored on; None in results that did not keep it.
+    """
 
     log_odds: float
     accuracy: float
     accuracy_low: float
     accuracy_high: float
+    items: int | None = None
 
 
-def hold_out(scorer: Scorer, candidates: Sequence[Candidate], step: Step = no_bars) -> tuple[Unsteered, list[HeldOut]]:
-    """Scores candidates on all items and neutral texts of a scorer; the first is what the others are set against."""
-    items = range(len(scorer.task))
-    groups = [item.group for item in scorer.task]
-    with step(f"{len(candidates)} settings on held-out items", len(items) * (len(candidates) + 1)) as advance:
-        base = scorer.base(items, advance)
-        scores = scorer.scores(candidates, items, advance)
+def hold_out(
+    scorer: Scorer, candidates: Sequence[Candidate], step: Step = no_bars, budget: Budget | None = None
+) -> tuple[Unsteered, list[HeldOut]]:
+    """Scores candidates on all items and neutral texts of a scorer; the first is what the others are set against.
+
+    Args:
+        budget: where it is nearly over, as many of the items as it leaves time for, and at least a few.
+    """
+    budget = Budget() if budget is None else budget
     with step("held-out neutral text", len(candidates)) as advance:
         side_effects = scorer.side_effects(candidates)
         advance(len(candidates))
+    everything = [None, *candidates]
+    with step(f"{len(candidates)} settings on held-out items", len(scorer.task) * len(everything)) as advance:
+        items = sorted(judged(everything, scorer, scorer.order, budget, HELD_OUT, advance))
+    budget.note("held-out items", len(items), len(scorer.task))
+    base, scores = scorer.base(items), scorer.scores(candidates, items)
+    groups = [scorer.task[i].group for i in items]
     changes = scores.margin - base.margin
     found = []
     for number, (candidate, (kl, rise)) in enumerate(zip(candidates, side_effects)):
@@ -91,5 +105,5 @@ def hold_out(scorer: Scorer, candidates: Sequence[Candidate], step: Step = no_ba
             )
         )
     hits = int(base.correct[0].sum())
-    unsteered = Unsteered(float(base.margin.mean()), hits / len(items), *share_interval(hits, len(items)))
+    unsteered = Unsteered(float(base.margin.mean()), hits / len(items), *share_interval(hits, len(items)), len(items))
     return unsteered, found

@@ -19,6 +19,7 @@ from ..measuring.measure import measure
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
 from ..tasks.task import Task
+from .budget import Budget
 from .data import Parts, digest_of, split
 from .options import SearchOptions
 from .record import Record
@@ -53,18 +54,20 @@ def prepare(
     *,
     sites: Iterable[str],
     settings: dict[str, Any],
+    budget: Budget,
 ) -> Preparation:
     """
     Args:
         options: with a budget, as many pairs are measured as a part of it allows.
         sites: those to measure, where there is no momentum. settings: what else the search depends on.
+        budget: of the options, running; it notes what is left out.
 
     Raises:
         TaskError: a numeric task, too little data, a budget too small to measure, or a model that is not causal.
         FileFormatError: ``folder`` holds another search.
     """
     expect_causal(model)
-    momentum, budget, neutral = options.momentum, options.budget, options.neutral
+    momentum, neutral = options.momentum, options.neutral
     given = isinstance(data, Parts) and data.measure is not None
     parts = split(data, measured=momentum is not None and not given, most=options.most, seed=options.seed)
     if neutral is None:
@@ -83,8 +86,10 @@ def prepare(
     if momentum is None:
         pairs = parts.measure
         assert pairs is not None
-        if budget is not None:
-            pairs = _affordable_pairs(pairs, tune_scorer, budget)
+        if budget.seconds is not None:
+            everything = len(pairs)
+            pairs = _affordable_pairs(pairs, tune_scorer, budget.seconds)
+            budget.note("pairs measured", len(pairs), everything)
             parts = replace(parts, measure=pairs)
             settings["data"] |= parts.to_json()
         momentum = _measured_momentum(model, tokenizer, pairs, sorted(sites), options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,9 +16,13 @@ from torch import Tensor
 from ..baselines.arm import Arm, Candidate
 from ..errors import TaskError
 from ..statistics.intervals import group_interval
+from .budget import SEARCH, Budget
 from .calibrate import Limit, calibrate, check_limit
-from .schedule import ETA, Schedule, make_schedule
-from .scorer import Scorer
+from .schedule import ETA, FEWEST, FINAL_TEXTS, FRACTIONS, TEXTS, Schedule, make_schedule
+from .scorer import Scorer, slices
+
+#: With a budget, the clock is looked at after so many scores, of a candidate on an item.
+AT_ONCE = 128
 
 #: Opens a bar of so many units, and gives what moves it.
 Step = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -103,8 +106,7 @@ def search(
     *,
     group: Callable[[Arm], str],
     max_kl: float,
-    budget: float | None = None,
-    started: float | None = None,
+    budget: Budget | None = None,
     step: Step = no_bars,
 ) -> SearchResult:
     """Finds the best candidate of each group.
@@ -115,7 +117,8 @@ def search(
 
     Args:
         max_kl: the limit on KL(unsteered || steered) on the scorer's neutral texts, nats a token.
-        budget: seconds in all, from ``started`` (:func:`time.perf_counter`) on.
+        budget: by which it is planned. Where it is over nonetheless, the search ends with what it is at, and the
+            candidates stand as they are; the budget notes what was left out.
 
     Raises:
         TaskError: no arm, a limit that is no positive number, a budget too small for one candidate, or no strength of
@@ -124,18 +127,25 @@ def search(
     if not arms:
         raise TaskError("search: found no arm, expected at least one; give sites, operations and numbers of AUs")
     check_limit(max_kl)
-    started = time.perf_counter() if started is None else started
-    order = scorer.order
-    schedule = _schedule(scorer, [group(arm) for arm in arms], budget, started, order, step)
+    budget = Budget() if budget is None else budget
+    order, everything = scorer.order, len(arms)
+    schedule = _schedule(scorer, [group(arm) for arm in arms], budget, order, step)
     arms = [arms[number] for number in schedule.arms]
     with step("strengths at the limit", len(arms)) as advance:
-        limits = calibrate(scorer, arms, max_kl, schedule.texts, on_arm=lambda: advance(1))
+        limits = calibrate(scorer, arms, max_kl, schedule.texts, **_options(budget, advance))
     remaining = [(arm, fraction) for arm in arms for fraction in schedule.fractions]
+    tried = len([arm for arm, _ in remaining if not budget.is_over(SEARCH) or limits[arm.digest].alpha is not None])
     done: list[Standing] = []
+    kept: list[Standing] = []
+    most = rounds = 0
     for number, size in enumerate(schedule.items):
-        last, items = number == len(schedule.items) - 1, order[:size]
-        if last and schedule.final_texts > schedule.texts:
-            limits |= _limits_on_more(scorer, [arm for arm, _ in remaining], limits, max_kl, schedule.final_texts, step)
+        last = number == len(schedule.items) - 1
+        if last and schedule.final_texts > schedule.texts and not budget.is_over(SEARCH):
+            within = [arm for arm, _ in remaining]
+            more = _limits_on_more(scorer, within, limits, max_kl, schedule.final_texts, budget, step)
+            limits |= {} if budget.is_over(SEARCH) else more
+        if number and budget.is_over(SEARCH):
+            break
         candidates = [
             (Candidate(arm, limit.alpha * fraction), group(arm), fraction, limit)
             for arm, fraction in remaining
@@ -143,26 +153,74 @@ def search(
             if limit.alpha is not None
         ]
         if not candidates:
+            if budget.is_over(SEARCH):
+                raise TaskError(
+                    f"budget: found {budget.seconds:.0f} s, over before any of {len(arms)} arms was brought within "
+                    f"{max_kl:g} nats a token; give more time"
+                )
             raise TaskError(
                 f"max_kl: no strength of any of {len(arms)} arms stayed within {max_kl:g} nats a token on neutral "
                 "text; give a larger limit, or fewer AUs"
             )
-        total = size * len(candidates)
-        with step(f"round {number + 1} of {len(schedule.items)}: {len(candidates)} candidates", total) as advance:
-            changes = scorer.changes([c for c, *_ in candidates], items, advance)
+        what = f"round {number + 1} of {len(schedule.items)}: {len(candidates)} candidates"
+        with step(what, size * len(candidates)) as advance:
+            items = judged([c for c, *_ in candidates], scorer, order[:size], budget, SEARCH, advance)
+        changes = scorer.changes([c for c, *_ in candidates], items)
+        if len(items) < most:
+            break  # time was up before they were judged by as many as in the round before: that one counts
         standings = [Standing(*candidate, tuple(items), change) for candidate, change in zip(candidates, changes)]
         standings.sort(key=lambda s: -s.effect)
-        if last:
-            done = standings + done
-            break
+        done, most, rounds = standings + [s for s in done if s not in kept], len(items), number + 1
         kept = _keep(standings)
-        done = [s for s in standings if s not in kept] + done
         remaining = [(s.candidate.arm, s.fraction) for s in kept]
+    budget.note("settings tried", tried, everything * len(FRACTIONS))
+    texts = len(scorer.neutral)
+    budget.note("neutral texts that strengths were chosen on, at first", schedule.texts, min(texts, TEXTS))
+    budget.note("and in the last round", schedule.final_texts, min(texts, FINAL_TEXTS))
+    budget.note("rounds", rounds, len(schedule.items))
+    budget.note("tuning items that the best were judged by", most, len(order))
     return SearchResult(done, schedule)
 
 
+def _options(budget: Budget, advance: Callable[[int], None]) -> dict[str, Any]:
+    """What :func:`calibrate` is to tell, and when it is to stop."""
+    return {"on_arm": lambda: advance(1), "is_over": lambda: budget.is_over(SEARCH)}
+
+
+def judged(
+    candidates: Sequence[Candidate | None],
+    scorer: Scorer,
+    items: list[int],
+    budget: Budget,
+    until: float,
+    advance: Callable[[int], None],
+) -> list[int]:
+    """Scores all candidates (None: the unsteered model) on the items.
+
+    Args:
+        until: which part of the budget may be gone by then.
+
+    Returns:
+        Those items, from the first on, that time was enough for; some at least.
+    """
+    scored: list[int] = []
+    size = len(items) if budget.seconds is None else max(FEWEST, AT_ONCE // len(candidates))
+    for part in slices(items, size):
+        if scored and budget.is_over(until):
+            break
+        scorer.scores(candidates, part, advance)
+        scored += part
+    return scored
+
+
 def _limits_on_more(
-    scorer: Scorer, arms: Sequence[Arm], limits: dict[str, Limit], max_kl: float, texts: int, step: Step
+    scorer: Scorer,
+    arms: Sequence[Arm],
+    limits: dict[str, Limit],
+    max_kl: float,
+    texts: int,
+    budget: Budget,
+    step: Step,
 ) -> dict[str, Limit]:
     """The limits of arms that have one, found again on so many texts."""
     within = {arm.digest: arm for arm in arms if limits[arm.digest].alpha is not None}
@@ -173,7 +231,7 @@ def _limits_on_more(
             max_kl,
             texts,
             start=lambda arm: limits[arm.digest].alpha or 1.0,
-            on_arm=lambda: advance(1),
+            **_options(budget, advance),
         )
 
 
@@ -184,9 +242,7 @@ def _keep(standings: Sequence[Standing]) -> list[Standing]:
     return [s for s in standings if next(place[s.group]) < math.ceil(sizes[s.group] / ETA)]
 
 
-def _schedule(
-    scorer: Scorer, groups: list[str], budget: float | None, started: float, order: list[int], step: Step
-) -> Schedule:
+def _schedule(scorer: Scorer, groups: list[str], budget: Budget, order: list[int], step: Step) -> Schedule:
     """From the record, or made now: with a budget from what the unsteered model takes for all items."""
     key = f"{scorer.name} schedule"
     known = scorer.record.get(key)
@@ -196,7 +252,7 @@ def _schedule(
         base = scorer.base(order, advance)
     if not torch.isfinite(base.margin).all():
         raise TaskError(f"{scorer.task.name}: the unsteered model gives no finite log-odds; expected a working model")
-    costs = None if budget is None else replace(scorer.costs, spent=time.perf_counter() - started)
-    schedule = make_schedule(groups, len(order), len(scorer.neutral), budget, costs)
+    costs = None if budget.seconds is None else replace(scorer.costs, spent=budget.spent)
+    schedule = make_schedule(groups, len(order), len(scorer.neutral), budget.seconds, costs)
     scorer.record.put(key, schedule.to_json())
     return schedule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,13 +18,14 @@ from ..plans.plan import Plan
 from ..plans.table import OPERATIONS
 from ..tasks.task import Task
 from ..utils.environment import environment
+from .budget import MIXED, Budget
 from .calibrate import calibrate
 from .data import Most, Parts
 from .held_out import HeldOut, Unsteered, hold_out
 from .options import SearchOptions
 from .preparation import prepare
-from .scorer import Scorer
-from .search import SearchResult, Standing, Step, no_bars, outcome_of, search
+from .scorer import Scorer, ignore
+from .search import SearchResult, Standing, Step, judged, no_bars, outcome_of, search
 
 SITES = ("attention", "ffn")
 KS = (3, 10, 30, 100, 300)
@@ -67,6 +67,7 @@ class TuneResult:
         settings: all that the search depended on, the split in it. schedule: how much of what was run.
         trials: every setting, best first among those judged by as many items. chosen: the best of all.
         unsteered, held_out: on the test part: the chosen setting first, then the best of each other operation.
+        left_out: what a time budget was too short for, in words.
         seconds: of this run. environment: of the machine.
     """
 
@@ -78,6 +79,7 @@ class TuneResult:
     chosen: Trial
     unsteered: Unsteered
     held_out: list[HeldOut]
+    left_out: list[str]
     seconds: float
     environment: dict[str, object]
 
@@ -140,22 +142,22 @@ def tune(
         SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
         FileFormatError: ``folder`` holds another search.
     """
-    started = time.perf_counter()
+    clock = Budget(budget)
     options = SearchOptions(
         *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
     settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix}
-    prepared = prepare(model, tokenizer, data, options, sites=options.sites, settings=settings)
+    prepared = prepare(model, tokenizer, data, options, sites=options.sites, settings=settings, budget=clock)
     parts, scorer, material = prepared.parts, prepared.tune_scorer, prepared.material
     ks = options.ks_of(material.momentum)
     arms = arms_of("momentum", material, sites=options.sites, operations=options.operations, ks=ks)
-    found = search(scorer, arms, group=_group, max_kl=max_kl, budget=budget, started=started, step=step)
+    found = search(scorer, arms, group=_group, max_kl=max_kl, budget=clock, step=step)
     if mix and len(options.sites) > 1:
-        found = replace(found, standings=[*_mixed_sites(scorer, found, max_kl, step), *found.standings])
+        found = replace(found, standings=[*_mixed_sites(scorer, found, max_kl, clock, step), *found.standings])
     best = found.best()
     others = [found.best_of(operation=o) for o in options.operations]
     rows = [best, *(s for s in others if s is not None and s.candidate.arm.operation != best.candidate.arm.operation)]
-    unsteered, held_out = hold_out(prepared.test_scorer, [s.candidate for s in rows], step)
+    unsteered, held_out = hold_out(prepared.test_scorer, [s.candidate for s in rows], step, clock)
     trials = trials_of(found, parts.tune)
     chosen = _trial(best, parts.tune)
     plan = best.candidate.arm.plan.top(best.candidate.arm.k)
@@ -166,7 +168,7 @@ def tune(
                 trials,
                 held_out[0],
                 f"tuning items of {parts.name}",
-                f"{len(parts.test)} held-out items of {parts.test.name}",
+                f"{unsteered.items} held-out items of {parts.test.name}",
             )
         ),
         alpha=chosen.alpha,
@@ -176,7 +178,8 @@ def tune(
         chosen=chosen,
         unsteered=unsteered,
         held_out=held_out,
-        seconds=time.perf_counter() - started,
+        left_out=clock.left_out,
+        seconds=clock.spent,
         environment=environment(),
     )
 
@@ -185,7 +188,7 @@ def _group(arm: Arm) -> str:
     return f"{arm.operation} at {arm.site}"
 
 
-def _mixed_sites(scorer: Scorer, found: SearchResult, max_kl: float, step: Step) -> list[Standing]:
+def _mixed_sites(scorer: Scorer, found: SearchResult, max_kl: float, budget: Budget, step: Step) -> list[Standing]:
     """The best of each site, two sites together: their strengths keep the ratio that each has alone at the limit."""
     best: list[Standing] = []
     for operation in dict.fromkeys(s.candidate.arm.operation for s in found.standings):
@@ -197,14 +200,22 @@ def _mixed_sites(scorer: Scorer, found: SearchResult, max_kl: float, step: Step)
         if len(members) > 1:
             best += members[:2]
     arms = [_joined_arm(first, second) for first, second in zip(best[::2], best[1::2])]
-    if not arms:
+    if not arms or budget.is_over(MIXED):
+        budget.note("pairs of sites together", 0, len(arms))
         return []
     with step("two sites together", len(arms)) as advance:
-        limits = calibrate(scorer, arms, max_kl, found.schedule.final_texts, on_arm=lambda: advance(1))
+        limits = calibrate(
+            *(scorer, arms, max_kl, found.schedule.final_texts),
+            on_arm=lambda: advance(1),
+            is_over=lambda: budget.is_over(MIXED),
+        )
     items = max((s.items for s in found.standings), key=len)
     within = [arm for arm in arms if limits[arm.digest].alpha is not None]
     candidates = [Candidate(arm, limits[arm.digest].alpha) for arm in within]  # type: ignore[arg-type]
     if not candidates:
+        return []
+    if len(judged(candidates, scorer, list(items), budget, MIXED, ignore)) < len(items):
+        budget.note("pairs of sites together", 0, len(arms))  # they would be judged by fewer items than the others
         return []
     changes = scorer.changes(candidates, items)
     return [

@@ -97,7 +97,7 @@ def held_out(detail, alpha):
 
 
 ROWS = [held_out(LONG, {"attention": 0.00123, "ffn": 1.23e-05}), held_out("12 heads", 1.23e04)]
-UNSTEERED = Unsteered(1.234, 0.623, 0.5, 0.7)
+UNSTEERED = Unsteered(1.234, 0.623, 0.5, 0.7, 400)
 TRIAL = Trial("difference", LONG, "attention", "shift", 10240, 1.23e04, 0.5, 200, -10.123, -11.234, 10.567, 1.0, 0.1)
 SPLIT = {"measure": {"pairs": 400}, "tune": {"items": 200}, "test": {"items": 400}}
 
@@ -105,12 +105,20 @@ SPLIT = {"measure": {"pairs": 400}, "tune": {"items": 200}, "test": {"items": 40
 def show_compare():
     cost = {row.name: TIMING for row in ROWS} | {"unsteered again": TIMING}
     settings = {"data": SPLIT, "max_kl": 0.1}
-    compare.show(SimpleNamespace(settings=settings, trials=[TRIAL], unsteered=UNSTEERED, held_out=ROWS, cost=cost))
+    compare.show(
+        SimpleNamespace(
+            settings=settings, trials=[TRIAL], unsteered=UNSTEERED, held_out=ROWS, cost=cost, left_out=["a"]
+        )
+    )
 
 
 def show_tune():
     trials = [TRIAL, replace(TRIAL, k=3)]
-    tune.show(SimpleNamespace(settings={"data": SPLIT}, trials=trials, unsteered=UNSTEERED, held_out=ROWS), 0.1, 10)
+    tune.show(
+        SimpleNamespace(settings={"data": SPLIT}, trials=trials, unsteered=UNSTEERED, held_out=ROWS, left_out=["a"]),
+        0.1,
+        10,
+    )
 
 
 def show_causal():

@@ -14,6 +14,7 @@ from austeer.tasks import Item, Task, option_scores
 from austeer.tuning import calibrate as calibration
 from austeer.tuning import schedule
 from austeer.tuning import scorer as scoring
+from austeer.tuning.budget import Budget
 from austeer.tuning.calibrate import NEAR, STRONGEST, WEAKEST, calibrate
 from austeer.tuning.record import Record
 from austeer.tuning.scorer import Scorer
@@ -257,7 +258,7 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(small, tmp_path, monke
     [
         ({"max_kl": 0.0}, r"max_kl.*0\.0"),
         ({"max_kl": math.nan}, "max_kl.*nan"),
-        ({"max_kl": 0.05, "budget": 1e-3}, "budget.* 0 s"),
+        ({"max_kl": 0.05, "budget": Budget(1e-3)}, "budget.* 0 s"),
     ],
 )
 def test_bad_input(small, scorer, options, message):
