@@ -29,10 +29,12 @@ from .errors import (
 )
 from .export import ExportError, ExportWarning, export_checkpoint, export_gguf, export_lora
 from .measuring.measure import measure
+from .measuring.profiling import profile
 from .measuring.stored.count import momentum_from_activations
 from .models.sites import Layout, Site, find_sites
 from .models.structure import is_steered
 from .momentum.momentum import Momentum
+from .momentum.profile import Profile
 from .pairs.pairs import Pair, Pairs, load_pairs
 from .pairs.stream import PairStream, stream_pairs
 from .plans.evidence import Evidence, Outcome, Overhead
@@ -66,6 +68,7 @@ __all__ = [
     "PairsError",
     "Plan",
     "PlanError",
+    "Profile",
     "SelectionError",
     "Site",
     "SiteError",
@@ -83,6 +86,7 @@ __all__ = [
     "load_pairs",
     "measure",
     "momentum_from_activations",
+    "profile",
     "steer",
     "stream_pairs",
     "tune",

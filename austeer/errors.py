@@ -64,3 +64,8 @@ class ModelError(AusteerError):
 def one_line(error: BaseException) -> str:
     """What someone else's error says, for a message of ours."""
     return " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun, as people write it: ``1 AU``, ``2 AUs``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

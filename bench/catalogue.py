@@ -11,6 +11,7 @@ from torch import nn
 import austeer
 from austeer import Plan, SteeringError
 from austeer.errors import AusteerError
+from austeer.models.structure import steered
 
 from . import plain_ways
 from .peers.libraries import WAYS as PEERS
@@ -24,7 +25,8 @@ class Ours(Steered):
     def __init__(self, mode: str, model: nn.Module, plan: Plan, alpha: float):
         super().__init__(model)
         try:
-            self.steering = austeer.steer(model, plan, alpha, mode=mode, check=False).attach()
+            with alone():
+                self.steering = austeer.steer(model, plan, alpha, mode=mode, check=False).attach()
         except SteeringError as error:
             raise UnavailableError(str(error)) from error
 
@@ -47,6 +49,17 @@ class InWeights(Ours):
             yield
         finally:
             self.steering.alpha = 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """As if no twin were steered: weights that twins share are edited only while no other one runs."""
+    others = dict(steered)
+    steered.clear()
+    try:
+        yield
+    finally:
+        steered.update(others)
 
 
 OURS = (

@@ -45,7 +45,10 @@ def bench(
     execution: Annotated[str, typer.Option(help="eager (generate), compile, graph (CUDA graph, GPU only).")] = "eager",
     variants: Annotated[str, typer.Option(help="Which ways to steer. [default: all that are installed]")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens of a generation.", min=2)] = 8,
-    seconds: Annotated[float, typer.Option(help="How long each case is timed, 12 turns at least; checks and counts come on top.", min=0)] = 60,
+    seconds: Annotated[
+        float,
+        typer.Option(help="How long each case is timed, 12 turns at least; checks come on top.", min=0),
+    ] = 60,
     full: Annotated[bool, typer.Option("--full", help="All sites, sizes and executions, as published.")] = False,
     dtype: DType = "auto",
     device: Device = None,

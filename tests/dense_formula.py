@@ -14,18 +14,18 @@ PATHS = ("fold", "bias", "fused", "columns", "dense")
 OPERATION = dict.fromkeys(PATHS, "scale") | {"bias": "shift"}  # one that the path can do
 
 
-def random_plan(model, sites, count, operation="scale", seed=0) -> Plan:
+def random_plan(model, sites, count, operation="scale", seed=0, layout=None) -> Plan:
     """A plan of random AUs, for tests that do not need a measured one."""
     generator = torch.Generator().manual_seed(seed)
-    found = find_sites(model)
+    found = find_sites(model, None if layout is None else sites, layout)
     print_ = fingerprint(model, found)
     sites = [sites] if isinstance(sites, str) else list(sites)
     names, layers, indices = [], [], []
     for name in sites:
-        width = print_.widths[name]
-        flat = torch.randperm(print_.layers * width, generator=generator)[:count]
+        width, numbers = print_.widths[name], torch.tensor([site.layer for site in found[name]])
+        flat = torch.randperm(len(numbers) * width, generator=generator)[:count]
         names += [name] * count
-        layers.append(flat // width)
+        layers.append(numbers[flat // width])
         indices.append(flat % width)
     total = count * len(sites)
     beta = torch.rand(total, generator=generator) * 2 - 1
@@ -53,10 +53,10 @@ def hook(model, site, change):
     )
 
 
-def formula(model, plan, alpha, where=None):
+def formula(model, plan, alpha, where=None, layout=None):
     """The definition, written out with plain PyTorch hooks and dense vectors; returns what removes them.
 
-    where: bool [batch, tokens], the tokens that are steered; None: all.
+    where: bool [batch, tokens], the tokens that are steered; None: all. layout: for find_sites.
     """
     handles = []
 
@@ -77,7 +77,7 @@ def formula(model, plan, alpha, where=None):
             return x + strength * beta * x.abs()
         return x + strength * delta
 
-    for name, sites in find_sites(model, plan.sites).items():
+    for name, sites in find_sites(model, plan.sites, layout).items():
         for site in sites:
             rows = [r for r in range(len(plan)) if plan.site[r] == name and plan.layer[r] == site.layer]
             if rows:
@@ -86,9 +86,9 @@ def formula(model, plan, alpha, where=None):
 
 
 @contextmanager
-def formula_at(model, plan, alpha, where=None):
+def formula_at(model, plan, alpha, where=None, layout=None):
     """``formula`` for the time of the context."""
-    handles = formula(model, plan, alpha, where)
+    handles = formula(model, plan, alpha, where, layout)
     try:
         yield
     finally:
@@ -99,6 +99,36 @@ def formula_at(model, plan, alpha, where=None):
 @torch.no_grad()
 def logits(model, ids):
     return model(**ids).logits
+
+
+def inside(scope, mask, prompt):
+    """bool [batch, columns]: the definition of a scope, token by token, from the mask of whole sequences."""
+    chosen = torch.zeros_like(mask, dtype=torch.bool)
+    for row, real in enumerate(mask.bool()):
+        columns = real.nonzero().flatten().tolist()
+        last = max(c for c in columns if c < prompt)
+        for number, column in enumerate(columns):
+            chosen[row, column] = {
+                "all": True,
+                "prompt": column < prompt,
+                "generation": column >= prompt,
+                "last_prompt_token": column == last,
+                "from_last_prompt_token": column >= last,
+            }.get(scope, False)
+            if isinstance(scope, tuple):
+                chosen[row, column] = scope[0] <= number < (scope[1] or 10**6)
+    return chosen
+
+
+def greedy_by_recomputing(model, batch, plan, alpha, scope, new, layout=None):
+    """Greedy tokens from whole sequences run anew for each token, with the formula at the scope's tokens."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    prompt = ids.shape[1]
+    for _ in range(new):
+        with formula_at(model, plan, alpha, inside(scope, mask, prompt), layout):
+            best = logits(model, {"input_ids": ids, "attention_mask": mask})[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, best], 1), torch.cat([mask, torch.ones_like(best)], 1)
+    return ids
 
 
 @torch.no_grad()

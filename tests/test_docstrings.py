@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import austeer
-from austeer.tasks.neutral import neutral_texts
+from austeer.forward.neutral import neutral_texts
 from searches import NOUNS
 from tiny_models import tiny_model
 
@@ -23,6 +23,9 @@ VERBS = {
     "measure": austeer.measure,
     "momentum_from_activations": austeer.momentum_from_activations,
     "estimate": austeer.estimate,
+    "profile": austeer.profile,
+    "Profile.kl": austeer.Profile.kl,
+    "Profile.alpha": austeer.Profile.alpha,
     "Momentum.select": austeer.Momentum.select,
     "Plan.save_pretrained": austeer.Plan.save_pretrained,
     "Plan.from_pretrained": austeer.Plan.from_pretrained,
@@ -69,7 +72,8 @@ def names(checkpoint, tmp_path, monkeypatch):
         "pairs": austeer.Pairs.of(rows, "pairs.jsonl"),
     }
     momentum = austeer.measure(found["model"], found["tokenizer"], found["pairs"])
-    return found | {"momentum": momentum, "plan": momentum.select("attention", k=10)}
+    profile = austeer.profile(found["model"], found["tokenizer"], draws=24)
+    return found | {"momentum": momentum, "plan": momentum.select("attention", k=10), "profile": profile}
 
 
 @pytest.mark.parametrize("name", VERBS)

@@ -90,6 +90,38 @@ CHANGES: dict[str, dict] = {
     "stablelm": {"head_dim": 8},
 }
 
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+_SHARED_MLP = {"shared_intermediate_size": 16}
+
+#: Families outside the table in which some layers, or all, are no attention: no or few keys and values to cache.
+HYBRIDS: dict[str, dict] = {
+    "bamba": {"attn_layer_indices": [1], **_MAMBA2},
+    "falcon_h1": {"mamba_d_ssm": 64, **_MAMBA2},
+    "falcon_mamba": {"state_size": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], **_MAMBA2, **_EXPERTS, **_SHARED_MLP},
+    "jamba": {
+        **{"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8},
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
+    "minimax": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], **_EXPERTS},
+    "nemotron_h": {
+        **{"layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 16},
+        **{"ssm_state_size": 8, "n_groups": 1},
+    },
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "recurrent_gemma": {
+        **{"lru_width": 32, "block_types": ["recurrent", "recurrent", "attention"], "attention_window_size": 64},
+    },
+    "rwkv": {"context_length": 64},
+    "zamba2": {
+        **{"layers_block_type": ["mamba", "hybrid", "mamba"], "hybrid_layer_ids": [1], "num_mem_blocks": 1},
+        **{"mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_d_state": 8},
+    },
+}
+
 #: Families whose language model lies beside a vision tower: how the whole is configured around the text sizes.
 MULTIMODAL: dict[str, dict] = {
     "gemma3": {
@@ -167,7 +199,7 @@ def tiny_model(family: str = "llama", **changes) -> PreTrainedModel:
     Args:
         changes: of its (text) config.
     """
-    sizes = SIZES | CHANGES.get(family, {})
+    sizes = SIZES | CHANGES.get(family, {}) | HYBRIDS.get(family, {})
     if family == "falcon":  # computes it, and lets nobody set it
         del sizes["head_dim"]
     torch.manual_seed(0)

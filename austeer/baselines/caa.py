@@ -41,7 +41,7 @@ def caa_arms(momentum: Momentum, layers: Sequence[int] | None = None) -> Iterato
             raise SelectionError(
                 f"method 'caa': found layer {layer!r}, expected one that was measured: {list(momentum.layers)}"
             )
-        order = momentum.layers.index(layer) * width + torch.arange(width)
+        order = momentum.layers.index(layer) * width + torch.arange(width, device="cpu")
         yield Arm("caa", plan_of(momentum, SITE, order, "shift"), width, f"layer {layer}")
 
 

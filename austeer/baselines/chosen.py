@@ -19,7 +19,7 @@ def random_plan(momentum: Momentum, site: str, k: int, seed: int, operation: str
     """
     size = momentum.counters(site).positive.numel()
     k = check_count("k", k, size, f"AUs of {site!r}", SelectionError)
-    chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:k]
+    chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")[:k]
     return plan_of(momentum, site, ranking(momentum, site)[chosen], operation)
 
 

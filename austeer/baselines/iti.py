@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
+from ..pairs.groups import BY, groups_of
 from ..pairs.pairs import Pairs
 from ..plans.plan import Plan
 from ..statistics import signed_rate
@@ -65,12 +66,13 @@ def iti_arms(material: Material, heads: Sequence[int]) -> Iterator[Arm]:
     activations = pair_activations(material.model, material.tokenizer, material.pairs, sites)
     found = rank_heads(activations, train_half(material.pairs, activations.number), size)
     chosen = found.order[: counts[-1]]
-    order = (chosen[:, None] * size + torch.arange(size)).flatten()  # heads are slices, one behind another
+    # Heads are slices, one behind another.
+    order = (chosen[:, None] * size + torch.arange(size, device="cpu")).flatten()
     width = sites[0].width
     beta = signed_rate(activations.counters(), len(material.pairs)).flatten()
     plan = Plan(
         site=(SITE,) * len(order),
-        layer=torch.tensor([site.layer for site in sites])[order // width].int(),
+        layer=torch.tensor([site.layer for site in sites], device="cpu")[order // width].int(),
         index=(order % width).int(),
         beta=beta[order].float(),
         delta=found.shift.flatten()[order].float(),
@@ -108,7 +110,7 @@ def rank_heads(activations: PairActivations, train: Tensor, size: int) -> Rankin
 
 
 def train_half(pairs: Pairs, number: Sequence[int]) -> Tensor:
-    """Half of the pairs, drawn by a hash of their prompts, which stay on one side: bool [len(number)].
+    """Half of the pairs, drawn by a hash of their groups, which stay on one side: bool [len(number)].
 
     Args:
         number: the pairs of ``pairs`` that are to be divided.
@@ -116,20 +118,19 @@ def train_half(pairs: Pairs, number: Sequence[int]) -> Tensor:
     Raises:
         SelectionError: fewer than two pairs in a half.
     """
-    prompts = [pairs[i].prompt for i in number]
-    # Pairs of one prompt only can be told apart by their answers.
-    groups = prompts if len(set(prompts)) > 1 else [pairs[i].positive + pairs[i].negative for i in number]
+    some = [pairs[i] for i in number]
+    groups, by = groups_of([pair.prompt for pair in some], [(pair.positive, pair.negative) for pair in some])
     members: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         members.setdefault(group, []).append(place)
-    train = torch.zeros(len(number), dtype=torch.bool)
+    train = torch.zeros(len(number), dtype=torch.bool, device="cpu")
     for group in sorted(members, key=lambda group: hashlib.sha256(group.encode()).digest()):
         if 2 * int(train.sum()) < len(number):
             train[members[group]] = True
     if min(int(train.sum()), int((~train).sum())) < 2:
         raise SelectionError(
-            f"method 'iti': found {len(number)} pairs of different sides with {len(members)} different prompts, too "
-            "few to train a probe on two of them and check it on two others; give more pairs"
+            f"method 'iti': found {len(number)} pairs of different sides in {len(members)} groups ({BY[by]}), too few "
+            "to train a probe on two of them and check it on two others; give more pairs"
         )
     return train
 
@@ -137,5 +138,5 @@ def train_half(pairs: Pairs, number: Sequence[int]) -> Tensor:
 def _texts(sides: tuple[Tensor, Tensor], pairs: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """float64 [heads, texts, size] of both sides of some pairs, and bool [texts], which are positive."""
     x = torch.cat([side[pairs] for side in sides]).double()
-    label = torch.arange(len(x)) < len(x) // 2
+    label = torch.arange(len(x), device="cpu") < len(x) // 2
     return x.unflatten(-1, (-1, size)).transpose(0, 1), label

@@ -11,7 +11,7 @@ from ..counters import Counters
 from ..errors import CaptureError
 from ..forward.batch_size import automatic_batch_tokens
 from ..forward.capture import LastTokens
-from ..forward.packing import batches
+from ..forward.causality import plain_batches
 from ..forward.tokens import check_vocabulary, length_limit, tokenise
 from ..models.sites import Site
 from ..models.structure import evaluating, input_device, vocabulary_size
@@ -55,7 +55,7 @@ def pair_activations(model: nn.Module, tokenizer, pairs: Pairs, sites: list[Site
     capture = LastTokens(model, {name: sites}, len(ids))
     tokens = automatic_batch_tokens(model, input_device(model))
     with evaluating(model), capture.attached():
-        for batch in batches(ids, tokens, share=False):
+        for batch in plain_batches(model, ids, tokens):
             capture.run(batch)
     values = capture.buffers[name].cpu()
     if not values.isfinite().all():

@@ -47,7 +47,7 @@ def sadi_arms(material: Material, sites: Iterable[str], ks: Sequence[int], heads
             raise SelectionError(f"method 'sadi': found {list(heads)} heads, expected numbers from 1 to {everywhere}")
         means = counters.delta_sum.reshape(-1, size).mean(-1)  # [layers * heads]
         order = torch.argsort(means.abs(), descending=True, stable=True)[: counts[-1]]
-        units = (order[:, None] * size + torch.arange(size)).flatten()
+        units = (order[:, None] * size + torch.arange(size, device="cpu")).flatten()
         plan = plan_of(momentum, site, units, "scale", beta=1.0)
         for count in counts:
             yield Arm("sadi", plan, count * size, f"{count} head{'s' if count > 1 else ''}")

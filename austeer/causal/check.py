@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ..baselines.pair_activations import pair_activations
 from ..errors import SelectionError, TaskError
+from ..forward.causality import expect_causal
 from ..models.sites import find_sites, fingerprint
 from ..models.structure import floating_dtype
 from ..models.weights import signature
 from ..momentum.momentum import Momentum
+from ..pairs.chat import describe_form
 from ..plans.fit import check_plan_fits
 from ..statistics import signed_rate
 from ..tasks import Task
@@ -119,7 +121,8 @@ def causal_check(
 
     Raises:
         SelectionError: a site that was not measured, an unknown way, more AUs than the site has.
-        TaskError: a numeric task, or options that cannot be scored. PlanError: the momentum is of another model.
+        TaskError: a numeric task, options that cannot be scored, or a model whose attention is not causal.
+        PlanError: the momentum is of another model.
         FileFormatError: the record is of another check.
     """
     start = time.perf_counter()
@@ -129,6 +132,7 @@ def causal_check(
     if task.kind == "numeric":
         raise TaskError(f"{task.name}: found a numeric task, expected options, whose log-odds can change")
     momentum.counters(site)  # refuses a site that was not measured
+    expect_causal(model)
     found = find_sites(model, [site])
     check_plan_fits(momentum.select(site, k=1), model, found)
     sites = [place for place in found[site] if place.layer in momentum.layers]
@@ -224,9 +228,9 @@ def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
             "of it, nothing here is held out"
         )
     if task.chat_template != momentum.chat_template:
-        said = {True: "went through a chat template", False: "did not go through a chat template"}
         found.append(
-            f"the items' prompts {said[task.chat_template]}, and the measured pairs' {said[momentum.chat_template]}"
+            f"the items' prompts are run {describe_form(task.chat_template)}, and the measured pairs' were "
+            f"{describe_form(momentum.chat_template)}"
         )
     if dtype.itemsize < 4:
         found.append(

@@ -92,10 +92,10 @@ class Runner:
         push = delta.abs() if way == "shift" else self.scale.deviation[row, index]
         return Plan(
             site=(self.site,),
-            layer=torch.tensor([self.momentum.layers[row]], dtype=torch.int32),
-            index=torch.tensor([index], dtype=torch.int32),
-            beta=torch.ones(1),
-            delta=torch.tensor([float(push)]),
+            layer=torch.tensor([self.momentum.layers[row]], dtype=torch.int32, device="cpu"),
+            index=torch.tensor([index], dtype=torch.int32, device="cpu"),
+            beta=torch.ones(1, device="cpu"),
+            delta=torch.tensor([float(push)], device="cpu"),
             operation="scale" if way == "scale" else "shift",
             model=self.momentum.model,
             pairs=self.momentum.pairs,

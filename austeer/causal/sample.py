@@ -89,7 +89,7 @@ def match(top: Tensor, features: Tensor, generator: torch.Generator) -> Tensor:
         SelectionError: a layer has too few AUs that are not among the top.
     """
     layers, width = features.shape[:2]
-    free = torch.ones(layers * width, dtype=torch.bool)
+    free = torch.ones(layers * width, dtype=torch.bool, device="cpu")
     free[top] = False
     found = []
     for unit in top.tolist():
@@ -102,10 +102,10 @@ def match(top: Tensor, features: Tensor, generator: torch.Generator) -> Tensor:
             )
         distance = (features[row, there] - features[row, unit % width]).norm(dim=-1)
         near = there[torch.argsort(distance, stable=True)[:NEAREST]]
-        chosen = row * width + int(near[torch.randint(len(near), (), generator=generator)])
+        chosen = row * width + int(near[torch.randint(len(near), (), generator=generator, device="cpu")])
         free[chosen] = False
         found.append(chosen)
-    return torch.tensor(found)
+    return torch.tensor(found, device="cpu")
 
 
 def stratified(strength: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -118,6 +118,6 @@ def stratified(strength: Tensor, count: int, generator: torch.Generator) -> Tens
     width = (high - low) / CLASSES or 1.0
     label = ((strength - low) / width).long().clamp(max=CLASSES - 1)
     members = [(label == number).nonzero()[:, 0] for number in range(CLASSES)]
-    members = [places[torch.randperm(len(places), generator=generator)] for places in members]
+    members = [places[torch.randperm(len(places), generator=generator, device="cpu")] for places in members]
     turns = [(turn, number) for number, places in enumerate(members) for turn in range(len(places))]
-    return torch.tensor([int(members[number][turn]) for turn, number in sorted(turns)[:count]])
+    return torch.tensor([int(members[number][turn]) for turn, number in sorted(turns)[:count]], device="cpu")

@@ -23,6 +23,7 @@ from . import (
     measure,
     momentum,
     pairs,
+    profile,
     push,
     select,
     tune,
@@ -51,7 +52,7 @@ austeer push plans/kind USER/kind
 `--model demo` is SmolLM2-135M-Instruct; `austeer demo` shows everything on it.
 """,
 )
-for module in (measure, select, inspect, tune, compare, evaluate, generate, push, demo, cost, causal):
+for module in (measure, select, inspect, tune, compare, evaluate, generate, push, demo, cost, causal, profile):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
 app.add_typer(momentum.app, name="momentum")
 app.add_typer(export.app, name="export")

@@ -9,7 +9,7 @@ import typer
 
 from ..utils.tables import show_table, signed
 from . import common
-from .common import Chat, Device, DType, Json, Model, Quiet, Split, Where, console, note
+from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, Split, System, Where, console, note
 from .search_text import show_value
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def causal(
     where: Where = None,
     split: Split = None,
     chat: Chat = False,
+    chat_option: ChatOption = None,
+    system: System = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch.", min=1)] = 2048,
     dtype: DType = "float32",
@@ -59,6 +61,7 @@ def causal(
     from ..momentum.momentum import Momentum
     from ..tasks import load_task
 
+    form = common.chat_form(chat, chat_option, system)
     result_file, record = out / "causal.json", out / "record.jsonl"
     common.check_writable(result_file, force=True)
     measured = Momentum.load(momentum)
@@ -67,8 +70,7 @@ def causal(
     if force:
         record.unlink(missing_ok=True)
     network, tokenizer = common.load(model, dtype, device)
-    if chat:
-        task = task.with_chat_template(tokenizer)
+    task = common.in_chat_form(task, tokenizer, form)
     try:
         result = causal_check(
             network,

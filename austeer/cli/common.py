@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,12 @@ from rich.console import Console
 from ..utils.tables import console as console
 
 if TYPE_CHECKING:
+    from ..momentum.momentum import Momentum
+    from ..pairs.chat import ChatForm
     from ..plans.plan import Plan
+
+#: What the commands that are given as examples continue.
+PROMPT = "The weekend trip was"
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder or Hub id; 'demo' is SmolLM2-135M-Instruct.", show_default=False)
@@ -29,6 +35,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite --out.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")]
+ChatOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--chat-option",
+        metavar="KEY=VALUE",
+        help="For the chat template, VALUE as JSON, such as enable_thinking=false; may be repeated. Implies --chat.",
+        show_default=False,
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(help="A system message before each prompt, in the chat template. Implies --chat.", show_default=False),
+]
 Where = Annotated[list[str] | None, typer.Option(help="Only rows where FIELD=VALUE; may be repeated.")]
 Split = Annotated[str | None, typer.Option(help="Which split of a dataset.")]
 PromptField = Annotated[str, typer.Option(help="The name of the prompt's field.")]
@@ -70,12 +89,80 @@ def _to_standard_error(mark: str, message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def note_chat_form(plans: Mapping[str, Plan], chat: bool) -> None:
-    """Says which plans were measured on prompts of another form than these."""
+def note_chat_form(plans: Mapping[str, Plan], chat: ChatForm) -> None:
+    """Says which plans were measured on prompts of another form than these, and how to give both one form."""
+    from ..pairs.chat import chat_arguments, describe_form
+
     for name, plan in plans.items():
         if plan.chat_template != chat:
-            form = "through" if plan.chat_template else "without"
-            note(f"{name} was measured {form} a chat template, and these prompts are not; see --chat")
+            own = chat_arguments(plan.chat_template).strip()
+            remedy = f"give {own}" if own else "leave --chat and its options out"
+            note(
+                f"{name} was measured on prompts {describe_form(plan.chat_template)}, and these prompts go "
+                f"{describe_form(chat)}; for the same form {remedy}"
+            )
+
+
+def chat_form(chat: bool, options: Sequence[str] | None, system: str | None) -> ChatForm:
+    """What ``--chat``, ``--chat-option`` and ``--system`` say together."""
+    from ..errors import AusteerError
+
+    found: dict[str, Any] = {} if system is None else {"system": system}
+    for option in options or ():
+        name, equals, value = option.partition("=")
+        if not equals or not name.isidentifier():
+            raise AusteerError(f"--chat-option: found {option!r}, expected KEY=VALUE, as enable_thinking=false")
+        if name in found:
+            raise AusteerError(f"--chat-option: found {name} twice, expected it once")
+        found[name] = _json_value(value)
+    return found or chat
+
+
+def in_chat_form(texts: Any, tokenizer, form: ChatForm) -> Any:
+    """Pairs or a task in the tokenizer's chat template, if there is to be one."""
+    from ..pairs.chat import options_of
+
+    return texts.with_chat_template(tokenizer, **options_of(form)) if form else texts
+
+
+def _json_value(text: str) -> Any:
+    """A value as JSON or as Python writes it (False is no text, which would be true); other texts are themselves."""
+    constants = {"True": True, "False": False, "None": None}
+    try:
+        return constants[text] if text in constants else json.loads(text)
+    except ValueError:
+        return text
+
+
+def parse_alphas(values: Sequence[str] | None) -> list[float]:
+    """The strengths of ``--alpha``: repeated, or several with commas between."""
+    from ..errors import AusteerError
+
+    found = []
+    for text in (part for value in values or () for part in value.split(",")):
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise AusteerError(f"--alpha: found {text.strip()!r}, expected a number such as -2.5, or several: 2,-2")
+        found.append(number)
+    return found
+
+
+def next_line(*words: object) -> str:
+    """The command to give next, quoted for a shell; names of files may hold blanks."""
+    return "next: " + shlex.join(map(str, words))
+
+
+def model_word(plan: Plan | Momentum) -> str:
+    """What ``--model`` takes for the model of a plan or momentum; MODEL where that was a folder, whose place is not
+    known.
+    """
+    from ..models.demo_model import DEMO, DEMO_ID
+
+    name = plan.model.name
+    return DEMO if name == DEMO_ID else name if "/" in name else "MODEL"
 
 
 def check_writable(path: Path, force: bool) -> None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from . import common
 from . import search_options as options
-from .common import Chat, Device, DType, Json, Model, Quiet, console
+from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
 from .search_text import LEGEND, show_held_out, show_left_out, show_ratio
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def compare(
     limit: options.Limit = None,
     seed: options.Seed = 0,
     chat: Chat = False,
+    chat_option: ChatOption = None,
+    system: System = None,
     dtype: DType = "auto",
     device: Device = None,
     force: options.ForceAnew = False,
@@ -56,9 +58,11 @@ def compare(
     from ..tuning.figures import draw_compare
 
     shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet)
+    form = common.chat_form(chat, chat_option, system)
+    task = options.load_data(data, template, limit)  # before the model, which takes longer
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
-    task = options.load_data(data, template, limit, chat, tokenizer)
+    task = common.in_chat_form(task, tokenizer, form)
     shared |= {"methods": common.split_names(methods), "timed": timed, "max_kl": max_kl, "seed": seed}
     result = compare_methods(network, tokenizer, task, **shared)
     options.write_result(result, out / "compare.png", draw_compare, json)
@@ -73,8 +77,8 @@ def show(result: CompareResult) -> None:
     split = result.settings["data"]
     console.print(
         f"{split['measure']['pairs']} pairs measured, {split['tune']['items']} items tuned on, {len(result.trials)} "
-        f"settings\n\n[bold]On {result.unsteered.items} held-out items[/], each method tuned to the same limit on the "
-        "side effect"
+        f"settings\n{options.groups_line(split)}\n\n[bold]On {result.unsteered.items} held-out items[/], each method "
+        "tuned to the same limit on the side effect"
     )
 
     def time_of(row: HeldOut) -> str:

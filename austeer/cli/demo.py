@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..utils.tables import show_table, signed
-from .common import DType, Json, Quiet, check_writable, console, load
+from .common import DType, Json, Quiet, check_writable, console, load, next_line
 from .search_options import bars, write_result
 from .search_text import LEGEND, show_alpha, show_held_out, show_ratio
 
@@ -50,8 +50,11 @@ def demo(
     show(result, console)
     console.print(
         f"\n{result.seconds:.0f} s; wrote momentum.safetensors, plan, result.json and demo.png in {out}\n"
-        f"try: austeer generate {out}/plan --model {model} --alpha {show_alpha(result.chosen.alpha)} "
-        '--prompt "My new neighbour is"'
+        + next_line(
+            *("austeer", "generate", out / "plan", "--model", model, "--alpha", show_alpha(result.chosen.alpha)),
+            *("--prompt", "My new neighbour is"),
+        ),
+        markup=False,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import common
-from .common import Chat, Device, DType, Force, Json, Quiet, Split, Where
+from .common import Chat, ChatOption, Device, DType, Force, Json, Quiet, Split, System, Where
 from .evaluate_text import list_templates, show, show_lm_eval
 from .search_options import Neutral, Template, read_neutral
 
@@ -29,12 +29,13 @@ Plans = Annotated[
     typer.Option("--plan", "-p", help="A plan's folder or Hub id; may be repeated.", show_default=False),
 ]
 Alphas = Annotated[
-    list[float] | None,
+    list[str] | None,
     typer.Option(
         "--alpha",
         "-a",
-        help="Strength: one for each plan, one for all, or several of one plan. [default: the plan's own, if its "
-        "evidence has one]",
+        metavar="NUMBER",
+        help="Strength: one for each plan, one for all, or several of one plan (with commas, or repeated). [default: "
+        "the plan's own, if its evidence has one]",
         show_default=False,
     ),
 ]
@@ -67,6 +68,8 @@ def evaluate(
         bool, typer.Option("--drop-duplicates", help="Leave out a question that comes again with the same answer.")
     ] = False,
     chat: Chat = False,
+    chat_option: ChatOption = None,
+    system: System = None,
     neutral: Neutral = None,
     max_new_tokens: Annotated[int, typer.Option(help="What is written for a numeric answer, at most.", min=1)] = 128,
     templates: Annotated[bool, typer.Option("--templates", help="List the templates that are shipped.")] = False,
@@ -98,13 +101,13 @@ def evaluate(
     conditions = common.parse_where(where)
     if out is not None:
         common.check_writable(out, force)
-    texts = read_neutral(neutral)
-    variants = checked_variants(make_variants(plan or [], alpha or [], k or [], Plan.from_pretrained))
+    texts, form = read_neutral(neutral), common.chat_form(chat, chat_option, system)
+    variants = checked_variants(make_variants(plan or [], common.parse_alphas(alpha), k or [], Plan.from_pretrained))
     if lm_eval is not None:
         ignored = {"--template": template, "--where": where, "--split": split, "--neutral": neutral}
         for name in (name for name, value in ignored.items() if value):
             raise AusteerError(f"{name}: found it beside --lm-eval, whose tasks have their own data; leave it out")
-        scores = lm_eval_scores(lm_eval, lm_eval_path, model, dtype, device, variants, limit=limit, chat=chat)
+        scores = lm_eval_scores(lm_eval, lm_eval_path, model, dtype, device, variants, limit=limit, chat=form)
         if out is not None:
             common.write_json(out, scores)
         common.emit(scores) if json else show_lm_eval(scores["lm_eval"])
@@ -115,9 +118,8 @@ def evaluate(
     if limit is not None:
         loaded = loaded.take(limit, seed)
     network, tokenizer = common.load(model, dtype, device)
-    if chat:
-        loaded = loaded.with_chat_template(tokenizer)
-    common.note_chat_form({name: variant.plan for name, variant in variants.items()}, chat)
+    loaded = common.in_chat_form(loaded, tokenizer, form)
+    common.note_chat_form({name: variant.plan for name, variant in variants.items()}, form)
     show_bar = False if quiet else None
     result = evaluate_task(
         network, tokenizer, loaded, variants, neutral=texts, max_new_tokens=max_new_tokens, progress=show_bar

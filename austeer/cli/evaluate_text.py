@@ -26,11 +26,16 @@ OPTIONS = (
 
 def show(result: Evaluation) -> None:
     """The table of an evaluation."""
+    from ..errors import count_of
+    from ..pairs.chat import describe_form
+    from ..pairs.groups import BY
+
     numeric = result.kind == "numeric"
     console.print(
         escape(
-            f"{result.task}: {result.items} items in {result.groups} groups, {result.model}"
-            f"{', in its chat template' if result.chat_template else ''}, {result.seconds['task']:.0f} s"
+            f"{result.task}: {count_of(result.items, 'item')} in {count_of(result.groups, 'group')}, {result.model}"
+            f"{', ' + describe_form(result.chat_template) if result.chat_template else ''}, "
+            f"{result.seconds['task']:.0f} s"
         )
     )
     share = ["exact match"] if numeric else ["accuracy", "exact match"]
@@ -62,6 +67,7 @@ def show(result: Evaluation) -> None:
         show_table(["between", "and", "p"], tests)
     what, of = ("the right number", "") if numeric else ("the wanted option", ", of accuracy and of exact match")
     console.print(("" if numeric else OPTIONS) + LEGEND.format(what=what, of=of))
+    console.print(f"groups: {BY[result.grouped_by]}")
 
 
 def show_lm_eval(scores: dict[str, dict[str, dict[str, float]]]) -> None:

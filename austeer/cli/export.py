@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, Model, Quiet, console, emit, note
+from .common import Json, Model, Quiet, console, emit, next_line, note, parse_alphas
 
 Plans = Annotated[list[str], typer.Argument(help="A plan's folder or Hub id; effects of several add up.")]
 Alphas = Annotated[
-    list[float] | None, typer.Option("--alpha", "-a", help="Strength: one for all plans, or one for each. [1]")
+    list[str] | None,
+    typer.Option(
+        "--alpha",
+        "-a",
+        metavar="NUMBER",
+        help="Strength: one for all plans, or one for each (with commas). [1]",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in --out.")]
@@ -55,6 +60,7 @@ def lora(
 
     Example: `austeer export lora plans/kind --model meta-llama/Llama-3.1-8B-Instruct --alpha 8 --out adapters/kind`
     """
+    from ..errors import count_of
     from ..export import export_lora
     from ..export.adapter import CONFIG, TENSORS
     from ..export.output_files import RECORD, gigabytes
@@ -88,10 +94,10 @@ def lora(
     if json:
         emit(found)
         return
+    layers = count_of(len(record["layers"]), "layer")
     console.print(
-        f"rank {config['r']}, {found['modules']} modules, AUs in {len(record['layers'])} layers, {gigabytes(size)}\n"
-        f"wrote {out}\n"
-        f"next: {_next(found, peft_only=lora_bias or experts)}",
+        f"rank {config['r']}, {count_of(found['modules'], 'module')}, AUs in {layers}, {gigabytes(size)}\nwrote {out}\n"
+        + _next(found, peft_only=lora_bias or experts),
         markup=False,
     )
 
@@ -142,13 +148,12 @@ def checkpoint(
         emit(found)
         return
     family = record["plans"][0]["model"]["model_type"]
-    unread = " --model-impl transformers" if found["settings"] and family not in READ_BY_VLLM else ""
+    unread = ["--model-impl", "transformers"] if found["settings"] and family not in READ_BY_VLLM else []
     biases = f", new biases ({', '.join(found['settings'])})" if found["settings"] else ""
     console.print(
         f"weight files: {len(files) - found['linked']} written ({gigabytes(found['bytes'])}), {found['linked']} linked"
         f"{biases}\n"
-        f"wrote {out}\n"
-        f"next: vllm serve {shlex.quote(str(out))}{unread}",
+        f"wrote {out}\n" + next_line("vllm", "serve", out, *unread),
         markup=False,
     )
 
@@ -196,8 +201,7 @@ def gguf(
     option = "--control-vector" if vector else "--lora"
     console.print(
         f"{'control vector' if vector else 'LoRA adapter'}, {gigabytes(size)}\n"
-        f"wrote {out}\n"
-        f"next: llama-server -m MODEL.gguf {option} {shlex.quote(str(out))}",
+        f"wrote {out}\n" + next_line("llama-server", "-m", "MODEL.gguf", option, out),
         markup=False,
     )
 
@@ -208,20 +212,19 @@ def _next(found: dict[str, Any], peft_only: bool) -> str:
 
     out, limit = found["folder"], found["vllm_max_lora_rank"]
     if peft_only:
-        return f'peft.PeftModel.from_pretrained(model, "{out}")  (other engines do not read all of it)'
+        return f"next: peft.PeftModel.from_pretrained(model, {str(out)!r})  (other engines do not read all of it)"
     if limit is None:
-        return f"austeer export checkpoint (vLLM takes ranks up to {VLLM_RANKS[-1]}), or PEFT"
-    more = f" --max-lora-rank {limit}" if limit > VLLM_DEFAULT_RANK else ""
-    module = shlex.quote(f"{out.name}={out}")
-    return f"vllm serve {shlex.quote(found['model'])} --enable-lora{more} --lora-modules {module}"
+        return f"next: austeer export checkpoint (vLLM takes ranks up to {VLLM_RANKS[-1]}), or PEFT"
+    more = ["--max-lora-rank", limit] if limit > VLLM_DEFAULT_RANK else []
+    return next_line("vllm", "serve", found["model"], "--enable-lora", *more, "--lora-modules", f"{out.name}={out}")
 
 
-def read_plans(names: Sequence[str], alphas: Sequence[float] | None) -> list:
+def read_plans(names: Sequence[str], alphas: Sequence[str] | None) -> list:
     """Plans from folders or the Hub, each with its strength."""
     from ..errors import PlanError
     from ..plans.plan import Plan
 
-    given = list(alphas or [1.0])
+    given = parse_alphas(alphas) or [1.0]
     if len(given) not in (1, len(names)):
         raise PlanError(f"--alpha: found {len(given)} for {len(names)} plans, expected one, or one for each plan")
     return list(zip(map(Plan.from_pretrained, names), given if len(given) > 1 else given * len(names)))

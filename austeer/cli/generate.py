@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,10 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import common
-from .common import Chat, Device, DType, Json, Model, console
+from .common import Chat, ChatOption, Device, DType, Json, Model, System, console
 
 if TYPE_CHECKING:
     from ..plans.plan import Plan
+
+
+Alphas = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--alpha",
+        "-a",
+        metavar="NUMBER",
+        help="Strength; several with commas, or repeated. [default: the plan's own recommendation, or 1]",
+    ),
+]
 
 
 def generate(
@@ -22,21 +34,23 @@ def generate(
     ],
     model: Model,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue; may be repeated.")],
-    alpha: Annotated[
-        list[float] | None,
-        typer.Option("--alpha", "-a", help="Strength; may be repeated. [default: the plan's own recommendation, or 1]"),
-    ] = None,
+    alpha: Alphas = None,
     k: Annotated[int | None, typer.Option(help="Only the k most important AUs. [default: all]")] = None,
     scope: Annotated[
-        str, typer.Option(help="all, prompt, generation, last_prompt_token, or tokens such as 0:16 or 16:")
+        str,
+        typer.Option(
+            help="all, prompt, generation, last_prompt_token, from_last_prompt_token, or tokens such as 0:16 or 16:"
+        ),
     ] = "all",
     mode: Annotated[str, typer.Option(help="auto, fold, fused, columns or dense.")] = "auto",
     chat: Chat = False,
+    chat_option: ChatOption = None,
+    system: System = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 40,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
     temperature: Annotated[float, typer.Option(help="With --sample.", min=0.01)] = 1.0,
     seed: Annotated[int, typer.Option(help="With --sample.", min=0, max=2**63 - 1)] = 0,
-    report: Annotated[bool, typer.Option("--report", help="Show which path each site took.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Also show which path each site took.")] = False,
     dtype: DType = "auto",
     device: Device = None,
     json: Json = False,
@@ -56,15 +70,16 @@ def generate(
     only = next(iter(plans.values())) if len(plans) == 1 else None
     recommended = {name: _recommended(loaded) for name, loaded in plans.items()}
     own = recommended[next(iter(plans))] if only is not None else recommended
-    strengths: list[Any] = list(alpha) if alpha else [own]
+    strengths: list[Any] = list(dict.fromkeys(common.parse_alphas(alpha))) or [own]
+    form = common.chat_form(chat, chat_option, system)
     network, tokenizer = common.load(model, dtype, device)
-    common.note_chat_form(plans, chat)
+    common.note_chat_form(plans, form)
     write = partial(
         continue_prompts,
         network,
         tokenizer,
         max_new_tokens=max_new_tokens,
-        chat=chat,
+        chat=form,
         seed=seed,
         temperature=temperature if sample else None,
     )
@@ -73,9 +88,8 @@ def generate(
     if only is not None:
         results["unsteered"] = write(prompts=prompt)
     with steering:
-        for strength in strengths:
+        for strength, label in zip(strengths, _labels(strengths)):
             steering.alpha = strength
-            label = _label(strength)
             if only is not None:
                 results[label] = write(prompts=prompt)
                 continue
@@ -86,7 +100,8 @@ def generate(
                 part = texts[number * len(prompt) : (number + 1) * len(prompt)]
                 results["unsteered" if row is None else f"{row}, {label}"] = part
     if json:
-        common.emit({"prompts": prompt, "continuations": results, "report": [asdict(row) for row in steering.report()]})
+        shown = {"report": [asdict(row) for row in steering.report()]} if report else {}
+        common.emit({"prompts": prompt, "continuations": results, **shown})
         return
     width = max(12, *map(len, results))
     for i, text in enumerate(prompt):
@@ -103,12 +118,18 @@ def _recommended(plan: Plan) -> float | dict[str, float]:
     return 1.0 if alpha is None else alpha
 
 
-def _label(alpha: Any) -> str:
+def _labels(alphas: Sequence[Any]) -> list[str]:
+    """A name for each strength: in as few digits as tell them apart."""
+    short = [f"alpha {_number(alpha, 4)}" for alpha in alphas]
+    return short if len(set(short)) == len(short) else [f"alpha {_number(alpha, 12)}" for alpha in alphas]
+
+
+def _number(alpha: Any, digits: int) -> str:
     if not isinstance(alpha, dict):
-        return f"alpha {alpha:.12g}"
+        return f"{alpha:.{digits}g}"
     if len(set(map(str, alpha.values()))) == 1:
-        return _label(next(iter(alpha.values())))
-    return "alpha " + ", ".join(f"{name} {_label(value).removeprefix('alpha ')}" for name, value in alpha.items())
+        return _number(next(iter(alpha.values())), digits)
+    return ", ".join(f"{name} {_number(value, digits)}" for name, value in alpha.items())
 
 
 def _scope(text: str) -> str | tuple[int, int | None]:

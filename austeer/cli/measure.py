@@ -11,11 +11,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import common, momentum_file
-from .common import Chat, Device, DType, Json, Model, NegativeField, PositiveField, PromptField, Quiet, Split, Where
+from .common import (
+    Chat,
+    ChatOption,
+    Device,
+    DType,
+    Json,
+    Model,
+    NegativeField,
+    PositiveField,
+    PromptField,
+    Quiet,
+    Split,
+    System,
+    Where,
+)
 from .momentum_file import Checkpoint, ForceAnew, Out, Resume
 
 if TYPE_CHECKING:
     from ..momentum.momentum import Momentum
+    from ..pairs.chat import ChatForm
     from ..pairs.stream import PairStream
 
 Sources = Annotated[
@@ -56,6 +71,8 @@ def measure(
     split: Split = None,
     limit: Annotated[int | None, typer.Option(help="Read at most so many pairs.", min=2)] = None,
     chat: Chat = False,
+    chat_option: ChatOption = None,
+    system: System = None,
     max_length: Annotated[int | None, typer.Option(help="Cut texts on the left to so many tokens.", min=1)] = None,
     strategy: Strategy = "auto",
     share_prompts: Annotated[bool, typer.Option(help="Run what texts have in common once.")] = True,
@@ -82,13 +99,12 @@ def measure(
     from ..measuring.measure import measure as measure_momentum
     from ..pairs.stream import stream_pairs
 
-    conditions = common.parse_where(where)
+    conditions, form = common.parse_where(where), common.chat_form(chat, chat_option, system)
     momentum_file.check_out(out, dry_run)
     fields = {"prompt": prompt_field, "positive": positive_field, "negative": negative_field}
     source = pairs[0] if len(pairs) == 1 else pairs
     loaded = stream_pairs(source, **fields, where=conditions, limit=limit, split=split)
-    if checkpoint is None and out is not None:
-        checkpoint = out.with_name(f"{out.name}.checkpoint")
+    checkpoint = checkpoint or (out and out.with_name(f"{out.name}.checkpoint"))
     work: dict[str, Any] = {  # what a run and its estimate take alike
         "sites": common.split_names(sites),
         "layers": momentum_file.parse_layers(layers),
@@ -100,19 +116,19 @@ def measure(
         "scratch": scratch,
     }
     if dry_run:
-        show_estimate(model, loaded, chat, json, dtype=dtype, device=device, **work)
+        show_estimate(model, loaded, form, json, dtype=dtype, device=device, **work)
         return
     assert out is not None and checkpoint is not None
     common.check_writable(out, force)
     check_checkpoint(checkpoint, out, pairs)
     main = os.environ.get("RANK", "0") == "0"
     open_checkpoint(checkpoint, scratch, force, resume, main)
+    next(iter(loaded))  # what is wrong with the first row is told before the model is loaded
     start = time.perf_counter()
     network, tokenizer = common.load(model, dtype, device, strategy)
     load_seconds = time.perf_counter() - start
-    if chat:
-        loaded = loaded.with_chat_template(tokenizer)
-    if main and (grave := grave_note(loaded, tokenizer, chat_template=chat)):
+    loaded = common.in_chat_form(loaded, tokenizer, form)
+    if main and (grave := grave_note(loaded, tokenizer, chat_template=form)):
         common.note(grave)
     momentum = measure_momentum(
         network,
@@ -130,13 +146,13 @@ def measure(
         show(momentum, out, load_seconds, json)
 
 
-def show_estimate(model: str, pairs: PairStream, chat: bool, json: bool, **options: Any) -> None:
+def show_estimate(model: str, pairs: PairStream, chat: ChatForm, json: bool, **options: Any) -> None:
     """Prints what the same command without ``--dry-run`` will take."""
     from ..costs.estimate import estimate
     from ..models.skeleton import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    found = estimate(model, pairs.with_chat_template(tokenizer) if chat else pairs, **options)
+    found = estimate(model, common.in_chat_form(pairs, tokenizer, chat), **options)
     if json:
         common.emit(found.to_json())
         return

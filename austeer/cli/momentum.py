@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Force, Json, Quiet, check_writable, console, emit
+from .common import ChatOption, Force, Json, Quiet, chat_form, check_writable, console, emit
 from .momentum_file import Checkpoint, ForceAnew, Out, Resume, check_out, figures, parse_layers, save, show
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def from_activations(
         str | None, typer.Option(help="Which layers the shards hold, for example 0-11,15. [default: all]")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompts went through a chat template.")] = False,
+    chat_option: ChatOption = None,
     device: Annotated[
         str | None, typer.Option(help="Where to count: cpu, cuda:0 ... [default: cuda if there is one]")
     ] = None,
@@ -74,7 +75,7 @@ def from_activations(
         shards,
         model=fingerprint_option(model, model_type, model_layers, name),
         layers=parse_layers(layers),
-        chat_template=chat or None,
+        chat_template=chat_form(chat, chat_option, None) or None,
     )
     chunk_bytes = None if chunk_mb is None else chunk_mb * 10**6
     if dry_run:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import console, split_names
+from .common import console, next_line, split_names
 
 if TYPE_CHECKING:
     from ..momentum.momentum import Momentum
@@ -80,16 +80,18 @@ def figures(momentum: Momentum) -> dict[str, Any]:
 
 def show(momentum: Momentum, out: Path, *lines: str) -> None:
     """What a momentum was counted on, further lines, and where it was written."""
+    from ..errors import count_of
+
     report = momentum.report
     took = "" if report is None else f" in {report.seconds.total:.1f} s"
-    console.print(f"{momentum.pairs} pairs on {momentum.model.name}{took}")
+    console.print(f"{count_of(momentum.pairs, 'pair')} on {momentum.model.name}{took}")
     for name, counters in momentum.sites.items():
         count, width = counters.positive.shape
-        console.print(f"  {name:<9} {count} layers x {width} AUs")
+        console.print(f"  {name:<9} {count_of(count, 'layer')} x {count_of(width, 'AU')}")
     if report is not None and momentum.cut:
-        console.print(f"  {momentum.cut} texts were cut on the left to fit")
+        console.print(f"  cut on the left to fit: {count_of(momentum.cut, 'text')}")
     if momentum.identical:
-        console.print(f"  {momentum.identical} pairs have equal sides and count for nothing")
+        console.print(f"  of equal sides, which count for nothing: {count_of(momentum.identical, 'pair')}")
     for line in lines:
         console.print(f"  {line}")
-    console.print(f"wrote {out}\nnext: austeer inspect {out}")
+    console.print(f"wrote {out}\n{next_line('austeer', 'inspect', out)}", markup=False)

@@ -9,7 +9,21 @@ import typer
 from rich.markup import escape
 
 from . import common, pairs_make
-from .common import Chat, Device, DType, Json, Model, NegativeField, PositiveField, PromptField, Quiet, console, note
+from .common import (
+    Chat,
+    ChatOption,
+    Device,
+    DType,
+    Json,
+    Model,
+    NegativeField,
+    PositiveField,
+    PromptField,
+    Quiet,
+    System,
+    console,
+    note,
+)
 
 if TYPE_CHECKING:
     from ..making import PairsReport
@@ -43,6 +57,8 @@ def check(
     negative_field: NegativeField = "negative",
     limit: Annotated[int | None, typer.Option(help="Look at the first so many pairs.", min=2)] = None,
     chat: Chat = False,
+    chat_option: ChatOption = None,
+    system: System = None,
     max_length: Annotated[int | None, typer.Option(help="Texts are cut to so many tokens.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="For the control.")] = 0,
     dtype: DType = "auto",
@@ -63,6 +79,7 @@ def check(
     from ..making.check import read_unchecked
     from ..making.made_pairs import check_out
     from ..models.skeleton import load_config, load_tokenizer
+    from ..models.structure import text_config_of
     from ..momentum.momentum import Momentum
 
     names = {"prompt": prompt_field, "positive": positive_field, "negative": negative_field}
@@ -74,11 +91,12 @@ def check(
     if control or counted is not None:
         network, tokenizer = common.load(model, dtype, device)
     else:
-        config, tokenizer = load_config(model).get_text_config(), load_tokenizer(model)
+        config, tokenizer = text_config_of(load_config(model)), load_tokenizer(model)
         if tokenizer is None:
             raise ModelError(f"{model}: found no tokenizer, expected one beside the model's config")
-    in_form = found.with_chat_template(tokenizer) if chat else found
-    if not chat and getattr(tokenizer, "chat_template", None) and counted is None:
+    form = common.chat_form(chat, chat_option, system)
+    in_form = common.in_chat_form(found, tokenizer, form)
+    if not form and getattr(tokenizer, "chat_template", None) and counted is None:
         note("prompts are read as they are; with --chat they go through the model's chat template")
     report = check_pairs(
         in_form,

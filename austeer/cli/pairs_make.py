@@ -137,7 +137,7 @@ def instructions(
         resume=resume,
         progress=False if quiet else None,
     )
-    finish(made, out, json, write=False)
+    finish(made, out, json, write=False, model=model)
 
 
 @app.command()
@@ -169,8 +169,9 @@ def template(
     finish(pairs_from_template(prompt, positive, negative, found, count=count, seed=seed), out, json)
 
 
-def finish(made: Made, out: Path, json: bool, write: bool = True) -> None:
+def finish(made: Made, out: Path, json: bool, write: bool = True, model: str = "MODEL") -> None:
     """Writes the pairs, and says what they are."""
+    from ..errors import count_of
     from ..making import write_pairs
 
     if write:
@@ -178,9 +179,9 @@ def finish(made: Made, out: Path, json: bool, write: bool = True) -> None:
     if json:
         common.emit({"file": out, "pairs": len(made.pairs), "dropped": dict(made.dropped), "notes": list(made.notes)})
         return
-    console.print(f"{len(made.pairs)} pairs")
+    console.print(count_of(len(made.pairs), "pair"))
     for reason, number in made.dropped.items():
         console.print(f"  left out {number}: {reason}")
     for line in made.notes:
         note(line)
-    console.print(f"wrote {out}\nnext: austeer pairs check {out} --model MODEL")
+    console.print(f"wrote {out}\n{common.next_line('austeer', 'pairs', 'check', out, '--model', model)}", markup=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, console, emit
+from .common import PROMPT, Json, console, emit, model_word, next_line
 
 
 def push(
@@ -29,7 +29,7 @@ def push(
     """
     from huggingface_hub.utils import disable_progress_bars
 
-    from ..errors import FileFormatError
+    from ..errors import FileFormatError, count_of
     from ..plans.hub import CARD_NAME
     from ..plans.plan import Plan
     from ..plans.repository import contents_of
@@ -54,7 +54,10 @@ def push(
         emit({"repo": repo, "files": sizes, "card": written, "commit": commit.oid, "url": commit.commit_url})
         return
     console.print(
-        f"{len(loaded)} AUs, {loaded.operation}\nwrote {commit.commit_url}\n"
-        f'next: austeer generate {repo}@{commit.oid} --model MODEL --alpha 1 --prompt "..."',
+        f"{count_of(len(loaded), 'AU')}, {loaded.operation}\nwrote {commit.commit_url}\n"
+        + next_line(
+            *("austeer", "generate", f"{repo}@{commit.oid}", "--model", model_word(loaded)),
+            *("--alpha", 1, "--prompt", PROMPT),
+        ),
         markup=False,
     )

@@ -13,6 +13,7 @@ import typer
 from . import common
 
 if TYPE_CHECKING:
+    from ..tasks import Task
     from ..tuning.search import Step
 
 DataArgument = Annotated[
@@ -70,14 +71,19 @@ def write_result(result: Any, figure: Path, draw: Callable[[Any, Path], None], j
         common.emit({"out": figure.parent, **result.to_json()})
 
 
-def load_data(source: str, template: str | None, limit: int | None, chat: bool, tokenizer):
+def groups_line(split: dict[str, Any]) -> str:
+    """What keeps items in one part of the data together, and what intervals are taken over."""
+    from ..pairs.groups import BY
+
+    return f"groups of items, which parts of the data do not share: {BY[split['grouped_by']]}"
+
+
+def load_data(source: str, template: str | None, limit: int | None) -> Task:
     """The task, or pairs as a task; a sample of it if it is larger than ``limit``."""
     from ..tasks import load_task
 
     task = load_task(source, template)
-    if limit is not None:
-        task = task.take(limit)
-    return task.with_chat_template(tokenizer) if chat else task
+    return task if limit is None else task.take(limit)
 
 
 def read_neutral(path: Path | None) -> list[str] | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, check_writable, console, emit
+from .common import PROMPT, Json, check_writable, console, emit, model_word, next_line
 
 
 def select(
@@ -29,6 +29,7 @@ def select(
 
     Example: `austeer select kind.momentum --site attention --k 10 --operation shift --out plans/kind`
     """
+    from ..errors import count_of
     from ..momentum.momentum import Momentum
     from ..plans.files import FILE_NAME
 
@@ -43,7 +44,8 @@ def select(
         return
     first, last = plan.beta[0].item(), plan.beta[-1].item()
     console.print(
-        f"{len(plan)} AUs of site {site} in {len(layers)} layers, beta {first:+.3f} to {last:+.3f}, {operation}\n"
-        f"wrote {path}\n"
-        f'next: austeer generate {out} --model MODEL --alpha 1 --prompt "..."'
+        f"{count_of(len(plan), 'AU')} of site {site} in {count_of(len(layers), 'layer')}, beta {first:+.3f} to "
+        f"{last:+.3f}, {operation}\nwrote {path}\n"
+        + next_line("austeer", "generate", out, "--model", model_word(plan), "--alpha", 1, "--prompt", PROMPT),
+        markup=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from ..utils.tables import show_table
 from . import common
 from . import search_options as options
-from .common import Chat, Device, DType, Json, Model, Quiet, console
+from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
 from .search_text import LEGEND, show_alpha, show_held_out, show_left_out, show_value
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def tune(
     limit: options.Limit = None,
     seed: options.Seed = 0,
     chat: Chat = False,
+    chat_option: ChatOption = None,
+    system: System = None,
     rows: Annotated[int, typer.Option(help="How many settings are listed.", min=1)] = 10,
     dtype: DType = "auto",
     device: Device = None,
@@ -50,14 +53,17 @@ def tune(
     search goes on where it was when the same command is given again.
     """
     from ..momentum.momentum import Momentum as Counted
+    from ..pairs.chat import chat_arguments
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
 
     shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet)
     counted = None if momentum is None else Counted.load(momentum)
+    form = common.chat_form(chat, chat_option, system)
+    task = options.load_data(data, template, limit)  # before the model, which takes longer
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
-    task = options.load_data(data, template, limit, chat, tokenizer)
+    task = common.in_chat_form(task, tokenizer, form)
     result = search_plan(network, tokenizer, task, momentum=counted, mix=mix, max_kl=max_kl, seed=seed, **shared)
     result.plan.save_pretrained(out / "plan")
     options.write_result(result, out / "tune.png", draw_tune, json)
@@ -66,7 +72,11 @@ def tune(
     show(result, max_kl, rows)
     console.print(
         f"\n{result.seconds:.0f} s; wrote plan, result.json and tune.png in {out}\n"
-        f"next: austeer generate {out}/plan --model {model} --prompt ..."
+        + common.next_line(
+            *("austeer", "generate", out / "plan", "--model", model),
+            *(*shlex.split(chat_arguments(form)), "--prompt", common.PROMPT),
+        ),
+        markup=False,
     )
 
 
@@ -76,7 +86,7 @@ def show(result: TuneResult, max_kl: float, rows: int) -> None:
     measured = f"{split['measure']['pairs']} pairs measured, " if "measure" in split else ""
     console.print(
         f"{measured}{split['tune']['items']} items tuned on, {result.unsteered.items} held out; "
-        f"{len(result.trials)} settings\n"
+        f"{len(result.trials)} settings\n{options.groups_line(split)}\n"
     )
     cells = []
     for t in result.trials[:rows]:

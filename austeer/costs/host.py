@@ -110,7 +110,7 @@ def _measured(device: torch.device, layers: int = 4, times: int = 20) -> float:
     launches, _ = traced(skeleton(config, torch.float32), 1, 1, 8)
     with torch.device(device), torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        ids = torch.zeros(1, 8, dtype=torch.long)
+        ids = torch.zeros(1, 8, dtype=torch.long, device=device)
     took = []
     with torch.no_grad():
         for _ in range(times):

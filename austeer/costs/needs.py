@@ -20,7 +20,7 @@ from ..models.sites import find_sites
 from ..models.skeleton import skeleton
 from ..models.structure import text_config
 from ..utils.machine import Machine
-from .shapes import batch_bytes, buffer_bytes, count_parameters, counter_bytes, layer_work
+from .shapes import batch_bytes, buffer_bytes, count_parameters, counter_bytes, layer_works
 from .workload import Workload
 
 
@@ -94,10 +94,11 @@ class Subject:
             raise SiteError("sites: found none, expected at least one name, for example sites=['attention']")
         found = find_sites(self.network, [*names, "layer", "attention"], layout)
         chosen = chosen_layers(layers, len(found["layer"]))
+        works = layer_works(self.network, found)
         self.sites = {name: [found[name][number] for number in chosen] for name in dict.fromkeys(names)}
         self.parameters = count_parameters(self.network, found["layer"])
         depth = chosen[-1] + 1
-        self.works = [layer_work(self.network, *pair) for pair in zip(found["layer"][:depth], found["attention"])]
+        self.works = works[:depth]
         self.experts = next((layer.experts for layer in self.works if layer.experts), None)
         self.quantised = getattr(config, "quantization_config", None) is not None
         self.refused = "its weights are quantised" if self.quantised else None

@@ -12,8 +12,9 @@ from math import prod
 
 from torch import nn
 
+from ..errors import SiteError
 from ..models import linear
-from ..models.sites import Site
+from ..models.sites import Site, layers_of
 from ..models.structure import decoder_of, text_config
 
 
@@ -75,6 +76,21 @@ class LayerWork:
             positions: padding included. squares: sum over all rows of length * length.
         """
         return 2 * self.active * positions + 2 * self.attention * squares
+
+
+def layer_works(model: nn.Module, sites: Mapping[str, Sequence[Site]]) -> list[LayerWork]:
+    """The work of each decoder layer; ``sites``: "layer" and "attention" at least.
+
+    Raises:
+        SiteError: layers without attention, whose work is not known.
+    """
+    layers, attention = sites["layer"], sites["attention"]
+    if len(attention) < len(layers):
+        raise SiteError(
+            f"costs: found attention in layers {layers_of(attention)} of {len(layers)} alone, expected it in every "
+            "layer: what the others take is not known"
+        )
+    return [layer_work(model, *pair) for pair in zip(layers, attention)]
 
 
 def layer_work(model: nn.Module, layer: Site, attention: Site) -> LayerWork:

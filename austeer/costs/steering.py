@@ -33,7 +33,7 @@ from ..models.structure import unwrap
 from ..plans.table import OPERATIONS
 from .ceilings import Ceilings, ceilings
 from .host import Host
-from .shapes import LayerWork, layer_work
+from .shapes import LayerWork, layer_works
 from .unsteered import UnsteeredPass, unsteered
 from .ways import WAYS, automatic, kept_bytes, place_of, runs_as, runs_kernel, why_not
 from .work import EXECUTIONS, Target, Work
@@ -228,7 +228,7 @@ def steering_cost(
     target = _target(device, execution)
     host = Host.of(device, host_us) if execution == "eager" else Host(0.0, "nothing is called one by one")
     pace = Pace(ceilings(device, dtype, bandwidth, flops, launch), host, target)
-    works = [layer_work(network, *pair) for pair in zip(found["layer"], found["attention"])]
+    works = layer_works(network, found)
     touched = [places[layer] for layer in aus]
     reasons = {way: why_not(network, way, touched, operation) for way in WAYS}
     ways = [way for way in WAYS if not reasons[way]]

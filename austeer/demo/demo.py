@@ -20,6 +20,7 @@ from typing import Any
 from ..baselines import arms, random_plan
 from ..baselines.arm import Arm, Candidate, Material
 from ..forward.generation import continue_prompts
+from ..forward.neutral import neutral_texts
 from ..forward.timing import Timing
 from ..measuring.measure import measure
 from ..momentum.momentum import Momentum
@@ -29,7 +30,6 @@ from ..plans.plan import Plan
 from ..plans.table import OPERATIONS
 from ..statistics import stability
 from ..steering.steering import steer
-from ..tasks.neutral import neutral_texts
 from ..tasks.task import Task
 from ..tuning.calibrate import calibrate
 from ..tuning.compare import time_tokens

@@ -67,8 +67,8 @@ def tensors_of(weights: ModelWeights, target: AdapterLayer, lora_bias: bool) -> 
     """A layer's tensors by their names in PEFT, in float64, padded with zeros to the rank."""
     inputs, outputs = factors.sizes(weights.network, target.path, target.names)
     if target.edit is None:
-        down = torch.zeros(target.rank, inputs, dtype=torch.float64)
-        up = torch.zeros(outputs, target.rank, dtype=torch.float64)
+        down = torch.zeros(target.rank, inputs, dtype=torch.float64, device="cpu")
+        up = torch.zeros(outputs, target.rank, dtype=torch.float64, device="cpu")
     else:
         down, up = factors.product(weights, target.edit, target.rank)
     if target.experts:
@@ -76,7 +76,7 @@ def tensors_of(weights: ModelWeights, target: AdapterLayer, lora_bias: bool) -> 
     yield "lora_A.weight", down
     yield "lora_B.weight", up
     if lora_bias:
-        none = torch.zeros(outputs, dtype=torch.float64)
+        none = torch.zeros(outputs, dtype=torch.float64, device="cpu")
         yield "lora_B.bias", none if target.edit is None else factors.bias_change(weights, target.edit)
 
 

@@ -172,14 +172,14 @@ class _Folding:
             path = name.rpartition(".")[0]
             if f"{path}.weight" not in own:  # tied to another, as the head to the embedding; its bias is not
                 dtype = self._like(self._pieces(f"{self.edits[0].path}.{self.edits[0].weights.weight}")[0])[1]
-                self.added[name] = TensorEntry(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
+                self.added[name] = TensorEntry(shape, dtype, partial(torch.zeros, shape, dtype=dtype, device="cpu"))
                 continue
             (weight,) = self._pieces(f"{path}.weight")
             assert weight.key.endswith(".weight"), weight.key
             dtype = self._like(weight)[1]
             edit = shifting.get(path)
             make = (
-                partial(torch.zeros, shape, dtype=dtype)
+                partial(torch.zeros, shape, dtype=dtype, device="cpu")
                 if edit is None
                 else partial(self._bias, edit, weight, None, dtype)
             )

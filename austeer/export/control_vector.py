@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models.demo_model import DEMO, DEMO_ID
 from ..models.families import LAYOUTS
-from ..models.sites import find_sites, residual_factor
+from ..models.sites import find_sites, residual_factor, site_at
 from ..models.skeleton import load_config, skeleton
 from ..models.structure import base_of, name_of, text_config
 from ..plans.fit import check_plan_fits, units_by_layer
@@ -52,7 +52,9 @@ def _directions(network: nn.Module, pairs: list[tuple[Plan, float]]) -> dict[int
     for (name, layer), entries in units_by_layer([plan for plan, _ in pairs], sites).items():
         factor = _factor(name, network)
         strengths = summed(entries, pairs)
-        vector = found.setdefault(layer, torch.zeros(sites[name][layer].width, dtype=torch.float64))
+        vector = found.setdefault(
+            layer, torch.zeros(site_at(sites[name], layer).width, dtype=torch.float64, device="cpu")
+        )
         vector[strengths.index] += strengths.shift * factor
     if 0 in found:
         raise ExportError(

@@ -27,7 +27,7 @@ from ..errors import AusteerError, PlanError
 from ..models import linear
 from ..models.families import LAYOUTS
 from ..models.projection import why_not_own_code, why_not_the_projection
-from ..models.sites import Site, find_sites
+from ..models.sites import Site, find_sites, site_at
 from ..models.structure import text_config
 from ..plans.fit import LayerUnits, check_alpha, check_plan_fits, units_by_layer, why_not_linear
 from ..plans.plan import Plan
@@ -64,7 +64,7 @@ class Strengths:
     def sum(cls, parts: Sequence[Strengths]) -> Strengths:
         """Strengths at the same side of one layer, added up at each AU."""
         index, place = torch.cat([part.index for part in parts]).unique(return_inverse=True)
-        zeros = torch.zeros(len(index), dtype=torch.float64)
+        zeros = torch.zeros(len(index), dtype=torch.float64, device="cpu")
         values = ([part.gamma for part in parts], [part.shift for part in parts])
         return cls(index, *(zeros.index_add(0, place, torch.cat(one)) for one in values))
 
@@ -181,7 +181,7 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
     edits: dict[str, Edit] = {}
     checked: set[tuple[type, type]] = set()
     for (name, layer), entries in units_by_layer([plan for plan, _ in plans], sites).items():
-        site = sites[name][layer]
+        site = site_at(sites[name], layer)
         for entry in entries:
             if reason := why_not_linear(site, entry.operation):
                 raise ExportError(

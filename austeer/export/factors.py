@@ -67,7 +67,7 @@ def product(weights: ModelWeights, edit: Edit, rank: int) -> tuple[Tensor, Tenso
     up = torch.cat([_unit(rows, outputs).mT.expand(*experts, -1, -1), of_columns], -1)
     if down.shape[-2] > min(outputs, inputs):
         change = up @ down
-        unit = torch.eye(min(outputs, inputs), dtype=torch.float64).expand(*experts, -1, -1)
+        unit = torch.eye(min(outputs, inputs), dtype=torch.float64, device="cpu").expand(*experts, -1, -1)
         down, up = (unit, change) if inputs <= outputs else (change, unit)
     missing = rank - down.shape[-2]
     return nn.functional.pad(down, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing))
@@ -87,11 +87,11 @@ def bias_change(weights: ModelWeights, edit: Edit) -> Tensor:
 def _scaled(side: Strengths | None) -> tuple[Tensor, Tensor]:
     """The AUs that are scaled, and by how much."""
     if side is None:
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, dtype=torch.float64, device="cpu")
     chosen = side.gamma != 0
     return side.index[chosen], side.gamma[chosen]
 
 
 def _unit(index: Tensor, size: int) -> Tensor:
     """Unit vectors: float64 [count, size]."""
-    return torch.zeros(len(index), size, dtype=torch.float64).scatter_(1, index[:, None], 1.0)
+    return torch.zeros(len(index), size, dtype=torch.float64, device="cpu").scatter_(1, index[:, None], 1.0)

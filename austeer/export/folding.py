@@ -19,7 +19,7 @@ def folded_weight(edit: Edit, weight: Tensor) -> Tensor:
     factors = {}
     for side, dim in dims.items():
         strengths = getattr(edit, side)
-        factor = torch.ones(weight.shape[dim], dtype=torch.float64)
+        factor = torch.ones(weight.shape[dim], dtype=torch.float64, device="cpu")
         if strengths is not None:
             factor[strengths.index] += strengths.gamma
         factors[side] = factor
@@ -53,7 +53,7 @@ def steered_bias(edit: Edit, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     dims = _dims(edit)
     width = weight.shape[dims["output"]]
-    result = torch.zeros(width, dtype=torch.float64) if bias is None else bias.double()
+    result = torch.zeros(width, dtype=torch.float64, device="cpu") if bias is None else bias.double()
     if edit.input is not None and edit.input.shifts:
         result = result + bias_of_shift(edit.input.index, edit.input.shift, width, weight, dims["input"])
     if edit.output is not None:

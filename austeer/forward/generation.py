@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import PairsError
 from ..models.structure import input_device, vocabulary_size
-from ..pairs.pair import has_lone_surrogate, render_chat
+from ..pairs.chat import ChatForm, check_chat, options_of, render_chat
+from ..pairs.pair import has_lone_surrogate
 from .tokens import check_vocabulary, encode
 
 
@@ -21,7 +22,7 @@ def continue_prompts(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 40,
-    chat: bool = False,
+    chat: ChatForm = False,
     temperature: float | None = None,
     seed: int = 0,
     special: bool = True,
@@ -30,22 +31,30 @@ def continue_prompts(
     """What the model writes after each prompt, without the prompt; one batch, padded on the left.
 
     Args:
-        chat: put the prompts through the tokenizer's chat template. temperature: sample at it; greedy if None.
+        chat: put the prompts through the tokenizer's chat template, with these options if it is a dictionary
+            (:data:`austeer.pairs.chat.ChatForm`). temperature: sample at it; greedy if None.
         special: whether the tokenizer adds its special tokens; a prompt that went through a chat template has them.
         stop: told each text as it grows, token by token; where it says True no more is written.
 
     Raises:
-        PairsError: no prompt or an empty one, or no chat template.
+        PairsError: no prompt, or one without a token; no chat template, or one that ignores an option.
     """
     if not prompts:
         raise PairsError("found no prompt, expected at least one")
     for number, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise PairsError(f"prompt {number}: found an empty text, expected something to continue")
         if has_lone_surrogate(prompt):
             raise PairsError(f"prompt {number}: found bytes that are not UTF-8, expected text")
-    texts = [render_chat(tokenizer, p) for p in prompts] if chat else list(prompts)
+    texts = list(prompts)
+    if chat:
+        check_chat(tokenizer, options_of(chat))
+        texts = [render_chat(tokenizer, prompt, options_of(chat)) for prompt in prompts]
     ids = encode(tokenizer, texts, add_special_tokens=special and not chat)
+    for number, tokens in enumerate(ids):
+        if not tokens:
+            raise PairsError(
+                f"prompt {number}: found an empty text, and this tokenizer begins texts with no token of its own; "
+                "expected something to continue"
+            )
     check_vocabulary(vocabulary_size(model), ids)
     ends, size = (tokenizer.pad_token_id, tokenizer.eos_token_id), vocabulary_size(model)
     pad = next((i for i in ends if i is not None and i < size), 0)  # a pad token may have been added afterwards

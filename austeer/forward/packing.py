@@ -10,7 +10,8 @@ depth  0  1  2  2  3         positions
 sees   a: a   b: ab  c: abc  d: abd  e: abde
 ====== ===================== =========
 
-Rows are padded on the right, where causal attention never looks, so rows of one text need no mask at all.
+Rows are padded on the right, where causal attention never looks, so rows of one text need no mask at all. For a model
+whose attention is not causal (causality.py) rows of unlike length come apart.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Batch:
             return self._row_halves()
         cut = rows // 2
         # A row's last token is the last of some text, so the ends tell how long it is.
-        lengths = torch.zeros(rows, dtype=torch.int64)
+        lengths = torch.zeros(rows, dtype=torch.int64, device="cpu")
         lengths.scatter_reduce_(0, self.ends // length, self.ends % length + 1, "amax")
         first = self.ends < cut * length
         parts = [
@@ -124,7 +125,7 @@ class _Row:
 
 
 def batches(
-    texts: Sequence[Sequence[int]], tokens: int, share: bool = True, apart: int | None = None
+    texts: Sequence[Sequence[int]], tokens: int, share: bool = True, apart: int | None = None, even: bool = False
 ) -> Iterator[Batch]:
     """Batches of at most ``tokens`` tokens with their padding, longest rows first.
 
@@ -135,12 +136,13 @@ def batches(
         tokens: the limit. share: whether beginnings that texts have in common may run once.
         apart: texts of more tokens share no batch with shorter ones
             (:func:`austeer.forward.tree_masks.longest_short_text`).
+        even: all rows of a batch have one length, so that there is no padding to be seen.
     """
     if apart is not None:
         for long in (False, True):
             numbers = [i for i, ids in enumerate(texts) if (len(ids) > apart) == long]
-            for found in batches([texts[i] for i in numbers], tokens, share):
-                yield replace(found, texts=torch.tensor(numbers)[found.texts])
+            for found in batches([texts[i] for i in numbers], tokens, share, even=even):
+                yield replace(found, texts=torch.tensor(numbers, device="cpu")[found.texts])
         return
     rows = _rows(texts, tokens, share)
     # Rows that need a mask apart from those that do not: attention without one is faster.
@@ -150,7 +152,8 @@ def batches(
         for row in group:
             if batch:
                 length, padded = len(batch[0]), len(batch[0]) * (len(batch) + 1)
-                if padded > tokens or (padded > ENOUGH * tokens and len(row) < FILL * length):
+                least = length if even else FILL * length if padded > ENOUGH * tokens else 0
+                if padded > tokens or len(row) < least:
                     yield _batch(batch, branching)
                     batch = []
             batch.append(row)
@@ -212,8 +215,8 @@ def _batch(rows: Sequence[_Row], branching: bool) -> Batch:
             sees[r, rest, rest] = True  # padding sees itself: a row of a softmax that sees nothing is NaN
     return Batch(
         torch.from_numpy(ids),
-        torch.tensor([end for _, end in ends]),
-        torch.tensor([text for text, _ in ends]),
+        torch.tensor([end for _, end in ends], device="cpu"),
+        torch.tensor([text for text, _ in ends], device="cpu"),
         None if positions is None else torch.from_numpy(positions),
         None if sees is None else torch.from_numpy(sees),
         sum(map(len, rows)),

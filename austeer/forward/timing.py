@@ -52,7 +52,7 @@ def decode_times(
     Args:
         is_over: whether time is up: then no more rounds are made than the two that a spread needs.
     """
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(input_device(model))
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     shuffle = random.Random(seed).shuffle

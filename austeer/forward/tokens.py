@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,15 +29,41 @@ class Tokenised:
 
 
 def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-    """Token ids of texts, without an end-of-text token that the tokenizer appends of itself."""
+    """Token ids of texts, begun once as the tokenizer begins texts, and without what it ends them with of itself.
+
+    A text that already begins as the tokenizer would begin it (with the beginning-of-text token, from a chat template
+    that was rendered elsewhere) gets no second one: models never saw two.
+    """
     if not texts:
         return []
     ids = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    for i, (text, tokens) in enumerate(zip(texts, ids)):
-        if len(tokens) > 1 and tokens[-1] == eos and not text.endswith(tokenizer.eos_token):
-            ids[i] = tokens[:-1]
+    before, after = frame(tokenizer) if add_special_tokens else ([], [])
+    for i, tokens in enumerate(ids):
+        start = len(before) if before and tokens[: 2 * len(before)] == 2 * before else 0
+        stop = len(tokens) - len(after) if after and tokens[-len(after) :] == after else len(tokens)
+        ids[i] = tokens[start:stop]
     return ids
+
+
+def frame(tokenizer) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind every text of itself, as token ids."""
+    bare, framed = (
+        tokenizer(["a"], add_special_tokens=special, return_attention_mask=False)["input_ids"][0]
+        for special in (False, True)
+    )
+    for start in range(len(framed) - len(bare) + 1):
+        if framed[start : start + len(bare)] == bare:
+            return framed[:start], framed[start + len(bare) :]
+    return [], []
+
+
+def begun(tokenizer, texts: Sequence[str]) -> int:
+    """How many texts already begin as the tokenizer begins texts of itself."""
+    before = frame(tokenizer)[0]
+    if not before or not texts:
+        return 0
+    ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return sum(tokens[: len(before)] == before for tokens in ids)
 
 
 def tokenise(
@@ -80,11 +107,22 @@ def check_vocabulary(size: int, token_ids: Sequence[Sequence[int]]) -> None:
 
 
 def length_limit(model: nn.Module, max_length: int | None) -> int:
-    """The longest text, in tokens: what is asked for, within the model's context."""
+    """The longest text, in tokens: ``max_length``, within the model's context. Warns where that is lower."""
     context = getattr(text_config(model), "max_position_embeddings", None)
     if max_length is not None:
         max_length = check_count("max_length", max_length, None, "tokens of a text", PairsError)
-    limit = min((n for n in (max_length, context) if n is not None), default=None)
+    limit = within(max_length, context)
     if limit is None:
         raise PairsError("the model's config names no context length; give max_length")
     return limit
+
+
+def within(max_length: int | None, context: int | None) -> int | None:
+    """``max_length``, but at most the context of a model; None where neither is known. Warns where it is lowered."""
+    if max_length is not None and context is not None and max_length > context:
+        warnings.warn(
+            f"max_length: found {max_length}, and the model's context is {context} tokens (max_position_embeddings); "
+            f"texts are cut to {context}",
+            stacklevel=3,
+        )
+    return min((n for n in (max_length, context) if n is not None), default=None)

@@ -27,13 +27,15 @@ _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def forms(model: nn.Module, decoder: nn.Module) -> Iterable[str]:
-    """In which forms this decoder may take a tree; none where its layers are no attention, or take no mask.
+    """In which forms this decoder may take a tree; none where its layers are no causal attention, or take no mask.
 
     Only for families of the table: another may look at columns where these look at positions (GPT-Neo's windows), which
     shows in long texts alone.
     """
     config = text_config(model)
     if config.model_type not in LAYOUTS:
+        return ()
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # "vision": of images alone
         return ()
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(config, "_attn_implementation", None) not in _ANY_MASK or not kinds <= _KINDS:

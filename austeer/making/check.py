@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import PairsError
-from ..forward.tokens import length_limit
+from ..forward.tokens import length_limit, within
 from ..measuring.measure import measure
 from ..models.structure import text_config
 from ..momentum.momentum import Momentum
+from ..pairs.chat import ChatForm
 from ..pairs.pair import FIELDS, Pair, optional_fields, pair_of
 from ..pairs.pairs import Pairs
 from ..pairs.readers import open_source
@@ -22,7 +23,15 @@ from ..pairs.stream import PairStream
 from ..statistics import smallest_pairs
 from .findings import PairsFinding, worst
 from .length_control import LengthControl, SiteControl, length_control
-from .side_checks import Sides, check_answer_words, check_boundary, check_last_token, check_length, check_truncation
+from .side_checks import (
+    Sides,
+    check_answer_words,
+    check_beginning,
+    check_boundary,
+    check_last_token,
+    check_length,
+    check_truncation,
+)
 from .text_checks import check_blank, check_contradictions, check_identical, check_prompts, with_sides
 
 #: More of the top AUs than expected that react to length alone, as a share of k; and share of k that follow length.
@@ -67,7 +76,7 @@ def check_pairs(
     if len(pairs) < 2:
         raise PairsError(f"{pairs.source}: found {len(pairs)} pairs, expected at least 2")
     config = text_config(model) if config is None and model is not None else config
-    limit = (max_length or _context(config, tokenizer)) if model is None else length_limit(model, max_length)
+    limit = within(max_length, _context(config, tokenizer)) if model is None else length_limit(model, max_length)
     findings, sides = _texts(pairs, tokenizer, limit)
     findings += _enough(len(sides), config, momentum)
     control = None
@@ -90,7 +99,7 @@ def check_pairs(
     return PairsReport(pairs.source, len(pairs), len(sides), tuple(findings), control)
 
 
-def grave_note(pairs: Iterable[Pair], tokenizer, *, chat_template: bool = False, limit: int = 1000) -> str | None:
+def grave_note(pairs: Iterable[Pair], tokenizer, *, chat_template: ChatForm = False, limit: int = 1000) -> str | None:
     """One line on what is grave in the first pairs, by their texts and tokens alone; None if nothing is.
 
     Args:
@@ -139,6 +148,7 @@ def _texts(pairs: Pairs, tokenizer, limit: int | None) -> tuple[list[PairsFindin
             check_length(sides),
             check_last_token(tokenizer, sides),
             check_answer_words(sides),
+            check_beginning(tokenizer, sides, not pairs.chat_template),
             check_boundary(sides),
             check_truncation(sides, limit),
         ]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ..errors import PairsError
 from ..forward.tokens import encode
-from ..pairs.pair import has_lone_surrogate, render_chat
+from ..pairs.chat import render_chat
+from ..pairs.pair import has_lone_surrogate
 
 
 def check_instructions(instructions: Sequence[str]) -> None:
@@ -32,7 +33,7 @@ def instruction_form(tokenizer, instructions: Sequence[str], chat: bool | None =
         return "plain"
     render_chat(tokenizer, "text")
     try:
-        heard = all(part.strip() in render_chat(tokenizer, "text", part) for part in instructions)
+        heard = all(part.strip() in render_chat(tokenizer, "text", {"system": part}) for part in instructions)
     except PairsError:  # no system messages in this template
         return "user"
     return "system" if heard else "user"
@@ -41,7 +42,7 @@ def instruction_form(tokenizer, instructions: Sequence[str], chat: bool | None =
 def instructed(tokenizer, form: str, instruction: str, prompts: Sequence[str]) -> list[str]:
     """What a model reads to answer prompts under an instruction; in the chat template unless the form is "plain"."""
     if form == "system":
-        return [render_chat(tokenizer, prompt, instruction) for prompt in prompts]
+        return [render_chat(tokenizer, prompt, {"system": instruction}) for prompt in prompts]
     texts = [f"{instruction.strip()}\n\n{prompt}" for prompt in prompts]
     return texts if form == "plain" else [render_chat(tokenizer, text) for text in texts]
 

@@ -17,7 +17,8 @@ from ..forward.tokens import encode
 from ..measuring.arguments import tokenizer_signature
 from ..models.structure import name_of
 from ..models.weights import signature
-from ..pairs.pair import Pair, render_chat
+from ..pairs.chat import render_chat
+from ..pairs.pair import Pair
 from ..pairs.pairs import Pairs
 from ..utils.progress import Progress
 from .instruction_forms import drops_blank, instructed, instruction_form, join

@@ -21,6 +21,7 @@ from ..forward.tokens import encode, length_limit, tokenise
 from ..measuring.measure import measure
 from ..models.sites import find_sites, fingerprint
 from ..momentum.momentum import Momentum
+from ..pairs.chat import describe_form
 from ..pairs.pairs import Pairs
 from ..statistics import discoveries, ranking, signed_rate
 from .momentum_signs import following, momentum_signs
@@ -191,8 +192,8 @@ def _check_same(model: nn.Module, pairs: Pairs, momentum: Momentum) -> None:
             )
     if momentum.chat_template != pairs.chat_template:
         raise SelectionError(
-            f"momentum: was measured {'with' if momentum.chat_template else 'without'} a chat template, and these "
-            f"pairs go {'through' if pairs.chat_template else 'without'} one; give both in one form (--chat)"
+            f"momentum: was measured {describe_form(momentum.chat_template)}, and these pairs go "
+            f"{describe_form(pairs.chat_template)}; give both in one form (--chat, --chat-option)"
         )
 
 
@@ -236,7 +237,7 @@ def _of_site(momentum: Momentum, control: Momentum, site: str, k: int):
     rates = torch.stack([(reacts & ~up).double().mean(1), (reacts & up).double().mean(1)])  # [2, layers]
     expected = float(rates[(beta >= 0).long(), rows].sum())
     control_beta = signed_rate(counters, control.pairs).flatten()[order]
-    layers = torch.tensor(momentum.layers)[rows]
+    layers = torch.tensor(momentum.layers, device="cpu")[rows]
     reacting = tuple(
         Reacting(int(layers[i]), int(columns[i]), float(beta[i]), float(control_beta[i]))
         for i in same.nonzero().flatten().tolist()

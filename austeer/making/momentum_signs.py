@@ -12,7 +12,7 @@ from torch import nn
 
 from ..forward.batch_size import automatic_batch_tokens
 from ..forward.capture import LastTokens
-from ..forward.packing import batches
+from ..forward.causality import plain_batches
 from ..models.sites import find_sites
 from ..models.structure import evaluating, input_device
 from ..utils.progress import Progress
@@ -52,8 +52,8 @@ def momentum_signs(
 ) -> np.ndarray:
     """The sign of m for each pair and each AU (layer, index) of a site: int8 [pairs, AUs]."""
     wanted = sorted(set(layers))
-    place = torch.tensor([wanted.index(layer) for layer in layers])
-    column = torch.tensor(list(indices))
+    place = torch.tensor([wanted.index(layer) for layer in layers], device="cpu")
+    column = torch.tensor(list(indices), device="cpu")
     sites = {site: [found for found in find_sites(model, [site])[site] if found.layer in set(wanted)]}
     capture = LastTokens(model, sites, 2 * BLOCK)
     tokens = automatic_batch_tokens(model, input_device(model))
@@ -65,7 +65,7 @@ def momentum_signs(
     ):
         for start in range(0, len(positive), BLOCK):
             texts = [*positive[start : start + BLOCK], *negative[start : start + BLOCK]]
-            for batch in batches(texts, tokens, share=False):
+            for batch in plain_batches(model, texts, tokens):
                 capture.run(batch)
             half = len(texts) // 2
             values = capture.buffers[site][: len(texts)].cpu()[:, place, column]  # [texts, AUs]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from ..forward.tokens import encode
+from ..forward.tokens import begun, encode
+from ..pairs.groups import groups_of
 from ..pairs.pair import Pair
 from .findings import PairsFinding, percent, share, worst
 from .side_prediction import sign_test, told_by, told_by_longer
@@ -54,6 +55,11 @@ class Sides:
         return [len(p) - len(n) for p, n in zip(self.positive, self.negative)]
 
     @property
+    def groups(self) -> list[str]:
+        """The group of each pair."""
+        return groups_of([p.prompt for p in self.pairs], [(p.positive, p.negative) for p in self.pairs])[0]
+
+    @property
     def short(self) -> bool:
         """Whether sides are mostly a token or two."""
         own = [len(ids) - len(q) for q, p, n in zip(self.prompts, self.positive, self.negative) for ids in (p, n)]
@@ -91,7 +97,7 @@ def check_length(sides: Sides) -> PairsFinding:
 
 def check_last_token(tokenizer, sides: Sides) -> PairsFinding:
     positive, negative = ([ids[-1] for ids in texts] for texts in (sides.positive, sides.negative))
-    told = told_by(positive, negative, [p.prompt for p in sides.pairs])
+    told = told_by(positive, negative, sides.groups)
     same = sum(a == b for a, b in zip(positive, negative))
     most = {
         side: [(tokenizer.decode([token]), count) for token, count in Counter(ids).most_common(5)]
@@ -121,7 +127,7 @@ def check_answer_words(sides: Sides) -> PairsFinding:
             break
         right, wrong = (sum(w[i] == word != w[1 - i] for w in first) for i in (0, 1))
         words.append((word, right, wrong, told_by_longer(right, wrong, len(sides))))
-    told = told_by([p for p, _ in first], [n for _, n in first], [p.prompt for p in sides.pairs])
+    told = told_by([p for p, _ in first], [n for _, n in first], sides.groups)
     numbers = {**told.to_json(), "words": [{"word": w, "positive": r, "negative": n, "p": t.p} for w, r, n, t in words]}
     uneven = [entry for entry in words if entry[3].level != "ok"]
     if uneven:
@@ -143,6 +149,20 @@ def check_answer_words(sides: Sides) -> PairsFinding:
         f"; the first word alone tells the side in {percent(told.share)}",
         "if that is not what the sides differ in, have them begin alike",
         numbers,
+    )
+
+
+def check_beginning(tokenizer, sides: Sides, special: bool) -> PairsFinding:
+    """Texts that begin as the tokenizer would begin them, such as those of a chat template rendered elsewhere."""
+    texts = [p.prompt + p.positive for p in sides.pairs]
+    already = begun(tokenizer, texts) if special else 0
+    return PairsFinding.of(
+        "beginning of text",
+        "note" if already else "ok",
+        f"{share(already, len(texts))} texts begin with the token that the tokenizer puts before every text",
+        "; they get no second one",
+        "if they come from a chat template, measure and steer with prompts in the same form",
+        {"begun": already},
     )
 
 

@@ -47,14 +47,14 @@ def told_by_longer(longer: int, shorter: int, pairs: int) -> Told:
     return Told((most + guessed / 2) / pairs if pairs else 0.5, sign_test(longer, shorter))
 
 
-def told_by(positive: Sequence[Hashable], negative: Sequence[Hashable], prompts: Sequence[str]) -> Told:
+def told_by(positive: Sequence[Hashable], negative: Sequence[Hashable], groups: Sequence[str]) -> Told:
     """How often one feature of each side (its last token, say) tells the positive one, on pairs it was not counted on.
 
     Of each value it is counted how often it was on a positive and on a negative side; of a new pair the side is taken
-    whose value has the larger ratio of (count + 1). Counted on one half of the prompts, asked of the other, and the
+    whose value has the larger ratio of (count + 1). Counted on one half of the groups, asked of the other, and the
     other way round. (Leaving one pair out would, of balanced pairs, always leave the other answer in front.)
     """
-    halves = [half_of(prompt) for prompt in prompts]
+    halves = [half_of(group) for group in groups]
     right = 0.0
     for half in (False, True):
         counts = [Counter(v for v, own in zip(side, halves) if own != half) for side in (positive, negative)]

@@ -13,6 +13,7 @@ from ..errors import PairsError
 from ..pairs.pair import Pair
 from ..pairs.pairs import Pairs
 from ..pairs.text_file import TextFile
+from ..utils.unique_keys import DuplicateKey, unique_keys
 from .made_pairs import Made
 
 #: More combinations than these are not made unless their number is asked for.
@@ -82,7 +83,9 @@ def read_values(path: str | Path | None, given: Iterable[str] = ()) -> dict[str,
     if path is not None:
         try:
             with TextFile(Path(path), "") as file:
-                found = json.loads(file.text())
+                found = json.loads(file.text(), object_pairs_hook=unique_keys)
+        except DuplicateKey as error:
+            raise PairsError(f"{path}: {error}; remove one") from error
         except (ValueError, RecursionError) as error:
             raise PairsError(f"{path}: not valid JSON ({error}); expected lists of texts by name") from error
         if not isinstance(found, dict) or not all(

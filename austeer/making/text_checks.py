@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import sparse
 
+from ..pairs.groups import groups_of
 from ..pairs.pair import Pair
 from .findings import PairsFinding, share
 
@@ -69,7 +70,10 @@ def check_prompts(pairs: Sequence[Pair]) -> PairsFinding:
         f"{len(counts)} different prompts for {len(pairs)} pairs (one has {most}); {again} pairs are there again; "
         f"{share(similar, compared)} prompts are nearly the same as another"
     )
-    few, alike = len(counts) < 0.5 * len(pairs), similar > 0.3 * compared
+    groups, by = groups_of([p.prompt for p in pairs], [(p.positive, p.negative) for p in pairs])
+    if by == "texts":
+        verdict += ". A prompt that so many share tells nothing apart: what counts is the texts behind it"
+    few, alike = len(set(groups)) < 0.5 * len(pairs), similar > 0.3 * compared
     return PairsFinding.of(
         "prompts",
         "warning" if again > 0.01 * len(pairs) or few or alike else "ok",

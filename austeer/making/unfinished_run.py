@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import FileFormatError, PairsError
 from ..utils import journal
+from ..utils.differences import first_difference
 
 FORMAT, VERSION = "austeer-pairs-partial", 1
 
@@ -38,7 +39,11 @@ class Partial:
             FileFormatError: they are damaged, or of a run with other settings (one is named).
         """
         head = {"format": FORMAT, "version": VERSION, "settings": self.settings}
-        if not self.path.exists() or (resume and journal.line(head).startswith(self.path.read_bytes())):
+        begun = self.path.exists() and (
+            journal.is_only_begun(self.path, FORMAT, VERSION)
+            or (resume and journal.line(head).startswith(self.path.read_bytes()))
+        )
+        if begun or not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
             journal.append(self.path, head)
@@ -56,12 +61,12 @@ class Partial:
             found, right, length = None, False, 0
         if not isinstance(found, dict) or not right:
             raise FileFormatError(f"{self.path}: damaged, or no unfinished run; remove it (--force) to start anew")
-        for name, expected in self.settings.items():
-            if found.get(name) != expected:
-                raise FileFormatError(
-                    f"{self.path}: is of another run: found {name} {str(found.get(name))[:60]!r}, expected "
-                    f"{str(expected)[:60]!r}. Give the same settings, another file, or start anew (--force)"
-                )
+        difference = first_difference(found, self.settings)
+        if difference is not None:
+            raise FileFormatError(
+                f"{self.path}: is of another run: found {difference}. Give the same settings, another file, or start "
+                "anew (--force)"
+            )
         journal.cut(self.path, length)
         return batches
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import CaptureError, SiteError
 from ..forward.tokens import encode
-from ..models.sites import Layout
+from ..models.sites import Layout, Site, layers_of
 from ..models.structure import decoder_of, input_device, is_offloaded
 from ..models.weights import exact
 from .layerwise.layerwise import why_not
@@ -41,6 +41,25 @@ def tokenizer_signature(tokenizer) -> str:
     """Tells tokenizers apart by what they make of a text."""
     ids = encode(tokenizer, ["The quick brown fox: 3.14159, 東京, naïve\n\tdef f(x): return x"])
     return hashlib.sha256(repr(ids).encode()).hexdigest()
+
+
+def measured_layers(wanted: Iterable[int] | None, sites: Mapping[str, Sequence[Site]], count: int) -> tuple[int, ...]:
+    """The layers that are measured, in order; by default all that have the sites.
+
+    Raises:
+        SiteError: some of them lack a site: the counters of a momentum's sites have the same layers.
+    """
+    own = {name: tuple(site.layer for site in found) for name, found in sites.items()}
+    if wanted is None and len(set(own.values())) == 1:
+        return next(iter(own.values()))
+    layers = chosen_layers(wanted, count)
+    for name, found in sites.items():
+        if missing := [layer for layer in layers if layer not in own[name]]:
+            raise SiteError(
+                f"layers: found {missing[0]} without the site {name!r}, which layers {layers_of(found)} have; expected "
+                "layers with all the sites that are measured together: give layers=..., or measure this site apart"
+            )
+    return layers
 
 
 def chosen_layers(wanted: Iterable[int] | None, count: int) -> tuple[int, ...]:

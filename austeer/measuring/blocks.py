@@ -19,6 +19,8 @@ from ..errors import PairsError
 from ..forward.packing import Batch, batches
 from ..forward.tokens import Tokenised, check_vocabulary, tokenise
 from ..momentum.report import Seconds
+from ..pairs.chat import ChatForm
+from ..pairs.groups import by_of, group_of
 from ..pairs.halves import half_rows
 from ..pairs.pairs import Pair
 
@@ -58,7 +60,7 @@ class Blocks:
         source, chat_template: as in :class:`austeer.pairs.pairs.Pairs`.
         vocabulary: how many tokens the model has. max_length: longer texts are cut.
         batch_tokens: tokens in a batch, with padding. share: whether shared beginnings run once.
-        apart: see :func:`austeer.forward.packing.batches`.
+        apart, even: see :func:`austeer.forward.packing.batches`.
         first: blocks before this number are read and left out. known: the digest of all pairs in them.
         part: (i, n) takes the blocks i, i + n, i + 2 n ...
         pin: whether batches lie in page-locked memory.
@@ -66,19 +68,21 @@ class Blocks:
 
     Attributes:
         digest: of all pairs read by the newest iteration. read: how many, those of other processes included.
+        grouped_by: what keeps pairs in one half together (:mod:`austeer.pairs.groups`), by the first block.
     """
 
     tokenizer: Any
     pairs: Iterable[Pair]
     _: KW_ONLY
     source: str
-    chat_template: bool
+    chat_template: ChatForm
     vocabulary: int
     max_length: int
     block_pairs: int
     batch_tokens: int
     share: bool
     apart: int | None = None
+    even: bool = False
     first: int = 0
     known: str = ""
     part: tuple[int, int] = (0, 1)
@@ -86,6 +90,7 @@ class Blocks:
     seconds: Seconds = field(default_factory=Seconds)
     digest: str = field(default="", init=False)
     read: int = field(default=0, init=False)
+    grouped_by: str = field(default="prompt", init=False)
 
     def __iter__(self) -> Iterator[Block]:
         stream = iter(self.pairs)
@@ -97,6 +102,8 @@ class Blocks:
                 if number < self.first:
                     self.others()
                 return
+            if number == 0:  # read by every process, and by a run that goes on
+                self.grouped_by = by_of([pair.prompt for pair in chosen])
             self.digest = chain(self.digest, chosen)
             offset, self.read = self.read, self.read + len(chosen)
             self.seconds.read += time.perf_counter() - start
@@ -109,7 +116,7 @@ class Blocks:
         """Raises PairsError: these are not the pairs that were counted before."""
         raise PairsError(
             f"{self.source}: found other pairs than were counted before ({self.read} of them); expected the same "
-            "file, unchanged. Start anew"
+            "file, unchanged. Start anew (--force)"
         )
 
     def _block(self, number: int, offset: int, pairs: list[Pair]) -> Block:
@@ -119,8 +126,8 @@ class Blocks:
         check_vocabulary(self.vocabulary, texts)
         now = time.perf_counter()
         self.seconds.tokenise += now - start
-        packed = list(batches(texts, self.batch_tokens, self.share, self.apart))
-        half = half_rows([pairs[i].prompt for i in found.number])
+        packed = list(batches(texts, self.batch_tokens, self.share, self.apart, self.even))
+        half = half_rows([self._group(pairs[i]) for i in found.number])
         if self.pin:
             packed, half = [batch.pinned() for batch in packed], half.pin_memory()
         self.seconds.pack += time.perf_counter() - now
@@ -136,6 +143,9 @@ class Blocks:
             texts_tokens=sum(map(len, texts)),
             digest=self.digest,
         )
+
+    def _group(self, pair: Pair) -> str:
+        return group_of(pair.prompt, (pair.positive, pair.negative), self.grouped_by)
 
     def tokenised(self, pairs: list[Pair], offset: int) -> Tokenised:
         special = not self.chat_template

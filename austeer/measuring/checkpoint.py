@@ -11,6 +11,7 @@ from typing import Any
 from ..counters import counters_from, tensors_of
 from ..errors import FileFormatError
 from ..utils import files
+from ..utils.differences import first_difference
 from .counting import State
 from .layerwise import hidden_states as hidden
 
@@ -45,8 +46,8 @@ class Checkpoint:
             return None
         if not resume:
             raise FileFormatError(
-                f"{self.path}: found the checkpoint of an earlier run; go on from it with resume, or remove it to "
-                "start anew"
+                f"{self.path}: found the checkpoint of an earlier run; go on from it with resume (--resume), or remove "
+                "it (--force) to start anew"
             )
         return self.load()
 
@@ -56,12 +57,12 @@ class Checkpoint:
         settings = header.get("settings")
         if not isinstance(settings, dict):
             raise FileFormatError(f"{self.path}: found no settings; start anew, without resuming")
-        for name, expected in self.settings.items():
-            if settings.get(name) != expected:
-                raise FileFormatError(
-                    f"{self.path}: is of another run: found {name} {settings.get(name)!r}, expected {expected!r}. "
-                    "Give the same model, pairs and options, or another file, or start anew"
-                )
+        difference = first_difference(settings, self.settings)
+        if difference is not None:
+            raise FileFormatError(
+                f"{self.path}: is of another run: found {difference}. Give the same model, pairs and options, or "
+                "another file, or start anew (--force)"
+            )
         try:
             sites, half = (counters_from(tensors, header["sites"], half=part) for part in (False, True))
             rest = {name: header[name] for name in State.__dataclass_fields__ if name not in ("sites", "half")}

@@ -45,7 +45,7 @@ def measure(
     ``block_pairs`` pairs at a time and counted by one kernel call a site, and by one more for the pairs of one half
     (:mod:`austeer.pairs.halves`). Values are compared as the model made them.
     What texts have in common (the prompt of a pair; a prompt that pairs share) runs once. Texts of like length share
-    a batch. ``momentum.report`` says how it went.
+    a batch; with bidirectional attention whole texts of one length do. ``momentum.report`` says how it went.
 
     Example:
         >>> momentum = austeer.measure(model, tokenizer, pairs, sites=["attention", "ffn"])
@@ -61,14 +61,16 @@ def measure(
         tokenizer: the model's own. One without a pad token is fine.
         pairs: from :func:`load_pairs`, :func:`stream_pairs` (any number), or (prompt, positive, negative) tuples.
         sites: names of sites, see :mod:`austeer.models.sites`.
-        layers: measure these layers only, for example ``range(12)``; those above the highest are not run.
+        layers: measure these layers only, for example ``range(12)``; those above the highest are not run. By default
+            all that have the sites: in a model with attention in some layers only, ``attention`` is in those.
         strategy: "resident" runs each batch through the whole model; "layerwise" loads each layer once and runs all
             pairs through it, which is what a model wants whose weights are offloaded; "auto" takes layerwise for
             such a model where it can.
         share_prompts: False runs every text whole. Models that cannot share do so anyway (the report says which).
         batch_tokens: tokens in a batch, padding included; by default what suits the device and its free memory.
         block_pairs: pairs whose activations are held at a time.
-        max_length: longer texts are cut on the left to so many tokens; the model's context by default.
+        max_length: longer texts are cut on the left to so many tokens; the model's context by default, and at most
+            (with a warning).
         checkpoint: a file in which the counters are kept while measuring; remove it when the result is saved.
         checkpoint_every: pairs between two checkpoints, rounded up to whole blocks.
         resume: go on from the checkpoint, if it is there.
@@ -82,7 +84,7 @@ def measure(
         progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
-        PairsError, SiteError: unusable pairs; a site, layer or family that is not known.
+        PairsError, SiteError: unusable pairs; a site, layer or family that is not known; sites of unlike layers.
         CaptureError: an activation is NaN or infinite (site, layer and pair are named), or a site was not reached.
         FileFormatError: the checkpoint is damaged or of another run, or one is there and ``resume`` was not asked for.
         SteeringError: the model is steered now.

@@ -15,6 +15,7 @@ from torch import nn
 from ..counters import counters_from, tensors_of
 from ..errors import CaptureError, FileFormatError, PairsError, SiteError, SteeringError, check_count
 from ..forward.batch_size import automatic_batch_tokens
+from ..forward.causality import is_causal
 from ..forward.shared_prompts import tree_form
 from ..forward.tokens import length_limit
 from ..forward.tree_masks import forms, longest_short_text
@@ -36,7 +37,7 @@ from ..momentum.report import MeasureReport
 from ..pairs.pair import Pair
 from ..pairs.pairs import Pairs
 from ..pairs.stream import PairStream
-from .arguments import chosen_layers, chosen_strategy, tokenizer_signature
+from .arguments import chosen_strategy, measured_layers, tokenizer_signature
 from .blocks import Blocks
 from .checkpoint import Checkpoint
 from .counting import Tally
@@ -91,6 +92,7 @@ class Measurement:
     Attributes:
         sites: what is read, of the layers asked for. depth: how many layers have to run.
         root: path of the list of layers. device: where tokens go in.
+        causal: whether no token sees a later one, so that texts may be padded and share prompts.
         tally: what is counted so far. report: how it goes. every: blocks between two checkpoints.
     """
 
@@ -110,7 +112,7 @@ class Measurement:
         if not found:
             raise SiteError("sites: found none, expected at least one name, for example sites=['attention']")
         self.fingerprint = fingerprint(model, found)
-        self.layers = chosen_layers(options.layers, self.fingerprint.layers)
+        self.layers = measured_layers(options.layers, found, self.fingerprint.layers)
         self.sites = {name: [site for site in all_ if site.layer in self.layers] for name, all_ in found.items()}
         self.depth, self.root = max(self.layers) + 1, layers_path(model, options.layout)
         self.max_length = length_limit(model, options.max_length)
@@ -131,7 +133,8 @@ class Measurement:
         resumed = self._resumed(options.resume)
         self.resumed_digest = resumed.get("all_pairs")
         self.batch_tokens = self._batch_tokens(options.batch_tokens, resumed.get("batch_tokens"))
-        self.tree = self._tree() if options.share_prompts else None
+        self.causal = is_causal(model, options.layout)
+        self.tree = self._tree() if options.share_prompts and self.causal else None
         if resumed and resumed["tree"] != self.tree:
             raise FileFormatError(
                 f"{options.checkpoint}: found shared prompts run as {resumed['tree']!r}, and this model on this device "
@@ -201,6 +204,7 @@ class Measurement:
             batch_tokens=self.batch_tokens,
             share=self.tree is not None,
             apart=longest_short_text(self.model),
+            even=not self.causal,
             first=self.tally.block,
             known=self.tally.digest,
             part=(self.processes.index, self.processes.count),
@@ -237,7 +241,7 @@ class Measurement:
         if others:
             raise FileFormatError(
                 f"{others[0]}: found the checkpoint of a run with another number of processes; go on with as many, or "
-                "remove it to start anew"
+                "remove it (--force) to start anew"
             )
         state = self.checkpoint.earlier(resume)
         if state is None:

@@ -41,8 +41,9 @@ def run_resident(m: Measurement) -> None:
         try:
             _count(m, blocks, capture, interruption, bar)
         except Exception:
-            with suppress(AusteerError):  # it is the first error that matters
-                m.save()
+            if m.tally.pairs:  # else there is nothing to go on from, and a file would only be in the way
+                with suppress(AusteerError):  # it is the first error that matters
+                    m.save()
             raise
         start = time.perf_counter()
         wait_for(m.device)
@@ -163,4 +164,5 @@ def _how_to_go_on(m: Measurement, done: str) -> str:
     assert m.checkpoint is not None
     if not m.checkpoint.path.exists():
         return f"interrupted; nothing was complete yet, and {m.checkpoint.path} was not written. Run the same again"
-    return f"interrupted after {done}, which are kept in {m.checkpoint.path}; run the same again with resume to go on"
+    kept = f"interrupted after {done}, which are kept in {m.checkpoint.path}"
+    return f"{kept}; run the same again with resume (--resume) to go on"

@@ -17,6 +17,8 @@ from .families import Layout
 from .structure import has_module
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+#: What mixes tokens in attention's place: state spaces, convolutions, recurrences.
+_MIXER = re.compile(r"mamba|ssm|conv|recurrent|temporal|rglru|lstm", re.IGNORECASE)
 _NO_ATTENTION = re.compile(r"norm|cross|drop|(^|_)ln(_|$)", re.IGNORECASE)
 
 #: Last part of the name of an output projection, and of a down projection, where more than one layer has its shape.
@@ -31,7 +33,8 @@ def detect(decoder: nn.Module, config, family: str) -> Layout:
     """The layout of a decoder-only language model without its head.
 
     Looked for are: the one list of as many modules as ``config`` has layers; in each layer one attention module with
-    one output projection, one MLP module with one down projection, or else a mixture of experts.
+    one output projection, one MLP module with one down projection, or else a mixture of experts. In some layers, not
+    in all, a state space, a convolution or a recurrence may stand in attention's place.
 
     Args:
         config: of the text model; ``num_hidden_layers`` and ``hidden_size`` are read.
@@ -47,11 +50,13 @@ def detect(decoder: nn.Module, config, family: str) -> Layout:
         found = [_Found(layer, config.hidden_size, f"layer {i}") for i, layer in enumerate(layers)]
         layout = Layout(
             layers=path,
-            attention=_distinct(f.attention for f in found),
+            attention=_distinct(f.attention for f in found if f.attention),
             ffn=_distinct(f.ffn for f in found),
             down=_distinct(f.down for f in found if f.down),
             experts=_distinct(path for f in found for path in f.experts),
         )
+        if not layout.attention:
+            raise SiteError(f"looked for attention, found {found[0].mixers[0]} in its place in every layer")
         _check_unambiguous(layout, layers, found)
     except SiteError as error:
         raise SiteError(
@@ -68,24 +73,27 @@ class _Found:
 
     def __init__(self, layer: nn.Module, width: int, where: str):
         self.width, self.where = width, where
-        attention = self._one(
-            "attention module",
-            [
-                name
-                for name, child in layer.named_children()
-                if (_ATTENTION.search(name) or _ATTENTION.search(type(child).__name__))
-                and not _NO_ATTENTION.search(name)
-                and any(_linears(child))
-            ],
-            layer,
-        )
-        self.attention = self._narrowing(layer, attention, _OUTPUT_NAMES, "attention output projection")
+        attentions = [
+            name
+            for name, child in layer.named_children()
+            if (_ATTENTION.search(name) or _ATTENTION.search(type(child).__name__))
+            and not _NO_ATTENTION.search(name)
+            and any(_linears(child))
+        ]
+        self.mixers = [name for name, child in layer.named_children() if _MIXER.search(name) and any(_linears(child))]
+        self.attention: str | None = None
+        if attentions or not self.mixers:
+            attention = self._one("attention module", attentions, layer)
+            self.attention = self._narrowing(layer, attention, _OUTPUT_NAMES, "attention output projection")
         self.down: str | None = None
         self.experts: tuple[str, ...] = ()
         blocks = [
             name
             for name, child in layer.named_children()
-            if not _ATTENTION.search(name) and (any(_linears(child)) or _holds_experts(child)) and not _sized(child)
+            if name not in (*attentions, *self.mixers)
+            and not _ATTENTION.search(name)
+            and (any(_linears(child)) or _holds_experts(child))
+            and not _sized(child)
         ]
         if not blocks and any(_sized(child) for _, child in layer.named_children()):
             self.ffn = self.down = self._narrowing(layer, "", _DOWN_NAMES, "down projection")  # no MLP module

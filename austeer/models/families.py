@@ -15,7 +15,7 @@ class Layout:
 
     Attributes:
         layers: the list of decoder layers, from the language model without its head.
-        attention: the attention output projection, from a layer.
+        attention: the attention output projection, from a layer; a layer without one has no such site.
         ffn: the module whose output the feed-forward block adds to the residual stream, from a layer: the MLP module,
             or its down projection where the module adds the residual itself.
         down: the MLP's down projection, from a layer; its output is the output of ``ffn``.

@@ -51,6 +51,8 @@ def weights_of(module: nn.Module) -> WeightNames | str:
     """The weights of a linear layer, or of the down projections of a set of experts; or why they are not known."""
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{kind.__name__} is compiled by TorchScript"
     if kind is nn.Linear or name in _PLAIN_SUBCLASSES:
         return WeightNames("weight", "bias", 0, 1)
     if name in _TRANSPOSED:
@@ -84,11 +86,11 @@ def bias_owner(module: nn.Module, side: str) -> nn.Module | str:
     if side == "output" and type(module).__module__.startswith("peft.tuners.lora"):
         module = getattr(module, "base_layer", module)
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    weight: object = module._parameters.get("weight")
     if side == "output" and kind in _QUANTISED:
         return module
     if not isinstance(found := weights_of(module), WeightNames):
         return found
+    weight: object = module._parameters.get("weight")
     if found.weight != "weight":
         return f"{type(module).__name__} is no linear layer"
     quantised = side == "output" and type(weight).__module__.startswith("torchao.")

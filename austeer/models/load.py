@@ -15,9 +15,9 @@ from torch import nn
 
 from ..errors import ModelError, one_line
 from ..utils.machine import free_memory
-from .demo_model import DEMO, DEMO_ID, demo_model
+from .demo_model import DEMO, DEMO_ID
 from .sites import layers_path
-from .skeleton import dtypes, load_config, parse_dtype, skeleton
+from .skeleton import dtypes, load_config, parse_dtype, skeleton, source_of
 from .structure import decoder_of
 
 #: The part of a device's free memory that weights may take; batches need some, too.
@@ -93,7 +93,7 @@ def _load(name: str, dtype: str, device: str, how: dict[str, Any]) -> tuple[Any,
 
     wanted = parse_dtype(dtype)
     try:
-        source = str(demo_model()) if name == DEMO else name
+        source = source_of(name)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **how)
     except (OSError, ValueError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:

@@ -27,10 +27,9 @@ class Patch:
         self._was_set = False
 
     def attach(self, forward: Callable[..., Any]) -> None:
-        values = vars(self.module)
-        name = "_old_forward" if "_hf_hook" in values and "_old_forward" in values else "forward"
+        values, name = vars(self.module), _place_of_forward(self.module)
         self._was_set = name in values
-        self.inner, self._ours = getattr(self.module, name), forward
+        self.inner, self._ours = own_forward(self.module), forward
         values[name] = forward
 
     def detach(self) -> None:
@@ -53,6 +52,15 @@ class Patch:
             f"{type(self.module).__name__}: found another forward in place of ours, so it may not have been steered "
             "since; expected changes of a forward to be made before steering"
         )
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """What a module runs in the end, under accelerate's hooks; equal until somebody puts another in its place."""
+    return getattr(module, _place_of_forward(module))
+
+
+def _place_of_forward(module: nn.Module) -> str:
+    return "_old_forward" if "_hf_hook" in vars(module) and "_old_forward" in vars(module) else "forward"
 
 
 def owner_of(module: nn.Module, kind: type) -> Any:

@@ -19,7 +19,7 @@ def why_not_the_projection(model: nn.Module, site: Site) -> str | None:
         return None
     block, projection = model.get_submodule(site.path), model.get_submodule(str(site.projection))
     weight = next(projection.parameters())
-    x = torch.randn(1, 4, site.width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = torch.randn(1, 4, site.width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     device = input_device(model) if weight.device.type == "meta" else weight.device  # offloaded: loaded as it runs
     x = x.to(device, weight.dtype if weight.is_floating_point() else floating_dtype(model))
     made: list[Tensor] = []

@@ -13,6 +13,8 @@ layer       output of the decoder layer              output
 neuron      input of the MLP's down projection       input
 =========== ======================================== ======
 
+Where a state space, a convolution or a recurrence stands in attention's place, ``attention`` is a site of the other
+layers only, which keep their numbers.
 In a mixture of experts ``ffn`` is the block's summed output, and there is no ``neuron``: each expert has its own.
 A tensor is [batch, tokens, width], or [batch * tokens, width] in the families that flatten it (OPT and Llama 4's
 mixtures at ``ffn``, OPT at ``neuron``).
@@ -20,7 +22,7 @@ mixtures at ``ffn``, OPT at ``neuron``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +97,14 @@ class _NotHere(SiteError):
     """The model is understood, and has no such site."""
 
 
+class _OtherKind(SiteError):
+    """A layer without the site, in a model in which others may have it."""
+
+
 def find_sites(
     model: nn.Module, names: str | Iterable[str] | None = None, layout: Layout | None = None
 ) -> dict[str, list[Site]]:
-    """The sites of a model: for each name, one ``Site`` a layer, first layer first.
+    """The sites of a model: for each name, one ``Site`` for each layer that has it, first layer first.
 
     Example:
         >>> sites = austeer.find_sites(model)
@@ -142,14 +148,7 @@ def find_sites(
     sites: dict[str, list[Site]] = {}
     for name in wanted:
         try:
-            sites[name] = [
-                _site(
-                    *(name, number, f"{root}.{number}", layer, layout, config),
-                    *(f"layer {number} of {family}", detected),
-                )
-                for number, layer in enumerate(layers._modules.values())  # children() would leave out repeated ones
-                if layer is not None
-            ]
+            sites[name] = list(_sites(name, root, layers, layout, config, family, detected))
             _check_widths(name, sites[name], family)
             _check_distinct(model, sites[name], family)
         except _NotHere:
@@ -159,6 +158,25 @@ def find_sites(
     return sites
 
 
+def _sites(
+    name: str, root: str, layers: nn.Module, layout: Layout, config: Any, family: str, detected: bool
+) -> Iterator[Site]:
+    """Raises SiteError if no layer has the site."""
+    missing: _OtherKind | None = None
+    found = False
+    for number, layer in enumerate(layers._modules.values()):  # children() would leave out repeated ones
+        if layer is None:
+            continue
+        where = f"layer {number} of {family}"
+        try:
+            yield _site(name, number, f"{root}.{number}", layer, layout, config, where, detected)
+            found = True
+        except _OtherKind as error:
+            missing = missing or error
+    if missing is not None and not found:
+        raise missing
+
+
 def _site(
     name: str, number: int, base: str, layer: nn.Module, layout: Layout, config: Any, where: str, detected: bool
 ) -> Site:
@@ -166,7 +184,7 @@ def _site(
         bias, factor = _last_bias(base, layer, layout, config)
         return Site(name, number, base, "output", config.hidden_size, None, bias=bias, bias_factor=factor)
     if name == "attention":
-        path = _first(layer, layout.attention, where)
+        path = _first(layer, layout.attention, where, _OtherKind)
         width, projection = in_features(layer.get_submodule(path)), f"{base}.{path}"
         return Site(name, number, projection, "input", width, projection, (projection,), projection)
     ffn = f"{base}.{_first(layer, layout.ffn, where)}"
@@ -219,8 +237,8 @@ def _check_widths(name: str, sites: list[Site], family: str) -> None:
     for site in sites:
         if site.width != sites[0].width:
             raise _NotHere(
-                f"site {name!r} of {family}: found a width of {sites[0].width} in layer 0 and {site.width} in layer "
-                f"{site.layer}, expected one width in all layers; use another site"
+                f"site {name!r} of {family}: found a width of {sites[0].width} in layer {sites[0].layer} and "
+                f"{site.width} in layer {site.layer}, expected one width in all layers; use another site"
             )
 
 
@@ -243,16 +261,32 @@ def in_features(module: nn.Module) -> int:
     return found[0]
 
 
-def _first(parent: nn.Module, paths: Paths, where: str) -> str:
+def _first(parent: nn.Module, paths: Paths, where: str, error: type[SiteError] = SiteError) -> str:
     """The first of the alternatives that ``parent`` has."""
     for path in alternatives(paths):
         if has_module(parent, path):
             return path
     found = ", ".join(name for name, _ in parent.named_children())
-    raise SiteError(
+    raise error(
         f"{where} has no module {' or '.join(map(repr, alternatives(paths)))}; found {found}. "
         "Give this model's paths with layout=austeer.Layout(...)"
     )
+
+
+def site_at(sites: Sequence[Site], layer: int) -> Site:
+    """The site of one layer among those of one name; raises SiteError, with the layers that have it."""
+    for site in sites:
+        if site.layer == layer:
+            return site
+    raise SiteError(
+        f"site {sites[0].name!r}: found no such site in layer {layer}, expected one of the layers that have it: "
+        f"{layers_of(sites)}"
+    )
+
+
+def layers_of(sites: Sequence[Site]) -> str:
+    """The numbers of the layers that have a site, for messages."""
+    return ", ".join(str(site.layer) for site in sites)
 
 
 def layers_path(model: nn.Module, layout: Layout | None = None) -> str:
@@ -267,8 +301,16 @@ def fingerprint(model: nn.Module, sites: dict[str, list[Site]]) -> Fingerprint:
     name = name_of(model)
     return Fingerprint(
         model_type=config.model_type,
-        layers=len(next(iter(sites.values()))),
+        layers=_layer_count(unwrap(model), next(iter(sites.values()))[0]),
         widths={name: found[0].width for name, found in sites.items()},
         name=Path(name).name if Path(name).exists() else name,  # a local folder's place says nothing elsewhere
         revision=getattr(full, "_commit_hash", None),
     )
+
+
+def _layer_count(model: nn.Module, site: Site) -> int:
+    """How many decoder layers the list has that a site's layer is in."""
+    parts = site.path.split(".")
+    lists = (model.get_submodule(".".join(parts[:i])) for i, part in enumerate(parts) if part == str(site.layer))
+    layers = next(module for module in lists if isinstance(module, nn.ModuleList))
+    return sum(layer is not None for layer in layers._modules.values())

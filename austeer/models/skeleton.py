@@ -15,6 +15,64 @@ from torch import nn
 
 from ..errors import ModelError, one_line
 from .demo_model import DEMO, demo_model
+from .structure import text_config_of
+
+CONFIG_NAME = "config.json"
+
+
+def source_of(name: str) -> str:
+    """The folder or Hub id that a model's name stands for, once it is known that there is such a thing.
+
+    Transformers would ask the Hub for half a minute, also for a folder's name that is mistyped.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils import validate_repo_id
+
+    if name == DEMO:
+        return str(demo_model())
+    expected = f"expected a folder with config.json and safetensors, a Hub id, or {DEMO!r}"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).is_file() for file in (CONFIG_NAME, "adapter_config.json")):
+            raise ModelError(f"model {name!r}: found a folder without {CONFIG_NAME}, {expected}")
+        return str(path)
+    if path.exists():
+        if path.suffix != ".json":
+            raise ModelError(f"model {name!r}: found a file, {expected}")
+        return str(path)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ModelError(f"model {name!r}: found no folder of that name, {expected}; check the path") from error
+    if isinstance(try_to_load_from_cache(name, CONFIG_NAME), str):
+        return name
+    try:
+        HfApi().get_hf_file_metadata(url=hf_hub_url(name, CONFIG_NAME))
+    except GatedRepoError:  # Transformers tells how to get access
+        return name
+    except RepositoryNotFoundError as error:
+        reason: Exception = error
+    except HfHubHTTPError:  # it is there
+        return name
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+        reason = error
+    else:
+        return name
+    raise ModelError(
+        f"model {name!r}: found no folder of that name here, and the Hub gave none ({one_line(reason)[:120]}); "
+        f"{expected}. Check the name"
+    ) from reason
 
 
 def load_config(name: str):
@@ -26,7 +84,7 @@ def load_config(name: str):
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(demo_model()) if name == DEMO else name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source_of(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"model {name!r}: its config could not be read: {one_line(error)}. "
@@ -39,14 +97,14 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(demo_model()) if name == DEMO else name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source_of(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return None
 
 
 def named_dtype(config) -> torch.dtype | None:
     """The dtype that a checkpoint was saved in, by its config; None if it names none."""
-    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    named = getattr(config, "dtype", None) or getattr(text_config_of(config), "dtype", None)
     return getattr(torch, named) if isinstance(named, str) else named
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,10 +50,22 @@ def has_module(parent: nn.Module, path: str) -> bool:
 
 
 def text_config(model: nn.Module):
+    """The config of the language model; raises SiteError where there is none, or more than one."""
     config = getattr(unwrap(model), "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise SiteError(f"{type(model).__name__}: found no config, expected a Transformers model")
-    return config.get_text_config()
+    return text_config_of(config, type(unwrap(model)).__name__)
+
+
+def text_config_of(config, what: str = "config"):
+    """The language model's part of a Transformers config; ``what`` names the model in the SiteError."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:  # Musicgen has a text encoder and a decoder of audio
+        raise SiteError(
+            f"{what} ({config.model_type}): found several text models in its config ({', '.join(config.sub_configs)}), "
+            "expected a decoder alone"
+        ) from error
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
@@ -68,7 +81,7 @@ def name_of(model: nn.Module) -> str:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model expects its token ids: its embedding's device (the first real one for an offloaded model)."""
-    weight = unwrap(model).get_input_embeddings().weight  # type: ignore[operator]
+    weight = token_embedding(model).weight
     if weight.device.type != "meta":
         return weight.device
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -96,7 +109,22 @@ def first_tensor(output: Tensor | tuple | list) -> Tensor:
 
 def vocabulary_size(model: nn.Module) -> int:
     """How many tokens have an embedding."""
-    return unwrap(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return token_embedding(model).num_embeddings
+
+
+def token_embedding(model: nn.Module) -> Any:
+    """The embedding of a model's text tokens; raises SiteError where it takes images, or audio."""
+    try:
+        embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    embedding = getattr(embedding, "base_layer", embedding)  # PEFT's wrapper of one
+    if not hasattr(embedding, "weight") or not hasattr(embedding, "num_embeddings"):
+        raise SiteError(
+            f"{type(unwrap(model)).__name__}: found {type(embedding).__name__} as its input embedding, expected a "
+            "model that takes text tokens"
+        )
+    return embedding
 
 
 @contextmanager

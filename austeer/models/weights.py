@@ -327,4 +327,4 @@ def _read(slot: _Slot) -> Tensor:
         return value
     # A tensor from a file is a promise: it is read when it is copied.
     pin = slot.target.type == "cuda"
-    return torch.empty(value.shape, dtype=slot.original.dtype, pin_memory=pin).copy_(value)
+    return torch.empty(value.shape, dtype=slot.original.dtype, pin_memory=pin, device="cpu").copy_(value)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..counters import Counters, counters_from, tensors_of
 from ..errors import FileFormatError, SelectionError
 from ..models.sites import Fingerprint
+from ..pairs.chat import ChatForm, check_chat_form
 from ..plans.plan import Plan
 from ..plans.table import OPERATIONS
 from ..utils import files
@@ -39,7 +40,7 @@ class Momentum:
         sites: site name -> ``Counters``.
         pairs: the number of pairs counted.
         model: what it was measured on.
-        chat_template: whether the prompts went through a chat template.
+        chat_template: whether the prompts went through a chat template, with its options if it had any.
         cut: texts that were cut on the left to fit the model.
         identical: pairs whose two texts have the same tokens (they add to ``pairs`` only).
         sources: where the pairs come from.
@@ -53,7 +54,7 @@ class Momentum:
     sites: Mapping[str, Counters]
     pairs: int
     model: Fingerprint
-    chat_template: bool = False
+    chat_template: ChatForm = False
     cut: int = 0
     identical: int = 0
     sources: tuple[str, ...] = field(default=())
@@ -188,6 +189,7 @@ class Momentum:
             sites, half = counters_from(tensors, header.pop("sites")), None
             for site, counters in sites.items():
                 _check_counters(counters, (len(layers), model.widths[site]), header["pairs"])
+            check_chat_form(header["chat_template"])
             half_pairs = header.pop("half_pairs")
             if half_pairs is not None:
                 half = counters_from(tensors, sites, half=True)
@@ -223,7 +225,7 @@ def plan_of(
     own = signed_rate(counters, momentum.pairs).flatten()[order]
     return Plan(
         site=(site,) * len(order),
-        layer=torch.tensor(momentum.layers)[order // width].int(),
+        layer=torch.tensor(momentum.layers, device="cpu")[order // width].int(),
         index=(order % width).int(),
         beta=(own if beta is None else torch.full_like(own, beta)).float(),
         delta=(counters.delta_sum.flatten()[order] / momentum.pairs).float(),

@@ -150,7 +150,7 @@ def of_plan(plan: Plan, site: str | None, k: int) -> Overview:
     if site not in plan.sites:
         raise SelectionError(f"site {site!r} is not in the plan; found {', '.join(plan.sites)}")
     of_site = [unit for unit in plan if unit.site == site]
-    layers = torch.tensor([unit.layer for unit in of_site])
+    layers = torch.tensor([unit.layer for unit in of_site], device="cpu")
     ranks, by_rank = _by_rank(layers, plan.model.layers)
     notes = [] if plan.evidence else ["nothing is known of its effect: no strength has been tested"]
     return Overview(
@@ -172,7 +172,7 @@ def of_momentum(momentum: Momentum, site: str | None, k: int) -> Overview:
     size, width = counters.positive.numel(), counters.positive.shape[1]
     k = min(k, size)
     order = ranking(momentum, site)
-    chosen, layers = order[:k], torch.tensor(momentum.layers)[order // width]
+    chosen, layers = order[:k], torch.tensor(momentum.layers, device="cpu")[order // width]
     low, high = rate_interval(_most(momentum, site)[chosen].numpy(), pairs)
     ranks, by_rank = _by_rank(layers[: KS[-1]], momentum.model.layers)
     edges = np.linspace(0.0, 1.0, 41)

@@ -1,7 +1,7 @@
 """Which half of the pairs a pair belongs to: two disjoint halves show how much of a ranking would be chosen again.
 
-Texts decide wherever they are known, and nothing else: a pair is in the same half in any file, order, batch, block or
-process, and pairs of one prompt stay together, since they are no independent evidence of each other.
+Texts decide wherever they are known, and nothing else: a pair is in the same half in any order, batch, block or
+process, and pairs of one group (:mod:`.groups`) stay together, since they are no independent evidence of each other.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 BLOCK_ROWS = 16
 
 
-def half_of(prompt: str) -> bool:
-    """Whether the pairs of a prompt are in the half that is counted by itself; the rest is the other half."""
-    return bool(hashlib.blake2b(prompt.encode(), digest_size=1, person=b"austeer halves").digest()[0] & 1)
+def half_of(group: str) -> bool:
+    """Whether the pairs of a group are in the half that is counted by itself; the rest is the other half."""
+    return bool(hashlib.blake2b(group.encode(), digest_size=1, person=b"austeer halves").digest()[0] & 1)
 
 
-def half_rows(prompts: Sequence[str]) -> Tensor:
-    """The places of the prompts that are in the half: int64, ascending."""
-    return torch.tensor([i for i, prompt in enumerate(prompts) if half_of(prompt)], dtype=torch.int64)
+def half_rows(groups: Sequence[str]) -> Tensor:
+    """The places of the groups that are in the half: int64, ascending."""
+    return torch.tensor([i for i, group in enumerate(groups) if half_of(group)], dtype=torch.int64, device="cpu")
 
 
 def half_rows_without_texts(name: str, start: int, stop: int) -> Tensor:
@@ -36,5 +36,5 @@ def half_rows_without_texts(name: str, start: int, stop: int) -> Tensor:
     Returns:
         The places in rows ``start`` to ``stop - 1`` of a file that are in the half: int64, from 0.
     """
-    blocks = torch.arange(start, stop) // BLOCK_ROWS + crc32(name.encode())
+    blocks = torch.arange(start, stop, device="cpu") // BLOCK_ROWS + crc32(name.encode())
     return (blocks % 2 == 0).nonzero().flatten()

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
-
-from ..errors import PairsError
+from ..errors import PairsError, count_of
+from .chat import prompt_as_chat
 
 FIELDS = ("prompt", "positive", "negative")
 
@@ -22,7 +21,7 @@ class Pair:
 
     Attributes:
         lead: the end of the prompt that begins the answer, such as "Answer: (" before a letter: in a chat template it
-            is in the model's turn (:func:`prompt_as_chat`). Part of ``prompt``.
+            is in the model's turn (:func:`austeer.pairs.chat.prompt_as_chat`). Part of ``prompt``.
     """
 
     prompt: str
@@ -38,23 +37,26 @@ def pair_of(row: Mapping[str, Any], names: Mapping[str, str], where: str, blank:
         row: field name -> value.
         names: for each of ``FIELDS`` its name in the row. Where they have names of their own, a field ``lead`` is not
             a pair's, and is left alone.
-        where: the row's place, for messages. blank: whether sides may be blank.
+        where: the row's place, for messages. blank: whether sides may be blank, as a prompt
+            always may.
 
     Raises:
-        PairsError: a field is missing, empty or no text; or a lead that the prompt does not end with.
+        PairsError: a field is missing, null, no text or an empty side; or a lead that the prompt does not end with.
     """
     values = {}
     for field, name in names.items():
         value = row.get(name)
-        if value is None:
+        if name not in row:
             raise PairsError(
                 f"{where}: field {name!r} is missing; found {', '.join(map(str, row)) or 'no field'} "
                 f"(name the {field} field with {field}=... or --{field}-field)"
             )
+        if value is None:
+            raise PairsError(f"{where}: field {name!r} is null, expected text; fill it, or leave the row out")
         if not isinstance(value, str):
             raise PairsError(f"{where}: field {name!r} is {type(value).__name__}, expected text")
-        if not value.strip() and not (blank and field != "prompt"):
-            raise PairsError(f"{where}: field {name!r} is empty, expected text")
+        if field != "prompt" and not value.strip() and not blank:
+            raise PairsError(f"{where}: field {name!r} is empty, expected text; fill it, or leave the row out")
         if has_lone_surrogate(value):
             raise PairsError(f"{where}: field {name!r} has half of a surrogate pair, expected text that UTF-8 can hold")
         values[field] = value
@@ -77,7 +79,7 @@ def optional_fields(names: Mapping[str, str]) -> tuple[str, ...]:
 def check_enough(pairs: int, identical: int, source: str) -> None:
     """Raises PairsError if there are fewer than 2 pairs, or if in all of them both sides are the same text."""
     if pairs < 2:
-        raise PairsError(f"{source}: found {pairs} pair{'' if pairs == 1 else 's'}, expected at least 2")
+        raise PairsError(f"{source}: found {count_of(pairs, 'pair')}, expected at least 2")
     if identical == pairs:
         raise PairsError(f"{source}: in all {pairs} pairs positive and negative are equal; nothing to contrast")
 
@@ -91,40 +93,7 @@ def has_lone_surrogate(text: str) -> bool:
     return False
 
 
-def check_untemplated(chat_template: bool, source: str) -> None:
-    """Raises PairsError if the prompts hold a chat template already."""
-    if chat_template:
-        raise PairsError(f"{source}: these pairs have been put through a chat template already")
-
-
-def render_chat(tokenizer, prompt: str, system: str | None = None) -> str:
-    """One user's message in the tokenizer's chat template, with the assistant's turn opened."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise PairsError(
-            "the tokenizer has no chat template; leave the chat option out, or use an instruction-tuned model's"
-        )
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise PairsError(f"the tokenizer's chat template does not take these messages: {error}") from error
-
-
-def prompt_as_chat(tokenizer, prompt: str, lead: str, system: str | None = None) -> tuple[str, str]:
-    """A prompt and its lead in the tokenizer's chat template.
-
-    The prompt becomes a user's message, but for its lead, which begins the model's own turn without the blank or line
-    breaks that set it off from a plain prompt.
-
-    Raises:
-        PairsError: as :func:`render_chat`.
-    """
-    asked, lead = render_chat(tokenizer, prompt.removesuffix(lead), system), lead.lstrip()
-    return asked + lead, lead
-
-
-def pair_as_chat(tokenizer, pair: Pair, system: str | None = None) -> Pair:
-    """A pair in the tokenizer's chat template (:func:`prompt_as_chat`)."""
-    prompt, lead = prompt_as_chat(tokenizer, pair.prompt, pair.lead, system)
+def pair_as_chat(tokenizer, pair: Pair, options: Mapping[str, Any] | None = None) -> Pair:
+    """A pair in the tokenizer's chat template (:func:`austeer.pairs.chat.prompt_as_chat`)."""
+    prompt, lead = prompt_as_chat(tokenizer, pair.prompt, pair.lead, options)
     return replace(pair, prompt=prompt, lead=lead)

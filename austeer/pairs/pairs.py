@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PairsError
-from .pair import FIELDS, Pair, check_enough, check_untemplated, pair_as_chat, pair_of
+from .chat import ChatForm, chat_form, check_chat, check_untemplated
+from .pair import FIELDS, Pair, check_enough, pair_as_chat, pair_of
 from .stream import PairStream, stream_pairs
 
 
@@ -25,12 +26,13 @@ class Pairs(Sequence[Pair]):
     Attributes:
         items: the pairs.
         source: file name or other origin, for messages and provenance.
-        chat_template: whether the prompts were put through a chat template (and so hold their special tokens).
+        chat_template: whether the prompts were put through a chat template (and so hold their special tokens), with
+            its options if it had any.
     """
 
     items: tuple[Pair, ...]
     source: str = "memory"
-    chat_template: bool = False
+    chat_template: ChatForm = False
 
     @classmethod
     def of(
@@ -41,7 +43,7 @@ class Pairs(Sequence[Pair]):
         ``Pairs`` are returned as they are; a ``PairStream`` is read to its end.
 
         Raises:
-            PairsError: a field is missing, empty or no text; fewer than 2 pairs; all pairs have equal sides.
+            PairsError: a field is missing or no text, or a side empty; fewer than 2 pairs; all pairs have equal sides.
         """
         if isinstance(pairs, Pairs):
             return pairs
@@ -93,17 +95,23 @@ class Pairs(Sequence[Pair]):
         pick = [tuple(self.items[i] for i in sorted(part)) for part in (order[:cut], order[cut:])]
         return replace(self, items=pick[0]), replace(self, items=pick[1])
 
-    def with_chat_template(self, tokenizer, system: str | None = None) -> Pairs:
+    def with_chat_template(self, tokenizer, **options: Any) -> Pairs:
         """Each prompt becomes a user's message in the tokenizer's chat template, up to where the answer begins.
 
         A pair's lead begins the model's own turn. Continuations are joined as they are.
 
+        Args:
+            options: ``system``, a system message before the prompt; others go to the template, for example
+                ``enable_thinking=False`` or ``tools=[...]``.
+
         Raises:
-            PairsError: the tokenizer has no chat template, or the pairs went through one already.
+            PairsError: the tokenizer has no chat template, or one that ignores an option; or the pairs went through
+                one already.
         """
         check_untemplated(self.chat_template, self.source)
-        items = tuple(pair_as_chat(tokenizer, pair, system) for pair in self.items)
-        return replace(self, items=items, chat_template=True)
+        check_chat(tokenizer, options)
+        items = tuple(pair_as_chat(tokenizer, pair, options) for pair in self.items)
+        return replace(self, items=items, chat_template=chat_form(options))
 
 
 def load_pairs(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PairsError
+from ..utils.unique_keys import DuplicateKey, unique_keys
 from .parquet import Dataset, ParquetFile, from_folder, from_hub, is_dataset
 from .source import Reading, Row, Source, object_of, require
 from .text_file import COMPRESSIONS, TextFile
@@ -133,6 +134,12 @@ def _csv(file: TextFile, reading: Reading) -> Iterator[Row]:
             where = f"{file.path}, line {rows.line_num}"
             if None in row:  # where DictReader puts what has no column
                 raise PairsError(f"{where}: found more than {len(names)} fields; put text that holds a comma in quotes")
+            given = len(names) - sum(value is None for value in row.values())  # DictReader fills a short row up
+            if given < len(names):
+                raise PairsError(
+                    f"{where}: found {given} fields, expected {len(names)} ({', '.join(names)}); the row is cut off "
+                    "or lacks a comma: fill it up"
+                )
             reading.fraction = file.fraction
             yield where, row
     except csv.Error as error:
@@ -149,7 +156,9 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     """The JSON value of a file's text, or of one of its lines."""
     where = f"{path}, line {line}" if line else str(path)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except DuplicateKey as error:
+        raise PairsError(f"{where}: {error}; remove one") from error
     except json.JSONDecodeError as error:
         place = where if line else f"{path}, line {error.lineno}"
         remedy = "; expected one object a line" if line else ""

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PairsError
-from .pair import Pair, check_enough, check_untemplated, optional_fields, pair_as_chat, pair_of, render_chat
+from .chat import ChatForm, chat_form, check_chat, check_untemplated
+from .pair import Pair, check_enough, optional_fields, pair_as_chat, pair_of
 from .readers import Reading, Source, open_source
 
 
 class PairStream:
     """Pairs of a source that is opened anew and read once by every iteration; see :func:`stream_pairs`.
 
-    An iteration raises PairsError at a row that is damaged, or has a missing or empty field (the source, the row and
-    the field are named), and at its end if no row matched, if there were fewer than 2 pairs, or if all had equal sides.
+    An iteration raises PairsError at a row that is damaged, or has a missing field or an empty side (source, row and
+    field are named), and at its end if no row matched, if there were fewer than 2 pairs, or if all had equal sides.
 
     Attributes:
         source: file name or other origin, for messages and provenance.
-        chat_template: whether the prompts are put through a chat template (and so hold their special tokens).
+        chat_template: whether the prompts are put through a chat template (and so hold their special tokens), with
+            its options if it has any.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class PairStream:
         names: Mapping[str, str],
         where: Mapping[str, Any] | None = None,
         limit: int | None = None,
-        chat: tuple[Any, str | None] | None = None,
+        chat: tuple[Any, dict[str, Any]] | None = None,
     ):
         self._rows, self._names, self._where, self._limit, self._chat = rows, names, where or {}, limit, chat
         self._reading: Reading | None = None
@@ -41,8 +43,8 @@ class PairStream:
         return self._rows.name
 
     @property
-    def chat_template(self) -> bool:
-        return self._chat is not None
+    def chat_template(self) -> ChatForm:
+        return False if self._chat is None else chat_form(self._chat[1])
 
     @property
     def fraction(self) -> float | None:
@@ -57,15 +59,15 @@ class PairStream:
             return limited or None
         return max(self._reading.fraction, limited)
 
-    def with_chat_template(self, tokenizer, system: str | None = None) -> PairStream:
+    def with_chat_template(self, tokenizer, **options: Any) -> PairStream:
         """The same pairs in the tokenizer's chat template, rendered when one is read; as ``Pairs.with_chat_template``.
 
         Raises:
-            PairsError: the tokenizer has no chat template or it takes no system message, or the pairs have one already.
+            PairsError: the tokenizer has no chat template, or one that ignores an option; or the pairs have one.
         """
         check_untemplated(self.chat_template, self.source)
-        render_chat(tokenizer, "text", system)
-        return PairStream(self._rows, self._names, self._where, self._limit, (tokenizer, system))
+        check_chat(tokenizer, options)
+        return PairStream(self._rows, self._names, self._where, self._limit, (tokenizer, options))
 
     def __iter__(self) -> Iterator[Pair]:
         found = identical = 0

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ..errors import count_of
+from ..pairs.chat import chat_arguments, describe_form
 from .evidence import Evidence
 from .hub import split_id
 from .serving import KEY, PROCESSOR, VARIABLE, VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank
@@ -63,13 +65,13 @@ def _what(plan: PlanTable, base: str | None) -> str:
         "k": f"{len(plan)} AUs",
         "pairs": str(plan.pairs),
         "ties": TIES[plan.ties],
-        "chat template": "the prompts went through the model's" if plan.chat_template else "none",
+        "chat template": f"the prompts went {_plain(describe_form(plan.chat_template))}",
     }
     units = list(plan.top(min(STRONGEST, len(plan))))
     return "\n\n".join(
         [
-            f"A steering plan for {model}: {_count(len(plan), 'single activation dimension')} (atomic units, AUs), "
-            f"and how strongly each is pushed, made with `austeer` from {_count(plan.pairs, 'contrastive pair')} of "
+            f"A steering plan for {model}: {count_of(len(plan), 'single activation dimension')} (atomic units, AUs), "
+            f"and how strongly each is pushed, made with `austeer` from {count_of(plan.pairs, 'contrastive pair')} of "
             "texts. It holds no weights and no code.",
             _table(["", ""], facts.items()),
             f"The {len(units)} most important AUs:" if len(units) < len(plan) else "The AUs, most important first:",
@@ -86,7 +88,7 @@ def _what(plan: PlanTable, base: str | None) -> str:
 def _site(plan: PlanTable, site: str) -> str:
     layers = sorted(set(plan.layer[plan.of(site)].tolist()))
     shown = ", ".join(map(str, layers[:12])) + (" ..." if len(layers) > 12 else "")
-    return f"{_count(plan.site.count(site), 'AU')} in {_count(len(layers), 'layer')} (from 0): {shown}"
+    return f"{count_of(plan.site.count(site), 'AU')} in {count_of(len(layers), 'layer')} (from 0): {shown}"
 
 
 def _effect(plan: PlanTable) -> str:
@@ -138,7 +140,7 @@ def _cost(plan: PlanTable) -> str:
 
 def _use(plan: PlanTable, repo_id: str | None) -> str:
     alpha = plan.evidence.alpha if plan.evidence and plan.evidence.alpha is not None else 1.0
-    strength = "ALPHA" if isinstance(alpha, dict) else f"{alpha:.12g}"
+    strength = "ALPHA" if isinstance(alpha, dict) else f"{alpha:.4g}"
     where = repo_id or "FOLDER"
     python = f"""```python
 import austeer
@@ -151,7 +153,7 @@ with austeer.steer(model, plan, alpha={json.dumps(alpha) if isinstance(alpha, di
     inputs = tokenizer("The weekend trip was", return_tensors="pt")
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```"""
-    model, chat = shlex.quote(plan.model.name), " --chat" if plan.chat_template else ""
+    model, chat = shlex.quote(plan.model.name), chat_arguments(plan.chat_template)
     shell = f"austeer generate {where} --model {model} --alpha {strength}{chat} --prompt {shlex.quote(_PROMPT)}"
     return "\n\n".join(
         [
@@ -224,16 +226,12 @@ def _ranges(evidence: Evidence) -> str:
 
 def _alpha(alpha: float | dict[str, float] | None) -> str:
     if isinstance(alpha, dict):
-        return ", ".join(f"{_plain(site)} {value:.12g}" for site, value in alpha.items())
-    return f"{alpha:.12g}"
+        return ", ".join(f"{_plain(site)} {value:.4g}" for site, value in alpha.items())
+    return f"{alpha:.4g}"
 
 
 def _interval(low: float | None, high: float | None, form: str) -> str:
     return "" if low is None or high is None else f" \\[{low:{form}}, {high:{form}}\\]"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _plain(text: str) -> str:

@@ -65,7 +65,7 @@ def write(plan: PlanTable, path: Path) -> Path:
         )
     number = {name: i for i, name in enumerate(names)}
     tensors = {name: getattr(plan, name) for name in ("layer", "index", "beta", "delta")}
-    tensors["site"] = torch.tensor([number[name] for name in plan.site], dtype=torch.uint8)
+    tensors["site"] = torch.tensor([number[name] for name in plan.site], dtype=torch.uint8, device="cpu")
     files.write(path, FORMAT, VERSION, header, tensors)
     return path
 

@@ -95,7 +95,7 @@ class LayerUnits:
 
     def strengths(self, alpha: float, k: int) -> tuple[Tensor, Tensor]:
         """gamma and shift of each AU, float32 [count], on the CPU; zeros from rank k on."""
-        strength = torch.where(self.rank < k, torch.tensor(alpha, dtype=torch.float32), 0.0)
+        strength = torch.where(self.rank < k, torch.tensor(alpha, dtype=torch.float32, device="cpu"), 0.0)
         zero = torch.zeros_like(strength)
         return (zero, strength * self.delta) if self.operation == "shift" else (strength * self.beta, zero)
 

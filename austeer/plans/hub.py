@@ -81,8 +81,8 @@ def _fetch(
             )
         except LocalEntryNotFoundError as error:
             raise HubError(
-                f"{repo_id}{_at(revision)}: no such folder here, not in the cache of the Hub's client, and from the "
-                f"Hub it cannot be had: {away or one_line(error.__cause__ or error)}"
+                f"{repo_id}{_at(revision)}: found no folder of that name here, nothing in the cache of the Hub's "
+                f"client, and the Hub gave no such plan ({away or one_line(error.__cause__ or error)}); check the name"
             ) from error
     return Path(path)
 

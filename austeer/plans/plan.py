@@ -24,7 +24,7 @@ class Plan(PlanTable):
         operation: what steering does to the activation x of an AU, with the strength alpha:
             "scale": x + alpha * beta * x (the paper); "push": x + alpha * beta * |x|; "shift": x + alpha * delta.
         model: what the plan was measured on. pairs: how many pairs. ties: the tie rule, "effect" or "public".
-        chat_template: whether the prompts went through one.
+        chat_template: whether the prompts went through one, with its options if it had any.
         evidence: what is known of its effect and cost, of this very plan: a part of it, a sum or another operation has
             none.
 

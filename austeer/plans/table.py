@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import PlanError, check_count
 from ..models.sites import SITE_NAMES, Fingerprint
+from ..pairs.chat import ChatForm, check_chat_form
 from .evidence import Evidence
 
 if TYPE_CHECKING:
@@ -46,16 +47,20 @@ class PlanTable:
     model: Fingerprint
     pairs: int
     ties: str = "effect"
-    chat_template: bool = False
+    chat_template: ChatForm = False
     evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
         for name, value, names in (("operation", self.operation, OPERATIONS), ("ties", self.ties, TIES)):
             if value not in names:
                 raise PlanError(f"{name}: found {value!r}, expected one of {', '.join(names)}")
-        for what, kind in (("site", tuple), ("model", Fingerprint), ("pairs", int), ("chat_template", bool)):
+        for what, kind in (("site", tuple), ("model", Fingerprint), ("pairs", int)):
             if type(getattr(self, what)) is not kind:
                 raise PlanError(f"{what}: found {type(getattr(self, what)).__name__}, expected {kind.__name__}")
+        try:
+            check_chat_form(self.chat_template)
+        except (TypeError, ValueError) as error:
+            raise PlanError(str(error)) from error
         if self.pairs < 0 or not all(isinstance(name, str) for name in self.site):
             raise PlanError(f"found {self.pairs} pairs and sites {set(map(type, self.site))}, expected 0 or more, str")
         if not self.site:
@@ -121,7 +126,7 @@ class PlanTable:
 
     def of(self, site: str) -> Tensor:
         """Positions of a site's AUs in the plan: int64 [k of the site]."""
-        return torch.tensor([i for i, name in enumerate(self.site) if name == site], dtype=torch.int64)
+        return torch.tensor([i for i, name in enumerate(self.site) if name == site], dtype=torch.int64, device="cpu")
 
     def take(self, positions: Tensor) -> Self:
         """The plan of the AUs at ``positions``, in that order; with the evidence only if that is all, in this order."""
@@ -139,7 +144,7 @@ class PlanTable:
         Raises:
             PlanError: k is not from 1 to the plan's length.
         """
-        return self.take(torch.arange(check_count("k", k, len(self), "the plan's AUs", PlanError)))
+        return self.take(torch.arange(check_count("k", k, len(self), "the plan's AUs", PlanError), device="cpu"))
 
     def with_operation(self, operation: str) -> Self:
         """The same AUs under another operation, of which there is no evidence."""
@@ -171,7 +176,7 @@ class PlanTable:
                     f"{what}: found {getattr(other, what)!r} and {getattr(self, what)!r}, expected the same in both"
                 )
         columns: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in (self, other)]) for name in COLUMNS}
-        rank = torch.cat([torch.arange(len(self)), torch.arange(len(other))])
+        rank = torch.cat([torch.arange(len(self), device="cpu"), torch.arange(len(other), device="cpu")])
         joined = replace(
             self,
             evidence=None,

@@ -11,27 +11,26 @@ has is changed in place. Several contributions in one layer add up, and are roun
 
 from __future__ import annotations
 
-from collections import Counter
+import warnings
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from austeer_kernels import reference
 
-from ..errors import SteeringError
+from ..errors import SteeringError, SteeringWarning
 from ..models.hooks import hooks_on
 from ..models.linear import FLOATING, WeightNames, bias_of_shift, bias_owner, sizes, weights_of
 from ..models.projection import why_not_own_code
 from ..models.sites import Site
 from ..models.structure import floating_dtype, input_device
 from ..plans.fit import why_no_edit
-from .editable import is_offloaded, why_frozen, why_not_between, why_not_parameter
+from .editable import is_offloaded, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
+from .sharing import Sharing, is_marked
 from .tables import StrengthTable
-
-#: Said of a module while a bias of it is ours, also of its copies.
-_MARK = "_austeer_bias"
 
 
 class Slot:
@@ -76,7 +75,6 @@ class Slot:
         Raises:
             SteeringError: the bias is another one by now, which stays; or one of ours was changed, which is lost.
         """
-        vars(module).pop(_MARK, None)
         if self._written is None:
             return
         ours, problem = self._written[0], None
@@ -105,7 +103,6 @@ class Slot:
             module._non_persistent_buffers_set.add("bias")
         else:
             self._saved = bias.detach().clone()
-        vars(module)[_MARK] = True
         self._remember(bias)
 
     def _take_back(self, module: nn.Module) -> None:
@@ -172,11 +169,19 @@ class Bias(Path):
     def __init__(self, site: Site, table: StrengthTable, module: nn.Module, like: Tensor):
         super().__init__(site, table, module)
         self.calls = None
+        self.edit = self
         self.like = like
-        self._unit: tuple[int, int, Tensor] | None = None  # k, the weight's version, and what alpha = 1 adds
+        self._hook: RemovableHandle | None = None
+        self._unit: tuple[tuple, Tensor] | None = None  # k and the weight's state, and what alpha = 1 adds
+
+    def edited(self) -> list[tuple[nn.Module, list[str]]]:
+        return [(self.module, ["bias"])]
 
     def attach(self) -> None:
         self.refresh()
+        weight = self.module._parameters.get("weight")
+        if self.site.side == "input" and weight is not None and weight.requires_grad:
+            self._hook = weight.register_hook(self._warn)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -188,11 +193,23 @@ class Bias(Path):
 
     @torch.no_grad()
     def detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         slot = _slots.get(self.module)
         if slot is None or slot.parts.pop(id(self), None) is None:
             return
         if not slot.parts:  # the last of what is on the module
             slot.restore(self.module)
+
+    def _warn(self, gradient: Tensor) -> None:
+        """Called with the gradient of a weight that reads the site."""
+        warnings.warn(
+            f"{self.site.bias}.weight: its gradient lacks the part of the shift, which is in the bias; for "
+            "gradients of weights use mode='columns'",
+            SteeringWarning,
+            stacklevel=2,
+        )
 
     @torch.no_grad()
     def added(self) -> Tensor:
@@ -209,12 +226,13 @@ class Bias(Path):
         weight = self.module._parameters["weight"]
         assert weight is not None  # why_not_bias refuses it
         if weight.device.type == "meta" and self._unit is not None:  # it was offloaded in the meantime
-            version = self._unit[1]
+            state = k, *self._unit[0][1:]
         else:
-            version = 0 if weight.is_inference() else weight._version
-        if self._unit is None or self._unit[:2] != (k, version):
-            self._unit = k, version, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
-        return alpha * self._unit[2] if alpha else torch.zeros_like(self._unit[2])  # 0 * inf is NaN
+            state = k, *state_of(weight)
+        if self._unit is None or self._unit[0] != state:
+            self._unit = state, self._product(entry.index, entry.strengths(1.0, k)[1], wide)
+        unit = self._unit[1]
+        return alpha * unit if alpha else torch.zeros_like(unit)  # 0 * inf is NaN
 
     def _product(self, index: Tensor, shift: Tensor, wide: torch.dtype) -> Tensor:
         """W[:, index] @ shift"""
@@ -225,9 +243,9 @@ class Bias(Path):
         return bias_of_shift(index, shift.to(wide), len(self.like), weight, weights.input)
 
 
-def is_marked(module: nn.Module) -> bool:
-    """Whether a bias of ours is on the module: it is steered, or a copy of what was."""
-    return _MARK in vars(module)
+def state_of(weight: Tensor) -> tuple[int, int]:
+    """What is another where the values of a parameter may be, but for a change of what is in ``.data``."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def bias_like(model: nn.Module, module: nn.Module, outputs: int) -> Tensor:
@@ -246,15 +264,15 @@ def bias_like(model: nn.Module, module: nn.Module, outputs: int) -> Tensor:
         return torch.zeros(outputs, dtype=dtype, device=device)
 
 
-def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
+def why_not_bias(model: nn.Module, site: Site, operation: str, sharing: Sharing) -> str | None:
     """The reason why steering at a site cannot be written into a bias, or None if it is exact and possible.
 
     Args:
-        storages: how often the model has each storage and module, from ``shared_storages``.
+        sharing: of the model.
     """
     if operation != "shift":
         return f"{operation} is no addition"
-    if reason := why_no_edit(model, site, operation) or why_frozen():
+    if reason := why_no_edit(model, site, operation) or why_frozen() or why_in_training(model, site):
         return reason
     module = model.get_submodule(str(site.bias))
     owner = bias_owner(module, site.side)
@@ -262,15 +280,15 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     if is_marked(owner):
         return "it is steered already (another model shares it, or the model was copied while it was steered)"
     path = str(site.bias) if owner is module else f"{site.bias}.base_layer"
-    if reason := why_not_parameter(owner, "bias", storages) or why_not_between(model, site, path):
+    if reason := why_not_parameter(owner, "bias", sharing) or why_not_between(model, site, path):
         return reason
     bias, outputs = owner._parameters.get("bias"), sizes(owner)
     if bias is not None and outputs is not None and bias.shape != outputs[1:]:  # sharded, say
         return f"the bias is {tuple(bias.shape)}, for {outputs[1]} outputs"
-    if storages[owner] > 1:
+    if sharing.places(owner) > 1:
         return "the layer that has the bias is in several places of the model"
     if site.side == "input":
-        return _why_not_weight(owner, site)
+        return why_not_weight(owner, site)
     if site.projection:
         return None
     if any(module.training for module in model.get_submodule(site.path).modules()):
@@ -278,7 +296,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, storages: Counter
     return why_not_own_code(model, site, str(site.bias))
 
 
-def _why_not_weight(module: nn.Module, site: Site) -> str | None:
+def why_not_weight(module: nn.Module, site: Site) -> str | None:
     """Why W s cannot be had, or would not be all that the shift of an input does."""
     weight, names = module._parameters.get("weight"), weights_of(module)
     assert isinstance(names, WeightNames)
@@ -290,6 +308,4 @@ def _why_not_weight(module: nn.Module, site: Site) -> str | None:
         return f"the weight is {weight.dtype}"
     if weight.dim() != 2 or weight.shape[names.input] != site.width:  # sharded, say
         return f"the weight is {tuple(weight.shape)}, for {site.width} AUs"
-    if module.training and weight.requires_grad and torch.is_grad_enabled():
-        return "the weight is trained, and its gradient would lack the shift"
     return None

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from austeer_kernels import launch, reference
 
+from .bias import Bias
 from .forms import Form, form_of, most_elements, steered
 from .routing import NOBODY, WHOLE, capturable, capturing
 from .run_path import RunPath
 from .selfcheck import checked_tensor
+from .switch import SwitchedBias
 from .tables import StrengthTable
 
 # The checked functions of austeer_kernels check what is true of every call here; naming the overload saves a search.
@@ -48,17 +50,49 @@ class Columns(RunPath):
 
     In eager mode one PyTorch operation for few tokens and the sparse kernel for many, under CUDA graphs the sparse
     kernel; where it is compiled an expression that the compiler fuses with what is around it.
+
+    Args:
+        edit: a bias that does the same for every token; it is on in forward passes of which every token is steered.
     """
 
     name = "columns"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, edit: Bias | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.edit: Bias | None = edit
+        self._bias: SwitchedBias | None = None
+        self._loads = False
+        if edit is not None:
+            self.name = edit.name
         self._short: _Short | None = None
         # Where graphs can be captured: sizes (see size_of) that went the general way, and for which the kernel was run.
         self._seen: set[tuple[int, torch.dtype]] = set()
         self._loaded: set[tuple[int, torch.dtype]] = set()
         self._check_kernel = self._check
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (self.module,) if self.edit is None else (self.module, self.edit.module)
+
+    def edited(self) -> list[tuple[nn.Module, list[str]]]:
+        # Another bias takes the place of the module's own, which stays as it is.
+        return [] if self.edit is None else [(self.edit.module, [])]
+
+    def attach(self) -> None:
+        super().attach()
+        if self.edit is not None:
+            assert self.routing is not None
+            self._bias = self.routing.switch.add(self.edit)
+            self._loads = capturable(self.edit.like.device)  # a tensor takes as long to ask as an operation
+
+    def refresh(self) -> None:
+        if self._bias is not None:
+            self._bias.stale = True
+
+    def detach(self) -> None:
+        if self.edit is not None and self.routing is not None:
+            self.routing.switch.remove(self.edit)
+        super().detach()
 
     def steer(self, x: Tensor) -> Tensor:
         """The steered tensor, may be ``x`` itself.
@@ -67,6 +101,9 @@ class Columns(RunPath):
         the short way then does it for calls like that one. Decoding waits for the host: the general way takes some
         90 us a site there, with the caches swept by the layer's weights.
         """
+        bias = self._bias
+        if bias is not None and bias.on:
+            return self._counted(x)
         if is_dynamo_compiling():  # what follows remembers and counts, and each change would compile again
             return super().steer(x)
         short, routing = self._short, self.routing
@@ -76,7 +113,9 @@ class Columns(RunPath):
                 return x
             if short is not None and routing.key != short.key:
                 short = None
-        if short is None or x.dtype is not short.dtype or x.requires_grad or not x.is_contiguous():
+        if short is None or x.dtype is not short.dtype or x.requires_grad or self.module.training:
+            return super().steer(x)
+        if not x.is_contiguous():
             return super().steer(x)
         if x.__class__ is not Tensor:  # torch.export traces with a fake one, whose size is a symbol
             return super().steer(x)
@@ -92,6 +131,23 @@ class Columns(RunPath):
             short.more[0](x, *short.more[1])
         self.calls += 1  # type: ignore[operator]
         self._elements += elements
+        return x
+
+    @property
+    def in_bias(self) -> bool:
+        """Whether a bias steers now."""
+        return self._bias is not None and self._bias.on
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """``x``, which a bias has steered or will."""
+        if is_compiling():
+            self.traced = True
+        elif self._loads and size_of(x) not in self._seen and not capturing(x.device):
+            self.begin(x)
+            if x.dtype != torch.float64:  # which the kernel does not steer
+                self.load(x.contiguous())
+        else:
+            self.calls += 1  # type: ignore[operator]
         return x
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:

@@ -2,20 +2,80 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from austeer_kernels import reference
 
+from ..errors import SteeringError
 from ..models.linear import WeightNames, weights_of
 from ..models.sites import Site
 from ..plans.fit import why_no_edit
-from .editable import is_offloaded, why_frozen, why_not_between, why_not_parameter
+from .editable import is_offloaded, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
+from .sharing import Sharing
 from .tables import StrengthTable
+
+
+class Edit:
+    """Rows or columns of one parameter, scaled in place, and the way back.
+
+    Args:
+        name: of the module's parameter. dim: the dimension that ``index`` counts in.
+        gamma: float32 [AUs]; what they are scaled by is 1 + gamma, rounded once.
+    """
+
+    def __init__(self, module: nn.Module, name: str, dim: int, index: Tensor, gamma: Tensor):
+        self.module, self.name, self.dim, self.index = module, name, dim, index
+        p = module._parameters[name]
+        assert p is not None  # why_not_fold refuses it
+        # Should the module get another tensor, this one may be someone else's, too.
+        self._storage = StorageWeakRef(p.untyped_storage())
+        self._place = p.dtype, p.storage_offset(), p.size(), p.stride()
+        wide = reference.compute_dtype(p.dtype)
+        self._before = p.index_select(dim, index.to(p.device))
+        factor = (1 + gamma.to(wide)).to(p.device)
+        scaled = self._before.to(wide).movedim(dim, -1) * factor  # [..., AUs]
+        self._after = scaled.movedim(-1, dim).to(p.dtype)
+        p.index_copy_(dim, index.to(p.device), self._after)
+        self._hook: RemovableHandle | None = None
+        if p.requires_grad and p.is_leaf:
+            self._hook = p.register_hook(partial(_scaled, dim=dim, index=index, factor=factor))
+
+    def undo(self) -> bool:
+        """Restores what was scaled, wherever it is by now; False if some of it was changed since, which stays."""
+        if self._hook is not None:
+            self._hook.remove()
+        p, edited = self.module._parameters.get(self.name), self._edited()
+        tensors: list[Tensor] = []
+        if p is not None and p.device.type != "meta":  # otherwise it was pruned, say, or offloaded
+            tensors.append(p)
+        if edited is not None and not any(t.data_ptr() == edited.data_ptr() for t in tensors):  # moved or cast
+            tensors.append(edited)
+        undone = [self._undo_in(t) for t in tensors]
+        return bool(undone) and all(undone)
+
+    def _edited(self) -> Tensor | None:
+        """The memory that was edited, if it is in use still."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None:
+            return None
+        dtype, *place = self._place
+        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, *place)
+
+    def _undo_in(self, t: Tensor) -> bool:
+        if type(t) not in (Tensor, nn.Parameter) or t.shape != self._place[2]:  # quantised or split by now
+            return False
+        index, before, after = self.index.to(t.device), self._before.to(t), self._after.to(t)
+        now = t.index_select(self.dim, index)
+        ours = (now == after) | (now.isnan() & after.isnan())
+        t.index_copy_(self.dim, index, torch.where(ours, before, now))
+        return bool((ours | (now == before)).all())  # the second: its checkpoint was loaded once more
 
 
 class Fold(Path):
@@ -33,69 +93,81 @@ class Fold(Path):
     def __init__(self, site: Site, table: StrengthTable, parts: Sequence[nn.Module]):
         super().__init__(site, table, parts[0])
         self.calls = None
+        self.edit = self
         self.parts = tuple(parts)
-        self._saved: list[tuple[Tensor, Tensor | None]] = []
+        self._names = [weights_of(part) for part in parts]  # now: a module's class may be another on leaving
+        self._edits: list[Edit] = []
+
+    def edited(self) -> list[tuple[nn.Module, list[str]]]:
+        return [(part, [name for name, _ in tensors]) for part, tensors in self._tensors()]
 
     @torch.no_grad()
     def attach(self) -> None:
-        for weight, bias, dim in self._weights():
-            index = self.table.index[0].to(weight.device)
-            saved = weight.index_select(dim, index)
-            self._saved.append((saved, None if bias is None else bias.clone()))
-            wide = reference.compute_dtype(weight.dtype)
-            factor = (1 + self.table.gamma[0].to(wide)).to(weight.device)
-            scaled = saved.to(wide).movedim(dim, -1) * factor  # [..., AUs]
-            weight.index_copy_(dim, index, scaled.movedim(-1, dim).to(weight.dtype))
-            if bias is not None:
-                bias.index_copy_(-1, index, (bias.index_select(-1, index).to(wide) * factor).to(bias.dtype))
+        for part, tensors in self._tensors():
+            for name, dim in tensors:
+                self._edits.append(Edit(part, name, dim, self.table.index[0], gamma=self.table.gamma[0]))
         torch.clear_autocast_cache()  # a copy of the weight as it was may be in it
 
     @torch.no_grad()
     def detach(self) -> None:
-        # After an attach that was broken off there are fewer saved values than parts; the rest was not touched.
-        for (weight, bias, dim), (saved, saved_bias) in zip(self._weights(), self._saved):
-            # The model may have been moved or cast in the meantime; so are the saved values.
-            weight.index_copy_(dim, self.table.index[0].to(weight.device), saved.to(weight))
-            if bias is not None and saved_bias is not None:
-                bias.copy_(saved_bias)
-        self._saved = []
+        """Raises SteeringError where scaled weights were changed (trained, say), and so are none to restore."""
+        edits, self._edits = self._edits, []
+        changed = [edit.name for edit in reversed(edits) if not edit.undo()]
         torch.clear_autocast_cache()
+        if changed:
+            raise SteeringError(
+                f"{changed[0]}: found other values than those that steering wrote (they were trained, loaded or "
+                "replaced inside the block), expected them to be left alone; what was changed stays as it is. Change "
+                "the model before steering it, or use mode='columns'"
+            )
 
-    def _weights(self) -> Iterator[tuple[Tensor, Tensor | None, int]]:
-        """Weight, the bias that is scaled with it, and the weight's dimension that counts the AUs, of each part."""
-        for part in self.parts:
-            weights = weights_of(part)
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return self.parts
+
+    def _tensors(self) -> Iterator[tuple[nn.Module, list[tuple[str, int]]]]:
+        """What is scaled of each part: names of parameters, and their dimensions that count the AUs."""
+        for part, weights in zip(self.parts, self._names):
             assert isinstance(weights, WeightNames)  # why_not_fold refuses all else
-            bias = getattr(part, weights.bias) if weights.bias and self.site.side == "output" else None
-            yield getattr(part, weights.weight), bias, getattr(weights, self.site.side)
+            tensors = [(weights.weight, getattr(weights, self.site.side))]
+            if weights.bias and part._parameters[weights.bias] is not None and self.site.side == "output":
+                tensors.append((weights.bias, -1))
+            yield part, tensors
 
 
-def why_not_fold(model: nn.Module, site: Site, operation: str, storages: Counter) -> str | None:
+def _scaled(gradient: Tensor, dim: int, index: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of a weight, from that of the scaled one."""
+    index, factor = index.to(gradient.device), factor.to(gradient.device)
+    some = gradient.index_select(dim, index).movedim(dim, -1) * factor
+    return gradient.index_copy(dim, index, some.movedim(-1, dim).to(gradient.dtype))
+
+
+def why_not_fold(model: nn.Module, site: Site, operation: str, sharing: Sharing) -> str | None:
     """The reason why steering cannot be folded into the weights at a site, or None if it is exact and possible.
 
     Args:
-        storages: how many parameters of the model lie in each storage, from ``shared_storages``.
+        sharing: of the model.
     """
     if operation == "shift":
         return "shift scales no weight"
-    if reason := why_no_edit(model, site, operation) or why_frozen():
+    if reason := why_no_edit(model, site, operation) or why_frozen() or why_in_training(model, site):
         return reason
     for path in site.parts:
-        reason = _why_not_part(model.get_submodule(path), site, storages) or why_not_between(model, site, path)
+        reason = _why_not_part(model.get_submodule(path), site, sharing) or why_not_between(model, site, path)
         if reason is not None:
             return reason if len(site.parts) == 1 else f"{path}: {reason}"
     return None
 
 
-def _why_not_part(module: nn.Module, site: Site, storages: Counter) -> str | None:
+def _why_not_part(module: nn.Module, site: Site, sharing: Sharing) -> str | None:
     weights = weights_of(module)
     assert isinstance(weights, WeightNames)  # why_no_edit refuses all else
     if is_offloaded(module):
         return "the weight is offloaded"
     for name in filter(None, (weights.weight, weights.bias)):
-        if reason := why_not_parameter(module, name, storages):
+        if reason := why_not_parameter(module, name, sharing):
             return reason
-    weight, dim = module._parameters[weights.weight], getattr(weights, site.side)
-    if weight is None or weight.shape[dim] != site.width:  # sharded, say
+    weight, dim = module._parameters.get(weights.weight), getattr(weights, site.side)
+    if weight is None or weight.shape[dim : dim + 1] != (site.width,):  # sharded, say
         return f"the weight is {tuple(weight.shape) if weight is not None else None}, for {site.width} AUs"
     return None

@@ -63,7 +63,7 @@ class Fused(Columns):
         if is_compiling():
             return self.always
         if capturing(x.device):
-            return self.has_loaded(x)
+            return self.has_loaded(x) and not self.in_bias
         if capturable(x.device) and not self.has_loaded(x):
             self._load_product(x)
         return self.always

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,26 +12,29 @@ from austeer_kernels import launch
 
 from ..errors import SteeringError
 from ..models.linear import bias_owner, sizes
-from ..models.patches import owner_of
 from ..models.projection import why_not_the_projection
-from ..models.sites import Site
+from ..models.sites import Site, site_at
 from ..models.structure import input_device
 from ..models.tensor_parallel import held
 from ..plans.fit import LayerUnits, units_by_layer
 from ..plans.plan import Plan
-from .bias import Bias, bias_like, is_marked, why_not_bias
+from .bias import Bias, bias_like, why_not_bias
 from .columns import Columns
 from .dense import Dense
-from .editable import shared_storages
+from .editable import choosers, why_not_between
 from .fold import Fold, why_not_fold
 from .fused import Fused, why_not_fused
 from .path import Path
 from .routing import Routing
-from .run_path import RunPath
+from .sharing import Sharing
+from .switch import why_not_switched
 from .tables import StrengthTable, groups_of
 
 PATHS: dict[str, type[Path]] = {"fold": Fold, "bias": Bias, "fused": Fused, "columns": Columns, "dense": Dense}
 MODES = ("auto", *PATHS)
+
+#: The reason of a bias beside a path that runs.
+SWITCHED = "switched from pass to pass"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Choice:
         reason: why not a cheaper one; empty for the cheapest.
         limit: up to how many tokens the fused kernel is used; beyond, columns.
         parts: the modules whose weights fold scales.
+        owner: the module whose bias is switched on and off; None for none.
     """
 
     path: type[Path]
@@ -51,6 +54,7 @@ class Choice:
     reason: str
     limit: int = 0
     parts: tuple[nn.Module, ...] = ()
+    owner: nn.Module | None = None
 
 
 def choose(
@@ -58,27 +62,37 @@ def choose(
     model: nn.Module,
     site: Site,
     groups: Sequence[Sequence[LayerUnits]],
-    storages: Counter,
+    sharing: Sharing,
     at_run_time: str,
+    switched: bool,
     fused: set[nn.Module],
     blocks: dict[tuple[type, type, bool], str | None],
 ) -> Choice:
     """The path of a site.
 
-    ``auto`` takes what runs nothing where it is exact and possible: fold for scale, bias for shift. Otherwise fused
+    ``auto`` takes what runs nothing where it is exact and possible: fold for scale, bias for shift, which is switched
+    on and off where only some tokens are steered, beside a path that runs. Otherwise fused
     under CUDA graphs, up to the number of tokens for which it was measured to be faster on this device (the kernels'
     tables), and columns.
 
     Args:
         groups: the AUs at the site, see ``StrengthTable``; more than one where plans with and without magnitude meet.
-        storages: from ``shared_storages``.
+        sharing: of the model.
         at_run_time: the reason why steering depends on the token, and so cannot be in the weights; or empty.
+        switched: whether all the same forward passes are likely of which every token is steered, or none.
         fused: the projections that are fused with another site already; this one's is added.
         blocks: what ``why_not_the_projection`` said of a kind of block and projection; this one's is added.
 
     Raises:
         SteeringError: ``mode`` is not possible at the site.
     """
+    for wrapper, name in choosers(model, site.path):
+        if type(wrapper).__module__.startswith("peft."):
+            raise SteeringError(
+                f"site {site.name!r} of layer {site.layer} ({site.path}): found a {type(wrapper).__name__}, which runs "
+                f"another {name} with its adapter on than with it off, expected one; steer another site, or merge the "
+                "adapter (merge_and_unload)"
+            )
     module = model.get_submodule(site.path)
     projection = model.get_submodule(site.projection) if site.projection else None
     if mode in ("columns", "dense"):
@@ -87,15 +101,22 @@ def choose(
     operation = groups[0][0].operation
     edit = mode if mode in ("fold", "bias") else "bias" if operation == "shift" else "fold"
     why_not_edit = why_not_bias if edit == "bias" else why_not_fold
-    no_edit = at_run_time or why_not_edit(model, site, operation, storages)
+    switched = switched and edit == "bias" and operation == "shift"
+    no_edit = ("" if switched else at_run_time) or why_not_edit(model, site, operation, sharing)
     no_fused = why_not_fused(projection, groups)
+    if projection is not None and no_fused is None:
+        no_fused = why_not_between(model, site, str(site.projection))
     if projection is not None and not (no_edit and no_fused):
         kind = (type(module), type(projection), any(part.training for part in module.modules()))
         if kind not in blocks:
             blocks[kind] = why_not_the_projection(model, site)
         no_edit, no_fused = no_edit or blocks[kind], no_fused or blocks[kind]
-    if mode != "fused" and not no_edit:
+    if mode != "fused" and not no_edit and not switched:
         return _edited(PATHS[edit], model, site, asked)
+    owner = None
+    if mode != "fused" and not no_edit:
+        no_edit = why_not_switched(_owner(model, site))
+        owner = None if no_edit else _owner(model, site)
     if no_fused is None and projection in fused:
         if mode == "fused":
             return Choice(Columns, module, "its projection is fused with another site already")
@@ -106,9 +127,12 @@ def choose(
         no_fused = None if limit else "not measured to be faster here"
     if mode in ("auto", "fused") and no_fused is None and projection is not None:
         fused.add(projection)
-        where = asked or f"no {edit}: {no_edit}"
+        where = asked or (SWITCHED if owner else f"no {edit}: {no_edit}")
         when = "" if asked else "under CUDA graphs "
-        return Choice(Fused, projection, f"{where}; fused {when}up to {limit} tokens, else columns", limit)
+        reason = f"{where}; fused {when}up to {limit} tokens, else columns"
+        return Choice(Fused, projection, reason, limit, owner=owner)
+    if owner is not None:
+        return Choice(Columns, module, f"{SWITCHED}; else columns", owner=owner)
     if mode != "auto":
         raise SteeringError(
             f"mode {mode!r} is not possible at site {site.name!r} of layer {site.layer} ({site.path}): "
@@ -120,11 +144,16 @@ def choose(
 def _edited(path: type[Path], model: nn.Module, site: Site, asked: str) -> Choice:
     """The choice of a path that runs nothing."""
     if path is Bias:
-        owner = bias_owner(model.get_submodule(str(site.bias)), site.side)
-        assert isinstance(owner, nn.Module)  # why_not_bias refuses all else
-        return Choice(Bias, owner, asked)
+        return Choice(Bias, _owner(model, site), asked)
     parts = tuple(model.get_submodule(part) for part in site.parts)
     return Choice(Fold, model.get_submodule(site.path), asked, parts=parts)
+
+
+def _owner(model: nn.Module, site: Site) -> nn.Module:
+    """The module whose bias shifts a site."""
+    owner = bias_owner(model.get_submodule(str(site.bias)), site.side)
+    assert isinstance(owner, nn.Module)  # why_not_bias refuses all else
+    return owner
 
 
 def measured_limit(projection: nn.Module | None, at_input: bool, rows: bool) -> int:
@@ -156,23 +185,19 @@ def make_path(
     if choice.path is Fold:
         return Fold(site, tables[0], choice.parts)
     if choice.path is Bias:
-        found = sizes(choice.module)
-        assert found is not None  # a linear layer
-        return Bias(site, tables[0], choice.module, bias_like(model, choice.module, found[1]))
-    assert issubclass(choice.path, RunPath)
+        return _bias(model, site, tables[0], choice.module)
+    edit = None if choice.owner is None else _bias(model, site, tables[0], choice.owner)
     if choice.path is Fused:
-        return Fused(site, tables, choice.module, routing, check, limit=choice.limit, always=always)
-    return choice.path(site, tables, choice.module, routing, check)
+        return Fused(site, tables, choice.module, routing, check, edit=edit, limit=choice.limit, always=always)
+    if choice.path is Columns:
+        return Columns(site, tables, choice.module, routing, check, edit=edit)
+    return Dense(site, tables, choice.module, routing, check)
 
 
-def expect_free(decoder: nn.Module) -> None:
-    """Raises SteeringError where some steering is on a module of the decoder, at any site, or in a bias of one."""
-    for path, module in decoder.named_modules():
-        if owner_of(module, RunPath) is not None or is_marked(module):
-            raise SteeringError(
-                f"{path}: found a module that is steered already (another model shares it, or the model was copied "
-                "while it was steered), expected one that is not; copy before steering"
-            )
+def _bias(model: nn.Module, site: Site, table: StrengthTable, module: nn.Module) -> Bias:
+    found = sizes(module)
+    assert found is not None  # a linear layer
+    return Bias(site, table, module, bias_like(model, module, found[1]))
 
 
 def plan_paths(
@@ -181,30 +206,31 @@ def plan_paths(
     sites: Mapping[str, list[Site]],
     mode: str,
     at_run_time: str,
+    switched: bool,
     routing: Routing | None,
     check: bool,
 ) -> tuple[list[Path], list[str]]:
     """A path for each site and layer of the plans that this process holds, and why not a cheaper one.
 
     Args:
-        at_run_time: see ``choose``. check: compare one site of each path with the formula.
+        at_run_time, switched: see ``choose``. check: compare one site of each path with the formula.
 
     Raises:
         SteeringError: ``mode`` is not possible at a site.
     """
     paths: list[Path] = []
     reasons: list[str] = []
-    storages, default = shared_storages(model), input_device(model)
+    sharing, default = Sharing(model), input_device(model)
     fused: set[nn.Module] = set()
     blocks: dict[tuple[type, type, bool], str | None] = {}
     for (name, layer), entries in units_by_layer(plans, sites).items():
-        site = sites[name][layer]
+        site = site_at(sites[name], layer)
         mine = held(model, site)
         mine = range(site.width) if mine is None else mine  # it may be an empty one
         groups = groups_of(entries, mine)
         if not groups:
             continue  # other processes have these
-        choice = choose(mode, model, site, groups, storages, at_run_time, fused, blocks)
+        choice = choose(mode, model, site, groups, sharing, at_run_time, switched, fused, blocks)
         device = _device_of(choice.module, default)
         forms, dense = issubclass(choice.path, Columns), choice.path in (Fused, Dense)  # some bytes a dimension each
         tables = [StrengthTable(group, len(plans), len(mine), device, forms, dense) for group in groups]

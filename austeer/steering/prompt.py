@@ -165,6 +165,35 @@ def padding(mask: Tensor, end: int | Tensor | None = None) -> tuple[Tensor, Tens
     return before.clamp(max=end), end - 1 - last
 
 
+def expect_unpadded(ids: Tensor | None, config: Any) -> None:
+    """Raises SteeringError where rows begin or end with the padding token, and no mask says whether it pads them.
+
+    An end-of-text token pads too, where there is no other; it is taken as text if every row ends with it.
+
+    Args:
+        ids: int64 [batch, tokens]; None: not given as ids. config: of the language model.
+    """
+    if ids is None or ids.dim() != 2:
+        return
+    ends = getattr(config, "eos_token_id", None)
+    ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
+    pad = getattr(config, "pad_token_id", None)
+    pads = ends if pad is None else {pad}
+    first, last = (_among(ids[:, column], pads) for column in (0, -1))
+    found = bool(last.any()) and not (pads <= ends and bool(last.all()))
+    if not found and pad not in (None, getattr(config, "bos_token_id", None)):
+        found = bool(first.any()) and not (pad in ends and bool(first.all()))
+    if found:
+        raise SteeringError(
+            f"attention_mask: found none, and rows that begin or end with the padding token ({sorted(pads)[0]}); "
+            "expected attention_mask=tokenizer(..., padding=True)['attention_mask'], which tells padding from text"
+        )
+
+
+def _among(ids: Tensor, tokens: set[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+
+
 #: In place of a frame: held until it is given back, whatever happens inside.
 _SURE = 0
 
@@ -193,6 +222,11 @@ class Turn:
         while frame.f_back is not None and frame.f_code.co_name != "new_forward":
             frame = frame.f_back
         return self._take(id(frame))
+
+    @property
+    def taken(self) -> object:
+        """An object, another one each time that the turn is taken; None while nobody has it."""
+        return self._holder.get("turn")
 
     def give_back(self) -> None:
         self._holder.clear()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from .path import Path
 from .scope import Scope
 from .strength import Strength
@@ -37,8 +35,9 @@ class SiteReport:
         site, layer, module: where.
         path: "fold", "bias", "fused", "columns" or "dense".
         aus: how many AUs are steered here, of all plans.
-        calls: how often the path ran outside compiled graphs; None for fold and bias, which leave nothing to run.
-        tokens: how many tokens were steered in these calls, by any plan, padding included; None for fold and bias.
+        calls: how often the path ran outside compiled graphs, or a bias in its place; None where nothing is left to
+            run: for fold, and for a bias that stays.
+        tokens: how many tokens were steered in these calls, by any plan, padding included; None where calls are.
         compiled: whether the path is part of a compiled graph.
         reason: why this path and not a cheaper one; empty for the cheapest.
         share: the site's part of the plans' strength, 0 to 1, all plans counting alike.
@@ -115,8 +114,12 @@ def make_report(paths: Sequence[Path], reasons: Sequence[str], names: Sequence[s
     return Report(rows)
 
 
-def complaint(paths: Sequence[Path], model: nn.Module, scope: Scope) -> str | None:
-    """What a user should know when steering ends: that it did nothing, wholly or in part; None if all is well."""
+def complaint(paths: Sequence[Path], changes: Sequence[str], scope: Scope) -> str | None:
+    """What a user should know when steering ends: that it did nothing, wholly or in part; None if all is well.
+
+    Args:
+        changes: of the steered modules inside the block, from :func:`austeer.steering.replaced.replaced`.
+    """
     silent = [path for path in paths if path.calls == 0 and not path.traced]
     if silent:
         site = silent[0].site
@@ -124,20 +127,11 @@ def complaint(paths: Sequence[Path], model: nn.Module, scope: Scope) -> str | No
             f"{len(silent)} of {len(paths)} steered sites never ran, first {site.name!r} of layer {site.layer} "
             f"({site.path}): the model was not run, or not through these modules. See report()"
         )
-    replaced = [path for path in paths if not _has(model, path)]
-    if replaced:
+    if changes:
         return (
-            f"{len(replaced)} of {len(paths)} steered modules were replaced or wrapped inside the block, first "
-            f"{replaced[0].site.path}, and may not have been steered since; change the model before steering it"
+            f"steered modules, or what lies around them, were replaced or wrapped inside the block ({len(changes)}, "
+            f"first: {changes[0]}), and may not have been steered since; change the model before steering it"
         )
     if scope.name != "all" and any(path.tokens == 0 and not path.traced for path in paths):
         return f"the model ran and no token was steered: none was in the scope ({scope})"
     return None
-
-
-def _has(model: nn.Module, path: Path) -> bool:
-    """Whether the model still has the steered module where it was."""
-    try:
-        return any(module is path.module for module in model.get_submodule(path.site.path).modules())
-    except AttributeError:
-        return False

@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import SteeringError
 from ..models.patches import Patch
-from .prompt import PACKED, Prompt, padding
+from ..models.structure import text_config
+from .cached_tokens import CachedTokens
+from .prompt import PACKED, Prompt, expect_unpadded, padding
+from .recomputation import is_recomputed
 from .row_plans import Rows
 from .scope import END, Scope
+from .switch import Switch
 
 #: No token of this forward pass is steered. (As a state, None stands for every token.)
 NOBODY = object()
@@ -37,23 +41,29 @@ class Routing:
         rows: each row's plan; None where there is one plan for every row.
         prompt: how long the prompt is.
         decoder: the model without its head.
+        model: with it.
 
     Attributes:
+        switch: the biases that hold a shift in forward passes of which every token is steered.
         key: NOBODY; WHOLE; what is equal in two forward passes if their tokens' rows are; or None if that is not known.
     """
 
-    def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module):
+    def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module, model: nn.Module):
         self.scope, self.rows, self.prompt, self._decoder = scope, rows, prompt, decoder
+        self.switch = Switch(model)
         self._patch = Patch(decoder)
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._state: Any = NOBODY
         self.key: Any = None
         self._tokens = 0
         self._counted: Tensor | None = None
+        self._running = False
+        self._cached = CachedTokens()
         self._ours = False  # whether the forward pass at hand has to give its turn back: it is outside generate
 
     def attach(self) -> None:
         self._state, self.key, self._tokens, self._counted = NOBODY, None, 0, None
+        self._cached.clear()
         # With the decoder's own signature, which generation code may ask for.
         forward = functools.update_wrapper(functools.partial(self.forward), self._decoder.forward)
         self._patch.attach(forward)
@@ -72,20 +82,33 @@ class Routing:
 
     def forward(self, *args, **kwargs):
         """The decoder's forward, once it is known which tokens of it are steered."""
-        self._begin(*args, **kwargs)
+        given = {**dict(zip(self._names, args)), **kwargs}
         if torch.compiler.is_compiling():
+            self._begin(given)
             return self._patch.inner(*args, **kwargs)
+        self._ours = self.prompt.turn.take_for_forward()
+        inside, around = self._running, (self._state, self.key, self.switch.on)  # of a pass inside of which this runs
+        self._running = True
         try:
-            return self._patch.inner(*args, **kwargs)
+            end = self._begin(given)
+            # Where gradients are wanted, or dropout may follow a bias, the sites steer the tensors themselves.
+            whole = self.key is WHOLE and not torch.is_grad_enabled() and not self._decoder.training
+            self.switch.turn(whole, None if self._ours else self.prompt.turn.taken)
+            output = self._patch.inner(*args, **kwargs)
+            if isinstance(end, int):
+                self._cached.after(given, output, end)
+            return output
         finally:
+            self._running = inside
+            self.switch.turn(inside and around[2])
+            if inside:  # what is left of that pass; otherwise a layer called by itself uses the last pass's
+                self._state, self.key = around[:2]
             if self._ours:
                 self._ours = False
                 self.prompt.turn.give_back()
 
-    def _begin(self, *args, **kwargs) -> None:
-        if not torch.compiler.is_compiling():
-            self._ours = self.prompt.turn.take_for_forward()
-        given = {**dict(zip(self._names, args)), **kwargs}
+    def _begin(self, given: Mapping[str, Any]) -> int | Tensor | None:
+        """Sets the state for a pass with these arguments; where a scope counts them, the tokens cached afterwards."""
         x = given.get("input_ids")
         if x is None:
             x = given.get("inputs_embeds")
@@ -93,17 +116,17 @@ class Routing:
             raise SteeringError("found neither input_ids nor inputs_embeds; expected one of them")
         if any(given.get(name) is not None for name in _PACKED):
             raise SteeringError(PACKED)
-        if self._recomputed():
+        if is_recomputed(self._decoder):
             raise SteeringError(
                 "found activation checkpointing together with a scope or rows: what is computed anew in the backward "
                 "pass cannot tell which forward pass it belongs to; expected one plan with scope='all', or "
                 "model.gradient_checkpointing_disable()"
             )
-        cache = given.get("past_key_values")
-        # A static cache's is a tensor, of which nothing can be told here; without a scope nothing depends on it.
-        past = cache.get_seq_length() if cache is not None and self.scope.name != "all" else 0
         batch, length = x.shape[0], x.shape[1]
         on_device = torch.compiler.is_compiling() or capturing(x.device)
+        # A static cache's is a tensor, of which nothing can be told here; without a scope nothing depends on it.
+        scoped = self.scope.name != "all"
+        past = self._cached.before(given, capturing(x.device)) if scoped else 0
         first, last = self._interval(given, past, batch, length, on_device)
         rows = None if self.rows is None else self.rows.of(batch, self.prompt.batch, on_device)
         self.key = None
@@ -119,12 +142,7 @@ class Routing:
             self._state = self._host_state(rows, begin, end, batch, length, x.device)
             if not isinstance(self._state, Tensor):
                 self.key = WHOLE if self._state is None else NOBODY
-
-    def _recomputed(self) -> bool:
-        """Whether parts of this forward pass will run once more in its backward pass."""
-        if not self._decoder.training or not torch.is_grad_enabled():
-            return False
-        return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
+        return past + length if scoped else None
 
     def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
         scope, prompt = self.scope, self.prompt
@@ -136,9 +154,13 @@ class Routing:
             fresh = length > 1 or (not isinstance(past, Tensor) and past == 0)
             if not fresh and scope.name == "last_prompt_token":
                 return 0, 0
+            if not fresh and scope.name == "from_last_prompt_token":
+                return 0, END
             end = past + length if fresh else past
         before, after = 0, 0
-        if scope.name in ("range", "last_prompt_token"):
+        if scope.name == "from_last_prompt_token" and isinstance(past, int) and isinstance(end, int) and past >= end:
+            return 0, END  # the prompt was run before
+        if scope.name in ("range", "last_prompt_token", "from_last_prompt_token"):
             before, after = self._padding(given, past, batch, length, on_device)
         return scope.interval(end, before, after)
 
@@ -153,6 +175,8 @@ class Routing:
             if self.prompt.known:
                 end = _least(self.prompt.end(on_device), end)
             return padding(mask, _on(end, mask.device))
+        if mask is None and length > 1 and not on_device:
+            expect_unpadded(given.get("input_ids"), text_config(self._decoder))
         if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[0] == batch:
             before = (past + length - 1 - positions[:, -1]).clamp(min=0)
             if length > 1 and not on_device:

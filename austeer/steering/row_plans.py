@@ -66,7 +66,7 @@ class Rows:
         if not numbers:
             return
         with torch.inference_mode(False):  # an inference tensor could not be refilled outside of that mode
-            new = torch.tensor(numbers, dtype=torch.int32)
+            new = torch.tensor(numbers, dtype=torch.int32, device="cpu")
             if self._buffer is not None and self._buffer.shape == new.shape:
                 self._buffer.copy_(new)  # in place: a captured graph reads it
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -12,6 +13,7 @@ from ..models.patches import Patch
 from ..models.sites import Site
 from ..models.structure import first_tensor
 from .path import Path
+from .recomputation import expect_watched
 from .routing import NOBODY, Routing, capturing
 from .selfcheck import checked_tensor
 from .tables import StrengthTable
@@ -101,6 +103,8 @@ class RunPath(Path):
         if is_compiling():
             self.traced = True  # a count would be a guard, and so a recompilation at every call
         else:
+            if self.module.training or (x.requires_grad and torch.is_grad_enabled()):
+                expect_watched(self.site)
             self.calls += 1  # type: ignore[operator]
             if self.routing is None:
                 self._elements += x.numel()

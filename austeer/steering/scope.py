@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import SteeringError
 
-SCOPES = ("all", "prompt", "generation", "last_prompt_token")
+SCOPES = ("all", "prompt", "generation", "last_prompt_token", "from_last_prompt_token")
 
 #: A column after every sequence.
 END = sys.maxsize // 4
@@ -57,6 +57,8 @@ class Scope:
         if self.name == "last_prompt_token":
             end = prompt - padding_after
             return end - 1, end
+        if self.name == "from_last_prompt_token":  # what pads a prompt on the right is in it, and no token sees it
+            return prompt - padding_after - 1, END
         if self.name == "range":
             return padding + self.start, padding + self.stop
         return 0, END

@@ -108,7 +108,8 @@ class EditProbe:
         inputs = path.site.width if whole else linear.sizes(path.module)[0]  # type: ignore[index]
         generator = torch.Generator().manual_seed(0)
         dtype = self.weight.dtype if self.weight.dtype in linear.FLOATING else floating_dtype(model)
-        self.x = torch.randn(1, 4, inputs, generator=generator, dtype=torch.float32).to(self.weight.device, dtype)
+        x = torch.randn(1, 4, inputs, generator=generator, dtype=torch.float32, device="cpu")
+        self.x = x.to(self.weight.device, dtype)
         self.size = self.x  # the larger of what is multiplied before and after the edit
         if path.site.side == "input":
             inner = self._steered(self.x).to(self.x)
@@ -122,7 +123,7 @@ class EditProbe:
     def of(cls, paths: Sequence[Path], model: nn.Module) -> list[EditProbe]:
         """A probe of the first fold and of the first bias, made before they are; none of what does not run alone."""
         found = []
-        edits = [path for path in paths if path.name in ("fold", "bias")]
+        edits = [path.edit for path in paths if path.edit is not None]
         for name in ("fold", "bias"):
             for path in edits:
                 alone = sum(other.module is path.module for other in edits) == 1  # ffn and neuron can meet in one

@@ -6,10 +6,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
 
@@ -18,20 +17,20 @@ from ..models.sites import Layout, find_sites
 from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
-from .bias import Bias
+from .editable import why_frozen
 from .fold import Fold
-from .path import Path
-from .path_choice import MODES, expect_free, plan_paths
+from .path import Path, detach_all, expect_restored
+from .path_choice import MODES, plan_paths
 from .prompt import Prompt
+from .recomputation import Recomputation
+from .replaced import Forwards, forwards_of, replaced
 from .report import Report, complaint, make_report
 from .routing import Routing
 from .row_plans import NO_NAMES, Rows
 from .scope import parse_scope
 from .selfcheck import EditProbe
+from .sharing import expect_apart, expect_free, mark, unmark
 from .strength import Alpha, Strength
-
-#: The modules with folded weights, of all models: two models may share some.
-_folded: WeakSet[nn.Module] = WeakSet()
 
 #: Two threads that put plans on one model at once would each save what the other has changed.
 _lock = threading.RLock()
@@ -68,7 +67,9 @@ class Steering:
         self._mode, self._layout, self._check = mode, layout, check
         self._decoder = decoder_of(self._model)
         self._attached = False
-        self._parts: set[nn.Module] = set()
+        self._marked: list[nn.Module] = []
+        self._forwards: Forwards = {}
+        self._recomputation = Recomputation(self._decoder)
         self._routing: Routing | None = None
         if self._named or self.scope.name != "all":
             if self.scope.name != "all" and has_virtual_tokens(model):
@@ -80,7 +81,7 @@ class Steering:
             rows = Rows(list(self.plans), device) if self._named else None
             scoped = self.scope.name != "all"
             prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped)
-            self._routing = Routing(self.scope, rows, prompt, self._decoder)
+            self._routing = Routing(self.scope, rows, prompt, self._decoder, self._model)
         with _lock:  # planning may run a block once, with a hook on it
             self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
         self._expect_finite()
@@ -99,7 +100,8 @@ class Steering:
         at_run_time = "plans are chosen row by row" if self._named else ""
         if self.scope.name != "all":
             at_run_time = f"only some tokens are steered ({self.scope})"
-        return plan_paths(self._model, plans, sites, self._mode, at_run_time, self._routing, self._check)
+        switched = not self._named and self.scope.name in ("prompt", "generation", "from_last_prompt_token")
+        return plan_paths(self._model, plans, sites, self._mode, at_run_time, switched, self._routing, self._check)
 
     # --- strength, live ----------------------------------------------------------------------------------------------
 
@@ -159,16 +161,27 @@ class Steering:
     def _refresh(self) -> None:
         with _lock:
             self._refresh_tables()
+            self._recomputation.changed()
             if self._attached:
                 # Two folds can meet in one weight (ffn and neuron): undo all, last first, before any is done anew.
                 folds = [path for path in self._paths if isinstance(path, Fold)]
-                for fold in reversed(folds):
-                    fold.detach()
+                failed = detach_all(folds)
                 for fold in folds:
                     fold.attach()
                 for path in self._paths:
-                    if isinstance(path, Bias):
-                        path.refresh()
+                    path.refresh()
+                self._expect_no_copies()
+                expect_restored(failed, folds)
+
+    def _expect_no_copies(self) -> None:
+        """Warns where edits no longer reach what runs."""
+        if self._marked and (reason := why_frozen()):
+            warnings.warn(
+                f"{reason} since steering began, where neither another strength nor the end of steering arrives; "
+                "compile it anew (torch.compiler.reset()), outside the block",
+                SteeringWarning,
+                stacklevel=4,
+            )
 
     # --- rows and prompt, live ---------------------------------------------------------------------------------------
 
@@ -229,18 +242,13 @@ class Steering:
                     "Leave that context first, steer with the sum of both plans (plan_a + plan_b), or give each row "
                     'its own (steer(model, {"a": plan_a, "b": plan_b}))'
                 )
-            self._paths, self._reasons = self._plan_paths()  # the model may have changed since
             expect_free(self._decoder)
-            folded = {part for path in self._paths if isinstance(path, Fold) for part in path.parts}
-            if any(part in _folded for part in folded):
-                raise SteeringError(
-                    f"{type(self._model).__name__} shares modules with another model that is steered by folding now; "
-                    "leave that context first, or use mode='columns'"
-                )
+            self._paths, self._reasons = self._plan_paths()  # the model may have changed since
+            expect_apart(self._paths, self._decoder)
             steered[self._decoder] = sum(map(len, self.plans.values()))
             self._attached = True
-            self._parts = folded
-            _folded.update(folded)
+            self._marked = mark(self._paths)
+            self._forwards = forwards_of(self._model, self._decoder, self._paths)
             try:
                 self._refresh_tables()
                 probes = EditProbe.of(self._paths, self._model) if self._check else []
@@ -248,8 +256,10 @@ class Steering:
                     self._routing.attach()
                 for path in self._paths:
                     path.attach()
-                for probe in probes:
-                    probe.check()
+                self._recomputation.attach()
+                with nullcontext() if self._routing is None else self._routing.switch.turned_on():
+                    for probe in probes:
+                        probe.check()
             except BaseException:
                 self.detach()
                 raise
@@ -264,19 +274,15 @@ class Steering:
         with _lock:
             if not self._attached:
                 return
-            failed = []
-            for path in reversed(self._paths):
-                try:
-                    path.detach()
-                except Exception as error:  # one module must not keep the others steered
-                    failed.append(f"{path.site.path} ({error})")
+            self._recomputation.detach()
+            failed = detach_all(self._paths)
             if self._routing is not None:
                 self._routing.detach()
             self._attached = False
-            _folded.difference_update(self._parts)
+            self._expect_no_copies()
+            unmark(self._marked)
             steered.pop(self._decoder, None)
-        if failed:
-            raise SteeringError(f"{len(failed)} of {len(self._paths)} modules could not be restored: {failed[0]}")
+        expect_restored(failed, self._paths)
 
     def __enter__(self) -> Steering:
         return self.attach()
@@ -286,7 +292,8 @@ class Steering:
     ) -> None:
         self.detach()
         if kind is None:
-            message = complaint(self._paths, self._model, self.scope)
+            changes = replaced(self._model, self._paths, self._forwards)
+            message = complaint(self._paths, changes, self.scope)
             if message:
                 warnings.warn(message, SteeringWarning, stacklevel=2)
 
@@ -320,10 +327,10 @@ def steer(
     Everything is checked before anything is touched, and on leaving the block the model is restored bit for bit, also
     after an exception. Only layers in which the plan has AUs are touched.
 
-    Inside the block the model *is* the steered one: a copy or a checkpoint made there may hold steered weights or
-    biases, a training step on folded weights is lost for the steered rows on leaving, and a shift in a bias leaves the
-    weight that reads the site without its part of the gradient; train with ``mode="columns"``. A compiled model is
-    compiled again where something runs in other layers than in blocks before, and in each block with rows or a scope.
+    Inside the block the model *is* the steered one: a copy or a checkpoint made there, and another model on the same
+    memory, may hold steered weights or biases. To train it, put it into training mode before the block, in which
+    nothing is then folded, and call backward inside it. A compiled model is compiled again where something runs in
+    other layers than in blocks before, and in each block with rows or a scope.
 
     Args:
         model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.
@@ -333,13 +340,16 @@ def steer(
             name. 0 steers nothing, and a negative number steers the other way (not under "scale", see Plan).
         k: steer only the k most important AUs, of each plan or by name; all by default.
         scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
-            or a half-open range such as (0, 16) or (16, None), counted from each row's first token after its padding.
+            "from_last_prompt_token", that and what comes after it; or a half-open range such as (0, 16) or (16, None),
+            counted from each row's first token after its padding. The first generated token is chosen at the last
+            prompt token: "generation" leaves it as it is, "from_last_prompt_token" steers the choice of every one.
             See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
         mode: the path, see ``report()``: "fold" scales weights in place and "bias" writes a shift into biases, both
-            at no cost at run time; "fused" runs our projection kernel for up to 64 tokens and "columns" beyond,
-            "columns" steers the tensor itself by the cheapest form for where it runs, "dense" is the public code's
-            arithmetic. "auto" takes fold or bias where it is exact and possible, fused while a CUDA graph is captured
-            if it was measured to be no slower on this device, otherwise columns.
+            at no cost at run time (under the scopes "prompt", "generation" and "from_last_prompt_token" biases are
+            there for passes that are wholly in scope, and others run as "columns"); "fused" runs our projection kernel
+            for up to 64 tokens and "columns" beyond, "columns" steers the tensor itself by the cheapest form for where
+            it runs, "dense" is the public code's arithmetic. "auto" takes fold or bias where it is exact and possible,
+            fused while a CUDA graph is captured if it was measured to be no slower on this device, otherwise columns.
         layout: attribute paths of a model whose family is not known.
         check: compare one site of each path with the formula, once.
 

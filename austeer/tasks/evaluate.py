@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from ..errors import TaskError
+from ..forward.causality import expect_causal
+from ..forward.neutral import neutral_texts
 from ..models.structure import name_of
 from ..plans.plan import Plan
 from ..steering.steering import Steering, steer
 from ..utils.progress import Progress
 from .evaluation import UNSTEERED, Evaluation, Observed, summarise
-from .neutral import neutral_texts
 from .numeric import TOLERANCE, equal_numbers, last_number, numeric_answers
 from .scoring import Names, _tokenise, option_scores, side_effects
 from .task import Task
@@ -61,14 +62,17 @@ def evaluate(
         progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
-        TaskError: a variant without a strength or with a reserved name, or options that cannot be scored
-            (:func:`check_options`). PlanError, SteeringError: what :func:`austeer.steer` refuses.
+        TaskError: a variant without a strength or with a reserved name, options that cannot be scored
+            (:func:`check_options`), or texts to score and a model whose attention is not causal (a numeric task with
+            neutral=() scores none). PlanError, SteeringError: what :func:`austeer.steer` refuses.
     """
     chosen = checked_variants(variants or {})
     if task.kind != "numeric":
         check_options(tokenizer, task)
     if neutral is None:
         neutral = neutral_texts("heldout")
+    if task.kind != "numeric" or (chosen and neutral):
+        expect_causal(model)
     names: list[str | None] = [None, *chosen]
     about: dict[str, dict[str, Any]] = {name: _about(variant) for name, variant in chosen.items()}
     plans = {name: variant.plan for name, variant in chosen.items()}
@@ -96,6 +100,7 @@ def evaluate(
         digest=task.digest(),
         items=len(task),
         groups=len(set(groups)),
+        grouped_by=task.grouped_by,
         chat_template=task.chat_template,
         model=name_of(model),
         neutral_texts=len(neutral) if chosen else 0,
@@ -149,8 +154,8 @@ def _score_options(
     batch_tokens: int,
     advance: Callable[[int], None],
 ) -> Observed:
-    correct = torch.zeros(len(names), len(task), dtype=torch.bool)
-    exact, margin = correct.clone(), torch.zeros(correct.shape, dtype=torch.float64)
+    correct = torch.zeros(len(names), len(task), dtype=torch.bool, device="cpu")
+    exact, margin = correct.clone(), torch.zeros(correct.shape, dtype=torch.float64, device="cpu")
     details: list[list[dict[str, Any]]] = [[{} for _ in task] for _ in names]
     order = sorted(range(len(task)), key=lambda i: len(task[i].prompt))  # of like lengths, so there is little padding
     for first in range(0, len(order), ITEMS):
@@ -173,7 +178,7 @@ def _read_numbers(task: Task, texts: list[list[str]], tolerance: float) -> Obser
         for row in numbers
     ]
     details = [[{"text": text, "number": n} for text, n in zip(*row)] for row in zip(texts, numbers)]
-    return Observed(None, torch.tensor(right), None, details)
+    return Observed(None, torch.tensor(right, device="cpu"), None, details)
 
 
 def _rows(task: Task, names: Sequence[str], observed: Observed) -> tuple[dict[str, Any], ...]:

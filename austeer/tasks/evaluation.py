@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..pairs.chat import ChatForm
 from ..statistics.intervals import group_interval, mcnemar, share_interval
 
 UNSTEERED = "unsteered"
@@ -70,7 +71,7 @@ class Evaluation:
     """A model on a task, unsteered and steered.
 
     Attributes:
-        task, kind, source, digest, items, groups, chat_template: the task's. model: its name.
+        task, kind, source, digest, items, groups, grouped_by, chat_template: the task's. model: its name.
         neutral_texts: how many texts the side effects are of.
         variants: unsteered first. between: each two steered variants.
         rows: one an item, for tests of one's own: group, label or answer, and for each variant whether it was right,
@@ -84,7 +85,8 @@ class Evaluation:
     digest: str
     items: int
     groups: int
-    chat_template: bool
+    grouped_by: str
+    chat_template: ChatForm
     model: str
     neutral_texts: int
     variants: tuple[VariantResult, ...]

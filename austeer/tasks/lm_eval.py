@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import TaskError
+from ..forward.causality import expect_causal
 from ..models.structure import evaluating
+from ..pairs.chat import ChatForm, check_chat, options_of
 from ..plans.plan import Plan
 from ..steering.steering import steer
 from ..steering.strength import Alpha
@@ -43,9 +45,10 @@ def steered_lm(
         batch_size: rows of lm-eval's batches. options: what else ``HFLM`` takes.
 
     Raises:
-        TaskError: lm-eval is not installed.
+        TaskError: lm-eval is not installed, or a model whose attention is not causal.
     """
     _require()
+    expect_causal(model)
     from lm_eval.models.huggingface import HFLM
 
     with evaluating(model), nullcontext() if plan is None else steer(model, plan, alpha, k=k):
@@ -85,7 +88,7 @@ def lm_evaluate(
     variants: Mapping[str, Plan | Variant | tuple] | None = None,
     *,
     limit: int | None = None,
-    chat: bool = False,
+    chat: ChatForm = False,
     batch_size: int = 16,
     include_path: str | Path | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
@@ -93,13 +96,19 @@ def lm_evaluate(
 
     Args:
         tasks: lm-eval's names. variants: as of :func:`austeer.tasks.evaluate`; one is run after another.
-        limit: only so many items of each task, the first ones. chat: lm-eval's own chat template option.
+        limit: only so many items of each task, the first ones. chat: lm-eval's own chat template
+            option; ``system`` of its options (:data:`austeer.pairs.chat.ChatForm`) is lm-eval's system instruction.
         include_path: as of :func:`check_tasks`.
 
     Raises:
         TaskError: lm-eval is not installed, a task that it does not know, or one whose data it cannot load.
     """
     chosen = checked_variants(variants or {})
+    if chat:
+        check_chat(tokenizer, options_of(chat))
+    options = options_of(chat)
+    system = options.pop("system", None)
+    arguments: dict[str, Any] = {"chat_template_args": options} if options else {}
     names = check_tasks(tasks, include_path)
     manager = _manager(None if include_path is None else str(include_path))
     import lm_eval
@@ -115,12 +124,13 @@ def lm_evaluate(
     found: dict[str, dict[str, dict[str, float]]] = {}
     every: dict[str, Any] = {UNSTEERED: (None, 1.0, None), **chosen}
     for name, (plan, alpha, k) in every.items():
-        with steered_lm(model, tokenizer, plan, alpha, k=k, batch_size=batch_size) as lm:
+        with steered_lm(model, tokenizer, plan, alpha, k=k, batch_size=batch_size, **arguments) as lm:
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=names,
                 limit=limit,
-                apply_chat_template=chat,
+                apply_chat_template=bool(chat),
+                system_instruction=system,
                 task_manager=manager,
                 bootstrap_iters=0,
                 log_samples=False,

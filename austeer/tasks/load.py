@@ -14,7 +14,7 @@ from ..pairs.readers import open_source
 from ..pairs.source import Row, Source
 from ..pairs.stream import matches
 from .numeric import parse_number
-from .task import Item, Task, check_item
+from .task import Item, Task, check_item, grouped
 from .templates import DUPLICATES, Template, _listed, label_of, load_template
 
 Make = Callable[[Mapping[str, Any], str], Item | None]
@@ -100,7 +100,8 @@ def load_task(
     if not items:
         condition = f" with {dict(wanted)}; check the names and values" if wanted else "; expected at least one"
         raise TaskError(f"{opened.name}: found no row{condition}")
-    return Task(name, found_kind, tuple(items), opened.name)
+    members, by = grouped(items)
+    return Task(name, found_kind, members, opened.name, grouped_by=by)
 
 
 def _rows(source: Source, columns: set[str], where: Mapping[str, Any]) -> Iterator[Row]:
@@ -143,6 +144,7 @@ def _neutral(source: Source, kind: str | None, extra: set[str]) -> tuple[str, st
             raise TaskError(
                 f"{place}: found the fields {_listed(name for name in row if name in given)}, expected "
                 f"{_listed(NEUTRAL[form])}, as in the first row"
+                + "".join(f"; {name} is null" for name in row if name in needed - given)
             )
         else:
             item = _item(form, row, place)

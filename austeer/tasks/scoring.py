@@ -13,16 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import PairsError, TaskError
-from ..forward.packing import batches
+from ..errors import TaskError
+from ..forward.causality import expect_causal, plain_batches
+from ..forward.logits import LOGIT_ROWS, log_probabilities
+from ..forward.neutral import neutral_ids
 from ..forward.tokens import check_vocabulary, encode
-from ..models.structure import decoder_of, evaluating, input_device, text_config, unwrap, vocabulary_size
+from ..models.structure import decoder_of, evaluating, input_device, vocabulary_size
 from ..pairs.pairs import Pairs
 from ..steering.steering import Steering
 from .task import Task
-
-#: Rows of logits that are made at once: 128 rows of a vocabulary of 256,000 in float32 are 131 MB.
-LOGIT_ROWS = 128
 
 #: Names of a steering's plans, and None for the model as it is: what is scored beside each other.
 Names = Sequence[str | None]
@@ -53,7 +52,7 @@ class OptionScores:
         return self.greedy.gather(-1, self._labels(task))[..., 0]
 
     def _labels(self, task: Task) -> Tensor:
-        return torch.tensor([item.label for item in task]).expand(len(self.greedy), -1)[..., None]
+        return torch.tensor([item.label for item in task], device="cpu").expand(len(self.greedy), -1)[..., None]
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,15 @@ def option_scores(
         on_batch: told the tokens of each forward pass.
 
     Raises:
-        TaskError: a numeric task, an option without a token of its own, or several tokens where one was promised.
+        TaskError: a numeric task, an option without a token of its own, several tokens where one was promised, or a
+            model whose attention is not causal.
     """
     if task.kind == "numeric":
         raise TaskError(f"{task.name}: found a numeric task, expected options to score; see austeer.tasks.evaluate")
     texts, starts, place = _tokenise(tokenizer, task)
     most = max(len(item.options) for item in task)
-    log_prob = torch.full((len(names), len(task), most), -torch.inf, dtype=torch.float64)
-    greedy = torch.zeros(log_prob.shape, dtype=torch.bool)
+    log_prob = torch.full((len(names), len(task), most), -torch.inf, dtype=torch.float64, device="cpu")
+    greedy = torch.zeros(log_prob.shape, dtype=torch.bool, device="cpu")
     contexts, owner = _distinct_contexts([ids[:-1] for ids in texts])
     wanted: list[list[int]] = [[] for _ in contexts]  # context -> the texts that read it
     for text, context in enumerate(owner):
@@ -120,7 +120,7 @@ def option_scores(
         ]
         row, position, _, target = zip(*reads)
         found = hidden[:, list(row), list(position)]  # [chunk, reads, hidden]
-        values, tops = _target_scores(model, found, torch.tensor(target))
+        values, tops = _target_scores(model, found, torch.tensor(target, device="cpu"))
         for i, (_, _, (item, option), _) in enumerate(reads):
             log_prob[chunk, item, option] += values[:, i]
             greedy[chunk, item, option] &= tops[:, i]
@@ -133,7 +133,7 @@ def log_odds(model: nn.Module, tokenizer, pairs: Pairs, *, batch_tokens: int = 2
 
     0 for a pair of equal sides.
     """
-    found = torch.zeros(len(pairs), dtype=torch.float64)
+    found = torch.zeros(len(pairs), dtype=torch.float64, device="cpu")
     different = [i for i, pair in enumerate(pairs) if pair.positive != pair.negative]
     task = Task.of_pairs(pairs)
     found[different] = option_scores(model, tokenizer, task, batch_tokens=batch_tokens).margins(task)[0]
@@ -143,11 +143,11 @@ def log_odds(model: nn.Module, tokenizer, pairs: Pairs, *, batch_tokens: int = 2
 @torch.no_grad()
 def cross_entropy(model: nn.Module, tokenizer, texts: Sequence[str], *, batch_tokens: int = 2048) -> float:
     """Mean cross-entropy of all tokens of ``texts`` but each text's first, in nats a token."""
-    ids = _neutral(tokenizer, texts)
+    ids = neutral_ids(tokenizer, texts)
     total = 0.0
     for _, batch, hidden in _hidden_states(model, ids, batch_tokens):
         for row, i in enumerate(batch):
-            target = torch.tensor(ids[i][1:])
+            target = torch.tensor(ids[i][1:], device="cpu")
             total -= float(_target_scores(model, hidden[:, row, : len(target)], target)[0].sum())
     return total / sum(len(row) - 1 for row in ids)
 
@@ -167,8 +167,8 @@ def side_effects(
 
     The unsteered model is a row of the same batch, so nothing but the steering differs.
     """
-    ids = _neutral(tokenizer, texts)
-    kl = torch.zeros(len(names), len(ids), dtype=torch.float64)
+    ids = neutral_ids(tokenizer, texts)
+    kl = torch.zeros(len(names), len(ids), dtype=torch.float64, device="cpu")
     rise = torch.zeros_like(kl)
     step = max(1, batch_tokens // max(map(len, ids)) - 1)  # names beside the unsteered row of one text
     for first in range(0, len(names), step):
@@ -178,24 +178,24 @@ def side_effects(
         ):
             assert chunk == slice(0, len(part) + 1)
             for row, i in enumerate(batch):
-                target = torch.tensor(ids[i][1:])
+                target = torch.tensor(ids[i][1:], device="cpu")
                 kl[first : first + len(part), i], rise[first : first + len(part), i] = _divergence(
                     model, hidden[:, row, : len(target)], target
                 )
-    return SideEffects(kl, rise, torch.tensor([len(row) - 1 for row in ids]))
+    return SideEffects(kl, rise, torch.tensor([len(row) - 1 for row in ids], device="cpu"))
 
 
 def _divergence(model: nn.Module, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Mean KL and rise of each steered row against row 0: float64 [rows - 1]; hidden [rows, tokens, width]."""
-    kl = torch.zeros(len(hidden) - 1, dtype=torch.float64)
+    kl = torch.zeros(len(hidden) - 1, dtype=torch.float64, device="cpu")
     rise = torch.zeros_like(kl)
     step = max(1, LOGIT_ROWS // 2)
     for start in range(0, len(target), step):
         part, wanted = hidden[:, start : start + step], target[start : start + step, None].to(hidden.device)
-        base = _log_probabilities(model, part[0])
+        base = log_probabilities(model, part[0])
         chance = base.exp()
         for row in range(1, len(part)):
-            steered = _log_probabilities(model, part[row])
+            steered = log_probabilities(model, part[row])
             kl[row - 1] += (chance * (base - steered)).sum(dtype=torch.float64).cpu()
             rise[row - 1] += (base.gather(-1, wanted) - steered.gather(-1, wanted)).sum(dtype=torch.float64).cpu()
     return kl / len(target), rise / len(target)
@@ -207,7 +207,7 @@ def _target_scores(model: nn.Module, hidden: Tensor, target: Tensor) -> tuple[Te
     flat, wanted = hidden.flatten(0, 1), target.repeat(rows).to(hidden.device)
     values, tops = [], []
     for start in range(0, len(flat), LOGIT_ROWS):
-        chance = _log_probabilities(model, flat[start : start + LOGIT_ROWS])
+        chance = log_probabilities(model, flat[start : start + LOGIT_ROWS])
         part = wanted[start : start + LOGIT_ROWS]
         values.append(chance.gather(-1, part[:, None])[:, 0].double().cpu())
         tops.append((chance.argmax(-1) == part).cpu())
@@ -226,6 +226,11 @@ def _tokenise(tokenizer, task: Task) -> tuple[list[list[int]], list[int], list[t
         start[i] = min(start[i], _common_prefix(prompts[i], ids))
     for (i, j), ids in zip(place, texts):
         where = f"{task.source}, item {i}, option {task[i].options[j]!r:.40}"
+        if not prompts[i]:
+            raise TaskError(
+                f"{where}: found no token before it, expected one to score it by: the prompt is empty, and this "
+                "tokenizer begins texts with no token of its own. Give the prompts some text, for example 'Text:'"
+            )
         if not 0 < start[i] < len(ids):
             raise TaskError(f"{where}: found no token of its own after the prompt, expected at least one")
         if task.kind == "choice" and len(ids) - start[i] > 1:
@@ -234,13 +239,6 @@ def _tokenise(tokenizer, task: Task) -> tuple[list[list[int]], list[int], list[t
                 'one token with their blank, or the kind "continuation"'
             )
     return texts, [start[i] for i, _ in place], place
-
-
-def _neutral(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    ids = [row for row in encode(tokenizer, texts) if len(row) > 1]
-    if not ids:
-        raise PairsError("neutral text: found no text of at least two tokens")
-    return ids
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -278,15 +276,16 @@ def _hidden_states(
     decoder, device = decoder_of(model), input_device(model)
     accepts = inspect.signature(decoder.forward).parameters
     check_vocabulary(vocabulary_size(model), token_ids)
+    expect_causal(model, nullcontext if steering is None else lambda: steering.rows([None]))
     together = len(names) if whole else max(1, min(len(names), batch_tokens // max(map(len, token_ids))))
     for first in range(0, len(names), together):
         part = names[first : first + together]
-        for batch in batches(token_ids, max(1, batch_tokens // len(part)), share=False):
+        for batch in plain_batches(model, token_ids, max(1, batch_tokens // len(part))):
             texts = batch.texts.tolist()
             # Causal attention: what is padded on the right cannot reach what is read.
-            lengths = torch.tensor([len(token_ids[i]) for i in texts])
+            lengths = torch.tensor([len(token_ids[i]) for i in texts], device="cpu")
             ids = batch.ids.to(device)
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
+            mask = (torch.arange(ids.shape[1], device="cpu") < lengths[:, None]).long().to(device)
             cache = {"use_cache": False} if "use_cache" in accepts else {}
             rows = nullcontext() if steering is None else steering.rows([name for name in part for _ in texts])
             with evaluating(model), rows:
@@ -294,14 +293,3 @@ def _hidden_states(
             on_batch(ids.numel() * len(part))
             hidden = output.last_hidden_state
             yield slice(first, first + len(part)), texts, hidden.view(len(part), len(texts), *hidden.shape[1:])
-
-
-def _log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:
-    """In float32 at least, whatever the model computes in."""
-    config = text_config(model)
-    logits = unwrap(model).get_output_embeddings()(hidden)  # type: ignore[operator]
-    # Some families scale (Cohere, Granite) or cap (Gemma 2) what the head gives.
-    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)
-    logits = logits if cap is None else torch.tanh(logits / cap) * cap
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

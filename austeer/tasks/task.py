@@ -6,9 +6,12 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..errors import TaskError
-from ..pairs.pair import Pair, check_untemplated, has_lone_surrogate, prompt_as_chat
+from ..errors import TaskError, count_of
+from ..pairs.chat import ChatForm, chat_form, check_chat, check_untemplated, prompt_as_chat
+from ..pairs.groups import BY, groups_of
+from ..pairs.pair import Pair, has_lone_surrogate
 from ..pairs.pairs import Pairs
 
 #: "choice": each option is one token after the prompt. "continuation": options of any length, scored by their
@@ -24,7 +27,7 @@ class Item:
         prompt: what the model reads. options: what may follow it, each joined to the prompt as it is.
         label: which option is the wanted one. answer: the number that is right, of a numeric task.
         group: items of one group are alike (variants of one problem) and stay on one side of a split; by default the
-            prompt.
+            prompt, and see :func:`grouped`.
         lead: the end of the prompt that begins the answer, such as "Answer: (" before a letter: in chat form
             it is the model's to say, not the user's.
     """
@@ -46,17 +49,20 @@ class Task(Sequence[Item]):
 
     Attributes:
         name: for people and results. kind: one of ``KINDS``.
-        source: where the items come from, for messages. chat_template: whether prompts went through one.
+        source: where the items come from, for messages. chat_template: whether prompts went through one, with
+            its options if it had any.
+        grouped_by: what groups are made by, a name of :data:`austeer.pairs.groups.BY`.
 
     Raises:
-        TaskError: no item; options or labels that do not fit the kind; an empty prompt or option.
+        TaskError: no item; options or labels that do not fit the kind; an empty option, or prompt of a number.
     """
 
     name: str
     kind: str
     items: tuple[Item, ...]
     source: str = "memory"
-    chat_template: bool = False
+    chat_template: ChatForm = False
+    grouped_by: str = "prompt"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -69,8 +75,10 @@ class Task(Sequence[Item]):
     @classmethod
     def of_pairs(cls, pairs: Pairs, name: str = "pairs") -> Task:
         """Pairs as a task: the positive continuation is the wanted one."""
-        items = tuple(Item(p.prompt, (p.positive, p.negative), lead=p.lead) for p in pairs if p.positive != p.negative)
-        return cls(name, "continuation", items, pairs.source, pairs.chat_template)
+        items, by = grouped(
+            [Item(p.prompt, (p.positive, p.negative), lead=p.lead) for p in pairs if p.positive != p.negative]
+        )
+        return cls(name, "continuation", items, pairs.source, pairs.chat_template, by)
 
     def pairs(self) -> Pairs:
         """Contrastive pairs: the wanted option against each other one, in turn.
@@ -114,8 +122,9 @@ class Task(Sequence[Item]):
                 stop += 1
             if stop <= start:
                 raise TaskError(
-                    f"{self.source}: found {len(self.items)} items in {len(members)} groups, too few for the split "
-                    f"{dict(parts)}: no item is left for {name!r}; give more items or other fractions"
+                    f"{self.source}: found {count_of(len(self.items), 'item')} in {count_of(len(members), 'group')} "
+                    f"({BY[self.grouped_by]}), too few for the split {dict(parts)}: no item is left for {name!r}; give "
+                    'items of more groups (the field "group" sets an item\'s), or other fractions'
                 )
             found[name] = self.pick(sorted(numbers[start:stop]))
             start = stop
@@ -131,17 +140,17 @@ class Task(Sequence[Item]):
         chosen = sorted(range(len(self.items)), key=keys.__getitem__)[:count]
         return self.pick(chosen)
 
-    def with_chat_template(self, tokenizer, system: str | None = None) -> Task:
+    def with_chat_template(self, tokenizer, **options: Any) -> Task:
         """Each prompt becomes a user's message in the tokenizer's chat template, up to where the answer begins.
 
         An item's lead begins the model's own turn. It, or the option where there is none, is joined without the blank
-        or line break that sets it off from a plain prompt.
-
-        Raises:
-            PairsError: the tokenizer has no chat template, or the prompts went through one already.
+        or line break that sets it off from a plain prompt. Options and errors are those of
+        ``Pairs.with_chat_template``.
         """
         check_untemplated(self.chat_template, self.source)
-        return replace(self, items=tuple(_as_chat(item, tokenizer, system) for item in self.items), chat_template=True)
+        check_chat(tokenizer, options)
+        items = tuple(_as_chat(item, tokenizer, options) for item in self.items)
+        return replace(self, items=items, chat_template=chat_form(options))
 
     def digest(self) -> str:
         """Tells tasks of other items, or other prompts, apart."""
@@ -157,11 +166,21 @@ class Task(Sequence[Item]):
         return replace(self, items=self.items[i]) if isinstance(i, slice) else self.items[i]
 
 
+def grouped(items: Sequence[Item]) -> tuple[tuple[Item, ...], str]:
+    """All items of a source in their groups, and what these are made by: the items' own, if one has any, or else by
+    :func:`austeer.pairs.groups.groups_of`.
+    """
+    if any(item.group != item.prompt for item in items):
+        return tuple(items), "own"
+    groups, by = groups_of([item.prompt for item in items], [item.options for item in items])
+    return tuple(replace(item, group=group) for item, group in zip(items, groups)), by
+
+
 def check_item(item: Item, kind: str, where: str) -> None:
-    """Raises TaskError, which names the place, if an item does not fit the kind or has an empty prompt or option."""
+    """Raises TaskError, which names the place, if an item does not fit the kind or has an empty option."""
     if not item.prompt.endswith(item.lead):
         raise TaskError(f"{where}: found the lead {item.lead!r:.40}, expected the end of {item.prompt[-40:]!r}")
-    if not item.prompt.strip() or has_lone_surrogate(item.prompt + "".join(item.options)):
+    if (kind == "numeric" and not item.prompt.strip()) or has_lone_surrogate(item.prompt + "".join(item.options)):
         raise TaskError(f"{where}: found the prompt {item.prompt[:40]!r}, expected text")
     if kind == "numeric":
         if item.answer is None or not math.isfinite(item.answer):
@@ -176,8 +195,8 @@ def check_item(item: Item, kind: str, where: str) -> None:
         )
 
 
-def _as_chat(item: Item, tokenizer, system: str | None) -> Item:
-    prompt, lead = prompt_as_chat(tokenizer, item.prompt, item.lead, system)
+def _as_chat(item: Item, tokenizer, chat: Mapping[str, Any]) -> Item:
+    prompt, lead = prompt_as_chat(tokenizer, item.prompt, item.lead, chat)
     # The turn's header ends with what belongs before an answer; behind a lead options are joined as they are.
     options = item.options if lead else tuple(option.lstrip(" ") for option in item.options)
     return replace(item, prompt=prompt, lead=lead, options=options)

@@ -15,6 +15,7 @@ from jinja2 import StrictUndefined, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import TaskError
+from ..utils.unique_keys import DuplicateKey, unique_keys
 from .numeric import parse_number
 from .task import KINDS, Item, check_item
 
@@ -124,10 +125,10 @@ class Template:
         """
         missing = [name for name in self.required if row.get(name) is None]
         if missing:
+            lacks = _listed(f"{name} is {'null' if name in row else 'missing'}" for name in missing)
             raise TaskError(
                 f"{where}: found the fields {_listed(row)}, expected {_listed(self.required)} for the template "
-                f"{self.name!r}: {_listed(missing)} missing; choose another template, or write one for this file "
-                "(docs/tasks.md)"
+                f"{self.name!r}: {lacks}; choose another template, or write one for this file (docs/tasks.md)"
             )
         values = {**row, "row": row}
         try:
@@ -215,7 +216,9 @@ def load_template(source: str | Path | Mapping[str, Any] | Template) -> Template
 
 def _parse(text: str, name: str) -> Template:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=unique_keys)
+    except DuplicateKey as error:
+        raise TaskError(f"{name}: {error}; remove one") from error
     except ValueError as error:
         raise TaskError(f"{name}: not valid JSON ({error}); expected a template (docs/tasks.md)") from error
     if not isinstance(found, dict):

@@ -58,7 +58,7 @@ class Parts:
         found: dict[str, Any] = {name: {"items": len(task), "digest": task.digest()} for name, task in parts.items()}
         if self.measure is not None:
             found["measure"] = {"pairs": len(self.measure), "digest": Task.of_pairs(self.measure).digest()}
-        return {"seed": self.seed, **found}
+        return {"seed": self.seed, "grouped_by": self.tune.grouped_by, **found}
 
 
 def split(

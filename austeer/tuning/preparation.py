@@ -12,11 +12,12 @@ from torch import nn
 
 from ..baselines.arm import Material
 from ..errors import TaskError
+from ..forward.causality import expect_causal
+from ..forward.neutral import neutral_texts
 from ..forward.tokens import encode
 from ..measuring.measure import measure
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
-from ..tasks.neutral import neutral_texts
 from ..tasks.task import Task
 from .budget import Budget
 from .data import Parts, digest_of, split
@@ -62,9 +63,10 @@ def prepare(
         budget: of the options, running; it notes what is left out.
 
     Raises:
-        TaskError: a numeric task, too little data, or a budget too small to measure.
+        TaskError: a numeric task, too little data, a budget too small to measure, or a model that is not causal.
         FileFormatError: ``folder`` holds another search.
     """
+    expect_causal(model)
     momentum, neutral = options.momentum, options.neutral
     given = isinstance(data, Parts) and data.measure is not None
     parts = split(data, measured=momentum is not None and not given, most=options.most, seed=options.seed)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import FileFormatError
 from ..utils import journal
+from ..utils.differences import first_difference
 
 FORMAT, VERSION = "austeer-search", 2
 
@@ -33,9 +34,10 @@ class Record:
         if self._path is None:
             return
         try:
-            if self._path.exists():
+            if self._path.exists() and not _is_only_begun(self._path):
                 self._read(self._path, header)
             else:
+                self._path.unlink(missing_ok=True)
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 journal.append(self._path, header)
         except OSError as error:
@@ -49,13 +51,12 @@ class Record:
             raise FileFormatError(f"{path}: not the record of a search ({error}); remove it, or --force") from error
         if found != {"format": FORMAT, "version": VERSION}:
             raise FileFormatError(f"{path}: found {found}, expected {FORMAT!r} version {VERSION}; start anew (--force)")
-        settings = first.get("settings") or {}
-        for name, expected in header["settings"].items():
-            if settings.get(name) != expected:
-                raise FileFormatError(
-                    f"{path}: is of another search: found {name} {settings.get(name)!r:.120}, expected "
-                    f"{expected!r:.120}. Give the same model, data and options, another --out, or --force to start anew"
-                )
+        difference = first_difference(first.get("settings") or {}, header["settings"])
+        if difference is not None:
+            raise FileFormatError(
+                f"{path}: is of another search: found {difference}. Give the same model, data and options, another "
+                "--out, or --force to start anew"
+            )
         try:
             for line in rest:
                 self._take(line)
@@ -88,3 +89,9 @@ class Record:
                 journal.append(self._path, line)
             except OSError as error:
                 raise FileFormatError(f"{self._path}: cannot be written ({error.strerror})") from error
+
+
+def _is_only_begun(path: Path) -> bool:
+    """Whether a search stopped before it measured anything, for example at its options: no reason to refuse others."""
+    beside = (entry for entry in path.parent.iterdir() if entry.name.startswith("momentum."))
+    return journal.is_only_begun(path, FORMAT, VERSION) and not any(beside)

@@ -158,8 +158,8 @@ class Scorer:
                             self.record.add(key, {str(i): [m, c] for i, m, c in cells})
                         advance(len(part) * len(some))
         rows = [[self.record.get(key)[str(i)] for i in items] for key in keys]
-        table = torch.tensor([[cell[0] for cell in row] for row in rows], dtype=torch.float64)
-        return Scores(table, torch.tensor([[bool(cell[1]) for cell in row] for row in rows]))
+        table = torch.tensor([[cell[0] for cell in row] for row in rows], dtype=torch.float64, device="cpu")
+        return Scores(table, torch.tensor([[bool(cell[1]) for cell in row] for row in rows], device="cpu"))
 
     @contextmanager
     def _steered(self, candidates: dict[str, Candidate]) -> Iterator[Steering | None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import FileFormatError
 from ..version import __version__
+from .unique_keys import unique_keys
 
 #: Makes a header of one version that of the next; raises ValueError where it is none of its version.
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -164,17 +165,11 @@ def _check_outside(path: Path, largest: int | None, largest_header: int) -> None
 def parse_json(text: str) -> Any:
     """Strict JSON: no name twice in one object, no NaN or infinity, nothing nested beyond reason. Raises ValueError."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("found the same name twice in a JSON object")
-        return found
-
     def refuse(constant: str) -> None:
         raise ValueError(f"found {constant}, which is not JSON")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
 

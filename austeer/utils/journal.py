@@ -37,3 +37,12 @@ def cut(path: Path, length: int) -> None:
     if path.stat().st_size > length:
         with path.open("r+b") as file:
             file.truncate(length)
+
+
+def is_only_begun(path: Path, form: str, version: int) -> bool:
+    """Whether a journal holds its header alone: a run stopped before it had anything, and is in nobody's way."""
+    try:
+        entries, _ = read(path)
+        return len(entries) == 1 and (entries[0]["format"], entries[0]["version"]) == (form, version)
+    except (ValueError, KeyError, TypeError):
+        return False

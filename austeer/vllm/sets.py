@@ -174,7 +174,8 @@ def _lists(parts: Sequence[tuple[int, LayerUnits, float, int]], sets: int, width
     for magnitude in (True, False):
         of_sets = []
         for number in range(sets):
-            own = [(torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))]
+            none = torch.empty(0, device="cpu")
+            own = [(none.long(), none, none)]
             for of, units, alpha, k in parts:
                 if of == number and units.magnitude == magnitude:
                     own.append((units.index.long(), *units.strengths(alpha, k)))
@@ -183,7 +184,7 @@ def _lists(parts: Sequence[tuple[int, LayerUnits, float, int]], sets: int, width
         groups.append(Lists(*coalesce(of_sets), magnitude))
     push, rest = groups
     # Push comes first, and what follows multiplies it by 1 + gamma, too, where a set has both at an AU.
-    factor = torch.ones(sets, width + 1).scatter_(1, rest.index % (width + 1), 1 + rest.gamma)
+    factor = torch.ones(sets, width + 1, device="cpu").scatter_(1, rest.index % (width + 1), 1 + rest.gamma)
     factor = factor.gather(1, push.index % (width + 1))  # -1 is the last column
     small = factor.abs() < SMALLEST_FACTOR
     if small.any():

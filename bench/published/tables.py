@@ -22,6 +22,7 @@ HOST = {
     "shift, columns": "`shift`, not in a bias",
     "push": "`push`",
     "generation, in scope": "a scope, in it",
+    "shift, generation, in scope": "a scope, in it, `shift`",
     "generation, out of scope": "a scope, out of it",
     "rows of three plans": "rows of three plans, one operation",
     "rows, scale, shift and push": "rows of three plans, `scale`, `shift` and `push` in one layer",

@@ -35,7 +35,7 @@ def momentum_update(
     sums = _momentum_sums(positive, negative)
     nonfinite = ~sums.isfinite().all(0)
     if nonfinite.any():
-        row = torch.arange(pair_offset, pair_offset + positive.shape[0])
+        row = torch.arange(pair_offset, pair_offset + positive.shape[0], device=positive.device)
         for columns in nonfinite.nonzero().flatten().split(_TILE_COLUMNS):
             p, n = positive[:, columns], negative[:, columns]
             finite = p.isfinite() & n.isfinite()
@@ -58,8 +58,8 @@ def _momentum_sums(positive: Tensor, negative: Tensor) -> Tensor:
 
     The counts are exact: the difference of two distinct numbers is never 0 in float64, and has their order's sign.
     """
-    sums = torch.zeros(4, positive.shape[1], dtype=torch.float64)
-    tiles = torch.empty(2, _TILE_ENTRIES, dtype=torch.float64)
+    sums = torch.zeros(4, positive.shape[1], dtype=torch.float64, device=positive.device)
+    tiles = torch.empty(2, _TILE_ENTRIES, dtype=torch.float64, device=positive.device)
     for start in range(0, positive.shape[1], _TILE_COLUMNS):
         part = slice(start, start + _TILE_COLUMNS)
         more, less, total, squares = sums[:, part]

@@ -183,7 +183,7 @@ def test_halves_of_one_prompt_go_by_answers():
 
 def test_too_few_pairs(tiny_of, demo):
     few = material_of(tiny_of("llama"), demo[1], PAIRS[:3], ["ffn"])
-    with pytest.raises(SelectionError, match=r"'iti'.* 3 pairs.* 3 .*prompts"):
+    with pytest.raises(SelectionError, match=r"'iti'.* 3 pairs.* 3 groups"):
         arms("iti", few, sites=["ffn"], ks=[1])
 
 

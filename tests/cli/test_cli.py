@@ -87,7 +87,7 @@ def test_generate_sets_steered_beside_unsteered(demo, files):
     data = json.loads(
         run(
             *("generate", files[0] / "plan", "--model", "demo", "--prompt", "The weekend trip was", "--device", "cpu"),
-            *("--alpha", -6, "--alpha", 0, "--max-new-tokens", 6, "--json"),
+            *("--alpha", "-6,0", "--max-new-tokens", 6, "--json", "--report"),
         )
     )
     texts = {name: values[0] for name, values in data["continuations"].items()}
@@ -109,7 +109,7 @@ def test_generate_runs_several_plans_in_one_batch(demo, files):
     data = json.loads(
         run(
             *("generate", folder / "plan", folder / "other", "--model", "demo", "-p", prompts[0], "-p", prompts[1]),
-            *("--device", "cpu", "--alpha", -6, "--scope", "2:", "--max-new-tokens", 6, "--json"),
+            *("--device", "cpu", "--alpha", -6, "--scope", "2:", "--max-new-tokens", 6, "--json", "--report"),
         )
     )
     assert list(data["continuations"]) == ["unsteered", "plan, alpha -6", "other, alpha -6"]
@@ -132,7 +132,9 @@ def test_generate_runs_several_plans_in_one_batch(demo, files):
         (("select", "{pairs}", "--k", "5", "--out", "{new}"), "austeer-momentum"),
         (("inspect", "{new}"), "new.*no such file"),
         (("generate", "{plan}", "--model", "{new}", "--prompt", "x"), "new"),
-        (("generate", "{plan}", "--model", "demo", "--prompt", " "), "empty text"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", ""), "empty text"),
+        (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--alpha", "2,strong"), "--alpha.*'strong'"),
+        (("generate", "{plan}", "--model", "nobody/nothing", "--prompt", "x"), "nobody/nothing.*no folder"),
         (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "5:2"), r"scope.*\(5, 2\)"),
         (("generate", "{plan}", "--model", "demo", "--prompt", "x", "--scope", "prompts"), "scope.*'prompts'"),
         (("measure", "{missing}", "--model", "demo", "--out", "{new}"), "missing.*no such file"),
@@ -182,8 +184,8 @@ def test_json_is_json_also_where_a_figure_is_infinite(tmp_path):
 
 def test_a_plan_measured_with_another_prompt_form_is_noted(files):
     done = invoke("generate", files[0] / "plan", "-m", "demo", "-p", "Hello", "--chat", "--max-new-tokens", 1, "--json")
-    assert done.exit_code == 0 and "chat template" in done.stderr
-    json.loads(done.stdout)
+    assert done.exit_code == 0 and "without a chat template, and these prompts go through" in done.stderr
+    assert "report" not in json.loads(done.stdout), "it is long, and nobody asked for it"
 
 
 def test_unknown_options_and_no_command():

@@ -1,9 +1,13 @@
 """What the commands share: results that are written whole, and conditions on rows."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 
-from austeer import PairsError
-from austeer.cli.common import parse_where, write_json
+from austeer import AusteerError, PairsError
+from austeer.cli.common import next_line, parse_alphas, parse_where, write_json
+from austeer.cli.generate import _labels
 
 
 def test_a_result_is_written_whole(tmp_path):
@@ -14,6 +18,22 @@ def test_a_result_is_written_whole(tmp_path):
     with pytest.raises(RecursionError):
         write_json(path, {"k": endless})
     assert path.read_text() == '{\n  "effect": null,\n  "k": 3\n}\n' and list(path.parent.iterdir()) == [path]
+
+
+def test_the_next_command_can_be_given_as_it_stands():
+    line = next_line("austeer", "generate", Path("my plans", "it's"), "--alpha", 2.5)
+    assert shlex.split(line) == ["next:", "austeer", "generate", "my plans/it's", "--alpha", "2.5"]
+
+
+def test_strengths():
+    assert parse_alphas(None) == [] and parse_alphas(["2,-2", "0.5"]) == [2, -2, 0.5]
+    for wrong in ("strong", "2,", "nan", "inf"):
+        with pytest.raises(AusteerError, match=f"--alpha.*'{wrong.split(',')[-1]}'"):
+            parse_alphas([wrong])
+    assert _labels([2.345678901, 4, {"ffn": 1 / 3, "attention": 2.0}]) == [
+        *("alpha 2.346", "alpha 4", "alpha ffn 0.3333, attention 2")
+    ]
+    assert _labels([1.00001, 1]) == ["alpha 1.00001", "alpha 1"], "told apart"
 
 
 def test_conditions():

@@ -58,6 +58,17 @@ def test_several_files_are_one_stream_and_the_report_is_told(place, austeer_meas
     assert same_counts(Momentum.load(tmp_path / "m"), Momentum.load(tmp_path / "whole"))
 
 
+def test_input_that_fails_leaves_nothing_in_the_way(place, austeer_measure, tmp_path):
+    good = (place / "all.jsonl").read_text()
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(good + '{"prompt": "a", "positive": " b", "negative": null}\n')
+    code, _, error = austeer_measure(pairs, "--out", tmp_path / "m")
+    assert code == 2 and "line 22: field 'negative' is null" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+    pairs.write_text(good)
+    assert austeer_measure(pairs, "--out", tmp_path / "m")[0] == 0
+
+
 def test_layerwise_from_disk_counts_the_same(place, austeer_measure, tmp_path):
     austeer_measure(place / "all.jsonl", "--out", tmp_path / "m", "--layers", "0-1")
     code, out, _ = austeer_measure(

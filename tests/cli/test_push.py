@@ -40,7 +40,7 @@ def test_push_says_where_it_is_and_what_comes_next(hub):
     repository = hub.repositories["user/kind"]
     oid = repository.refs["main"]
     assert f"3 AUs, scale\nwrote {hub.url}/user/kind/commit/{oid}\n" in text
-    assert f"next: austeer generate user/kind@{oid} --model MODEL" in text
+    assert f"next: austeer generate user/kind@{oid} --model 'user/model" in text
     assert Plan.from_pretrained(f"user/kind@{oid}") == KNOWN == Plan.from_pretrained("user/kind")
     assert (
         repository.commits[oid]["README.md"].decode() == str(model_card(KNOWN, "user/kind")) and not repository.private

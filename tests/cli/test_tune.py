@@ -66,6 +66,9 @@ def test_strengths_in_print():
         (["tune", "{data}", "--model", "demo", "--ks", "few"], "--ks.*'few'"),
         (["compare", "{data}", "--model", "demo", "--ks", "0"], "--ks.*'0'"),
         (["compare", "{data}", "--model", "demo", "--neutral", "{data}.none"], "--neutral.*none"),
+        (["compare", "{data}", "--model", "demo"], "no row"),
+        (["tune", "{data}.none.jsonl", "--model", "demo"], "no such file"),
+        (["tune", "{data}", "--model", "demo", "--chat-option", "thinking"], "--chat-option.*'thinking'"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, arguments, message):

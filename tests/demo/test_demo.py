@@ -11,10 +11,10 @@ import austeer
 from austeer.cli.demo import show
 from austeer.demo import demo as demonstration
 from austeer.demo.figures import draw_demo
+from austeer.forward.neutral import neutral_texts
 from austeer.models.structure import is_steered
 from austeer.statistics.intervals import mean_interval
 from austeer.tasks import log_odds, side_effects
-from austeer.tasks.neutral import neutral_texts
 from bench.published import demo as published
 from bench.published import numbers
 from bench.published.load import load

@@ -98,7 +98,7 @@ def test_eos_appended_by_the_tokenizer_does_not_end_the_prompt(tiny, demo):
     assert continue_prompts(tiny, tokenizer, PROMPTS, max_new_tokens=5) == expected
 
 
-@pytest.mark.parametrize("prompts, found", [([], "no prompt"), (["Hello", " \n"], "prompt 1.*empty")])
+@pytest.mark.parametrize("prompts, found", [([], "no prompt"), (["Hello", ""], "prompt 1.*empty")])
 def test_no_or_an_empty_prompt(tiny, demo, prompts, found):
     with pytest.raises(PairsError, match=found):
         continue_prompts(tiny, demo[1], prompts)

@@ -1,6 +1,7 @@
 """Token ids of texts and pairs: what a tokenizer adds of itself, cutting, and pairs without a difference."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from austeer import Pair, Pairs, PairsError
-from austeer.forward.tokens import length_limit, tokenise
+from austeer.forward.tokens import begun as begins
+from austeer.forward.tokens import encode, length_limit, tokenise
 
 EXPECTED = [
     Pair("The soup was", " good", " bad"),
@@ -44,6 +46,15 @@ def test_appended_eos_is_dropped_and_bos_kept(demo, framing):
     bos = [demo[1].bos_token_id]
     assert framed.positive == [bos + ids for ids in plain.positive]
     assert framed.negative == [bos + ids for ids in plain.negative]
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(demo, framing):
+    bos, eos = framing.bos_token, framing.eos_token
+    plain, begun, twice, ended = encode(framing, ["soup", f"{bos}soup", f"{bos}{bos}soup", f"soup{eos}"])
+    assert begun == plain and twice == [framing.bos_token_id, *plain]
+    assert ended == [*plain, framing.eos_token_id], "the text's own end stays, the tokenizer's goes"
+    assert encode(framing, [""]) == [[framing.bos_token_id]] and encode(demo[1], [""]) == [[]]
+    assert begins(framing, ["soup", f"{bos}soup"]) == 1 and begins(demo[1], [f"{bos}soup"]) == 0
 
 
 def test_eos_that_the_text_itself_ends_with_stays(demo):
@@ -98,6 +109,15 @@ def test_a_text_without_a_token_is_named(demo):
     pairs = Pairs.of([("a", " b", " c"), ("d", " e", " f")])
     with pytest.raises(PairsError, match=r"p\.jsonl.*pair 40.*'a c'"):
         tokenise(Empty(), pairs, 10, source="p.jsonl", first=40)
+
+
+def test_a_limit_above_the_context_is_lowered_with_a_warning(tiny):
+    context = tiny.config.max_position_embeddings
+    with pytest.warns(UserWarning, match=rf"max_length: found {context + 5}.*{context} tokens"):
+        assert length_limit(tiny, context + 5) == context
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert length_limit(tiny, context) == length_limit(tiny, None) == context
 
 
 def test_a_limit_is_an_integer_of_python(tiny):

@@ -177,3 +177,10 @@ def test_an_unknown_family_may_count_windows_along_the_row():
     model = tiny_model("llama")
     model.config.model_type = "gpt_neo"  # which does, and would be measured wrongly, in silence
     assert list(forms(model, decoder_of(model))) == []
+
+
+def test_a_model_that_says_it_is_bidirectional_takes_no_tree():
+    """Also where nothing can be asked of it: on the meta device, for an estimate."""
+    with torch.device("meta"):
+        model = tiny_model("gemma3_text", use_bidirectional_attention=True)
+    assert not list(forms(model, decoder_of(model)))

@@ -23,6 +23,7 @@ TEXT_FINDINGS = [
     "length",
     "last token",
     "answer words",
+    "beginning of text",
     "prompt boundary",
     "context",
 ]
@@ -123,7 +124,7 @@ def test_what_is_refused(demo, tiny):
     "row, message",
     [
         ({"prompt": "a", "positive": "b"}, "line 1: .*'negative'.*missing.*--negative-field"),
-        ({"prompt": " ", "positive": "b", "negative": "c"}, "line 1: .*'prompt'.*empty"),
+        ({"prompt": None, "positive": "b", "negative": "c"}, "line 1: .*'prompt'.*null"),
         ({"prompt": "a", "positive": 3, "negative": "c"}, "line 1: .*'positive'.*int"),
     ],
 )

@@ -1,11 +1,15 @@
 """Artefacts that tokens show: lengths, last tokens, answer words, the boundary, the context."""
 
+import copy
+
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from austeer.forward.tokens import encode
 from austeer.making.side_checks import (
     Sides,
     check_answer_words,
+    check_beginning,
     check_boundary,
     check_last_token,
     check_length,
@@ -96,6 +100,19 @@ def test_the_boundary(demo, sides):
     assert found.level == "warning" and found.numbers == {"joined": 128, "texts": 128}
     blank = sides(lambda i: "good news", lambda i: "bad news", [f"{p} " for p in PROMPTS])
     assert check_boundary(blank).level == "warning"
+
+
+def test_texts_that_already_begin_as_the_tokenizer_begins_them(demo):
+    tokenizer = copy.deepcopy(demo[1])
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    pairs = [Pair(f"{bos}user: hi", " good", " bad"), Pair("user: hi", " good", " bad")]
+    found = check_beginning(tokenizer, Sides.of(tokenizer, pairs, True), True)
+    assert found.level == "note" and found.numbers["begun"] == 1
+    for plain, special in ((demo[1], True), (tokenizer, False)):
+        assert check_beginning(plain, Sides.of(plain, pairs, special), special).level == "ok"
 
 
 def test_texts_that_are_cut(sides):

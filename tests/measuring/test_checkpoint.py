@@ -1,7 +1,5 @@
 """Checkpoints: what was saved comes back, damage and other runs are told, and an old file survives a failed write."""
 
-import re
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,18 +53,17 @@ def test_what_was_saved_comes_back(tmp_path_factory, seed, number, name, tree):
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    "name, value, found",
     [
-        ("model", SETTINGS["model"] | {"layers": 3}),
-        ("share_prompts", False),
-        ("something_new", 1),
+        ("model", SETTINGS["model"] | {"layers": 3}, "model.layers 2, expected 3"),
+        ("share_prompts", False, "share_prompts True, expected False"),
+        ("something_new", 1, "something_new None, expected 1"),
     ],
 )
-def test_each_other_setting_is_named(tmp_path, name, value):
+def test_each_other_setting_is_named(tmp_path, name, value, found):
     Checkpoint(tmp_path / "c", SETTINGS).save(state_of())
     other = Checkpoint(tmp_path / "c", SETTINGS | {name: value})
-    found, expected = (re.escape(repr(v)) for v in (SETTINGS.get(name), value))
-    with pytest.raises(FileFormatError, match=f"c: .*{name} {found}.*{expected}"):
+    with pytest.raises(FileFormatError, match=f"c: .*found {found}"):
         other.load()
 
 

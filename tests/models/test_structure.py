@@ -4,13 +4,17 @@ import copy
 from collections import Counter
 
 import numpy as np
+import peft
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, MusicgenForConditionalGeneration
 
 import austeer
 from austeer import Momentum, SiteError
+from austeer.forward.causality import is_causal
 from austeer.models.sites import find_sites, layers_path
-from austeer.models.structure import first_layers
+from austeer.models.skeleton import named_dtype
+from austeer.models.structure import first_layers, input_device, vocabulary_size
 from letter_tokens import Letters, letter_pairs
 from tiny_models import FAMILIES, tiny_model
 
@@ -50,6 +54,7 @@ def test_rows_are_those_of_the_whole_measurement(family):
 def test_layers_above_are_not_run(family, share):
     model, ran = tiny_model(family), Counter()
     layers = model.get_submodule(layers_path(model))
+    assert is_causal(model)  # asked once for a model, of the first layer of each kind
     for number, layer in enumerate(layers):
         layer.register_forward_hook(lambda module, args, output, number=number: ran.update([number]))
     measured(model, [1], max_length=64, share_prompts=share)
@@ -146,3 +151,41 @@ def test_a_list_of_modules_is_shorter_for_a_while(llama, count):
         assert not llama.model.layers.training
         assert not any(name.startswith(f"model.layers.{count}") for name in llama.state_dict())
     assert llama.model.layers is layers and modules(llama) == before
+
+
+# --- models that are no decoder of text alone ------------------------------------------------------------------------
+
+
+def test_a_config_with_several_text_models_is_refused_by_its_class():
+    config = AutoConfig.for_model("musicgen", **{
+        part: {"model_type": kind} for part, kind in (("text_encoder", "t5"), ("audio_encoder", "encodec"))
+    }, decoder={"model_type": "musicgen_decoder"})  # fmt: skip
+    with torch.device("meta"):
+        model = MusicgenForConditionalGeneration._from_config(config)
+    for attempt in (lambda: find_sites(model), lambda: named_dtype(config)):
+        with pytest.raises(SiteError, match=r"musicgen\).*text_encoder.*decoder"):
+            attempt()
+    with pytest.raises(SiteError, match="MusicgenForConditionalGeneration"):
+        find_sites(model)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "marian", "m2m_100", "blenderbot"])
+def test_encoder_decoders_are_refused_by_their_class(family):
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family))
+    with pytest.raises(SiteError, match=rf"{type(model).__name__}.*encoder and a decoder.*decoder alone"):
+        find_sites(model)
+
+
+@pytest.mark.parametrize("family", ["vit", "wav2vec2", "clip"])
+def test_models_that_take_no_text_tokens_are_refused_by_their_class(family):
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(family))
+    for ask in (vocabulary_size, input_device):
+        with pytest.raises(SiteError, match=rf"{type(model).__name__}.*text tokens"):
+            ask(model)
+
+
+def test_an_embedding_with_an_adapter_counts_its_tokens(llama):
+    wrapped = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["embed_tokens"], r=2))
+    assert vocabulary_size(wrapped) == 64 and input_device(wrapped).type == "cpu"

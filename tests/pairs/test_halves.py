@@ -20,16 +20,29 @@ def test_halves_are_about_equal():
 
 def test_pairs_of_one_prompt_stay_together(tiny64, demo):
     answers = [(" good", " bad"), (" fine", " poor"), (" fresh", " stale")]
-    pairs = [(prompt, *answer) for prompt in ("The soup was", "It is", "Bread is") for answer in answers]
+    prompts = ("The soup was", "It is", "Bread is", "The film was")
+    pairs = [(prompt, *answer) for prompt in prompts for answer in answers]
     found = austeer.measure(tiny64, demo[1], pairs)
     inside = [pair for pair in pairs if half_of(pair[0])]
-    assert found.half_pairs == len(inside) and 0 < len(inside) < 9 and not len(inside) % 3
+    assert found.half_pairs == len(inside) and 0 < len(inside) < 12 and not len(inside) % 3
     half, rest = found.halves()
     assert_like(half.merge(rest), austeer.Momentum(**{**vars(found), "half": None, "half_pairs": 0}))
     own = austeer.measure(tiny64, demo[1], inside)
     for site, counters in own.sites.items():
         assert half.sites[site].positive.equal(counters.positive)
         assert half.sites[site].negative.equal(counters.negative)
+
+
+def test_pairs_of_one_prompt_for_all_are_divided_by_their_texts(tiny64, demo):
+    """Of a frame ("Sentence:"), or of no prompt, every pair would be in one half; equal ones stay together."""
+    for prompt in ("Sentence:", ""):
+        pairs = [(prompt, f" a fine word {i % 6}", f" a poor one {i % 6}") for i in range(12)]
+        found = austeer.measure(tiny64, demo[1], pairs, block_pairs=5)
+        inside = [pair for pair in pairs if half_of("\n".join(pair))]
+        assert found.half_pairs == len(inside) and 0 < len(inside) < 12 and not len(inside) % 2
+        own = austeer.measure(tiny64, demo[1], inside)
+        for site, counters in own.sites.items():
+            assert found.half[site].positive.equal(counters.positive)
 
 
 def test_any_order_and_any_cut_gives_the_same_halves(tiny64, demo):

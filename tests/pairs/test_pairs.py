@@ -54,7 +54,7 @@ def test_of_takes_pairs_mappings_and_triples():
         ([("a", "b", "c"), ("a", "b")], r"memory, pair 1: .*\('a', 'b'\).*\(prompt, positive, negative\)"),
         ([("a", "b", "c"), "abc"], "memory, pair 1: .*'abc'"),
         ([("a", "b", "c"), None], "memory, pair 1: .*None"),
-        ([("a", "b", "c"), ("a", "b", None)], "memory, pair 1: .*'negative' is missing"),
+        ([("a", "b", "c"), ("a", "b", None)], "memory, pair 1: .*'negative' is null"),
         ([("a", "b", "c"), ("a", 1, "c")], "memory, pair 1: .*'positive' is int"),
         ([("a", "b", "c"), Pair("a", "b", " ")], "memory, pair 1: .*'negative' is empty"),
         ([("a", "b", "c"), ("a\ud800", "b", "c")], "memory, pair 1: .*'prompt'.*half"),

@@ -292,12 +292,13 @@ def test_any_damage_gives_pairs_or_a_pairs_error(tmp_path_factory, suffix, data)
 
 def test_chat_templates_are_rendered_when_a_pair_is_read(demo, tmp_path):
     path = write(tmp_path / "p.jsonl", ROWS)
-    for system in (None, "Be brief."):
-        stream = stream_pairs(path).with_chat_template(demo[1], system)
-        assert stream.chat_template and Pairs.of(stream) == load_pairs(path).with_chat_template(demo[1], system)
+    for options in ({}, {"system": "Be brief."}):
+        stream = stream_pairs(path).with_chat_template(demo[1], **options)
+        assert stream.chat_template == (options or True)
+        assert Pairs.of(stream) == load_pairs(path).with_chat_template(demo[1], **options)
     stream = stream_pairs(path, chat_template=demo[1], where={"prompt": "a"})
     assert next(iter(stream)).prompt.endswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
-    write(path, [ROWS[0], {**ROWS[1], "prompt": ""}])
+    write(path, [ROWS[0], {**ROWS[1], "positive": ""}])
     assert next(iter(stream)).positive == " b", "the row behind is not read yet"
 
 
@@ -309,7 +310,7 @@ def test_chat_templates_are_refused_at_once(demo, tmp_path):
     tokenizer.chat_template = "{{ raise_exception('no system message') if messages[0].role == 'system' }}"
     stream.with_chat_template(tokenizer)
     with pytest.raises(PairsError, match="no system message"):
-        stream.with_chat_template(tokenizer, "Be brief.")
+        stream.with_chat_template(tokenizer, system="Be brief.")
     tokenizer.chat_template = None
     with pytest.raises(PairsError, match="no chat template"):
         stream_pairs(tmp_path / "p.jsonl", chat_template=tokenizer)

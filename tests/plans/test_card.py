@@ -77,7 +77,7 @@ def test_facts():
         "k": "3 AUs",
         "pairs": "17",
         "ties": "by layer, then index, as in the paper's public code",
-        "chat template": "the prompts went through the model's",
+        "chat template": "the prompts went through a chat template",
     }
     assert card.text.strip().startswith("# kind\n")
     assert "revision | not known" in str(model_card(replace(plan, model=replace(HUB_MODEL, revision=None))))

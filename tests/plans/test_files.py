@@ -31,11 +31,13 @@ from small_plans import (
     sealed,
 )
 
+CHAT_FORMS = st.sampled_from([False, True, {"system": "Be brief.", "tools": []}])
+
 # --- round trips -----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
-@given(keys_of(), st.sampled_from(OPERATIONS), st.booleans(), st.sampled_from(TIES), st.booleans())
+@given(keys_of(), st.sampled_from(OPERATIONS), CHAT_FORMS, st.sampled_from(TIES), st.booleans())
 def test_file_gives_back_the_plan(tmp_path_factory, keys, operation, chat, ties, known):
     plan = plan_of(keys, operation, chat_template=chat, ties=ties)
     if known:

@@ -200,7 +200,7 @@ def test_a_name_that_stands_twice(tmp_path):
     assert twice != outer and inner != metadata["header"]
     for new in (struct.pack("<Q", len(twice)) + twice.encode() + content[8 + size :], sealed(inner, columns)):
         (tmp_path / FILE_NAME).write_bytes(new)
-        with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: .*name twice"):
+        with pytest.raises(FileFormatError, match=rf"{FILE_NAME}: .*twice"):
             Plan.from_pretrained(tmp_path)
 
 

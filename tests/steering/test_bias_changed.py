@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 import austeer
 from austeer.steering import bias
+from austeer.steering.sharing import is_marked
 from dense_formula import assert_unchanged, formula_logits, logits, random_plan, shift_plan, snapshot
 from tiny_models import ids_of_rows, tiny_model
 
@@ -183,7 +184,7 @@ def test_a_bias_that_is_changed_inside_the_block(change, of_its_own):
             steering.alpha = 2.0
         with pytest.raises(austeer.SteeringError, match=r"could not be restored.*layers\.1\.mlp.*another bias"):
             steering.detach()
-    assert not austeer.is_steered(model) and not any(map(bias.is_marked, model.modules()))
+    assert not austeer.is_steered(model) and not any(map(is_marked, model.modules()))
     expected = torch.ones(32) if change is replace else before[0].get("model.layers.1.mlp.down_proj.bias")
     expected = None if change is none else expected
     if change is not offload:

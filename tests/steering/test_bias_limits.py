@@ -88,6 +88,10 @@ def parametrize(module):
 #: Name -> what is done to a Llama with biases; site -> a part of the reason, None for what is a bias still.
 CHANGES = {
     "a subclass": (of_class(Ignoring, "mlp.down_proj"), dict.fromkeys(("ffn", "neuron", "layer"), "Ignoring")),
+    "a scripted layer": (
+        on_each("mlp", lambda m: setattr(m, "down_proj", torch.jit.script(m.down_proj))),
+        {"ffn": "TorchScript", "layer": "TorchScript", "attention": None},
+    ),
     "a layer's class": (of_class(Layer, ""), {"layer": "not Transformers' own", "ffn": None, "neuron": None}),
     "a shared bias": (tie_biases, dict.fromkeys(("ffn", "neuron", "layer"), "bias is shared")),
     "a pruned weight": (
@@ -126,8 +130,7 @@ CHANGES = {
         on_each("mlp", lambda m: setattr(m, "forward", types.MethodType(doubled, m))),
         {"layer": "forward of model.layers.1.mlp was replaced", "neuron": None},
     ),
-    "training": (lambda model: model.train().requires_grad_(False), {"layer": "training", "ffn": None, "neuron": None}),
-    "trained": (lambda model: model.train(), {"layer": "training", "neuron": "trained", "attention": "trained"}),
+    "training": (lambda model: model.train().requires_grad_(False), dict.fromkeys(("ffn", "neuron"), "training mode")),
     "one module in training": (
         on_each("mlp.act_fn", lambda m: m.train()),
         {"layer": "training", "ffn": None, "neuron": None},

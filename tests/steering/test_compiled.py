@@ -1,6 +1,7 @@
 """A compiled model is steered however and whenever it was compiled, and changes of strength never compile again."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def fresh():
     counters.clear()
     yield
     torch._dynamo.reset()
+    sys.modules.pop("torch._inductor.freezing", None)  # which says that something was frozen
 
 
 def graphs():
@@ -135,6 +137,38 @@ def test_no_fold_where_the_compiler_copies_weights_into_its_code():
             assert "freezing" in steering.report()[0].reason
         with pytest.raises(austeer.SteeringError, match=r"fold.*freezing"):
             austeer.steer(model, plan, 0.5, mode="fold")
+
+
+@torch.no_grad()
+def freeze(model):
+    """Compiles a block to code that has a copy of its weights."""
+    torch.compiler.reset()
+    model.model.layers[0].mlp.compile()
+    with torch._inductor.config.patch(freezing=True):
+        model(**IDS)
+
+
+@torch.no_grad()
+def test_no_fold_after_weights_were_copied_into_compiled_code():
+    model = tiny_model(num_hidden_layers=1)
+    plan = random_plan(model, "ffn", 9)
+    expected = formula_logits(copy.deepcopy(model), IDS, plan, 0.5)
+    freeze(model)
+    with austeer.steer(model, plan, 0.5) as steering:
+        torch.testing.assert_close(model(**IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        assert {row.path for row in steering.report()} == {"columns"}
+        assert "freezing" in steering.report()[0].reason
+
+
+def test_weights_that_are_copied_into_compiled_code_inside_the_block_are_warned_of():
+    model = tiny_model(num_hidden_layers=1)
+    steering = austeer.steer(model, random_plan(model, "ffn", 9), 0.5, mode="fold")
+    with pytest.warns(austeer.SteeringWarning, match=r"freezing.*since steering began") as found, steering:
+        freeze(model)
+        steering.alpha = 1.0
+    assert (
+        len([w for w in found if w.category is austeer.SteeringWarning]) == 2
+    )  # with the new strength, and on leaving
 
 
 @pytest.mark.parametrize("mode", ["fold", "columns"])

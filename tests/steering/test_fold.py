@@ -8,14 +8,15 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
+from torch.nn.utils import prune
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import austeer
 from austeer import find_sites
 from austeer.models.structure import text_config
 from austeer.steering import fold
-from austeer.steering.editable import shared_storages
 from austeer.steering.fold import why_not_fold
+from austeer.steering.sharing import Sharing
 from dense_formula import assert_unchanged, formula_logits, logits, random_plan, snapshot
 from tiny_models import tiny_model
 
@@ -23,7 +24,7 @@ BATCH = {"input_ids": torch.tensor([[3, 1, 40, 22, 9], [7, 7, 12, 50, 2]])}
 
 
 def refusal(model, name="ffn", operation="scale", layer=-1):
-    return why_not_fold(model, find_sites(model)[name][layer], operation, shared_storages(model))
+    return why_not_fold(model, find_sites(model)[name][layer], operation, Sharing(model))
 
 
 # --- what is scaled --------------------------------------------------------------------------------------------------
@@ -84,21 +85,102 @@ def test_every_way_to_run_experts(family, implementation):
 
 def test_a_fold_that_breaks_off_is_undone(monkeypatch):
     model = tiny_model("deepseek_v3")
-    plan, before, read = random_plan(model, "ffn", 40), snapshot(model), fold.weights_of
-    first, second = map(model.get_submodule, find_sites(model, ["ffn"])["ffn"][1].parts)
+    plan, before, read = random_plan(model, "ffn", 40), snapshot(model), fold.reference.compute_dtype
+    first, _ = map(model.get_submodule, find_sites(model, ["ffn"])["ffn"][1].parts)
     unchanged = first.down_proj.clone()
 
-    def broken(part):
-        if part is second and not torch.equal(first.down_proj, unchanged):
-            monkeypatch.setattr(fold, "weights_of", read)  # once
+    def broken(dtype):
+        if not torch.equal(first.down_proj, unchanged):
+            monkeypatch.setattr(fold.reference, "compute_dtype", read)  # once
             raise RuntimeError("out of memory")
-        return read(part)
+        return read(dtype)
 
-    monkeypatch.setattr(fold, "weights_of", broken)
+    monkeypatch.setattr(fold.reference, "compute_dtype", broken)
     with pytest.raises(RuntimeError, match="out of memory"), austeer.steer(model, plan, 2.0, mode="fold"):
         pass
     assert_unchanged(model, before)
     assert not austeer.is_steered(model)
+
+
+# --- changed inside the block ----------------------------------------------------------------------------------------
+
+
+def downs(model):
+    return [layer.mlp.down_proj for layer in model.model.layers]
+
+
+def step(module):
+    module.weight.grad = torch.ones_like(module.weight)
+    torch.optim.SGD([module.weight], 0.1).step()
+
+
+def load(module):
+    module.load_state_dict({"weight": torch.ones_like(module.weight), "bias": torch.ones_like(module.bias)})
+
+
+def replace_weight(module):
+    module.weight = nn.Parameter(torch.ones_like(module.weight))
+
+
+def quantise(module):
+    module.weight = Quantised(module.weight.data.to(torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [step, load, replace_weight, quantise])
+def test_weights_that_are_changed_inside_the_block_stay_and_it_is_said(change):
+    model = tiny_model("llama", mlp_bias=True)
+    plan, before, down = random_plan(model, ("ffn", "neuron", "attention"), 40), snapshot(model), downs(model)[1]
+    steering = austeer.steer(model, plan, 2.0, mode="fold").attach()
+    change(down)
+    now = down.weight.clone()
+    with pytest.raises(austeer.SteeringError, match=r"layers\.1\.mlp.*weight: found other values"):
+        steering.detach()
+    assert not austeer.is_steered(model)
+    assert torch.equal(down.weight, now) or change is step  # of which what was not steered stays
+    after = snapshot(model)[0]
+    assert all(torch.equal(after[name], value) for name, value in before[0].items() if "layers.1.mlp.down" not in name)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: cpu_offload(m, torch.device("cpu")), lambda m: prune.identity(m, "weight")]
+)
+def test_weights_that_are_elsewhere_by_now_are_restored(change):
+    model = tiny_model()
+    plan, unsteered = random_plan(model, ("ffn", "neuron"), 40), logits(model, BATCH)
+    with austeer.steer(model, plan, 2.0, mode="fold"):
+        assert not torch.equal(logits(model, BATCH), unsteered)
+        for module in downs(model):
+            change(module)
+    assert torch.equal(logits(model, BATCH), unsteered)
+
+
+def test_a_checkpoint_loaded_inside_is_steered_with_the_next_strength():
+    model = tiny_model()
+    plan, state, before = (
+        random_plan(model, ("ffn", "attention"), 40),
+        copy.deepcopy(model.state_dict()),
+        snapshot(model),
+    )
+    expected = formula_logits(tiny_model(), BATCH, plan, 0.5)
+    with austeer.steer(model, plan, 2.0, mode="fold") as steering:
+        model.load_state_dict(state)
+        steering.alpha = 0.5
+        torch.testing.assert_close(logits(model, BATCH), expected, rtol=1e-4, atol=1e-4)
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+
+
+def test_a_model_cast_inside_leaves_nothing_in_the_memory_that_it_shared():
+    model = tiny_model()
+    other = tiny_model()
+    other.load_state_dict(model.state_dict(), assign=True)
+    before = snapshot(other)
+    with austeer.steer(model, random_plan(model, ("ffn", "neuron"), 40), 2.0, mode="fold") as steering:
+        model.double()
+        steering.alpha = 1.0
+        logits(model, BATCH)
+    assert_unchanged(other, before)
+    assert_unchanged(model, snapshot(tiny_model().double()))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -161,6 +243,7 @@ def tie(block):
         (lambda b: b.experts.register_forward_hook(lambda *a: None), r"mlp\.experts.*hooks"),
         (offload, "(down_proj|weight) is offloaded"),
         (tie, "down_proj.*shared"),
+        (lambda b: setattr(b.shared_expert, "down_proj", torch.jit.script(b.shared_expert.down_proj)), "TorchScript"),
         (lambda b: b.shared_expert.down_proj.to(torch.float8_e4m3fn), r"shared_expert.*weight.*torch\.float8"),
         (lambda b: parameter(b.experts, "down_proj", Quantised(b.experts.down_proj.data)), "down_proj.*Quantised"),
         (

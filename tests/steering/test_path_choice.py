@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import austeer
-from austeer.steering import columns, fused, run_path
+from austeer.steering import columns, fused, routing, run_path
 from austeer.steering import path_choice as dispatch
 from austeer_kernels import launch
 from dense_formula import formula, formula_at, formula_logits, logits, random_plan
@@ -147,6 +147,29 @@ def test_a_capture_takes_only_kernels_that_were_loaded(tiny, monkeypatch, limit_
         torch.testing.assert_close(logits(tiny, ids[0]), expected[0])
         assert (counted, took) == ([3] * 6, [3] * 9)
         torch.testing.assert_close(logits(tiny, ids[1]), expected[1])
+        assert (counted, took) == ([3] * 6, [3] * 9)
+
+
+def test_a_pass_that_a_bias_steers_loads_the_kernels_of_a_capture(tiny, monkeypatch, limit_of, counted):
+    """A pass that is captured never has the bias, as its replays may be in scope or not."""
+    limit_of(1000)
+    on, sparse, took = [False], columns.sparse, []
+    for module in (fused, columns, run_path, routing):
+        monkeypatch.setattr(module, "capturing", lambda device: on[0])
+    for module in (fused, columns):
+        monkeypatch.setattr(module, "capturable", lambda device: True)
+    monkeypatch.setattr(columns, "sparse", lambda x, *rest: took.append(len(x)) or sparse(x, *rest))
+    plan, plain, ids = random_plan(tiny, ("ffn", "layer"), 60, "shift"), copy.deepcopy(tiny), torch.full((3, 1), 7)
+    expected = formula_logits(plain, {"input_ids": ids}, plan, 1.5)
+    with austeer.steer(tiny, plan, 1.5, scope="prompt") as steering:
+        assert paths_of(steering) == {"bias"}
+        for row in steering.report():
+            assert ("fused under CUDA graphs up to 1000 tokens" in row.reason) == (row.site == "ffn")
+        for _ in range(2):
+            torch.testing.assert_close(logits(tiny, {"input_ids": ids}), expected)
+            assert (counted, took) == ([3] * 3, [3] * 6), "once each: ffn's product and columns, layer's columns"
+        on[0] = True
+        torch.testing.assert_close(logits(tiny, {"input_ids": ids}), expected)
         assert (counted, took) == ([3] * 6, [3] * 9)
 
 

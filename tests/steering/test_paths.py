@@ -281,7 +281,7 @@ def test_decoding_takes_the_short_way_and_stays_exact(tiny, monkeypatch, operati
     )
     monkeypatch.setattr(columns, "most_elements", lambda *_: 16384)
     module, plan = tiny.model.layers[0].mlp, random_plan(tiny, "ffn", 20, operation)
-    found, _ = plan_paths(tiny, [plan], find_sites(tiny, ["ffn"]), "columns", "", None, False)
+    found, _ = plan_paths(tiny, [plan], find_sites(tiny, ["ffn"]), "columns", "", False, None, False)
     path = next(p for p in found if p.module is module)
     x = torch.randn(1, 1, 32)
     with torch.no_grad():

@@ -9,10 +9,10 @@ import torch
 from transformers import StaticCache
 
 import austeer
-from dense_formula import formula_at, logits, random_plan
+from dense_formula import formula_at, greedy_by_recomputing, inside, logits, random_plan
 
 NEW = 6
-SCOPES = ["prompt", "generation", "last_prompt_token", (0, 3), (2, None), (6, 11), (9, 10)]
+SCOPES = ["prompt", "generation", "last_prompt_token", "from_last_prompt_token", (0, 3), (2, None), (6, 11), (9, 10)]
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 
 
@@ -26,34 +26,6 @@ def batch(padded):
     return padded
 
 
-def inside(scope, mask, prompt):
-    """bool [batch, columns]: the definition of a scope, token by token, from the mask of whole sequences."""
-    chosen = torch.zeros_like(mask, dtype=torch.bool)
-    for row, real in enumerate(mask.bool()):
-        columns = real.nonzero().flatten().tolist()
-        for number, column in enumerate(columns):
-            chosen[row, column] = {
-                "all": True,
-                "prompt": column < prompt,
-                "generation": column >= prompt,
-                "last_prompt_token": column == max(c for c in columns if c < prompt),
-            }.get(scope, False)
-            if isinstance(scope, tuple):
-                chosen[row, column] = scope[0] <= number < (scope[1] or 10**6)
-    return chosen
-
-
-def greedy_by_recomputing(model, batch, plan, alpha, scope):
-    """Greedy tokens from whole sequences run anew for each token, with the formula at the scope's tokens."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    prompt = ids.shape[1]
-    for _ in range(NEW):
-        with formula_at(model, plan, alpha, inside(scope, mask, prompt)):
-            best = logits(model, {"input_ids": ids, "attention_mask": mask})[:, -1].argmax(-1, keepdim=True)
-        ids, mask = torch.cat([ids, best], 1), torch.cat([mask, torch.ones_like(best)], 1)
-    return ids
-
-
 FEW_SCOPES = ("generation", (0, 3))
 
 
@@ -64,7 +36,7 @@ FEW_SCOPES = ("generation", (0, 3))
 )
 def test_generation_equals_recomputation_without_a_cache(model, batch, scope, mode):
     plan = random_plan(model, ("ffn", "attention"), 20, "push")
-    expected = greedy_by_recomputing(model, batch, plan, 3.0, scope)
+    expected = greedy_by_recomputing(model, batch, plan, 3.0, scope, NEW)
     assert not torch.equal(expected, model.generate(**batch, **GREEDY))
     with austeer.steer(model, plan, 3.0, scope=scope, mode=mode) as steering:
         for form in ({}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}):
@@ -82,7 +54,7 @@ def test_what_generate_makes_of_pad_tokens_is_a_mask_too(model, batch):
     """Without a mask generate takes it from the pad tokens; ranges must count from each row's first token then too."""
     plan = random_plan(model, "ffn", 40, "push")
     for some in (batch, {name: value[1:2] for name, value in batch.items()}):
-        expected = greedy_by_recomputing(model, some, plan, 3.0, (0, 3))
+        expected = greedy_by_recomputing(model, some, plan, 3.0, (0, 3), NEW)
         with austeer.steer(model, plan, 3.0, scope=(0, 3)):
             for form in ({}, {"cache_implementation": "static"}):
                 assert torch.equal(model.generate(some["input_ids"], **GREEDY, **form), expected)
@@ -118,7 +90,7 @@ def test_direct_calls_with_a_cache(model, batch, scope):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("scope", ["last_prompt_token", (1, 4)], ids=str)
+@pytest.mark.parametrize("scope", ["last_prompt_token", "from_last_prompt_token", (1, 4)], ids=str)
 def test_padding_on_either_side_of_a_direct_call(model, batch, scope, side):
     plan = random_plan(model, "ffn", 30, "push")
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -129,6 +101,35 @@ def test_padding_on_either_side_of_a_direct_call(model, batch, scope, side):
     with austeer.steer(model, plan, 2.0, scope=scope):
         got = logits(model, {"input_ids": ids, "attention_mask": mask})
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_no_mask_tells_is_refused(model, side):
+    """The pad token stands in rows, and nothing says that it pads: a scope that counts from there would be off."""
+    plan = random_plan(model, "ffn", 30, "push")
+    pad, end = 0, 2
+    model.config.pad_token_id, model.config.eos_token_id = pad, end
+    ids = torch.randint(3, 999, (2, 5), generator=torch.Generator().manual_seed(2))
+    ids[1, 0 if side == "left" else -1] = pad
+    mask = (ids != pad).long()
+    for scope in ("last_prompt_token", "from_last_prompt_token", (0, 2)):
+        with austeer.steer(model, plan, 2.0, scope=scope):
+            with pytest.raises(austeer.SteeringError, match=rf"attention_mask.*{pad}"):
+                model(ids)
+            model(ids, attention_mask=mask)
+            model(ids.clamp(min=3))
+    with austeer.steer(model, plan, 2.0, scope="prompt"):
+        model(ids)
+    # Where the end of a text pads, rows that all end so are whole texts; generate takes no mask from it either.
+    model.config.pad_token_id = model.generation_config.pad_token_id = end
+    model.generation_config.eos_token_id = end
+    ids[1, 0], ids[:, -1] = 5, end
+    with austeer.steer(model, plan, 2.0, scope="last_prompt_token"):
+        model(ids)
+        ids[0, -1] = 7
+        for run in (model, lambda ids: model.generate(ids, max_new_tokens=2)):
+            with pytest.raises(austeer.SteeringError, match=rf"attention_mask.*{end}"):
+                run(ids)
 
 
 def test_a_mask_as_long_as_a_static_cache(model, batch):
@@ -226,7 +227,13 @@ def test_a_second_turn_goes_on_from_the_cache(model, batch):
 
 def test_tokens_are_counted(model, batch):
     plan = random_plan(model, "ffn", 10)
-    for scope, per_row in (("prompt", 9), ("generation", NEW - 1), ("last_prompt_token", 1), ((0, 3), 3)):
+    for scope, per_row in (
+        ("prompt", 9),
+        ("generation", NEW - 1),
+        ("last_prompt_token", 1),
+        ("from_last_prompt_token", NEW),
+        ((0, 3), 3),
+    ):
         with austeer.steer(model, plan, 1.0, scope=scope) as steering:
             model.generate(**batch, **GREEDY)
             assert {row.tokens for row in steering.report()} == {3 * per_row}

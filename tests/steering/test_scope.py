@@ -30,7 +30,8 @@ def test_what_is_no_scope(wrong):
 
 def test_intervals_of_rows_without_padding_are_integers():
     found = {name: Scope(name).interval(7, 0, 0) for name in SCOPES}
-    assert found == {"all": (0, END), "prompt": (0, 7), "generation": (7, END), "last_prompt_token": (6, 7)}
+    last = {"last_prompt_token": (6, 7), "from_last_prompt_token": (6, END)}
+    assert found == {"all": (0, END), "prompt": (0, 7), "generation": (7, END), **last}
     assert Scope("range", 2, 5).interval(7, 0, 0) == (2, 5)
 
 
@@ -38,4 +39,6 @@ def test_padding_moves_ranges_and_the_last_token():
     before, after = torch.tensor([0, 3]), torch.tensor([2, 0])
     assert [t.tolist() for t in Scope("range", 2, 5).interval(7, before, after)] == [[2, 5], [5, 8]]
     assert [t.tolist() for t in Scope("last_prompt_token").interval(7, before, after)] == [[4, 6], [5, 7]]
+    first, stop = Scope("from_last_prompt_token").interval(7, before, after)
+    assert (first.tolist(), stop) == ([4, 6], END)
     assert int(Scope("range", 2, END).interval(7, before, after)[1].max()) > 2**40  # adding padding does not overflow

@@ -181,6 +181,28 @@ def test_scopes_hold_inside_a_graph(model, device, scope, steered, mode):
                 differ(got, expected)
 
 
+@torch.no_grad()
+def test_a_graph_beside_passes_that_have_the_shift_in_their_biases(model, device):
+    """Neither reads what the other needs: the graph was captured without the bias, and none is left there."""
+    plain, plan = copy.deepcopy(model), random_plan(model, ("attention", "ffn", "layer"), 60, "shift")
+    prompt, tokens = random_ids(device), random_ids(device, columns=STEPS, seed=2)
+    with austeer.steer(plain, plan, 2.0, scope="generation", mode="columns"), torch.no_grad():
+        reference = Decoder(plain, prompt)
+        expected = [reference.step(tokens[:, i : i + 1]) for i in range(STEPS)]
+    biases = []
+    with austeer.steer(model, plan, 2.0, scope="generation") as steering:
+        captured = Decoder(model, prompt, capture=True)
+        model.model.norm.register_forward_pre_hook(lambda *_: biases.append(model.model.layers[1].mlp.down_proj.bias))
+        cache = model(prompt, use_cache=True).past_key_values
+        for i in range(STEPS):
+            biases.clear()
+            eager = model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            assert biases[0] is not None and model.model.layers[1].mlp.down_proj.bias is None
+            torch.testing.assert_close(eager[:, -1], expected[i].reshape(eager[:, -1].shape), rtol=1e-3, atol=1e-3)
+            same(captured.step(tokens[:, i : i + 1]), expected[i])
+        assert {row.path for row in steering.report()} == {"bias"}
+
+
 def test_the_prompt_length_changes_between_replays(model, device):
     plain, plan = copy.deepcopy(model), random_plan(model, "ffn", 60, "push")
     prompt, tokens = random_ids(device), random_ids(device, columns=STEPS, seed=2)

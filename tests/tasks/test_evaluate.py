@@ -8,11 +8,11 @@ import torch
 
 from austeer import PlanError
 from austeer.errors import TaskError
+from austeer.forward.neutral import neutral_texts
 from austeer.models.structure import is_steered
 from austeer.plans.evidence import Evidence, Outcome
 from austeer.statistics.intervals import mcnemar, mean_interval, share_interval
 from austeer.tasks import Item, Task, Variant, check_options, evaluate, last_number, numeric_answers
-from austeer.tasks.neutral import neutral_texts
 from dense_formula import formula_at, random_plan
 
 QUESTIONS = ["The sky is", "Grass in the spring is", "Snow is", "Coal is", "The sea is", "Blood, as we all know, is"]

@@ -99,10 +99,9 @@ def test_template_asks_for_what_the_file_lacks(file):
         ({"prompt": "Q", "options": [" a", " b"], "label": 2}, "label.*2"),
         ({"prompt": "Q", "options": " a", "label": 0}, "options.*' a'"),
         ({"prompt": "Q", "options": [" a", 3], "label": 0}, r"options.*\[' a', 3\]"),
-        ({"prompt": "", "options": [" a", " b"], "label": 0}, "prompt.*''"),
         ({"prompt": 3, "options": [" a", " b"], "label": 0}, "prompt.*3"),
         ({"prompt": "Q", "options": [" a", " b"]}, "prompt, options,.*prompt, options, label"),
-        ({"prompt": "Q", "options": [" a", " b"], "label": None}, "prompt, options,.*prompt, options, label"),
+        ({"prompt": "Q", "options": [" a", " b"], "label": None}, "prompt, options,.*, label.*label is null"),
         ({"prompt": "Q", "options": [" a", " b"], "label": 0, "extra": 1}, "extra.*prompt, options, label"),
     ],
 )

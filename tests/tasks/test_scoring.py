@@ -243,6 +243,20 @@ def test_continuation_that_cannot_be_scored(demo, small):
         log_odds(small, demo[1], Pairs.of([("It is", " fine", " bad"), ("Tea", "m", " is")]))
 
 
+def test_an_empty_prompt_takes_a_tokenizer_that_begins_texts(demo, small):
+    pairs = Pairs.of([("", " fine weather", " bad weather"), ("", " good", " poor")])
+    with pytest.raises(TaskError, match=r"item 0.*prompt is empty"):
+        log_odds(small, demo[1], pairs)
+    tokenizer = copy.deepcopy(demo[1])
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    written = Pairs.of([(bos, pair.positive, pair.negative) for pair in pairs])
+    assert torch.equal(log_odds(small, tokenizer, pairs), log_odds(small, demo[1], written))
+    assert torch.equal(log_odds(small, tokenizer, written), log_odds(small, demo[1], written)), "no second one"
+
+
 def test_rendered_chat_is_scored_without_more_special_tokens(demo, small):
     pairs = Pairs.of(SHARED).with_chat_template(demo[1])
     expected = naive_log_odds(small, demo[1], pairs)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from austeer import Pair, Pairs, PairsError
 from austeer.errors import TaskError
 from austeer.tasks import Item, Task
+from austeer.tasks.task import grouped
 
 
 def numbered(count, groups=None):
@@ -25,7 +26,7 @@ def prompts(task):
     "kind, item, message",
     [
         ("guess", Item("Q", (" a", " b")), "kind.*'guess'.*choice, continuation, numeric"),
-        ("choice", Item(" \n", (" a", " b")), "prompt.*' .n'"),
+        ("numeric", Item(" \n", answer=1.0), "prompt.*' .n'"),
         ("choice", Item("Q\ud800", (" a", " b")), "prompt.*ud800"),
         ("choice", Item("Q", (" a",)), r"options.*\(' a',\)"),
         ("choice", Item("Q", (" a", " a")), r"options.*\(' a', ' a'\)"),
@@ -104,8 +105,27 @@ def test_parts_have_their_fractions_and_depend_on_the_seed():
 
 def test_one_group_is_never_divided():
     task = numbered(6, [0] * 6)
-    with pytest.raises(TaskError, match=r"memory.*6 items in 1 groups.*'b'"):
+    with pytest.raises(TaskError, match=r"memory.*6 items in 1 group .*'b'"):
         task.split({"a": 0.5, "b": 0.5})
+
+
+@pytest.mark.parametrize("prompt", ["Sentence:", ""])
+def test_a_prompt_that_all_share_divides_by_texts(prompt):
+    pairs = Pairs.of([(prompt, f" now {i % 50}", f" then {i % 50}") for i in range(100)])
+    task = Task.of_pairs(pairs)
+    parts = task.split({"a": 0.5, "b": 0.25, "c": 0.25})
+    assert task.grouped_by == "texts" and [len(part) for part in parts.values()] == [50, 26, 24]
+    options = [{item.options for item in part} for part in parts.values()]
+    assert not options[0] & options[1] and not options[1] & options[2], "equal texts stay together"
+
+
+def test_prompts_that_tell_items_apart_are_the_groups():
+    four = Task.of_pairs(Pairs.of([(f"Q{i % 4}", f" a{i}", f" b{i}") for i in range(12)]))
+    assert four.grouped_by == "prompt" and {item.group for item in four} == {"Q0", "Q1", "Q2", "Q3"}
+    two = Task.of_pairs(Pairs.of([(f"Q{i % 2}", f" a{i}", f" b{i}") for i in range(12)]))
+    assert two.grouped_by == "texts" and len({item.group for item in two}) == 12
+    own = grouped([Item("Q", (" a", " b"), group="x"), Item("Q", (" c", " d"))])
+    assert own[1] == "own" and [item.group for item in own[0]] == ["x", "Q"]
 
 
 @pytest.mark.parametrize("parts", [{}, {"a": 0.0}, {"a": 0.7, "b": 0.4}, {"a": -0.5, "b": 0.5}])

@@ -18,11 +18,13 @@ from austeer.vllm.sets import ServingError, tables
 from austeer.vllm.slots import RowBuffer, Slots
 
 SCOPES = {"all": "all", "generation": "generation", "prompt": "prompt", "last": "last_prompt_token", "range": (2, 5)}
+SCOPES["from last"] = "from_last_prompt_token"
 INSIDE = {
     "all": lambda position, prompt: True,
     "generation": lambda position, prompt: position >= prompt,
     "prompt": lambda position, prompt: position < prompt,
     "last": lambda position, prompt: position == prompt - 1,
+    "from last": lambda position, prompt: position >= prompt - 1,
     "range": lambda position, prompt: 2 <= position < 5,
 }
 NAMES = [None, *SCOPES]

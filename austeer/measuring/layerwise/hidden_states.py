@@ -111,7 +111,7 @@ class HiddenStates:
             self._copies = [torch.empty(count, dtype=self._dtype, device=device)]
             return "device"
         if self.size <= (free_memory(torch.device("cpu")) // 2 if memory is None else memory):
-            self._copies = [torch.empty(count, dtype=self._dtype)]
+            self._copies = [torch.empty(count, dtype=self._dtype, device="cpu")]
             return "memory"
         folder = self._folder or Path(tempfile.gettempdir())
         try:

@@ -68,7 +68,10 @@ class Chunks:
         self.size = 2 * largest * sum(shards[0].row_bytes(site) for site in shards[0].shapes) if shards else 0
         self.seconds = 0.0
         self._buffers = [
-            (torch.empty(self.size, dtype=torch.uint8, pin_memory=pinned), torch.cuda.Event() if pinned else None)
+            (
+                torch.empty(self.size, dtype=torch.uint8, pin_memory=pinned, device="cpu"),
+                torch.cuda.Event() if pinned else None,
+            )
             for _ in range(BUFFERS)
         ]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import AusteerError, CaptureError, FileFormatError, check_count
 from ...models.sites import Fingerprint
 from ...momentum.momentum import Momentum
+from ...pairs.chat import ChatForm
 from ...utils.interrupt import Interruption, MeasurementInterrupted
 from ...utils.progress import Progress
 from ..checkpoint import Checkpoint
@@ -40,7 +41,7 @@ def momentum_from_activations(
     *,
     model: Fingerprint | None = None,
     layers: Sequence[int] | None = None,
-    chat_template: bool | None = None,
+    chat_template: ChatForm | None = None,
     device: str | torch.device | None = None,
     chunk_bytes: int | None = None,
     part: tuple[int, int] = (0, 1),
@@ -60,7 +61,7 @@ def momentum_from_activations(
         paths: files and folders of shards.
         model: what the activations are of, where the shards do not say. Its ``widths`` may be empty.
         layers: which layers the shards hold; all of the model's by default.
-        chat_template: whether the prompts went through a chat template.
+        chat_template: whether the prompts went through a chat template, with its options if it had any.
         device: where to count; by default a GPU if there is one.
         chunk_bytes: how much is read at a time; by default 64 MiB or 32 rows, whichever is more.
         part: (i, n) counts the shards i, i + n, i + 2 n ..., to be merged (:meth:`austeer.Momentum.merge`).

@@ -12,6 +12,7 @@ import torch
 from ...errors import AusteerError, FileFormatError, PairsError
 from ...models.sites import Fingerprint, find_sites, fingerprint
 from ...models.skeleton import load_config, skeleton
+from ...pairs.chat import ChatForm
 from .shards import Shard, find_shards
 
 
@@ -27,7 +28,7 @@ class StoredActivations:
     shards: tuple[Shard, ...]
     model: Fingerprint
     layers: tuple[int, ...]
-    chat_template: bool
+    chat_template: ChatForm
 
     @classmethod
     def open(
@@ -36,7 +37,7 @@ class StoredActivations:
         *,
         model: Fingerprint | None = None,
         layers: Sequence[int] | None = None,
-        chat_template: bool | None = None,
+        chat_template: ChatForm | None = None,
     ) -> StoredActivations:
         """Finds shards and checks that they fit together; arguments as of :func:`austeer.momentum_from_activations`.
 
@@ -78,7 +79,7 @@ class StoredActivations:
 
 
 def _told(
-    shard: Shard, model: Fingerprint | None, layers: Sequence[int] | None, chat_template: bool | None
+    shard: Shard, model: Fingerprint | None, layers: Sequence[int] | None, chat_template: ChatForm | None
 ) -> dict[str, Any]:
     """What a shard says of itself, or else the arguments; both where both do."""
     header, count = shard.header, next(iter(shard.shapes.values()))[0]
@@ -107,7 +108,7 @@ def _told(
                 f"{shard.path}: holds {count} layers, found layers {own} of a model of {model.layers}; expected the "
                 "ascending numbers of those it holds: give layers=... (--layers 0-11,15)"
             )
-        told = {"model": replace(model, widths=widths), "layers": own, "chat_template": bool(chat_template)}
+        told = {"model": replace(model, widths=widths), "layers": own, "chat_template": chat_template or False}
     return {**told, "sites": dict(shard.shapes), "dtype": shard.dtype}
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from ...errors import FileFormatError
 from ...models.sites import SITE_NAMES, Fingerprint
 from ...momentum.momentum import ascending
+from ...pairs.chat import ChatForm, check_chat_form
 from ...pairs.halves import half_rows_without_texts
 
 FORMAT, VERSION = "austeer-activations", 1
@@ -52,7 +53,7 @@ class ShardHeader:
 
     model: Fingerprint
     layers: tuple[int, ...]
-    chat_template: bool
+    chat_template: ChatForm
     source: str
     first: int
     pairs: int
@@ -68,8 +69,9 @@ class ShardHeader:
         header = cls(**{**data, "model": model, "layers": ascending(data["layers"], model.layers)})
         if not all(type(n) is int and n >= 0 for n in (header.first, header.pairs, header.cut)):
             raise ValueError("first, pairs and cut must be whole numbers")
-        if not isinstance(header.source, str) or not isinstance(header.chat_template, bool):
-            raise ValueError("source must be a text and chat_template true or false")
+        check_chat_form(header.chat_template)
+        if not isinstance(header.source, str):
+            raise ValueError("source must be a text")
         return header
 
 
@@ -116,7 +118,7 @@ class Shard:
             raise FileFormatError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         if len(flags) < stop - start:
             raise FileFormatError(f"{self.path}: cut off while it was read; copy the shard whole, or make it anew")
-        return torch.tensor([i for i, flag in enumerate(flags) if flag], dtype=torch.int64)
+        return torch.tensor([i for i, flag in enumerate(flags) if flag], dtype=torch.int64, device="cpu")
 
 
 def read_shard(path: Path) -> Shard:

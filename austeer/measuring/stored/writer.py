@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import FileFormatError
 from ...models.sites import Fingerprint
+from ...pairs.chat import ChatForm
 from ...utils import files
 from .shards import COMPLETE, FORMAT, VERSION, ShardHeader, read_shard
 
@@ -38,7 +39,7 @@ class ActivationWriter:
         model: Fingerprint,
         *,
         layers: Sequence[int],
-        chat_template: bool = False,
+        chat_template: ChatForm = False,
         source: str = "memory",
         resume: bool = False,
     ):
@@ -91,9 +92,9 @@ class ActivationWriter:
             FileFormatError: it cannot be written.
         """
         m = len(numbers)
-        tensors = {"numbers": torch.tensor(list(numbers), dtype=torch.int64)}
+        tensors = {"numbers": torch.tensor(list(numbers), dtype=torch.int64, device="cpu")}
         if half is not None:
-            tensors["half"] = torch.zeros(m, dtype=torch.uint8).index_fill_(0, half, 1)
+            tensors["half"] = torch.zeros(m, dtype=torch.uint8, device="cpu").index_fill_(0, half, 1)
         for site, buffer in buffers.items():
             tensors[f"{site}.positive"], tensors[f"{site}.negative"] = buffer[:m].cpu(), buffer[m : 2 * m].cpu()
         path = self.folder / f"{first:012d}.safetensors"

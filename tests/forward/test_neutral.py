@@ -1,6 +1,6 @@
 """The packaged neutral texts."""
 
-from austeer.tasks.neutral import neutral_texts
+from austeer.forward.neutral import neutral_texts
 
 
 def test_texts_for_choosing_and_for_the_report_differ():

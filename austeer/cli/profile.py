@@ -1,0 +1,82 @@
+"""``austeer profile``: a model -> its side-effect profile."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+from .common import Device, DType, Json, Model, Quiet
+from .momentum_file import ForceAnew, Resume
+from .search_options import Neutral, read_neutral
+
+
+def profile(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write (safetensors).", show_default=False)],
+    sites: Annotated[str, typer.Option(help="attention, ffn, layer, neuron; comma-separated.")] = "attention,ffn",
+    draws: Annotated[
+        int, typer.Option(help="Backward passes of a text; a predicted KL errs by sqrt(2 / draws).", min=1)
+    ] = 200,
+    neutral: Neutral = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, with padding.", min=1)] = 1024,
+    dtype: DType = "auto",
+    device: Device = None,
+    resume: Resume = False,
+    force: ForceAnew = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find out once what shifts of a model's AUs do to neutral text: the KL of any plan of shifts, without running it.
+
+    Example: `austeer profile --model demo --out demo.profile`
+
+    An interrupted run is kept in OUT.checkpoint, batch by batch; `--resume` goes on.
+    """
+    from ..measuring.profiling import profile as make_profile
+
+    common.check_writable(out, force)
+    texts, checkpoint = read_neutral(neutral), out.with_name(f"{out.name}.checkpoint")
+    if force and not resume:
+        checkpoint.unlink(missing_ok=True)
+    network, tokenizer = common.load(model, dtype, device)
+    start = time.perf_counter()
+    made = make_profile(
+        network,
+        tokenizer,
+        common.split_names(sites),
+        texts,
+        draws=draws,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        checkpoint=checkpoint,
+        resume=resume,
+        source=None if neutral is None else neutral.name,
+        progress=False if quiet else None,
+    )
+    seconds = time.perf_counter() - start
+    made.save(out)
+    checkpoint.unlink(missing_ok=True)
+    found = {
+        "file": out,
+        "sites": list(made.rows),
+        "draws": len(made.tokens),
+        "texts": len(made.texts.unique()),
+        "source": made.source,
+        "error": made.error,
+        "bytes": out.stat().st_size,
+        "seconds": seconds,
+    }
+    if json:
+        common.emit(found)
+        return
+    units = sum(rows[0].numel() for rows in made.rows.values())
+    common.console.print(
+        f"{len(made.tokens)} draws of {found['texts']} texts ({made.source}), {units:,} AUs of {', '.join(made.rows)}\n"
+        f"a predicted KL has a standard error of {made.error:.0%}\n"
+        f"wrote {out} ({out.stat().st_size / 1e6:.0f} MB) in {seconds:.0f} s"
+    )

@@ -1,0 +1,162 @@
+"""Gradients with respect to shifts of AUs: what adding to an activation, at every position, does to what is read.
+
+    d L / d s[i] = sum over positions of d L / d x[position, i],  x the tensor of a site, x + s the steered one
+
+The weights are not differentiated. The graph begins at the first site, so that nothing before it is kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError, SteeringError
+from ..models.sites import Site
+from ..models.structure import decoder_of, evaluating, first_tensor, input_device, is_steered, unwrap
+from ..models.tensor_parallel import held
+
+
+class ShiftGradients:
+    """Gradients of something that is read from each row of a batch, by shifts of the AUs at some sites.
+
+    Args:
+        model: an unsteered Transformers model. sites: from :func:`austeer.models.sites.find_sites`.
+
+    Raises:
+        CaptureError: the model is split over processes, and a site with it. SteeringError: it is steered.
+    """
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]]):
+        self.model = unwrap(model)
+        self.decoder = decoder_of(self.model)
+        self.sites = sites
+        if is_steered(self.model):
+            raise SteeringError("found a steered model, expected it as it is; leave the steering context first")
+        for site in (site for found in sites.values() for site in found):
+            if held(self.model, site) is not None:
+                raise CaptureError(
+                    f"site {site.name!r} of layer {site.layer} ({site.path}): found a slice of it in this process, "
+                    "expected the whole; use the model in one piece"
+                )
+        self.device = input_device(self.model)
+        self._accepts = inspect.signature(self.decoder.forward).parameters
+        self._gradients: dict[str, Tensor] = {}
+        self._reached: set[tuple[str, int]] = set()
+        self._shape = torch.Size()
+
+    @contextmanager
+    def attached(self) -> Iterator[ShiftGradients]:
+        """Reads while the context is open; afterwards the model is as it was."""
+        wanting = [p for p in self.model.parameters() if p.requires_grad]
+        with ExitStack() as stack, evaluating(self.model):
+            stack.callback(_set_requires_grad, wanting, True)
+            _set_requires_grad(wanting, False)
+            for found in self.sites.values():
+                for number, site in enumerate(found):
+                    stack.callback(self._hook(site, number).remove)
+            yield self
+
+    def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states [rows, tokens, width] with their graph.
+
+        Args:
+            ids, mask: int64 [rows, tokens], padded on the right.
+
+        Raises:
+            CaptureError: a site was not reached.
+        """
+        self._shape, self._gradients = ids.shape, {}
+        self._reached.clear()
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        if "use_cache" in self._accepts:
+            inputs["use_cache"] = False  # type: ignore[assignment]
+        with torch.inference_mode(False), torch.enable_grad():
+            hidden = self.decoder(**inputs).last_hidden_state
+        missing = {(name, i) for name, found in self.sites.items() for i in range(len(found))} - self._reached
+        if missing:
+            name, number = min(missing)
+            raise CaptureError(
+                f"site {name!r} of layer {self.sites[name][number].layer} was not reached by a forward pass "
+                f"({len(missing)} sites missed); expected every site to run once, and a model that is not compiled"
+            )
+        return hidden
+
+    def backward(self, hidden: Tensor, gradient: Tensor, again: bool = False) -> dict[str, Tensor]:
+        """For each site float32 [rows, layers, width] on the CPU, the gradients of what is read from each row.
+
+        Args:
+            gradient: of that, with respect to ``hidden``. again: whether the same graph is used once more.
+
+        Raises:
+            CaptureError: a gradient is not finite, or none arrives.
+        """
+        rows = self._shape[0]
+        self._gradients = {
+            name: torch.zeros(rows, len(found), found[0].width, device="cpu") for name, found in self.sites.items()
+        }
+        self._reached.clear()
+        torch.autograd.backward([hidden], [gradient], retain_graph=again)
+        for name, found in self.sites.items():
+            for number, site in enumerate(found):
+                if (name, number) not in self._reached:
+                    raise CaptureError(
+                        f"site {name!r} of layer {site.layer} ({site.path}): found no gradient, expected one; this "
+                        "model cannot be differentiated there"
+                    )
+            if not self._gradients[name].isfinite().all():
+                row = int((~self._gradients[name].isfinite()).nonzero()[0, 1])
+                raise CaptureError(
+                    f"site {name!r}, layer {found[row].layer}: found a gradient that is NaN or infinite, expected a "
+                    "finite one; load the model in bfloat16 or float32"
+                )
+        return self._gradients
+
+    def _hook(self, site: Site, number: int):
+        module, name = self.model.get_submodule(site.path), site.name
+
+        def follow(x: Tensor) -> Tensor:
+            """``x``, of which the gradient will be kept; it is a leaf where nothing before it is differentiated."""
+            if not torch.is_grad_enabled():
+                return x
+            if x.shape[:-1] not in (self._shape, (self._shape.numel(),)):
+                raise CaptureError(
+                    f"site {name!r} of layer {site.layer}: found a tensor {tuple(x.shape)}, expected [batch, tokens, "
+                    f"width] = [{self._shape[0]}, {self._shape[1]}, width] or [batch * tokens, width]"
+                )
+            if not x.requires_grad:
+                x = x.detach().requires_grad_()
+            shape = self._shape
+            x.register_hook(lambda gradient: self._keep(name, number, gradient.view(*shape, gradient.shape[-1])))
+            self._reached.add((name, number))
+            return x
+
+        if site.side == "input":
+
+            def before(module, args, kwargs):
+                if args:
+                    return (follow(args[0]), *args[1:]), kwargs
+                first = next(iter(kwargs))
+                return args, {**kwargs, first: follow(kwargs[first])}
+
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(module, args, output):
+            if isinstance(output, (tuple, list)):
+                return type(output)([follow(first_tensor(output)), *output[1:]])
+            return follow(output)
+
+        return module.register_forward_hook(after)
+
+    def _keep(self, name: str, number: int, gradient: Tensor) -> None:
+        # A tensor may be handed on as it is, as Gemma 3n's streams are: each use has a part of the gradient.
+        self._gradients[name][:, number] += gradient.sum(1, dtype=torch.float32).cpu()
+        self._reached.add((name, number))
+
+
+def _set_requires_grad(parameters: Sequence[nn.Parameter], value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)

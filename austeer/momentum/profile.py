@@ -1,0 +1,255 @@
+"""The side-effect profile of a model: what shifts of its AUs do to text that should stay as it is.
+
+For a small shift s the next token's KL divergence from the unsteered model is, in nats a token,
+
+    KL(s) = s' F s / 2,    F = E[g g'],    g = d log p(y | context) / d s
+
+with y drawn from the model itself: F is the Fisher information, the curvature of the divergence at s = 0. A draw has
+one y for every token of a text, and its row is the sum of their g: as these are independent given the text, and their
+means are zero, the products of different tokens cancel on average. So with rows r and their tokens n
+
+    F = sum(r r') / sum(n),    KL(s) = sum((r . s)^2) / (2 sum(n))
+
+which needs no matrix. It belongs to the model alone, not to a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FileFormatError, SelectionError
+from ..models.sites import Fingerprint
+from ..plans.plan import Plan
+from ..utils import files
+from .momentum import ascending
+
+FORMAT, VERSION = "austeer-profile", 1
+
+#: Of ``rows``: any sample of this size errs by more than its rounding, and its range is float32's.
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The gradients of sampled log-probabilities on neutral text, by shifts of every AU.
+
+    Attributes:
+        layers: site name -> the layers that have it, in a hybrid not all.
+        rows: site name -> bfloat16 [draws, layers, width], the sum over a text's tokens of d log p(y) / d s.
+        diagonal: site name -> float64 [layers, width], the diagonal of F times the number of all tokens.
+        tokens: int64 [draws], how many tokens each row sums over. texts: int64 [draws], the text of each draw.
+        model: what it was made on. weights: its :func:`austeer.models.weights.signature`.
+        dtype: what the model computed in. source: where the texts come from. seed: of the draws.
+    """
+
+    layers: Mapping[str, tuple[int, ...]]
+    rows: Mapping[str, Tensor]
+    diagonal: Mapping[str, Tensor]
+    tokens: Tensor
+    texts: Tensor
+    model: Fingerprint
+    weights: str
+    dtype: str
+    source: str
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Profile({self.model.name}: {', '.join(self.rows)}; {len(self.tokens)} draws of "
+            f"{len(self.texts.unique())} texts)"
+        )
+
+    @property
+    def error(self) -> float:
+        """The relative standard error of a predicted KL: sqrt(2 / draws), as the square of a normal sum has it."""
+        return math.sqrt(2 / len(self.tokens))
+
+    def fisher(self, site: str) -> Tensor:
+        """The diagonal of F of a site, nats a token and squared unit of the AU: float64 [layers, width]."""
+        return self._of(self.diagonal, site) / self.tokens.sum()
+
+    def root(self, plan: Plan) -> Tensor:
+        """What predicts the KL of a plan of shifts: float64 [draws, k]; KL = sum over draws of (root @ alpha)^2.
+
+        Args:
+            plan: of "shift"; its AU i is shifted by alpha[i] * delta[i].
+
+        Raises:
+            SelectionError: another model, a site without a profile, or another operation.
+        """
+        self.check(plan.model)
+        if plan.operation != "shift":
+            raise SelectionError(
+                f"profile: found a plan of {plan.operation!r}, expected 'shift': what {plan.operation} adds depends on "
+                "the activation"
+            )
+        found = torch.empty(len(self.tokens), len(plan), dtype=torch.float64, device="cpu")
+        for site in plan.sites:
+            places = plan.of(site)
+            rows = self._of(self.rows, site)
+            row_of = {layer: row for row, layer in enumerate(self.layers[site])}
+            if missing := sorted({*plan.layer[places].tolist()} - {*row_of}):
+                raise SelectionError(f"profile: found no {site!r} in layers {missing}, expected those of the plan")
+            row = torch.tensor([row_of[layer] for layer in plan.layer[places].tolist()], device="cpu")
+            found[:, places] = rows[:, row, plan.index[places].long()].double()
+        return found * plan.delta.double() / math.sqrt(2 * int(self.tokens.sum()))
+
+    def kl(self, plan: Plan, alpha: float | Mapping[str, float] = 1.0) -> float:
+        """The predicted KL(unsteered || steered), nats a token: right for small shifts, too low beyond them.
+
+        Example:
+            >>> plan = momentum.select("attention", k=10, operation="shift")
+            >>> profile.kl(plan, alpha=2) == 4 * profile.kl(plan)
+            True
+
+        Args:
+            plan: of "shift". alpha: its strength, or one for each of its sites by name.
+
+        Raises:
+            SelectionError: as :meth:`root`, or other sites than the plan's.
+        """
+        strengths = alpha if isinstance(alpha, Mapping) else dict.fromkeys(plan.sites, alpha)
+        if set(strengths) != set(plan.sites):
+            raise SelectionError(f"alpha: found sites {sorted(strengths)}, expected {list(plan.sites)}")
+        each = torch.tensor([float(strengths[site]) for site in plan.site], dtype=torch.float64, device="cpu")
+        return float((self.root(plan) @ each).square().sum())
+
+    def alpha(self, plan: Plan, kl: float) -> float:
+        """The strength at which the predicted KL of a plan is ``kl`` nats a token.
+
+        Example:
+            >>> plan = momentum.select("attention", k=10, operation="shift")
+            >>> alpha = profile.alpha(plan, kl=0.02)
+            >>> round(profile.kl(plan, alpha), 6)
+            0.02
+
+        Args:
+            plan: of "shift". kl: nats a token.
+
+        Raises:
+            SelectionError: ``kl`` is not positive, or the plan does nothing to the texts of the profile.
+        """
+        if isinstance(kl, bool) or not 0 < kl < math.inf:
+            raise SelectionError(f"kl: found {kl!r}, expected a positive number of nats a token, for example 0.1")
+        one = self.kl(plan)
+        if not one > 0:
+            raise SelectionError(f"kl: found a plan that changes nothing on the texts of the profile ({self.source})")
+        return math.sqrt(kl / one)
+
+    def halves(self) -> tuple[Profile, Profile]:
+        """The profiles of every other text's draws, without a diagonal of their own.
+
+        Raises:
+            SelectionError: all draws are of one text.
+        """
+        numbers = self.texts.unique()
+        first = torch.isin(self.texts, numbers[::2])
+        if first.all():
+            raise SelectionError("halves: found draws of one text alone, expected several texts")
+        return self._part(first), self._part(~first)
+
+    def _part(self, chosen: Tensor) -> Profile:
+        rows = {site: found[chosen] for site, found in self.rows.items()}
+        return replace(
+            self,
+            rows=rows,
+            diagonal={site: found.double().square().sum(0) for site, found in rows.items()},
+            tokens=self.tokens[chosen],
+            texts=self.texts[chosen],
+        )
+
+    def merge(self, other: Profile) -> Profile:
+        """The profile of both's draws, of other texts or other seeds.
+
+        Raises:
+            SelectionError: the two are of different models, weights, dtypes or sites, or hold the same draws.
+        """
+        for what in ("model", "layers", "weights", "dtype"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like profiles add up")
+        if (self.source, self.seed) == (other.source, other.seed):
+            raise SelectionError(f"merge: found the same texts and seed twice ({self.source}, {self.seed})")
+        return replace(
+            self,
+            rows={site: torch.cat([rows, other.rows[site]]) for site, rows in self.rows.items()},
+            diagonal={site: found + other.diagonal[site] for site, found in self.diagonal.items()},
+            tokens=torch.cat([self.tokens, other.tokens]),
+            texts=torch.cat([self.texts, other.texts + self.texts.max() + 1]),
+            source=f"{self.source} (seed {self.seed}) + {other.source} (seed {other.seed})",
+        )
+
+    def check(self, model: Fingerprint) -> None:
+        """Raises SelectionError unless it is of this model."""
+        mine = self.model
+        if (mine.model_type, mine.layers) != (model.model_type, model.layers) or any(
+            model.widths.get(site, width) != width for site, width in mine.widths.items()
+        ):
+            raise SelectionError(
+                f"profile: found one of {mine.name} ({mine.model_type}, {mine.layers} layers), expected one of "
+                f"{model.name} ({model.model_type}, {model.layers} layers); make it: austeer profile --model ..."
+            )
+
+    def _of(self, table: Mapping[str, Tensor], site: str) -> Tensor:
+        if site not in table:
+            raise SelectionError(
+                f"site {site!r} has no profile; found {', '.join(table)}. Make it with sites=[{site!r}]"
+            )
+        return table[site]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a ``.safetensors`` file (rows, diagonals, tokens; a JSON header with the rest)."""
+        header: dict[str, Any] = {name: getattr(self, name) for name in ("weights", "dtype", "source", "seed")}
+        header |= {"model": self.model.to_json(), "layers": {site: list(self.layers[site]) for site in self.rows}}
+        tensors = {"tokens": self.tokens, "texts": self.texts}
+        for site in self.rows:
+            tensors |= {f"{site}.rows": self.rows[site], f"{site}.diagonal": self.diagonal[site]}
+        files.write(Path(path), FORMAT, VERSION, header, tensors)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Raises FileFormatError if the file is missing, truncated, foreign or inconsistent."""
+        header, tensors = files.read(Path(path), FORMAT, VERSION)
+        try:
+            model = Fingerprint.from_json(header.pop("model"))
+            layers = {site: ascending(found, model.layers) for site, found in header.pop("layers").items()}
+            profile = cls(
+                layers=layers,
+                rows={site: tensors[f"{site}.rows"] for site in layers},
+                diagonal={site: tensors[f"{site}.diagonal"] for site in layers},
+                tokens=tensors["tokens"],
+                texts=tensors["texts"],
+                model=model,
+                **header,
+            )
+            profile._check_shapes()
+            return profile
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: inconsistent content ({error}); make it anew: austeer profile") from error
+
+    def _check_shapes(self) -> None:
+        """Raises ValueError unless every tensor is what it should be."""
+        draws = len(self.tokens)
+        if not self.rows or not draws or int(self.tokens.min()) < 1:
+            raise ValueError(f"{len(self.rows)} sites, {draws} draws")
+        expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
+            "tokens": (self.tokens, (draws,), torch.int64),
+            "texts": (self.texts, (draws,), torch.int64),
+        }
+        for site, rows in self.rows.items():
+            size: tuple[int, ...] = (len(self.layers[site]), self.model.widths[site])
+            expected[f"{site}.rows"] = (rows, (draws, *size), DTYPE)
+            expected[f"{site}.diagonal"] = (self.diagonal[site], size, torch.float64)
+        for name, (t, shape, dtype) in expected.items():
+            if tuple(t.shape) != shape or t.dtype != dtype:
+                raise ValueError(f"{name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(shape)}")
+            if not t.isfinite().all():
+                raise ValueError(f"{name} is not finite")

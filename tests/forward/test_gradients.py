@@ -1,0 +1,118 @@
+"""Gradients by shifts: equal to differences between shifted forward passes, in every family and at every site."""
+
+import pytest
+import torch
+
+from austeer import CaptureError, SteeringError, find_sites, steer
+from austeer.forward.gradients import ShiftGradients
+from austeer.models.structure import decoder_of
+from dense_formula import assert_unchanged, hook, shift_plan, snapshot
+from tiny_models import FAMILIES, tiny_model, wide_model
+
+#: A step after which a router's choice and a ReLU's side are as before.
+STEP = 1e-3
+
+
+def two_rows():
+    ids = torch.randint(3, 30, (2, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    return ids, mask
+
+
+def found_by_gradient(model, sites, ids, mask, outward):
+    gradients = ShiftGradients(model, sites)
+    with gradients.attached():
+        hidden = gradients.hidden_states(ids, mask)
+        return gradients.backward(hidden, outward)
+
+
+def shifted(model, site, index, step, ids, mask, outward):
+    def change(x):
+        x = x.clone()
+        x[..., index] += step
+        return x
+
+    handle = hook(model, site, change)
+    try:
+        with torch.no_grad():
+            hidden = decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    finally:
+        handle.remove()
+    return (hidden * outward).sum((1, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_differences_that_shifts_make(family):
+    model = wide_model(family)  # norms compute in float32 even there
+    sites, (ids, mask) = find_sites(model), two_rows()
+    outward = torch.randn(2, 6, decoder_of(model)(input_ids=ids).last_hidden_state.shape[-1]) * mask[..., None]
+    found = found_by_gradient(model, sites, ids, mask, outward)
+    for name, all_ in sites.items():
+        for row in (0, len(all_) - 1):
+            site, index = all_[row], all_[row].width // 2
+            up, down = (shifted(model, site, index, step, ids, mask, outward) for step in (STEP, -STEP))
+            torch.testing.assert_close(
+                found[name][:, row, index], ((up - down) / (2 * STEP)).float(), rtol=0.02, atol=0.02
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gradients_in_other_dtypes(dtype):
+    plain, model = tiny_model(), tiny_model().to(dtype)
+    ids, mask = two_rows()
+    outward = torch.randn(2, 6, 32) * mask[..., None]
+    expected = found_by_gradient(plain, find_sites(plain), ids, mask, outward)
+    found = found_by_gradient(model, find_sites(model), ids, mask, outward.to(dtype))
+    for name, values in found.items():
+        assert values.dtype == torch.float32
+        error = (values - expected[name]).norm() / expected[name].norm()
+        assert error < (0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_padding_and_batch_do_not_show():
+    model = tiny_model()
+    ids, mask = two_rows()
+    outward = torch.randn(2, 6, 32) * mask[..., None]
+    together = found_by_gradient(model, find_sites(model), ids, mask, outward)
+    alone = found_by_gradient(model, find_sites(model), ids[1:, :4], mask[1:, :4], outward[1:, :4])
+    for name in together:
+        torch.testing.assert_close(together[name][1:], alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_stays_as_it_was_also_after_an_error():
+    model = tiny_model().train()
+    model.lm_head.weight.requires_grad_(False)
+    before, wanting = snapshot(model), [p.requires_grad for p in model.parameters()]
+    gradients = ShiftGradients(model, find_sites(model))
+    with pytest.raises(IndexError), gradients.attached():
+        gradients.hidden_states(torch.full((1, 3), 10**6), torch.ones(1, 3))
+    assert_unchanged(model, before)
+    assert [p.requires_grad for p in model.parameters()] == wanting and model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_under_inference_mode_and_with_checkpointed_activations():
+    model = tiny_model()
+    ids, mask = two_rows()
+    outward = torch.randn(2, 6, 32) * mask[..., None]
+    expected = found_by_gradient(model, find_sites(model), ids, mask, outward)
+    with torch.inference_mode():
+        found = found_by_gradient(model, find_sites(model), ids, mask, outward)
+    model.gradient_checkpointing_enable()
+    again = found_by_gradient(model, find_sites(model), ids, mask, outward)
+    for name, values in expected.items():
+        assert torch.equal(found[name], values) and torch.equal(again[name], values)
+
+
+def test_a_steered_model_is_refused():
+    model = tiny_model()
+    with steer(model, shift_plan(model, ("ffn",))), pytest.raises(SteeringError, match="steered"):
+        ShiftGradients(model, find_sites(model))
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    model = tiny_model()
+    ids, mask = two_rows()
+    with pytest.raises(CaptureError, match="NaN or infinite"):
+        found_by_gradient(model, find_sites(model), ids, mask, torch.full((2, 6, 32), torch.inf))

@@ -1,0 +1,153 @@
+"""The side-effect profile: it predicts the KL of small shifts, and is the same however it is made."""
+
+import math
+
+import pytest
+import torch
+
+from austeer import FileFormatError, PairsError, Profile, SelectionError, SteeringError, profile, steer
+from austeer.measuring.profiling import sampled_gradients
+from austeer.models.structure import decoder_of
+from austeer.tasks.scoring import side_effects
+from dense_formula import random_plan, shift_plan
+from letter_tokens import Letters
+from tiny_models import tiny_model
+
+SITES = ("attention", "ffn", "layer", "neuron")
+TEXTS = ["the soup was warm", "a view of the river and its boats", "tea", "two roads meet by the old mill", "bread"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def made(model):
+    return profile(model, Letters(), SITES, TEXTS, draws=2000, progress=False)
+
+
+def measured_kl(model, plan, alpha):
+    """KL(unsteered || steered), nats a token; of both signs of alpha, so that cubic terms cancel."""
+    found = []
+    for sign in (1, -1):
+        with steer(model, {"p": plan}, alpha=sign * alpha) as steering:
+            found.append(side_effects(model, Letters(), TEXTS, steering, ["p"]).mean()[0][0])
+    return sum(found) / 2
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_prediction_is_the_kl_of_a_small_shift(model, made, site):
+    plan = shift_plan(model, (site,), 12, seed=3)
+    alpha = made.alpha(plan, 2e-3)
+    assert measured_kl(model, plan, alpha) == pytest.approx(2e-3, rel=5 * made.error + 0.05)
+
+
+def test_sites_act_together_and_each_au_has_its_own_strength(model, made):
+    plan = shift_plan(model, ("attention", "ffn"), 12, seed=5)
+    scale = math.sqrt(2e-3 / made.kl(plan, {"attention": 0.3, "ffn": 1.0}))
+    by_site = {"attention": 0.3 * scale, "ffn": scale}
+    found = []
+    for sign in (1, -1):
+        alpha = {"p": {site: sign * value for site, value in by_site.items()}}
+        with steer(model, {"p": plan}, alpha=alpha) as steering:
+            found.append(side_effects(model, Letters(), TEXTS, steering, ["p"]).mean()[0][0])
+    assert sum(found) / 2 == pytest.approx(2e-3, rel=5 * made.error + 0.05)
+
+
+def test_the_diagonal_is_that_of_the_rows(made):
+    for site in SITES:
+        expected = made.rows[site].double().square().sum(0) / made.tokens.sum()
+        torch.testing.assert_close(made.fisher(site), expected, rtol=0.01, atol=1e-12)  # rows are rounded
+
+
+def test_draws_do_not_depend_on_the_batch_or_on_other_texts(model):
+    together = profile(model, Letters(), ["ffn"], TEXTS, draws=10, progress=False)
+    alone = profile(model, Letters(), ["ffn"], TEXTS, draws=10, batch_tokens=1, progress=False)
+    for text in range(len(TEXTS)):
+        one, other = (p.rows["ffn"][p.texts == text].float() for p in (together, alone))
+        torch.testing.assert_close(one, other, rtol=0.02, atol=1e-3)
+    assert together.tokens.sum() == alone.tokens.sum() == 2 * sum(len(text) - 1 for text in TEXTS)
+
+
+def test_scores_have_no_mean(model):
+    """The mean of d log p(y) over y from p is zero: what makes products of tokens cancel."""
+    hidden = decoder_of(model)(input_ids=torch.tensor([[5, 9, 20, 7]])).last_hidden_state.detach()
+    found = sampled_gradients(model, hidden, [3], 4000, [1])[:, 0, :3]
+    error = found.std(0) / math.sqrt(len(found))
+    assert (found.mean(0).abs() < 6 * error).all()
+    assert (sampled_gradients(model, hidden, [3], 1, [1])[:, 0, 3] == 0).all()  # the last token predicts nothing
+
+
+def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch):
+    kept, whole = tmp_path / "kept", profile(model, Letters(), ["ffn"], TEXTS, draws=10, batch_tokens=1, progress=False)
+    save, saved = Profile.save, []
+
+    def save_twice(self, path):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(save(self, path))
+
+    monkeypatch.setattr(Profile, "save", save_twice)
+    options = {"draws": 10, "batch_tokens": 1, "checkpoint": kept, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        profile(model, Letters(), ["ffn"], TEXTS, **options)
+    monkeypatch.undo()
+    with pytest.raises(FileFormatError, match="resume"):
+        profile(model, Letters(), ["ffn"], TEXTS, **options)
+    with pytest.raises(FileFormatError, match="seed"):
+        profile(model, Letters(), ["ffn"], TEXTS, **options, seed=1, resume=True)
+    with pytest.raises(FileFormatError, match="draws"):
+        profile(model, Letters(), ["ffn"], TEXTS, **options | {"draws": 15}, resume=True)
+    found = profile(model, Letters(), ["ffn"], TEXTS, **options, resume=True)
+    assert torch.equal(found.texts, whole.texts)
+    assert torch.equal(found.rows["ffn"], whole.rows["ffn"])
+    torch.testing.assert_close(found.diagonal["ffn"], whole.diagonal["ffn"])
+
+
+def test_files_and_merging(model, made, tmp_path):
+    other = profile(model, Letters(), SITES, TEXTS, draws=10, seed=1, progress=False)
+    both = made.merge(other)
+    assert len(both.tokens) == 2010 and both.fisher("ffn").shape == (3, 32)
+    loaded = Profile.load(both.save(tmp_path / "both.profile"))
+    plan = shift_plan(model, SITES, 20)
+    assert torch.equal(loaded.root(plan), both.root(plan)) and loaded.source == both.source
+    first, second = loaded.halves()
+    assert len(first.tokens) + len(second.tokens) == 2010
+    with pytest.raises(SelectionError, match="twice"):
+        made.merge(made)
+    with pytest.raises(SelectionError, match="model"):
+        made.merge(profile(model, Letters(), ["ffn"], TEXTS, draws=5, seed=1, progress=False))
+
+
+def test_what_does_not_fit_is_refused(model, made):
+    with pytest.raises(SelectionError, match="shift"):
+        made.root(random_plan(model, SITES, 20, "scale"))
+    with pytest.raises(SelectionError, match="'neuron' has no profile"):
+        profile(model, Letters(), ["ffn"], TEXTS, draws=5, progress=False).root(shift_plan(model, ("neuron",)))
+    with pytest.raises(SelectionError, match="layers"):
+        made.root(shift_plan(tiny_model(num_hidden_layers=2), ("ffn",)))
+    for kl in (0, -1, math.nan, True):
+        with pytest.raises(SelectionError, match="kl"):
+            made.alpha(shift_plan(model, ("ffn",)), kl)
+    with pytest.raises(SelectionError, match="sites"):
+        made.kl(shift_plan(model, ("ffn",)), {"layer": 1.0})
+    with pytest.raises(PairsError, match="two tokens"):
+        profile(model, Letters(), ["ffn"], ["a"])
+    with pytest.raises(PairsError, match="draws"):
+        profile(model, Letters(), ["ffn"], TEXTS, draws=0)
+    with steer(model, shift_plan(model, ("ffn",))), pytest.raises(SteeringError):
+        profile(model, Letters(), ["ffn"], TEXTS, draws=1)
+    with pytest.raises(SelectionError, match="one text"):
+        profile(model, Letters(), ["ffn"], TEXTS[:1], draws=2, progress=False).halves()
+
+
+def test_a_hybrid_has_the_site_in_some_layers(tmp_path):
+    hybrid = tiny_model("jamba")
+    found = profile(hybrid, Letters(), ["attention"], TEXTS, draws=400, progress=False)
+    found = Profile.load(found.save(tmp_path / "hybrid.profile"))
+    layers = found.layers["attention"]
+    assert found.rows["attention"].shape[1] == len(layers) < hybrid.config.num_hidden_layers
+    plan = shift_plan(hybrid, ("attention",), 8)
+    assert {*plan.layer.tolist()} <= {*layers}
+    assert measured_kl(hybrid, plan, found.alpha(plan, 2e-3)) == pytest.approx(2e-3, rel=5 * found.error + 0.05)
