@@ -47,7 +47,7 @@ def bench(
     tokens: Annotated[int, typer.Option(help="Tokens of a generation.", min=2)] = 8,
     seconds: Annotated[
         float,
-        typer.Option(help="How long each case is timed, 12 turns at least; checks and counts come on top.", min=0),
+        typer.Option(help="How long each case is timed, 12 turns at least; checks come on top.", min=0),
     ] = 60,
     full: Annotated[bool, typer.Option("--full", help="All sites, sizes and executions, as published.")] = False,
     dtype: DType = "auto",

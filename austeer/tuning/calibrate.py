@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..baselines.arm import Arm, Candidate
 from ..errors import TaskError
-from .scorer import Scorer
+from .scorer import PLANS_AT_ONCE, Scorer, slices
 
 #: The weakest and the strongest alpha that is tried.
 WEAKEST, STRONGEST = 2.0**-10, 2.0**14
@@ -69,15 +69,18 @@ def calibrate(
         if not waiting or (number and is_over()):
             break
         candidates = [Candidate(arm, alphas[digest]) for digest, arm in waiting.items()]
-        for candidate, (kl, rise) in zip(candidates, scorer.side_effects(candidates, texts)):
-            digest = candidate.arm.digest
-            seen[digest][candidate.alpha] = (kl if kl >= 0 else math.inf, rise)  # NaN: the model is broken
-            following = _next(seen[digest], max_kl)
-            if following is None:
-                del waiting[digest]
-                on_arm()
-            else:
-                alphas[digest] = following
+        for part in slices(candidates, PLANS_AT_ONCE):
+            if number and is_over():
+                break
+            for candidate, (kl, rise) in zip(part, scorer.side_effects(part, texts)):
+                digest = candidate.arm.digest
+                seen[digest][candidate.alpha] = (kl if kl >= 0 else math.inf, rise)  # NaN: the model is broken
+                following = _next(seen[digest], max_kl)
+                if following is None:
+                    del waiting[digest]
+                    on_arm()
+                else:
+                    alphas[digest] = following
     for _ in waiting:
         on_arm()
     return {digest: _limit(values, max_kl) for digest, values in seen.items()}

@@ -73,8 +73,10 @@ def hold_out(
     """
     budget = Budget() if budget is None else budget
     with step("held-out neutral text", len(candidates)) as advance:
-        side_effects = scorer.side_effects(candidates)
+        texts = _texts(scorer, candidates, budget)
+        side_effects = scorer.side_effects(candidates, texts)
         advance(len(candidates))
+    budget.note("held-out neutral texts", texts, len(scorer.neutral))
     everything = [None, *candidates]
     with step(f"{len(candidates)} settings on held-out items", len(scorer.task) * len(everything)) as advance:
         items = sorted(judged(everything, scorer, scorer.order, budget, HELD_OUT, advance))
@@ -107,3 +109,14 @@ def hold_out(
     hits = int(base.correct[0].sum())
     unsteered = Unsteered(float(base.margin.mean()), hits / len(items), *share_interval(hits, len(items)), len(items))
     return unsteered, found
+
+
+def _texts(scorer: Scorer, candidates: Sequence[Candidate], budget: Budget) -> int:
+    """How many neutral texts are run: with a budget, as many as half of the time that is left allows, by the first."""
+    everything = len(scorer.neutral)
+    if budget.seconds is None:
+        return everything
+    before = budget.spent
+    scorer.side_effects(candidates, 1)
+    left, took = HELD_OUT * budget.seconds - budget.spent, budget.spent - before
+    return min(everything, max(1, int(left / 2 / took))) if took > 0 else everything

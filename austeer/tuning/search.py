@@ -175,8 +175,8 @@ def search(
         remaining = [(s.candidate.arm, s.fraction) for s in kept]
     budget.note("settings tried", tried, everything * len(FRACTIONS))
     texts = len(scorer.neutral)
-    budget.note("neutral texts that strengths were chosen on, at first", schedule.texts, min(texts, TEXTS))
-    budget.note("and in the last round", schedule.final_texts, min(texts, FINAL_TEXTS))
+    budget.note("neutral texts for the first strengths", schedule.texts, min(texts, TEXTS))
+    budget.note("neutral texts for the last strengths", schedule.final_texts, min(texts, FINAL_TEXTS))
     budget.note("rounds", rounds, len(schedule.items))
     budget.note("tuning items that the best were judged by", most, len(order))
     return SearchResult(done, schedule)

@@ -99,7 +99,7 @@ def held_out(detail, alpha):
 ROWS = [held_out(LONG, {"attention": 0.00123, "ffn": 1.23e-05}), held_out("12 heads", 1.23e04)]
 UNSTEERED = Unsteered(1.234, 0.623, 0.5, 0.7, 400)
 TRIAL = Trial("difference", LONG, "attention", "shift", 10240, 1.23e04, 0.5, 200, -10.123, -11.234, 10.567, 1.0, 0.1)
-SPLIT = {"measure": {"pairs": 400}, "tune": {"items": 200}, "test": {"items": 400}}
+SPLIT = {"measure": {"pairs": 400}, "tune": {"items": 200}, "test": {"items": 400}, "grouped_by": "prompt"}
 
 
 def show_compare():
@@ -140,7 +140,15 @@ def show_evaluation():
     numbers = {"accuracy_p": 1.2e-12, "exact_p": 2.3e-12, "kl": 0.123, "rise": 0.123}
     rows = [SimpleNamespace(name=name, alpha=12.3, k=10240, **known, **numbers) for name in (LONG, "b")]
     between = [SimpleNamespace(first=LONG, second=LONG[::-1], accuracy_p=1.2e-12, exact_p=2.3e-12)]
-    about = {"task": "task", "kind": "choice", "items": 40, "groups": 8, "model": LONG, "chat_template": False}
+    about = {
+        "task": "task",
+        "kind": "choice",
+        "items": 40,
+        "groups": 8,
+        "model": LONG,
+        "chat_template": False,
+        "grouped_by": "own",
+    }
     evaluate_text.show(SimpleNamespace(**about, seconds={"task": 12.0}, variants=rows, between=between))
 
 

@@ -71,17 +71,20 @@ def test_a_search_ends_where_time_is_up_and_says_what_is_left_out(at, small, mon
         assert f"tuning items that the best were judged by: {most} of {len(own.order)}" in budget.left_out
 
 
-def test_held_out_items_are_as_many_as_time_allows_and_the_same_for_all(small, monkeypatch):
+@pytest.mark.parametrize("at", [1, 2])
+def test_held_out_items_are_as_many_as_time_allows_and_the_same_for_all(at, small, monkeypatch):
     own = Scorer(small.model, small.tokenizer, words(), NEUTRAL, name="test")
     found = search(own, arms_of(small), group=by_operation, max_kl=0.05)
     candidates = [found.best_of(operation=operation).candidate for operation in ("scale", "shift")]
     whole, _ = hold_out(own, candidates)
-    Clock(monkeypatch, at=2, to=HELD_OUT * SECONDS)
+    Clock(monkeypatch, at, to=HELD_OUT * SECONDS)
     monkeypatch.setattr("austeer.tuning.search.AT_ONCE", 12)
     budget = Budget(SECONDS)
     other = Scorer(small.model, small.tokenizer, words(), NEUTRAL, name="other")
     unsteered, rows = hold_out(other, candidates, budget=budget)
-    assert (whole.items, unsteered.items) == (16, 4) and budget.left_out == ["held-out items: 4 of 16"]
+    cut = ["held-out neutral texts: 1 of 3", "held-out items: 4 of 16"]  # the first text says how long others take
+    assert (whole.items, unsteered.items) == (16, 4) and budget.left_out == cut[at - 1 :]
+    assert [(row.kl, row.rise) for row in rows] == other.side_effects(candidates, at if at == 1 else 3)
     items = sorted(other.order[:4])
     margins = other.base(items).margin[0]
     assert unsteered.log_odds == pytest.approx(float(margins.mean()))
