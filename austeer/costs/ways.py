@@ -346,6 +346,7 @@ def kept_bytes(
             weights = linear.weights_of(module := network.get_submodule(path))
             assert isinstance(weights, linear.WeightNames)  # otherwise fold was refused
             saved = getattr(module, weights.weight).numel() // site.width * aus[site.layer]
-            bias = getattr(module, weights.bias, None) if weights.bias and site.side == "output" else None
-            total += dtype.itemsize * (saved + (0 if bias is None else bias.numel()))
+            total += dtype.itemsize * saved + STRENGTH * aus[site.layer]  # and by what they were scaled
+            if weights.bias and site.side == "output" and getattr(module, weights.bias, None) is not None:
+                total += (dtype.itemsize + STRENGTH) * aus[site.layer]
     return total

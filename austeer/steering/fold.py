@@ -39,13 +39,16 @@ class Edit:
         self._place = p.dtype, p.storage_offset(), p.size(), p.stride()
         wide = reference.compute_dtype(p.dtype)
         self._before = p.index_select(dim, index.to(p.device))
-        factor = (1 + gamma.to(wide)).to(p.device)
-        scaled = self._before.to(wide).movedim(dim, -1) * factor  # [..., AUs]
-        self._after = scaled.movedim(-1, dim).to(p.dtype)
-        p.index_copy_(dim, index.to(p.device), self._after)
+        self._factor = (1 + gamma.to(wide)).to(p.device)
+        p.index_copy_(dim, index.to(p.device), self._after())
         self._hook: RemovableHandle | None = None
         if p.requires_grad and p.is_leaf:
-            self._hook = p.register_hook(partial(_scaled, dim=dim, index=index, factor=factor))
+            self._hook = p.register_hook(partial(_scaled, dim=dim, index=index, factor=self._factor))
+
+    def _after(self) -> Tensor:
+        """What was scaled, rounded once; made anew on leaving, as it would double what is held."""
+        scaled = self._before.to(self._factor.dtype).movedim(self.dim, -1) * self._factor  # [..., AUs]
+        return scaled.movedim(-1, self.dim).to(self._before.dtype)
 
     def undo(self) -> bool:
         """Restores what was scaled, wherever it is by now; False if some of it was changed since, which stays."""
@@ -71,7 +74,7 @@ class Edit:
     def _undo_in(self, t: Tensor) -> bool:
         if type(t) not in (Tensor, nn.Parameter) or t.shape != self._place[2]:  # quantised or split by now
             return False
-        index, before, after = self.index.to(t.device), self._before.to(t), self._after.to(t)
+        index, before, after = self.index.to(t.device), self._before.to(t), self._after().to(t)
         now = t.index_select(self.dim, index)
         ours = (now == after) | (now.isnan() & after.isnan())
         t.index_copy_(self.dim, index, torch.where(ours, before, now))

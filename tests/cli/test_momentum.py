@@ -34,7 +34,11 @@ def test_from_activations_equals_the_library(tmp_path):
     momentum = Momentum.load(out)
     assert_same(momentum, momentum_from_activations(tmp_path / "a", device="cpu"))
     assert_counts(momentum, sides)
-    assert "21 pairs on tiny" in text and "attention 3 layers x 7 AUs" in text and "1 pairs have equal sides" in text
+    assert (
+        "21 pairs on tiny" in text
+        and "attention 3 layers x 7 AUs" in text
+        and "of equal sides, which count for nothing: 1 pair" in text
+    )
     assert re.search(r"20 rows, 0\.00 GB in .* s, .* GB/s; waiting for storage .* s, counting .* s", text)
     assert not (tmp_path / "kind.momentum.checkpoint").exists(), "the result is saved: nothing is left to resume"
 

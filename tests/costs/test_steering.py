@@ -198,7 +198,8 @@ def kept_by(path, model):
     """Bytes of the tensors that a path keeps, beside the model's own and those on the CPU where alpha and k are set."""
     tables = [{**vars(table), "_host": None, "_order": None} for table in path.tables]
     slot = bias._slots.get(path.module) if path.name == "bias" else None
-    tensors = [t for t in tree_leaves([tables, vars(path), slot and vars(slot)]) if isinstance(t, torch.Tensor)]
+    edits = [{**vars(edit), "index": None} for edit in vars(path).get("_edits", ())]  # the index is the table's
+    tensors = [t for t in tree_leaves([tables, vars(path), edits, slot and vars(slot)]) if isinstance(t, torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     return sum(size for place, size in storages.items() if place not in own)
@@ -214,7 +215,7 @@ def test_bytes_kept(family, dtype, operation):
         cost = cost_of(model, site, operation=operation)
         plan = replace(spread_plan(model, site, 7), operation=operation)
         for way in (way for way in OURS if way not in cost.refused):
-            kept, (paths, _) = 0, plan_paths(model, [plan], find_sites(model, [site]), way, "", None, False)
+            kept, (paths, _) = 0, plan_paths(model, [plan], find_sites(model, [site]), way, "", False, None, False)
             for path in paths:
                 path.table.fill([(0.1, 7)])
                 path.attach()
