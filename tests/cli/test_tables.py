@@ -219,7 +219,7 @@ def commands(group, path=()):
         yield path, [name for option in group.params for name in (*option.opts, *option.secondary_opts)]
 
 
-@pytest.mark.parametrize("path, options", commands(typer.main.get_command(app)), ids=" ".join)
+@pytest.mark.parametrize("path, options", list(commands(typer.main.get_command(app))), ids=" ".join)
 def test_names_of_options_in_the_help(path, options, monkeypatch):
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
     printed = CliRunner().invoke(app, [*path, "--help"]).output
