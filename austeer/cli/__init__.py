@@ -19,6 +19,7 @@ from . import (
     evaluate,
     export,
     generate,
+    help_tables,
     inspect,
     measure,
     momentum,
@@ -30,6 +31,7 @@ from . import (
 )
 from .common import fail
 
+help_tables.install()
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,

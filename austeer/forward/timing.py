@@ -50,14 +50,14 @@ def decode_times(
     the prompt's pass and one token come before the clock starts. One more round, not counted, warms up.
 
     Args:
-        is_over: whether time is up: then no more rounds are made than the two that a spread needs.
+        is_over: whether time is up: then no further rounds are made, and the result is empty if there was none.
     """
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     shuffle = random.Random(seed).shuffle
     for number in range(rounds + 1):
-        if number > 2 and is_over():
+        if number not in (0, 2) and is_over():  # one round alone has no spread
             break
         shuffle(order)
         for name in order:
@@ -67,6 +67,8 @@ def decode_times(
                 seconds[name].append(took / tokens)
         on_round()
     reference, found = seconds[next(iter(variants))], {}
+    if not reference:
+        return {}
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, reference, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)

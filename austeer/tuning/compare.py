@@ -220,5 +220,5 @@ def time_tokens(
             on_round=lambda: advance(1),
             is_over=lambda: budget.is_over(TIMES),
         )
-    budget.note("rounds of times of a token", found["unsteered"].rounds, ROUNDS)
+    budget.note("rounds of times of a token", found["unsteered"].rounds if found else 0, ROUNDS)
     return found

@@ -1,9 +1,11 @@
 """Tables at 80 columns: every name and value of every command's is there, whole."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -206,3 +208,21 @@ def test_names_and_values_of_each_command(show, given_cells, capsys):
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
 def test_names_and_values_of_commands_that_need_no_model(arguments, given_cells):
     expect_whole(CliRunner().invoke(app, arguments).output, given_cells)
+
+
+def commands(group, path=()):
+    """The path and the options of every command."""
+    found = getattr(group, "commands", {})
+    for name, command in found.items():
+        yield from commands(command, (*path, name))
+    if not found:
+        yield path, [name for option in group.params for name in (*option.opts, *option.secondary_opts)]
+
+
+@pytest.mark.parametrize("path, options", list(commands(typer.main.get_command(app))), ids=" ".join)
+def test_names_of_options_in_the_help(path, options, monkeypatch):
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    printed = CliRunner().invoke(app, [*path, "--help"]).output
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
+    for name in options:
+        assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", printed) or not name.startswith("-"), name
