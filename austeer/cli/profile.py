@@ -37,12 +37,15 @@ def profile(
 
     An interrupted run is kept in OUT.checkpoint, batch by batch; `--resume` goes on.
     """
+    from ..errors import AusteerError
     from ..measuring.profiling import profile as make_profile
 
     common.check_writable(out, force)
     texts, checkpoint = read_neutral(neutral), out.with_name(f"{out.name}.checkpoint")
     if force and not resume:
         checkpoint.unlink(missing_ok=True)
+    if checkpoint.exists() and not resume:
+        raise AusteerError(f"{checkpoint}: found what an interrupted run kept; go on with --resume, or --force anew")
     network, tokenizer = common.load(model, dtype, device)
     start = time.perf_counter()
     made = make_profile(
@@ -55,7 +58,6 @@ def profile(
         seed=seed,
         checkpoint=checkpoint,
         resume=resume,
-        source=None if neutral is None else neutral.name,
         progress=False if quiet else None,
     )
     seconds = time.perf_counter() - start
@@ -66,7 +68,7 @@ def profile(
         "sites": list(made.rows),
         "draws": len(made.tokens),
         "texts": len(made.texts.unique()),
-        "source": made.source,
+        "source": made.texts_name,
         "error": made.error,
         "bytes": out.stat().st_size,
         "seconds": seconds,
@@ -76,7 +78,7 @@ def profile(
         return
     units = sum(rows[0].numel() for rows in made.rows.values())
     common.console.print(
-        f"{len(made.tokens)} draws of {found['texts']} texts ({made.source}), {units:,} AUs of {', '.join(made.rows)}\n"
+        f"{len(made.tokens)} draws of {found['texts']} texts ({made.texts_name}), {units:,} AUs of {', '.join(made.rows)}\n"
         f"a predicted KL has a standard error of {made.error:.0%}\n"
         f"wrote {out} ({out.stat().st_size / 1e6:.0f} MB) in {seconds:.0f} s"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ def select(
     """
     from ..errors import count_of
     from ..momentum.momentum import Momentum
+    from ..pairs.chat import chat_arguments
     from ..plans.files import FILE_NAME
 
     check_writable(out / FILE_NAME, force)
@@ -42,10 +44,11 @@ def select(
     if json:
         emit({"file": path, "site": site, "operation": operation, "k": len(plan), "layers": layers})
         return
+    command = ("austeer", "generate", out, "--model", model_word(plan))
     first, last = plan.beta[0].item(), plan.beta[-1].item()
     console.print(
         f"{count_of(len(plan), 'AU')} of site {site} in {count_of(len(layers), 'layer')}, beta {first:+.3f} to "
         f"{last:+.3f}, {operation}\nwrote {path}\n"
-        + next_line("austeer", "generate", out, "--model", model_word(plan), "--alpha", 1, "--prompt", PROMPT),
+        + next_line(*command, "--alpha", 1, *shlex.split(chat_arguments(plan.chat_template)), "--prompt", PROMPT),
         markup=False,
     )

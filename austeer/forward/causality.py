@@ -113,5 +113,8 @@ def _few_layers(model: nn.Module, layout: Layout | None):
     layers = list(unwrap(model).get_submodule(path).children())
     named = list(getattr(text_config(model), "layer_types", None) or ())
     named = named if len(named) == len(layers) else [""] * len(layers)
-    kinds = [(name, *map(type, layer.modules())) for name, layer in zip(named, layers)]
+    kinds = [
+        (name, *((type(module), getattr(module, "is_causal", None)) for module in layer.modules()))
+        for name, layer in zip(named, layers)
+    ]
     return first_layers(model, path, 1 + max(kinds.index(kind) for kind in set(kinds)))

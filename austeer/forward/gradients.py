@@ -42,6 +42,11 @@ class ShiftGradients:
                     f"site {site.name!r} of layer {site.layer} ({site.path}): found a slice of it in this process, "
                     "expected the whole; use the model in one piece"
                 )
+        if any(p.is_inference() for p in self.model.parameters()):
+            raise CaptureError(
+                "found weights that were made in inference mode, expected ones that autograd can follow; load the model "
+                "outside of it"
+            )
         self.device = input_device(self.model)
         self._accepts = inspect.signature(self.decoder.forward).parameters
         self._gradients: dict[str, Tensor] = {}
@@ -128,7 +133,7 @@ class ShiftGradients:
                     f"width] = [{self._shape[0]}, {self._shape[1]}, width] or [batch * tokens, width]"
                 )
             if not x.requires_grad:
-                x = x.detach().requires_grad_()
+                x = x.detach().requires_grad_().clone()  # a leaf cannot be written in place, as Falcon does
             shape = self._shape
             x.register_hook(lambda gradient: self._keep(name, number, gradient.view(*shape, gradient.shape[-1])))
             self._reached.add((name, number))

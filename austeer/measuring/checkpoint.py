@@ -15,7 +15,7 @@ from ..utils.differences import first_difference
 from .counting import State
 from .layerwise import hidden_states as hidden
 
-FORMAT, VERSION = "austeer-checkpoint", 2
+FORMAT, VERSION = "austeer-checkpoint", 3
 
 
 class Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError, FileFormatError, PairsError, check_count
+from ..errors import CaptureError, FileFormatError, PairsError, SteeringWarning, check_count
 from ..forward.causality import is_causal, plain_batches
 from ..forward.gradients import ShiftGradients
 from ..forward.logits import LOGIT_ROWS, log_probabilities
 from ..forward.neutral import neutral_ids, neutral_texts
 from ..forward.tokens import check_vocabulary
 from ..models.sites import Layout, find_sites, fingerprint
-from ..models.structure import floating_dtype, vocabulary_size
+from ..models.structure import floating_dtype, text_config, vocabulary_size
 from ..models.weights import signature
 from ..momentum.profile import DTYPE, Profile
 from ..utils.progress import Progress
@@ -26,6 +27,7 @@ from ..utils.progress import Progress
 DRAWS = 200
 
 
+@torch.inference_mode(False)  # what is made under that mode cannot be differentiated
 def profile(
     model: nn.Module,
     tokenizer,
@@ -37,7 +39,6 @@ def profile(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    source: str | None = None,
     layout: Layout | None = None,
     progress: bool | None = None,
 ) -> Profile:
@@ -55,12 +56,12 @@ def profile(
             quantised; gradients flow through the activations.
         tokenizer: the model's own.
         sites: names of sites, see :mod:`austeer.models.sites`.
-        texts: text that steering should leave as it is; by default short encyclopaedic paragraphs.
+        texts: text that steering should leave as it is, cut to the model's context; by default short encyclopaedic
+            paragraphs.
         draws: how many at least, rounded up to as many of each text. A predicted KL has a relative standard error of
-            sqrt(2 / draws).
+            sqrt(2 / draws) where texts are alike in length.
         batch_tokens: tokens in a batch, padding included. seed: of the draws.
         checkpoint: a file in which the draws are kept batch by batch. resume: go on from it, if it is there.
-        source: what the texts are called in the profile.
         layout: attribute paths of a model whose family is not known.
         progress: a progress bar on standard error; by default if that is a terminal.
 
@@ -70,15 +71,24 @@ def profile(
         SteeringError: the model is steered. FileFormatError: the checkpoint is of another run.
     """
     chosen = list(neutral_texts() if texts is None else texts)
-    ids = neutral_ids(tokenizer, chosen)
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    ids = [row[:context] for row in neutral_ids(tokenizer, chosen)]
     check_vocabulary(vocabulary_size(model), ids)
     draws = check_count("draws", draws, 2**20, "draws", PairsError)
+    batch_tokens = check_count("batch_tokens", batch_tokens, 2**40, "tokens in a batch", PairsError)
     each = -(-draws // len(ids))
     found = find_sites(model, sites, layout)
     if not is_causal(model, layout):
         raise CaptureError(
             f"{type(model).__name__}: found bidirectional attention, expected a causal model: in one pass each token "
             "sees what follows it"
+        )
+    if any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules()):
+        warnings.warn(
+            f"{type(model).__name__}: found a mixture of experts, whose router jumps from expert to expert: the KL of a "
+            "shift may be far above what a profile predicts. See what a strength does with austeer evaluate",
+            SteeringWarning,
+            stacklevel=2,
         )
     gradients = ShiftGradients(model, found)
     settings = Profile(
@@ -90,8 +100,7 @@ def profile(
         model=fingerprint(model, found),
         weights=signature(model),
         dtype=str(floating_dtype(model)).removeprefix("torch."),
-        source=source or _source(texts),
-        seed=seed,
+        sources=((_name_of(texts), seed),),
     )
     made = _earlier(checkpoint, resume, settings, ids, each)
     known = set() if made is None else set(made.texts.tolist())
@@ -121,7 +130,7 @@ def _draws(
     lengths = torch.tensor([len(text) for text in texts], device="cpu")
     mask = (torch.arange(ids.shape[1], device="cpu") < lengths[:, None]).long()
     hidden = gradients.hidden_states(ids, mask)
-    seeds = [_seed(settings.seed, number) for number in numbers]
+    seeds = [_seed(settings.sources[0][1], number) for number in numbers]
     outward = sampled_gradients(gradients.model, hidden.detach(), (lengths - 1).tolist(), each, seeds)
     rows: dict[str, list[Tensor]] = {site: [] for site in gradients.sites}
     squares: dict[str, Tensor] = {}
@@ -176,7 +185,7 @@ def _earlier(
             "anew"
         )
     made = Profile.load(checkpoint)
-    for what in ("model", "layers", "weights", "dtype", "source", "seed"):
+    for what in ("model", "layers", "weights", "dtype", "sources"):
         found, expected = getattr(made, what), getattr(settings, what)
         if found != expected:
             raise FileFormatError(f"{checkpoint}: is of another run: found {what} {found!r}, expected {expected!r}")
@@ -203,7 +212,7 @@ def _seed(seed: int, number: int) -> int:
     return int.from_bytes(digest[:6], "little")
 
 
-def _source(texts: Sequence[str] | None) -> str:
+def _name_of(texts: Sequence[str] | None) -> str:
     if texts is None:
         return "packaged neutral text"
     return f"{len(texts)} texts, {hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:12]}"

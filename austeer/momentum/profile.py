@@ -46,7 +46,7 @@ class Profile:
         diagonal: site name -> float64 [layers, width], the diagonal of F times the number of all tokens.
         tokens: int64 [draws], how many tokens each row sums over. texts: int64 [draws], the text of each draw.
         model: what it was made on. weights: its :func:`austeer.models.weights.signature`.
-        dtype: what the model computed in. source: where the texts come from. seed: of the draws.
+        dtype: what the model computed in. sources: the names of the texts and the seeds of their draws.
     """
 
     layers: Mapping[str, tuple[int, ...]]
@@ -57,8 +57,7 @@ class Profile:
     model: Fingerprint
     weights: str
     dtype: str
-    source: str
-    seed: int = 0
+    sources: tuple[tuple[str, int], ...]
 
     def __repr__(self) -> str:
         return (
@@ -67,9 +66,18 @@ class Profile:
         )
 
     @property
+    def texts_name(self) -> str:
+        """What the texts are called."""
+        return " and ".join(dict.fromkeys(name for name, _ in self.sources))
+
+    @property
     def error(self) -> float:
-        """The relative standard error of a predicted KL: sqrt(2 / draws), as the square of a normal sum has it."""
-        return math.sqrt(2 / len(self.tokens))
+        """The relative standard error of a predicted KL, as squares of normal sums have it: of n draws sqrt(2 / n).
+
+        A long text's draws count for more, so it is larger where texts are of unlike lengths.
+        """
+        weight = self.tokens.double() / self.tokens.sum()
+        return math.sqrt(2 * float(weight.square().sum()))
 
     def fisher(self, site: str) -> Tensor:
         """The diagonal of F of a site, nats a token and squared unit of the AU: float64 [layers, width]."""
@@ -136,11 +144,13 @@ class Profile:
         Raises:
             SelectionError: ``kl`` is not positive, or the plan does nothing to the texts of the profile.
         """
-        if isinstance(kl, bool) or not 0 < kl < math.inf:
+        if not isinstance(kl, (int, float)) or isinstance(kl, bool) or not 0 < kl < math.inf:
             raise SelectionError(f"kl: found {kl!r}, expected a positive number of nats a token, for example 0.1")
         one = self.kl(plan)
         if not one > 0:
-            raise SelectionError(f"kl: found a plan that changes nothing on the texts of the profile ({self.source})")
+            raise SelectionError(
+                f"kl: found a plan that changes nothing on the texts of the profile ({self.texts_name})"
+            )
         return math.sqrt(kl / one)
 
     def halves(self) -> tuple[Profile, Profile]:
@@ -175,15 +185,17 @@ class Profile:
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like profiles add up")
-        if (self.source, self.seed) == (other.source, other.seed):
-            raise SelectionError(f"merge: found the same texts and seed twice ({self.source}, {self.seed})")
+        if both := {*self.sources} & {*other.sources}:
+            raise SelectionError("merge: found the same texts and seed twice ({}, {})".format(*min(both)))
+        same = {name for name, _ in self.sources} == {name for name, _ in other.sources}
+        first = 0 if same else int(self.texts.max()) + 1
         return replace(
             self,
             rows={site: torch.cat([rows, other.rows[site]]) for site, rows in self.rows.items()},
             diagonal={site: found + other.diagonal[site] for site, found in self.diagonal.items()},
             tokens=torch.cat([self.tokens, other.tokens]),
-            texts=torch.cat([self.texts, other.texts + self.texts.max() + 1]),
-            source=f"{self.source} (seed {self.seed}) + {other.source} (seed {other.seed})",
+            texts=torch.cat([self.texts, other.texts + first]),
+            sources=tuple(sorted({*self.sources, *other.sources})),
         )
 
     def check(self, model: Fingerprint) -> None:
@@ -206,7 +218,7 @@ class Profile:
 
     def save(self, path: str | Path) -> Path:
         """Writes a ``.safetensors`` file (rows, diagonals, tokens; a JSON header with the rest)."""
-        header: dict[str, Any] = {name: getattr(self, name) for name in ("weights", "dtype", "source", "seed")}
+        header: dict[str, Any] = {name: getattr(self, name) for name in ("weights", "dtype", "sources")}
         header |= {"model": self.model.to_json(), "layers": {site: list(self.layers[site]) for site in self.rows}}
         tensors = {"tokens": self.tokens, "texts": self.texts}
         for site in self.rows:
@@ -222,6 +234,7 @@ class Profile:
             model = Fingerprint.from_json(header.pop("model"))
             layers = {site: ascending(found, model.layers) for site, found in header.pop("layers").items()}
             profile = cls(
+                sources=tuple((str(name), int(seed)) for name, seed in header.pop("sources")),
                 layers=layers,
                 rows={site: tensors[f"{site}.rows"] for site in layers},
                 diagonal={site: tensors[f"{site}.diagonal"] for site in layers},

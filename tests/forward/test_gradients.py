@@ -57,6 +57,18 @@ def test_gradients_are_the_differences_that_shifts_make(family):
             )
 
 
+@pytest.mark.parametrize("family", ["falcon", "llama", "gpt_neox"])
+def test_a_site_by_itself(family):
+    model = tiny_model(family)
+    sites, (ids, mask) = find_sites(model), two_rows()
+    outward = torch.randn(2, 6, 32) * mask[..., None]
+    together = found_by_gradient(model, sites, ids, mask, outward)
+    for name, all_ in sites.items():
+        for row in (0, len(all_) - 1):
+            alone = found_by_gradient(model, {name: [all_[row]]}, ids, mask, outward)
+            torch.testing.assert_close(alone[name][:, 0], together[name][:, row], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_gradients_in_other_dtypes(dtype):
     plain, model = tiny_model(), tiny_model().to(dtype)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from austeer import FileFormatError, PairsError, Profile, SelectionError, SteeringError, profile, steer
+from austeer import FileFormatError, PairsError, Profile, SelectionError, SteeringError, SteeringWarning, profile, steer
 from austeer.measuring.profiling import sampled_gradients
 from austeer.models.structure import decoder_of
 from austeer.tasks.scoring import side_effects
@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(FileFormatError, match="resume"):
         profile(model, Letters(), ["ffn"], TEXTS, **options)
-    with pytest.raises(FileFormatError, match="seed"):
+    with pytest.raises(FileFormatError, match="sources"):
         profile(model, Letters(), ["ffn"], TEXTS, **options, seed=1, resume=True)
     with pytest.raises(FileFormatError, match="draws"):
         profile(model, Letters(), ["ffn"], TEXTS, **options | {"draws": 15}, resume=True)
@@ -111,11 +111,13 @@ def test_files_and_merging(model, made, tmp_path):
     assert len(both.tokens) == 2010 and both.fisher("ffn").shape == (3, 32)
     loaded = Profile.load(both.save(tmp_path / "both.profile"))
     plan = shift_plan(model, SITES, 20)
-    assert torch.equal(loaded.root(plan), both.root(plan)) and loaded.source == both.source
+    assert torch.equal(loaded.root(plan), both.root(plan)) and loaded.sources == both.sources
     first, second = loaded.halves()
     assert len(first.tokens) + len(second.tokens) == 2010
-    with pytest.raises(SelectionError, match="twice"):
-        made.merge(made)
+    assert not {*first.texts.tolist()} & {*second.texts.tolist()}
+    for again in (made, other):
+        with pytest.raises(SelectionError, match="twice"):
+            both.merge(again)
     with pytest.raises(SelectionError, match="model"):
         made.merge(profile(model, Letters(), ["ffn"], TEXTS, draws=5, seed=1, progress=False))
 
@@ -127,7 +129,7 @@ def test_what_does_not_fit_is_refused(model, made):
         profile(model, Letters(), ["ffn"], TEXTS, draws=5, progress=False).root(shift_plan(model, ("neuron",)))
     with pytest.raises(SelectionError, match="layers"):
         made.root(shift_plan(tiny_model(num_hidden_layers=2), ("ffn",)))
-    for kl in (0, -1, math.nan, True):
+    for kl in (0, -1, math.nan, True, "0.1"):
         with pytest.raises(SelectionError, match="kl"):
             made.alpha(shift_plan(model, ("ffn",)), kl)
     with pytest.raises(SelectionError, match="sites"):
@@ -151,3 +153,23 @@ def test_a_hybrid_has_the_site_in_some_layers(tmp_path):
     plan = shift_plan(hybrid, ("attention",), 8)
     assert {*plan.layer.tolist()} <= {*layers}
     assert measured_kl(hybrid, plan, found.alpha(plan, 2e-3)) == pytest.approx(2e-3, rel=5 * found.error + 0.05)
+
+
+def test_the_error_is_that_of_unlike_lengths(model):
+    texts = ["a view of the river and its boats, and of the mill beside it where two roads meet", *("tea", "sea") * 20]
+    plan, found = shift_plan(model, ("ffn",), 12, seed=3), []
+    for seed in range(24):
+        found.append(profile(model, Letters(), ["ffn"], texts, draws=41, seed=seed, progress=False))
+    values = torch.tensor([one.kl(plan) for one in found])
+    assert float(values.std() / values.mean()) == pytest.approx(found[0].error, rel=0.5)
+    assert found[0].error > 1.5 * math.sqrt(2 / 41)
+
+
+def test_texts_are_cut_to_the_context(model):
+    short = tiny_model("gpt2", max_position_embeddings=16)
+    assert profile(short, Letters(), ["ffn"], ["a view of the river and its boats"], draws=1).tokens.tolist() == [15]
+
+
+def test_a_mixture_of_experts_is_warned_of():
+    with pytest.warns(SteeringWarning, match="experts"):
+        profile(tiny_model("mixtral"), Letters(), ["attention"], TEXTS[:1], draws=1)
