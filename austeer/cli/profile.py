@@ -78,7 +78,8 @@ def profile(
         return
     units = sum(rows[0].numel() for rows in made.rows.values())
     common.console.print(
-        f"{len(made.tokens)} draws of {found['texts']} texts ({made.texts_name}), {units:,} AUs of {', '.join(made.rows)}\n"
+        f"{len(made.tokens)} draws of {found['texts']} texts ({made.texts_name}), {units:,} AUs of "
+        f"{', '.join(made.rows)}\n"
         f"a predicted KL has a standard error of {made.error:.0%}\n"
         f"wrote {out} ({out.stat().st_size / 1e6:.0f} MB) in {seconds:.0f} s"
     )

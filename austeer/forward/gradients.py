@@ -44,8 +44,8 @@ class ShiftGradients:
                 )
         if any(p.is_inference() for p in self.model.parameters()):
             raise CaptureError(
-                "found weights that were made in inference mode, expected ones that autograd can follow; load the model "
-                "outside of it"
+                "found weights that were made in inference mode, expected ones that autograd can follow; load the "
+                "model outside of it"
             )
         self.device = input_device(self.model)
         self._accepts = inspect.signature(self.decoder.forward).parameters

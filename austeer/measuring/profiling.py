@@ -85,8 +85,8 @@ def profile(
         )
     if any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules()):
         warnings.warn(
-            f"{type(model).__name__}: found a mixture of experts, whose router jumps from expert to expert: the KL of a "
-            "shift may be far above what a profile predicts. See what a strength does with austeer evaluate",
+            f"{type(model).__name__}: found a mixture of experts, whose router jumps from expert to expert: the KL of "
+            "a shift may be far above what a profile predicts. See what a strength does with austeer evaluate",
             SteeringWarning,
             stacklevel=2,
         )

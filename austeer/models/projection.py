@@ -37,12 +37,14 @@ def why_not_the_projection(model: nn.Module, site: Site) -> str | None:
 
 
 def why_not_own_code(model: nn.Module, site: Site, path: str) -> str | None:
-    """The reason why the module at ``path`` need not add to the site's tensor as the family's code does it, or None.
+    """The reason why the module at ``path`` need not add to the site's tensor, or read it, as the family's code does.
 
     What the table of families says was read in Transformers' code; other code of the same names may do anything.
     """
     names = path.split(".")
-    for end in range(len(site.path.split(".")), len(names)):
+    # At the input side what calls the projection: it may multiply by the weight itself.
+    first = len(site.path.split(".")) if site.side == "output" else names.index(str(site.layer)) + 2
+    for end in range(first, len(names)):
         module = model.get_submodule(".".join(names[:end]))
         if not type(module).forward.__module__.startswith("transformers.models."):
             return f"the forward of {'.'.join(names[:end])} is not Transformers' own"

@@ -27,7 +27,7 @@ from ..models.projection import why_not_own_code
 from ..models.sites import Site
 from ..models.structure import floating_dtype, input_device
 from ..plans.fit import why_no_edit
-from .editable import is_offloaded, why_frozen, why_in_training, why_not_between, why_not_parameter
+from .editable import is_offloaded, warn_of_gradients, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
 from .sharing import Sharing, is_marked
 from .tables import StrengthTable
@@ -193,14 +193,32 @@ class Bias(Path):
 
     @torch.no_grad()
     def detach(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
         slot = _slots.get(self.module)
         if slot is None or slot.parts.pop(id(self), None) is None:
             return
+        weight = self.module._parameters.get("weight")
+        if self.site.side == "input" and weight is not None:
+            wanted = self._hook is not None
+            if self._hook is not None:
+                self._hook.remove()
+                self._hook = None
+            warn_of_gradients(weight, f"{self.site.bias}.weight", wanted)
+            if self._changed(weight):
+                warnings.warn(
+                    f"{self.site.bias}.weight: found a weight that was changed inside the block, whose product with "
+                    "the shift is in the bias as it was before; change the model before steering it",
+                    SteeringWarning,
+                    stacklevel=2,
+                )
         if not slot.parts:  # the last of what is on the module
             slot.restore(self.module)
+
+    def _changed(self, weight: Tensor) -> bool:
+        """Whether the values of the weight, where it was, are others than those of the product."""
+        if self._unit is None or weight.device.type == "meta":
+            return False
+        (_, address, version), now = self._unit[0], state_of(weight)
+        return address == now[0] and version != now[1]
 
     def _warn(self, gradient: Tensor) -> None:
         """Called with the gradient of a weight that reads the site."""
@@ -288,7 +306,7 @@ def why_not_bias(model: nn.Module, site: Site, operation: str, sharing: Sharing)
     if sharing.places(owner) > 1:
         return "the layer that has the bias is in several places of the model"
     if site.side == "input":
-        return why_not_weight(owner, site)
+        return why_not_weight(owner, site) or why_not_own_code(model, site, str(site.bias))
     if site.projection:
         return None
     if any(module.training for module in model.get_submodule(site.path).modules()):

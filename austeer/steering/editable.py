@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
+from ..errors import SteeringWarning
 from ..models.hooks import hooks_on
 from ..models.linear import FLOATING
 from ..models.sites import Site
@@ -26,6 +29,40 @@ def why_in_training(model: nn.Module, site: Site) -> str | None:
     checkpointing computes anew does not show whether the edit is still there.
     """
     return "it is in training mode" if model.get_submodule(site.path).training else None
+
+
+def warn_of_gradients(p: nn.Parameter, name: str, wanted: bool) -> None:
+    """To be called where an edit of a parameter, or one beside it that its gradient lacks, ends.
+
+    Warns if the parameter was given gradients since the edit was made, and, in a backward pass that is still to come,
+    that the forward pass was an edited one's: autograd notices that only where what the parameter was multiplied by
+    has a gradient, too.
+
+    Args:
+        wanted: whether it had gradients when the edit was made.
+    """
+    if not p.requires_grad or not p.is_leaf:
+        return
+    remedy = "call backward() inside the block and before the change, or use mode='columns'"
+    if not wanted:
+        warnings.warn(
+            f"{name}: found requires_grad set inside the block, expected it before; a gradient may lack the steering. "
+            "Set it before the block, or use mode='columns'",
+            SteeringWarning,
+            stacklevel=2,
+        )
+
+    def late(gradients: object) -> None:
+        warnings.warn(
+            f"{name}: found a backward pass, after steering ended or its strength was changed, of a forward pass from "
+            f"before; its gradient may not be that of the steered model. {remedy[0].upper()}{remedy[1:]}",
+            SteeringWarning,
+            stacklevel=2,
+        )
+
+    # The node lives as long as a graph that it is in: without one from before, nobody calls this.
+    with torch.enable_grad():
+        get_gradient_edge(p).node.register_prehook(late)
 
 
 def why_frozen() -> str | None:

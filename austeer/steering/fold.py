@@ -16,7 +16,7 @@ from ..errors import SteeringError
 from ..models.linear import WeightNames, weights_of
 from ..models.sites import Site
 from ..plans.fit import why_no_edit
-from .editable import is_offloaded, why_frozen, why_in_training, why_not_between, why_not_parameter
+from .editable import is_offloaded, warn_of_gradients, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
 from .sharing import Sharing
 from .tables import StrengthTable
@@ -42,6 +42,7 @@ class Edit:
         self._factor = (1 + gamma.to(wide)).to(p.device)
         p.index_copy_(dim, index.to(p.device), self._after())
         self._hook: RemovableHandle | None = None
+        self._wanted = p.requires_grad
         if p.requires_grad and p.is_leaf:
             self._hook = p.register_hook(partial(_scaled, dim=dim, index=index, factor=self._factor))
 
@@ -52,9 +53,11 @@ class Edit:
 
     def undo(self) -> bool:
         """Restores what was scaled, wherever it is by now; False if some of it was changed since, which stays."""
+        p, edited = self.module._parameters.get(self.name), self._edited()
         if self._hook is not None:
             self._hook.remove()
-        p, edited = self.module._parameters.get(self.name), self._edited()
+        if p is not None:
+            warn_of_gradients(p, f"{type(self.module).__name__}.{self.name}", self._wanted)
         tensors: list[Tensor] = []
         if p is not None and p.device.type != "meta":  # otherwise it was pruned, say, or offloaded
             tensors.append(p)

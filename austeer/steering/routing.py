@@ -59,17 +59,20 @@ class Routing:
         self._counted: Tensor | None = None
         self._running = False
         self._cached = CachedTokens()
+        self._attached = False
         self._ours = False  # whether the forward pass at hand has to give its turn back: it is outside generate
 
     def attach(self) -> None:
         self._state, self.key, self._tokens, self._counted = NOBODY, None, 0, None
         self._cached.clear()
+        self._attached = True
         # With the decoder's own signature, which generation code may ask for.
         forward = functools.update_wrapper(functools.partial(self.forward), self._decoder.forward)
         self._patch.attach(forward)
         self.prompt.attach()
 
     def detach(self) -> None:
+        self._attached = False  # what wraps our forward calls it still
         self.prompt.detach()
         self._patch.detach()
 
@@ -82,6 +85,8 @@ class Routing:
 
     def forward(self, *args, **kwargs):
         """The decoder's forward, once it is known which tokens of it are steered."""
+        if not self._attached:
+            return self._patch.inner(*args, **kwargs)
         given = {**dict(zip(self._names, args)), **kwargs}
         if torch.compiler.is_compiling():
             self._begin(given)

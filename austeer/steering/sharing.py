@@ -103,7 +103,7 @@ def _shared_mappings() -> list[Extent]:
     if not sys.platform.startswith("linux"):
         return []
     found = []
-    for line in FilePath("/proc/self/maps").read_text().splitlines():
+    for line in FilePath("/proc/self/maps").read_text(errors="replace").splitlines():
         place, flags = line.split(maxsplit=2)[:2]
         if not flags.startswith("rw") or flags[3] == "s":
             start, end = (int(address, 16) for address in place.split("-"))

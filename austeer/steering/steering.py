@@ -170,8 +170,8 @@ class Steering:
                     fold.attach()
                 for path in self._paths:
                     path.refresh()
-                self._expect_no_copies()
                 expect_restored(failed, folds)
+                self._expect_no_copies()
 
     def _expect_no_copies(self) -> None:
         """Warns where edits no longer reach what runs."""
@@ -247,9 +247,9 @@ class Steering:
             expect_apart(self._paths, self._decoder)
             steered[self._decoder] = sum(map(len, self.plans.values()))
             self._attached = True
-            self._marked = mark(self._paths)
-            self._forwards = forwards_of(self._model, self._decoder, self._paths)
             try:
+                self._marked = mark(self._paths)
+                self._forwards = forwards_of(self._model, self._decoder, self._paths)
                 self._refresh_tables()
                 probes = EditProbe.of(self._paths, self._model) if self._check else []
                 if self._routing is not None:
@@ -276,13 +276,17 @@ class Steering:
                 return
             self._recomputation.detach()
             failed = detach_all(self._paths)
-            if self._routing is not None:
-                self._routing.detach()
-            self._attached = False
-            self._expect_no_copies()
-            unmark(self._marked)
-            steered.pop(self._decoder, None)
+            try:
+                if self._routing is not None:
+                    self._routing.detach()
+            except SteeringError as error:
+                failed.append(str(error))
+            finally:  # whatever could not be restored, it is steered no more
+                self._attached = False
+                unmark(self._marked)
+                steered.pop(self._decoder, None)
         expect_restored(failed, self._paths)
+        self._expect_no_copies()
 
     def __enter__(self) -> Steering:
         return self.attach()

@@ -22,7 +22,7 @@ def test_a_profile_of_own_texts(folder, command_line, tmp_path):
     texts.write_text("The soup was warm.\nTwo boats left the old mill.\n")
     command = ("profile", "--model", folder, "--out", out, "--neutral", texts, "--draws", 16, "--device", "cpu")
     code, printed, _ = command_line(*command)
-    assert code == 0 and "16 draws of 2 texts (2 texts, " in printed and "35%" in printed
+    assert code == 0 and "16 draws of 2 texts (2 texts, " in printed and "36%" in printed
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["m.profile", "texts.txt"]
     made = Profile.load(out)
     assert (
