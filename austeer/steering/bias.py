@@ -172,6 +172,7 @@ class Bias(Path):
         self.edit = self
         self.like = like
         self._hook: RemovableHandle | None = None
+        self._warned = False
         self._unit: tuple[tuple, Tensor] | None = None  # k and the weight's state, and what alpha = 1 adds
 
     def edited(self) -> list[tuple[nn.Module, list[str]]]:
@@ -202,7 +203,7 @@ class Bias(Path):
             if self._hook is not None:
                 self._hook.remove()
                 self._hook = None
-            warn_of_gradients(weight, f"{self.site.bias}.weight", wanted)
+            warn_of_gradients(weight, f"{self.site.bias}.weight", wanted, self._warned)
             if self._changed(weight):
                 warnings.warn(
                     f"{self.site.bias}.weight: found a weight that was changed inside the block, whose product with "
@@ -222,6 +223,7 @@ class Bias(Path):
 
     def _warn(self, gradient: Tensor) -> None:
         """Called with the gradient of a weight that reads the site."""
+        self._warned = True
         warnings.warn(
             f"{self.site.bias}.weight: its gradient lacks the part of the shift, which is in the bias; for "
             "gradients of weights use mode='columns'",

@@ -31,7 +31,7 @@ def why_in_training(model: nn.Module, site: Site) -> str | None:
     return "it is in training mode" if model.get_submodule(site.path).training else None
 
 
-def warn_of_gradients(p: nn.Parameter, name: str, wanted: bool) -> None:
+def warn_of_gradients(p: nn.Parameter, name: str, wanted: bool, differentiated: bool) -> None:
     """To be called where an edit of a parameter, or one beside it that its gradient lacks, ends.
 
     Warns if the parameter was given gradients since the edit was made, and, in a backward pass that is still to come,
@@ -39,9 +39,10 @@ def warn_of_gradients(p: nn.Parameter, name: str, wanted: bool) -> None:
     has a gradient, too.
 
     Args:
-        wanted: whether it had gradients when the edit was made.
+        wanted: whether it had gradients when the edit was made. differentiated: whether a backward pass reached it
+            since: whoever calls backward in time may keep a graph that nobody will run again.
     """
-    if not p.requires_grad or not p.is_leaf:
+    if not p.requires_grad or not p.is_leaf or p.is_inference():
         return
     remedy = "call backward() inside the block and before the change, or use mode='columns'"
     if not wanted:
@@ -60,6 +61,8 @@ def warn_of_gradients(p: nn.Parameter, name: str, wanted: bool) -> None:
             stacklevel=2,
         )
 
+    if differentiated:
+        return
     # The node lives as long as a graph that it is in: without one from before, nobody calls this.
     with torch.enable_grad():
         get_gradient_edge(p).node.register_prehook(late)

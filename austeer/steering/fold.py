@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +41,16 @@ class Edit:
         self._factor = (1 + gamma.to(wide)).to(p.device)
         p.index_copy_(dim, index.to(p.device), self._after())
         self._hook: RemovableHandle | None = None
-        self._wanted = p.requires_grad
+        self._wanted, self._differentiated = p.requires_grad, False
         if p.requires_grad and p.is_leaf:
-            self._hook = p.register_hook(partial(_scaled, dim=dim, index=index, factor=self._factor))
+            self._hook = p.register_hook(self._gradient)
+
+    def _gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient of the parameter, from that of the scaled one."""
+        self._differentiated = True
+        index, factor = self.index.to(gradient.device), self._factor.to(gradient.device)
+        some = gradient.index_select(self.dim, index).movedim(self.dim, -1) * factor
+        return gradient.index_copy(self.dim, index, some.movedim(-1, self.dim).to(gradient.dtype))
 
     def _after(self) -> Tensor:
         """What was scaled, rounded once; made anew on leaving, as it would double what is held."""
@@ -57,7 +63,7 @@ class Edit:
         if self._hook is not None:
             self._hook.remove()
         if p is not None:
-            warn_of_gradients(p, f"{type(self.module).__name__}.{self.name}", self._wanted)
+            warn_of_gradients(p, f"{type(self.module).__name__}.{self.name}", self._wanted, self._differentiated)
         tensors: list[Tensor] = []
         if p is not None and p.device.type != "meta":  # otherwise it was pruned, say, or offloaded
             tensors.append(p)
@@ -139,13 +145,6 @@ class Fold(Path):
             if weights.bias and part._parameters[weights.bias] is not None and self.site.side == "output":
                 tensors.append((weights.bias, -1))
             yield part, tensors
-
-
-def _scaled(gradient: Tensor, dim: int, index: Tensor, factor: Tensor) -> Tensor:
-    """The gradient of a weight, from that of the scaled one."""
-    index, factor = index.to(gradient.device), factor.to(gradient.device)
-    some = gradient.index_select(dim, index).movedim(dim, -1) * factor
-    return gradient.index_copy(dim, index, some.movedim(-1, dim).to(gradient.dtype))
 
 
 def why_not_fold(model: nn.Module, site: Site, operation: str, sharing: Sharing) -> str | None:
