@@ -64,7 +64,7 @@ def warn_of_gradients(p: nn.Parameter, name: str, wanted: bool, differentiated: 
     if differentiated:
         return
     # The node lives as long as a graph that it is in: without one from before, nobody calls this.
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         get_gradient_edge(p).node.register_prehook(late)
 
 
