@@ -275,4 +275,5 @@ def capturable(device: torch.device) -> bool:
 
 def capturing(device: torch.device) -> bool:
     """Whether what is called now becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # Dynamo cannot trace the question, and what it compiles asks otherwise.
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
