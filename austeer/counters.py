@@ -36,6 +36,11 @@ class Counters:
         return Counters(positive, negative, *(t.masked_fill(none, 0.0) for t in sums))
 
 
+def effect_of(site: str) -> str:
+    """The name under which the counters of the effects of a site's AUs are kept beside those of the site."""
+    return f"{site}.effect"
+
+
 def tensors_of(sites: Mapping[str, Counters], half: Mapping[str, Counters] | None = None) -> dict[str, Tensor]:
     """All counters by ``SITE.NAME``, and those of a half by ``half.SITE.NAME``, as files hold them."""
     found = {f"{site}.{name}": t for site, c in sites.items() for name, t in c.tensors().items()}

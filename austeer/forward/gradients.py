@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,20 +66,27 @@ class ShiftGradients:
                     stack.callback(self._hook(site, number).remove)
             yield self
 
-    def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def hidden_states(
+        self, ids: Tensor, mask: Tensor | Mapping[str, Tensor] | None, positions: Tensor | None = None
+    ) -> Tensor:
         """Last hidden states [rows, tokens, width] with their graph.
 
         Args:
-            ids, mask: int64 [rows, tokens], padded on the right.
+            ids: int64 [rows, tokens], padded on the right. mask: the same shape; or of trees, with their positions, see
+                :func:`austeer.forward.tree_masks.masks`; None: every row is seen whole.
 
         Raises:
             CaptureError: a site was not reached.
         """
         self._shape, self._gradients = ids.shape, {}
         self._reached.clear()
-        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        if mask is not None:
+            inputs["attention_mask"] = mask.to(self.device) if isinstance(mask, Tensor) else mask
+        if positions is not None:
+            inputs["position_ids"] = positions.to(self.device)
         if "use_cache" in self._accepts:
-            inputs["use_cache"] = False  # type: ignore[assignment]
+            inputs["use_cache"] = False
         with torch.inference_mode(False), torch.enable_grad():
             hidden = self.decoder(**inputs).last_hidden_state
         missing = {(name, i) for name, found in self.sites.items() for i in range(len(found))} - self._reached

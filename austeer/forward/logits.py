@@ -5,10 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import CaptureError
 from ..models.structure import text_config, unwrap
 
 #: Rows of logits that are made at once: 128 rows of a vocabulary of 256,000 in float32 are 131 MB.
 LOGIT_ROWS = 128
+
+
+def expect_head(model: nn.Module) -> None:
+    """Raises CaptureError where there is none."""
+    if unwrap(model).get_output_embeddings() is None:  # type: ignore[operator]
+        raise CaptureError(
+            f"{type(unwrap(model)).__name__}: found no head that gives next tokens, expected a causal language model; "
+            "load it with AutoModelForCausalLM"
+        )
 
 
 def log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -161,6 +161,38 @@ def batches(
             yield _batch(batch, branching)
 
 
+def pair_batches(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], tokens: int, share: bool = True, apart: int | None = None
+) -> Iterator[Batch]:
+    """As :func:`batches`, but both texts of a pair are in one batch, and a row holds texts of one pair alone.
+
+    Text 2 * i is the first of pair i, and text 2 * i + 1 the second.
+    """
+    groups = [(i, _rows_of_pair(i, pair, tokens, share)) for i, pair in enumerate(pairs)]
+    keys = {
+        i: (apart is not None and max(map(len, pairs[i])) > apart, any(row.branches for row in rows))
+        for i, rows in groups
+    }
+    groups.sort(key=lambda group: (keys[group[0]], -max(map(len, group[1]))))
+    for (_, branching), found in itertools.groupby(groups, key=lambda group: keys[group[0]]):
+        batch: list[_Row] = []
+        for _, rows in found:
+            if batch and len(batch[0]) * (len(batch) + len(rows)) > tokens:
+                yield _batch(batch, branching)
+                batch = []
+            batch += sorted(rows, key=len, reverse=True)
+        yield _batch(batch, branching)
+
+
+def _rows_of_pair(number: int, pair: tuple[Sequence[int], Sequence[int]], tokens: int, share: bool) -> list[_Row]:
+    texts = list(zip((2 * number, 2 * number + 1), pair))
+    first, second = pair
+    shared = common_prefix(first, second)
+    if share and _worth(len(first), len(second) - shared, len(second), tokens):
+        return [_Row.of(texts)]
+    return [_Row(*text) for text in texts]
+
+
 def _cost(length: int) -> float:
     return length * (1 + length / ATTENTION)
 
@@ -194,7 +226,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _batch(rows: Sequence[_Row], branching: bool) -> Batch:
-    length = len(rows[0])
+    length = max(map(len, rows))
     ids = np.zeros((len(rows), length), dtype=np.int64)
     for r, row in enumerate(rows):
         ids[r, : len(row)] = row.ids

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import PairsError
 from ..forward.packing import Batch, batches
+from ..forward.pair_scores import PairBatch, scored_batches
 from ..forward.tokens import Tokenised, check_vocabulary, tokenise
 from ..momentum.report import Seconds
 from ..pairs.chat import ChatForm
@@ -37,6 +38,7 @@ class Block:
         batches: the texts.
         cut: texts cut to fit. texts_tokens: tokens of all texts, as if each ran by itself.
         digest: a hash of this and all earlier pairs.
+        pair_batches: of the pairs that contrast, for effects; none where these are not asked for.
     """
 
     number: int
@@ -49,6 +51,7 @@ class Block:
     cut: int
     texts_tokens: int
     digest: str
+    pair_batches: list[PairBatch] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -64,6 +67,7 @@ class Blocks:
         first: blocks before this number are read and left out. known: the digest of all pairs in them.
         part: (i, n) takes the blocks i, i + n, i + 2 n ...
         pin: whether batches lie in page-locked memory.
+        effect_tokens: the limit on a batch of pairs for effects, where these are asked for.
         seconds: where the time that is spent here is added.
 
     Attributes:
@@ -87,6 +91,7 @@ class Blocks:
     known: str = ""
     part: tuple[int, int] = (0, 1)
     pin: bool = False
+    effect_tokens: int | None = None
     seconds: Seconds = field(default_factory=Seconds)
     digest: str = field(default="", init=False)
     read: int = field(default=0, init=False)
@@ -127,6 +132,7 @@ class Blocks:
         now = time.perf_counter()
         self.seconds.tokenise += now - start
         packed = list(batches(texts, self.batch_tokens, self.share, self.apart, self.even))
+        paired = [] if self.effect_tokens is None else self._paired(found, offset)
         half = half_rows([self._group(pairs[i]) for i in found.number])
         if self.pin:
             packed, half = [batch.pinned() for batch in packed], half.pin_memory()
@@ -142,7 +148,21 @@ class Blocks:
             cut=found.cut,
             texts_tokens=sum(map(len, texts)),
             digest=self.digest,
+            pair_batches=paired,
         )
+
+    def _paired(self, found: Tokenised, offset: int) -> list[PairBatch]:
+        """Batches of the pairs that contrast."""
+        assert self.effect_tokens is not None
+        pairs = list(zip(found.positive, found.negative))
+        for number, (positive, negative) in zip(found.number, pairs):
+            if positive[0] != negative[0]:
+                raise PairsError(
+                    f"{self.source}, pair {offset + number}: found two texts that begin with different tokens, expected "
+                    "one before them to score them by; for effects give the prompts some text, for example 'Text:', or "
+                    "where texts were cut a larger max_length"
+                )
+        return list(scored_batches(pairs, self.effect_tokens, self.share, self.apart))
 
     def _group(self, pair: Pair) -> str:
         return group_of(pair.prompt, (pair.positive, pair.negative), self.grouped_by)

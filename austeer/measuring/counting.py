@@ -11,7 +11,7 @@ from torch import Tensor
 
 from austeer_kernels import NO_PAIR, momentum_counters, momentum_update
 
-from ..counters import Counters
+from ..counters import Counters, effect_of
 from ..errors import CaptureError
 from ..models.sites import Site
 from .blocks import Block, Blocks
@@ -45,10 +45,17 @@ class Counts:
 
 
 class Tally(Counts):
-    """The counters of blocks at the sites of the measured layers, and how many pairs they hold."""
+    """The counters of blocks at the sites of the measured layers, and how many pairs they hold.
 
-    def __init__(self, sites: Mapping[str, Sequence[Site]], device: torch.device):
-        super().__init__({name: (len(found), found[0].width) for name, found in sites.items()}, device)
+    Args:
+        effects: whether effects are counted, too.
+    """
+
+    def __init__(self, sites: Mapping[str, Sequence[Site]], device: torch.device, effects: bool = False):
+        shapes = {name: (len(found), found[0].width) for name, found in sites.items()}
+        more = {effect_of(name): shape for name, shape in shapes.items()} if effects else {}
+        super().__init__(shapes | more, device)
+        self._effects: dict[str, Counting] = {}  # of the block that runs: all of a block is counted, or nothing
         self.sites = sites
         self.block, self.digest = 0, ""
         self.pairs = self.cut = self.identical = 0
@@ -56,9 +63,26 @@ class Tally(Counts):
     def add(self, block: Block, buffers: Mapping[str, Tensor]) -> None:
         """Counts a whole block: two kernel calls a site, one of them over the pairs of a half."""
         if block.pairs:
-            for name, counting in self.counting.items():
-                counting.add(buffers[name], block.pairs, block.offset, half=block.half)
+            for name in self.sites:
+                self.counting[name].add(buffers[name], block.pairs, block.offset, half=block.half)
+            for name, effects in self._effects.items():
+                self.counting[name].merge(effects)
+        self._effects = {}
         self.done(block)
+
+    def add_effects(self, block: Block, pairs: Tensor, effects: Mapping[str, Tensor]) -> None:
+        """Notes the effects of some pairs of a block, which :meth:`add` counts.
+
+        Args:
+            pairs: their numbers in the block, ascending. effects: site name -> float32 [pairs, layers, width].
+        """
+        half = torch.isin(pairs, block.half.cpu()).nonzero()[:, 0]
+        for site, values in effects.items():
+            name, device = effect_of(site), self.counting[site].first_nonfinite.device
+            if name not in self._effects:
+                self._effects[name] = Counting(*self.counting[name].shape, device)
+            both = torch.cat([values, torch.zeros_like(values)]).to(device)  # an effect is a difference already
+            self._effects[name].add(both, len(pairs), block.offset, half=half)
 
     def done(self, block: Block) -> None:
         """Notes a block whose activations are counted."""
@@ -148,6 +172,11 @@ class Counting:
     def half_counters(self) -> Counters:
         """A copy of those of the half on the CPU, [layers, width]."""
         return Counters(*(t.view(self.shape).clone().cpu() for t in self.half))
+
+    def merge(self, other: Counting) -> None:
+        """Adds what another has counted."""
+        for mine, theirs in zip((*self.totals, *self.half), (*other.totals, *other.half)):
+            mine += theirs
 
     def restore(self, counters: Counters, half: Counters) -> None:
         """Goes on from earlier counters."""

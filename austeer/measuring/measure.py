@@ -24,6 +24,7 @@ def measure(
     sites: str | Sequence[str] = ("attention", "ffn"),
     *,
     layers: Iterable[int] | None = None,
+    effects: bool = False,
     strategy: str = "auto",
     share_prompts: bool = True,
     batch_tokens: int | None = None,
@@ -63,6 +64,8 @@ def measure(
         sites: names of sites, see :mod:`austeer.models.sites`.
         layers: measure these layers only, for example ``range(12)``; those above the highest are not run. By default
             all that have the sites: in a model with attention in some layers only, ``attention`` is in those.
+        effects: also find what shifting each AU does to the log-odds of the positive text, by one pass there and back
+            a pair (:meth:`Momentum.effect`); resident only, and the model needs its head.
         strategy: "resident" runs each batch through the whole model; "layerwise" loads each layer once and runs all
             pairs through it, which is what a model wants whose weights are offloaded; "auto" takes layerwise for
             such a model where it can.
@@ -92,6 +95,7 @@ def measure(
     """
     options = MeasureOptions(
         layers=layers,
+        effects=effects,
         strategy=strategy,
         share_prompts=share_prompts,
         batch_tokens=batch_tokens,

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..counters import counters_from, tensors_of
+from ..counters import Counters, counters_from, effect_of, tensors_of
 from ..errors import CaptureError, FileFormatError, PairsError, SiteError, SteeringError, check_count
 from ..forward.batch_size import automatic_batch_tokens
 from ..forward.causality import is_causal
+from ..forward.gradients import ShiftGradients
+from ..forward.logits import expect_head
 from ..forward.shared_prompts import tree_form
 from ..forward.tokens import length_limit
 from ..forward.tree_masks import forms, longest_short_text
@@ -47,6 +49,9 @@ from .stored.writer import ActivationWriter
 
 STRATEGIES = ("auto", "resident", "layerwise")
 
+#: Tokens in a batch of pairs for effects, at most: the activations of all layers are kept for the way back.
+EFFECT_TOKENS = 1024
+
 #: Pairs in a block: the unit of counting, of checkpoints and of splitting over processes. Large enough that texts of
 #: like length meet, small enough that few pairs still keep several processes busy.
 BLOCK_PAIRS = 128
@@ -61,6 +66,7 @@ class MeasureOptions:
     """
 
     layers: Iterable[int] | None = None
+    effects: bool = False
     strategy: str = "auto"
     share_prompts: bool = True
     batch_tokens: int | None = None
@@ -123,17 +129,23 @@ class Measurement:
                 "save_activations: found the layerwise strategy, which has the activations of one layer at a time; "
                 "expected strategy='resident'"
             )
+        if strategy == "layerwise" and options.effects:
+            raise CaptureError(
+                "effects: found the layerwise strategy, in which no gradient goes through the whole model; expected "
+                "strategy='resident'"
+            )
         self.report = MeasureReport(strategy=strategy, processes=self.processes.count)
         self.checkpoint = self._checkpoint(tokenizer, strategy)
         self.layerwise = self._layerwise() if strategy == "layerwise" else None
         self.device = self.layerwise.device if self.layerwise else input_device(model)
         self._warned = False
-        self.tally, self.first_layer = Tally(self.sites, self.device), 0
+        self.tally, self.first_layer = Tally(self.sites, self.device, options.effects), 0
         self.writer = self._writer()
         resumed = self._resumed(options.resume)
         self.resumed_digest = resumed.get("all_pairs")
         self.batch_tokens = self._batch_tokens(options.batch_tokens, resumed.get("batch_tokens"))
         self.causal = is_causal(model, options.layout)
+        self.gradients = self._gradients() if options.effects else None
         self.tree = self._tree() if options.share_prompts and self.causal else None
         if resumed and resumed["tree"] != self.tree:
             raise FileFormatError(
@@ -164,6 +176,7 @@ class Measurement:
             "tokenizer": tokenizer_signature(tokenizer),
             "weights": signature(self.model),
             "save_activations": str(options.save_activations),
+            "effects": options.effects,
         }
         return Checkpoint(options.checkpoint, settings, (self.processes.index, self.processes.count))
 
@@ -209,8 +222,23 @@ class Measurement:
             known=self.tally.digest,
             part=(self.processes.index, self.processes.count),
             pin=self.device.type == "cuda",
+            effect_tokens=min(self.batch_tokens, EFFECT_TOKENS) if self.options.effects else None,
             seconds=self.report.seconds,
         )
+
+    def _gradients(self) -> ShiftGradients:
+        """What finds effects.
+
+        Raises:
+            CaptureError: a model without a head, with bidirectional attention, or one that cannot be differentiated.
+        """
+        if not self.causal:
+            raise CaptureError(
+                f"effects: found bidirectional attention in {type(self.model).__name__}, expected a causal model: the "
+                "probability of a text means nothing where each token sees those after it"
+            )
+        expect_head(self.model)
+        return ShiftGradients(self.model, self.sites)
 
     def _batch_tokens(self, asked: int | None, earlier: int | None) -> int:
         """What is asked for, else what this run had before it was interrupted, else what suits; alike everywhere."""
@@ -299,7 +327,7 @@ class Measurement:
             )
         if self.writer is not None and self.processes.main:
             self.writer.finish(pairs)
-        return Momentum(
+        found = Momentum(
             sites=counters_from(sums, self.sites),
             pairs=pairs,
             model=self.fingerprint,
@@ -312,6 +340,11 @@ class Measurement:
             half_pairs=half_pairs,
             report=self.report,
         )
+        return found.with_effects(*(self._effects(sums, half) for half in (False, True))) if self.gradients else found
+
+    def _effects(self, sums: Mapping[str, Tensor], half: bool) -> dict[str, Counters]:
+        counters = counters_from(sums, [effect_of(name) for name in self.sites], half=half)
+        return {name: counters[effect_of(name)] for name in self.sites}
 
 
 def _check_model(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from ..errors import AusteerError, CaptureError
 from ..forward.capture import LastTokens
 from ..forward.packing import Batch
+from ..forward.pair_scores import PairBatch, effects_of
 from ..models.structure import evaluating, first_layers
 from ..pairs.pairs import Pairs
 from ..utils.background import ahead
@@ -29,7 +30,7 @@ def run_resident(m: Measurement) -> None:
         capture.tree = m.tree
     seconds = m.report.seconds
     with (
-        first_layers(m.model, m.root, m.depth),
+        first_layers(m.model, m.root, m.depth) if m.gradients is None else m.gradients.attached(),
         evaluating(m.model),
         capture.attached(),
         Progress("measuring", m.total(), "pairs", m.progress) as bar,
@@ -91,9 +92,26 @@ def _run(m: Measurement, block: Block, capture: LastTokens, interruption: Interr
         if interruption.asked:
             return False
         _run_batch(capture, batch)
+    now = time.perf_counter()
+    m.report.seconds.forward += now - start
+    for found in block.pair_batches:
+        if interruption.asked:
+            return False
+        _run_pairs(m, block, found)
+    m.report.seconds.effects += time.perf_counter() - now
     _note(m, block)
-    m.report.seconds.forward += time.perf_counter() - start
     return not interruption.asked
+
+
+def _run_pairs(m: Measurement, block: Block, found: PairBatch) -> None:
+    assert m.gradients is not None
+    try:
+        m.tally.add_effects(block, found.pairs, effects_of(m.gradients, found, m.tree))
+    except torch.cuda.OutOfMemoryError as error:
+        raise CaptureError(
+            f"effects: {found.batch.ids.numel()} tokens with their activations do not fit into the memory of "
+            f"{m.device}; give a smaller batch_tokens, or cut texts with max_length"
+        ) from error
 
 
 def _run_batch(capture: LastTokens, batch: Batch) -> None:

@@ -19,7 +19,7 @@ from ..plans.table import OPERATIONS
 from ..utils import files
 from .report import MeasureReport
 
-FORMAT, VERSION = "austeer-momentum", 2
+FORMAT, VERSION = "austeer-momentum", 3
 
 
 def _without_half(header: dict[str, Any]) -> dict[str, Any]:
@@ -28,8 +28,14 @@ def _without_half(header: dict[str, Any]) -> dict[str, Any]:
     return {**header, "half_pairs": None}
 
 
+def _without_effects(header: dict[str, Any]) -> dict[str, Any]:
+    if "effects" in header:
+        raise ValueError("found the field 'effects' in version 2")
+    return {**header, "effects": False}
+
+
 #: For each older version, what makes its header one of the next version.
-MIGRATIONS: dict[int, files.Migration] = {1: _without_half}
+MIGRATIONS: dict[int, files.Migration] = {1: _without_half, 2: _without_effects}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +53,8 @@ class Momentum:
         layers: which layer each row of the counters is; all of the model's where not given.
         half: the counters of one half of the pairs (:mod:`austeer.pairs.halves`), which are in ``sites``, too; None
             where they are not known. half_pairs: how many pairs that half has; pairs with equal sides are in the other.
+        effects: the momentum of the effects of the same pairs, if they were measured: counted like activations is for
+            each pair the gradient of log p(positive) - log p(negative) by a shift of the AU, nats a unit of the AU.
         report: how the measurement went (:class:`austeer.momentum.report.MeasureReport`), if this is a fresh one. Not
             saved.
     """
@@ -61,6 +69,7 @@ class Momentum:
     layers: tuple[int, ...] = ()
     half: Mapping[str, Counters] | None = None
     half_pairs: int = 0
+    effects: Momentum | None = None
     report: MeasureReport | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +82,24 @@ class Momentum:
                 f"site {site!r} was not measured; found {', '.join(self.sites)}. Measure it: sites=[{site!r}]"
             )
         return self.sites[site]
+
+    def effect(self, site: str) -> Tensor:
+        """The mean effect of each AU, nats a unit of the AU: float64 [layers, width].
+
+        Raises:
+            SelectionError: effects were not measured, or not at this site.
+        """
+        if self.effects is None:
+            raise SelectionError(
+                "effects: found momentum without them, expected one of measure(..., effects=True); measure again "
+                "(austeer measure --effects)"
+            )
+        return self.effects.counters(site).delta_sum / self.pairs
+
+    def with_effects(self, sites: Mapping[str, Counters], half: Mapping[str, Counters] | None) -> Momentum:
+        """The same with the counters of its effects, and those of the half."""
+        found = replace(self, sites=sites, half=half, half_pairs=self.half_pairs if half else 0, report=None)
+        return replace(self, effects=found)
 
     def halves(self) -> tuple[Momentum, Momentum]:
         """The momentum of each of two disjoint halves of the pairs, of nearly the same size where prompts are many.
@@ -93,9 +120,10 @@ class Momentum:
             )
         rest = {site: counters - self.half[site] for site, counters in self.sites.items()}
         plain = replace(self, half=None, half_pairs=0, cut=0, report=None)
+        effects = (None, None) if self.effects is None else self.effects.halves()
         return (
-            replace(plain, sites=self.half, pairs=sizes[0], identical=0),
-            replace(plain, sites=rest, pairs=sizes[1]),
+            replace(plain, sites=self.half, pairs=sizes[0], identical=0, effects=effects[0]),
+            replace(plain, sites=rest, pairs=sizes[1], effects=effects[1]),
         )
 
     def select(
@@ -143,7 +171,7 @@ class Momentum:
         return plan_of(self, site, chosen, operation, ties=ties)
 
     def merge(self, other: Momentum) -> Momentum:
-        """The momentum of both sets of pairs; counts do not depend on the order. It has halves if both have.
+        """The momentum of both sets of pairs; counts do not depend on the order. Halves and effects it has if both have.
 
         Raises:
             SelectionError: the two are of different models, sites, layers or prompt forms.
@@ -154,6 +182,9 @@ class Momentum:
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like momentum adds up")
+        effects = None
+        if self.effects is not None and other.effects is not None:
+            effects = self.effects.merge(other.effects)
         half = None
         if self.half is not None and other.half is not None:
             half = {name: self.half[name] + other.half[name] for name in self.half}
@@ -166,6 +197,7 @@ class Momentum:
             cut=self.cut + other.cut,
             identical=self.identical + other.identical,
             sources=tuple(sorted({*self.sources, *other.sources})),
+            effects=effects,
             report=None,
         )
 
@@ -175,7 +207,11 @@ class Momentum:
         header |= {"model": self.model.to_json(), "sites": list(self.sites)}
         header |= {"sources": list(self.sources), "layers": list(self.layers)}
         header["half_pairs"] = None if self.half is None else self.half_pairs
-        files.write(Path(path), FORMAT, VERSION, header, tensors_of(self.sites, self.half))
+        header["effects"] = self.effects is not None
+        tensors = tensors_of(self.sites, self.half)
+        if self.effects is not None:
+            tensors |= {f"effects.{name}": t for name, t in tensors_of(self.effects.sites, self.effects.half).items()}
+        files.write(Path(path), FORMAT, VERSION, header, tensors)
         return Path(path)
 
     @classmethod
@@ -186,17 +222,12 @@ class Momentum:
             model = Fingerprint.from_json(header.pop("model"))
             layers = header.pop("layers", None)  # older files have none, and all layers
             layers = tuple(range(model.layers)) if layers is None else ascending(layers, model.layers)
-            sites, half = counters_from(tensors, header.pop("sites")), None
-            for site, counters in sites.items():
-                _check_counters(counters, (len(layers), model.widths[site]), header["pairs"])
             check_chat_form(header["chat_template"])
-            half_pairs = header.pop("half_pairs")
-            if half_pairs is not None:
-                half = counters_from(tensors, sites, half=True)
-                for site, counters in half.items():
-                    _check_counters(counters, (len(layers), model.widths[site]), half_pairs)
-                    _check_counters(sites[site] - counters, counters.positive.shape, header["pairs"] - half_pairs)
-            return cls(
+            names, effects = header.pop("sites"), header.pop("effects")
+            pairs, half_pairs = header["pairs"], header.pop("half_pairs")
+            sizes = {site: (len(layers), model.widths[site]) for site in names}
+            sites, half = _read_counters(tensors, sizes, pairs, half_pairs)
+            found = cls(
                 sites=sites,
                 model=model,
                 sources=tuple(header.pop("sources")),
@@ -205,6 +236,10 @@ class Momentum:
                 half_pairs=half_pairs or 0,
                 **header,
             )
+            if effects is not True:
+                return found
+            own = {name.removeprefix("effects."): t for name, t in tensors.items() if name.startswith("effects.")}
+            return found.with_effects(*_read_counters(own, sizes, pairs, half_pairs))
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); measure again") from error
 
@@ -243,6 +278,22 @@ def ascending(layers: Iterable[Any], count: int) -> tuple[int, ...]:
     if not found or any(type(n) is not int or not 0 <= n < count for n in found) or list(found) != sorted({*found}):
         raise ValueError(f"layers {list(found)} are not ascending numbers below {count}")
     return found
+
+
+def _read_counters(
+    tensors: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]], pairs: int, half_pairs: int | None
+) -> tuple[dict[str, Counters], dict[str, Counters] | None]:
+    """The counters of the sites and of their half, from a file; raises ValueError where they are no counters."""
+    sites = counters_from(tensors, sizes)
+    for site, counters in sites.items():
+        _check_counters(counters, sizes[site], pairs)
+    if half_pairs is None:
+        return sites, None
+    half = counters_from(tensors, sizes, half=True)
+    for site, counters in half.items():
+        _check_counters(counters, sizes[site], half_pairs)
+        _check_counters(sites[site] - counters, sizes[site], pairs - half_pairs)
+    return sites, half
 
 
 def _check_counters(counters: Counters, shape: tuple[int, ...], pairs: int) -> None:

@@ -16,7 +16,7 @@ which needs no matrix. It belongs to the model alone, not to a task.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,23 @@ class Profile:
     def fisher(self, site: str) -> Tensor:
         """The diagonal of F of a site, nats a token and squared unit of the AU: float64 [layers, width]."""
         return self._of(self.diagonal, site) / self.tokens.sum()
+
+    def scaled(self, site: str, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Rows of which KL(s) = sum((rows . s)^2), and the diagonal of that: float32 [draws, layers, width], float64.
+
+        Args:
+            layers: those that are wanted.
+
+        Raises:
+            SelectionError: a site or layer without a profile.
+        """
+        rows = self._of(self.rows, site)
+        row_of = {layer: row for row, layer in enumerate(self.layers[site])}
+        if missing := sorted({*layers} - {*row_of}):
+            raise SelectionError(f"profile: found no {site!r} in layers {missing}, expected those that were measured")
+        chosen = torch.tensor([row_of[layer] for layer in layers], device="cpu")
+        tokens = 2 * int(self.tokens.sum())
+        return rows[:, chosen].float() / math.sqrt(tokens), self.diagonal[site][chosen] / tokens
 
     def root(self, plan: Plan) -> Tensor:
         """What predicts the KL of a plan of shifts: float64 [draws, k]; KL = sum over draws of (root @ alpha)^2.

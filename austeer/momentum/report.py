@@ -15,7 +15,7 @@ class Seconds:
         load: loading the model, if that was part of it (the command line); not in ``total``.
         read: reading pairs. tokenise: tokenising them. pack: making batches.
         wait: what the model waited for these three. weights: what it waited for weights (layer by layer).
-        forward: forward passes, until the device was done. count: counting, checking and saving.
+        forward: forward passes, until the device was done. effects: passes for effects, there and back. count: counting, checking and saving.
         reduce: adding up over processes.
         total: from the first to the last.
     """
@@ -27,6 +27,7 @@ class Seconds:
     wait: float = 0.0
     weights: float = 0.0
     forward: float = 0.0
+    effects: float = 0.0
     count: float = 0.0
     reduce: float = 0.0
     total: float = 0.0
@@ -101,6 +102,8 @@ class MeasureReport:
         ahead = s.read + s.tokenise + s.pack
         time = f"time: load {s.load:.1f} s, " if s.load else "time: "
         time += f"forward {s.forward:.1f} s"
+        if s.effects:
+            time += f", effects {s.effects:.1f} s"
         if self.strategy == "layerwise":
             time += f", waiting for weights {s.weights:.1f} s"
         time += f", waiting for texts {s.wait:.1f} s, counting {s.count:.1f} s"

@@ -115,8 +115,8 @@ def test_a_file_of_version_1_has_no_halves(demo_momentum, tmp_path):
     files.write(path, "austeer-momentum", 1, {**header, "half_pairs": 30}, tensors)
     with pytest.raises(FileFormatError, match=r"old.momentum: .*'half_pairs'.*version 1"):
         Momentum.load(path)
-    files.write(path, "austeer-momentum", 3, header, tensors)
-    with pytest.raises(FileFormatError, match=r"old.momentum: .*version '3'.*2.*--upgrade austeer"):
+    files.write(path, "austeer-momentum", 4, header, tensors)
+    with pytest.raises(FileFormatError, match=r"old.momentum: .*version '4'.*3.*--upgrade austeer"):
         Momentum.load(path)
 
 
