@@ -45,6 +45,7 @@ from .steering.steering import Steering, steer
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .tasks import estimate_kl
     from .tuning import compare, tune
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "TaskError",
     "compare",
     "estimate",
+    "estimate_kl",
     "export_checkpoint",
     "export_gguf",
     "export_lora",
@@ -99,7 +101,11 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """The search is loaded when it is asked for: it brings scipy.stats, and who only steers need not wait for that."""
+    """What brings scipy.stats is loaded when it is asked for: who only steers need not wait for that."""
+    if name == "estimate_kl":
+        from .tasks import estimate_kl
+
+        return estimate_kl
     if name in ("compare", "tune"):
         from . import tuning
 

@@ -24,6 +24,7 @@ VERBS = {
     "momentum_from_activations": austeer.momentum_from_activations,
     "estimate": austeer.estimate,
     "profile": austeer.profile,
+    "estimate_kl": austeer.estimate_kl,
     "Profile.kl": austeer.Profile.kl,
     "Profile.alpha": austeer.Profile.alpha,
     "Momentum.select": austeer.Momentum.select,

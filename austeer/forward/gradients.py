@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError, SteeringError
+from ..errors import CaptureError, SteeringError, one_line
 from ..models.sites import Site
 from ..models.structure import decoder_of, evaluating, first_tensor, input_device, is_steered, unwrap
 from ..models.tensor_parallel import held
+
+#: The remedy where no gradient comes.
+INSTEAD = "the KL of given plans needs no gradients: austeer.estimate_kl(model, tokenizer, plans)"
 
 
 class ShiftGradients:
@@ -41,12 +44,12 @@ class ShiftGradients:
             if held(self.model, site) is not None:
                 raise CaptureError(
                     f"site {site.name!r} of layer {site.layer} ({site.path}): found a slice of it in this process, "
-                    "expected the whole; use the model in one piece"
+                    f"expected the whole; use the model in one piece, or {INSTEAD}"
                 )
         if any(p.is_inference() for p in self.model.parameters()):
             raise CaptureError(
                 "found weights that were made in inference mode, expected ones that autograd can follow; load the "
-                "model outside of it"
+                f"model outside of it, or {INSTEAD}"
             )
         self.device = input_device(self.model)
         self._accepts = inspect.signature(self.decoder.forward).parameters
@@ -94,7 +97,8 @@ class ShiftGradients:
             name, number = min(missing)
             raise CaptureError(
                 f"site {name!r} of layer {self.sites[name][number].layer} was not reached by a forward pass "
-                f"({len(missing)} sites missed); expected every site to run once, and a model that is not compiled"
+                f"({len(missing)} sites missed); expected every site to run once, and a model that is not compiled; or "
+                f"{INSTEAD}"
             )
         return hidden
 
@@ -112,13 +116,17 @@ class ShiftGradients:
             name: torch.zeros(rows, len(found), found[0].width, device="cpu") for name, found in self.sites.items()
         }
         self._reached.clear()
-        torch.autograd.backward([hidden], [gradient], retain_graph=again)
+        try:
+            torch.autograd.backward([hidden], [gradient], retain_graph=again)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise CaptureError(f"found no backward pass in this model ({one_line(error)}); {INSTEAD}") from error
         for name, found in self.sites.items():
             for number, site in enumerate(found):
                 if (name, number) not in self._reached:
                     raise CaptureError(
-                        f"site {name!r} of layer {site.layer} ({site.path}): found no gradient, expected one; this "
-                        "model cannot be differentiated there"
+                        f"site {name!r} of layer {site.layer} ({site.path}): found no gradient, expected one; {INSTEAD}"
                     )
             if not self._gradients[name].isfinite().all():
                 row = int((~self._gradients[name].isfinite()).nonzero()[0, 1])

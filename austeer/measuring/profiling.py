@@ -97,12 +97,13 @@ def profile(
         diagonal={},
         tokens=torch.empty(0, dtype=torch.int64, device="cpu"),
         texts=torch.empty(0, dtype=torch.int64, device="cpu"),
+        ids=tuple(torch.tensor(row, device="cpu") for row in ids),
         model=fingerprint(model, found),
         weights=signature(model),
         dtype=str(floating_dtype(model)).removeprefix("torch."),
         sources=((_name_of(texts), seed),),
     )
-    made = _earlier(checkpoint, resume, settings, ids, each)
+    made = _earlier(checkpoint, resume, settings, each)
     known = set() if made is None else set(made.texts.tolist())
     waiting = [number for number in range(len(ids)) if number not in known]
     with gradients.attached(), Progress("profiling", len(ids) * each, "draws", progress) as bar:
@@ -173,9 +174,7 @@ def sampled_gradients(
     return found
 
 
-def _earlier(
-    checkpoint: str | Path | None, resume: bool, settings: Profile, ids: Sequence[Sequence[int]], each: int
-) -> Profile | None:
+def _earlier(checkpoint: str | Path | None, resume: bool, settings: Profile, each: int) -> Profile | None:
     """The draws that an interrupted run has kept."""
     if checkpoint is None or not Path(checkpoint).exists():
         return None
@@ -189,11 +188,10 @@ def _earlier(
         found, expected = getattr(made, what), getattr(settings, what)
         if found != expected:
             raise FileFormatError(f"{checkpoint}: is of another run: found {what} {found!r}, expected {expected!r}")
-    lengths = torch.tensor([len(text) - 1 for text in ids], device="cpu")
+    if len(made.ids) != len(settings.ids) or not all(map(torch.equal, made.ids, settings.ids)):
+        raise FileFormatError(f"{checkpoint}: is of another run, on other texts")
     if set(made.rows) != set(settings.model.widths) or len(made.texts) != len(made.texts.unique()) * each:
         raise FileFormatError(f"{checkpoint}: is of another run: found {made}, expected {each} draws a text")
-    if int(made.texts.max()) >= len(ids) or not torch.equal(lengths[made.texts], made.tokens):
-        raise FileFormatError(f"{checkpoint}: is of another run, on other texts")
     return made
 
 

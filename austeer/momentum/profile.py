@@ -30,7 +30,7 @@ from ..plans.plan import Plan
 from ..utils import files
 from .momentum import ascending
 
-FORMAT, VERSION = "austeer-profile", 1
+FORMAT, VERSION = "austeer-profile", 2
 
 #: Of ``rows``: any sample of this size errs by more than its rounding, and its range is float32's.
 DTYPE = torch.bfloat16
@@ -45,6 +45,7 @@ class Profile:
         rows: site name -> bfloat16 [draws, layers, width], the sum over a text's tokens of d log p(y) / d s.
         diagonal: site name -> float64 [layers, width], the diagonal of F times the number of all tokens.
         tokens: int64 [draws], how many tokens each row sums over. texts: int64 [draws], the text of each draw.
+        ids: the token ids of each text, int64 [length]: what the KL of a steering can be measured on later.
         model: what it was made on. weights: its :func:`austeer.models.weights.signature`.
         dtype: what the model computed in. sources: the names of the texts and the seeds of their draws.
     """
@@ -54,6 +55,7 @@ class Profile:
     diagonal: Mapping[str, Tensor]
     tokens: Tensor
     texts: Tensor
+    ids: tuple[Tensor, ...]
     model: Fingerprint
     weights: str
     dtype: str
@@ -204,14 +206,19 @@ class Profile:
                 raise SelectionError(f"merge: found {what} {theirs}, expected {mine}; only like profiles add up")
         if both := {*self.sources} & {*other.sources}:
             raise SelectionError("merge: found the same texts and seed twice ({}, {})".format(*min(both)))
-        same = {name for name, _ in self.sources} == {name for name, _ in other.sources}
-        first = 0 if same else int(self.texts.max()) + 1
+        number = {tuple(row.tolist()): text for text, row in enumerate(self.ids)}
+        ids, texts = [*self.ids], []
+        for row in other.ids:
+            texts.append(number.setdefault(tuple(row.tolist()), len(ids)))
+            if texts[-1] == len(ids):
+                ids.append(row)
         return replace(
             self,
             rows={site: torch.cat([rows, other.rows[site]]) for site, rows in self.rows.items()},
             diagonal={site: found + other.diagonal[site] for site, found in self.diagonal.items()},
             tokens=torch.cat([self.tokens, other.tokens]),
-            texts=torch.cat([self.texts, other.texts + first]),
+            texts=torch.cat([self.texts, torch.tensor(texts, device="cpu")[other.texts]]),
+            ids=tuple(ids),
             sources=tuple(sorted({*self.sources, *other.sources})),
         )
 
@@ -234,10 +241,11 @@ class Profile:
         return table[site]
 
     def save(self, path: str | Path) -> Path:
-        """Writes a ``.safetensors`` file (rows, diagonals, tokens; a JSON header with the rest)."""
+        """Writes a ``.safetensors`` file (rows, diagonals, texts; a JSON header with the rest)."""
         header: dict[str, Any] = {name: getattr(self, name) for name in ("weights", "dtype", "sources")}
         header |= {"model": self.model.to_json(), "layers": {site: list(self.layers[site]) for site in self.rows}}
-        tensors = {"tokens": self.tokens, "texts": self.texts}
+        lengths = torch.tensor([len(row) for row in self.ids], device="cpu")
+        tensors = {"tokens": self.tokens, "texts": self.texts, "ids": torch.cat(self.ids), "lengths": lengths}
         for site in self.rows:
             tensors |= {f"{site}.rows": self.rows[site], f"{site}.diagonal": self.diagonal[site]}
         files.write(Path(path), FORMAT, VERSION, header, tensors)
@@ -257,12 +265,13 @@ class Profile:
                 diagonal={site: tensors[f"{site}.diagonal"] for site in layers},
                 tokens=tensors["tokens"],
                 texts=tensors["texts"],
+                ids=tensors["ids"].split(tensors["lengths"].tolist()),
                 model=model,
                 **header,
             )
             profile._check_shapes()
             return profile
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); make it anew: austeer profile") from error
 
     def _check_shapes(self) -> None:
@@ -283,3 +292,8 @@ class Profile:
                 raise ValueError(f"{name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(shape)}")
             if not t.isfinite().all():
                 raise ValueError(f"{name} is not finite")
+        if any(row.dtype != torch.int64 or row.ndim != 1 for row in self.ids):
+            raise ValueError("ids are not int64")
+        length = torch.tensor([len(row) for row in self.ids], device="cpu")
+        if int(self.texts.min()) < 0 or not torch.equal(length[self.texts] - 1, self.tokens):
+            raise ValueError("the lengths of the texts are not those of the draws")

@@ -1,5 +1,6 @@
 """Labelled tasks: read through templates, run and scored."""
 
+from .curvature import estimate_kl
 from .evaluate import Variant, check_options, checked_variants, evaluate
 from .evaluation import Comparison, Evaluation, IntervalEstimate, VariantResult
 from .load import load_task
@@ -22,6 +23,7 @@ __all__ = [
     "check_options",
     "checked_variants",
     "cross_entropy",
+    "estimate_kl",
     "evaluate",
     "last_number",
     "load_task",

@@ -1,6 +1,7 @@
 """The side-effect profile: it predicts the KL of small shifts, and is the same however it is made."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,11 +116,32 @@ def test_files_and_merging(model, made, tmp_path):
     first, second = loaded.halves()
     assert len(first.tokens) + len(second.tokens) == 2010
     assert not {*first.texts.tolist()} & {*second.texts.tolist()}
+    expected = Letters()(TEXTS)["input_ids"]
+    assert [row.tolist() for row in made.ids] == [row.tolist() for row in loaded.ids] == expected
     for again in (made, other):
         with pytest.raises(SelectionError, match="twice"):
             both.merge(again)
     with pytest.raises(SelectionError, match="model"):
         made.merge(profile(model, Letters(), ["ffn"], TEXTS, draws=5, seed=1, progress=False))
+
+
+def test_merging_numbers_each_text_once(model):
+    first, second = (
+        profile(model, Letters(), ["ffn"], texts, draws=6, progress=False) for texts in (TEXTS[:3], TEXTS[2:])
+    )
+    both = first.merge(second)
+    assert [row.tolist() for row in both.ids] == Letters()(TEXTS)["input_ids"]
+    assert both.texts.bincount().tolist() == [2, 2, 4, 2, 2]
+    assert all(len(both.ids[text]) - 1 == count for text, count in zip(both.texts.tolist(), both.tokens.tolist()))
+    again = both.merge(profile(model, Letters(), ["ffn"], TEXTS[2:], draws=3, seed=1, progress=False))
+    assert len(again.ids) == len(TEXTS) and again.texts.bincount().tolist() == [2, 2, 5, 3, 3]
+
+
+def test_a_file_whose_texts_are_not_those_of_its_draws_is_refused(made, tmp_path):
+    for ids in (made.ids[:-1], (made.ids[0][1:], *made.ids[1:]), tuple(row.int() for row in made.ids)):
+        path = replace(made, ids=ids).save(tmp_path / "wrong.profile")
+        with pytest.raises(FileFormatError, match="inconsistent"):
+            Profile.load(path)
 
 
 def test_what_does_not_fit_is_refused(model, made):
