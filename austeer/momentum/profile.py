@@ -15,6 +15,7 @@ which needs no matrix. It belongs to the model alone, not to a task.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +26,18 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError, SelectionError
-from ..models.sites import Fingerprint
+from ..models.sites import Fingerprint, ascending
+from ..plans.dose import Dose
 from ..plans.plan import Plan
 from ..utils import files
-from .momentum import ascending
 
 FORMAT, VERSION = "austeer-profile", 2
+
+#: What the texts are called where none were given.
+PACKAGED = "packaged neutral text"
+
+#: Tokens on which the KL of a steering is measured: whole texts, at most so many in all.
+MEASURED_TOKENS = 1024
 
 #: Of ``rows``: any sample of this size errs by more than its rounding, and its range is float32's.
 DTYPE = torch.bfloat16
@@ -147,6 +154,25 @@ class Profile:
             raise SelectionError(f"alpha: found sites {sorted(strengths)}, expected {list(plan.sites)}")
         each = torch.tensor([float(strengths[site]) for site in plan.site], dtype=torch.float64, device="cpu")
         return float((self.root(plan) @ each).square().sum())
+
+    def dose(self, plan: Plan, effect: Sequence[float] = ()) -> Dose:
+        """What the strengths of a plan do: the predicted KL of its first 1, 2, ... AUs.
+
+        Args:
+            plan: of "shift". effect: of each AU at alpha = 1, nats, where it is known.
+
+        Raises:
+            SelectionError: as :meth:`root`.
+        """
+        kl = self.root(plan).cumsum(1).square().sum(0)
+        packaged = self.texts_name == PACKAGED  # a user's own text does not travel with a plan
+        return Dose(
+            kl=tuple(kl.tolist()),
+            effect=tuple(itertools.accumulate(effect)),
+            error=self.error,
+            texts=self.texts_name,
+            ids=some_ids(self.ids) if packaged else (),
+        )
 
     def alpha(self, plan: Plan, kl: float) -> float:
         """The strength at which the predicted KL of a plan is ``kl`` nats a token.
@@ -297,3 +323,15 @@ class Profile:
         length = torch.tensor([len(row) for row in self.ids], device="cpu")
         if int(self.texts.min()) < 0 or not torch.equal(length[self.texts] - 1, self.tokens):
             raise ValueError("the lengths of the texts are not those of the draws")
+
+
+def some_ids(ids: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """The first texts, of ``MEASURED_TOKENS`` tokens at most; the beginning of the first where it is longer."""
+    found: list[tuple[int, ...]] = []
+    left = MEASURED_TOKENS
+    for row in ids:
+        if found and len(row) > left:
+            break
+        found.append(tuple(row[:left].tolist()))
+        left -= len(found[-1])
+    return tuple(found)
