@@ -37,9 +37,7 @@ class ShiftGradients:
         CaptureError: the model is split over processes, and a site with it. SteeringError: it is steered.
     """
 
-    def __init__(
-        self, model: nn.Module, sites: Mapping[str, Sequence[Site]], recomputed: Sequence[nn.Module] = ()
-    ):
+    def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]], recomputed: Sequence[nn.Module] = ()):
         self.model = unwrap(model)
         self.decoder = decoder_of(self.model)
         self.sites, self.recomputed = sites, recomputed
