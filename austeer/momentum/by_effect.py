@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,9 @@ SHRINKAGE = 0.5
 
 #: Numbers of AUs at which effects are predicted.
 KS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
+
+#: Parts of a profile's texts, of which each judges what the others have chosen.
+FOLDS = 4
 
 #: As few AUs are taken as have this part of the largest predicted effect.
 ENOUGH = 0.95
@@ -84,9 +88,13 @@ class Candidates:
             torch.cat([rows.flatten(1) for rows, _ in found], 1),
         )
 
+    def kl(self, order: Tensor, steps: Tensor) -> float:
+        """The KL of shifts of some AUs, nats a token."""
+        return float((self.rows[:, order].double() @ steps).square().sum())
+
     def per_side_effect(self, order: Tensor, steps: Tensor) -> float:
         """The effect of shifts at a KL of 1 nat a token, as far as it is linear: nats."""
-        kl = float((self.rows[:, order].double() @ steps).square().sum())
+        kl = self.kl(order, steps)
         return float(self.g[order] @ steps) / math.sqrt(kl) if kl > 0 else 0.0
 
 
@@ -223,6 +231,26 @@ def effect_curve(momentum: Effects, profile: Profile, sites: Sequence[str], step
             "give more pairs, or k"
         )
     return EffectCurve(tuple(sites), KS[: len(found)], found)
+
+
+def kl_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step: str, count: int) -> list[float]:
+    """How many times larger than on the texts that AUs were chosen by their KL is on others, for 1, 2, ... AUs.
+
+    The mean over ``FOLDS`` parts of the texts, for each of which the others choose; 1 where there is one text alone.
+    """
+    if len(profile.texts.unique()) < 2:
+        return [1.0] * count
+    ks = [k for k in KS if k < count] + [count]
+    logs = torch.zeros(len(ks), dtype=torch.float64, device="cpu")
+    splits = profile.splits(FOLDS)
+    for rest, part in splits:
+        seen, unseen = (Candidates.of(momentum, half, sites) for half in (rest, part))
+        choice = choose(seen, count, step)
+        for i, k in enumerate(ks):
+            order, steps = choice.order[:k], choice.steps(k)
+            logs[i] += math.log(unseen.kl(order, steps) / seen.kl(order, steps)) / len(splits)
+    found = np.interp(np.log(range(1, count + 1)), np.log(ks), logs.numpy())
+    return [math.exp(max(value, 0.0)) for value in found]
 
 
 def best_sites(momentum: Effects, profile: Profile, sites: Sequence[str], step: str) -> list[EffectCurve]:

@@ -18,7 +18,7 @@ from ..plans.table import COLUMNS, OPERATIONS, RANKS, STEPS
 from ..statistics import signed_rate
 from ..statistics.ranking import by_difference
 from ..statistics.selection import EXACTLY_ONE, select
-from .by_effect import Candidates, Choice, best_sites, choose, effect_curve
+from .by_effect import Candidates, Choice, best_sites, choose, effect_curve, kl_ratio
 from .profile import Profile
 
 #: The KL that alpha = 1 has by Newton's step, where none is asked for: nats a token.
@@ -134,22 +134,30 @@ def plan_of_choice(
     place = torch.bucketize(choice.order, starts[1:], right=True)
     names = [found.sites[i] for i in place.tolist()]
     plan = replace(plan_of(momentum, names, choice.order - starts[place], "shift"), rank="effect", step=step)
+    ratio = kl_ratio(momentum, profile, found.sites, step, len(plan))
     if step == "newton":
-        steps = choice.steps(len(plan))
-        one = profile.kl(replace(plan, delta=(steps / steps.abs().max()).float()))
-        factor = (kl / one) ** 0.5 if one > 0 else 1.0
-        plan = replace(plan, delta=(steps / steps.abs().max() * factor).float())
-    return with_dose(plan, momentum, profile)
+        steps = choice.steps(len(plan)) / choice.steps(len(plan)).abs().max()
+        one = profile.kl(replace(plan, delta=steps.float())) * ratio[-1]
+        plan = replace(plan, delta=(steps * ((kl / one) ** 0.5 if one > 0 else 1.0)).float())
+    return with_dose(plan, momentum, profile, ratio)
 
 
-def with_dose(plan: Plan, momentum: Measured, profile: Profile) -> Plan:
-    """A plan of "shift" with its dose, and with its effects where they were measured."""
+def with_dose(plan: Plan, momentum: Measured, profile: Profile, ratio: Sequence[float] = ()) -> Plan:
+    """A plan of "shift" with its dose, and with its effects where they were measured.
+
+    Args:
+        ratio: for 1, 2, ... AUs, how many times larger their KL is than on the texts of the profile, where they were
+            chosen by it.
+    """
     effects: list[float] = []
     if momentum.effects is not None:
         row_of = {layer: row for row, layer in enumerate(momentum.layers)}
         g = {site: momentum.effect(site) for site in plan.sites}
         effects = [float(g[unit.site][row_of[unit.layer], unit.index]) * unit.delta for unit in plan]
-    return plan.with_dose(profile.dose(plan, effects))
+    dose = profile.dose(plan, effects)
+    if ratio:
+        dose = replace(dose, kl=tuple(kl * more for kl, more in zip(dose.kl, ratio)))
+    return plan.with_dose(dose)
 
 
 def plan_of(
