@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import TaskError
 from ..momentum.momentum import Momentum
 from ..plans.plan import Plan
-from ..steering.steering import steer
+from ..steering.steer import steer
 from ..tasks import Task, option_scores
 from ..tuning.record import Record
 from ..tuning.scorer import slices

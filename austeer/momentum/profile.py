@@ -37,7 +37,7 @@ FORMAT, VERSION = "austeer-profile", 2
 PACKAGED = "packaged neutral text"
 
 #: Tokens on which the KL of a steering is measured: whole texts, at most so many in all.
-MEASURED_TOKENS = 1024
+MEASURED_TOKENS = 512
 
 #: Of ``rows``: any sample of this size errs by more than its rounding, and its range is float32's.
 DTYPE = torch.bfloat16

@@ -20,8 +20,9 @@ from ..errors import SteeringError
 from ..forward.neutral import neutral_texts
 from ..models.structure import floating_dtype
 from ..plans.plan import Plan
-from ..steering.steering import Steering, steer
-from .scoring import side_effects
+from ..steering.side_effects import side_effects
+from ..steering.steer import steer
+from ..steering.steering import Steering
 
 #: The KL of the step, nats a token: above what rounding makes, 2e-3 in bfloat16, and where the curve is a parabola yet.
 STEP_KL = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}

@@ -19,7 +19,7 @@ from ..forward.timing import Timing, decode_times
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
 from ..plans.table import OPERATIONS
-from ..steering.steering import steer
+from ..steering.steer import steer
 from ..tasks.task import Task
 from ..utils.environment import environment
 from .budget import TIMES, Budget

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..baselines.arm import Candidate
 from ..errors import TaskError
 from ..forward.tokens import encode
-from ..steering.steering import Steering, steer
-from ..tasks.scoring import option_scores, side_effects
+from ..steering.side_effects import side_effects
+from ..steering.steer import steer
+from ..steering.steering import Steering
+from ..tasks.scoring import option_scores
 from ..tasks.task import Task
 from .record import Record
 from .schedule import Costs
