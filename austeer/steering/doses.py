@@ -11,8 +11,8 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import SelectionError, SteeringError, SteeringWarning
-from ..momentum.profile import Profile, some_ids
-from ..plans.dose import Point
+from ..momentum.profile import Profile
+from ..plans.dose import Point, some_ids
 from ..plans.plan import Plan
 from .side_effects import ByRows, side_effects_of
 from .strength import dose_of
