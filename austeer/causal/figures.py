@@ -17,8 +17,8 @@ LABELS = {"spread": "any |beta|", "matched": "matched random", "top": "top by mo
 #: Of AUs or groups of them, by how they were chosen; where one is of several kinds, the last of them counts.
 KINDS = {
     "random": ("random", GREY),
-    "matched": ("matched random", GREY),
-    "spread": ("any |beta|", GREY),
+    "matched": ("others", GREY),
+    "spread": ("others", GREY),
     "momentum": ("momentum", ORANGE),
     "top": ("momentum", ORANGE),
     "effect": ("predicted effect", BLUE),

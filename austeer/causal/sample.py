@@ -116,7 +116,8 @@ def draw_groups(
     """
     gain = gains(momentum, site)
     usable = int((gain > 0).sum())
-    count = check_count("groups", count, usable // GROUP, f"{usable} AUs of {site!r} have an effect", SelectionError)
+    of = f"{usable} AUs of {site!r} have an effect of the sign of their mean difference"
+    count = check_count("groups", count, usable // GROUP, of, SelectionError)
     most, generator = count * GROUP, torch.Generator().manual_seed(seed)
     found = {
         "random": torch.randperm(len(gain), generator=generator, device="cpu")[:most],

@@ -14,7 +14,7 @@ from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, Split, 
 from .search_text import show_value
 
 if TYPE_CHECKING:
-    from ..causal import CausalResult, Correlation, Difference, Strength, Together
+    from ..causal import CausalResult, Correlation, Difference, Together
 
 #: The two samples of AUs that correlations are over, and how groups are chosen, in print.
 EVERY, MIXED = "every |beta|", "and top by effect"
@@ -189,22 +189,25 @@ def _show_together(found: Together) -> None:
     count = len(found.groups) // len(found.strengths[0].means)
     console.print(
         f"\n[bold]Ten AUs together[/], {count_of(count, 'group')} of each kind, by alpha times their mean differences: "
-        "predicted / measured effect, nats (median predicted KL, nats a token)"
+        "mean predicted / measured effect, nats"
     )
-    kinds = list(found.strengths[0].means)
+    kinds, headings = list(found.strengths[0].means), [f"alpha {row.alpha:g}" for row in found.strengths]
     show_table(
-        ["chosen by", *(f"alpha {row.alpha:g}" for row in found.strengths)],
-        [[KINDS[kind], *(_means(row, kind) for row in found.strengths)] for kind in kinds],
+        ["chosen by", *headings],
+        [
+            [KINDS[kind], *(" / ".join(signed(value, 2) for value in row.means[kind]) for row in found.strengths)]
+            for kind in kinds
+        ],
     )
+    if found.strengths[0].kl:
+        console.print("\nMedian KL on neutral text that the profile predicts, nats a token")
+        show_table(
+            ["chosen by", *headings],
+            [[KINDS[kind], *(f"{row.kl[kind]:.2g}" for row in found.strengths)] for kind in kinds],
+        )
     console.print()
     rows = [[f"{row.alpha:g}", show_value(*row.correlation), show_value(*row.slope)] for row in found.strengths]
     show_table(["alpha", "correlation [95 %]", "measured for 1 nat predicted [95 %]"], rows)
-
-
-def _means(row: Strength, kind: str) -> str:
-    predicted, measured = row.means[kind]
-    kl = f" ({row.kl[kind]:.2g})" if row.kl else ""
-    return f"{signed(predicted, 2)} / {signed(measured, 2)}{kl}"
 
 
 def _rho(value: Correlation | None) -> str:
