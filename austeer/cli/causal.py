@@ -40,7 +40,7 @@ def causal(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the result.", show_default=False)],
     site: Annotated[str, typer.Option(help="attention, ffn, layer or neuron.")] = "attention",
     template: Annotated[str | None, typer.Option(help="The task's template, for example boolq.")] = None,
-    n: Annotated[int, typer.Option("-n", "--n", help="Top AUs, each beside a matched random one.", min=2)] = 25,
+    n: Annotated[int, typer.Option("-n", "--n", help="Top AUs of each kind; by momentum beside matched ones.", min=2)] = 25,
     sample: Annotated[int, typer.Option(help="AUs over the whole range of |beta|, for the correlations.", min=4)] = 75,
     items: Annotated[int, typer.Option(help="Held-out items, drawn with the seed.", min=2)] = 32,
     profile: Annotated[

@@ -31,11 +31,11 @@ def values(result: Result) -> Iterator[tuple[str, object]]:
     yield "operations", table(["task", "site", "scale (the paper)", "push", "shift"], _operations(tasks))
     yield "methods", table(["method", *tasks], _summary(tasks))
     head = ["task", "each AU alone", "top AUs", "matched random", "difference [95 %]"]
-    yield "causal", table([*head, "rank correlation with beta [95 %]"], _causal(tasks))
+    yield "causal", table([*head, "rank correlation with beta [95 %]"], causal(tasks))
     head = ["task", "each AU alone", "beta", "delta", "predicted effect", "measured for a nat predicted"]
-    yield "causal.predicted", table(head, _predicted(tasks))
+    yield "causal.predicted", table(head, predicted(tasks))
     head = ["task", "strength of ten AUs", "correlation of predicted and measured", "measured for a nat predicted"]
-    yield "causal.together", table(head, _together(tasks))
+    yield "causal.together", table(head, together(tasks))
     for name, task in tasks.items():
         yield f"{name}.table", _held_out(task)
         if task["cost"]:
@@ -132,7 +132,8 @@ def drawn(result: Result) -> dict[str, Any]:
     return {"title": title, "x": "change of log-odds, nats", "panels": panels}
 
 
-def _causal(tasks: dict[str, Any]) -> Iterator[list[str]]:
+def causal(tasks: dict[str, Any]) -> Iterator[list[str]]:
+    """Top AUs beside matched random ones, each steered alone."""
     for name, task in tasks.items():
         if "causal" not in task:
             continue
@@ -143,7 +144,7 @@ def _causal(tasks: dict[str, Any]) -> Iterator[list[str]]:
             yield [name, WAYS.get(way, way), *means, _interval(wanted, "difference", 3), _interval(rank, "rho")]
 
 
-def _predicted(tasks: dict[str, Any]) -> Iterator[list[str]]:
+def predicted(tasks: dict[str, Any]) -> Iterator[list[str]]:
     """Rank correlations with the effect of single AUs, the top ones by effect among them, where effects are known."""
     for name, task in tasks.items():
         for way, found in task.get("causal", {}).get("findings", {}).items():
@@ -153,7 +154,7 @@ def _predicted(tasks: dict[str, Any]) -> Iterator[list[str]]:
                 yield [name, WAYS.get(way, way), *rhos, _triple(mixed["slope"])]
 
 
-def _together(tasks: dict[str, Any]) -> Iterator[list[str]]:
+def together(tasks: dict[str, Any]) -> Iterator[list[str]]:
     """Groups of ten AUs, at each strength, where effects are known."""
     for name, task in tasks.items():
         found = task.get("causal", {}).get("together")
