@@ -26,34 +26,42 @@ KINDS = {
 }
 
 
+HeldOut = Annotated[
+    str,
+    typer.Argument(
+        help="Pairs, or a labelled task (with --template if it is not in the neutral format), that the momentum was "
+        "not measured on.",
+        show_default=False,
+    ),
+]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(help="A file of austeer profile: adds top AUs by effect per side effect.", show_default=False),
+]
+Groups = Annotated[
+    int, typer.Option(help="Groups of ten AUs of each kind, steered together, where momentum has effects.", min=0)
+]
+GroupAlpha = Annotated[
+    list[str] | None,
+    typer.Option(help="Strengths of the groups; repeated, or with commas. [default: 1,4,16]", show_default=False),
+]
+
+
 def causal(
-    held_out: Annotated[
-        str,
-        typer.Argument(
-            help="Pairs, or a labelled task (with --template if it is not in the neutral format), that the momentum "
-            "was not measured on.",
-            show_default=False,
-        ),
-    ],
+    held_out: HeldOut,
     momentum: Annotated[Path, typer.Option(help="A file of austeer measure, of other pairs.", show_default=False)],
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the result.", show_default=False)],
     site: Annotated[str, typer.Option(help="attention, ffn, layer or neuron.")] = "attention",
     template: Annotated[str | None, typer.Option(help="The task's template, for example boolq.")] = None,
-    n: Annotated[int, typer.Option("-n", "--n", help="Top AUs of each kind; by momentum beside matched ones.", min=2)] = 25,
+    n: Annotated[
+        int, typer.Option("-n", "--n", help="Top AUs of each kind; by momentum beside matched ones.", min=2)
+    ] = 25,
     sample: Annotated[int, typer.Option(help="AUs over the whole range of |beta|, for the correlations.", min=4)] = 75,
     items: Annotated[int, typer.Option(help="Held-out items, drawn with the seed.", min=2)] = 32,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="A file of austeer profile: adds top AUs by effect per side effect.", show_default=False),
-    ] = None,
-    groups: Annotated[
-        int, typer.Option(help="Groups of ten AUs of each kind, steered together, where momentum has effects.", min=0)
-    ] = 8,
-    alpha: Annotated[
-        list[str] | None,
-        typer.Option(help="Strengths of the groups; repeated, or with commas. [default: 1,4,16]", show_default=False),
-    ] = None,
+    profile: ProfileFile = None,
+    groups: Groups = 8,
+    alpha: GroupAlpha = None,
     ways: Annotated[str, typer.Option(help="scale, shift, deviation; comma-separated.")] = "scale,shift,deviation",
     where: Where = None,
     split: Split = None,
@@ -79,8 +87,6 @@ def causal(
 
     An interrupted check goes on where it was with the same command; more AUs (-n, --sample, --groups) go on, too.
     """
-    from importlib.util import find_spec
-
     from ..causal import ALPHAS, causal_check
     from ..momentum.momentum import Momentum
     from ..momentum.profile import Profile
@@ -120,14 +126,7 @@ def causal(
         note(f"what is finished is in {record}: the same command goes on")
         raise
     common.write_json(result_file, result.to_json())
-    figures = []
-    if find_spec("matplotlib") is not None:
-        from ..causal.figures import draw_causal, draw_predicted
-
-        draw_causal(result, out / "causal.png")
-        figures.append(out / "causal.png")
-        if draw_predicted(result, out / "predicted.png"):
-            figures.append(out / "predicted.png")
+    figures = _figures(result, out)
     for text in result.notes:
         note(text)
     if json:
@@ -138,6 +137,18 @@ def causal(
     console.print(f"\n{result.seconds:.0f} s; wrote {names} in {out}")
     if not figures:
         note("no figure: it needs matplotlib (pip install 'austeer[plots]')")
+
+
+def _figures(result: CausalResult, out: Path) -> list[Path]:
+    """Draws what there is to draw, if matplotlib is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        return []
+    from ..causal.figures import draw_causal, draw_predicted
+
+    draw_causal(result, out / "causal.png")
+    return [out / "causal.png", *([out / "predicted.png"] if draw_predicted(result, out / "predicted.png") else [])]
 
 
 def show(result: CausalResult) -> None:
