@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import SelectionError
-from ..momentum.momentum import Momentum, plan_of
+from ..momentum.momentum import Momentum
+from ..momentum.selection import plan_of
 from .arm import Arm
 
 SITE = "layer"
