@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError, check_count
-from ..momentum.by_effect import Candidates, choose
+from ..momentum.by_effect import DAMPING, Candidates
 from ..momentum.momentum import Momentum
 from ..momentum.profile import Profile
 from ..statistics import ranking, signed_rate
@@ -92,7 +92,7 @@ def draw(
     if momentum.effects is not None:
         effect = gains(momentum, site).abs().argsort(descending=True, stable=True)[:n]
     if profile is not None:
-        efficient = choose(Candidates.of(momentum, profile, [site]), n, "newton", together=False).order
+        efficient = per_side_effect(momentum, site, profile).argsort(descending=True, stable=True)[:n]
     matched = match(top, scale.features(), first)
     return Sample(top, matched, stratified(strength, spread, second), effect, efficient)
 
@@ -100,6 +100,16 @@ def draw(
 def gains(momentum: Momentum, site: str) -> Tensor:
     """The predicted effect of shifting each AU by its mean difference, nats: float64 [layers * width]."""
     return (momentum.effect(site) * momentum.counters(site).delta_sum / momentum.pairs).flatten()
+
+
+def per_side_effect(momentum: Momentum, site: str, profile: Profile) -> Tensor:
+    """The predicted effect of shifting each AU alone as far as its KL is 1 nat a token: float64 [layers * width].
+
+    Raises:
+        SelectionError: no effects, no profile of the site, or one of another model.
+    """
+    found = Candidates.of(momentum, profile, [site])
+    return found.g.abs() / (found.diagonal + DAMPING * found.diagonal.mean()).sqrt()
 
 
 def draw_groups(
@@ -125,8 +135,8 @@ def draw_groups(
         "effect": gain.argsort(descending=True, stable=True)[:most],
     }
     if profile is not None:
-        candidates = Candidates.of(momentum, profile, [site])
-        found["per_side_effect"] = choose(candidates, most, "difference", together=False).order
+        score = torch.where(gain > 0, per_side_effect(momentum, site, profile), -1.0)
+        found["per_side_effect"] = score.argsort(descending=True, stable=True)[:most]
     return {kind: units.reshape(count, GROUP) for kind, units in found.items()}
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ..momentum.momentum import Momentum, plan_of
+from ..momentum.momentum import Momentum
 from ..momentum.profile import Profile
+from ..momentum.selection import plan_of
 from ..plans.plan import Plan
 from .runner import Job
 from .sample import gains
