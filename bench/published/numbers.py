@@ -12,6 +12,7 @@
                                         (behind the site the operation, where it is not scale)
                                         percent over unsteered; with .low and .high behind it the interval's ends
 <device>.study.seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost, .<task>.table
+<device>.study.causal.predicted, .causal.together           tables; empty where effects were not measured
 <device>.study.<task>.<method>.<operation>.<effect|low|high|accuracy|kl|k>
 serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
 efficiency.<section>, .summary                  blocks: see efficiency.py

@@ -13,7 +13,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 import synthetic_results
-from austeer.causal.statistics import Correlation, Difference, Findings
+from austeer.causal import Agreement, Correlation, Difference, Findings, Strength, Together
 from austeer.cli import app, causal, compare, demo, evaluate_text, tune
 from austeer.cli.common import console
 from austeer.forward.timing import Timing
@@ -125,10 +125,17 @@ def show_tune():
 
 def show_causal():
     size = Difference(0.01234, 0.01111, -0.123456, -0.234567, 0.345678, 1.2e-12)
-    findings = Findings(size, size, (0.5, 0.4, 0.6), CORRELATION, CORRELATION, CORRELATION)
+    spread = Agreement(75, CORRELATION, CORRELATION)
+    mixed = Agreement(125, CORRELATION, CORRELATION, CORRELATION, (0.512, -0.123, 0.845), (1.012, -0.912, 1.134))
+    findings = Findings(size, size, (0.5, 0.4, 0.6), CORRELATION, CORRELATION, spread, mixed)
     ways = {"scale": findings, "deviation": findings}
     verdict = {"scale": ["a sentence"], "deviation": ["another"]}
-    causal.show(SimpleNamespace(n=25, site="attention", items=32, log_odds=1.0, findings=ways, verdict=verdict))
+    kinds = ("random", "momentum", "effect", "per_side_effect")
+    means, kl = dict.fromkeys(kinds, (-10.123, 9.876)), dict.fromkeys(kinds, 0.01234)
+    strengths = [Strength(alpha, (0.912, 0.812, 0.965), (0.754, 0.612, 0.891), means, kl) for alpha in (1, 4.0, 16)]
+    together = Together([None] * 32, strengths)
+    about = {"n": 25, "site": "attention", "items": 32, "log_odds": 1.0}
+    causal.show(SimpleNamespace(**about, findings=ways, verdict=verdict, together=together))
 
 
 def show_demo():
