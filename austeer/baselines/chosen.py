@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ..counters import Counters
 from ..errors import SelectionError, check_count
-from ..momentum.momentum import Momentum, plan_of
+from ..momentum.momentum import Momentum
+from ..momentum.selection import plan_of
 from ..plans.plan import Plan
 from ..statistics import ranking
 
@@ -21,8 +20,3 @@ def random_plan(momentum: Momentum, site: str, k: int, seed: int, operation: str
     k = check_count("k", k, size, f"AUs of {site!r}", SelectionError)
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")[:k]
     return plan_of(momentum, site, ranking(momentum, site)[chosen], operation)
-
-
-def by_difference(counters: Counters) -> Tensor:
-    """All AUs of a site by |mean difference|, largest first: int64 [layers * width]; ties by layer, then index."""
-    return torch.argsort(counters.delta_sum.abs().flatten(), descending=True, stable=True)

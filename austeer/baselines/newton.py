@@ -22,11 +22,9 @@ from ..errors import SelectionError
 from ..momentum.by_effect import DAMPING, SHRINKAGE
 from ..momentum.momentum import Momentum
 from ..momentum.profile import Profile
+from ..momentum.selection import KL as UNIT
 from .arm import Arm, Material
 from .residual import SITE, layers_of, vector_plan
-
-#: At a strength of 1 a step's predicted KL is this, nats a token: strengths are then near 1 on every model.
-UNIT = 0.1
 
 
 def newton_arms(material: Material, layers: Sequence[int] | None = None) -> Iterator[Arm]:
@@ -38,7 +36,7 @@ def newton_arms(material: Material, layers: Sequence[int] | None = None) -> Iter
 
 
 def newton_step(momentum: Momentum, profile: Profile, layer: int) -> tuple[Tensor, float]:
-    """The step of a predicted KL of ``UNIT``: float64 [width], and its predicted effect, nats.
+    """The step of a predicted KL of ``UNIT``, as one of chosen AUs has: float64 [width], and its predicted effect, nats.
 
     Raises:
         SelectionError: no AU of the layer has an effect.

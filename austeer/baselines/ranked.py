@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError, check_count
-from ..momentum.momentum import Momentum, plan_of
+from ..momentum.momentum import Momentum
+from ..momentum.selection import plan_of
 from ..statistics import effect_size, ranking
+from ..statistics.ranking import by_difference
 from .arm import Arm
-from .chosen import by_difference, random_plan
+from .chosen import random_plan
 
 #: Draws of random AUs, each an arm of its own.
 SEEDS = (0, 1, 2)

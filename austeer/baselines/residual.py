@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
-from ..momentum.momentum import Momentum, plan_of
+from ..momentum.momentum import Momentum
+from ..momentum.selection import plan_of
 from ..plans.plan import Plan
 
 SITE = "layer"

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from ..errors import SelectionError, check_count
-from ..momentum.momentum import plan_of
+from ..momentum.selection import plan_of
+from ..statistics.ranking import by_difference
 from .arm import Arm, Material
-from .chosen import by_difference
 from .heads import SITE as HEAD_SITE
 from .heads import head_size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -18,12 +19,19 @@ def profile(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write (safetensors).", show_default=False)],
     sites: Annotated[str, typer.Option(help="attention, ffn, layer, neuron; comma-separated.")] = "attention,ffn",
+    error: Annotated[
+        float | None, typer.Option(help="Relative standard error of a predicted KL. [default: 0.1]", show_default=False)
+    ] = None,
     draws: Annotated[
-        int, typer.Option(help="Draws of all texts together; a predicted KL errs by sqrt(2 / draws).", min=1)
-    ] = 200,
+        int | None,
+        typer.Option(help="Draws of all texts together. [default: what --error takes]", min=1, show_default=False),
+    ] = None,
     neutral: Neutral = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, with padding.", min=1)] = 1024,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Keep one layer's activations at a time: less memory, more time.")
+    ] = False,
     dtype: DType = "auto",
     device: Device = None,
     resume: Resume = False,
@@ -38,7 +46,7 @@ def profile(
     An interrupted run is kept in OUT.checkpoint, batch by batch; `--resume` goes on.
     """
     from ..errors import AusteerError
-    from ..measuring.profiling import profile as make_profile
+    from ..measuring.profiling import prepare_profile
 
     common.check_writable(out, force)
     texts, checkpoint = read_neutral(neutral), out.with_name(f"{out.name}.checkpoint")
@@ -47,22 +55,30 @@ def profile(
     if checkpoint.exists() and not resume:
         raise AusteerError(f"{checkpoint}: found what an interrupted run kept; go on with --resume, or --force anew")
     network, tokenizer = common.load(model, dtype, device)
-    start = time.perf_counter()
-    made = make_profile(
+    prepared = prepare_profile(
         network,
         tokenizer,
         common.split_names(sites),
         texts,
         draws=draws,
+        error=error,
         batch_tokens=batch_tokens,
+        recompute=recompute,
         seed=seed,
-        checkpoint=checkpoint,
-        resume=resume,
-        progress=False if quiet else None,
     )
+    memory = prepared.memory()
+    if not (quiet or json):
+        common.console.print(
+            f"will hold {memory.device / 1e9:.1f} GB beside the weights for {memory.batch:,} tokens at a time "
+            f"(activations {memory.activations / 1e9:.1f} GB; less with --batch-tokens or --recompute), and "
+            f"{memory.rows / 1e9:.2f} GB of draws in the CPU's memory, twice that while they are written"
+        )
+    start = time.perf_counter()
+    made = prepared.run(checkpoint, resume, progress=False if quiet else None)
     seconds = time.perf_counter() - start
     made.save(out)
     checkpoint.unlink(missing_ok=True)
+    several = len(made.texts.unique()) > 1
     found = {
         "file": out,
         "sites": list(made.rows),
@@ -70,6 +86,8 @@ def profile(
         "texts": len(made.texts.unique()),
         "source": made.texts_name,
         "error": made.error,
+        "spread": made.spread if several else None,
+        "memory": asdict(memory),
         "bytes": out.stat().st_size,
         "seconds": seconds,
     }
@@ -80,6 +98,7 @@ def profile(
     common.console.print(
         f"{len(made.tokens)} draws of {found['texts']} texts ({made.texts_name}), {units:,} AUs of "
         f"{', '.join(made.rows)}\n"
-        f"a predicted KL has a standard error of {made.error:.0%}\n"
+        f"a predicted KL has a standard error of {made.error:.0%}"
+        f"{f'; by the spread between halves of the texts {made.spread:.0%}' if several else ''}\n"
         f"wrote {out} ({out.stat().st_size / 1e6:.0f} MB) in {seconds:.0f} s"
     )

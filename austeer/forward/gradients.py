@@ -8,12 +8,14 @@ The weights are not differentiated. The graph begins at the first site, so that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..errors import CaptureError, SteeringError, one_line
 from ..models.sites import Site
@@ -29,15 +31,17 @@ class ShiftGradients:
 
     Args:
         model: an unsteered Transformers model. sites: from :func:`austeer.models.sites.find_sites`.
+        recomputed: the decoder layers, where memory is short: only their inputs are kept, and each runs once more in
+            every backward pass (Chen et al. 2016, arXiv 1604.06174).
 
     Raises:
         CaptureError: the model is split over processes, and a site with it. SteeringError: it is steered.
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]]):
+    def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]], recomputed: Sequence[nn.Module] = ()):
         self.model = unwrap(model)
         self.decoder = decoder_of(self.model)
-        self.sites = sites
+        self.sites, self.recomputed = sites, recomputed
         if is_steered(self.model):
             raise SteeringError("found a steered model, expected it as it is; leave the steering context first")
         for site in (site for found in sites.values() for site in found):
@@ -54,16 +58,19 @@ class ShiftGradients:
         self.device = input_device(self.model)
         self._accepts = inspect.signature(self.decoder.forward).parameters
         self._gradients: dict[str, Tensor] = {}
-        self._reached: set[tuple[str, int]] = set()
+        self._reached: set[tuple[str, int]] = set()  # by the forward pass
+        self._arrived: set[tuple[str, int]] = set()  # by a gradient
         self._shape = torch.Size()
 
     @contextmanager
     def attached(self) -> Iterator[ShiftGradients]:
         """Reads while the context is open; afterwards the model is as it was."""
-        wanting = [p for p in self.model.parameters() if p.requires_grad]
+        wanting = {name for name, p in self.model.named_parameters() if p.requires_grad}
         with ExitStack() as stack, evaluating(self.model):
-            stack.callback(_set_requires_grad, wanting, True)
-            _set_requires_grad(wanting, False)
+            stack.callback(_set_requires_grad, self.model, wanting, True)
+            _set_requires_grad(self.model, wanting, False)
+            for layer in self.recomputed:
+                stack.enter_context(_recomputed(layer))
             for found in self.sites.values():
                 for number, site in enumerate(found):
                     stack.callback(self._hook(site, number).remove)
@@ -115,7 +122,7 @@ class ShiftGradients:
         self._gradients = {
             name: torch.zeros(rows, len(found), found[0].width, device="cpu") for name, found in self.sites.items()
         }
-        self._reached.clear()
+        self._arrived.clear()
         try:
             torch.autograd.backward([hidden], [gradient], retain_graph=again)
         except torch.OutOfMemoryError:
@@ -124,7 +131,7 @@ class ShiftGradients:
             raise CaptureError(f"found no backward pass in this model ({one_line(error)}); {INSTEAD}") from error
         for name, found in self.sites.items():
             for number, site in enumerate(found):
-                if (name, number) not in self._reached:
+                if (name, number) not in self._arrived:
                     raise CaptureError(
                         f"site {name!r} of layer {site.layer} ({site.path}): found no gradient, expected one; {INSTEAD}"
                     )
@@ -175,9 +182,30 @@ class ShiftGradients:
     def _keep(self, name: str, number: int, gradient: Tensor) -> None:
         # A tensor may be handed on as it is, as Gemma 3n's streams are: each use has a part of the gradient.
         self._gradients[name][:, number] += gradient.sum(1, dtype=torch.float32).cpu()
-        self._reached.add((name, number))
+        self._arrived.add((name, number))
 
 
-def _set_requires_grad(parameters: Sequence[nn.Parameter], value: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(value)
+@contextmanager
+def _recomputed(layer: nn.Module) -> Iterator[None]:
+    """``layer`` with activation checkpointing, in evaluation mode as well, where Transformers' own does nothing."""
+    forward, own = layer.forward, "forward" in vars(layer)  # accelerate puts its own there
+
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        with set_checkpoint_early_stop(False):  # to the end, where accelerate takes weights away again
+            return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
+
+    layer.forward = checkpointed
+    try:
+        yield
+    finally:
+        del layer.forward
+        if own:
+            layer.forward = forward
+
+
+def _set_requires_grad(model: nn.Module, names: Set[str], value: bool) -> None:
+    for name, parameter in model.named_parameters():  # accelerate makes those it loads anew
+        if name in names:
+            parameter.requires_grad_(value)

@@ -158,9 +158,9 @@ class Blocks:
         for number, (positive, negative) in zip(found.number, pairs):
             if positive[0] != negative[0]:
                 raise PairsError(
-                    f"{self.source}, pair {offset + number}: found two texts that begin with different tokens, expected "
-                    "one before them to score them by; for effects give the prompts some text, for example 'Text:', or "
-                    "where texts were cut a larger max_length"
+                    f"{self.source}, pair {offset + number}: found two texts that begin with different tokens, "
+                    "expected one before them to score them by; for effects give the prompts some text, for example "
+                    "'Text:', or where texts were cut a larger max_length"
                 )
         return list(scored_batches(pairs, self.effect_tokens, self.share, self.apart))
 

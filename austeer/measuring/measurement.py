@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..counters import Counters, counters_from, effect_of, tensors_of
 from ..errors import CaptureError, FileFormatError, PairsError, SiteError, SteeringError, check_count

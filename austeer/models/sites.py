@@ -314,3 +314,11 @@ def _layer_count(model: nn.Module, site: Site) -> int:
     lists = (model.get_submodule(".".join(parts[:i])) for i, part in enumerate(parts) if part == str(site.layer))
     layers = next(module for module in lists if isinstance(module, nn.ModuleList))
     return sum(layer is not None for layer in layers._modules.values())
+
+
+def ascending(layers: Iterable[Any], count: int) -> tuple[int, ...]:
+    """The layers that a file names; raises ValueError unless they are ascending numbers below ``count``."""
+    found = tuple(layers)
+    if not found or any(type(n) is not int or not 0 <= n < count for n in found) or list(found) != sorted({*found}):
+        raise ValueError(f"layers {list(found)} are not ascending numbers below {count}")
+    return found

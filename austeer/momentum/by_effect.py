@@ -1,14 +1,14 @@
 """AUs by effect per side effect: what a shift does to the wanted log-odds, for what it does to neutral text.
 
-With g the effect of each AU (:meth:`austeer.Momentum.effect`) and r the rows of a profile (:class:`austeer.Profile`), for
-small shifts s
+With g the effect of each AU (:meth:`austeer.Momentum.effect`) and r the rows of a profile (:class:`austeer.Profile`),
+for small shifts s
 
     effect(s) = g . s,    KL(s) = s' M s,    M = sum(r r') / (2 sum(n))
 
 Two kinds of step: the mean difference, s = delta (where it has the sign of g), and Newton's, s = M^-1 g, which has the
 largest effect at a given KL. AUs are chosen one by one, each time the one with which the effect at equal KL grows most:
-forward selection, as by a Cholesky factorisation with pivots. Off its diagonal M is drawn towards 0, since rows are
-few: what seems to cancel between two AUs is partly chance.
+forward selection, for Newton's step as by a Cholesky factorisation with pivots. Off its diagonal M is drawn towards 0:
+draws are few, and what seems to cancel between two AUs is partly chance.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import SelectionError
-from .momentum import Momentum
+from ..counters import Counters
+from ..errors import SelectionError, check_count
+from ..models.sites import Fingerprint
+from ..plans.table import STEPS
 from .profile import Profile
-
-STEPS = ("difference", "newton")
 
 #: Part of M's mean diagonal that is added to it: AUs that seem to have no side effect are mostly those not seen to.
 DAMPING = 0.001
@@ -32,25 +34,48 @@ DAMPING = 0.001
 #: How far M is drawn towards its diagonal.
 SHRINKAGE = 0.5
 
+#: Numbers of AUs at which effects are predicted.
+KS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
+
+#: Parts of a profile's texts, of which each judges what the others have chosen.
+FOLDS = 4
+
+#: As few AUs are taken as have this part of the largest predicted effect.
+ENOUGH = 0.95
+
+
+class Effects(Protocol):
+    """What is needed of a momentum."""
+
+    @property
+    def model(self) -> Fingerprint: ...
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+    @property
+    def pairs(self) -> int: ...
+    def counters(self, site: str) -> Counters: ...
+    def effect(self, site: str) -> Tensor: ...
+    def halves(self) -> tuple[Effects, Effects]: ...
+
 
 @dataclass(frozen=True)
 class Candidates:
     """The AUs of some sites, one after the other.
 
     Attributes:
-        sites: their names. units: AUs of each. g, delta, diagonal: float64 [AUs]. rows: float32 [draws, AUs]; M is
+        sites: their names. sizes: AUs of each. g, delta, diagonal: float64 [AUs]. rows: float32 [draws, AUs]; M is
             rows' rows, and ``diagonal`` is its diagonal.
     """
 
     sites: tuple[str, ...]
-    units: tuple[int, ...]
+    sizes: tuple[int, ...]
     g: Tensor
     delta: Tensor
     diagonal: Tensor
     rows: Tensor
 
     @classmethod
-    def of(cls, momentum: Momentum, profile: Profile, sites: Sequence[str]) -> Candidates:
+    def of(cls, momentum: Effects, profile: Profile, sites: Sequence[str]) -> Candidates:
         """Raises SelectionError: a site or layer that has no effects or profile, or a profile of another model."""
         profile.check(momentum.model)
         found = [profile.scaled(site, momentum.layers) for site in sites]
@@ -63,55 +88,55 @@ class Candidates:
             torch.cat([rows.flatten(1) for rows, _ in found], 1),
         )
 
-    def kl(self, order: Tensor, steps: Tensor) -> Tensor:
-        """The KL of the first 1, 2, ... of the AUs at ``order`` shifted by ``steps``: float64 [k], nats a token."""
-        moved = self.rows[:, order].double() * steps
-        return moved.cumsum(1).square().sum(0)
+    def kl(self, order: Tensor, steps: Tensor) -> float:
+        """The KL of shifts of some AUs, nats a token."""
+        return float((self.rows[:, order].double() @ steps).square().sum())
 
-    def effect(self, order: Tensor, steps: Tensor) -> Tensor:
-        """The same of the effect, nats."""
-        return (self.g[order] * steps).cumsum(0)
+    def per_side_effect(self, order: Tensor, steps: Tensor) -> float:
+        """The effect of shifts at a KL of 1 nat a token, as far as it is linear: nats."""
+        kl = self.kl(order, steps)
+        return float(self.g[order] @ steps) / math.sqrt(kl) if kl > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """AUs in the order in which they were chosen, and their steps: int64 [k], float64 [k]."""
+    """AUs in the order in which they were chosen.
+
+    Attributes:
+        order: int64 [k]. delta: float64 [k], their mean differences. factor: for Newton's step the Cholesky factor of
+            the chosen AUs' M, float64 [k, k], and ``target`` its solution for their g, float64 [k]: a smaller k has the
+            first of both.
+    """
 
     order: Tensor
-    steps: Tensor
+    delta: Tensor
+    factor: Tensor | None = None
+    target: Tensor | None = None
+
+    def steps(self, k: int) -> Tensor:
+        """The shifts of the first k: float64 [k]."""
+        if self.factor is None or self.target is None:
+            return self.delta[:k]
+        return torch.linalg.solve_triangular(self.factor[:k, :k].T, self.target[:k, None], upper=True)[:, 0]
 
 
-def choose(
-    found: Candidates,
-    k: int,
-    step: str = "newton",
-    *,
-    damping: float = DAMPING,
-    shrinkage: float = SHRINKAGE,
-    together: bool = True,
-    agreeing: bool = False,
-) -> Choice:
+def choose(found: Candidates, k: int, step: str, *, damping: float = DAMPING, shrinkage: float = SHRINKAGE) -> Choice:
     """The k AUs of the largest effect for their side effect.
 
     Args:
-        step: "difference" or "newton". damping: part of the mean diagonal that is added to it.
-        together: whether the AUs' acting together counts; otherwise each is ranked by |g| / sqrt(M's diagonal).
-        agreeing: whether a Newton step, too, takes AUs only whose mean difference has the sign of the effect.
+        step: "difference" or "newton". damping: part of the mean diagonal that is added to it. shrinkage: how far M is
+            drawn towards its diagonal; 1 takes no notice of AUs' acting together.
 
     Raises:
         SelectionError: fewer than k AUs have a step.
     """
+    if step not in STEPS:
+        raise SelectionError(f"step: found {step!r}, expected one of {', '.join(STEPS)}")
     diagonal = found.diagonal + damping * found.diagonal.mean()
-    usable = found.g * found.delta > 0 if step == "difference" or agreeing else found.g != 0
-    if int(usable.sum()) < k:
-        raise SelectionError(
-            f"k: found {k}, expected at most {int(usable.sum())}: so many AUs of {', '.join(found.sites)} have an effect"
-            + (" of the sign of their mean difference" if step == "difference" or agreeing else "")
-        )
-    if not together:
-        score = torch.where(usable, found.g.abs() / diagonal.sqrt(), -1.0)
-        order = score.argsort(descending=True, stable=True)[:k]
-        return Choice(order, found.delta[order] if step == "difference" else (found.g / diagonal)[order])
+    usable = (found.g * found.delta > 0) if step == "difference" else (found.g != 0)
+    usable &= diagonal > 0
+    of = f"AUs of {' and '.join(found.sites)} that have an effect"
+    k = check_count("k", k, int(usable.sum()), of if step == "newton" else f"{of} of delta's sign", SelectionError)
     if step == "difference":
         return _by_difference(found, k, diagonal, shrinkage, usable)
     return _by_newton(found, k, diagonal, shrinkage, usable)
@@ -120,39 +145,116 @@ def choose(
 def _by_difference(found: Candidates, k: int, diagonal: Tensor, shrinkage: float, usable: Tensor) -> Choice:
     gains, own = found.g * found.delta, diagonal * found.delta.square()
     moved = torch.zeros(len(found.rows), dtype=torch.float64, device="cpu")
-    free, order, effect, spread, diagonal_kl = usable.clone(), [], 0.0, 0.0, 0.0
+    free, order, effect, together, apart = usable.clone(), [], 0.0, 0.0, 0.0
     for _ in range(k):
         cross = (found.rows.T @ moved.float()).double() * found.delta
-        kl = (1 - shrinkage) * spread + shrinkage * diagonal_kl + own + 2 * (1 - shrinkage) * cross
+        kl = (1 - shrinkage) * (together + 2 * cross) + shrinkage * apart + own
         score = torch.where(free & (kl > 0), (effect + gains) / kl.clamp(min=1e-300).sqrt(), -math.inf)
         best = int(score.argmax())
         free[best] = False
         order.append(best)
         moved += found.rows[:, best].double() * found.delta[best]
-        effect, diagonal_kl = effect + float(gains[best]), diagonal_kl + float(own[best])
-        spread = float(moved.square().sum())
+        effect, apart = effect + float(gains[best]), apart + float(own[best])
+        together = float(moved.square().sum())
     chosen = torch.tensor(order, device="cpu")
     return Choice(chosen, found.delta[chosen])
 
 
 def _by_newton(found: Candidates, k: int, diagonal: Tensor, shrinkage: float, usable: Tensor) -> Choice:
-    """Pivoted Cholesky of the shrunk M: W is [chosen, AUs], and a pivot is the AU of the largest gain."""
+    """Cholesky's factorisation of the shrunk M, row by row; a pivot is the AU of the largest gain."""
     rest, left, free = diagonal.clone(), found.g.clone(), usable.clone()
-    columns = torch.zeros(k, len(found.g), dtype=torch.float64, device="cpu")
+    rows = torch.zeros(k, len(found.g), dtype=torch.float64, device="cpu")
     order: list[int] = []
     for number in range(k):
         gain = torch.where(free & (rest > 1e-9 * diagonal), left.square() / rest, -math.inf)
         best = int(gain.argmax())
         free[best] = False
-        column = (1 - shrinkage) * (found.rows.T @ found.rows[:, best]).double()
-        column[best] = diagonal[best]
-        column -= columns[:number].T @ columns[:number, best]
-        column /= rest[best].sqrt()
-        columns[number] = column
-        left = left - column * (left[best] / rest[best].sqrt())
-        rest = rest - column.square()
+        row = (1 - shrinkage) * (found.rows.T @ found.rows[:, best]).double()
+        row[best] = diagonal[best]
+        row -= rows[:number].T @ rows[:number, best]
+        row /= rest[best].sqrt()
+        rows[number] = row
+        left = left - row * (left[best] / rest[best].sqrt())
+        rest = rest - row.square()
         order.append(best)
     chosen = torch.tensor(order, device="cpu")
-    factor = columns[:, chosen].T.tril()  # L of M = L L', in the order of choice
-    steps = torch.cholesky_solve(found.g[chosen][:, None], factor)[:, 0]
-    return Choice(chosen, steps)
+    factor = rows[:, chosen].T.tril()
+    target = torch.linalg.solve_triangular(factor, found.g[chosen][:, None], upper=False)[:, 0]
+    return Choice(chosen, found.delta[chosen], factor, target)
+
+
+@dataclass(frozen=True)
+class EffectCurve:
+    """The effect that k AUs are predicted to have at a KL of 1 nat a token: at a smaller one its square root of that.
+
+    Each half of the pairs and of the texts chooses, and what it chose is judged by the other halves, so that what is
+    chosen for its errors does not count; with half the data a large k does a little worse than with all of it.
+
+    Attributes:
+        sites: of the AUs. k: ascending. effect: nats, as far as it is linear.
+    """
+
+    sites: tuple[str, ...]
+    k: tuple[int, ...]
+    effect: tuple[float, ...]
+
+    @property
+    def best(self) -> float:
+        """The largest effect."""
+        return max(self.effect)
+
+    @property
+    def enough(self) -> int:
+        """The smallest k that has ``ENOUGH`` of it."""
+        return next(k for k, effect in zip(self.k, self.effect) if effect >= ENOUGH * self.best)
+
+
+def effect_curve(momentum: Effects, profile: Profile, sites: Sequence[str], step: str) -> EffectCurve:
+    """How the predicted effect depends on the number of AUs.
+
+    Raises:
+        SelectionError: no effects, no profile of a site, no halves, or no AU with an effect.
+    """
+    folds = [
+        Candidates.of(*half, sites) for half in zip(momentum.halves(), profile.halves())
+    ]  # the second is what the first has not seen
+    effects: list[list[float]] = []
+    for seen, unseen in (folds, folds[::-1]):
+        usable = int(((seen.g * seen.delta > 0) if step == "difference" else (seen.g != 0)).sum())
+        choice = choose(seen, min(max(KS), usable), step)
+        ks = [k for k in KS if k <= len(choice.order)]
+        effects.append([unseen.per_side_effect(choice.order[:k], choice.steps(k)) for k in ks])
+    found = tuple((a + b) / 2 for a, b in zip(*effects))
+    if not max(found) > 0:
+        raise SelectionError(
+            f"{' and '.join(sites)}: found no number of AUs whose effect one half of the pairs predicts for the other; "
+            "give more pairs, or k"
+        )
+    return EffectCurve(tuple(sites), KS[: len(found)], found)
+
+
+def kl_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step: str, count: int) -> list[float]:
+    """How many times larger than on the texts that AUs were chosen by their KL is on others, for 1, 2, ... AUs.
+
+    The mean over ``FOLDS`` parts of the texts, for each of which the others choose; 1 where there is one text alone.
+    """
+    if len(profile.texts.unique()) < 2:
+        return [1.0] * count
+    ks = [k for k in KS if k < count] + [count]
+    logs = torch.zeros(len(ks), dtype=torch.float64, device="cpu")
+    splits = profile.splits(FOLDS)
+    for rest, part in splits:
+        seen, unseen = (Candidates.of(momentum, half, sites) for half in (rest, part))
+        choice = choose(seen, count, step)
+        for i, k in enumerate(ks):
+            order, steps = choice.order[:k], choice.steps(k)
+            logs[i] += math.log(unseen.kl(order, steps) / seen.kl(order, steps)) / len(splits)
+    found = np.interp(np.log(range(1, count + 1)), np.log(ks), logs.numpy())
+    return [math.exp(max(value, 0.0)) for value in found]
+
+
+def best_sites(momentum: Effects, profile: Profile, sites: Sequence[str], step: str) -> list[EffectCurve]:
+    """The curve of each site, and of all of them together, the largest predicted effect first."""
+    kinds = [(site,) for site in sites] + ([tuple(sites)] if len(sites) > 1 else [])
+    curves = [effect_curve(momentum, profile, kind, step) for kind in kinds]
+    return sorted(curves, key=lambda curve: -curve.best)

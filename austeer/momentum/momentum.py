@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..counters import Counters, counters_from, tensors_of
 from ..errors import FileFormatError, SelectionError
-from ..models.sites import Fingerprint
+from ..models.sites import Fingerprint, ascending
 from ..pairs.chat import ChatForm, check_chat_form
 from ..plans.plan import Plan
-from ..plans.table import OPERATIONS
 from ..utils import files
+from .profile import Profile
 from .report import MeasureReport
 
 FORMAT, VERSION = "austeer-momentum", 3
@@ -128,15 +128,22 @@ class Momentum:
 
     def select(
         self,
-        site: str,
+        site: str | Sequence[str],
         k: int | None = None,
         *,
+        rank: str | None = None,
+        step: str | None = None,
+        profile: Profile | None = None,
+        kl: float | None = None,
         max_fdr: float | None = None,
         min_stability: float | None = None,
         ties: str = "effect",
-        operation: str = "scale",
+        operation: str | None = None,
     ) -> Plan:
-        """The k AUs of largest |beta| over all layers of one site together (paper, selection), as a plan.
+        """The best k AUs over all layers of a site together, as a plan.
+
+        Without a profile the AUs of largest |beta| (paper, selection). With one, and with effects, those of the largest
+        effect for their side effect, which can be of several sites (:mod:`austeer.momentum.by_effect`).
 
         Example:
             >>> plan = momentum.select("attention", k=10, operation="shift")
@@ -147,31 +154,35 @@ class Momentum:
             True
 
         Args:
-            site: a measured site.
+            site: a measured site. By effect also several, whose AUs are ranked together, or "auto": that of the largest
+                predicted effect at equal side effect, or all of them, if together they have more.
             k: how many AUs.
+            rank: "momentum", |beta|; "difference", |delta|; "effect". By default "effect" if there is a profile.
+            step: of rank "effect", what a strength of 1 shifts by: "difference", delta; "newton" (the default), the
+                shifts of the largest effect for their side effect, scaled so that alpha = 1 has a predicted KL of
+                ``kl``, or 0.1.
+            profile: of the model, for rank "effect"; with every rank it gives a plan of "shift" its dose.
+            kl: by effect, instead of k, the KL on neutral text to steer with, nats a token (then steer with
+                ``steer(model, plan, kl=...)``): as few AUs as have nearly the largest predicted effect at it.
             max_fdr: instead of k, all AUs that a two-sided sign test with Benjamini-Hochberg's correction over the site
                 keeps at this false discovery rate.
             min_stability: instead of k, the largest k (ten to a factor of ten, from 10 to a tenth of the site) of
                 which the two halves of the pairs agree on at least this share, corrected for chance: the score of
                 :class:`austeer.statistics.Stability`. All pairs together agree on more than their halves do.
             ties: "effect" or "public", see :func:`austeer.statistics.ranking`.
-            operation: what steering does with them: "scale" (the paper), "push" or "shift".
+            operation: what steering does with them: "scale" (the paper), "push" or "shift"; by effect "shift".
 
         Raises:
-            SelectionError: k, max_fdr or min_stability out of range, not exactly one of them given, a site that was not
-                measured, no AU that passes (with the number of pairs that it takes), momentum without halves, or no k
-                that is as stable (with the most stable one).
+            SelectionError: k, kl, max_fdr or min_stability out of range, not exactly one of them given, a site that was
+                not measured, no AU that passes (with the number of pairs that it takes), momentum without halves or
+                effects, a profile of another model, or no k that is as stable (with the most stable one).
         """
-        from ..statistics.selection import select  # brings scipy
+        from .selection import Asked, selected  # brings scipy
 
-        self.counters(site)
-        if operation not in OPERATIONS:
-            raise SelectionError(f"operation: found {operation!r}, expected one of {', '.join(OPERATIONS)}")
-        chosen = select(self, site, k, max_fdr=max_fdr, min_stability=min_stability, ties=ties)
-        return plan_of(self, site, chosen, operation, ties=ties)
+        return selected(self, Asked(site, k, kl, max_fdr, min_stability, rank, step, ties, operation), profile)
 
     def merge(self, other: Momentum) -> Momentum:
-        """The momentum of both sets of pairs; counts do not depend on the order. Halves and effects it has if both have.
+        """The momentum of both sets of pairs, in any order; with halves and effects if both have them.
 
         Raises:
             SelectionError: the two are of different models, sites, layers or prompt forms.
@@ -242,42 +253,6 @@ class Momentum:
             return found.with_effects(*_read_counters(own, sizes, pairs, half_pairs))
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: inconsistent content ({error}); measure again") from error
-
-
-def plan_of(
-    momentum: Momentum, site: str, order: Tensor, operation: str, *, beta: float | None = None, ties: str = "effect"
-) -> Plan:
-    """The AUs at ``order`` as a plan, with the delta that was measured, and with their own beta unless one is given.
-
-    Args:
-        order: int64 [k], row * width + index in the site's counters, most important first.
-        ties: the rule that ``order`` was made by.
-    """
-    from ..statistics import signed_rate  # brings scipy
-
-    counters = momentum.counters(site)
-    width = counters.positive.shape[1]
-    own = signed_rate(counters, momentum.pairs).flatten()[order]
-    return Plan(
-        site=(site,) * len(order),
-        layer=torch.tensor(momentum.layers, device="cpu")[order // width].int(),
-        index=(order % width).int(),
-        beta=(own if beta is None else torch.full_like(own, beta)).float(),
-        delta=(counters.delta_sum.flatten()[order] / momentum.pairs).float(),
-        operation=operation,
-        model=momentum.model,
-        pairs=momentum.pairs,
-        ties=ties,
-        chat_template=momentum.chat_template,
-    )
-
-
-def ascending(layers: Iterable[Any], count: int) -> tuple[int, ...]:
-    """The layers that a file names; raises ValueError unless they are ascending numbers below ``count``."""
-    found = tuple(layers)
-    if not found or any(type(n) is not int or not 0 <= n < count for n in found) or list(found) != sorted({*found}):
-        raise ValueError(f"layers {list(found)} are not ascending numbers below {count}")
-    return found
 
 
 def _read_counters(

@@ -15,6 +15,7 @@ which needs no matrix. It belongs to the model alone, not to a task.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,15 +26,24 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError, SelectionError
-from ..models.sites import Fingerprint
+from ..models.sites import Fingerprint, ascending
+from ..plans.dose import Dose
 from ..plans.plan import Plan
 from ..utils import files
-from .momentum import ascending
 
 FORMAT, VERSION = "austeer-profile", 2
 
+#: What the texts are called where none were given.
+PACKAGED = "packaged neutral text"
+
+#: Tokens on which the KL of a steering is measured: whole texts, at most so many in all.
+MEASURED_TOKENS = 1024
+
 #: Of ``rows``: any sample of this size errs by more than its rounding, and its range is float32's.
 DTYPE = torch.bfloat16
+
+#: Random plans a site of which the halves' predictions are compared.
+PLANS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +90,27 @@ class Profile:
         """
         weight = self.tokens.double() / self.tokens.sum()
         return math.sqrt(2 * float(weight.square().sum()))
+
+    @property
+    def spread(self) -> float:
+        """What :attr:`error` is where it is measured: by how far the two halves of the texts differ in their KL.
+
+        The root mean square of (a - b) / (a + b), a and b what they predict for random plans of ten AUs of one site
+        each. It has the unlikeness of texts in it, and long tails.
+
+        Raises:
+            SelectionError: all draws are of one text.
+        """
+        generator, first, found = torch.Generator("cpu").manual_seed(0), self._first_half(), []
+        for site, rows in self.rows.items():
+            chosen = torch.randint(rows[0].numel(), (PLANS, 10), generator=generator, device="cpu")
+            shift = torch.randn(chosen.shape, generator=generator, device="cpu", dtype=torch.float64)
+            # An AU is shifted by what would cost as much for each alone, so that no single one decides.
+            shift /= self.diagonal[site].flatten()[chosen].clamp(min=1e-300).sqrt()
+            kl = (rows.flatten(1)[:, chosen].double() * shift).sum(-1).square()
+            one, other = (kl[half].sum(0) / self.tokens[half].sum() for half in (first, ~first))
+            found.append((one - other) / (one + other).clamp(min=1e-300))
+        return float(torch.cat(found).square().mean().sqrt())
 
     def fisher(self, site: str) -> Tensor:
         """The diagonal of F of a site, nats a token and squared unit of the AU: float64 [layers, width]."""
@@ -148,6 +179,25 @@ class Profile:
         each = torch.tensor([float(strengths[site]) for site in plan.site], dtype=torch.float64, device="cpu")
         return float((self.root(plan) @ each).square().sum())
 
+    def dose(self, plan: Plan, effect: Sequence[float] = ()) -> Dose:
+        """What the strengths of a plan do: the predicted KL of its first 1, 2, ... AUs.
+
+        Args:
+            plan: of "shift". effect: of each AU at alpha = 1, nats, where it is known.
+
+        Raises:
+            SelectionError: as :meth:`root`.
+        """
+        kl = self.root(plan).cumsum(1).square().sum(0)
+        packaged = self.texts_name == PACKAGED  # a user's own text does not travel with a plan
+        return Dose(
+            kl=tuple(kl.tolist()),
+            effect=tuple(itertools.accumulate(effect)),
+            error=self.error,
+            texts=self.texts_name,
+            ids=some_ids(self.ids) if packaged else (),
+        )
+
     def alpha(self, plan: Plan, kl: float) -> float:
         """The strength at which the predicted KL of a plan is ``kl`` nats a token.
 
@@ -178,11 +228,27 @@ class Profile:
         Raises:
             SelectionError: all draws are of one text.
         """
+        first = self._first_half()
+        return self._part(first), self._part(~first)
+
+    def splits(self, count: int) -> list[tuple[Profile, Profile]]:
+        """The profile without every ``count``-th text and that of those, ``count`` times; fewer where texts are fewer.
+
+        Raises:
+            SelectionError: all draws are of one text.
+        """
         numbers = self.texts.unique()
-        first = torch.isin(self.texts, numbers[::2])
+        if len(numbers) < 2:
+            raise SelectionError("profile: found draws of one text alone, expected several texts")
+        parts = [torch.isin(self.texts, numbers[i::count]) for i in range(min(count, len(numbers)))]
+        return [(self._part(~part), self._part(part)) for part in parts]
+
+    def _first_half(self) -> Tensor:
+        """bool [draws], those of every other text."""
+        first = torch.isin(self.texts, self.texts.unique()[::2])
         if first.all():
             raise SelectionError("halves: found draws of one text alone, expected several texts")
-        return self._part(first), self._part(~first)
+        return first
 
     def _part(self, chosen: Tensor) -> Profile:
         rows = {site: found[chosen] for site, found in self.rows.items()}
@@ -297,3 +363,15 @@ class Profile:
         length = torch.tensor([len(row) for row in self.ids], device="cpu")
         if int(self.texts.min()) < 0 or not torch.equal(length[self.texts] - 1, self.tokens):
             raise ValueError("the lengths of the texts are not those of the draws")
+
+
+def some_ids(ids: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """The first texts, of ``MEASURED_TOKENS`` tokens at most; the beginning of the first where it is longer."""
+    found: list[tuple[int, ...]] = []
+    left = MEASURED_TOKENS
+    for row in ids:
+        if found and len(row) > left:
+            break
+        found.append(tuple(row[:left].tolist()))
+        left -= len(found[-1])
+    return tuple(found)

@@ -15,7 +15,8 @@ class Seconds:
         load: loading the model, if that was part of it (the command line); not in ``total``.
         read: reading pairs. tokenise: tokenising them. pack: making batches.
         wait: what the model waited for these three. weights: what it waited for weights (layer by layer).
-        forward: forward passes, until the device was done. effects: passes for effects, there and back. count: counting, checking and saving.
+        forward: forward passes, until the device was done. effects: the same there and
+            back. count: counting, checking and saving.
         reduce: adding up over processes.
         total: from the first to the last.
     """

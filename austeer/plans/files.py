@@ -12,10 +12,11 @@ from torch import Tensor
 from ..errors import FileFormatError, PlanError
 from ..models.sites import Fingerprint
 from ..utils import files
+from .dose import Dose
 from .evidence import Evidence, check_text
 from .table import PlanTable
 
-FORMAT, VERSION = "austeer-plan", 2
+FORMAT, VERSION = "austeer-plan", 3
 FILE_NAME = "austeer_plan.safetensors"
 
 Kind = TypeVar("Kind", bound=PlanTable)
@@ -30,8 +31,10 @@ LARGEST_HEADER = 2**20
 COLUMNS = {"site": "U8", "layer": "I32", "index": "I32", "beta": "F32", "delta": "F32"}
 #: What a missing file should have been.
 WRITTEN_BY = f"an {FORMAT} file, as austeer select and Plan.save_pretrained write it"
-FIELDS = {"operation", "pairs", "ties", "chat_template"}
-LARGEST_FILE = MOST_UNITS * (1 + 4 * 4) + LARGEST_HEADER + 8
+#: Of a plan with a dose: that of the first 1, 2, ... AUs.
+DOSE_COLUMNS = {"dose_kl": "F64", "dose_effect": "F64"}
+FIELDS = {"operation", "pairs", "ties", "chat_template", "rank", "step"}
+LARGEST_FILE = MOST_UNITS * (1 + 4 * 4 + 2 * 8) + LARGEST_HEADER + 8
 
 
 def _with_evidence(header: dict[str, Any]) -> dict[str, Any]:
@@ -40,8 +43,15 @@ def _with_evidence(header: dict[str, Any]) -> dict[str, Any]:
     return {**header, "evidence": None}
 
 
+def _with_dose(header: dict[str, Any]) -> dict[str, Any]:
+    new = {"dose": None, "rank": "momentum", "step": "difference"}
+    if found := new.keys() & header.keys():
+        raise ValueError(f"found the field {min(found)!r} in version 2")
+    return {**header, **new}
+
+
 #: For each older version, what makes its header one of the next version. Every field added is a new version.
-MIGRATIONS: dict[int, files.Migration] = {1: _with_evidence}
+MIGRATIONS: dict[int, files.Migration] = {1: _with_evidence, 2: _with_dose}
 
 
 def write(plan: PlanTable, path: Path) -> Path:
@@ -56,6 +66,9 @@ def write(plan: PlanTable, path: Path) -> Path:
         "ties": plan.ties,
         "chat_template": plan.chat_template,
         "evidence": None if plan.evidence is None else plan.evidence.to_json(),
+        "rank": plan.rank,
+        "step": plan.step,
+        "dose": None if plan.dose is None else plan.dose.to_json(),
         "sites": list(names),
     }
     size = len(json.dumps(json.dumps(header)))  # as it stands in the file: JSON within JSON
@@ -65,6 +78,10 @@ def write(plan: PlanTable, path: Path) -> Path:
         )
     number = {name: i for i, name in enumerate(names)}
     tensors = {name: getattr(plan, name) for name in ("layer", "index", "beta", "delta")}
+    if plan.dose is not None:
+        for name, values in (("dose_kl", plan.dose.kl), ("dose_effect", plan.dose.effect)):
+            if values:
+                tensors[name] = torch.tensor(values, dtype=torch.float64, device="cpu")
     tensors["site"] = torch.tensor([number[name] for name in plan.site], dtype=torch.uint8, device="cpu")
     files.write(path, FORMAT, VERSION, header, tensors)
     return path
@@ -122,9 +139,13 @@ def _file_in(folder: Path) -> Path:
 def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     fields = dict(header)
     names, model, evidence = fields.pop("sites"), fields.pop("model"), fields.pop("evidence")
+    kl, effect = (tuple(tensors.pop(name).tolist()) if name in tensors else () for name in DOSE_COLUMNS)
+    dose = fields.pop("dose")
+    if (dose is None) != (not kl):
+        raise ValueError("found a dose without its columns, or columns without a dose")
     if set(fields) != FIELDS:
-        raise ValueError(f"found the fields {sorted(fields)}, expected {sorted(FIELDS)}, sites, model and evidence")
-    for name in ("operation", "ties"):
+        raise ValueError(f"found the fields {sorted(fields)}, expected {sorted(FIELDS)} and four more")
+    for name in ("operation", "ties", "rank", "step"):
         check_text(name, fields[name])
     if not isinstance(names, list) or not 1 <= len(names) <= MOST_SITES or len(set(names)) < len(names):
         raise ValueError(f"sites must be a list of 1 to {MOST_SITES} different names")
@@ -132,11 +153,13 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     _check_model(fingerprint)
     site = tuple(names[i] for i in tensors.pop("site").tolist())
     evidence = None if evidence is None else Evidence.from_json(evidence)
-    return {"site": site, "model": fingerprint, "evidence": evidence, **tensors, **fields}
+    dose = None if dose is None else Dose.from_json(dose, kl, effect)
+    return {"site": site, "model": fingerprint, "evidence": evidence, "dose": dose, **tensors, **fields}
 
 
 def _check_columns(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    if {name: dtype for name, (dtype, _) in tensors.items()} != COLUMNS:
+    dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
+    if dtypes != COLUMNS | {name: dtype for name, dtype in DOSE_COLUMNS.items() if name in dtypes}:
         found = ", ".join(f"{name[:20]} {dtype}" for name, (dtype, _) in list(tensors.items())[:8])
         raise ValueError(f"found the columns {found or 'none'}, expected " + ", ".join(map(" ".join, COLUMNS.items())))
     shapes = {shape for _, shape in tensors.values()}

@@ -25,6 +25,10 @@ class Plan(PlanTable):
             "scale": x + alpha * beta * x (the paper); "push": x + alpha * beta * |x|; "shift": x + alpha * delta.
         model: what the plan was measured on. pairs: how many pairs. ties: the tie rule, "effect" or "public".
         chat_template: whether the prompts went through one, with its options if it had any.
+        rank: what the AUs are ranked by: "momentum" (the paper: |beta|), "difference" (|delta|) or "effect" (what a
+            shift does to the wanted log-odds, for what it does to neutral text). step: what ``delta`` is: "difference",
+            or "newton", the shifts of the largest effect for their side effect.
+        dose: of "shift", what its strengths do (:class:`austeer.plans.dose.Dose`), where a profile says.
         evidence: what is known of its effect and cost, of this very plan: a part of it, a sum or another operation has
             none.
 

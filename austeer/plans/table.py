@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import PlanError, check_count
 from ..models.sites import SITE_NAMES, Fingerprint
 from ..pairs.chat import ChatForm, check_chat_form
+from .dose import Dose
 from .evidence import Evidence
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 OPERATIONS = ("scale", "push", "shift")
 TIES = ("effect", "public")
+#: What AUs are ranked by, and how far a shift of strength 1 moves them.
+RANKS = ("momentum", "difference", "effect")
+STEPS = ("difference", "newton")
 #: The columns that are tensors, one entry an AU.
 COLUMNS = {"layer": torch.int32, "index": torch.int32, "beta": torch.float32, "delta": torch.float32}
 
@@ -49,9 +53,13 @@ class PlanTable:
     ties: str = "effect"
     chat_template: ChatForm = False
     evidence: Evidence | None = None
+    rank: str = "momentum"
+    step: str = "difference"
+    dose: Dose | None = None
 
     def __post_init__(self) -> None:
-        for name, value, names in (("operation", self.operation, OPERATIONS), ("ties", self.ties, TIES)):
+        for name, names in (("operation", OPERATIONS), ("ties", TIES), ("rank", RANKS), ("step", STEPS)):
+            value = getattr(self, name)
             if value not in names:
                 raise PlanError(f"{name}: found {value!r}, expected one of {', '.join(names)}")
         for what, kind in (("site", tuple), ("model", Fingerprint), ("pairs", int)):
@@ -85,6 +93,11 @@ class PlanTable:
                     raise PlanError(f"{what}: found {least} to {greatest} at site {name!r}, expected 0 to {size - 1}")
             if (layer.long() * self.model.widths[name] + index).unique().numel() < len(rows):
                 raise PlanError("found the same AU twice; a plan names each AU once")
+        if self.dose is not None and (self.operation, len(self.dose.kl)) != ("shift", len(self)):
+            raise PlanError(
+                f"dose: found that of {len(self.dose.kl)} AUs in a plan of {self.operation!r} with {len(self)}, "
+                "expected as many, of 'shift'"
+            )
         if self.evidence is not None:
             if not isinstance(self.evidence, Evidence):
                 raise PlanError(f"evidence: found {type(self.evidence).__name__}, expected Evidence")
@@ -105,7 +118,7 @@ class PlanTable:
         return (AtomicUnit(*row) for row in zip(self.site, *columns))
 
     def __eq__(self, other: object) -> bool:
-        names = ("operation", "model", "pairs", "ties", "chat_template", "evidence")
+        names = ("operation", "model", "pairs", "ties", "chat_template", "evidence", "rank", "step", "dose")
         return (
             isinstance(other, PlanTable)
             and all(getattr(self, name) == getattr(other, name) for name in names)
@@ -129,11 +142,15 @@ class PlanTable:
         return torch.tensor([i for i, name in enumerate(self.site) if name == site], dtype=torch.int64, device="cpu")
 
     def take(self, positions: Tensor) -> Self:
-        """The plan of the AUs at ``positions``, in that order; with the evidence only if that is all, in this order."""
-        same = positions.tolist() == list(range(len(self)))
+        """The plan of the AUs at ``positions``, in that order.
+
+        With the evidence only if that is all, in this order; with the dose if it is the first of them.
+        """
+        first = positions.tolist() == list(range(len(positions)))
         return replace(
             self,
-            evidence=self.evidence if same else None,
+            evidence=self.evidence if first and len(positions) == len(self) else None,
+            dose=self.dose.top(len(positions)) if first and self.dose is not None else None,
             site=tuple(self.site[i] for i in positions.tolist()),
             **{name: getattr(self, name)[positions] for name in COLUMNS},
         )
@@ -147,8 +164,8 @@ class PlanTable:
         return self.take(torch.arange(check_count("k", k, len(self), "the plan's AUs", PlanError), device="cpu"))
 
     def with_operation(self, operation: str) -> Self:
-        """The same AUs under another operation, of which there is no evidence."""
-        return replace(self, operation=operation, evidence=self.evidence if operation == self.operation else None)
+        """The same AUs under another operation, of which there is no evidence and no dose."""
+        return self if operation == self.operation else replace(self, operation=operation, evidence=None, dose=None)
 
     def with_evidence(self, evidence: Evidence | None) -> Self:
         """The same plan with what is known of its effect and cost, for its file and its card.
@@ -157,6 +174,14 @@ class PlanTable:
             PlanError: the evidence names a site that the plan does not have.
         """
         return replace(self, evidence=evidence)
+
+    def with_dose(self, dose: Dose | None) -> Self:
+        """The same plan with what its strengths do.
+
+        Raises:
+            PlanError: a dose of another number of AUs, or of another operation than "shift".
+        """
+        return replace(self, dose=dose)
 
     def __add__(self, other: Self) -> Self:
         """Both plans' AUs, alternating by rank, so that a prefix still holds the most important of each.
@@ -180,6 +205,7 @@ class PlanTable:
         joined = replace(
             self,
             evidence=None,
+            dose=None,
             site=self.site + other.site,
             **columns,
             model=replace(mine, widths={**theirs.widths, **mine.widths}),

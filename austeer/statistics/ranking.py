@@ -47,3 +47,8 @@ def ranking(momentum: Counted, site: str, ties: str = "effect") -> Tensor:
     if ties == "effect":
         keys.insert(1, -effect_size(counters, momentum.pairs).flatten().numpy())
     return torch.from_numpy(np.lexsort(keys))
+
+
+def by_difference(counters: Counters) -> Tensor:
+    """All AUs of a site by |mean difference|, largest first: int64 [layers * width]; ties by layer, then index."""
+    return torch.argsort(counters.delta_sum.abs().flatten(), descending=True, stable=True)

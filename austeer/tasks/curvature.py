@@ -29,8 +29,8 @@ STEP_KL = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 1e-2, torch.
 #: By what factor it may be missed, and by what factor the step changes at most from one pass to the next.
 MISSED, CHANGE = 2.0, 30.0
 
-#: Passes in search of the step; the fifth is at 30^4 = 810,000 times the first, where a shift shows that does anything.
-PASSES, SEEN = 12, 5
+#: Passes in search of the step, and the largest shift of an AU at which one that does anything shows that it does.
+PASSES, SEEN = 12, 1e5
 
 
 def estimate_kl(
@@ -67,20 +67,22 @@ def estimate_kl(
     chosen = neutral_texts() if texts is None else list(texts)
     goal = STEP_KL.get(floating_dtype(model), STEP_KL[torch.bfloat16])
     strengths = [plan.delta if plan.operation == "shift" else plan.beta for plan in plans]
-    step = [1 / max(float(values.abs().max()), 1e-30) for values in strengths]
+    first = [1 / max(float(values.abs().max()), 1e-30) for values in strengths]
+    step = [*first]
     found = [0.0] * len(plans)
     waiting = list(range(len(plans)))
     by_name = {f"{number}{sign}": plan for number, plan in enumerate(plans) for sign in "+-"}
     with steer(model, by_name, alpha=0.0) as steering:
-        for count in range(1, PASSES + 1):
+        for _ in range(PASSES):
             if not waiting:
                 return found
             kl = _both_signs(model, tokenizer, chosen, steering, step, waiting, batch_tokens)
             there = [number for number in waiting if goal / MISSED <= kl[number] <= goal * MISSED]
             half = _both_signs(model, tokenizer, chosen, steering, [a / 2 for a in step], there, batch_tokens)
+            there = [number for number in there if half[number] <= kl[number] / 2]  # a quarter, but for rounding
             for number in there:
                 found[number] = (kl[number] - half[number]) / (0.75 * step[number] ** 2)
-            nothing = [number for number in waiting if kl[number] == 0 and count >= SEEN]
+            nothing = [number for number in waiting if kl[number] == 0 and step[number] >= SEEN * first[number]]
             waiting = [number for number in waiting if number not in {*there, *nothing}]
             last = {number: (kl[number], step[number]) for number in waiting}
             for number in waiting:

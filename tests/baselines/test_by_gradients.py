@@ -76,11 +76,9 @@ def test_steps_of_chosen_units(material):
     difference, newton = arms("effect", material, sites=["ffn"], ks=[1])
     unit = (difference.plan.layer[0], difference.plan.index[0])
     delta = momentum.counters("ffn").delta_sum[unit] / momentum.pairs
-    assert (
-        float(difference.plan.delta[0]) == pytest.approx(float(delta))
-        and float(delta * momentum.effect("ffn")[unit]) > 0
-    )
-    assert profile.kl(newton.plan) == pytest.approx(UNIT, rel=1e-3)
+    assert float(difference.plan.delta[0]) == pytest.approx(float(delta))
+    assert float(delta * momentum.effect("ffn")[unit]) > 0
+    assert newton.plan.dose.kl_of(1) == pytest.approx(UNIT, rel=1e-3)
     at = (newton.plan.layer[0], newton.plan.index[0])
     assert float(newton.plan.delta[0] * momentum.effect("ffn")[at]) > 0
 

@@ -2,15 +2,21 @@
 
 import pytest
 import torch
+from accelerate import disk_offload
 
 from austeer import CaptureError, SteeringError, find_sites, steer
 from austeer.forward.gradients import ShiftGradients
+from austeer.models.sites import layers_path
 from austeer.models.structure import decoder_of
-from dense_formula import assert_unchanged, hook, shift_plan, snapshot
+from dense_formula import assert_unchanged, hook, modules_of, shift_plan, snapshot
 from tiny_models import FAMILIES, tiny_model, wide_model
 
 #: A step after which a router's choice and a ReLU's side are as before.
 STEP = 1e-3
+
+
+def same(x):
+    return x
 
 
 def two_rows():
@@ -20,8 +26,8 @@ def two_rows():
     return ids, mask
 
 
-def found_by_gradient(model, sites, ids, mask, outward):
-    gradients = ShiftGradients(model, sites)
+def found_by_gradient(model, sites, ids, mask, outward, recomputed=()):
+    gradients = ShiftGradients(model, sites, recomputed)
     with gradients.attached():
         hidden = gradients.hidden_states(ids, mask)
         return gradients.backward(hidden, outward)
@@ -55,6 +61,10 @@ def test_gradients_are_the_differences_that_shifts_make(family):
             torch.testing.assert_close(
                 found[name][:, row, index], ((up - down) / (2 * STEP)).float(), rtol=0.02, atol=0.02
             )
+    before, layers = modules_of(model), model.get_submodule(layers_path(model)).children()
+    again = found_by_gradient(model, sites, ids, mask, outward, list(layers))
+    assert all(torch.equal(again[name], values) for name, values in found.items())
+    assert modules_of(model) == before
 
 
 @pytest.mark.parametrize("family", ["falcon", "llama", "gpt_neox"])
@@ -115,6 +125,38 @@ def test_under_inference_mode_and_with_checkpointed_activations():
     again = found_by_gradient(model, find_sites(model), ids, mask, outward)
     for name, values in expected.items():
         assert torch.equal(found[name], values) and torch.equal(again[name], values)
+
+
+def test_recomputed_layers_keep_little_and_serve_several_backward_passes():
+    model, kept = tiny_model(), []
+    ids, mask = two_rows()
+    for recomputed in ((), decoder_of(model).layers):
+        sizes = []
+        gradients = ShiftGradients(model, find_sites(model), recomputed)
+        with gradients.attached():
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, same):
+                hidden = gradients.hidden_states(ids, mask)
+            outward = torch.randn(hidden.shape) * mask[..., None]
+            first = gradients.backward(hidden, outward, again=True)
+            second = gradients.backward(hidden, 2 * outward)
+        assert all(torch.equal(second[name], 2 * values) for name, values in first.items())
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 10
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_offloaded_weights(recompute, tmp_path):
+    ids, mask = two_rows()
+    outward = torch.randn(2, 6, 32) * mask[..., None]
+    expected = found_by_gradient(tiny_model(), find_sites(tiny_model()), ids, mask, outward)
+    model = tiny_model()
+    disk_offload(model, tmp_path, torch.device("cpu"))
+    layers = decoder_of(model).layers
+    before = [layer.forward for layer in layers]
+    found = found_by_gradient(model, find_sites(model), ids, mask, outward, layers if recompute else ())
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    assert [layer.forward for layer in layers] == before  # accelerate's
+    assert all(p.requires_grad and p.is_meta for p in model.parameters())
 
 
 def test_a_steered_model_is_refused():
