@@ -12,8 +12,10 @@ PAIRS = load_data().tuning[:14]
 IDS = {"input_ids": torch.tensor([[5, 6, 7, 300, 12], [9, 8, 44, 2, 17]])}
 
 
-def material_of(model, tokenizer, pairs=PAIRS, sites=SITE_NAMES):
-    return Material(model, tokenizer, pairs, austeer.measure(model, tokenizer, pairs, sites, progress=False))
+def material_of(model, tokenizer, pairs=PAIRS, sites=SITE_NAMES, profiled=False):
+    momentum = austeer.measure(model, tokenizer, pairs, sites, effects=profiled, progress=False)
+    profile = austeer.profile(model, tokenizer, sites, draws=48, progress=False) if profiled else None
+    return Material(model, tokenizer, pairs, momentum, profile)
 
 
 def hooked(model, site, change):

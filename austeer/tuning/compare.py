@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..baselines import METHODS, sites_needed
+from ..baselines import METHODS, profiles_needed, sites_needed
 from ..baselines import arms as arms_of
 from ..baselines.arm import Arm
 from ..errors import TaskError
@@ -125,14 +125,15 @@ def compare(
         momentum: of other pairs than ``data``'s. "iti" looks at the pairs themselves: with a momentum it needs
             ``data`` as :class:`austeer.tuning.Parts`, with those pairs in them.
         sites, operations, ks: what is searched for each method that has them.
-        layers: where "caa" adds its vector; by default ten that are evenly spread.
+        layers: where "caa", "newton" and "trained" add their vector; see :func:`austeer.baselines.arms`.
         max_kl: the limit on KL(unsteered || steered), nats a token.
         budget: seconds for all of it; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
         timed: also time decoding with each method's best setting.
         most: at most so many items to measure, tune and test.
         seed: of the split and of all that is random.
-        folder: where ``momentum.safetensors`` and ``search.jsonl`` are kept; an interrupted search goes on from them.
+        folder: where ``momentum.safetensors``, ``profile.safetensors`` and ``search.jsonl`` are kept; an interrupted
+            search goes on from them.
         step: opens progress bars. progress: as of :func:`austeer.measure`.
 
     Raises:
@@ -151,8 +152,10 @@ def compare(
         "layers": None if layers is None else list(layers),
         **options.settings("max_kl", "budget"),
     }
-    needed = sites_needed(operations_of, options.sites)
-    prepared = prepare(model, tokenizer, data, options, sites=needed, settings=settings, budget=clock)
+    needed, profiled = (of(operations_of, options.sites) for of in (sites_needed, profiles_needed))
+    prepared = prepare(
+        model, tokenizer, data, options, sites=needed, profiled=profiled, settings=settings, budget=clock
+    )
     scorer, test_scorer, material = prepared.tune_scorer, prepared.test_scorer, prepared.material
     ks = options.ks_of(material.momentum)
     arms = [

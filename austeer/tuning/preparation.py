@@ -1,4 +1,4 @@
-"""Prepares a search: the parts of the data, neutral texts, the record, and the momentum of the measured part."""
+"""Prepares a search: the parts of the data, neutral texts, the record, momentum of the measured part, a profile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from ..forward.causality import expect_causal
 from ..forward.neutral import neutral_texts
 from ..forward.tokens import encode
 from ..measuring.measure import measure
+from ..measuring.profiling import profile
 from ..momentum.momentum import Momentum
+from ..momentum.profile import Profile
 from ..pairs.pairs import Pairs
 from ..tasks.task import Task
 from .budget import Budget
@@ -25,7 +27,7 @@ from .options import SearchOptions
 from .record import Record
 from .scorer import Scorer
 
-FILE_NAME = "momentum.safetensors"
+FILE_NAME, PROFILE_NAME = "momentum.safetensors", "profile.safetensors"
 
 #: Of a time budget, what measuring may take; and on how many pairs, at least, there is something to search with.
 MEASURING, FEWEST_PAIRS = 0.3, 20
@@ -53,13 +55,15 @@ def prepare(
     options: SearchOptions,
     *,
     sites: Iterable[str],
+    profiled: Iterable[str] = (),
     settings: dict[str, Any],
     budget: Budget,
 ) -> Preparation:
     """
     Args:
         options: with a budget, as many pairs are measured as a part of it allows.
-        sites: those to measure, where there is no momentum. settings: what else the search depends on.
+        sites: those to measure, where there is no momentum. profiled: those of which a method needs effects and a
+            profile. settings: what else the search depends on.
         budget: of the options, running; it notes what is left out.
 
     Raises:
@@ -92,8 +96,9 @@ def prepare(
             budget.note("pairs measured", len(pairs), everything)
             parts = replace(parts, measure=pairs)
             settings["data"] |= parts.to_json()
-        momentum = _measured_momentum(model, tokenizer, pairs, sorted(sites), options)
-    material = Material(model, tokenizer, parts.measure or Pairs(()), momentum)
+        momentum = _measured_momentum(model, tokenizer, pairs, sorted(sites), bool(profiled), options)
+    made = _profile(model, tokenizer, sorted(profiled), None if neutral is None else tune_texts, options)
+    material = Material(model, tokenizer, parts.measure or Pairs(()), momentum, made)
     return Preparation(parts, settings, material, tune_scorer, test_scorer)
 
 
@@ -119,15 +124,38 @@ def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float) -> Pairs:
     return replace(pairs, items=tuple(pairs[i * len(pairs) // count] for i in range(count)))
 
 
-def _measured_momentum(model: nn.Module, tokenizer, pairs: Pairs, sites: list[str], options: SearchOptions) -> Momentum:
+def _measured_momentum(
+    model: nn.Module, tokenizer, pairs: Pairs, sites: list[str], effects: bool, options: SearchOptions
+) -> Momentum:
     """The momentum of the measured part; from the search's folder if it was counted there before."""
     if options.folder is None:
-        return measure(model, tokenizer, pairs, sites, progress=options.progress)
+        return measure(model, tokenizer, pairs, sites, effects=effects, progress=options.progress)
     path = Path(options.folder, FILE_NAME)
     if path.exists():
         return Momentum.load(path)
     checkpoint = path.with_name("momentum.checkpoint")
-    momentum = measure(model, tokenizer, pairs, sites, checkpoint=checkpoint, resume=True, progress=options.progress)
+    show = options.progress
+    momentum = measure(
+        model, tokenizer, pairs, sites, effects=effects, checkpoint=checkpoint, resume=True, progress=show
+    )
     momentum.save(path)
     checkpoint.unlink(missing_ok=True)
     return momentum
+
+
+def _profile(
+    model: nn.Module, tokenizer, sites: list[str], texts: list[str] | None, options: SearchOptions
+) -> Profile | None:
+    """The profile of some sites, if there are any; from the search's folder if it was made there before."""
+    if not sites:
+        return None
+    if options.folder is None:
+        return profile(model, tokenizer, sites, texts, progress=options.progress)
+    path = Path(options.folder, PROFILE_NAME)
+    if path.exists():
+        return Profile.load(path)
+    checkpoint = path.with_name("profile.checkpoint")
+    made = profile(model, tokenizer, sites, texts, checkpoint=checkpoint, resume=True, progress=options.progress)
+    made.save(path)
+    checkpoint.unlink(missing_ok=True)
+    return made

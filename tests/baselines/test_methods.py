@@ -8,6 +8,7 @@ import torch
 import austeer
 from austeer import SelectionError
 from austeer.baselines import HEADS, METHODS, arms, sites_needed
+from austeer.baselines.newton import newton_step
 from austeer.baselines.ranked import SEEDS
 from baseline_material import PAIRS, material_of
 from dense_formula import formula_at, logits
@@ -17,11 +18,17 @@ SITES, OPERATIONS, KS = ("attention", "ffn"), ("scale", "shift"), (3, 20)
 
 @pytest.fixture(scope="module")
 def material(tiny_of, demo):
-    return material_of(tiny_of("llama"), demo[1])
+    return material_of(tiny_of("llama"), demo[1], profiled=True)
 
 
 def made(material, method, **changes):
     return arms(method, material, **({"sites": SITES, "operations": OPERATIONS, "ks": KS} | changes))
+
+
+def promising(material, count):
+    """The layers whose Newton step has the largest predicted effect."""
+    steps = [newton_step(material.momentum, material.profile, layer)[1] for layer in range(3)]
+    return sorted(range(3), key=lambda layer: -steps[layer])[:count]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -49,7 +56,10 @@ def test_arms_name_what_can_be_chosen(material, method):
     assert chosen == {
         "momentum": grid,
         "difference": grid,
-        "effect": grid,
+        "standardised": grid,
+        "effect": {(site, "shift", k, step) for site in SITES for k in KS for step in ("difference", "newton")},
+        "newton": {("layer", "shift", 32, f"layer {layer}") for layer in range(3)},
+        "trained": {("layer", "shift", 32, f"layer {layer}") for layer in promising(material, 2)},
         "random": {(*arm[:3], f"seed {seed}") for arm in grid for seed in SEEDS},
         "all": {("attention", operation, 3 * 48, "") for operation in OPERATIONS}
         | {("ffn", operation, 3 * 32, "") for operation in OPERATIONS},
@@ -61,16 +71,18 @@ def test_arms_name_what_can_be_chosen(material, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_smaller_k_is_the_beginning_of_a_larger_one(material, method):
-    for arm in made(material, method):
-        alike = [
-            other for other in made(material, method) if (other.site, other.operation) == (arm.site, arm.operation)
-        ]
+    everything = made(material, method)
+    for arm in everything:
+        alike = [other for other in everything if (other.site, other.operation) == (arm.site, arm.operation)]
         together = [other for other in alike if method in ("iti", "sadi") or other.detail == arm.detail]
-        assert all(other.plan == arm.plan for other in together)
+        if arm.detail != "newton":  # whose steps are solved for all that are chosen
+            assert all(other.plan == arm.plan for other in together)
     # the largest alone chooses no other AUs
-    if method not in ("caa", "iti", "all", "sadi"):
+    if method not in ("caa", "newton", "trained", "iti", "all", "sadi"):
         small, large = (made(material, method, ks=[k]) for k in KS)
-        assert all(a.plan == b.plan.top(KS[0]) for a, b in zip(small, large))
+        assert all(a.plan.keys() == b.plan.top(KS[0]).keys() for a, b in zip(small, large))
+        if method != "effect":
+            assert all(a.plan == b.plan.top(KS[0]) for a, b in zip(small, large))
 
 
 def test_sites_needed():
@@ -101,10 +113,10 @@ def test_complaints(material, method, changes, message):
         made(material, method, **changes)
 
 
-@pytest.mark.parametrize("method", ["momentum", "random", "all", "difference", "effect", "caa", "sadi"])
+@pytest.mark.parametrize("method", ["momentum", "random", "all", "difference", "effect", "caa", "newton", "sadi"])
 def test_an_unmeasured_site_is_named_with_the_method(tiny_of, demo, method):
     few = material_of(tiny_of("llama"), demo[1], PAIRS[:3], ["neuron"])
-    site = "layer" if method == "caa" else "ffn"
+    site = "layer" if method in ("caa", "newton") else "ffn"
     with pytest.raises(SelectionError, match=f"'{method}'.*'{site}'.*neuron"):
         arms(method, few, sites=["ffn"], operations=["scale"], ks=[2])
 
@@ -119,8 +131,9 @@ def test_iti_needs_no_measured_site(tiny_of, demo):
 
 def test_only_measured_layers_are_chosen(tiny_of, demo):
     model = tiny_of("llama")
-    part = austeer.measure(model, demo[1], PAIRS, ["attention", "layer"], layers=[0, 2], progress=False)
-    material = replace(material_of(model, demo[1], PAIRS[:2], ["ffn"]), momentum=part, pairs=PAIRS)
+    sites = ["attention", "layer"]
+    part = austeer.measure(model, demo[1], PAIRS, sites, layers=[0, 2], effects=True, progress=False)
+    material = replace(material_of(model, demo[1], PAIRS, sites, profiled=True), momentum=part)
     for method in METHODS:
         layers = {layer for arm in made(material, method, sites=["attention"]) for layer in arm.plan.layer.tolist()}
         assert layers <= {0, 2}, method

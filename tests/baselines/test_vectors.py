@@ -5,7 +5,7 @@ import torch
 
 import austeer
 from austeer.baselines import arms
-from austeer.baselines.caa import spread
+from austeer.baselines.residual import spread
 from austeer.models.sites import find_sites
 from baseline_material import IDS, PAIRS, hooked, material_of, reference_activations
 from dense_formula import logits

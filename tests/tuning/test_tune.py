@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import austeer
+from austeer import Momentum, Profile
 from austeer.errors import FileFormatError, SelectionError, TaskError
 from austeer.pairs.pairs import Pairs
 from austeer.tasks import Item, Task
@@ -227,6 +228,21 @@ def test_every_method_is_brought_to_the_same_limit_and_reported(loaded, tmp_path
     assert again.held_out == result.held_out and again.cost == result.cost
     assert not austeer.is_steered(loaded[0])
     assert all(torch.equal(t, before[name]) for name, t in loaded[0].state_dict().items())
+
+
+def test_methods_by_gradients_are_given_effects_and_a_profile(loaded, tmp_path):
+    options = {"ks": (4,), "max_kl": 0.05, "neutral": NEUTRAL, "layers": (1,), "sites": ("ffn",), "timed": False}
+    methods = ("effect", "newton", "trained")
+    result = compare(*loaded, task_of(), methods=methods, folder=tmp_path, **options)
+    assert {row.method for row in result.held_out} == {*methods}
+    assert all(0 < trial.kl <= 0.05 for trial in result.trials)
+    profile, momentum = tmp_path / "profile.safetensors", Momentum.load(tmp_path / "momentum.safetensors")
+    assert set(momentum.sites) == set(Profile.load(profile).rows) == {"ffn", "layer"} and momentum.effects is not None
+    assert Profile.load(profile).sources[0][0].startswith("2 texts")  # those that strengths are chosen on
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl", ".safetensors", ".safetensors"]
+    before = profile.stat().st_mtime_ns
+    assert compare(*loaded, task_of(), methods=methods, folder=tmp_path, **options).held_out == result.held_out
+    assert profile.stat().st_mtime_ns == before
 
 
 def test_parse_methods():

@@ -1,0 +1,240 @@
+"""The command of the study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import austeer
+from austeer.baselines import METHODS
+from austeer.causal import causal_check
+from austeer.cli.common import console, load, note, split_names, write_json
+from austeer.cli.search_options import bars
+from austeer.errors import FileFormatError, TaskError
+from austeer.momentum.momentum import Momentum
+from austeer.momentum.profile import Profile
+from austeer.tuning.data import Parts
+from austeer.utils.environment import environment
+from austeer.utils.tables import show_table, signed
+
+from ..files import slug
+from . import extras, summary
+from .gemma import GEMMA, GEMMA_ID, TERMS, gemma_model
+from .rows import CAA, MEASURED, middle_layers
+from .subjects import QUICK, SUBJECTS, Subject, parts_of, task_of
+from .trial import MOMENTUM, Setting, run
+
+MODEL, SEEDS = "demo", 3
+
+#: The task on which numbers of pairs and profiles of other text are compared, the task of that text, and how much of it.
+ASKED_OF, OTHER_TEXT, TEXTS, DRAWS = "tense", "reviews", 16, 96
+
+#: The task and site of the causal check; AUs, further AUs, and items of it.
+CAUSAL, CAUSAL_SITE, CAUSAL_N, CAUSAL_SAMPLE, CAUSAL_ITEMS = "sentiment", "attention", 10, 24, 16
+
+
+def main(
+    data: Annotated[
+        Path | None, typer.Option(help="The folder of the tasks' files; without it, sentiment only.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the trials and the result.")] = Path(
+        "runs/study"
+    ),
+    only: Annotated[str, typer.Option(help="Some tasks, separated by commas. [default: all]")] = "",
+    model: Annotated[str, typer.Option("--model", "-m", help="demo, gemma, or a folder or Hub id.")] = MODEL,
+    seeds: Annotated[int, typer.Option(min=1, help="Splits of each task.")] = SEEDS,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few items and one split: shows that everything works.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Compare AUs by effect and every other method on real tasks, and write bench's result file of it.
+
+    Given again, it goes on where it was interrupted.
+    """
+    subjects = chosen_subjects(only, data)
+    seeds, most = (1, QUICK) if quick else (seeds, None)
+    splits = {s.name: [parts_of(s, data, seed, most) for seed in range(min(seeds, s.seeds))] for s in subjects}
+    show = False if quiet else None
+    setting = setting_of(model, out, quick, show)
+    trials = {}
+    for name, parts in splits.items():
+        trials[name] = [run(setting, each, out / f"{name}-{each.seed}", not each.seed) for each in parts]
+        console.print(f"{name}: {sum(trial['seconds'] for trial in trials[name]):.0f} s")
+    content = content_of(setting, subjects, trials)
+    first = {s.name: splits[s.name][0] for s in subjects}
+    content["pairs"] = _pairs_needed(setting, first, trials, data, out, most)
+    content["texts"] = _other_text(setting, first, data, out, show)
+    if CAUSAL in first:
+        content["tasks"][CAUSAL]["causal"] = _causal(setting, first[CAUSAL], out / f"{CAUSAL}-0", show)
+    console.print()
+    show_result(content)
+    write(out, content, quick)
+
+
+def chosen_subjects(only: str, data: Path | None) -> list[Subject]:
+    """Those that are named, or all that there is data for.
+
+    Raises:
+        TaskError: a name that is not known.
+    """
+    names = split_names(only)
+    unknown = {*names} - {subject.name for subject in SUBJECTS}
+    if unknown:
+        raise TaskError(f"--only: found {', '.join(unknown)}, expected some of {', '.join(s.name for s in SUBJECTS)}")
+    return [s for s in SUBJECTS if (s.name in names if names else data is not None or not s.file)]
+
+
+def setting_of(model: str, out: Path, quick: bool, show: bool | None) -> Setting:
+    """The model and its profile, which is kept in the folder.
+
+    Raises:
+        FileFormatError: the folder is of another model, or of a quick run where this one is whole, or the reverse.
+    """
+    if model == GEMMA:
+        note(TERMS)
+    network, tokenizer = load(str(gemma_model()) if model == GEMMA else model, "float32", "cpu")
+    if model == GEMMA:
+        network.config._name_or_path = GEMMA_ID  # not where it lies on this machine
+    path, about = out / "profile.safetensors", out / "study.json"
+    asked = {"model": network.config._name_or_path, "quick": quick}
+    if about.exists() and (found := json.loads(about.read_text(encoding="utf-8"))) != asked:
+        raise FileFormatError(f"{about}: found {found}, expected {asked}; give another --out")
+    write_json(about, asked)
+    if path.exists():
+        profile = Profile.load(path)
+    else:
+        options = {"draws": 24} if quick else {}
+        kept = {"checkpoint": path.with_suffix(".checkpoint"), "resume": True, "progress": show}
+        profile = austeer.profile(network, tokenizer, list(MEASURED), **options, **kept)
+        profile.save(path)
+        path.with_suffix(".checkpoint").unlink(missing_ok=True)
+    return Setting(network, tokenizer, profile, bars(show))
+
+
+def content_of(
+    setting: Setting, subjects: Sequence[Subject], trials: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """The result: trials, each task's rows over its trials, and the goals."""
+    tasks = {s.name: {"steers": s.steers, "rows": summary.pooled(trials[s.name])} for s in subjects}
+    steered = {s.name: tasks[s.name]["rows"] for s in subjects if s.steers}
+    methods = {name: {"what": method.what, "source": method.source} for name, method in METHODS.items()}
+    return {
+        "model": Path(setting.name).name if Path(setting.name).is_absolute() else setting.name,
+        "methods": methods,
+        "tasks": tasks,
+        "trials": trials,
+        "goals": summary.goals(steered, trials),
+    }
+
+
+def _pairs_needed(
+    setting: Setting, first: dict[str, Parts], trials: dict[str, Any], data: Path | None, out: Path, most: Any
+) -> list[dict[str, Any]]:
+    if ASKED_OF not in first:
+        return []
+    (subject,) = (s for s in SUBJECTS if s.name == ASKED_OF)
+    _, tuned, held_out = most or subject.most
+    parts = parts_of(subject, data, 0, (max(extras.PAIRS) if most is None else most[0], tuned, held_out))
+    caa = next((row for row in trials[ASKED_OF][0]["rows"] if row["name"] == CAA), None)
+    layer = int(caa["detail"].split()[-1]) if caa else middle_layers(setting.profile.model.layers)[-1]
+    counts = extras.PAIRS if most is None else (8, most[0])
+    folder = out / "pairs"
+    return extras.kept(folder / "pairs.json", lambda: extras.pairs_needed(setting, parts, folder, layer, counts))
+
+
+def _other_text(
+    setting: Setting, first: dict[str, Parts], data: Path | None, out: Path, show: bool | None
+) -> list[dict[str, Any]]:
+    if ASKED_OF not in first:
+        return []
+    (subject,) = (s for s in SUBJECTS if s.name == OTHER_TEXT)
+    texts = extras.texts_of(task_of(subject, data).pairs(), TEXTS)
+    folder = out / "texts"
+
+    def make() -> list[dict[str, Any]]:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept: dict[str, Any] = {"checkpoint": folder / "profile.checkpoint", "resume": True, "progress": show}
+        draws = min(DRAWS, len(setting.profile.tokens))
+        other = austeer.profile(setting.model, setting.tokenizer, [extras.SITE], texts, draws=draws, **kept)
+        momentum = Momentum.load(out / f"{ASKED_OF}-0" / MOMENTUM)
+        return extras.other_text(setting, first[ASKED_OF], folder, other, OTHER_TEXT, momentum)
+
+    return extras.kept(folder / "texts.json", make)
+
+
+def _causal(setting: Setting, parts: Parts, folder: Path, show: bool | None) -> dict[str, Any]:
+    """The causal check of one task; docs/causal.md shows it."""
+    momentum = Momentum.load(folder / MOMENTUM)
+    found = causal_check(
+        *(setting.model, setting.tokenizer, parts.tune.take(CAUSAL_ITEMS), momentum, CAUSAL_SITE),
+        n=CAUSAL_N,
+        sample=CAUSAL_SAMPLE,
+        record=folder / "causal.jsonl",
+        progress=show,
+    ).to_json()
+    return {name: value for name, value in found.items() if name not in ("environment", "seconds", "notes")}
+
+
+def show_result(content: dict[str, Any]) -> None:
+    """What came of it, task by task, and the goals."""
+    for name, task in content["tasks"].items():
+        trials = content["trials"][name]
+        items = sum(len(trial["groups"]) for trial in trials)
+        console.print(f"[bold]{name}[/], {items} held-out items in {len(trials)} splits, KL at most 0.1")
+        rows = sorted(task["rows"].items(), key=lambda row: -row[1]["effect"])
+        cells = [
+            [row_name, ", ".join(map(str, dict.fromkeys(row["k"]))), interval(row["effect"], row["low"], row["high"])]
+            + [interval(*row["behind"][rival]) if rival in row["behind"] else "" for rival in summary.RIVALS]
+            + [f"{row['kl']:.3f}"]
+            for row_name, row in rows
+        ]
+        show_table(["method", "AUs", "effect, nats", *(f"minus {rival}" for rival in summary.RIVALS), "KL"], cells)
+        console.print()
+    for line in goal_lines(content["goals"]):
+        console.print(line)
+
+
+def interval(mean: float | None, low: float | None, high: float | None) -> str:
+    """A mean with its 95 % interval."""
+    if mean is None:
+        return ""
+    return (
+        signed(mean, 2) if low is None or high is None else f"{signed(mean, 2)} [{signed(low, 2)}, {signed(high, 2)}]"
+    )
+
+
+def goal_lines(goals: dict[str, Any]) -> list[str]:
+    """Both goals in words, each met or missed, with what it depends on."""
+    ten, hundred = goals["ten"], goals["hundred"]
+    lines = [f"{'met' if ten['met'] else 'missed'}: {ten['row']}, above each method without gradients on every task"]
+    for name, leads in ten["leads"].items():
+        lines.append(f"  {name}: " + "; ".join(f"minus {rival} {interval(*lead)}" for rival, lead in leads.items()))
+    words = "not below the dense vectors by gradients, on the mean over tasks"
+    lines.append(f"{'met' if hundred['met'] else 'missed'}: {hundred['row']}, {words}")
+    for rival, found in hundred["means"].items():
+        lines.append(f"  minus {rival} {interval(*found['lead'])}, {found['tasks']} tasks")
+    return lines
+
+
+def write(out: Path, content: dict[str, Any], quick: bool) -> None:
+    """The result file: ``study-<model>-<date>.json``, or ``study-quick-...``, which no page shows."""
+    name = "study-quick" if quick else "study"
+    model = slug(str(content["model"]).rpartition("/")[2])
+    path = out / f"{name}-{model}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
+    seconds = sum(trial["seconds"] for trials in content["trials"].values() for trial in trials)
+    write_json(path, {"kind": "study", **content, "seconds": seconds, "environment": environment()})
+    console.print(f"\n{seconds:.0f} s of trials; wrote {path}")
+
+
+if __name__ == "__main__":
+    from austeer.cli import run as run_command
+
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    run_command(app)
