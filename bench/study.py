@@ -100,7 +100,7 @@ def run(
     """One task: comparison, stability of the ranking, and the causal check; kept in ``folder``."""
     parts = parts_of(subject, data)
     start = time.perf_counter()
-    same = {"ks": KS, "max_kl": MAX_KL, "step": step, "progress": progress}
+    same = {"ks": KS, "max_kl": MAX_KL, "step": step, "progress": progress, "texts": False}
     found = compare(model, tokenizer, parts, methods=COMPARED, sites=SITES, timed=subject.timed, folder=folder, **same)
     momentum = Momentum.load(folder / "momentum.safetensors")
     alone = {"methods": ("momentum",), "sites": RESIDUAL, "momentum": momentum, "timed": False}

@@ -48,7 +48,7 @@ WRITTEN_COST = 2.0
 USUAL_PART, REPEATED = 0.95, 0.1
 
 #: or whose tokens are less likely than the unsteered model's own by more nats;
-LESS_LIKELY = 1.5
+LESS_LIKELY = 1.0
 
 #: or of whose texts more than this part are empty, where fewer of the unsteered model's are.
 EMPTY = 0.5
@@ -232,19 +232,27 @@ class Writer:
                 seed=self._seed,
                 remove_invalid_values=True,  # steering that is too strong may leave no number
             )
-        some = [i for i, tokens in enumerate(written) if tokens]
-        full = [[*rows[i][2], *written[i]] for i in some]
-        states, log_prob = read(model, full, [len(rows[i][2]) for i in some], middle(model), scored=True)
-        logits = [None] * len(some) if reader is None or not reader.is_trusted else reader.logit(states).tolist()
-        judged = {i: (float(log_prob[n]), logits[n]) for n, i in enumerate(some)}
+        judged = self._judged([ids for _, _, ids in rows], written, reader)
         found: dict[str, list[Text]] = {key: [] for key in candidates}
         for i, (key, kind, ids) in enumerate(rows):
-            shares = tuple(distinct_share(written[i], n) for n in (1, 2, 3))
+            shares = (distinct_share(written[i], 1), distinct_share(written[i], 2), distinct_share(written[i], 3))
             text = tokenizer.decode(written[i], skip_special_tokens=True)
             prompt = tokenizer.decode(ids, skip_special_tokens=True)
-            found[key].append(
-                Text(kind, prompt, text, len(written[i]), 1 - shares[2], shares, *judged.get(i, (None, None)))
-            )
+            found[key].append(Text(kind, prompt, text, len(written[i]), 1 - shares[2], shares, *judged[i]))
+        return found
+
+    def _judged(
+        self, prompts: Sequence[list[int]], written: Sequence[list[int]], reader: Reader | None
+    ) -> list[tuple[float | None, float | None]]:
+        """Log-probability a token of what was written, and the reader's log-odds."""
+        found: list[tuple[float | None, float | None]] = [(None, None)] * len(written)
+        some = [i for i, tokens in enumerate(written) if tokens]
+        if some:
+            model, texts = self._scorer.model, [[*prompts[i], *written[i]] for i in some]
+            states, log_prob = read(model, texts, [len(prompts[i]) for i in some], middle(model), scored=True)
+            logits = [None] * len(some) if reader is None or not reader.is_trusted else reader.logit(states).tolist()
+            for i, chance, logit in zip(some, log_prob.tolist(), logits):
+                found[i] = chance, logit
         return found
 
     def _written(self, candidate: Candidate | None, part: float) -> Written:
@@ -254,12 +262,13 @@ class Writer:
         )
         said = [text.log_prob for text in texts if text.log_prob is not None]
         sides = [text.wanted > 0 for text in texts if text.wanted is not None]
+        ones, twos, threes = (_mean([text.distinct[n] for text in texts]) for n in range(3))
         name, alpha = ("unsteered", 0.0) if candidate is None else (candidate.arm.name, candidate.strength)
         found = Written(
             *(name, alpha, part),
             tokens=_mean([text.tokens for text in texts]),
             repeated=_mean([text.repeated for text in texts]),
-            distinct=tuple(_mean([text.distinct[n] for text in texts]) for n in range(3)),
+            distinct=(ones, twos, threes),
             log_prob=_mean(said) if said else None,
             wanted=_mean(sides) if sides else None,
             derailed="",

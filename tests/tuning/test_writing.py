@@ -16,7 +16,7 @@ from austeer.tuning.record import Record
 from austeer.tuning.schedule import Costs
 from austeer.tuning.scorer import Scorer
 from austeer.tuning.search import Standing
-from austeer.tuning.writing import TOKENS, Text, Writer, Written, derailment, distinct_share, first_not_derailed
+from austeer.tuning.writing import Text, Writer, Written, derailment, distinct_share, first_not_derailed
 from searches import NEUTRAL, NOUNS, material_of, words
 
 SIDES = [(f"The {noun} was", " a warm and good thing", " one cold hard stone") for noun in NOUNS]
@@ -62,8 +62,8 @@ def test_distinct_n_grams(tokens, n, share):
         (written(repeated=0.09), written(), ""),  # every model repeats a few
         (written(repeated=0.3), written(), "repeats"),
         (written(repeated=0.3), written(spread=0.4), ""),  # as the unsteered model does
-        (written(log_prob=-3.0), written(), ""),  # another style is less likely
-        (written(log_prob=-4.0), written(), "unlikely"),
+        (written(log_prob=-2.9), written(), ""),  # another style is less likely
+        (written(log_prob=-3.1), written(), "unlikely"),
         (written(log_prob=float("nan")), written(), "unlikely"),
         (written(tokens=0, log_prob=None), written(), "writes nothing"),
         (written(tokens=0, log_prob=None), written(tokens=0, log_prob=None), ""),
@@ -104,7 +104,7 @@ def test_a_reader_tells_sides_apart_that_it_was_not_trained_on(one_lively, demo)
 def test_a_reader_of_sides_without_a_difference_is_not_trusted(one_lively, demo):
     pairs = Pairs.of([(p, *sides[:: 1 if i % 2 else -1]) for i, (p, *sides) in enumerate(SIDES)])
     assert not train_reader(one_lively, demo[1], pairs).is_trusted
-    assert train_reader(one_lively, demo[1], Pairs.of(SIDES[:1])) is None
+    assert train_reader(one_lively, demo[1], Pairs.of(2 * SIDES[:1])) is None
 
 
 def test_the_fit_in_the_span_of_the_texts_is_the_fit(monkeypatch):
@@ -135,7 +135,7 @@ def test_a_strength_that_breaks_the_model_is_set_aside_for_the_next_best(small):
     assert kinds == ["neutral", "task"] * 3 and len(found.unsteered.texts) == 9 * 2
     prompts = {text.prompt for text in found.settings[0].texts if text.kind == "task"}
     assert prompts <= {item.prompt for item in task}
-    assert all(0 < text.tokens <= TOKENS and text.log_prob < 0 for text in found.unsteered.texts)
+    assert all(0 < text.tokens <= 6 and text.log_prob < 0 for text in found.unsteered.texts)
 
 
 def test_where_all_derail_the_best_stays_and_says_so(small):
@@ -174,7 +174,12 @@ def test_without_time_nothing_is_written_and_that_is_said(small, monkeypatch):
 
 
 def test_a_text_that_the_model_ends_at_once_is_empty(small, monkeypatch):
-    monkeypatch.setattr(writing, "continue_ids", lambda model, tokenizer, ids, **options: [[] for _ in ids])
+    def ended(model, tokenizer, ids, **options):
+        writing_ids(model, tokenizer, ids, **options)
+        return [[] for _ in ids]
+
+    writing_ids = writing.continue_ids
+    monkeypatch.setattr(writing, "continue_ids", ended)
     writer = Writer(scorer_of(small), small.pairs, Budget())
     (found,) = writer.write([candidate_of(small, 1.0)])
     assert found.log_prob is None and found.tokens == 0 and found.derailed == ""
