@@ -29,7 +29,7 @@ from .search import Standing, Step, no_bars
 TOKENS, BEGINNING = 40, 10
 
 #: Prompts of each kind; the task's are the shortest of so many. Texts of the unsteered model after each.
-PROMPTS, AMONG, USUAL = 3, 16, 3
+PROMPTS, AMONG, USUAL = 2, 16, 3
 
 #: Strengths at which the first setting writes, as parts of its own.
 PARTS = (0.5, 1.0, 1.5)

@@ -132,7 +132,7 @@ def test_a_strength_that_breaks_the_model_is_set_aside_for_the_next_best(small):
     assert found.settings[0].derailed == "" and [w.part for w in found.others] == [0.5, 1.5]
     assert [w.alpha for w in found.others] == pytest.approx([0.5e-3, 1.5e-3])
     kinds = [text.kind for text in found.settings[0].texts]
-    assert kinds == ["neutral", "task"] * 3 and len(found.unsteered.texts) == 9 * 2
+    assert kinds == ["neutral", "task"] * 2 and len(found.unsteered.texts) == 3 * 4
     prompts = {text.prompt for text in found.settings[0].texts if text.kind == "task"}
     assert prompts <= {item.prompt for item in task}
     assert all(0 < text.tokens <= 6 and text.log_prob < 0 for text in found.unsteered.texts)
