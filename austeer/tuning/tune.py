@@ -26,6 +26,7 @@ from .options import SearchOptions
 from .preparation import prepare
 from .scorer import Scorer, ignore
 from .search import SearchResult, Standing, Step, judged, no_bars, outcome_of, search
+from .writing import Writer, Writing, first_not_derailed
 
 SITES = ("attention", "ffn")
 KS = (3, 10, 30, 100, 300)
@@ -67,6 +68,7 @@ class TuneResult:
         settings: all that the search depended on, the split in it. schedule: how much of what was run.
         trials: every setting, best first among those judged by as many items. chosen: the best of all.
         unsteered, held_out: on the test part: the chosen setting first, then the best of each other operation.
+        writing: what these write, and which better settings were set aside for it; None where there was no time.
         left_out: what a time budget was too short for, in words.
         seconds: of this run. environment: of the machine.
     """
@@ -79,6 +81,7 @@ class TuneResult:
     chosen: Trial
     unsteered: Unsteered
     held_out: list[HeldOut]
+    writing: Writing | None
     left_out: list[str]
     seconds: float
     environment: dict[str, object]
@@ -154,10 +157,13 @@ def tune(
     found = search(scorer, arms, group=_group, max_kl=max_kl, budget=clock, step=step)
     if mix and len(options.sites) > 1:
         found = replace(found, standings=[*_mixed_sites(scorer, found, max_kl, clock, step), *found.standings])
-    best = found.best()
-    others = [found.best_of(operation=o) for o in options.operations]
-    rows = [best, *(s for s in others if s is not None and s.candidate.arm.operation != best.candidate.arm.operation)]
-    unsteered, held_out = hold_out(prepared.test_scorer, [s.candidate for s in rows], step, clock)
+    writer = Writer(scorer, material.pairs, clock, options.seed, step)
+    others = [s for s in (found.best_of(operation=o) for o in options.operations) if s is not None]
+    writer.write([s.candidate for s in others])
+    best, set_aside = first_not_derailed(writer, found.ranked())
+    rows = [best, *(s for s in others if s.candidate.arm.operation != best.candidate.arm.operation)]
+    writing = writer.writing([s.candidate for s in rows], set_aside)
+    unsteered, held_out = hold_out(prepared.test_scorer, [s.candidate for s in rows], step, clock, writing)
     trials = trials_of(found, parts.tune)
     chosen = _trial(best, parts.tune)
     plan = best.candidate.arm.plan.top(best.candidate.arm.k)
@@ -178,6 +184,7 @@ def tune(
         chosen=chosen,
         unsteered=unsteered,
         held_out=held_out,
+        writing=writing,
         left_out=clock.left_out,
         seconds=clock.spent,
         environment=environment(),
@@ -233,8 +240,7 @@ def _joined_arm(first: Standing, second: Standing) -> Arm:
 
 def trials_of(found: SearchResult, task: Task) -> list[Trial]:
     """All settings, best first among those judged by as many items."""
-    standings = sorted(found.standings, key=lambda s: (-len(s.items), -s.effect))
-    return [_trial(standing, task) for standing in standings]
+    return [_trial(standing, task) for standing in found.ranked()]
 
 
 def _trial(standing: Standing, task: Task) -> Trial:

@@ -20,6 +20,8 @@ from austeer.forward.timing import Timing
 from austeer.tasks.evaluation import IntervalEstimate
 from austeer.tuning.held_out import HeldOut, Unsteered
 from austeer.tuning.tune import Trial
+from austeer.tuning.writing import Text as WrittenText
+from austeer.tuning.writing import Writing, Written
 from austeer.utils import tables
 from austeer.utils.tables import fitting
 from bench import changes, report
@@ -104,22 +106,43 @@ TRIAL = Trial("difference", LONG, "attention", "shift", 10240, 1.23e04, 0.5, 200
 SPLIT = {"measure": {"pairs": 400}, "tune": {"items": 200}, "test": {"items": 400}, "grouped_by": "prompt"}
 
 
+TEXT = WrittenText("neutral", "A [bold] trap is", " a pipe\nunder a sink " * 9, 40, 0.5, (0.5, 0.5, 0.5), -2.345, -1.0)
+WRITTEN = Written(LONG, {"attention": 0.00123, "ffn": 1.23e-05}, 1.0, 40, 0.5, (0.5,) * 3, -2.345, 1.0, "", (TEXT,))
+WRITING = Writing(
+    {"accuracy": 0.97, "texts": 96, "layer": 15},
+    replace(WRITTEN, name="unsteered", alpha=0.0),
+    [replace(WRITTEN, derailed="repeats itself: 50% of 3-grams, unsteered 2%")],
+    [replace(WRITTEN, part=0.5), replace(WRITTEN, part=1.5)],
+    [replace(WRITTEN, alpha=9.0, derailed="unlikely text: -5.0 nats a token, unsteered -2.0")],
+)
+
+
 def show_compare():
     cost = {row.name: TIMING for row in ROWS} | {"unsteered again": TIMING}
     settings = {"data": SPLIT, "max_kl": 0.1}
     compare.show(
         SimpleNamespace(
-            settings=settings, trials=[TRIAL], unsteered=UNSTEERED, held_out=ROWS, cost=cost, left_out=["a"]
-        )
+            settings=settings,
+            trials=[TRIAL],
+            unsteered=UNSTEERED,
+            held_out=ROWS,
+            cost=cost,
+            left_out=["a"],
+            writing=WRITING,
+        ),
+        1,
     )
 
 
 def show_tune():
     trials = [TRIAL, replace(TRIAL, k=3)]
     tune.show(
-        SimpleNamespace(settings={"data": SPLIT}, trials=trials, unsteered=UNSTEERED, held_out=ROWS, left_out=["a"]),
+        SimpleNamespace(
+            settings={"data": SPLIT}, trials=trials, unsteered=UNSTEERED, held_out=ROWS, left_out=["a"], writing=WRITING
+        ),
         0.1,
         10,
+        2,
     )
 
 

@@ -200,6 +200,20 @@ def test_more_aus_than_a_small_model_has(loaded):
     assert result.plan.model.layers * result.plan.model.widths["ffn"] == len(result.plan)
 
 
+def test_a_setting_that_derails_is_not_chosen_and_is_marked(loaded, tuned, monkeypatch):
+    first = tuned[0]
+    worse = (first.writing.settings[0].name, first.alpha)
+    monkeypatch.setattr(
+        "austeer.tuning.writing.derailment", lambda found, _: "repeats" if (found.name, found.alpha) == worse else ""
+    )
+    result = tune(*loaded, split(task_of()), **FEW)
+    assert [(w.name, w.alpha) for w in result.writing.set_aside] == [worse]
+    assert (result.writing.settings[0].name, result.alpha) != worse and result.writing.settings[0].alpha == result.alpha
+    assert result.trials[0] == first.chosen and result.chosen == result.trials[1]
+    assert [row.derailed for row in result.held_out] == [w.derailed for w in result.writing.settings]
+    assert json.loads(json.dumps(result.to_json()))["writing"]["set_aside"][0]["derailed"] == "repeats"
+
+
 # --- compare ---------------------------------------------------------------------------------------------------------
 
 
