@@ -78,10 +78,8 @@ class Profile:
     sources: tuple[tuple[str, int], ...]
 
     def __repr__(self) -> str:
-        return (
-            f"Profile({self.model.name}: {', '.join(self.rows)}; {len(self.tokens)} draws of "
-            f"{len(self.texts.unique())} texts)"
-        )
+        texts = len(self.texts.unique())
+        return f"Profile({self.model.name}: {', '.join(self.rows)}; {len(self.tokens)} draws of {texts} texts)"
 
     @property
     def texts_name(self) -> str:
