@@ -11,6 +11,7 @@ import typer
 
 from . import common
 from .common import Chat, ChatOption, Device, DType, Json, Model, System, console
+from .strength import KL, ProfileFile, alphas_at, parse_alphas, parse_kls, with_doses
 
 if TYPE_CHECKING:
     from ..plans.plan import Plan
@@ -35,6 +36,8 @@ def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue; may be repeated.")],
     alpha: Alphas = None,
+    kl: KL = None,
+    profile: ProfileFile = None,
     k: Annotated[int | None, typer.Option(help="Only the k most important AUs. [default: all]")] = None,
     scope: Annotated[
         str,
@@ -70,7 +73,9 @@ def generate(
     only = next(iter(plans.values())) if len(plans) == 1 else None
     recommended = {name: _recommended(loaded) for name, loaded in plans.items()}
     own = recommended[next(iter(plans))] if only is not None else recommended
-    strengths: list[Any] = list(dict.fromkeys(common.parse_alphas(alpha))) or [own]
+    strengths: list[Any] = list(dict.fromkeys(parse_alphas(alpha))) or [own]
+    kls = list(dict.fromkeys(parse_kls(kl, alpha or (), profile)))
+    steered, made = with_doses(plans, profile) if kls else (plans, None)
     form = common.chat_form(chat, chat_option, system)
     network, tokenizer = common.load(model, dtype, device)
     common.note_chat_form(plans, form)
@@ -83,12 +88,17 @@ def generate(
         seed=seed,
         temperature=temperature if sample else None,
     )
+    labels = _labels(strengths)
+    if kls:
+        found = [alphas_at(network, steered, dict.fromkeys(plans, one), dict.fromkeys(plans, k), made) for one in kls]
+        strengths = [next(iter(one.values())) if only is not None else one for one in found]
+        labels = [f"kl {one:.12g}" for one in kls]
     steering = steer(network, only or plans, strengths[0], k=k, scope=_scope(scope), mode=mode)
     results: dict[str, list[str]] = {}
     if only is not None:
         results["unsteered"] = write(prompts=prompt)
     with steering:
-        for strength, label in zip(strengths, _labels(strengths)):
+        for strength, label in zip(strengths, labels):
             steering.alpha = strength
             if only is not None:
                 results[label] = write(prompts=prompt)
@@ -100,9 +110,12 @@ def generate(
                 part = texts[number * len(prompt) : (number + 1) * len(prompt)]
                 results["unsteered" if row is None else f"{row}, {label}"] = part
     if json:
-        shown = {"report": [asdict(row) for row in steering.report()]} if report else {}
+        shown: dict[str, Any] = {"alphas": dict(zip(labels, strengths))} if kls else {}
+        shown |= {"report": [asdict(row) for row in steering.report()]} if report else {}
         common.emit({"prompts": prompt, "continuations": results, **shown})
         return
+    for one, strength in zip(labels, strengths) if kls else ():
+        console.print(f"{one}: alpha {_number(strength, 4)}", markup=False)
     width = max(12, *map(len, results))
     for i, text in enumerate(prompt):
         console.print(f"[bold]{_plain(text)}[/]")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from austeer import AusteerError, PairsError
-from austeer.cli.common import next_line, parse_alphas, parse_where, write_json
+from austeer.cli.common import next_line, parse_where, write_json
+from austeer.cli.strength import parse_alphas
 from austeer.cli.generate import _labels
 
 
