@@ -66,7 +66,9 @@ TORCH_NAMES |= {"F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "F8_E4M3":
 
 def outside(tensors, metadata=None):
     """The beginning of a safetensors file: its header as it is given, with its length before it."""
-    text = json.dumps({"__metadata__": metadata or {"format": FORMAT, "version": str(VERSION), "header": "{}"}, **tensors})
+    text = json.dumps(
+        {"__metadata__": metadata or {"format": FORMAT, "version": str(VERSION), "header": "{}"}, **tensors}
+    )
     return struct.pack("<Q", len(text)) + text.encode()
 
 

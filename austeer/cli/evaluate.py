@@ -108,7 +108,9 @@ def evaluate(
         common.check_writable(out, force)
     texts, form = read_neutral(neutral), common.chat_form(chat, chat_option, system)
     kls = parse_kls(kl, alpha or (), profile)
-    asked = make_variants(plan or [], kls or parse_alphas(alpha), k or [], Plan.from_pretrained, "kl" if kls else "alpha")
+    asked = make_variants(
+        plan or [], kls or parse_alphas(alpha), k or [], Plan.from_pretrained, "kl" if kls else "alpha"
+    )
     variants = checked_variants(asked)
     strong = at_kl(variants, profile) if kls else lambda network: variants
     if lm_eval is not None:

@@ -97,6 +97,6 @@ def alphas_at(
 
     if profile is not None:
         profile.check_weights(model)
-    counts = {name: len(plan) if ks[name] is None else ks[name] for name, plan in plans.items()}
+    counts = {name: len(plan) if (k := ks[name]) is None else k for name, plan in plans.items()}
     found = steer(model, plans, kl=kls, k=counts, profile=profile).alpha
     return found if isinstance(found, dict) else dict.fromkeys(plans, found)

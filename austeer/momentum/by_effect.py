@@ -264,7 +264,17 @@ def kl_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step: st
 
 
 def best_sites(momentum: Effects, profile: Profile, sites: Sequence[str], step: str) -> list[EffectCurve]:
-    """The curve of each site, and of all of them together, the largest predicted effect first."""
+    """The curve of each site, and of all of them together, the largest predicted effect first.
+
+    A site of which no effect is predicted is left out; raises SelectionError if that is all of them.
+    """
     kinds = [(site,) for site in sites] + ([tuple(sites)] if len(sites) > 1 else [])
-    curves = [effect_curve(momentum, profile, kind, step) for kind in kinds]
+    curves, errors = list[EffectCurve](), list[SelectionError]()
+    for kind in kinds:
+        try:
+            curves.append(effect_curve(momentum, profile, kind, step))
+        except SelectionError as error:
+            errors.append(error)
+    if not curves:
+        raise errors[0]
     return sorted(curves, key=lambda curve: -curve.best)

@@ -7,8 +7,8 @@ import pytest
 
 from austeer import AusteerError, PairsError
 from austeer.cli.common import next_line, parse_where, write_json
-from austeer.cli.strength import parse_alphas
 from austeer.cli.generate import _labels
+from austeer.cli.strength import parse_alphas
 
 
 def test_a_result_is_written_whole(tmp_path):

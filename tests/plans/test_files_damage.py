@@ -11,7 +11,7 @@ import pytest
 
 from austeer import AusteerError, FileFormatError, Plan
 from austeer.plans.files import FILE_NAME, FORMAT
-from small_plans import COLUMNS, DOSED, KNOWN, PLAN, VERSION_1, outside, parts_of, sealed
+from small_plans import DOSED, KNOWN, PLAN, VERSION_1, outside, parts_of, sealed
 
 
 def damaged(content, random):
