@@ -28,6 +28,7 @@ def inspect(
     """
     from ..overview import overview
     from ..overview import text as overview_text
+    from ..plans.dose_table import dose_table
 
     summary = overview.of_file(source, site, k)
     if png:
@@ -53,10 +54,18 @@ def inspect(
     if summary.verdict:
         console.print()
         paragraph(summary.verdict, "bold")
-    if len(summary.sites) > 1:
+    if len(summary.sites) + len(summary.effects) > 1:
         console.print()
         headings, *sites = overview_text.site_table(summary)
         show_table(headings, sites, right=True)
+    if summary.effects:
+        paragraph(
+            "effects: the same of the gradient of log p(positive) - log p(negative) by a shift of each AU, pair by pair"
+        )
+    if summary.dose:
+        console.print()
+        headings, *doses = dose_table(summary.dose)
+        show_table(headings, doses, right=True)
     if summary.evidence is not None:
         console.print()
         if summary.evidence.tested:

@@ -172,7 +172,7 @@ def show_curves(curves: list[EffectCurve], taken: EffectCurve, k: int, kl: float
 def show(plan: Plan) -> None:
     """What was taken, and what its strengths do."""
     from ..errors import count_of
-    from ..plans.dose_table import dose_rows, dose_source, dose_table
+    from ..plans.dose_table import dose_legend, dose_rows, dose_table
 
     how = f"by effect, {plan.step} step" if plan.rank == "effect" else f"by {plan.rank}"
     if plan.rank == "momentum":
@@ -184,7 +184,7 @@ def show(plan: Plan) -> None:
         console.print()
         headings, *cells = dose_table(rows)
         show_table(headings, cells, right=True)
-        console.print(dose_source(plan.dose), soft_wrap=False)
+        console.print(dose_legend(plan.dose), soft_wrap=False)
 
 
 def _next(plan: Plan, out: Path, kl: float | None) -> str:

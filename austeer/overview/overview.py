@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import FileFormatError, SelectionError
 from ..momentum.momentum import Momentum
+from ..plans.dose_table import DoseRow, dose_legend, dose_rows
 from ..plans.evidence import Evidence
 from ..plans.files import FILE_NAME
 from ..plans.plan import Plan
@@ -87,10 +88,11 @@ class Overview:
     beta_edges, beta_histogram: how many AUs have |beta| in each bin, and how many by chance alone.
     ties: at the cut. levels: |beta| levels around the cut: the level, how many AUs have it, how many of them are in.
     stability: of two halves of the pairs; None if it is not known. power: what so many pairs can find.
+    effects: all sites in brief once more, by the signs of their effects; none without effects.
 
     Of a plan only:
 
-    evidence: what is known of its effect and cost.
+    evidence: what is known of its effect and cost. dose: what its strengths do, where a profile says.
 
     verdict: whether the ranking can be relied on, in words. notes: what else a reader should know.
     """
@@ -108,6 +110,7 @@ class Overview:
     q: list[float] = field(default_factory=list)
     significance: Significance | None = None
     sites: list[SiteBrief] = field(default_factory=list)
+    effects: list[SiteBrief] = field(default_factory=list)
     beta_edges: list[float] = field(default_factory=list)
     beta_histogram: tuple[list[int], list[float]] | None = None
     ties: Ties | None = None
@@ -115,6 +118,7 @@ class Overview:
     stability: Stability | None = None
     power: DetectableRate | None = None
     evidence: Evidence | None = None
+    dose: list[DoseRow] = field(default_factory=list)
     verdict: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -152,15 +156,19 @@ def of_plan(plan: Plan, site: str | None, k: int) -> Overview:
     of_site = [unit for unit in plan if unit.site == site]
     layers = torch.tensor([unit.layer for unit in of_site], device="cpu")
     ranks, by_rank = _by_rank(layers, plan.model.layers)
-    notes = [] if plan.evidence else ["nothing is known of its effect: no strength has been tested"]
+    rows = [] if plan.dose is None else dose_rows(plan.dose)
+    notes = [dose_legend(plan.dose)] if rows and plan.dose is not None else []
+    notes += [] if plan.evidence else ["no strength has been tested for its effect on held-out data"]
+    how = f", by {plan.rank}" + (f" ({plan.step} step)" if plan.rank == "effect" else "")
     return Overview(
-        origin=f"plan of {len(plan)} AUs, {plan.operation}, from {plan.pairs} pairs on {plan.model.name}",
+        origin=f"plan of {len(plan)} AUs{how}, {plan.operation}, from {plan.pairs} pairs on {plan.model.name}",
         site=site,
         units=of_site[:k],
         by_layer=_by_layer(layers[:k], plan.model.layers),
         ranks=ranks,
         by_rank=by_rank,
         evidence=plan.evidence,
+        dose=rows,
         notes=notes,
     )
 
@@ -184,6 +192,7 @@ def of_momentum(momentum: Momentum, site: str | None, k: int) -> Overview:
     except SelectionError as error:
         notes.append(str(error))
     sites = [_brief(momentum, name) for name in momentum.sites]
+    effects = momentum.effects
     significance = next(brief.significance for brief in sites if brief.site == site)
     ties = ties_at_cut(momentum, site, k)
     power = DetectableRate.of(unlike, size, significance.discoveries, FDR) if unlike else None
@@ -201,6 +210,7 @@ def of_momentum(momentum: Momentum, site: str | None, k: int) -> Overview:
         q=adjusted_p_values(counters).flatten()[chosen].tolist(),
         significance=significance,
         sites=sites,
+        effects=[] if effects is None else [_brief(effects, name) for name in effects.sites],
         beta_edges=edges.tolist(),
         beta_histogram=(found.tolist(), expected.tolist()),
         ties=ties,

@@ -86,13 +86,15 @@ def power_line(power: DetectableRate) -> str:
 
 
 def site_table(overview: Overview) -> list[list[str]]:
-    """All sites: what stands out, and the halves' overlap."""
-    ks = [k for k in KS if any(k in brief.k for brief in overview.sites)]
+    """All sites: what stands out, and the halves' overlap; of their effects, too, where they were measured."""
+    every = [*overview.sites, *overview.effects]
+    ks = [k for k in KS if any(k in brief.k for brief in every)]
     table = [["site", "AUs", "|beta|", "pass", *(f"top {k}" for k in ks)]]
-    for brief in overview.sites:
+    for number, brief in enumerate(every):
         overlap = dict(zip(brief.k, brief.overlap))
         found = brief.significance
-        cells = [brief.site, str(found.size), f"{found.beta:.3f}", str(found.discoveries)]
+        name = f"{brief.site}, effects" if number >= len(overview.sites) else brief.site
+        cells = [name, str(found.size), f"{found.beta:.3f}", str(found.discoveries)]
         table.append(cells + [percent(overlap[k]) if k in overlap else "" for k in ks])
     return table
 

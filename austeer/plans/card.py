@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import count_of
 from ..pairs.chat import chat_arguments, describe_form
+from .dose_table import dose_legend, dose_rows, dose_table
 from .evidence import Evidence
 from .hub import split_id
 from .serving import KEY, PROCESSOR, VARIABLE, VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank
@@ -28,7 +29,19 @@ TIES = {
     "effect": "by effect size, then layer and index",
     "public": "by layer, then index, as in the paper's public code",
 }
+RANKS = {
+    "momentum": "the size of beta: on how many pairs an AU is larger on one side (the paper's)",
+    "difference": "the size of the mean difference",
+    "effect": "what a shift does to the wanted log-odds, for what it does to neutral text",
+}
+STEPS = {
+    "difference": "its mean difference, in the activation's own unit",
+    "newton": "the shift at alpha = 1, in the activation's own unit: Newton's step, which has the largest effect at a "
+    "given KL on neutral text",
+}
 STRONGEST = 10
+#: The KL of the examples for a plan with a dose: nats a token.
+KL = 0.1
 
 
 def model_card(plan: PlanTable, repo_id: str | None = None, *, license: str | None = None) -> ModelCard:
@@ -49,8 +62,8 @@ def model_card(plan: PlanTable, repo_id: str | None = None, *, license: str | No
     if base:
         data["base_model_relation"] = "adapter"
     title = repo_id.split("/")[1] if repo_id else f"A steering plan for {_plain(plan.model.name)}"
-    sections = [f"# {title}", _what(plan, base), _effect(plan), _cost(plan), _use(plan, repo_id)]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    sections = [f"# {title}", _what(plan, base), _dose(plan), _effect(plan), _cost(plan), _use(plan, repo_id)]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
 def _what(plan: PlanTable, base: str | None) -> str:
@@ -63,6 +76,7 @@ def _what(plan: PlanTable, base: str | None) -> str:
         **{f"site {_plain(site)}": _site(plan, site) for site in plan.sites},
         "operation": f"{plan.operation}: an AU's activation x becomes {FORMULAS[plan.operation]}",
         "k": f"{len(plan)} AUs",
+        "ranked by": RANKS[plan.rank],
         "pairs": str(plan.pairs),
         "ties": TIES[plan.ties],
         "chat template": f"the prompts went {_plain(describe_form(plan.chat_template))}",
@@ -79,8 +93,8 @@ def _what(plan: PlanTable, base: str | None) -> str:
                 ["site", "layer", "AU", "beta", "delta"],
                 ([_plain(u.site), u.layer, u.index, f"{u.beta:+.3f}", f"{u.delta:+.4g}"] for u in units),
             ),
-            "beta: the signed share of pairs on which the AU was larger on the wanted text. delta: its mean "
-            "difference, in the activation's own unit.",
+            "beta: the signed share of pairs on which the AU was larger on the wanted text. delta: "
+            f"{STEPS[plan.step]}.",
         ]
     )
 
@@ -89,6 +103,21 @@ def _site(plan: PlanTable, site: str) -> str:
     layers = sorted(set(plan.layer[plan.of(site)].tolist()))
     shown = ", ".join(map(str, layers[:12])) + (" ..." if len(layers) > 12 else "")
     return f"{count_of(plan.site.count(site), 'AU')} in {count_of(len(layers), 'layer')} (from 0): {shown}"
+
+
+def _dose(plan: PlanTable) -> str:
+    if plan.dose is None or not (rows := dose_rows(plan.dose)):
+        return ""
+    headings, *cells = dose_table(rows)
+    return "\n\n".join(
+        [
+            "## Dose",
+            "What a strength does, without running it: `austeer.steer(model, plan, kl=...)` takes the KL and finds "
+            "alpha.",
+            _table(headings, cells),
+            _plain(dose_legend(plan.dose)) + ".",
+        ]
+    )
 
 
 def _effect(plan: PlanTable) -> str:
@@ -141,6 +170,11 @@ def _cost(plan: PlanTable) -> str:
 def _use(plan: PlanTable, repo_id: str | None) -> str:
     alpha = plan.evidence.alpha if plan.evidence and plan.evidence.alpha is not None else 1.0
     strength = "ALPHA" if isinstance(alpha, dict) else f"{alpha:.4g}"
+    python_option = f"alpha={json.dumps(alpha) if isinstance(alpha, dict) else strength}"
+    option = f"--alpha {strength}"
+    if plan.dose is not None and dose_rows(plan.dose) and (plan.evidence is None or plan.evidence.alpha is None):
+        # an engine's plugin measures nothing, so there the strength is the predicted one
+        python_option, option, strength = f"kl={KL:g}", f"--kl {KL:g}", f"{plan.dose.alpha(KL):.4g}"
     where = repo_id or "FOLDER"
     python = f"""```python
 import austeer
@@ -149,12 +183,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 name = {json.dumps(plan.model.name, ensure_ascii=False)}
 model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 plan = austeer.Plan.from_pretrained({json.dumps(where, ensure_ascii=False)})
-with austeer.steer(model, plan, alpha={json.dumps(alpha) if isinstance(alpha, dict) else strength}):
+with austeer.steer(model, plan, {python_option}):
     inputs = tokenizer("The weekend trip was", return_tensors="pt")
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```"""
     model, chat = shlex.quote(plan.model.name), chat_arguments(plan.chat_template)
-    shell = f"austeer generate {where} --model {model} --alpha {strength}{chat} --prompt {shlex.quote(_PROMPT)}"
+    shell = f"austeer generate {where} --model {model} {option}{chat} --prompt {shlex.quote(_PROMPT)}"
     return "\n\n".join(
         [
             "## Use",

@@ -57,9 +57,10 @@ def dose_table(rows: list[DoseRow]) -> list[list[str]]:
     return [list(columns), *map(list, zip(*columns.values()))]
 
 
-def dose_source(dose: Dose) -> str:
-    """What the KLs are of, in words."""
+def dose_legend(dose: Dose) -> str:
+    """What the columns are, in words."""
+    effect = "; effect: to first order, on the pairs that were measured" if dose.effect else ""
     return (
-        f"KL: of the next token on {dose.texts}, nats a token; a predicted one has a standard error of "
-        f"{dose.error:.0%}, and is right for small shifts"
+        f"KL: of the next token on {dose.texts}, nats a token; a predicted one is right for small shifts, with a "
+        f"standard error of {dose.error:.0%}{effect}"
     )

@@ -14,7 +14,7 @@ from austeer.plans.card import model_card
 from austeer.plans.evidence import Evidence, Outcome, Overhead
 from austeer.plans.serving import PROCESSOR, VARIABLE, VLLM_RANKS
 from austeer.vllm.sets import parse
-from small_plans import EVIDENCE, KNOWN, MODEL, PLAN, plan_of
+from small_plans import DOSED, EVIDENCE, KNOWN, MODEL, PLAN, plan_of
 
 HUB_MODEL = replace(MODEL, name="HuggingFaceTB/SmolLM2-135M-Instruct")
 
@@ -75,12 +75,35 @@ def test_facts():
         "site ffn": "2 AUs in 2 layers (from 0): 0, 3",
         "operation": r"shift: an AU's activation x becomes x + alpha \* delta",
         "k": "3 AUs",
+        "ranked by": "the size of beta: on how many pairs an AU is larger on one side (the paper's)",
         "pairs": "17",
         "ties": "by layer, then index, as in the paper's public code",
         "chat template": "the prompts went through a chat template",
     }
     assert card.text.strip().startswith("# kind\n")
     assert "revision | not known" in str(model_card(replace(plan, model=replace(HUB_MODEL, revision=None))))
+
+
+def test_a_plan_by_effect_with_its_dose():
+    card = model_card(replace(DOSED, model=HUB_MODEL), "user/kind")
+    facts = {row[0]: row[1] for row in table(card, "") if len(row) == 2}
+    assert facts["ranked by"].startswith("what a shift does to the wanted log-odds")
+    assert "delta: the shift at alpha = 1" in card.text and "Newton's step" in card.text
+    assert table(card, "alpha") == [
+        ["0.408", "0.0167", "", "+0.24"],
+        ["0.5", "0.025", "0.03", "+0.30"],
+        ["0.645", "0.0417", "", "+0.39"],
+        ["0.913", "0.0833", "", "+0.55"],
+    ]
+    assert "standard error of 10%" in card.text and "kl=0.1)" in python_of(card)
+    words = next(words for words in commands(card) if "generate" in words)
+    assert words[words.index("--kl") + 1] == "0.1" and "--alpha" not in words
+    sets = next(words[0] for words in commands(card) if words[0].startswith(VARIABLE))
+    assert json.loads(sets.split("=", 1)[1])["kind"]["alpha"] == pytest.approx(DOSED.dose.alpha(0.1), rel=1e-3)
+    tested = DOSED.with_evidence(Evidence("effect", tested=(Outcome(3, "text", 1.0),), alpha=3))
+    assert "alpha=3)" in python_of(model_card(tested)), "what was tested comes first"
+    still = DOSED.with_dose(replace(DOSED.dose, kl=(0.0, 0.0, 0.0), measured=()))
+    assert "## Dose" not in model_card(still).text and "alpha=1)" in python_of(model_card(still))
 
 
 def test_many_layers_are_shortened():
