@@ -79,7 +79,9 @@ def test_effects_are_counted_as_activations_are():
 def test_parts_add_up_and_files_keep_them(tmp_path):
     model = tiny_model()
     whole = measured(model)
-    first, second = (measured(model, pairs=austeer.Pairs.of(list(PAIRS)[rows])) for rows in (slice(0, 3), slice(3, None)))
+    first, second = (
+        measured(model, pairs=austeer.Pairs.of(list(PAIRS)[rows])) for rows in (slice(0, 3), slice(3, None))
+    )
     merged = first.merge(second)
     torch.testing.assert_close(merged.effect("layer"), whole.effect("layer"), rtol=1e-4, atol=1e-6)
     loaded = Momentum.load(merged.save(tmp_path / "m.momentum"))
