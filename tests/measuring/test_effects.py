@@ -1,4 +1,4 @@
-"""Effects of AUs: the gradient of each pair's log-odds, the same by differences, in trees, in any batch and after a stop."""
+"""Effects of AUs: the gradient of the log-odds of pairs, the same by differences, in trees and after a stop."""
 
 import pytest
 import torch

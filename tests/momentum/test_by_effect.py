@@ -1,4 +1,4 @@
-"""AUs by effect per side effect: against the formula by brute force, and what is chosen for its errors is not believed."""
+"""AUs by effect per side effect: against the formula by brute force; what is chosen for its errors is not believed."""
 
 import math
 from dataclasses import replace

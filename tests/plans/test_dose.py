@@ -1,4 +1,4 @@
-"""Dose and response: a strength for a KL and back, by what is predicted and by what was measured; in a plan and its file."""
+"""Dose and response: a strength for a KL and back, as predicted and as measured; in a plan and in its file."""
 
 from dataclasses import replace
 
