@@ -83,12 +83,16 @@ def rows(content: dict[str, Any], name: str) -> str:
     """Every method on one task, held-out items of all its splits together; the largest effect of each kind first."""
     found = content["tasks"][name]["rows"].items()
     order = sorted(found, key=lambda row: (KINDS.index(row[1]["kind"]), -row[1]["effect"]))
-    head = ["method", "kind", "AUs", "effect, nats [95 %]", f"minus {CAA}", f"minus {ITI}", "KL"]
+    head = ["method", "kind", "where", "AUs", "effect, nats [95 %]", f"minus {CAA}", f"minus {ITI}", "KL"]
     return table(
         head,
         [
             [
-                *(row_name, WORDS[row["kind"]], ", ".join(map(str, dict.fromkeys(row["k"])))),
+                *(
+                    row_name,
+                    WORDS[row["kind"]],
+                    *("; ".join(map(str, dict.fromkeys(row[key]))) for key in ("where", "k")),
+                ),
                 interval(row["effect"], row["low"], row["high"]),
                 *(interval(*row["behind"][rival]) if rival in row["behind"] else "" for rival in (CAA, ITI)),
                 f"{row['kl']:.3f}",

@@ -66,7 +66,7 @@ def rows_of(material: Material) -> list[Row]:
     promising = sorted(newton, key=lambda arm: -_promise(material, arm))[:NEWTON_LAYERS]
     rows.append(Row(NEWTON, "dense", promising))
     for arm in arms("effect", material, sites=SITES[:1], ks=KS):
-        rows.append(Row(f"effect, {arm.detail}, k = {arm.k}", "effect", [arm]))
+        rows.append(Row(f"effect {arm.detail} {arm.k}", "effect", [arm]))
     return rows
 
 
@@ -77,7 +77,7 @@ def trained_row(material: Material, layer: int) -> Row:
 
 def predicted_name(k: int | None) -> str:
     """The row of AUs by effect whose site, step, and k where none is given, are those of the largest prediction."""
-    return f"effect, predicted, k = {k}" if k else "effect, predicted, k too"
+    return f"effect predicted {k}" if k else "effect predicted"
 
 
 def predicted_rows(material: Material, curves: Sequence[tuple[str, EffectCurve]]) -> list[Row]:

@@ -32,7 +32,7 @@ from .rows import KS, MEASURED, Row
 MAX_KL, MOMENTUM = 0.1, "momentum.safetensors"
 
 #: Neutral texts that strengths are found on: of all that is tuned, and of what is reported.
-TEXTS, FINAL_TEXTS = 4, 12
+TEXTS, FINAL_TEXTS = 4, 8
 
 #: Tuning items that all of a row's settings are judged by, and how many of them by all items.
 FIRST, KEPT = 8, 2
