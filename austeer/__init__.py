@@ -41,7 +41,8 @@ from .plans.evidence import Evidence, Outcome, Overhead
 from .plans.hub import HubError
 from .plans.plan import Plan
 from .plans.table import AtomicUnit
-from .steering.steering import Steering, steer
+from .steering.steer import steer
+from .steering.steering import Steering
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:

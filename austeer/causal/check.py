@@ -1,8 +1,9 @@
-"""Does momentum cause anything? Single AUs are steered alone, and the change of held-out log-odds is measured."""
+"""What do AUs cause? Few are steered, alone or together, and the change of held-out log-odds is measured."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from ..models.sites import find_sites, fingerprint
 from ..models.structure import floating_dtype
 from ..models.weights import signature
 from ..momentum.momentum import Momentum
+from ..momentum.profile import Profile
 from ..pairs.chat import describe_form
 from ..plans.fit import check_plan_fits
 from ..statistics import signed_rate
@@ -27,9 +29,10 @@ from ..tasks import Task
 from ..tuning.record import Record
 from ..utils.environment import environment
 from ..utils.progress import Progress
-from .runner import Runner
-from .sample import Sample, Scale, draw
+from .runner import Runner, alone
+from .sample import Sample, Scale, draw, draw_groups
 from .statistics import Findings, findings, verdict
+from .together import ALPHAS, Together, jobs_of, together
 
 #: How an AU is steered alone: each way has two sides, and half of their difference is the effect.
 WAYS = {
@@ -45,7 +48,10 @@ class Unit:
 
     Attributes:
         size, deviation: mean |x| and standard deviation at the last token of the held-out texts.
-        groups: of "top", "matched" and "spread", those that it is in. match: of a top AU, which one is its match.
+        groups: those that it is in, of the names of :class:`austeer.causal.sample.Sample`. match: of a top AU, which
+            one is its match.
+        predicted: what its gradient predicts of ``raised``, nats: the mean effect of a unit of shift on the measured
+            pairs, times the shift. Without "scale", whose shifts differ from token to token; empty without effects.
         raised: for each way half the difference of the log-odds between its two sides, mean over items, nats: the
             effect of raising the AU (of amplifying it, under "scale"). For "shift" the side that raises it counts.
     """
@@ -58,6 +64,7 @@ class Unit:
     deviation: float
     groups: tuple[str, ...]
     match: tuple[int, int] | None
+    predicted: dict[str, float]
     raised: dict[str, float]
 
     def wanted(self, way: str) -> float:
@@ -70,7 +77,7 @@ class Unit:
 class CausalResult:
     """Attributes:
     items: held-out items. log_odds: their mean, unsteered, nats. pairs: that were measured.
-    findings, verdict: for each way.
+    findings, verdict: for each way. together: of groups of AUs; None without effects, or with none of them.
     """
 
     model: str
@@ -85,6 +92,7 @@ class CausalResult:
     units: list[Unit]
     findings: dict[str, Findings]
     verdict: dict[str, list[str]]
+    together: Together | None
     notes: list[str]
     seconds: float
     environment: dict[str, object]
@@ -103,6 +111,9 @@ def causal_check(
     n: int = 25,
     sample: int = 75,
     ways: Sequence[str] = tuple(WAYS),
+    profile: Profile | None = None,
+    groups: int = 8,
+    alphas: Sequence[float] = ALPHAS,
     seed: int = 0,
     batch_tokens: int = 2048,
     record: str | Path | None = None,
@@ -110,17 +121,25 @@ def causal_check(
 ) -> CausalResult:
     """Steers the top AUs, matched random AUs, and AUs of every |beta|, each alone, and compares what that does.
 
+    Where momentum has effects, the top AUs by predicted effect are steered, too, and groups of AUs together, and what
+    the gradient predicts is compared with what is measured.
+
     Args:
         task: held-out items, that momentum was not measured on, of kind "choice" or "continuation".
         site: a measured site. n: top AUs, each with a match. sample: AUs over the whole range of |beta|.
-        ways: of ``WAYS``. seed: of what is drawn.
+        ways: of ``WAYS``.
+        profile: the model's, for the top AUs by effect per side effect, and the KL of groups.
+        groups: of ten AUs each, of each kind that :func:`austeer.causal.sample.draw_groups` names; 0 for none. alphas:
+            the strengths, in mean differences, with which they are steered.
+        seed: of what is drawn.
         batch_tokens: tokens in a batch; candidates are its rows.
         record: a file in which finished AUs are kept; with the same model, task and momentum it is gone on with, also
-            for another ``n`` or ``sample``.
+            for other numbers of AUs or other strengths.
         progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
-        SelectionError: a site that was not measured, an unknown way, more AUs than the site has.
+        SelectionError: a site that was not measured, an unknown way, a strength that is not positive, more AUs than the
+            site has, or a profile with momentum that has no effects, or of another model.
         TaskError: a numeric task, options that cannot be scored, or a model whose attention is not causal.
         PlanError: the momentum is of another model.
         FileFormatError: the record is of another check.
@@ -129,16 +148,23 @@ def causal_check(
     ways = tuple(dict.fromkeys(ways))
     if not ways or not set(ways) <= set(WAYS):
         raise SelectionError(f"ways: found {list(ways)}, expected some of {', '.join(WAYS)}")
+    alphas = tuple(sorted({float(alpha) for alpha in alphas}))
+    if not alphas or not all(0 < alpha < math.inf for alpha in alphas):
+        raise SelectionError(f"alphas: found {list(alphas)}, expected positive numbers: both signs are steered")
     if task.kind == "numeric":
         raise TaskError(f"{task.name}: found a numeric task, expected options, whose log-odds can change")
     momentum.counters(site)  # refuses a site that was not measured
     expect_causal(model)
     found = find_sites(model, [site])
     check_plan_fits(momentum.select(site, k=1), model, found)
+    _check_profile(profile, model)
     sites = [place for place in found[site] if place.layer in momentum.layers]
+    grouped = {}
+    if momentum.effects is not None and groups != 0:
+        grouped = draw_groups(momentum, site, groups, seed, profile)
     held_out = pair_activations(model, tokenizer, task.pairs(), sites)
     scale = Scale.of(torch.cat([held_out.positive, held_out.negative]))
-    chosen = draw(momentum, site, scale, n, sample, seed)
+    chosen = draw(momentum, site, scale, n, sample, seed, profile)
     settings = {
         "check": "causal",
         "site": site,
@@ -148,12 +174,15 @@ def causal_check(
         "task": task.digest(),
         "momentum": _digest(momentum, site),
     }
-    runner = Runner(model, tokenizer, task, momentum, site, scale, Record(record, settings), batch_tokens)
+    runner = Runner(model, tokenizer, task, Record(record, settings), batch_tokens)
     units = chosen.units()
-    with Progress("steering AUs alone", len(units) * len(ways), "effects", progress) as bar:
-        raised = runner.run(units, ways, bar)
-    known, groups = _known(momentum, site, scale, units), [item.group for item in task]
-    results = {way: _findings(way, raised[way], known, chosen, groups, seed) for way in ways}
+    jobs = [alone(momentum, site, scale, unit, way) for way in ways for unit in units.tolist()]
+    with_others = jobs_of(momentum, site, grouped, alphas)
+    with Progress("steering few AUs", len(jobs) + len(with_others), "effects", progress) as bar:
+        raised = dict(zip(ways, runner.run(jobs, bar).reshape(len(ways), len(units), len(task))))
+        others = runner.run(with_others, bar)
+    known, items = _known(momentum, site, scale, units), [item.group for item in task]
+    results = {way: _findings(way, raised[way], known, chosen, items, seed) for way in ways}
     return CausalResult(
         model=momentum.model.name,
         dtype=str(floating_dtype(model)).removeprefix("torch."),
@@ -167,17 +196,26 @@ def causal_check(
         units=_rows(raised, known, chosen),
         findings=results,
         verdict={way: verdict(found) for way, found in results.items()},
+        together=together(momentum, site, grouped, alphas, others, items, profile, seed) if grouped else None,
         notes=notes(model, task, momentum),
         seconds=time.perf_counter() - start,
         environment=environment(),
     )
 
 
+def _check_profile(profile: Profile | None, model: nn.Module) -> None:
+    if profile is not None and profile.weights != (own := signature(model)):
+        raise SelectionError(
+            f"profile: found one of {profile.model.name} with other weights ({profile.weights}), expected those of the "
+            f"model ({own}); make it anew: austeer profile"
+        )
+
+
 def _known(momentum: Momentum, site: str, scale: Scale, units: Tensor) -> dict[str, np.ndarray]:
-    """What is known of AUs before they are steered, as of :class:`Unit`: [AUs] each."""
+    """What is known of AUs before they are steered, as of :class:`Unit`, and their effects: [AUs] each."""
     counters = momentum.counters(site)
     row, index = np.divmod(units.numpy(), counters.positive.shape[1])
-    return {
+    found = {
         "layer": np.array(momentum.layers)[row],
         "index": index,
         "beta": signed_rate(counters, momentum.pairs).flatten()[units].numpy(),
@@ -185,34 +223,51 @@ def _known(momentum: Momentum, site: str, scale: Scale, units: Tensor) -> dict[s
         "size": scale.size.flatten()[units].numpy(),
         "deviation": scale.deviation.flatten()[units].numpy(),
     }
+    if momentum.effects is not None:
+        found["effect"] = momentum.effect(site).flatten()[units].numpy()
+    return found
+
+
+def _predicted(way: str, known: dict[str, np.ndarray]) -> np.ndarray | None:
+    """The predicted effect of raising each AU, nats: [AUs]; None where it is not known."""
+    if "effect" not in known or way == "scale":
+        return None
+    return known["effect"] * (np.abs(known["delta"]) if way == "shift" else known["deviation"])
 
 
 def _findings(
     way: str, raised: np.ndarray, known: dict[str, np.ndarray], chosen: Sample, groups: Sequence[str], seed: int
 ) -> Findings:
     """What one way of steering shows; ``raised``: [AUs, items], nats."""
+    places = {name: torch.searchsorted(chosen.units(), units).numpy() for name, units in vars(chosen).items()}
+    by_effect, predicted = (places.pop("effect"), places.pop("per_side_effect")), _predicted(way, known)
+    ranked = {"beta": known["beta"], "delta": known["delta"]}
     return findings(
         raised=raised,
         sign=np.where(known["delta" if way == "shift" else "beta"] >= 0, 1.0, -1.0),
-        beta=known["beta"],
+        known=ranked if predicted is None else ranked | {"predicted": predicted},
         given=np.column_stack([known["layer"], known["size"], known["deviation"]]),
+        mixed=np.unique(np.concatenate([places["spread"], *by_effect])) if len(by_effect[0]) else None,
         groups=groups,
         seed=seed,
-        **{name: torch.searchsorted(chosen.units(), units).numpy() for name, units in vars(chosen).items()},
+        **places,
     )
 
 
 def _rows(raised: dict[str, np.ndarray], known: dict[str, np.ndarray], chosen: Sample) -> list[Unit]:
     """A row for each AU, with what steering it did."""
-    columns = zip(*(column.tolist() for column in known.values()))
-    rows = {unit: dict(zip(known, values)) for unit, values in zip(chosen.units().tolist(), columns)}
+    names = [name for name in known if name != "effect"]
+    columns = zip(*(known[name].tolist() for name in names))
+    rows = {unit: dict(zip(names, values)) for unit, values in zip(chosen.units().tolist(), columns)}
     members = {name: set(units.tolist()) for name, units in vars(chosen).items()}
     matched = {top: rows[other] for top, other in zip(chosen.top.tolist(), chosen.matched.tolist())}
+    predicted = {way: values for way in raised if (values := _predicted(way, known)) is not None}
     return [
         Unit(
             **row,
             groups=tuple(name for name, units in members.items() if unit in units),
             match=(matched[unit]["layer"], matched[unit]["index"]) if unit in matched else None,
+            predicted={way: float(values[i]) for way, values in predicted.items()},
             raised={way: float(values[i].mean()) for way, values in raised.items()},
         )
         for i, (unit, row) in enumerate(rows.items())
@@ -236,6 +291,11 @@ def notes(model: nn.Module, task: Task, momentum: Momentum) -> list[str]:
         found.append(
             f"the model runs in {str(dtype).removeprefix('torch.')}, in which the effects of single AUs may be lost "
             "in rounding; float32 shows them"
+        )
+    if momentum.effects is None:
+        found.append(
+            "the momentum has no effects, so nothing is said of what the gradient predicts; measure with effects=True "
+            "(austeer measure --effects)"
         )
     return found
 

@@ -1,17 +1,29 @@
-"""The figure of a causal check, drawn with matplotlib (extra ``plots``)."""
+"""The figures of a causal check, drawn with matplotlib (extra ``plots``)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..utils.figures import BLUE, GREY, ORANGE, new_figure, require_matplotlib, save_figure, set_title
+from ..utils.figures import BLUE, GREEN, GREY, ORANGE, new_figure, require_matplotlib, save_figure, set_title
 from .check import WAYS, CausalResult
+from .statistics import Interval
 
 COLORS = {"spread": GREY, "matched": ORANGE, "top": BLUE}
 #: Smaller effects are drawn here: a logarithmic axis has no zero.
 FLOOR = 1e-6
 
 LABELS = {"spread": "any |beta|", "matched": "matched random", "top": "top by momentum"}
+
+#: Of AUs or groups of them, by how they were chosen; where one is of several kinds, the last of them counts.
+KINDS = {
+    "random": ("random", GREY),
+    "matched": ("others", GREY),
+    "spread": ("others", GREY),
+    "momentum": ("momentum", ORANGE),
+    "top": ("momentum", ORANGE),
+    "effect": ("predicted effect", BLUE),
+    "per_side_effect": ("effect per side effect", GREEN),
+}
 
 
 def draw_causal(result: CausalResult, path: Path) -> None:
@@ -54,3 +66,57 @@ def draw_causal(result: CausalResult, path: Path) -> None:
         f"{result.model}, site {result.site}: single AUs steered alone, {result.items} held-out items of {result.task}",
     )
     save_figure(figure, path)
+
+
+def draw_predicted(result: CausalResult, path: Path) -> bool:
+    """Predicted against measured effects: of single AUs for each way, and of groups at each strength.
+
+    Returns:
+        Whether there is anything to draw: not without effects.
+
+    Raises:
+        AusteerError: matplotlib is not installed, or the file cannot be written.
+    """
+    ways = [way for way in result.findings if any(way in unit.predicted for unit in result.units)]
+    strengths = [] if result.together is None else result.together.strengths
+    if not ways and not strengths:
+        return False
+    columns = max(len(ways), len(strengths))
+    figure, axes = new_figure(columns, bool(ways) + bool(strengths))
+    for axis in axes:
+        axis.set_visible(False)
+    for axis, way in zip(axes, ways):
+        points = [(list(unit.groups), unit.predicted[way], unit.raised[way]) for unit in result.units]
+        agreement = result.findings[way].mixed
+        _scatter(axis, points, f"single AUs, {way}", None if agreement is None else agreement.slope)
+    for number, (axis, strength) in enumerate(zip(axes[columns if ways else 0 :], strengths)):
+        assert result.together is not None
+        points = [([g.kind], strength.alpha * g.predicted, g.raised[number]) for g in result.together.groups]
+        _scatter(axis, points, f"ten AUs together, alpha {strength.alpha:g}", strength.slope)
+    set_title(
+        figure,
+        f"{result.model}, site {result.site}: predicted by the gradient, and measured on {result.items} held-out items "
+        f"of {result.task}",
+    )
+    save_figure(figure, path)
+    return True
+
+
+def _scatter(axis, points: list[tuple[list[str], float, float]], title: str, slope: Interval | None) -> None:
+    """One panel of (kinds, predicted, measured), with the line of equality and the one of the slope."""
+    axis.set_visible(True)
+    for label, color in dict.fromkeys(KINDS.values()):
+        own = [point[1:] for point in points if KINDS[_last(point[0])] == (label, color)]
+        if own:
+            axis.scatter(*zip(*own), s=16, color=color, alpha=0.8, label=label)
+    ends = min(0.0, *(x for _, x, _ in points)), max(0.0, *(x for _, x, _ in points))
+    axis.plot(ends, ends, color="#333333", linewidth=0.8, linestyle="--", label="as predicted")
+    if slope is not None:
+        axis.plot(ends, [slope[0] * end for end in ends], color="#333333", linewidth=0.8, label=f"slope {slope[0]:.2f}")
+    axis.set(xlabel="predicted effect, nats", ylabel="measured effect, nats")
+    axis.set_title(title, fontsize=9)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _last(kinds: list[str]) -> str:
+    return max(kinds, key=list(KINDS).index)

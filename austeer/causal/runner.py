@@ -1,4 +1,4 @@
-"""Scores of single AUs, each steered alone, as rows of one batch."""
+"""Scores of steerings of few AUs, alone or together, as rows of one batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import TaskError
 from ..momentum.momentum import Momentum
 from ..plans.plan import Plan
-from ..steering.steering import steer
+from ..steering.steer import steer
 from ..tasks import Task, option_scores
 from ..tuning.record import Record
 from ..tuning.scorer import slices
@@ -24,6 +24,19 @@ from .sample import Scale
 PLANS_AT_ONCE = 60
 
 
+@dataclass(frozen=True)
+class Job:
+    """A plan whose two sides, at strengths alpha and -alpha, are compared.
+
+    Attributes:
+        key: what it is called in the record.
+    """
+
+    key: str
+    plan: Plan
+    alpha: float = 1.0
+
+
 @dataclass
 class Runner:
     """Measures what is not in the record yet, and keeps it there."""
@@ -31,25 +44,17 @@ class Runner:
     model: nn.Module
     tokenizer: Any
     task: Task
-    momentum: Momentum
-    site: str
-    scale: Scale
     record: Record
     batch_tokens: int
 
-    @property
-    def _width(self) -> int:
-        return self.scale.size.shape[1]
-
-    def run(self, units: Tensor, ways: Sequence[str], bar: Progress) -> dict[str, np.ndarray]:
-        """For each way the effect of raising each AU: [AUs, items], nats."""
-        jobs = [(unit, way) for unit in units.tolist() for way in ways]
-        missing = [job for job in jobs if self.record.get(self._key(*job)) is None]
+    def run(self, jobs: Sequence[Job], bar: Progress) -> np.ndarray:
+        """Half the difference of the log-odds between the two sides of each job: [jobs, items], nats."""
+        missing = [job for job in jobs if self.record.get(job.key) is None]
         bar.advance(len(jobs) - len(missing))
         for part in slices(missing, PLANS_AT_ONCE // 2):
             self._measure(part)
             bar.advance(len(part))
-        return {way: np.array([self.record.get(self._key(unit, way)) for unit in units.tolist()]) for way in ways}
+        return np.array([self.record.get(job.key) for job in jobs]).reshape(len(jobs), len(self.task))
 
     def unsteered(self) -> float:
         """Mean log-odds of the model as it is, nats."""
@@ -57,17 +62,12 @@ class Runner:
             self.record.put("unsteered", float(self._margins().mean()))
         return float(self.record.get("unsteered"))
 
-    def _key(self, unit: int, way: str) -> str:
-        return f"{way} {self.momentum.layers[unit // self._width]} {unit % self._width}"
-
-    def _measure(self, jobs: Sequence[tuple[int, str]]) -> None:
-        """Scores some AUs, each steered in one way."""
+    def _measure(self, jobs: Sequence[Job]) -> None:
         plans, alphas = {}, {}
         for job in jobs:
             # The two sides lie side by side, so that they share a batch.
-            for side, alpha in (("raised", 1.0), ("lowered", -1.0)):
-                name = f"{self._key(*job)} {side}"
-                plans[name], alphas[name] = self._plan(*job), alpha
+            for side, alpha in (("raised", job.alpha), ("lowered", -job.alpha)):
+                plans[f"{job.key} {side}"], alphas[f"{job.key} {side}"] = job.plan, alpha
         with steer(self.model, plans, alphas, check=False) as steering:
             margins = self._margins(steering, list(plans))
         raised, lowered = margins.unflatten(0, (len(jobs), 2)).unbind(1)
@@ -75,29 +75,31 @@ class Runner:
         for job, values in zip(jobs, effect):
             if not values.isfinite().all():
                 raise TaskError(
-                    f"{self.task.name}: found log-odds that are no number with one AU steered alone (way, layer, "
-                    f"index: {self._key(*job)}), expected finite ones; load the model in float32"
+                    f"{self.task.name}: found log-odds that are no number with few AUs steered ({job.key}), expected "
+                    "finite ones; load the model in float32"
                 )
         for job, values in zip(jobs, effect.tolist()):
-            self.record.put(self._key(*job), values)
+            self.record.put(job.key, values)
 
     def _margins(self, *steered: Any) -> Tensor:
         scores = option_scores(self.model, self.tokenizer, self.task, *steered, batch_tokens=self.batch_tokens)
         return scores.margins(self.task)
 
-    def _plan(self, unit: int, way: str) -> Plan:
-        """A plan of one AU that raises it with alpha 1, and lowers it with -1."""
-        row, index = divmod(unit, self._width)
-        delta = self.momentum.counters(self.site).delta_sum[row, index] / self.momentum.pairs
-        push = delta.abs() if way == "shift" else self.scale.deviation[row, index]
-        return Plan(
-            site=(self.site,),
-            layer=torch.tensor([self.momentum.layers[row]], dtype=torch.int32, device="cpu"),
-            index=torch.tensor([index], dtype=torch.int32, device="cpu"),
-            beta=torch.ones(1, device="cpu"),
-            delta=torch.tensor([float(push)], device="cpu"),
-            operation="scale" if way == "scale" else "shift",
-            model=self.momentum.model,
-            pairs=self.momentum.pairs,
-            chat_template=self.momentum.chat_template,
-        )
+
+def alone(momentum: Momentum, site: str, scale: Scale, unit: int, way: str) -> Job:
+    """One AU, that alpha 1 raises and -1 lowers."""
+    row, index = divmod(unit, scale.size.shape[1])
+    delta = momentum.counters(site).delta_sum[row, index] / momentum.pairs
+    push = delta.abs() if way == "shift" else scale.deviation[row, index]
+    plan = Plan(
+        site=(site,),
+        layer=torch.tensor([momentum.layers[row]], dtype=torch.int32, device="cpu"),
+        index=torch.tensor([index], dtype=torch.int32, device="cpu"),
+        beta=torch.ones(1, device="cpu"),
+        delta=torch.tensor([float(push)], device="cpu"),
+        operation="scale" if way == "scale" else "shift",
+        model=momentum.model,
+        pairs=momentum.pairs,
+        chat_template=momentum.chat_template,
+    )
+    return Job(f"{way} {momentum.layers[row]} {index}", plan)

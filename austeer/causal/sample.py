@@ -1,4 +1,4 @@
-"""Which AUs a causal check tries: top ones, random ones that match them, and some over the whole range of |beta|."""
+"""Which AUs a causal check tries: top ones, random ones that match them, some of every |beta|, and groups of ten."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError, check_count
+from ..momentum.by_effect import DAMPING, Candidates
 from ..momentum.momentum import Momentum
+from ..momentum.profile import Profile
 from ..statistics import ranking, signed_rate
 
 #: A match is drawn among so many AUs of the layer that are nearest in scale: near enough to be alike, many enough to
 #: be random.
 NEAREST = 8
+
+#: AUs of a group that is steered together.
+GROUP = 10
 
 #: Classes of |beta|, of equal width, from which as many AUs each are taken as there are.
 CLASSES = 10
@@ -49,24 +54,31 @@ class Sample:
     Attributes:
         top: the best ones by momentum, best first. matched: for each of them a random one.
         spread: others, of every |beta|.
+        effect: those of the largest predicted effect, up or down, of a shift by their mean difference; per_side_effect:
+            those of the largest one for its side effect, by a shift of any size. Empty where that is not known.
     """
 
     top: Tensor
     matched: Tensor
     spread: Tensor
+    effect: Tensor
+    per_side_effect: Tensor
 
     def units(self) -> Tensor:
         """All of them, once each, ascending: layer by layer."""
-        return torch.cat([self.top, self.matched, self.spread]).unique()
+        return torch.cat([*vars(self).values()]).unique()
 
 
-def draw(momentum: Momentum, site: str, scale: Scale, n: int, spread: int, seed: int = 0) -> Sample:
+def draw(
+    momentum: Momentum, site: str, scale: Scale, n: int, spread: int, seed: int = 0, profile: Profile | None = None
+) -> Sample:
     """
     Args:
-        n: how many of the top AUs, and as many matched ones. spread: how many over the whole range of |beta|.
+        n: how many of the top AUs of each kind, and as many matched ones. spread: how many of every |beta|.
+        profile: what side effects are known from.
 
     Raises:
-        SelectionError: numbers that the site does not have AUs for.
+        SelectionError: numbers that the site does not have AUs for, or a profile and no effects.
     """
     counters = momentum.counters(site)
     total = counters.positive.numel()
@@ -76,7 +88,56 @@ def draw(momentum: Momentum, site: str, scale: Scale, n: int, spread: int, seed:
     first, second = (torch.Generator().manual_seed(2 * seed + i) for i in range(2))
     top = ranking(momentum, site)[:n]
     strength = signed_rate(counters, momentum.pairs).abs().flatten()
-    return Sample(top, match(top, scale.features(), first), stratified(strength, spread, second))
+    effect = efficient = torch.empty(0, dtype=torch.int64, device="cpu")
+    if momentum.effects is not None:
+        effect = gains(momentum, site).abs().argsort(descending=True, stable=True)[:n]
+    if profile is not None:
+        efficient = per_side_effect(momentum, site, profile).argsort(descending=True, stable=True)[:n]
+    matched = match(top, scale.features(), first)
+    return Sample(top, matched, stratified(strength, spread, second), effect, efficient)
+
+
+def gains(momentum: Momentum, site: str) -> Tensor:
+    """The predicted effect of shifting each AU by its mean difference, nats: float64 [layers * width]."""
+    return (momentum.effect(site) * momentum.counters(site).delta_sum / momentum.pairs).flatten()
+
+
+def per_side_effect(momentum: Momentum, site: str, profile: Profile) -> Tensor:
+    """The predicted effect of shifting each AU alone as far as its KL is 1 nat a token: float64 [layers * width].
+
+    Raises:
+        SelectionError: no effects, no profile of the site, or one of another model.
+    """
+    found = Candidates.of(momentum, profile, [site])
+    return found.g.abs() / (found.diagonal + DAMPING * found.diagonal.mean()).sqrt()
+
+
+def draw_groups(
+    momentum: Momentum, site: str, count: int, seed: int = 0, profile: Profile | None = None
+) -> dict[str, Tensor]:
+    """AUs that are steered together, for each way of choosing them: int64 [count, GROUP].
+
+    The best ``count`` times ``GROUP`` AUs by momentum, by predicted effect, and (with a profile) by effect per side
+    effect among those whose mean difference has the sign of the effect: the best ten, the next ten, and so on. And
+    random ones.
+
+    Raises:
+        SelectionError: more groups than the site has AUs for, or no effects.
+    """
+    gain = gains(momentum, site)
+    usable = int((gain > 0).sum())
+    of = f"{usable} AUs of {site!r} have an effect of the sign of their mean difference"
+    count = check_count("groups", count, usable // GROUP, of, SelectionError)
+    most, generator = count * GROUP, torch.Generator().manual_seed(seed)
+    found = {
+        "random": torch.randperm(len(gain), generator=generator, device="cpu")[:most],
+        "momentum": ranking(momentum, site)[:most],
+        "effect": gain.argsort(descending=True, stable=True)[:most],
+    }
+    if profile is not None:
+        score = torch.where(gain > 0, per_side_effect(momentum, site, profile), -1.0)
+        found["per_side_effect"] = score.argsort(descending=True, stable=True)[:most]
+    return {kind: units.reshape(count, GROUP) for kind, units in found.items()}
 
 
 def match(top: Tensor, features: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from . import common
 from . import search_options as options
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
 from .search_text import LEGEND, show_held_out, show_left_out, show_ratio
+from .writing_text import Samples, show_writing
 
 if TYPE_CHECKING:
     from ..tuning import CompareResult
@@ -35,6 +36,8 @@ def compare(
     max_kl: options.MaxKl = 0.1,
     budget: options.Budget = None,
     neutral: options.Neutral = None,
+    texts: Annotated[bool, typer.Option("--texts/--no-texts", help="Let each method write, and judge it.")] = True,
+    samples: Samples = 2,
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time decoding with each method.")] = True,
     limit: options.Limit = None,
     seed: options.Seed = 0,
@@ -64,17 +67,17 @@ def compare(
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
     task = common.in_chat_form(task, tokenizer, form)
-    shared |= {"methods": common.split_names(methods), "timed": timed, "max_kl": max_kl, "seed": seed}
+    shared |= {"methods": common.split_names(methods), "texts": texts, "timed": timed, "max_kl": max_kl, "seed": seed}
     result = compare_methods(network, tokenizer, task, **shared)
     options.write_result(result, out / "compare.png", draw_compare, json)
     if json:
         return
-    show(result)
+    show(result, samples)
     console.print(f"\n{result.seconds:.0f} s; wrote result.json and compare.png in {out}")
 
 
-def show(result: CompareResult) -> None:
-    """What each method does to held-out data, and what it costs."""
+def show(result: CompareResult, samples: int) -> None:
+    """What each method does to held-out data, what it writes, and what it costs."""
     split = result.settings["data"]
     console.print(
         f"{split['measure']['pairs']} pairs measured, {split['tune']['items']} items tuned on, {len(result.trials)} "
@@ -87,6 +90,7 @@ def show(result: CompareResult) -> None:
 
     show_held_out(result.unsteered, result.held_out, time_of if result.cost else None)
     console.print(LEGEND)
+    show_writing(result.writing, samples)
     if result.cost:
         console.print(
             "time: of a token over unsteered, decoding at batch 1, median and quartiles; unsteered again "

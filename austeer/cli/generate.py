@@ -64,7 +64,7 @@ def generate(
     """
     from ..forward.generation import continue_prompts
     from ..plans.plan import Plan
-    from ..steering.steering import steer
+    from ..steering.steer import steer
 
     plans = dict(zip(common.plan_names(plan), map(Plan.from_pretrained, plan)))
     only = next(iter(plans.values())) if len(plans) == 1 else None

@@ -69,9 +69,8 @@ def profile(
     memory = prepared.memory()
     if not (quiet or json):
         common.console.print(
-            f"will hold {memory.device / 1e9:.1f} GB beside the weights for {memory.batch:,} tokens at a time "
-            f"(activations {memory.activations / 1e9:.1f} GB; less with --batch-tokens or --recompute), and "
-            f"{memory.rows / 1e9:.2f} GB of draws in the CPU's memory, twice that while they are written"
+            f"will hold {memory.device / 1e9:.1f} GB beside the weights for {memory.batch:,} tokens at a time (less "
+            f"with --batch-tokens or --recompute), and twice {memory.rows / 1e9:.2f} GB of draws in the CPU's memory"
         )
     start = time.perf_counter()
     made = prepared.run(checkpoint, resume, progress=False if quiet else None)

@@ -34,7 +34,7 @@ def show_held_out(
     for row in rows:
         cells.append(
             [
-                f"{row.method} {row.operation}, {row.detail or row.site}",
+                f"{row.method} {row.operation}, {row.detail or row.site}" + (" (derails)" if row.derailed else ""),
                 show_alpha(row.alpha),
                 str(row.k),
                 show_value(row.effect, row.low, row.high),

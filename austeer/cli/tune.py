@@ -13,6 +13,7 @@ from . import common
 from . import search_options as options
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
 from .search_text import LEGEND, show_alpha, show_held_out, show_left_out, show_value
+from .writing_text import Samples, show_writing
 
 if TYPE_CHECKING:
     from ..tuning import TuneResult
@@ -39,6 +40,7 @@ def tune(
     chat_option: ChatOption = None,
     system: System = None,
     rows: Annotated[int, typer.Option(help="How many settings are listed.", min=1)] = 10,
+    samples: Samples = 2,
     dtype: DType = "auto",
     device: Device = None,
     force: options.ForceAnew = False,
@@ -69,7 +71,7 @@ def tune(
     options.write_result(result, out / "tune.png", draw_tune, json)
     if json:
         return
-    show(result, max_kl, rows)
+    show(result, max_kl, rows, samples)
     console.print(
         f"\n{result.seconds:.0f} s; wrote plan, result.json and tune.png in {out}\n"
         + common.next_line(
@@ -80,8 +82,8 @@ def tune(
     )
 
 
-def show(result: TuneResult, max_kl: float, rows: int) -> None:
-    """The best settings of the search, so many rows, and what the chosen one does to held-out data."""
+def show(result: TuneResult, max_kl: float, rows: int, samples: int) -> None:
+    """The best settings of the search, so many rows, what the chosen one does to held-out data, and what it writes."""
     split = result.settings["data"]
     measured = f"{split['measure']['pairs']} pairs measured, " if "measure" in split else ""
     console.print(
@@ -96,6 +98,7 @@ def show(result: TuneResult, max_kl: float, rows: int) -> None:
     console.print(f"\n[bold]On {result.unsteered.items} held-out items[/]: the chosen setting first")
     show_held_out(result.unsteered, result.held_out)
     console.print(LEGEND)
+    show_writing(result.writing, samples)
     show_left_out(result.left_out)
     first = result.held_out[0]
     if first.low is not None and first.low <= 0:

@@ -29,7 +29,7 @@ from ..plans.evidence import Overhead
 from ..plans.plan import Plan
 from ..plans.table import OPERATIONS
 from ..statistics import stability
-from ..steering.steering import steer
+from ..steering.steer import steer
 from ..tasks.task import Task
 from ..tuning.calibrate import calibrate
 from ..tuning.compare import time_tokens

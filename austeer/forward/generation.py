@@ -56,13 +56,36 @@ def continue_prompts(
                 "expected something to continue"
             )
     check_vocabulary(vocabulary_size(model), ids)
+    written = continue_ids(
+        model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop
+    )
+    return tokenizer.batch_decode(written, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def continue_ids(
+    model: nn.Module,
+    tokenizer,
+    ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 40,
+    temperature: float | None = None,
+    seed: int = 0,
+    stop: Callable[[str], bool] | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """The tokens that the model writes after each prompt's, up to the one that ends it; arguments as above.
+
+    Args:
+        options: others of ``generate``.
+    """
     ends, size = (tokenizer.pad_token_id, tokenizer.eos_token_id), vocabulary_size(model)
     pad = next((i for i in ends if i is not None and i < size), 0)  # a pad token may have been added afterwards
     length = max(map(len, ids))
     device = input_device(model)
-    input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=device)
+    input_ids = torch.tensor([[pad] * (length - len(row)) + [*row] for row in ids], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
-    sampling: dict[str, Any] = {"do_sample": temperature is not None}
+    sampling: dict[str, Any] = {"do_sample": temperature is not None, **options}
     if temperature is not None:
         sampling["temperature"] = temperature
     if stop is not None:
@@ -78,4 +101,14 @@ def continue_prompts(
         output = model.generate(  # type: ignore[operator]
             input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
         )
-    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    return [_until_the_end(row, _ends(model)) for row in output[:, length:].tolist()]
+
+
+def _ends(model: nn.Module) -> set[int]:
+    """The tokens at which ``generate`` ends a text."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set() if found is None else {found} if isinstance(found, int) else set(found)
+
+
+def _until_the_end(tokens: list[int], ends: set[int]) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]

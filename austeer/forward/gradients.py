@@ -8,6 +8,7 @@ The weights are not differentiated. The graph begins at the first site, so that 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +25,9 @@ from ..models.tensor_parallel import held
 
 #: The remedy where no gradient comes.
 INSTEAD = "the KL of given plans needs no gradients: austeer.estimate_kl(model, tokenizer, plans)"
+
+#: A product without a derivative, as 4-bit weights have it on some CPUs: gradients go around it, with this warning.
+NO_KERNEL = ".*autograd kernel was not registered"
 
 
 class ShiftGradients:
@@ -123,12 +127,14 @@ class ShiftGradients:
             name: torch.zeros(rows, len(found), found[0].width, device="cpu") for name, found in self.sites.items()
         }
         self._arrived.clear()
-        try:
-            torch.autograd.backward([hidden], [gradient], retain_graph=again)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            raise CaptureError(f"found no backward pass in this model ({one_line(error)}); {INSTEAD}") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=NO_KERNEL)
+            try:
+                torch.autograd.backward([hidden], [gradient], retain_graph=again)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError, UserWarning) as error:
+                raise CaptureError(f"found no backward pass in this model ({one_line(error)}); {INSTEAD}") from error
         for name, found in self.sites.items():
             for number, site in enumerate(found):
                 if (name, number) not in self._arrived:
@@ -158,7 +164,7 @@ class ShiftGradients:
             if not x.requires_grad:
                 x = x.detach().requires_grad_().clone()  # a leaf cannot be written in place, as Falcon does
             shape = self._shape
-            x.register_hook(lambda gradient: self._keep(name, number, gradient.view(*shape, gradient.shape[-1])))
+            x.register_hook(lambda gradient: self._keep(name, number, gradient, shape))
             self._reached.add((name, number))
             return x
 
@@ -179,9 +185,11 @@ class ShiftGradients:
 
         return module.register_forward_hook(after)
 
-    def _keep(self, name: str, number: int, gradient: Tensor) -> None:
+    def _keep(self, name: str, number: int, gradient: Tensor | None, shape: torch.Size) -> None:
+        if gradient is None:  # what follows has no derivative
+            return
         # A tensor may be handed on as it is, as Gemma 3n's streams are: each use has a part of the gradient.
-        self._gradients[name][:, number] += gradient.sum(1, dtype=torch.float32).cpu()
+        self._gradients[name][:, number] += gradient.view(*shape, -1).sum(1, dtype=torch.float32).cpu()
         self._arrived.add((name, number))
 
 

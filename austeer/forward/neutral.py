@@ -9,6 +9,9 @@ from importlib.resources import files
 from ..errors import PairsError
 from .tokens import encode
 
+#: What they are called.
+PACKAGED = "packaged neutral text"
+
 
 def neutral_texts(part: str = "selection") -> list[str]:
     """Short encyclopaedic paragraphs.

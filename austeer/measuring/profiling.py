@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from ..errors import CaptureError, FileFormatError, PairsError, SteeringWarning, check_count
 from ..forward.causality import is_causal, plain_batches
 from ..forward.gradients import ShiftGradients
-from ..forward.neutral import neutral_ids, neutral_texts
+from ..forward.neutral import PACKAGED, neutral_ids, neutral_texts
 from ..forward.tokens import check_vocabulary
 from ..models.sites import Layout, find_sites, fingerprint, layers_path
 from ..models.structure import floating_dtype, text_config, unwrap, vocabulary_size
-from ..models.weights import signature
-from ..momentum.profile import DTYPE, VERSION, Profile
+from ..momentum.profile import DTYPE, VERSION, Profile, weights_of
 from ..utils.cache import cache_folder
 from ..utils.progress import Progress
 from .sampled import TOGETHER, ProfileMemory, memory_of, sampled_tokens, score_gradients
@@ -263,7 +262,7 @@ def prepare_profile(
         texts=torch.empty(0, dtype=torch.int64, device="cpu"),
         ids=tuple(torch.tensor(row, device="cpu") for row in ids),
         model=fingerprint(model, found),
-        weights=signature(model),
+        weights=weights_of(model),
         dtype=str(floating_dtype(model)).removeprefix("torch."),
         sources=((_name_of(texts), seed),),
     )
@@ -324,5 +323,5 @@ def _seed(seed: int, number: int) -> int:
 
 def _name_of(texts: Sequence[str] | None) -> str:
     if texts is None:
-        return "packaged neutral text"
+        return PACKAGED
     return f"{len(texts)} texts, {hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:12]}"

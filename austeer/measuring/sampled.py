@@ -111,6 +111,6 @@ def memory_of(
         rows=draws * units * DTYPE.itemsize,
         activations=int(activations * batch),
         gradients=min(each, TOGETHER) * batch * size,
-        logits=4 * LOGIT_ROWS * vocabulary_size(gradients.model) * torch.float32.itemsize,
+        logits=4 * min(LOGIT_ROWS, len(text)) * vocabulary_size(gradients.model) * torch.float32.itemsize,
         batch=batch,
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -32,7 +32,10 @@ from .profile import Profile
 DAMPING = 0.001
 
 #: How far M is drawn towards its diagonal.
-SHRINKAGE = 0.5
+SHRINKAGE = 0.8
+
+#: AUs that are looked at together: those of the largest effect for their side effect, each alone.
+POOL = 2000
 
 #: Numbers of AUs at which effects are predicted.
 KS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
@@ -88,6 +91,11 @@ class Candidates:
             torch.cat([rows.flatten(1) for rows, _ in found], 1),
         )
 
+    def take(self, units: Tensor) -> Candidates:
+        """Some of them; ``sites`` and ``sizes`` stay those of all."""
+        g, delta, diagonal = self.g[units], self.delta[units], self.diagonal[units]
+        return replace(self, g=g, delta=delta, diagonal=diagonal, rows=self.rows[:, units].contiguous())
+
     def kl(self, order: Tensor, steps: Tensor) -> float:
         """The KL of shifts of some AUs, nats a token."""
         return float((self.rows[:, order].double() @ steps).square().sum())
@@ -137,15 +145,17 @@ def choose(found: Candidates, k: int, step: str, *, damping: float = DAMPING, sh
     usable &= diagonal > 0
     of = f"AUs of {' and '.join(found.sites)} that have an effect"
     k = check_count("k", k, int(usable.sum()), of if step == "newton" else f"{of} of delta's sign", SelectionError)
-    if step == "difference":
-        return _by_difference(found, k, diagonal, shrinkage, usable)
-    return _by_newton(found, k, diagonal, shrinkage, usable)
+    alone = torch.where(usable, found.g.abs() / diagonal.clamp(min=1e-300).sqrt(), -1.0)
+    pool = alone.argsort(descending=True, stable=True)[: min(max(POOL, 4 * k), int(usable.sum()))]
+    choice = (_by_difference if step == "difference" else _by_newton)(found.take(pool), k, diagonal[pool], shrinkage)
+    return replace(choice, order=pool[choice.order])
 
 
-def _by_difference(found: Candidates, k: int, diagonal: Tensor, shrinkage: float, usable: Tensor) -> Choice:
+def _by_difference(found: Candidates, k: int, diagonal: Tensor, shrinkage: float) -> Choice:
     gains, own = found.g * found.delta, diagonal * found.delta.square()
     moved = torch.zeros(len(found.rows), dtype=torch.float64, device="cpu")
-    free, order, effect, together, apart = usable.clone(), [], 0.0, 0.0, 0.0
+    free, order = torch.ones_like(diagonal, dtype=torch.bool), list[int]()
+    effect, together, apart = 0.0, 0.0, 0.0
     for _ in range(k):
         cross = (found.rows.T @ moved.float()).double() * found.delta
         kl = (1 - shrinkage) * (together + 2 * cross) + shrinkage * apart + own
@@ -160,9 +170,9 @@ def _by_difference(found: Candidates, k: int, diagonal: Tensor, shrinkage: float
     return Choice(chosen, found.delta[chosen])
 
 
-def _by_newton(found: Candidates, k: int, diagonal: Tensor, shrinkage: float, usable: Tensor) -> Choice:
+def _by_newton(found: Candidates, k: int, diagonal: Tensor, shrinkage: float) -> Choice:
     """Cholesky's factorisation of the shrunk M, row by row; a pivot is the AU of the largest gain."""
-    rest, left, free = diagonal.clone(), found.g.clone(), usable.clone()
+    rest, left, free = diagonal.clone(), found.g.clone(), torch.ones_like(diagonal, dtype=torch.bool)
     rows = torch.zeros(k, len(found.g), dtype=torch.float64, device="cpu")
     order: list[int] = []
     for number in range(k):

@@ -23,27 +23,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import FileFormatError, SelectionError
+from ..forward.neutral import PACKAGED
 from ..models.sites import Fingerprint, ascending
-from ..plans.dose import Dose
+from ..models.structure import floating_dtype, is_offloaded, name_of, unwrap
+from ..models.weights import signature
+from ..plans.dose import Dose, some_ids
 from ..plans.plan import Plan
 from ..utils import files
 
 FORMAT, VERSION = "austeer-profile", 2
-
-#: What the texts are called where none were given.
-PACKAGED = "packaged neutral text"
-
-#: Tokens on which the KL of a steering is measured: whole texts, at most so many in all.
-MEASURED_TOKENS = 1024
 
 #: Of ``rows``: any sample of this size errs by more than its rounding, and its range is float32's.
 DTYPE = torch.bfloat16
 
 #: Random plans a site of which the halves' predictions are compared.
 PLANS = 100
+
+
+#: What the signature of weights begins with that were elsewhere: then it is of other ones than it would be here.
+OFFLOADED = "offloaded "
+
+
+def weights_of(model: nn.Module) -> str:
+    """What tells the weights of models of one architecture apart (:func:`austeer.models.weights.signature`)."""
+    return (OFFLOADED if is_offloaded(model) else "") + signature(unwrap(model))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +62,7 @@ class Profile:
         diagonal: site name -> float64 [layers, width], the diagonal of F times the number of all tokens.
         tokens: int64 [draws], how many tokens each row sums over. texts: int64 [draws], the text of each draw.
         ids: the token ids of each text, int64 [length]: what the KL of a steering can be measured on later.
-        model: what it was made on. weights: its :func:`austeer.models.weights.signature`.
+        model: what it was made on. weights: :func:`weights_of` it.
         dtype: what the model computed in. sources: the names of the texts and the seeds of their draws.
     """
 
@@ -72,10 +78,8 @@ class Profile:
     sources: tuple[tuple[str, int], ...]
 
     def __repr__(self) -> str:
-        return (
-            f"Profile({self.model.name}: {', '.join(self.rows)}; {len(self.tokens)} draws of "
-            f"{len(self.texts.unique())} texts)"
-        )
+        texts = len(self.texts.unique())
+        return f"Profile({self.model.name}: {', '.join(self.rows)}; {len(self.tokens)} draws of {texts} texts)"
 
     @property
     def texts_name(self) -> str:
@@ -289,14 +293,40 @@ class Profile:
         )
 
     def check(self, model: Fingerprint) -> None:
-        """Raises SelectionError unless it is of this model."""
+        """Raises SelectionError unless it is of this model: its architecture, and what is known of its origin.
+
+        Revisions are compared where both are known, and otherwise names where both are the Hub's: a local folder may
+        hold a model under any name. See :meth:`check_weights` for a model that is loaded.
+        """
         mine = self.model
-        if (mine.model_type, mine.layers) != (model.model_type, model.layers) or any(
+        unlike = (mine.model_type, mine.layers) != (model.model_type, model.layers) or any(
             model.widths.get(site, width) != width for site, width in mine.widths.items()
-        ):
+        )
+        if mine.revision and model.revision:
+            unlike |= mine.revision != model.revision
+        elif "/" in mine.name and "/" in model.name:
+            unlike |= mine.name != model.name
+        if unlike:
             raise SelectionError(
-                f"profile: found one of {mine.name} ({mine.model_type}, {mine.layers} layers), expected one of "
-                f"{model.name} ({model.model_type}, {model.layers} layers); make it: austeer profile --model ..."
+                f"profile: found one of {_described(mine)}, expected one of {_described(model)}; make it: austeer "
+                "profile --model ..."
+            )
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Raises SelectionError where a loaded model is known to have other weights, say after fine-tuning.
+
+        They are compared where both are of one dtype and neither offloaded, as few would be at hand then.
+
+        Args:
+            model: unsteered: steering may be an edit of weights.
+        """
+        dtype = str(floating_dtype(model)).removeprefix("torch.")
+        found = weights_of(model)
+        known = self.dtype == dtype and OFFLOADED not in self.weights and OFFLOADED not in found
+        if known and self.weights != found:
+            raise SelectionError(
+                f"profile: found one of {_described(self.model)}, and this {name_of(model)} has other weights; make "
+                "it: austeer profile --model ..."
             )
 
     def _of(self, table: Mapping[str, Tensor], site: str) -> Tensor:
@@ -365,13 +395,6 @@ class Profile:
             raise ValueError("the lengths of the texts are not those of the draws")
 
 
-def some_ids(ids: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """The first texts, of ``MEASURED_TOKENS`` tokens at most; the beginning of the first where it is longer."""
-    found: list[tuple[int, ...]] = []
-    left = MEASURED_TOKENS
-    for row in ids:
-        if found and len(row) > left:
-            break
-        found.append(tuple(row[:left].tolist()))
-        left -= len(found[-1])
-    return tuple(found)
+def _described(model: Fingerprint) -> str:
+    revision = f", revision {model.revision[:12]}" if model.revision else ""
+    return f"{model.name} ({model.model_type}, {model.layers} layers{revision})"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import PlanError
 from .evidence import check_text
+
+#: Tokens on which the KL of a steering is measured: whole texts, at most so many in all.
+MEASURED_TOKENS = 512
 
 #: Tokens that a plan carries to measure on, and measured strengths, at most.
 MOST_TOKENS, MOST_POINTS = 4096, 100
@@ -133,3 +138,15 @@ def _nearest(points: list[tuple[float, float]], values: list[float], wanted: flo
     low = min(place, len(points) - 2)
     (one, first), (other, second) = points[low : low + 2]
     return place, min(max(math.log(second / first) / math.log(other / one), 0.5), 4.0)
+
+
+def some_ids(ids: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """The first texts, of ``MEASURED_TOKENS`` tokens at most; the beginning of the first where it is longer."""
+    found: list[tuple[int, ...]] = []
+    left = MEASURED_TOKENS
+    for row in ids:
+        if found and len(row) > left:
+            break
+        found.append(tuple(row[:left].tolist()))
+        left -= len(found[-1])
+    return tuple(found)

@@ -1,4 +1,4 @@
-"""steer(): puts plans on a model and takes them off again; live alpha, k and rows; a report of what was done."""
+"""Puts plans on a model and takes them off again; live alpha, kl, k and rows; a report of what was done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import PlanError, SteeringError, SteeringWarning
+from ..errors import SteeringError, SteeringWarning
 from ..models.sites import Layout, find_sites
 from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap
 from ..plans.fit import check_plan_fits
@@ -30,14 +30,14 @@ from .row_plans import NO_NAMES, Rows
 from .scope import parse_scope
 from .selfcheck import EditProbe
 from .sharing import expect_apart, expect_free, mark, unmark
-from .strength import Alpha, Strength
+from .strength import Alpha, Strength, named_plans
 
 #: Two threads that put plans on one model at once would each save what the other has changed.
 _lock = threading.RLock()
 
 
 class Steering:
-    """Plans on a model. Made by :func:`steer`; steers inside ``with``, or between ``attach`` and ``detach``.
+    """Plans on a model. Made by :func:`austeer.steer`; steers inside ``with``, or between ``attach`` and ``detach``.
 
     Attributes:
         plans: name -> plan; one without a name is under "".
@@ -57,7 +57,7 @@ class Steering:
     ):
         if mode not in MODES:
             raise SteeringError(f"mode: found {mode!r}, expected one of {', '.join(MODES)}")
-        self.plans = _plans(plan)
+        self.plans = named_plans(plan)
         self.scope = parse_scope(scope)
         self._named = isinstance(plan, Mapping)
         self._levels = Strength(self.plans, self._named)
@@ -183,6 +183,19 @@ class Steering:
                 stacklevel=4,
             )
 
+    @property
+    def kl(self) -> float | dict[str, float] | None:
+        """KL(unsteered || steered) on neutral text, nats a token, as each plan's dose has it for the strength as it is.
+
+        Setting it sets alpha, with what was measured on entering: strengths far beyond that are extrapolated. None
+        where it is not known: a plan without a dose, or with another strength at each site.
+        """
+        return self._levels.kl()
+
+    @kl.setter
+    def kl(self, value: float | Mapping[str, float]) -> None:
+        self.alpha = self._levels.alpha_for(value)
+
     # --- rows and prompt, live ---------------------------------------------------------------------------------------
 
     def rows(self, rows: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
@@ -306,66 +319,6 @@ class Steering:
         return make_report(self._paths, self._reasons, list(self.plans), self._levels)
 
 
-def steer(
-    model: nn.Module,
-    plan: Plan | Mapping[str, Plan],
-    alpha: Alpha = 1.0,
-    *,
-    k: int | Mapping[str, int] | None = None,
-    scope: str | tuple[int, int | None] = "all",
-    mode: str = "auto",
-    layout: Layout | None = None,
-    check: bool = True,
-) -> Steering:
-    """Steers a model with a plan, inside a ``with`` block (paper: x + alpha * beta * x at every position).
-
-    Example:
-        >>> inputs = tokenizer("The soup was", return_tensors="pt")
-        >>> with austeer.steer(model, plan, alpha=8) as steering:
-        ...     there = model.generate(**inputs, max_new_tokens=8)
-        ...     steering.alpha = 4  # live
-        ...     paths = {site.path for site in steering.report()}
-        >>> paths, austeer.is_steered(model)
-        ({'fold'}, False)
-
-    Everything is checked before anything is touched, and on leaving the block the model is restored bit for bit, also
-    after an exception. Only layers in which the plan has AUs are touched.
-
-    Inside the block the model *is* the steered one: a copy or a checkpoint made there, and another model on the same
-    memory, may hold steered weights or biases. To train it, put it into training mode before the block, in which
-    nothing is then folded, and call backward inside it. A compiled model is compiled again where something runs in
-    other layers than in blocks before, and in each block with rows or a scope.
-
-    Args:
-        model: a Transformers model on any devices, also offloaded or compiled, or PEFT's wrapper of one.
-        plan: from ``Momentum.select`` or ``Plan.from_pretrained``; or several by name, of which
-            :meth:`Steering.rows` then gives each row of a batch its own, or none.
-        alpha: the strength; a number, or one for each site of the plan by name, or either of them for each plan by
-            name. 0 steers nothing, and a negative number steers the other way (not under "scale", see Plan).
-        k: steer only the k most important AUs, of each plan or by name; all by default.
-        scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
-            "from_last_prompt_token", that and what comes after it; or a half-open range such as (0, 16) or (16, None),
-            counted from each row's first token after its padding. The first generated token is chosen at the last
-            prompt token: "generation" leaves it as it is, "from_last_prompt_token" steers the choice of every one.
-            See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
-        mode: the path, see ``report()``: "fold" scales weights in place and "bias" writes a shift into biases, both
-            at no cost at run time (under the scopes "prompt", "generation" and "from_last_prompt_token" biases are
-            there for passes that are wholly in scope, and others run as "columns"); "fused" runs our projection kernel
-            for up to 64 tokens and "columns" beyond, "columns" steers the tensor itself by the cheapest form for where
-            it runs, "dense" is the public code's arithmetic. "auto" takes fold or bias where it is exact and possible,
-            fused while a CUDA graph is captured if it was measured to be no slower on this device, otherwise columns.
-        layout: attribute paths of a model whose family is not known.
-        check: compare one site of each path with the formula, once.
-
-    Raises:
-        PlanError: the plan is for another architecture, or k does not fit.
-        SiteError: the model lacks a site.
-        SteeringError: alpha is not finite, ``scope`` is none, or ``mode`` is not possible at a site (which is named
-            with the reason).
-    """
-    return Steering(model, plan, alpha, k, scope, mode, layout, check)
-
-
 @contextmanager
 def _chosen(
     rows: Rows, choice: Sequence[str | None] | str | None, before: Sequence[str | None] | str | None
@@ -377,15 +330,3 @@ def _chosen(
         yield
     finally:
         rows.choose(before)
-
-
-def _plans(plan: Plan | Mapping[str, Plan]) -> dict[str, Plan]:
-    plans = dict(plan) if isinstance(plan, Mapping) else {"": plan}
-    if not plans:
-        raise PlanError("plan: found an empty dictionary, expected at least one plan by name")
-    for name, one in plans.items():
-        if not isinstance(name, str):
-            raise PlanError(f"plan: found {name!r} as a plan's name, expected a string")
-        if not isinstance(one, Plan):
-            raise PlanError(f"plan: found {type(one).__name__}, expected an austeer.Plan, or a dictionary name -> Plan")
-    return plans

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import PlanError, SteeringError, check_count
+from ..plans.dose import Dose
 from ..plans.fit import check_alpha
 from ..plans.plan import Plan
 
@@ -41,6 +42,33 @@ class Strength:
         values = {name: _shortest(by_site) for name, by_site in self._alpha.items()}
         return _shortest(values) if self._named else next(iter(values.values()))
 
+    # --- kl ----------------------------------------------------------------------------------------------------------
+
+    def kl_by_name(self, kl: float | Mapping[str, float]) -> dict[str, float]:
+        """What is asked of each plan; raises SteeringError where other plans are named than there are."""
+        return self._for_each("kl", kl)
+
+    def alpha_for(self, kl: float | Mapping[str, float]) -> float | dict[str, float]:
+        """The alpha at which each plan has that KL.
+
+        Raises:
+            SteeringError: other plans than there are, or one without a dose. PlanError: no positive number.
+        """
+        values = {}
+        for name, wanted in self.kl_by_name(kl).items():
+            values[name] = dose_of(self._plans[name], name).alpha(wanted, self._k[name])
+        return values if self._named else next(iter(values.values()))
+
+    def kl(self) -> float | dict[str, float] | None:
+        """That of each plan at its alpha; None if it is not known of all."""
+        values: dict[str, float] = {}
+        for name, plan in self._plans.items():
+            alpha = _shortest(self._alpha[name])
+            if plan.dose is None or isinstance(alpha, dict):
+                return None
+            values[name] = plan.dose.kl_of(alpha, self._k[name])
+        return _shortest(values)
+
     # --- k -----------------------------------------------------------------------------------------------------------
 
     def set_k(self, k: int | Mapping[str, int] | None) -> None:
@@ -56,6 +84,9 @@ class Strength:
     def k(self) -> int | dict[str, int]:
         return _shortest(self._k)
 
+    def k_by_name(self) -> dict[str, int]:
+        return dict(self._k)
+
     def _for_each(self, what: str, given: Any) -> dict[str, Any]:
         if not self._named or not isinstance(given, Mapping):
             return dict.fromkeys(self._plans, given)
@@ -64,6 +95,17 @@ class Strength:
                 f"{what}: found plans {sorted(map(str, given))}, expected {sorted(self._plans)}, or one number for all"
             )
         return {name: given[name] for name in self._plans}
+
+
+def dose_of(plan: Plan, name: str = "") -> Dose:
+    """Raises SteeringError where the plan has none."""
+    if plan.dose is None:
+        of = f" plan {name!r}" if name else " a plan"
+        raise SteeringError(
+            f"kl: found{of} without a dose, expected one of 'shift' that was selected with a profile "
+            "(momentum.select(..., profile=profile)), or give steer the model's profile; or give alpha"
+        )
+    return plan.dose
 
 
 def _by_site(alpha: Any, plan: Plan) -> dict[str, float]:
@@ -77,3 +119,16 @@ def _shortest(values: Mapping[str, Any]) -> Any:
     """The one value that all have, or a copy of the whole."""
     first = next(iter(values.values()))
     return first if all(value == first for value in values.values()) else dict(values)
+
+
+def named_plans(plan: Plan | Mapping[str, Plan]) -> dict[str, Plan]:
+    """Plans by name, one without a name under ""; raises PlanError where there is none, or something else."""
+    plans = dict(plan) if isinstance(plan, Mapping) else {"": plan}
+    if not plans:
+        raise PlanError("plan: found an empty dictionary, expected at least one plan by name")
+    for name, one in plans.items():
+        if not isinstance(name, str):
+            raise PlanError(f"plan: found {name!r} as a plan's name, expected a string")
+        if not isinstance(one, Plan):
+            raise PlanError(f"plan: found {type(one).__name__}, expected an austeer.Plan, or a dictionary name -> Plan")
+    return plans

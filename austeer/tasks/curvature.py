@@ -18,10 +18,11 @@ from torch import nn
 
 from ..errors import SteeringError
 from ..forward.neutral import neutral_texts
-from ..models.structure import floating_dtype
+from ..models.structure import floating_dtype, unwrap
 from ..plans.plan import Plan
-from ..steering.steering import Steering, steer
-from .scoring import side_effects
+from ..steering.side_effects import side_effects
+from ..steering.steer import steer
+from ..steering.steering import Steering
 
 #: The KL of the step, nats a token: above what rounding makes, 2e-3 in bfloat16, and where the curve is a parabola yet.
 STEP_KL = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -65,7 +66,8 @@ def estimate_kl(
         PairsError: no text of two tokens. TaskError: bidirectional attention.
     """
     chosen = neutral_texts() if texts is None else list(texts)
-    goal = STEP_KL.get(floating_dtype(model), STEP_KL[torch.bfloat16])
+    coarse = STEP_KL[torch.bfloat16]  # also where products are rounded to 8 bits
+    goal = coarse if getattr(unwrap(model), "is_quantized", False) else STEP_KL.get(floating_dtype(model), coarse)
     strengths = [plan.delta if plan.operation == "shift" else plan.beta for plan in plans]
     first = [1 / max(float(values.abs().max()), 1e-30) for values in strengths]
     step = [*first]

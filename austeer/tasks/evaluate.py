@@ -15,11 +15,13 @@ from ..forward.causality import expect_causal
 from ..forward.neutral import neutral_texts
 from ..models.structure import name_of
 from ..plans.plan import Plan
-from ..steering.steering import Steering, steer
+from ..steering.side_effects import Names, side_effects
+from ..steering.steer import steer
+from ..steering.steering import Steering
 from ..utils.progress import Progress
 from .evaluation import UNSTEERED, Evaluation, Observed, summarise
 from .numeric import TOLERANCE, equal_numbers, last_number, numeric_answers
-from .scoring import Names, _tokenise, option_scores, side_effects
+from .scoring import _tokenise, option_scores
 from .task import Task
 
 #: Items between two steps of the progress bar.

@@ -16,7 +16,7 @@ from ..forward.causality import expect_causal
 from ..models.structure import evaluating
 from ..pairs.chat import ChatForm, check_chat, options_of
 from ..plans.plan import Plan
-from ..steering.steering import steer
+from ..steering.steer import steer
 from ..steering.strength import Alpha
 from .evaluate import Variant, checked_variants
 from .evaluation import UNSTEERED

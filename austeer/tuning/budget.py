@@ -7,9 +7,9 @@ from time import perf_counter
 
 from .schedule import RESERVE
 
-#: Until which part of the budget the search, two sites together, items of the test part, and times of tokens go on:
-#: each then ends with the unit of work that it is at.
-SEARCH, MIXED, HELD_OUT, TIMES = 1 - RESERVE, 0.8, 0.9, 1.0
+#: Until which part of the budget the search, two sites together, texts of the best settings, items of the test part,
+#: and times of tokens go on: each then ends with the unit of work that it is at.
+SEARCH, MIXED, WRITING, HELD_OUT, TIMES = 1 - RESERVE, 0.8, 0.85, 0.9, 1.0
 
 
 @dataclass(eq=False)

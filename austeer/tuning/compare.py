@@ -19,7 +19,7 @@ from ..forward.timing import Timing, decode_times
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
 from ..plans.table import OPERATIONS
-from ..steering.steering import steer
+from ..steering.steer import steer
 from ..tasks.task import Task
 from ..utils.environment import environment
 from .budget import TIMES, Budget
@@ -29,6 +29,7 @@ from .options import SearchOptions
 from .preparation import prepare
 from .search import Step, no_bars, search
 from .tune import MAX_KL, SITES, Trial, trials_of
+from .writing import Writer, Writing
 
 KS = (10, 100)
 
@@ -44,6 +45,7 @@ class CompareResult:
         settings: all that the comparison depended on. schedule: how much of what was run.
         unsteered, held_out: on the test part: the best setting of each method and operation, best on the tuning part
             first.
+        writing: what these write, and which of them derail; None without texts, or time for them.
         cost: time a token of each row by its name, as ``steer`` runs it, decoding at batch 1; beside "unsteered" and
             "unsteered again", whose distance is noise. Empty if it was not timed.
         trials: every setting on the tuning part.
@@ -54,6 +56,7 @@ class CompareResult:
     schedule: dict[str, Any]
     unsteered: Unsteered
     held_out: list[HeldOut]
+    writing: Writing | None
     cost: dict[str, Timing]
     trials: list[Trial]
     left_out: list[str]
@@ -98,6 +101,7 @@ def compare(
     max_kl: float = MAX_KL,
     budget: float | None = None,
     neutral: Sequence[str] | None = None,
+    texts: bool = True,
     timed: bool = True,
     most: Most = (400, 200, 400),
     seed: int = 0,
@@ -129,10 +133,11 @@ def compare(
         max_kl: the limit on KL(unsteered || steered), nats a token.
         budget: seconds for all of it; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
+        texts: also let each method's best setting write, and say where it derails.
         timed: also time decoding with each method's best setting.
         most: at most so many items to measure, tune and test.
         seed: of the split and of all that is random.
-        folder: where ``momentum.safetensors``, ``profile.safetensors`` and ``search.jsonl`` are kept; an interrupted
+        folder: where ``momentum.safetensors`` and ``search.jsonl`` are kept; an interrupted
             search goes on from them.
         step: opens progress bars. progress: as of :func:`austeer.measure`.
 
@@ -166,13 +171,12 @@ def compare(
     found = search(scorer, arms, group=_group, max_kl=max_kl, budget=clock, step=step)
     groups = dict.fromkeys(_group(s.candidate.arm) for s in found.standings)
     best = sorted((found.best_in(group) for group in groups), key=lambda s: -s.effect)
-    unsteered, held_out = hold_out(test_scorer, [s.candidate for s in best], step, clock)
+    candidates = [s.candidate for s in best]
+    writing = Writer(scorer, material.pairs, clock, options.seed, step).writing(candidates) if texts else None
+    unsteered, held_out = hold_out(test_scorer, candidates, step, clock, writing)
     known = scorer.record.get("cost") if timed else {}
     if known is None:
-        variants = {
-            s.candidate.arm.name: partial(steer, model, s.candidate.arm.plan, s.candidate.strength, k=s.candidate.arm.k)
-            for s in best
-        }
+        variants = {c.arm.name: partial(steer, model, c.arm.plan, c.strength, k=c.arm.k) for c in candidates}
         timings = time_tokens(model, tokenizer, variants, test_scorer.neutral[0], step, clock)
         known = {name: asdict(timing) for name, timing in timings.items()}
         if known:
@@ -182,6 +186,7 @@ def compare(
         schedule=found.schedule.to_json(),
         unsteered=unsteered,
         held_out=held_out,
+        writing=writing,
         cost={name: Timing(**timing) for name, timing in known.items()},
         trials=trials_of(found, scorer.task),
         left_out=clock.left_out,

@@ -10,6 +10,7 @@ from ..statistics.intervals import mcnemar, mean_interval, share_interval
 from .budget import HELD_OUT, Budget
 from .scorer import Scorer
 from .search import Step, judged, no_bars, outcome_of
+from .writing import Writing
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class HeldOut:
         accuracy: share of items whose wanted option is the likeliest, with Wilson's 95 % interval.
         p: McNemar's exact test of the accuracy against unsteered.
         kl, rise: KL(unsteered || steered) and rise of the cross-entropy on held-out neutral text, nats a token.
+        derailed: in what its texts differ too much from the unsteered model's (writing.py); empty if they do not.
         behind: mean of the first row's effect minus this one's, item by item, with its interval; None in the first.
     """
 
@@ -46,6 +48,7 @@ class HeldOut:
     kl: float
     rise: float
     behind: tuple[float, float, float] | None = None
+    derailed: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,17 @@ class Unsteered:
 
 
 def hold_out(
-    scorer: Scorer, candidates: Sequence[Candidate], step: Step = no_bars, budget: Budget | None = None
+    scorer: Scorer,
+    candidates: Sequence[Candidate],
+    step: Step = no_bars,
+    budget: Budget | None = None,
+    writing: Writing | None = None,
 ) -> tuple[Unsteered, list[HeldOut]]:
     """Scores candidates on all items and neutral texts of a scorer; the first is what the others are set against.
 
     Args:
         budget: where it is nearly over, as many of the items as it leaves time for, and at least a few.
+        writing: what the candidates write; the rows say which of them derail.
     """
     budget = Budget() if budget is None else budget
     with step("held-out neutral text", len(candidates)) as advance:
@@ -104,6 +112,7 @@ def hold_out(
                 kl=kl,
                 rise=rise,
                 behind=behind,
+                derailed=writing.settings[number].derailed if writing else "",
             )
         )
     hits = int(base.correct[0].sum())

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..baselines.arm import Candidate
 from ..errors import TaskError
 from ..forward.tokens import encode
-from ..steering.steering import Steering, steer
-from ..tasks.scoring import option_scores, side_effects
+from ..steering.side_effects import side_effects
+from ..steering.steer import steer
+from ..steering.steering import Steering
+from ..tasks.scoring import option_scores
 from ..tasks.task import Task
 from .record import Record
 from .schedule import Costs
@@ -114,7 +116,7 @@ class Scorer:
         missing = _distinct(keys, candidates, lambda key: self.record.get(key) is None)
         for part in slices(list(missing), PLANS_AT_ONCE):
             chosen = {str(i): missing[key] for i, key in enumerate(part)}
-            with self._steered(chosen) as steering:
+            with self.steered(chosen) as steering:
                 assert steering is not None
                 found = side_effects(
                     self.model,
@@ -146,7 +148,7 @@ class Scorer:
                 chosen = {str(i): missing[key] for i, key in enumerate(part)}
                 steered = {name: candidate for name, candidate in chosen.items() if candidate is not None}
                 names = [name if name in steered else None for name in chosen]
-                with self._steered(steered) as steering:
+                with self.steered(steered) as steering:
                     for some in slices(wanted, ITEMS):
                         task = self.task.pick(some)
                         found = option_scores(
@@ -162,7 +164,7 @@ class Scorer:
         return Scores(table, torch.tensor([[bool(cell[1]) for cell in row] for row in rows], device="cpu"))
 
     @contextmanager
-    def _steered(self, candidates: dict[str, Candidate]) -> Iterator[Steering | None]:
+    def steered(self, candidates: dict[str, Candidate]) -> Iterator[Steering | None]:
         """The model with a plan by name for each candidate; as it is where there is none."""
         if not candidates:
             yield None

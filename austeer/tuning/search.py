@@ -93,11 +93,13 @@ class SearchResult:
         """The same of one group, which has to be there."""
         return max((s for s in self.standings if s.group == group), key=lambda s: (len(s.items), s.effect))
 
+    def ranked(self) -> list[Standing]:
+        """All of them, best first among those judged by as many items."""
+        return sorted(self.standings, key=lambda s: (-len(s.items), -s.effect))
+
     def best(self) -> Standing:
         """The best of all."""
-        found = self.best_of()
-        assert found is not None
-        return found
+        return self.ranked()[0]
 
 
 def search(

@@ -11,8 +11,11 @@ from torch import nn
 
 from ..baselines import arms as arms_of
 from ..baselines.arm import Arm, Candidate
+from ..errors import TaskError
 from ..momentum.momentum import Momentum
+from ..momentum.profile import Profile
 from ..pairs.pairs import Pairs
+from ..plans.dose import Point
 from ..plans.evidence import Evidence, Outcome
 from ..plans.plan import Plan
 from ..plans.table import OPERATIONS
@@ -24,8 +27,10 @@ from .data import Most, Parts
 from .held_out import HeldOut, Unsteered, hold_out
 from .options import SearchOptions
 from .preparation import prepare
+from .promising import promising_arms
 from .scorer import Scorer, ignore
 from .search import SearchResult, Standing, Step, judged, no_bars, outcome_of, search
+from .writing import Writer, Writing, first_not_derailed
 
 SITES = ("attention", "ffn")
 KS = (3, 10, 30, 100, 300)
@@ -67,6 +72,7 @@ class TuneResult:
         settings: all that the search depended on, the split in it. schedule: how much of what was run.
         trials: every setting, best first among those judged by as many items. chosen: the best of all.
         unsteered, held_out: on the test part: the chosen setting first, then the best of each other operation.
+        writing: what these write, and which better settings were set aside for it; None where there was no time.
         left_out: what a time budget was too short for, in words.
         seconds: of this run. environment: of the machine.
     """
@@ -79,6 +85,7 @@ class TuneResult:
     chosen: Trial
     unsteered: Unsteered
     held_out: list[HeldOut]
+    writing: Writing | None
     left_out: list[str]
     seconds: float
     environment: dict[str, object]
@@ -103,6 +110,8 @@ def tune(
     budget: float | None = None,
     neutral: Sequence[str] | None = None,
     mix: bool = True,
+    rank: str | None = None,
+    profile: Profile | None = None,
     most: Most = (400, 200, 400),
     seed: int = 0,
     folder: str | Path | None = None,
@@ -131,7 +140,10 @@ def tune(
         max_kl: the limit on KL(unsteered || steered), nats a token.
         budget: seconds for all of it; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
-        mix: also try the best two sites together, each with its own strength.
+        mix: also try the best two sites together, each with its own strength; by effect, all ranked together.
+        rank: "momentum"; or "effect": AUs by effect per side effect (:mod:`austeer.momentum.by_effect`), of "shift", of
+            which those settings are tried whose predicted effect is largest. By default "effect" if there is a profile.
+        profile: of the model, for rank "effect"; by default made, and kept in the user's cache.
         most: at most so many items to measure, tune and test.
         seed: of the split and of all that is random.
         folder: where ``momentum.safetensors`` and ``search.jsonl`` are kept; an interrupted search goes on from them.
@@ -146,21 +158,42 @@ def tune(
     options = SearchOptions(
         *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
-    settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix}
-    prepared = prepare(model, tokenizer, data, options, sites=options.sites, settings=settings, budget=clock)
+    rank = ("momentum" if profile is None else "effect") if rank is None else rank
+    if rank not in ("momentum", "effect"):
+        raise TaskError(f"rank: found {rank!r}, expected 'momentum' or 'effect'")
+    by_effect = rank == "effect"
+    if by_effect:
+        options = replace(options, operations=("shift",))
+    settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix, "rank": rank}
+    prepared = prepare(
+        *(model, tokenizer, data, options),
+        sites=options.sites,
+        profiled=options.sites if by_effect else (),
+        profile=profile,
+        settings=settings,
+        budget=clock,
+    )
     parts, scorer, material = prepared.parts, prepared.tune_scorer, prepared.material
     ks = options.ks_of(material.momentum)
-    arms = arms_of("momentum", material, sites=options.sites, operations=options.operations, ks=ks)
+    if by_effect:
+        arms = promising_arms(material, options.sites, ks, mix)
+    else:
+        arms = arms_of("momentum", material, sites=options.sites, operations=options.operations, ks=ks)
     found = search(scorer, arms, group=_group, max_kl=max_kl, budget=clock, step=step)
-    if mix and len(options.sites) > 1:
+    if mix and len(options.sites) > 1 and not by_effect:
         found = replace(found, standings=[*_mixed_sites(scorer, found, max_kl, clock, step), *found.standings])
-    best = found.best()
-    others = [found.best_of(operation=o) for o in options.operations]
-    rows = [best, *(s for s in others if s is not None and s.candidate.arm.operation != best.candidate.arm.operation)]
-    unsteered, held_out = hold_out(prepared.test_scorer, [s.candidate for s in rows], step, clock)
+    writer = Writer(scorer, material.pairs, clock, options.seed, step)
+    others = [s for s in (found.best_of(operation=o) for o in options.operations) if s is not None]
+    writer.write([s.candidate for s in others])
+    best, set_aside = first_not_derailed(writer, found.ranked())
+    rows = [best, *(s for s in others if s.candidate.arm.operation != best.candidate.arm.operation)]
+    writing = writer.writing([s.candidate for s in rows], set_aside)
+    unsteered, held_out = hold_out(prepared.test_scorer, [s.candidate for s in rows], step, clock, writing)
     trials = trials_of(found, parts.tune)
     chosen = _trial(best, parts.tune)
     plan = best.candidate.arm.plan.top(best.candidate.arm.k)
+    if plan.dose is not None and best.limit.alpha is not None:
+        plan = plan.with_dose(plan.dose.with_measured([Point(len(plan), best.limit.alpha, best.limit.kl)]))
     return TuneResult(
         plan=plan.with_evidence(
             evidence_of(
@@ -178,6 +211,7 @@ def tune(
         chosen=chosen,
         unsteered=unsteered,
         held_out=held_out,
+        writing=writing,
         left_out=clock.left_out,
         seconds=clock.spent,
         environment=environment(),
@@ -233,8 +267,7 @@ def _joined_arm(first: Standing, second: Standing) -> Arm:
 
 def trials_of(found: SearchResult, task: Task) -> list[Trial]:
     """All settings, best first among those judged by as many items."""
-    standings = sorted(found.standings, key=lambda s: (-len(s.items), -s.effect))
-    return [_trial(standing, task) for standing in standings]
+    return [_trial(standing, task) for standing in found.ranked()]
 
 
 def _trial(standing: Standing, task: Task) -> Trial:

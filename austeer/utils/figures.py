@@ -11,7 +11,7 @@ from ..errors import AusteerError
 #: Letters of a title in an inch.
 LETTERS = 12
 
-BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#9aa0a6"
+BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9822b", "#2e8b57", "#9aa0a6"
 
 
 def require_matplotlib() -> None:

@@ -12,6 +12,7 @@
                                         (behind the site the operation, where it is not scale)
                                         percent over unsteered; with .low and .high behind it the interval's ends
 <device>.study.seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost, .<task>.table
+<device>.study.causal.predicted, .causal.together           tables; empty where effects were not measured
 <device>.study.<task>.<method>.<operation>.<effect|low|high|accuracy|kl|k>
 <device>.study.<model>.minutes, .figure; .<task>.<row>.<effect|low|high|kl>     of trials: see methods.py
 study.methods                           a block, of all models: goals and tables of the study of trials

@@ -1,46 +1,20 @@
 """The causal check: equal to hooks by hand, resumable, and plain about what it cannot do."""
 
-import json
-import re
 from dataclasses import replace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import austeer
 from austeer import FileFormatError, PlanError, SelectionError
 from austeer.causal import WAYS, causal_check, check, runner
-from austeer.causal.figures import draw_causal
-from austeer.cli import app
 from austeer.demo.demo import load_data
 from austeer.errors import TaskError
 from austeer.models.sites import find_sites
 from austeer.tasks import Item, Task
 from baseline_material import reference_activations
+from causal_checks import FEW, HELD_OUT, MEASURED, Stopped, checked
 from naive_scores import naive_log_odds
-
-MEASURED, HELD_OUT = load_data().tuning[:10], Task.of_pairs(load_data().held_out[:5])
-FEW = {"n": 3, "sample": 6, "progress": False}
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr("austeer.causal.statistics.RESAMPLES", 200)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_of):
-    return tiny_of("llama")
-
-
-@pytest.fixture(scope="module")
-def momentum(model, demo):
-    return austeer.measure(model, demo[1], MEASURED, ["attention", "ffn", "layer"], progress=False)
-
-
-def checked(model, demo, momentum, **changes):
-    return causal_check(model, demo[1], HELD_OUT, momentum, **({"site": "attention"} | FEW | changes))
 
 
 @pytest.mark.parametrize("site", ["attention", "layer"])
@@ -112,28 +86,6 @@ def test_on_the_real_model_the_top_aus_act_as_momentum_says(demo, demo_momentum)
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    pass
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """How many plans were scored; raises after as many calls as ``counted["stop"]`` says."""
-    seen = {"names": 0, "calls": 0, "stop": None}
-    real = runner.option_scores
-
-    def score(model, tokenizer, task, steering=None, names=(None,), **options):
-        if steering is not None:
-            if seen["calls"] == seen["stop"]:
-                raise Stopped
-            seen["calls"] += 1
-            seen["names"] += len(names)
-        return real(model, tokenizer, task, steering, names, **options)
-
-    monkeypatch.setattr(runner, "option_scores", score)
-    return seen
 
 
 def same(result, other):
@@ -208,12 +160,16 @@ def test_another_check_is_refused(model, demo, momentum, tmp_path, tiny_of, what
         ({"n": 1000}, r"n: .*1000.* 72"),
         ({"sample": 145}, "sample.*145.* 144"),
         ({"site": "neuron"}, "site 'neuron'"),
+        ({"groups": 9}, r"groups: .*9.* AUs of 'attention'"),
+        ({"groups": -1}, r"groups: .*-1"),
+        ({"alphas": [1, -2]}, r"alphas: .*-2.0"),
+        ({"alphas": []}, r"alphas: .*\[\]"),
     ],
 )
-def test_complaints(model, demo, momentum, tmp_path, changes, message):
+def test_complaints(model, demo, with_effects, tmp_path, changes, message):
     record = tmp_path / "record.jsonl"
     with pytest.raises(SelectionError, match=message):
-        checked(model, demo, momentum, record=record, **changes)
+        checked(model, demo, with_effects, record=record, **changes)
     assert not record.exists()
 
 
@@ -225,7 +181,10 @@ def test_a_numeric_task_and_another_model_are_refused(model, demo, momentum, tin
         causal_check(tiny_of("llama", num_hidden_layers=2), demo[1], HELD_OUT, momentum, "attention", **FEW)
 
 
-def test_notes_say_what_weakens_the_check(model, demo, momentum, tiny_of):
+def test_notes_say_what_weakens_the_check(model, momentum, with_effects, tiny_of):
+    (note,) = check.notes(model, HELD_OUT, replace(momentum, sources=("elsewhere",)))
+    assert "effects=True" in note
+    momentum = with_effects
     assert check.notes(model, HELD_OUT, replace(momentum, sources=("elsewhere",))) == []
     note, *_ = check.notes(model, HELD_OUT, replace(momentum, sources=(HELD_OUT.source,)))
     assert HELD_OUT.source in note
@@ -241,79 +200,3 @@ def test_log_odds_that_are_no_number(tiny_of, demo, momentum):
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(TaskError, match="log-odds"):
         checked(broken, demo, momentum)
-
-
-# --- figure and command ----------------------------------------------------------------------------------------------
-
-
-def test_figure(model, demo, momentum, tmp_path):
-    result = checked(model, demo, momentum)
-    draw_causal(result, tmp_path / "a.svg")
-    assert "<svg" in (tmp_path / "a.svg").read_text()
-
-
-@pytest.fixture
-def files(model, demo, momentum, tmp_path, monkeypatch):
-    """Momentum, pairs, and the same pairs as a task."""
-    monkeypatch.setattr("austeer.cli.common.load", lambda *options: (model, demo[1]))
-    momentum.save(tmp_path / "m.momentum")
-    rows = [{**vars(pair), "topic": "x"} for pair in load_data().held_out[:3]]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    items = [{"prompt": r["prompt"], "options": [r["negative"], r["positive"]], "label": 1} for r in rows]
-    (tmp_path / "task.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    return tmp_path
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["causal", *map(str, arguments)], catch_exceptions=True, env={"COLUMNS": "200"})
-
-
-def options(files, out):
-    few = ("-n", 2, "--sample", 4, "--ways", "shift", "--device", "cpu")
-    return ("--momentum", files / "m.momentum", "--model", "demo", "--out", out, *few)
-
-
-def test_command(files, tmp_path, counted):
-    done = run(files / "pairs.jsonl", *options(files, tmp_path / "out"), "--json")
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert found["items"] == 3 and found["n"] == 2 and set(found["findings"]) == {"shift"}
-    assert len(found["verdict"]["shift"]) == 4
-    kept = json.loads((tmp_path / "out" / "causal.json").read_text())
-    assert kept["findings"] == found["findings"]
-    assert (tmp_path / "out" / "causal.png").read_bytes().startswith(b"\x89PNG")
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
-    # again, from the record, as text; the same items as a task in the neutral format are another task's
-    counted["names"] = 0
-    again = run(files / "pairs.jsonl", *options(files, tmp_path / "out"))
-    assert again.exit_code == 0 and counted["names"] == 0
-    assert "2 top AUs of site attention beside 2 matched random ones, each steered alone, on 3 held-out" in again.stdout
-    assert found["verdict"]["shift"][0] in again.stdout
-    refused = run(files / "task.jsonl", *options(files, tmp_path / "out"))
-    assert isinstance(refused.exception, FileFormatError) and "record.jsonl" in str(refused.exception)
-    forced = run(files / "task.jsonl", *options(files, tmp_path / "out"), "--force", "--json")
-    assert forced.exit_code == 0 and counted["names"] > 0
-    swapped = json.loads(forced.stdout)["findings"]["shift"]["wanted"]
-    assert swapped["top"] == pytest.approx(found["findings"]["shift"]["wanted"]["top"], rel=1e-2, abs=1e-5)
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (("--where", "topic"), "--where.*'topic'"),
-    (("--where", "topic=y"), "no row"),
-    (("--site", "neuron"), "site 'neuron'"),
-    (("--template", "nonsense"), "template.*nonsense"),
-])  # fmt: skip
-def test_command_complaints(files, tmp_path, arguments, message):
-    done = run(files / "pairs.jsonl", *options(files, tmp_path / "out"), *arguments)
-    assert isinstance(done.exception, austeer.AusteerError) and re.search(message, str(done.exception))
-    assert not (tmp_path / "out").exists()
-
-
-def test_interruption_says_how_to_go_on(files, tmp_path, monkeypatch):
-    def stop(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("austeer.causal.causal_check", stop)
-    done = run(files / "pairs.jsonl", *options(files, tmp_path / "out"))
-    assert done.exit_code == 130
-    assert "record.jsonl: the same command goes on" in done.output.replace("\n", "")

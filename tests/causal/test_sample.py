@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from austeer import SelectionError
-from austeer.causal.sample import CLASSES, NEAREST, Scale, draw, match, stratified
+from austeer.causal.sample import CLASSES, GROUP, NEAREST, Scale, draw, draw_groups, gains, match, stratified
 
 
 def generator(seed=0):
@@ -78,6 +78,43 @@ def test_a_larger_draw_keeps_a_smaller_one(demo_momentum, scale):
     assert torch.equal(small.spread, large.spread[:30]) and torch.equal(small.top, large.top[:10])
     # a match that is among the top now has to go
     assert len({*small.matched.tolist()} & {*large.matched.tolist()}) >= 5
+
+
+@pytest.fixture(scope="module")
+def made_effects(demo_momentum):
+    """Momentum whose effects are another site's differences: not those of the AUs, and of both signs."""
+    effects = {"attention": demo_momentum.counters("ffn"), "ffn": demo_momentum.counters("attention")}
+    return demo_momentum.with_effects(effects, None)
+
+
+def test_top_aus_by_effect_are_those_of_the_largest_one_up_or_down(made_effects, scale):
+    sample, gain = draw(made_effects, "ffn", scale, 40, 30), gains(made_effects, "ffn")
+    delta = made_effects.counters("ffn").delta_sum / made_effects.pairs
+    torch.testing.assert_close(gain, (made_effects.effect("ffn") * delta).flatten())
+    assert len(sample.effect.unique()) == 40 and not len(sample.per_side_effect)
+    assert gain[sample.effect].abs().min() >= gain.abs().sort(descending=True).values[39]
+    assert 5 < int((gain[sample.effect] > 0).sum()) < 35
+    assert {*sample.effect.tolist()} <= {*sample.units().tolist()}
+    plain = draw(made_effects.effects, "ffn", scale, 40, 30)
+    assert not len(plain.effect)
+
+
+def test_groups_are_the_best_ten_and_the_next_ten(made_effects):
+    found, gain = draw_groups(made_effects, "ffn", 6), gains(made_effects, "ffn")
+    assert {kind: tuple(rows.shape) for kind, rows in found.items()} == dict.fromkeys(
+        ("random", "momentum", "effect"), (6, GROUP)
+    )
+    plan = made_effects.select("ffn", k=60)
+    assert torch.equal(found["momentum"].flatten(), plan.layer.long() * 576 + plan.index)
+    sums = gain[found["effect"]].sum(1)
+    assert (sums[:-1] >= sums[1:]).all() and (gain[found["effect"]] > 0).all()
+    assert gain[found["effect"][-1]].min() >= gain.sort(descending=True).values[59]
+    for rows in found.values():
+        assert len(rows.unique()) == 60
+    fewer, other = draw_groups(made_effects, "ffn", 2), draw_groups(made_effects, "ffn", 2, seed=1)
+    for kind, rows in fewer.items():
+        assert torch.equal(rows, found[kind][:2])
+    assert not torch.equal(fewer["random"], other["random"])
 
 
 def test_units_are_there_once_and_in_order(demo_momentum, scale):

@@ -23,6 +23,7 @@ def test_a_profile_of_own_texts(folder, command_line, tmp_path):
     command = ("profile", "--model", folder, "--out", out, "--neutral", texts, "--draws", 16, "--device", "cpu")
     code, printed, _ = command_line(*command)
     assert code == 0 and "16 draws of 2 texts (2 texts, " in printed and "36%" in printed
+    assert printed.startswith("will hold 0.0 GB")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["m.profile", "texts.txt"]
     made = Profile.load(out)
     assert (
@@ -31,6 +32,9 @@ def test_a_profile_of_own_texts(folder, command_line, tmp_path):
     code, printed, _ = command_line(*command, "--force", "--json", "--sites", "neuron", "--seed", 3)
     found = json.loads(printed)
     assert code == 0 and found["sites"] == ["neuron"] and found["draws"] == 16 and found["error"] == made.error
+    assert found["memory"]["rows"] == 16 * 3 * 48 * 2 and found["spread"] > 0
+    code, _, error = command_line(*command, "--force", "--error", 0.2, "--recompute")
+    assert code == 2 and "found 16, expected at least" in error
 
 
 def test_what_is_there_is_not_overwritten(folder, command_line, tmp_path):

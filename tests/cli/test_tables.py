@@ -13,13 +13,15 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 import synthetic_results
-from austeer.causal.statistics import Correlation, Difference, Findings
+from austeer.causal import Agreement, Correlation, Difference, Findings, Strength, Together
 from austeer.cli import app, causal, compare, demo, evaluate_text, tune
 from austeer.cli.common import console
 from austeer.forward.timing import Timing
 from austeer.tasks.evaluation import IntervalEstimate
 from austeer.tuning.held_out import HeldOut, Unsteered
 from austeer.tuning.tune import Trial
+from austeer.tuning.writing import Text as WrittenText
+from austeer.tuning.writing import Writing, Written
 from austeer.utils import tables
 from austeer.utils.tables import fitting
 from bench import changes, report
@@ -104,31 +106,59 @@ TRIAL = Trial("difference", LONG, "attention", "shift", 10240, 1.23e04, 0.5, 200
 SPLIT = {"measure": {"pairs": 400}, "tune": {"items": 200}, "test": {"items": 400}, "grouped_by": "prompt"}
 
 
+TEXT = WrittenText("neutral", "A [bold] trap is", " a pipe\nunder a sink " * 9, 40, 0.5, (0.5, 0.5, 0.5), -2.345, -1.0)
+WRITTEN = Written(LONG, {"attention": 0.00123, "ffn": 1.23e-05}, 1.0, 40, 0.5, (0.5,) * 3, -2.345, 1.0, "", (TEXT,))
+WRITING = Writing(
+    {"accuracy": 0.97, "texts": 96, "layer": 15},
+    replace(WRITTEN, name="unsteered", alpha=0.0),
+    [replace(WRITTEN, derailed="repeats itself: 50% of 3-grams, unsteered 2%")],
+    [replace(WRITTEN, part=0.5), replace(WRITTEN, part=1.5)],
+    [replace(WRITTEN, alpha=9.0, derailed="unlikely text: -5.0 nats a token, unsteered -2.0")],
+)
+
+
 def show_compare():
     cost = {row.name: TIMING for row in ROWS} | {"unsteered again": TIMING}
     settings = {"data": SPLIT, "max_kl": 0.1}
     compare.show(
         SimpleNamespace(
-            settings=settings, trials=[TRIAL], unsteered=UNSTEERED, held_out=ROWS, cost=cost, left_out=["a"]
-        )
+            settings=settings,
+            trials=[TRIAL],
+            unsteered=UNSTEERED,
+            held_out=ROWS,
+            cost=cost,
+            left_out=["a"],
+            writing=WRITING,
+        ),
+        1,
     )
 
 
 def show_tune():
     trials = [TRIAL, replace(TRIAL, k=3)]
     tune.show(
-        SimpleNamespace(settings={"data": SPLIT}, trials=trials, unsteered=UNSTEERED, held_out=ROWS, left_out=["a"]),
+        SimpleNamespace(
+            settings={"data": SPLIT}, trials=trials, unsteered=UNSTEERED, held_out=ROWS, left_out=["a"], writing=WRITING
+        ),
         0.1,
         10,
+        2,
     )
 
 
 def show_causal():
     size = Difference(0.01234, 0.01111, -0.123456, -0.234567, 0.345678, 1.2e-12)
-    findings = Findings(size, size, (0.5, 0.4, 0.6), CORRELATION, CORRELATION, CORRELATION)
+    spread = Agreement(75, CORRELATION, CORRELATION)
+    mixed = Agreement(125, CORRELATION, CORRELATION, CORRELATION, (0.512, -0.123, 0.845), (1.012, -0.912, 1.134))
+    findings = Findings(size, size, (0.5, 0.4, 0.6), CORRELATION, CORRELATION, spread, mixed)
     ways = {"scale": findings, "deviation": findings}
     verdict = {"scale": ["a sentence"], "deviation": ["another"]}
-    causal.show(SimpleNamespace(n=25, site="attention", items=32, log_odds=1.0, findings=ways, verdict=verdict))
+    kinds = ("random", "momentum", "effect", "per_side_effect")
+    means, kl = dict.fromkeys(kinds, (-10.123, 9.876)), dict.fromkeys(kinds, 0.01234)
+    strengths = [Strength(alpha, (0.912, 0.812, 0.965), (0.754, 0.612, 0.891), means, kl) for alpha in (1, 4.0, 16)]
+    together = Together([None] * 32, strengths)
+    about = {"n": 25, "site": "attention", "items": 32, "log_odds": 1.0}
+    causal.show(SimpleNamespace(**about, findings=ways, verdict=verdict, together=together))
 
 
 def show_demo():

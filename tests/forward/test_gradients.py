@@ -170,3 +170,16 @@ def test_a_gradient_that_is_not_finite_is_named():
     ids, mask = two_rows()
     with pytest.raises(CaptureError, match="NaN or infinite"):
         found_by_gradient(model, find_sites(model), ids, mask, torch.full((2, 6, 32), torch.inf))
+
+
+def test_a_product_without_a_derivative_is_refused():
+    """Gradients go around it by the residual stream: wrong, not missing. bitsandbytes' 4 bits on some CPUs are such."""
+    library = torch.library.Library("austeer_tests", "DEF")
+    library.define("double(Tensor x) -> Tensor")
+    library.impl("double", lambda x: 2 * x, "CPU")
+    model, (ids, mask) = tiny_model(), two_rows()
+    decoder_of(model).layers[1].mlp.down_proj.register_forward_hook(
+        lambda module, args, out: torch.ops.austeer_tests.double(out)
+    )
+    with pytest.raises(CaptureError, match="estimate_kl"):
+        found_by_gradient(model, {"ffn": find_sites(model, "ffn")["ffn"][:1]}, ids, mask, torch.ones(2, 6, 32))

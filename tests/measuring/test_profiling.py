@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import disk_offload
 
 from austeer import FileFormatError, PairsError, Profile, SelectionError, SteeringError, SteeringWarning, profile, steer
-from austeer.measuring.profiling import cached_profile, prepare_profile
 from austeer.measuring.sampled import sampled_tokens, score_gradients
 from austeer.models.structure import decoder_of
 from austeer.tasks.scoring import side_effects
@@ -167,6 +167,34 @@ def test_what_does_not_fit_is_refused(model, made):
         profile(model, Letters(), ["ffn"], TEXTS, draws=1)
     with pytest.raises(SelectionError, match="one text"):
         profile(model, Letters(), ["ffn"], TEXTS[:1], draws=2, progress=False).halves()
+
+
+@pytest.mark.parametrize("change", [{}, {"revision": "b" * 40}, {"name": "hub/other", "revision": None}])
+def test_another_model_or_revision_is_refused(model, made, change):
+    plan = shift_plan(model, ("ffn",))
+    of = replace(made.model, name="hub/one", revision="a" * 40 if change.get("revision", "") else None)
+    here, there = replace(made, model=of), replace(plan, model=replace(of, **change))
+    if not change:
+        assert here.kl(there) == made.kl(plan)
+    else:
+        with pytest.raises(SelectionError, match="expected one of hub/o"):
+            here.kl(there)
+    # What is not known of both is no reason: a local folder has any name and no revision.
+    assert here.kl(replace(plan, model=replace(of, name="folder", revision=None))) == made.kl(plan)
+
+
+def test_other_weights_are_refused(model, made, tmp_path):
+    made.check_weights(model)
+    made.check_weights(tiny_model().bfloat16())  # rounded, not other
+    tuned = tiny_model()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(1.01)
+    with pytest.raises(SelectionError, match="other weights"):
+        made.check_weights(tuned)
+    disk_offload(tuned, tmp_path, torch.device("cpu"))
+    made.check_weights(tuned)  # cannot be compared
+    profile(tuned, Letters(), SITES[:1], TEXTS, draws=5, progress=False).check_weights(model)
 
 
 def test_a_hybrid_has_the_site_in_some_layers(tmp_path):
