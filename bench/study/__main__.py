@@ -20,7 +20,7 @@ from austeer.momentum.momentum import Momentum
 from austeer.momentum.profile import Profile
 from austeer.tuning.data import Parts
 from austeer.utils.environment import environment
-from austeer.utils.tables import show_table, signed
+from austeer.utils.tables import show_table
 
 from ..files import slug
 from . import extras, summary
@@ -31,7 +31,7 @@ from .trial import MOMENTUM, Setting, run
 
 MODEL, SEEDS = "demo", 3
 
-#: The task on which numbers of pairs and profiles of other text are compared, the task of that text, and how much of it.
+#: The task on which numbers of pairs and profiles of other text are compared; the task of that text; how much of it.
 ASKED_OF, OTHER_TEXT, TEXTS, DRAWS = "tense", "reviews", 16, 96
 
 #: The task and site of the causal check; AUs, further AUs, and items of it.
@@ -48,9 +48,7 @@ def main(
     only: Annotated[str, typer.Option(help="Some tasks, separated by commas. [default: all]")] = "",
     model: Annotated[str, typer.Option("--model", "-m", help="demo, gemma, or a folder or Hub id.")] = MODEL,
     seeds: Annotated[int, typer.Option(min=1, help="Splits of each task.")] = SEEDS,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few items and one split: shows that everything works.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few items, one split: it works.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Compare AUs by effect and every other method on real tasks, and write bench's result file of it.
@@ -189,37 +187,37 @@ def show_result(content: dict[str, Any]) -> None:
         console.print(f"[bold]{name}[/], {items} held-out items in {len(trials)} splits, KL at most 0.1")
         rows = sorted(task["rows"].items(), key=lambda row: -row[1]["effect"])
         cells = [
-            [row_name, ", ".join(map(str, dict.fromkeys(row["k"]))), interval(row["effect"], row["low"], row["high"])]
-            + [interval(*row["behind"][rival]) if rival in row["behind"] else "" for rival in summary.RIVALS]
+            [
+                row_name,
+                ", ".join(map(str, dict.fromkeys(row["k"]))),
+                summary.interval(row["effect"], row["low"], row["high"]),
+            ]
+            + [summary.interval(*row["behind"][rival]) if rival in row["behind"] else "" for rival in summary.RIVALS]
             + [f"{row['kl']:.3f}"]
             for row_name, row in rows
         ]
         show_table(["method", "AUs", "effect, nats", *(f"minus {rival}" for rival in summary.RIVALS), "KL"], cells)
         console.print()
-    for line in goal_lines(content["goals"]):
-        console.print(line)
+    show_goals(content["goals"])
 
 
-def interval(mean: float | None, low: float | None, high: float | None) -> str:
-    """A mean with its 95 % interval."""
-    if mean is None:
-        return ""
-    return (
-        signed(mean, 2) if low is None or high is None else f"{signed(mean, 2)} [{signed(low, 2)}, {signed(high, 2)}]"
-    )
-
-
-def goal_lines(goals: dict[str, Any]) -> list[str]:
-    """Both goals in words, each met or missed, with what it depends on."""
-    ten, hundred = goals["ten"], goals["hundred"]
-    lines = [f"{'met' if ten['met'] else 'missed'}: {ten['row']}, above each method without gradients on every task"]
-    for name, leads in ten["leads"].items():
-        lines.append(f"  {name}: " + "; ".join(f"minus {rival} {interval(*lead)}" for rival, lead in leads.items()))
-    words = "not below the dense vectors by gradients, on the mean over tasks"
-    lines.append(f"{'met' if hundred['met'] else 'missed'}: {hundred['row']}, {words}")
-    for rival, found in hundred["means"].items():
-        lines.append(f"  minus {rival} {interval(*found['lead'])}, {found['tasks']} tasks")
-    return lines
+def show_goals(goals: dict[str, Any]) -> None:
+    """Both goals, each met or missed, and what that depends on."""
+    for goal, words in (
+        (goals["ten"], "above each method without gradients on every task"),
+        (goals["hundred"], "not below dense vectors by gradients, on the mean over tasks"),
+    ):
+        console.print(f"[bold]{'met' if goal['met'] else 'missed'}[/]: {goal['row']}:\n{words}")
+        if "leads" in goal:
+            lines = [
+                [task, rival, summary.interval(*lead)]
+                for task, found in goal["leads"].items()
+                for rival, lead in found.items()
+            ]
+            show_table(["task", "minus", "nats [95 %]"], lines)
+        else:
+            lines = [[rival, str(row["tasks"]), summary.interval(*row["lead"])] for rival, row in goal["means"].items()]
+            show_table(["minus", "tasks", "nats [95 %]"], lines)
 
 
 def write(out: Path, content: dict[str, Any], quick: bool) -> None:
