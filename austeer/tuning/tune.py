@@ -158,13 +158,10 @@ def tune(
     options = SearchOptions(
         *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
-    rank = ("momentum" if profile is None else "effect") if rank is None else rank
-    if rank not in ("momentum", "effect"):
-        raise TaskError(f"rank: found {rank!r}, expected 'momentum' or 'effect'")
-    by_effect = rank == "effect"
+    by_effect = _is_by_effect(rank, profile)
     if by_effect:
         options = replace(options, operations=("shift",))
-    settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix, "rank": rank}
+    settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix, "by_effect": by_effect}
     prepared = prepare(
         *(model, tokenizer, data, options),
         sites=options.sites,
@@ -216,6 +213,13 @@ def tune(
         seconds=clock.spent,
         environment=environment(),
     )
+
+
+def _is_by_effect(rank: str | None, profile: Profile | None) -> bool:
+    rank = ("momentum" if profile is None else "effect") if rank is None else rank
+    if rank not in ("momentum", "effect"):
+        raise TaskError(f"rank: found {rank!r}, expected 'momentum' or 'effect'")
+    return rank == "effect"
 
 
 def _group(arm: Arm) -> str:
