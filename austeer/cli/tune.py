@@ -27,7 +27,10 @@ def tune(
         "runs/tune"
     ),
     momentum: options.Momentum = None,
-    sites: options.Sites = "attention,ffn",
+    sites: Annotated[
+        str | None,
+        typer.Option(help="Separated by commas. [default: attention,ffn; by effect attention,neuron]"),
+    ] = None,
     operations: options.Operations = "scale,push,shift",
     ks: options.Ks = "3,10,30,100,300",
     max_kl: options.MaxKl = 0.1,

@@ -12,6 +12,7 @@ from torch import nn
 from ..baselines import arms as arms_of
 from ..baselines.arm import Arm, Candidate
 from ..errors import TaskError
+from ..models.sites import available
 from ..momentum.momentum import Momentum
 from ..momentum.profile import Profile
 from ..pairs.pairs import Pairs
@@ -33,6 +34,8 @@ from .search import SearchResult, Standing, Step, judged, no_bars, outcome_of, s
 from .writing import Writer, Writing, first_not_derailed
 
 SITES = ("attention", "ffn")
+#: By effect the first two of these that a model has.
+BY_EFFECT = ("attention", "neuron", "ffn")
 KS = (3, 10, 30, 100, 300)
 MAX_KL = 0.1
 
@@ -103,7 +106,7 @@ def tune(
     data: Task | Pairs | Parts,
     *,
     momentum: Momentum | None = None,
-    sites: Sequence[str] = SITES,
+    sites: Sequence[str] | None = None,
     operations: Sequence[str] = OPERATIONS,
     ks: Iterable[int] = KS,
     max_kl: float = MAX_KL,
@@ -136,7 +139,8 @@ def tune(
         model: a Transformers decoder. tokenizer: its own.
         data: pairs, or a task with options (:func:`austeer.tasks.load_task`); or parts of them, split elsewhere.
         momentum: of other pairs than ``data``'s; by default counted on a part of the data.
-        sites, operations, ks: what is searched.
+        sites, operations, ks: what is searched; sites by default attention and ffn, or by effect attention and neuron,
+            where the model has it.
         max_kl: the limit on KL(unsteered || steered), nats a token.
         budget: seconds for all of it; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
@@ -154,13 +158,12 @@ def tune(
         SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
         FileFormatError: ``folder`` holds another search.
     """
-    clock = Budget(budget)
+    clock, by_effect = Budget(budget), _is_by_effect(rank, profile)
+    sites = sites or (available(model, BY_EFFECT)[:2] if by_effect else SITES)
+    operations = ("shift",) if by_effect else operations
     options = SearchOptions(
         *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
-    by_effect = _is_by_effect(rank, profile)
-    if by_effect:
-        options = replace(options, operations=("shift",))
     settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix, "by_effect": by_effect}
     prepared = prepare(
         *(model, tokenizer, data, options),
