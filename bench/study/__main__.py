@@ -173,6 +173,7 @@ def _causal(setting: Setting, parts: Parts, folder: Path, show: bool | None) -> 
         *(setting.model, setting.tokenizer, parts.tune.take(CAUSAL_ITEMS), momentum, CAUSAL_SITE),
         n=CAUSAL_N,
         sample=CAUSAL_SAMPLE,
+        profile=setting.profile,
         record=folder / "causal.jsonl",
         progress=show,
     ).to_json()
