@@ -10,6 +10,7 @@ from scipy import stats
 from ..study.rows import CAA, ITI, KINDS
 from ..study.summary import interval
 from .load import Result, Results, slug
+from .study import causal_tables
 from .tables import table
 
 #: What a row's kind is called.
@@ -153,6 +154,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 def values(result: Result) -> Iterator[tuple[str, object]]:
     """Numbers for sentences: ``<task>.<row>.<effect|low|high|kl>``, the row's name as a slug."""
     yield "minutes", result.content["seconds"] / 60
+    yield from causal_tables(result.content["tasks"])
     for name, task in result.content["tasks"].items():
         for row_name, row in task["rows"].items():
             for key in ("effect", "low", "high", "kl"):

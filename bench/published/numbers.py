@@ -14,7 +14,8 @@
 <device>.study.seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost, .<task>.table
 <device>.study.causal.predicted, .causal.together           tables; empty where effects were not measured
 <device>.study.<task>.<method>.<operation>.<effect|low|high|accuracy|kl|k>
-<device>.study.<model>.minutes, .figure; .<task>.<row>.<effect|low|high|kl>     of trials: see methods.py
+<device>.study.<model>.minutes, .figure, .causal, .causal.predicted, .causal.together    of trials: see methods.py
+<device>.study.<model>.<task>.<row>.<effect|low|high|kl>
 study.methods                           a block, of all models: goals and tables of the study of trials
 serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
 efficiency.<section>, .summary                  blocks: see efficiency.py

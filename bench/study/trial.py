@@ -44,12 +44,14 @@ class Setting:
 
     Attributes:
         profile: of the model, at all sites that are measured. step: opens progress bars.
+        seconds: what the profile took.
     """
 
     model: nn.Module
     tokenizer: Any
     profile: Profile
     step: Step = no_bars
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:

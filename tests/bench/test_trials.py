@@ -7,50 +7,63 @@ import pytest
 
 import austeer
 from austeer.cli.common import to_json
-from austeer.errors import ModelError, TaskError
+from austeer.errors import FileFormatError, ModelError, TaskError
 from austeer.tasks import Task
 from austeer.tuning.data import Parts
 from bench.published import methods
 from bench.published.load import Result, Results
+from bench.study import __main__ as command
 from bench.study import extras, gemma, summary, trial
 from bench.study.__main__ import chosen_subjects, content_of, show_result
-from bench.study.rows import CAA, ITI, MEASURED, NEWTON, SADI, TRAINED, middle_layers, predicted_name
+from bench.study.rows import CAA, ITI, NEWTON, SADI, TRAINED, middle_layers, predicted_name
 from bench.study.subjects import SUBJECTS, Subject, parts_of
 from searches import NEUTRAL
 
 SENTIMENT = next(subject for subject in SUBJECTS if subject.name == "sentiment")
 
 
+#: Items measured, tuned on and held out; and how the command is given.
+ITEMS = (24, 9, 6)
+OPTIONS = {"data": None, "only": "", "seeds": 3, "model": "tiny", "quick": True, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_of, demo):
+    return tiny_of("llama", num_hidden_layers=8), demo[1]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def few_texts():
-    """Strengths on short texts, and few of them: what takes most of a trial's time."""
+def small(loaded):
+    """A tiny model, and strengths on short texts, and few of them: what takes most of a trial's time."""
+    changes = {"load": lambda name, dtype, device: loaded, "QUICK": ITEMS, "QUICK_DRAWS": 12}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "neutral_texts", lambda part="": NEUTRAL)
-        patch.setattr(trial, "TEXTS", 1)
-        patch.setattr(trial, "FINAL_TEXTS", 2)
+        for name, value in (changes | {"CAUSAL_N": 2, "CAUSAL_SAMPLE": 4, "CAUSAL_ITEMS": 4}).items():
+            patch.setattr(command, name, value)
+        for name, value in {"neutral_texts": lambda part="": NEUTRAL, "TEXTS": 1, "FINAL_TEXTS": 2}.items():
+            patch.setattr(trial, name, value)
         yield
 
 
 @pytest.fixture(scope="module")
-def setting(tiny_of, demo):
-    model = tiny_of("llama", num_hidden_layers=8)
-    profile = austeer.profile(model, demo[1], MEASURED, draws=12, progress=False)
-    return trial.Setting(model, demo[1], profile)
-
-
-@pytest.fixture(scope="module")
 def parts():
-    return parts_of(SENTIMENT, None, 0, (24, 9, 6))
+    return parts_of(SENTIMENT, None, 0, ITEMS)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("study")
+    folder = tmp_path_factory.mktemp("study")
+    command.main(**OPTIONS, out=folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def found(setting, parts, folder):
-    return trial.run(setting, parts, folder / "sentiment-0", True)
+def setting(folder, loaded):
+    return trial.Setting(*loaded, austeer.Profile.load(folder / "profile.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return json.loads((folder / "sentiment-0" / "trial.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +92,19 @@ def test_every_method_is_at_the_same_limit_on_the_same_items(found, parts):
     }
 
 
-def test_a_trial_is_not_run_again(setting, parts, folder, found, monkeypatch):
-    monkeypatch.setattr(trial, "Trial", None)
-    assert trial.run(setting, parts, folder / "sentiment-0", True) == json.loads(json.dumps(found))
+def test_given_again_the_command_measures_nothing(folder, monkeypatch, capsys):
+    (path,) = folder.glob("study-quick-*.json")
+    first = json.loads(path.read_text())
+    assert first["kind"] == "study" and [*first["trials"]] == ["sentiment"]
+    assert first["tasks"]["sentiment"]["causal"]["findings"]
+    path.unlink()
+    for where, name in ((trial, "Trial"), (trial, "kept_momentum"), (command, "causal_check"), (austeer, "profile")):
+        monkeypatch.setattr(where, name, None)
+    command.main(**OPTIONS, out=folder)
+    assert {**json.loads(path.read_text()), "environment": {}} == {**first, "environment": {}}
+    assert "missed: effect predicted 100" in capsys.readouterr().out
+    with pytest.raises(FileFormatError, match=r"'quick': True.*'quick': False"):
+        command.main(**OPTIONS | {"quick": False}, out=folder)
 
 
 def test_an_interrupted_trial_goes_on(setting, parts, folder, found, monkeypatch):
