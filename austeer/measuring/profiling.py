@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import CaptureError, FileFormatError, PairsError, SteeringWarning, check_count
 from ..forward.causality import is_causal, plain_batches
 from ..forward.gradients import ShiftGradients
+from ..forward.logits import expect_head
 from ..forward.neutral import PACKAGED, neutral_ids, neutral_texts
 from ..forward.tokens import check_vocabulary
 from ..models.sites import Layout, available, find_sites, fingerprint, layers_path
@@ -245,6 +246,7 @@ def prepare_profile(
     each = _draws_a_text(draws, error, [len(row) - 1 for row in ids])
     batch_tokens = check_count("batch_tokens", batch_tokens, 2**40, "tokens in a batch", PairsError)
     found = find_sites(model, available(model, SITES, layout) if sites is None else sites, layout)
+    expect_head(model)
     if not is_causal(model, layout):
         raise CaptureError(
             f"{type(model).__name__}: found bidirectional attention, expected a causal model: in one pass each token "

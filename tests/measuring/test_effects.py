@@ -139,3 +139,32 @@ def test_what_cannot_have_effects_is_refused():
     with pytest.raises(CaptureError, match=r"no head"):
         measured(model.model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Begun(Letters):
+    """Begins every text with a token of its own."""
+
+    bos_token_id = 1
+
+    def __call__(self, texts, add_special_tokens=True, **options):
+        ids = super().__call__(texts)["input_ids"]
+        return {"input_ids": [[1, *row] for row in ids] if add_special_tokens else ids}
+
+
+def test_texts_that_are_too_long_are_cut_at_one_place_for_effects():
+    """Where each were cut by itself, the prompts of a pair would no longer be alike, and be taken for answers."""
+    model, prompt = tiny_model(), "a view of the river and its many boats"
+    pairs = [(prompt + end, " is", " was not good") for end in ("", " here")]
+    kept = [(row[0][len(row[0]) - 6 :], *row[1:]) for row in pairs]  # 20 tokens: 1, 6 of the prompt, 13 of the longer
+    options = {"effects": True, "progress": False}
+    long = austeer.measure(model, Begun(), pairs, ["ffn"], max_length=20, **options)
+    short = austeer.measure(model, Begun(), kept, ["ffn"], **options)
+    assert long.cut > 0
+    torch.testing.assert_close(long.effect("ffn"), short.effect("ffn"))
+
+
+def test_under_inference_mode_too():
+    model = tiny_model()
+    with torch.inference_mode():
+        found = measured(model)
+    torch.testing.assert_close(found.effect("ffn"), measured(model).effect("ffn"))

@@ -38,7 +38,8 @@ def random_candidates(units=60, draws=12, seed=0):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     rows = some(draws, units).float()
-    return Candidates(("ffn",), (units,), some(units), some(units), rows.double().square().sum(0), rows)
+    scale = rows.double().square().sum(0).mean().expand(units)
+    return Candidates(("ffn",), (units,), some(units), some(units), rows.double().square().sum(0), rows, scale)
 
 
 def shrunk(found, shrinkage, damping):

@@ -33,7 +33,8 @@ def test_a_strength_has_the_kl_that_it_was_asked_for(points, kl):
 def test_small_strengths_follow_the_square_and_prediction_and_measurement_are_of_one_k():
     dose = DOSE.with_measured([Point(2, 2.0, 0.1)])
     assert dose.alpha(0.025, 2) == pytest.approx(1.0), "below what was measured"
-    assert dose.alpha(0.004, 3) == pytest.approx((0.004 / 0.003) ** 0.5), "of another k nothing was measured"
+    assert DOSE.alpha(0.004, 3) == pytest.approx((0.004 / 0.003) ** 0.5)
+    assert dose.alpha(0.15, 3) == pytest.approx(2.0), "of another k nothing was measured, and this corrects it"
     assert dose.kl_of(0.0) == 0 and dose.effect_of(3.0, 2) == 3.0 and replace(dose, effect=()).effect_of(3.0) is None
     assert dose.top(1) == replace(DOSE, kl=DOSE.kl[:1], effect=DOSE.effect[:1])
     falling = dose.with_measured([Point(2, 3.0, 0.05)])  # noise: no strength has less than a smaller one
@@ -89,3 +90,15 @@ def test_whole_texts_travel_up_to_a_number_of_tokens():
     texts = [torch.arange(200) for _ in range(4)]
     assert [len(row) for row in some_ids(texts)] == [200, 200]
     assert [len(row) for row in some_ids([torch.arange(9000)])] == [MEASURED_TOKENS]
+
+
+def test_small_strengths_keep_to_the_prediction_and_other_numbers_of_aus_are_corrected_too():
+    """Far beyond the linear range a plan does less than predicted, and for small strengths as predicted."""
+    dose = DOSE.with_measured([Point(4, 20.0, 0.4)])  # predicted: 1.6
+    assert dose.kl_of(0.01) == pytest.approx(0.004 * 0.01**2, rel=0.01)
+    assert dose.alpha(0.4, 4) == pytest.approx(20.0)
+    assert dose.kl_of(20.0, 2) == pytest.approx(0.2), "of two AUs nothing was measured"
+    values = [dose.kl_of(alpha) for alpha in (1, 2, 5, 10, 19.99, 20.01, 40)]
+    assert values == sorted(values)
+    more = DOSE.with_measured([Point(4, 2.0, 0.4)])  # predicted: 0.016
+    assert [more.kl_of(alpha) for alpha in (0.5, 1, 4)] == pytest.approx([0.025, 0.1, 1.6]), "all were too small"
