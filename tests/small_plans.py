@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from austeer import Plan
 from austeer.models.sites import Fingerprint
 from austeer.plans import files as plan_files
+from austeer.plans.dose import Dose, Point
 from austeer.plans.evidence import Evidence, Outcome, Overhead
 from austeer.plans.files import FORMAT, VERSION
 
@@ -48,6 +50,10 @@ EVIDENCE = Evidence(
 )
 KNOWN = PLAN.with_evidence(EVIDENCE)
 
+#: Of three AUs; at alpha = 1 all of them have a KL of 0.1 and an effect of 0.6 nats.
+DOSE = Dose((0.04, 0.05, 0.1), (0.5, 0.7, 0.6), 0.1, "neutral text", ((1, 2, 3), (4, 5)), (Point(3, 0.5, 0.03),))
+DOSED = replace(PLAN, operation="shift", rank="effect", step="newton", dose=DOSE)
+
 
 # --- plan files, built by hand ---
 
@@ -60,7 +66,9 @@ TORCH_NAMES |= {"F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "F8_E4M3":
 
 def outside(tensors, metadata=None):
     """The beginning of a safetensors file: its header as it is given, with its length before it."""
-    text = json.dumps({"__metadata__": metadata or {"format": FORMAT, "version": "2", "header": "{}"}, **tensors})
+    text = json.dumps(
+        {"__metadata__": metadata or {"format": FORMAT, "version": str(VERSION), "header": "{}"}, **tensors}
+    )
     return struct.pack("<Q", len(text)) + text.encode()
 
 

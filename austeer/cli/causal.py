@@ -12,6 +12,7 @@ from ..utils.tables import show_table, signed
 from . import common
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, Split, System, Where, console, note
 from .search_text import show_value
+from .strength import parse_alphas
 
 if TYPE_CHECKING:
     from ..causal import CausalResult, Correlation, Difference, Together
@@ -98,7 +99,7 @@ def causal(
     measured = Momentum.load(momentum)
     measured.counters(site)
     made = None if profile is None else Profile.load(profile)
-    strengths = common.parse_alphas(alpha) or ALPHAS
+    strengths = parse_alphas(alpha) or ALPHAS
     task = load_task(held_out, template, where=common.parse_where(where), split=split).take(items, seed)
     if force:
         record.unlink(missing_ok=True)

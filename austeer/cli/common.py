@@ -134,22 +134,6 @@ def _json_value(text: str) -> Any:
         return text
 
 
-def parse_alphas(values: Sequence[str] | None) -> list[float]:
-    """The strengths of ``--alpha``: repeated, or several with commas between."""
-    from ..errors import AusteerError
-
-    found = []
-    for text in (part for value in values or () for part in value.split(",")):
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise AusteerError(f"--alpha: found {text.strip()!r}, expected a number such as -2.5, or several: 2,-2")
-        found.append(number)
-    return found
-
-
 def next_line(*words: object) -> str:
     """The command to give next, quoted for a shell; names of files may hold blanks."""
     return "next: " + shlex.join(map(str, words))

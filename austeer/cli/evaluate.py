@@ -12,8 +12,11 @@ from . import common
 from .common import Chat, ChatOption, Device, DType, Force, Json, Quiet, Split, System, Where
 from .evaluate_text import list_templates, show, show_lm_eval
 from .search_options import Neutral, Template, read_neutral
+from .strength import KL, ProfileFile, alphas_at, parse_alphas, parse_kls, with_doses
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..plans.plan import Plan
     from ..tasks import Variant
 
@@ -59,6 +62,8 @@ def evaluate(
     template: Template = None,
     plan: Plans = None,
     alpha: Alphas = None,
+    kl: KL = None,
+    profile: ProfileFile = None,
     k: Annotated[list[int] | None, typer.Option(help="Only the k most important AUs; as --alpha.", min=1)] = None,
     where: Where = None,
     split: Split = None,
@@ -102,12 +107,17 @@ def evaluate(
     if out is not None:
         common.check_writable(out, force)
     texts, form = read_neutral(neutral), common.chat_form(chat, chat_option, system)
-    variants = checked_variants(make_variants(plan or [], common.parse_alphas(alpha), k or [], Plan.from_pretrained))
+    kls = parse_kls(kl, alpha or (), profile)
+    asked = make_variants(
+        plan or [], kls or parse_alphas(alpha), k or [], Plan.from_pretrained, "kl" if kls else "alpha"
+    )
+    variants = checked_variants(asked)
+    strong = at_kl(variants, profile) if kls else lambda network: variants
     if lm_eval is not None:
         ignored = {"--template": template, "--where": where, "--split": split, "--neutral": neutral}
         for name in (name for name, value in ignored.items() if value):
             raise AusteerError(f"{name}: found it beside --lm-eval, whose tasks have their own data; leave it out")
-        scores = lm_eval_scores(lm_eval, lm_eval_path, model, dtype, device, variants, limit=limit, chat=form)
+        scores = lm_eval_scores(lm_eval, lm_eval_path, model, dtype, device, strong, limit=limit, chat=form)
         if out is not None:
             common.write_json(out, scores)
         common.emit(scores) if json else show_lm_eval(scores["lm_eval"])
@@ -122,7 +132,7 @@ def evaluate(
     common.note_chat_form({name: variant.plan for name, variant in variants.items()}, form)
     show_bar = False if quiet else None
     result = evaluate_task(
-        network, tokenizer, loaded, variants, neutral=texts, max_new_tokens=max_new_tokens, progress=show_bar
+        network, tokenizer, loaded, strong(network), neutral=texts, max_new_tokens=max_new_tokens, progress=show_bar
     )
     if out is not None:
         common.write_json(out, result.to_json())
@@ -152,7 +162,7 @@ def lm_eval_scores(
     model: str,
     dtype: str,
     device: str | None,
-    variants: dict[str, Variant],
+    strong: Callable[[nn.Module], dict[str, Variant]],
     **options: Any,
 ) -> dict[str, Any]:
     """What lm-eval finds on its own tasks."""
@@ -160,13 +170,40 @@ def lm_eval_scores(
 
     names = check_tasks(common.split_names(tasks), path)
     network, tokenizer = common.load(model, dtype, device)
-    return {"model": model, "lm_eval": lm_evaluate(network, tokenizer, names, variants, include_path=path, **options)}
+    scores = lm_evaluate(network, tokenizer, names, strong(network), include_path=path, **options)
+    return {"model": model, "lm_eval": scores}
+
+
+def at_kl(variants: dict[str, Variant], file: Path | None) -> Callable[[nn.Module], dict[str, Variant]]:
+    """What finds, on a model, the strengths of variants whose strength is given as a KL.
+
+    Args:
+        file: a profile, for plans without a dose.
+
+    Raises:
+        SteeringError: a plan that has no dose and gets none.
+    """
+    plans, made = with_doses({name: variant.plan for name, variant in variants.items()}, file)
+
+    def strong(network: nn.Module) -> dict[str, Variant]:
+        kls: dict[str, Any] = {name: variant.alpha for name, variant in variants.items()}
+        found = alphas_at(network, plans, kls, {name: variant.k for name, variant in variants.items()}, made)
+        return {name: variant._replace(alpha=found[name]) for name, variant in variants.items()}
+
+    return strong
 
 
 def make_variants(
-    plans: Sequence[str], alphas: Sequence[float], ks: Sequence[int], read: Callable[[str], Plan]
+    plans: Sequence[str],
+    alphas: Sequence[float],
+    ks: Sequence[int],
+    read: Callable[[str], Plan],
+    unit: str = "alpha",
 ) -> dict[str, Variant]:
     """The steerings that --plan, --alpha and --k ask for, by a name for each.
+
+    Args:
+        unit: "kl" where ``alphas`` are those of --kl.
 
     Raises:
         TaskError: numbers of options that do not go together, or the same steering twice.
@@ -174,7 +211,7 @@ def make_variants(
     from ..errors import TaskError
     from ..tasks import Variant
 
-    for name, given in (("--alpha", alphas), ("--k", ks)):
+    for name, given in ((f"--{unit}", alphas), ("--k", ks)):
         if given and not plans:
             raise TaskError(f"{name}: found {given[0]} and no plan, expected --plan")
         if len(plans) > 1 and len(given) not in (0, 1, len(plans)):
@@ -189,7 +226,7 @@ def make_variants(
     for source, alpha, k in zip(sources, strengths, numbers):
         name = short[source]
         if sources.count(source) > 1:  # told apart by what differs
-            name += f", alpha {alpha:.12g}" if alpha is not None and len(set(strengths)) > 1 else ""
+            name += f", {unit} {alpha:.12g}" if alpha is not None and len(set(strengths)) > 1 else ""
             name += f", k {k}" if k is not None and len(set(numbers)) > 1 else ""
         if name in found:
             raise TaskError(f"--plan: found {name} twice, expected different plans, strengths or numbers of AUs")

@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Json, Model, Quiet, console, emit, next_line, note, parse_alphas
+from .common import Json, Model, Quiet, console, emit, next_line, note
+from .strength import KL, ProfileFile, parse_alphas, parse_kls, with_doses
+
+if TYPE_CHECKING:
+    from ..plans.plan import Plan
 
 Plans = Annotated[list[str], typer.Argument(help="A plan's folder or Hub id; effects of several add up.")]
 Alphas = Annotated[
@@ -41,6 +45,8 @@ def lora(
     model: Model,
     out: Out,
     alpha: Alphas = None,
+    kl: KL = None,
+    profile: ProfileFile = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. [default: the weights' own]", show_default=False)
     ] = None,
@@ -66,9 +72,10 @@ def lora(
     from ..export.output_files import RECORD, gigabytes
     from ..plans.serving import vllm_rank
 
+    plans, predicted = read_plans(plan, alpha, kl, profile)
     with warnings_as_notes():
         export_lora(
-            read_plans(plan, alpha),
+            plans,
             model,
             out,
             dtype=dtype,
@@ -90,14 +97,15 @@ def lora(
         "bytes": size,
         "vllm_max_lora_rank": vllm_rank(config["r"]),
         "plans": record["plans"],
+        "predicted": predicted or None,
     }
     if json:
         emit(found)
         return
     layers = count_of(len(record["layers"]), "layer")
     console.print(
-        f"rank {config['r']}, {count_of(found['modules'], 'module')}, AUs in {layers}, {gigabytes(size)}\nwrote {out}\n"
-        + _next(found, peft_only=lora_bias or experts),
+        f"rank {config['r']}, {count_of(found['modules'], 'module')}, AUs in {layers}, {gigabytes(size)}\n"
+        f"{_predicted_line(predicted)}wrote {out}\n" + _next(found, peft_only=lora_bias or experts),
         markup=False,
     )
 
@@ -108,6 +116,8 @@ def checkpoint(
     model: Model,
     out: Out,
     alpha: Alphas = None,
+    kl: KL = None,
+    profile: ProfileFile = None,
     copy: Annotated[bool, typer.Option("--copy", help=_COPY)] = False,
     force: Force = False,
     json: Json = False,
@@ -124,10 +134,9 @@ def checkpoint(
     from ..export.model_weights import INDEX
     from ..export.output_files import RECORD, gigabytes
 
+    plans, predicted = read_plans(plan, alpha, kl, profile)
     with warnings_as_notes():
-        export_checkpoint(
-            read_plans(plan, alpha), model, out, force=force, link=not copy, progress=False if quiet else None
-        )
+        export_checkpoint(plans, model, out, force=force, link=not copy, progress=False if quiet else None)
     record = json_module.loads((out / RECORD).read_text(encoding="utf-8"))
     files = sorted(file for file in out.rglob("*.safetensors"))
     own = [file for file in files if file.stat().st_nlink == 1]
@@ -140,6 +149,7 @@ def checkpoint(
         "bytes": sum(file.stat().st_size for file in own),
         "settings": record.get("biases", {}).get("settings", []),
         "plans": record["plans"],
+        "predicted": predicted or None,
         "sharded": (out / INDEX).is_file(),
     }
     if "base" in record:
@@ -153,7 +163,7 @@ def checkpoint(
     console.print(
         f"weight files: {len(files) - found['linked']} written ({gigabytes(found['bytes'])}), {found['linked']} linked"
         f"{biases}\n"
-        f"wrote {out}\n" + next_line("vllm", "serve", out, *unread),
+        f"{_predicted_line(predicted)}wrote {out}\n" + next_line("vllm", "serve", out, *unread),
         markup=False,
     )
 
@@ -164,6 +174,8 @@ def gguf(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to make, FILE.gguf.")],
     alpha: Alphas = None,
+    kl: KL = None,
+    profile: ProfileFile = None,
     dtype: Annotated[str, typer.Option(help="Of an adapter: float32 or float16.")] = "float32",
     architecture: Annotated[
         str | None, typer.Option(help="general.architecture of the model's GGUF. [default: its family's]")
@@ -181,7 +193,7 @@ def gguf(
     from ..export.gguf import export_gguf
     from ..export.output_files import gigabytes
 
-    plans = read_plans(plan, alpha)
+    plans, predicted = read_plans(plan, alpha, kl, profile)
     with warnings_as_notes():
         export_gguf(
             plans,
@@ -196,12 +208,20 @@ def gguf(
     size = out.stat().st_size
     if json:
         kind = "controlvector" if vector else "lora"
-        emit({"file": out, "kind": kind, "bytes": size, "alphas": [strength for _, strength in plans]})
+        emit(
+            {
+                "file": out,
+                "kind": kind,
+                "bytes": size,
+                "alphas": [strength for _, strength in plans],
+                "predicted": predicted or None,
+            }
+        )
         return
     option = "--control-vector" if vector else "--lora"
     console.print(
         f"{'control vector' if vector else 'LoRA adapter'}, {gigabytes(size)}\n"
-        f"wrote {out}\n" + next_line("llama-server", "-m", "MODEL.gguf", option, out),
+        f"{_predicted_line(predicted)}wrote {out}\n" + next_line("llama-server", "-m", "MODEL.gguf", option, out),
         markup=False,
     )
 
@@ -219,15 +239,31 @@ def _next(found: dict[str, Any], peft_only: bool) -> str:
     return next_line("vllm", "serve", found["model"], "--enable-lora", *more, "--lora-modules", f"{out.name}={out}")
 
 
-def read_plans(names: Sequence[str], alphas: Sequence[str] | None) -> list:
-    """Plans from folders or the Hub, each with its strength."""
+def read_plans(
+    names: Sequence[str], alphas: Sequence[str] | None, kl: Sequence[str] | None, profile: Path | None
+) -> tuple[list[tuple[Plan, float]], dict[str, float]]:
+    """Plans from folders or the Hub, each with its strength; and, with --kl, what was predicted."""
     from ..errors import PlanError
+    from ..export.edits import with_alphas
     from ..plans.plan import Plan
 
-    given = parse_alphas(alphas) or [1.0]
+    given, kls = parse_alphas(alphas) or [1.0], parse_kls(kl, alphas or (), profile)
     if len(given) not in (1, len(names)):
         raise PlanError(f"--alpha: found {len(given)} for {len(names)} plans, expected one, or one for each plan")
-    return list(zip(map(Plan.from_pretrained, names), given if len(given) > 1 else given * len(names)))
+    if len(kls) > 1:
+        raise PlanError(f"--kl: found {len(kls)}, expected one, of one plan")
+    plans = list(map(Plan.from_pretrained, names))
+    if not kls:
+        return list(zip(plans, given if len(given) > 1 else given * len(plans))), {}
+    found = with_alphas([with_doses({name: plan}, profile)[0][name] for name, plan in zip(names, plans)], kl=kls[0])
+    return found, {"kl": kls[0], "alpha": found[0][1]}
+
+
+def _predicted_line(predicted: dict[str, float]) -> str:
+    """Which strength a KL has become: no model is run here, so it is a prediction."""
+    if not predicted:
+        return ""
+    return f"alpha {predicted['alpha']:.4g}, predicted for a KL of {predicted['kl']:g} nats a token\n"
 
 
 @contextmanager

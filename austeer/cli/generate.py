@@ -11,8 +11,12 @@ import typer
 
 from . import common
 from .common import Chat, ChatOption, Device, DType, Json, Model, System, console
+from .strength import KL, ProfileFile, alphas_at, parse_alphas, parse_kls, with_doses
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..momentum.profile import Profile
     from ..plans.plan import Plan
 
 
@@ -35,6 +39,8 @@ def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue; may be repeated.")],
     alpha: Alphas = None,
+    kl: KL = None,
+    profile: ProfileFile = None,
     k: Annotated[int | None, typer.Option(help="Only the k most important AUs. [default: all]")] = None,
     scope: Annotated[
         str,
@@ -68,9 +74,9 @@ def generate(
 
     plans = dict(zip(common.plan_names(plan), map(Plan.from_pretrained, plan)))
     only = next(iter(plans.values())) if len(plans) == 1 else None
-    recommended = {name: _recommended(loaded) for name, loaded in plans.items()}
-    own = recommended[next(iter(plans))] if only is not None else recommended
-    strengths: list[Any] = list(dict.fromkeys(common.parse_alphas(alpha))) or [own]
+    strengths: list[Any] = list(dict.fromkeys(parse_alphas(alpha))) or [_recommended(plans)]
+    kls = list(dict.fromkeys(parse_kls(kl, alpha or (), profile)))
+    steered, made = with_doses(plans, profile) if kls else (plans, None)
     form = common.chat_form(chat, chat_option, system)
     network, tokenizer = common.load(model, dtype, device)
     common.note_chat_form(plans, form)
@@ -83,12 +89,15 @@ def generate(
         seed=seed,
         temperature=temperature if sample else None,
     )
+    if kls:
+        strengths = [_at_kl(network, steered, one, k, made) for one in kls]
+    labels = [f"kl {one:.12g}" for one in kls] or _labels(strengths)
     steering = steer(network, only or plans, strengths[0], k=k, scope=_scope(scope), mode=mode)
     results: dict[str, list[str]] = {}
     if only is not None:
         results["unsteered"] = write(prompts=prompt)
     with steering:
-        for strength, label in zip(strengths, _labels(strengths)):
+        for strength, label in zip(strengths, labels):
             steering.alpha = strength
             if only is not None:
                 results[label] = write(prompts=prompt)
@@ -100,22 +109,37 @@ def generate(
                 part = texts[number * len(prompt) : (number + 1) * len(prompt)]
                 results["unsteered" if row is None else f"{row}, {label}"] = part
     if json:
-        shown = {"report": [asdict(row) for row in steering.report()]} if report else {}
+        shown: dict[str, Any] = {"alphas": dict(zip(labels, strengths))} if kls else {}
+        shown |= {"report": [asdict(row) for row in steering.report()]} if report else {}
         common.emit({"prompts": prompt, "continuations": results, **shown})
         return
-    width = max(12, *map(len, results))
-    for i, text in enumerate(prompt):
-        console.print(f"[bold]{_plain(text)}[/]")
-        for name, texts in results.items():
-            console.print(f"  [cyan]{name:<{width}}[/] {_plain(texts[i])}")
+    for one, strength in zip(labels, strengths) if kls else ():
+        console.print(f"{one}: alpha {_number(strength, 4)}", markup=False)
+    _show(prompt, results)
     if report:
         console.print(str(steering.report()))
 
 
-def _recommended(plan: Plan) -> float | dict[str, float]:
-    """The strength that the plan's evidence says to start with; 1 where there is none."""
-    alpha = plan.evidence.alpha if plan.evidence else None
-    return 1.0 if alpha is None else alpha
+def _show(prompts: Sequence[str], results: dict[str, list[str]]) -> None:
+    """Each prompt with its continuations."""
+    width = max(12, *map(len, results))
+    for i, text in enumerate(prompts):
+        console.print(f"[bold]{_plain(text)}[/]")
+        for name, texts in results.items():
+            console.print(f"  [cyan]{name:<{width}}[/] {_plain(texts[i])}")
+
+
+def _recommended(plans: dict[str, Plan]) -> Any:
+    """The strength that each plan's evidence says to start with, 1 where there is none; of one plan without a name."""
+    found = {name: plan.evidence.alpha if plan.evidence else None for name, plan in plans.items()}
+    strengths = {name: 1.0 if alpha is None else alpha for name, alpha in found.items()}
+    return next(iter(strengths.values())) if len(strengths) == 1 else strengths
+
+
+def _at_kl(network: nn.Module, plans: dict[str, Plan], kl: float, k: int | None, profile: Profile | None) -> Any:
+    """The strength at which each plan has this KL; of one plan without a name."""
+    found = alphas_at(network, plans, dict.fromkeys(plans, kl), dict.fromkeys(plans, k), profile)
+    return next(iter(found.values())) if len(plans) == 1 else found
 
 
 def _labels(alphas: Sequence[Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,9 +54,23 @@ BatchTokens = Annotated[
 SaveActivations = Annotated[
     Path | None, typer.Option(help="A folder to keep the activations in, for momentum from-activations.")
 ]
+Effects = Annotated[
+    bool,
+    typer.Option(
+        "--effects",
+        help="Also find what shifting each AU does to the log-odds of the positive text, for select by effect: a pass "
+        "there and back, which takes about three times as long.",
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only estimate time, memory and bytes, from the model's config.")
 ]
+
+
+EFFECTS_NOTE = (
+    "time and memory are those without --effects, which takes about three times as long, and also holds the "
+    "activations of all layers of a batch"
+)
 
 
 def measure(
@@ -64,6 +79,7 @@ def measure(
     out: Out = None,
     sites: Annotated[str, typer.Option(help="attention, ffn, layer, neuron; comma-separated.")] = "attention,ffn",
     layers: Layers = None,
+    effects: Effects = False,
     prompt_field: PromptField = "prompt",
     positive_field: PositiveField = "positive",
     negative_field: NegativeField = "negative",
@@ -108,7 +124,7 @@ def measure(
     work: dict[str, Any] = {  # what a run and its estimate take alike
         "sites": common.split_names(sites),
         "layers": momentum_file.parse_layers(layers),
-        "strategy": strategy,
+        "strategy": strategy_of(strategy, effects),
         "share_prompts": share_prompts,
         "batch_tokens": batch_tokens,
         "max_length": max_length,
@@ -116,7 +132,7 @@ def measure(
         "scratch": scratch,
     }
     if dry_run:
-        show_estimate(model, loaded, form, json, dtype=dtype, device=device, **work)
+        show_estimate(model, loaded, form, json, effects, dtype=dtype, device=device, **work)
         return
     assert out is not None and checkpoint is not None
     common.check_writable(out, force)
@@ -124,9 +140,7 @@ def measure(
     main = os.environ.get("RANK", "0") == "0"
     open_checkpoint(checkpoint, scratch, force, resume, main)
     next(iter(loaded))  # what is wrong with the first row is told before the model is loaded
-    start = time.perf_counter()
-    network, tokenizer = common.load(model, dtype, device, strategy)
-    load_seconds = time.perf_counter() - start
+    network, tokenizer, load_seconds = load_timed(model, dtype, device, work["strategy"])
     loaded = common.in_chat_form(loaded, tokenizer, form)
     if main and (grave := grave_note(loaded, tokenizer, chat_template=form)):
         common.note(grave)
@@ -135,6 +149,7 @@ def measure(
         tokenizer,
         loaded,
         **work,
+        effects=effects,
         checkpoint_every=checkpoint_every,
         resume=resume,
         distributed=distributed(),
@@ -146,13 +161,33 @@ def measure(
         show(momentum, out, load_seconds, json)
 
 
-def show_estimate(model: str, pairs: PairStream, chat: ChatForm, json: bool, **options: Any) -> None:
+def load_timed(*arguments: Any) -> tuple[Any, Any, float]:
+    """:func:`austeer.cli.common.load`, and how many seconds it took."""
+    start = time.perf_counter()
+    return *common.load(*arguments), time.perf_counter() - start
+
+
+def strategy_of(strategy: str, effects: bool) -> str:
+    """Effects are found by the resident one; refuses the other before a model is loaded."""
+    from ..errors import CaptureError
+
+    if effects and strategy == "layerwise":
+        raise CaptureError(
+            "--effects: found it beside --strategy layerwise, in which no gradient goes through the whole model; "
+            "expected resident"
+        )
+    return "resident" if effects and strategy == "auto" else strategy
+
+
+def show_estimate(model: str, pairs: PairStream, chat: ChatForm, json: bool, effects: bool, **options: Any) -> None:
     """Prints what the same command without ``--dry-run`` will take."""
     from ..costs.estimate import estimate
     from ..models.skeleton import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     found = estimate(model, common.in_chat_form(pairs, tokenizer, chat), **options)
+    if effects:
+        found = replace(found, notes=(*found.notes, EFFECTS_NOTE))
     if json:
         common.emit(found.to_json())
         return

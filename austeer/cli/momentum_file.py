@@ -75,6 +75,7 @@ def figures(momentum: Momentum) -> dict[str, Any]:
         "identical": momentum.identical,
         "sites": {name: list(c.positive.shape) for name, c in momentum.sites.items()},
         "layers": list(momentum.layers),
+        "effects": [] if momentum.effects is None else list(momentum.effects.sites),
     }
 
 
@@ -88,6 +89,9 @@ def show(momentum: Momentum, out: Path, *lines: str) -> None:
     for name, counters in momentum.sites.items():
         count, width = counters.positive.shape
         console.print(f"  {name:<9} {count_of(count, 'layer')} x {count_of(width, 'AU')}")
+    if momentum.effects is not None:
+        took = "" if report is None else f", {report.seconds.effects:.1f} s there and back"
+        console.print(f"  with the effects of {', '.join(momentum.effects.sites)}{took}")
     if report is not None and momentum.cut:
         console.print(f"  cut on the left to fit: {count_of(momentum.cut, 'text')}")
     if momentum.identical:

@@ -28,7 +28,8 @@ def export_checkpoint(
     model: nn.Module | str | Path,
     out: str | Path,
     *,
-    alpha: Alpha = 1.0,
+    alpha: Alpha | None = None,
+    kl: float | None = None,
     force: bool = False,
     link: bool = True,
     progress: bool | None = None,
@@ -53,7 +54,9 @@ def export_checkpoint(
         model: a folder or Hub id, read from its safetensors files; or a model in memory, offloaded or not, which is
             saved first (its tokenizer is not known).
         out: the folder to make.
-        alpha: of plans that come without one; a number, or one for each of a plan's sites.
+        alpha: of plans that come without one; a number, or one for each of a plan's sites; 1 by default.
+        kl: instead of alpha, of one plan with a dose, the KL on neutral text that is predicted, nats a token. What a
+            strength does is measured by ``austeer.steer(model, plan, kl=...).alpha``.
         force: replaces ``out``.
         link: links untouched files where the file system can, so that what later writes into one of the two changes
             both; False copies them.
@@ -68,7 +71,7 @@ def export_checkpoint(
             ``shift`` without a bias), a quantised or steered model, ``out`` exists or has no space; nothing is there
             at ``out`` then.
     """
-    pairs = with_alphas(plans, alpha)
+    pairs = with_alphas(plans, alpha, kl)
     if isinstance(model, nn.Module):
         return _of_loaded(model, pairs, out, force, progress)
     weights = weights_of_model(model)

@@ -19,6 +19,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from ..models.sites import Site, find_sites, site_at
 from ..models.structure import text_config
 from ..plans.fit import LayerUnits, check_alpha, check_plan_fits, units_by_layer, why_not_linear
 from ..plans.plan import Plan
+from ..steering.strength import dose_of
 
 
 class ExportError(AusteerError):
@@ -114,25 +116,29 @@ class Edit:
 Alpha = float | Mapping[str, float]
 
 
-def with_alphas(plans: Plan | Sequence[Plan | tuple[Plan, Alpha]], alpha: Alpha) -> list[tuple[Plan, float]]:
-    """Each plan with its strength: its own where it comes as a pair, otherwise ``alpha``.
+def with_alphas(
+    plans: Plan | Sequence[Plan | tuple[Plan, Alpha]], alpha: Alpha | None = None, kl: float | None = None
+) -> list[tuple[Plan, float]]:
+    """Each plan with its strength: its own where it comes as a pair, otherwise ``alpha``, or 1.
 
     A plan with a strength for each of its sites becomes one plan for each of them.
 
+    Args:
+        kl: instead of ``alpha``, of one plan, whose dose predicts the strength; nothing is measured.
+
     Raises:
         PlanError: something else than plans and finite float32 numbers, no plan, or other sites than the plan's.
+        SteeringError: ``kl`` of a plan without a dose.
     """
     given = [plans] if isinstance(plans, Plan) else list(plans) if isinstance(plans, Sequence) else [plans]
     if not given:
         raise PlanError("plans: found none, expected at least one")
+    if kl is not None:
+        return [_at_kl(given, alpha, kl)]
     found: list[tuple[Plan, float]] = []
     for one in given:
-        plan, strength = one if isinstance(one, tuple) and len(one) == 2 else (one, alpha)
-        if not isinstance(plan, Plan):
-            raise PlanError(
-                f"plans: found {type(plan).__name__}, expected an austeer.Plan, or a sequence of plans or of pairs "
-                "(plan, alpha)"
-            )
+        plan, strength = one if isinstance(one, tuple) and len(one) == 2 else (one, 1.0 if alpha is None else alpha)
+        _check_plan(plan)
         if not isinstance(strength, Mapping):
             found.append((plan, check_alpha(strength, PlanError)))
             continue
@@ -140,6 +146,27 @@ def with_alphas(plans: Plan | Sequence[Plan | tuple[Plan, Alpha]], alpha: Alpha)
             raise PlanError(f"alpha: found sites {sorted(map(str, strength))}, expected {sorted(plan.sites)}")
         found += [(plan.take(plan.of(site)), check_alpha(value, PlanError)) for site, value in strength.items()]
     return found
+
+
+def _at_kl(given: Sequence[Any], alpha: Alpha | None, kl: float) -> tuple[Plan, float]:
+    """The one plan, with the strength at which its KL is predicted to be this."""
+    if alpha is not None or any(isinstance(one, tuple) for one in given):
+        raise PlanError(f"found both alpha and kl ({kl!r}), expected one of them")
+    if len(given) > 1:
+        raise PlanError(
+            f"kl: found {len(given)} plans, expected one: their KLs do not add up as their shifts do. Give each its "
+            "alpha, or the sum of the plans with its own dose (plan = a + b; plan.with_dose(profile.dose(plan)))"
+        )
+    _check_plan(given[0])
+    return given[0], check_alpha(dose_of(given[0]).alpha(kl), PlanError)
+
+
+def _check_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"plans: found {type(plan).__name__}, expected an austeer.Plan, or a sequence of plans or of pairs (plan, "
+            "alpha)"
+        )
 
 
 def warn_of_another_model(plans: Iterable[tuple[Plan, float]], name: str) -> None:

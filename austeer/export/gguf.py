@@ -29,7 +29,8 @@ def export_gguf(
     model: nn.Module | str | Path,
     out: str | Path,
     *,
-    alpha: Alpha = 1.0,
+    alpha: Alpha | None = None,
+    kl: float | None = None,
     dtype: str = "float32",
     architecture: str | None = None,
     force: bool = False,
@@ -52,7 +53,9 @@ def export_gguf(
             all ``scale`` or all ``shift``.
         model: the model that the GGUF was converted from: a folder or Hub id, or a model in memory.
         out: the file to make.
-        alpha: of plans that come without one; a number, or one for each of a plan's sites.
+        alpha: of plans that come without one; a number, or one for each of a plan's sites; 1 by default.
+        kl: instead of alpha, of one plan with a dose, the KL on neutral text that is predicted, nats a token. What a
+            strength does is measured by ``austeer.steer(model, plan, kl=...).alpha``.
         dtype: of the adapter, "float32" or "float16"; control vectors are float32.
         architecture: what the model's GGUF calls its architecture, if it is not the one of the model's family.
         force: replaces ``out``.
@@ -66,7 +69,7 @@ def export_gguf(
         ExportError: a plan that neither form can say, a family that is not known, quantised weights, an existing
             ``out``, no space, or the package gguf is missing. Nothing is left at ``out`` then.
     """
-    pairs = with_alphas(plans, alpha)
+    pairs = with_alphas(plans, alpha, kl)
     if importlib.util.find_spec("gguf") is None:
         raise ExportError("GGUF files need the package gguf: pip install 'austeer[gguf]'")
     if dtype not in _DTYPES:

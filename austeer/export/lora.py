@@ -34,7 +34,8 @@ def export_lora(
     model: nn.Module | str | Path,
     out: str | Path,
     *,
-    alpha: Alpha = 1.0,
+    alpha: Alpha | None = None,
+    kl: float | None = None,
     dtype: torch.dtype | str | None = None,
     rank: int | None = None,
     rank_pattern: bool = False,
@@ -65,7 +66,10 @@ def export_lora(
         model: a Transformers model, also offloaded, or with PEFT adapters on other layers; or a folder or Hub id in
             safetensors. Weights have to be floating-point ones.
         out: the folder to make.
-        alpha: the strength of plans that have none of their own: one number, or one for each of a plan's sites.
+        alpha: the strength of plans that have none of their own: one number, or one for each of a plan's sites; 1 by
+            default.
+        kl: instead of alpha, of one plan with a dose, the KL on neutral text that is predicted, nats a token. What a
+            strength does is measured by ``austeer.steer(model, plan, kl=...).alpha``.
         dtype: of the adapter: float32, bfloat16, float16, float64. By default each layer's own.
         rank: of every layer; by default the smallest that is exact, the largest number of AUs in a layer.
         rank_pattern: give each layer the rank that it needs, and none to layers without AUs. Smaller and faster in
@@ -86,7 +90,7 @@ def export_lora(
             that ``dtype`` has not, no space. Nothing is left of it.
     """
     wanted = _dtype(dtype)
-    weighted = with_alphas(plans, alpha)
+    weighted = with_alphas(plans, alpha, kl)
     weights = weights_of_model(model)
     network = weights.network
     edits = edits_of(network, weighted)

@@ -100,10 +100,15 @@ class Strength:
 def dose_of(plan: Plan, name: str = "") -> Dose:
     """Raises SteeringError where the plan has none."""
     if plan.dose is None:
-        of = f" plan {name!r}" if name else " a plan"
+        found = f"plan {name!r}" if name else "a plan"
+        if plan.operation != "shift":
+            raise SteeringError(
+                f"kl: found {found} of {plan.operation!r}, expected 'shift': what {plan.operation} adds depends on the "
+                "activation, so no strength is known for a KL. Select with operation='shift', or give alpha"
+            )
         raise SteeringError(
-            f"kl: found{of} without a dose, expected one of 'shift' that was selected with a profile "
-            "(momentum.select(..., profile=profile)), or give steer the model's profile; or give alpha"
+            f"kl: found {found} without a dose, expected one that was selected with a profile (select(..., "
+            "profile=...), austeer select --profile). Give the model's profile (profile=, --profile), or alpha"
         )
     return plan.dose
 

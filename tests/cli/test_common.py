@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from austeer import AusteerError, PairsError
-from austeer.cli.common import next_line, parse_alphas, parse_where, write_json
+from austeer.cli.common import next_line, parse_where, write_json
 from austeer.cli.generate import _labels
+from austeer.cli.strength import parse_alphas
 
 
 def test_a_result_is_written_whole(tmp_path):

@@ -19,6 +19,8 @@ from austeer.plans.table import OPERATIONS, TIES
 from austeer.utils import files
 from small_plans import (
     COLUMNS,
+    DOSE,
+    DOSED,
     EVIDENCE,
     KNOWN,
     MODEL,
@@ -53,13 +55,23 @@ def test_file_gives_back_the_plan(tmp_path_factory, keys, operation, chat, ties,
             assert torch.equal(getattr(loaded, name), getattr(plan, name))
 
 
+@pytest.mark.parametrize("dose", [DOSE, replace(DOSE, effect=(), ids=(), measured=())])
+def test_file_gives_back_the_dose(tmp_path, dose):
+    plan = DOSED.with_dose(dose)
+    loaded = Plan.from_pretrained(plan.save_pretrained(tmp_path))
+    assert loaded == plan and (loaded.rank, loaded.step, loaded.dose) == ("effect", "newton", dose)
+    metadata, columns = parts_of((tmp_path / FILE_NAME).read_bytes())
+    assert {*columns} - {*COLUMNS} == ({"dose_kl", "dose_effect"} if dose.effect else {"dose_kl"})
+    assert len(json.loads(metadata["header"])["dose"]["measured"]) == len(dose.measured)
+
+
 def test_the_same_plan_is_the_same_file(tmp_path):
     assert len({KNOWN.save_pretrained(tmp_path / str(i)).read_bytes() for i in range(9)}) == 1
 
 
 def test_header_is_plain_json(tmp_path):
     metadata = parts_of(KNOWN.save_pretrained(tmp_path).read_bytes())[0]
-    assert metadata["format"] == "austeer-plan" and metadata["version"] == "2"
+    assert metadata["format"] == "austeer-plan" and metadata["version"] == str(VERSION)
     header = json.loads(metadata["header"])
     assert header["model"]["name"] == MODEL.name
     assert header["evidence"]["tested"][1]["alpha"] == 4.0
@@ -152,7 +164,7 @@ def test_every_older_version_has_a_migration():
 
 @pytest.mark.parametrize(
     "field, found",
-    [("colour", r"\['chat_template', 'colour'"), ("evidence", "'evidence'")],
+    [("colour", r"\['chat_template', 'colour'"), ("evidence", "'evidence'"), ("rank", "'rank' in version 2")],
 )
 def test_a_file_of_version_1_has_no_later_fields(tmp_path, field, found):
     metadata, columns = parts_of(VERSION_1.read_bytes())
@@ -165,11 +177,11 @@ def test_a_file_of_version_1_has_no_later_fields(tmp_path, field, found):
 @pytest.mark.parametrize(
     "version, writer, found",
     [
-        ("3", "9.1", "version '3'.*2.*austeer 9.1, pip install --upgrade austeer"),
-        ("3", "9.1; rm -rf /", r"version '3'.*2.*\(pip install --upgrade austeer\)"),
-        ("0", "0.0", "version '0'.*2; use the austeer that wrote it,"),
-        ("٢", "0.1", "version '٢'.*2; use the austeer that wrote it,"),
-        ("9" * 5000, "0.1", "version '9{40}'.*2; use the austeer that wrote it,"),
+        ("4", "9.1", "version '4'.*3.*austeer 9.1, pip install --upgrade austeer"),
+        ("4", "9.1; rm -rf /", r"version '4'.*3.*\(pip install --upgrade austeer\)"),
+        ("0", "0.0", "version '0'.*3; use the austeer that wrote it,"),
+        ("٢", "0.1", "version '٢'.*3; use the austeer that wrote it,"),
+        ("9" * 5000, "0.1", "version '9{40}'.*3; use the austeer that wrote it,"),
     ],
 )
 def test_other_versions(tmp_path, version, writer, found):
@@ -234,9 +246,16 @@ def header_with(**changes):
         "ties": "effect",
         "chat_template": False,
         "evidence": None,
+        "rank": "momentum",
+        "step": "difference",
+        "dose": None,
         "sites": ["attention", "ffn"],
     }
     return {name: value for name, value in {**header, **changes}.items() if value is not ...}
+
+
+def shift_with(**changes):
+    return header_with(operation="shift", **changes)
 
 
 def evidence_with(**changes):
@@ -259,6 +278,15 @@ def evidence_with(**changes):
         (header_with(model={**MODEL.to_json(), "revision": []}), {}, PlanError),
         (header_with(model={**MODEL.to_json(), "more": 1}), {}, FileFormatError),
         (header_with(evidence=...), {}, FileFormatError),
+        (header_with(rank="beauty"), {}, PlanError),
+        (header_with(step=...), {}, FileFormatError),
+        (header_with(dose=DOSE.to_json()), {}, FileFormatError),
+        (header_with(), {"dose_kl": torch.ones(3).double()}, FileFormatError),
+        (header_with(dose=DOSE.to_json()), {"dose_kl": torch.ones(3).double()}, PlanError),
+        (shift_with(dose={**DOSE.to_json(), "more": 1}), {"dose_kl": torch.ones(3).double()}, FileFormatError),
+        (shift_with(dose=DOSE.to_json()), {"dose_kl": -torch.ones(3).double()}, PlanError),
+        (shift_with(dose=DOSE.to_json()), {"dose_kl": torch.ones(3)}, FileFormatError),
+        (shift_with(dose=DOSE.to_json()), {"dose_kl": torch.ones(2).double()}, FileFormatError),
         (evidence_with(tested=None), {}, FileFormatError),
         (evidence_with(more=1), {}, FileFormatError),
         ({}, {}, FileFormatError),
@@ -285,6 +313,11 @@ def test_the_unchanged_header_is_a_plan(tmp_path):
     """So each case above fails for its change alone."""
     columns = {"site": torch.tensor([1, 0, 1], dtype=torch.uint8)}
     columns |= {name: getattr(PLAN, name) for name in ("layer", "index", "beta", "delta")}
-    for header, plan in ((header_with(), PLAN), (evidence_with(), KNOWN)):
-        files.write(tmp_path / FILE_NAME, FORMAT, VERSION, header, columns)
+    shift = replace(PLAN, operation="shift", dose=replace(DOSE, effect=()))
+    for header, plan, more in (
+        (header_with(), PLAN, {}),
+        (evidence_with(), KNOWN, {}),
+        (shift_with(dose=DOSE.to_json()), shift, {"dose_kl": torch.tensor(DOSE.kl, dtype=torch.float64)}),
+    ):
+        files.write(tmp_path / FILE_NAME, FORMAT, VERSION, header, columns | more)
         assert Plan.from_pretrained(tmp_path) == plan
