@@ -25,7 +25,7 @@ test-engines: $(ENGINES) ## plans inside vLLM for CPUs and llama.cpp (WORKERS=2 
 	OMP_NUM_THREADS=1 $(ENGINES_VENV)/bin/python -m pytest tests/engines -m engine --dist loadfile \
 	  $(if $(EXACTNESS),-n 0 --exactness $(EXACTNESS),-n $(WORKERS))
 
-study: $(READY) ## momentum beside every baseline on five tasks (DATA=FOLDER; docs/study.md)
+study: $(READY) ## AUs by effect beside every method, on real tasks (DATA=FOLDER; docs/study.md)
 	PYTHONPATH=.:kernels $(BIN)/python -m bench.study $(if $(DATA),--data $(DATA)) --out runs/study
 
 lint: $(READY) ## ruff, mypy, the architecture (.importlinter), sizes of files and functions

@@ -36,7 +36,7 @@ def newton_arms(material: Material, layers: Sequence[int] | None = None) -> Iter
 
 
 def newton_step(momentum: Momentum, profile: Profile, layer: int) -> tuple[Tensor, float]:
-    """The step of a predicted KL of ``UNIT``, as one of chosen AUs has: float64 [width], and its predicted effect, nats.
+    """The step of a predicted KL of ``UNIT``: float64 [width], and its predicted effect, nats.
 
     Raises:
         SelectionError: no AU of the layer has an effect.

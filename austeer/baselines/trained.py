@@ -36,7 +36,7 @@ LAYERS = 2
 
 #: Times that every pair is seen, tokens of a batch, the first step's length as part of the vector's (which goes to 0),
 #: and how much of its direction is that of the steps before.
-EPOCHS, BATCH_TOKENS, RATE, INERTIA = 3, 512, 0.3, 0.8
+EPOCHS, BATCH_TOKENS, RATE, INERTIA = 2, 512, 0.1, 0.8
 
 
 def trained_arms(material: Material, layers: Sequence[int] | None = None) -> Iterator[Arm]:

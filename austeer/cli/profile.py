@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,11 +14,17 @@ from .common import Device, DType, Json, Model, Quiet
 from .momentum_file import ForceAnew, Resume
 from .search_options import Neutral, read_neutral
 
+if TYPE_CHECKING:
+    from ..momentum.profile import Profile
+
 
 def profile(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write (safetensors).", show_default=False)],
-    sites: Annotated[str, typer.Option(help="attention, ffn, layer, neuron; comma-separated.")] = "attention,ffn",
+    sites: Annotated[
+        str | None,
+        typer.Option(help="attention, ffn, layer, neuron; comma-separated. [default: what there is of all but layer]"),
+    ] = None,
     error: Annotated[
         float | None, typer.Option(help="Relative standard error of a predicted KL. [default: 0.1]", show_default=False)
     ] = None,
@@ -58,7 +64,7 @@ def profile(
     prepared = prepare_profile(
         network,
         tokenizer,
-        common.split_names(sites),
+        None if sites is None else common.split_names(sites),
         texts,
         draws=draws,
         error=error,
@@ -77,6 +83,11 @@ def profile(
     seconds = time.perf_counter() - start
     made.save(out)
     checkpoint.unlink(missing_ok=True)
+    show(made, out, seconds, asdict(memory), json)
+
+
+def show(made: Profile, out: Path, seconds: float, memory: dict[str, int], json: bool) -> None:
+    """What was made, and how far it can be trusted."""
     several = len(made.texts.unique()) > 1
     found = {
         "file": out,
@@ -86,7 +97,7 @@ def profile(
         "source": made.texts_name,
         "error": made.error,
         "spread": made.spread if several else None,
-        "memory": asdict(memory),
+        "memory": memory,
         "bytes": out.stat().st_size,
         "seconds": seconds,
     }

@@ -27,13 +27,24 @@ def tune(
         "runs/tune"
     ),
     momentum: options.Momentum = None,
-    sites: options.Sites = "attention,ffn",
+    sites: Annotated[
+        str | None,
+        typer.Option(help="Separated by commas. [default: attention,ffn; by effect attention,neuron]"),
+    ] = None,
     operations: options.Operations = "scale,push,shift",
     ks: options.Ks = "3,10,30,100,300",
     max_kl: options.MaxKl = 0.1,
     budget: options.Budget = None,
     neutral: options.Neutral = None,
     mix: Annotated[bool, typer.Option("--mix/--no-mix", help="Also try the best two sites together.")] = True,
+    rank: Annotated[
+        str | None,
+        typer.Option(help="momentum, or effect: AUs by effect per side effect, of shift. [default: by --profile]"),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Of austeer profile, for --rank effect. [default: made once, and kept in the cache]"),
+    ] = None,
     limit: options.Limit = None,
     seed: options.Seed = 0,
     chat: Chat = False,
@@ -55,18 +66,21 @@ def tune(
     search goes on where it was when the same command is given again.
     """
     from ..momentum.momentum import Momentum as Counted
+    from ..momentum.profile import Profile
     from ..pairs.chat import chat_arguments
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
 
     shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet)
     counted = None if momentum is None else Counted.load(momentum)
+    known = None if profile is None else Profile.load(profile)
     form = common.chat_form(chat, chat_option, system)
     task = options.load_data(data, template, limit)  # before the model, which takes longer
     options.open_folder(out, force)
     network, tokenizer = common.load(model, dtype, device)
     task = common.in_chat_form(task, tokenizer, form)
-    result = search_plan(network, tokenizer, task, momentum=counted, mix=mix, max_kl=max_kl, seed=seed, **shared)
+    shared |= {"momentum": counted, "mix": mix, "rank": rank, "profile": known, "max_kl": max_kl, "seed": seed}
+    result = search_plan(network, tokenizer, task, **shared)
     result.plan.save_pretrained(out / "plan")
     options.write_result(result, out / "tune.png", draw_tune, json)
     if json:

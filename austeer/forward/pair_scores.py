@@ -70,7 +70,8 @@ def effects_of(gradients: ShiftGradients, found: PairBatch, form: str | None) ->
         gradients: attached. form: how the model takes trees, :data:`austeer.forward.tree_masks.FORMS`.
     """
     batch, device = found.batch, gradients.device
-    mask = None if batch.sees is None or form is None else masks(gradients.model, batch, device, form)
+    with torch.inference_mode(False):  # what is made under it cannot be followed back
+        mask = None if batch.sees is None or form is None else masks(gradients.model, batch, device, form)
     hidden = gradients.hidden_states(batch.ids, mask, None if mask is None else batch.positions)
     by_row = gradients.backward(hidden, _outward(gradients.model, hidden, found))
     return {

@@ -20,12 +20,14 @@ class Tokenised:
     Attributes:
         positive, negative: one list of ids a pair. number: the pair's place among those given.
         cut: how many texts were cut to fit.
+        together: both texts of each pair, where they were cut by as much each, so that what they share is shared still.
     """
 
     positive: list[list[int]]
     negative: list[list[int]]
     number: list[int]
     cut: int
+    together: list[tuple[list[int], list[int]]]
 
 
 def encode(tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -83,18 +85,30 @@ def tokenise(
     texts = [p.prompt + p.positive for p in pairs] + [p.prompt + p.negative for p in pairs]
     ids = encode(tokenizer, texts, add_special_tokens=special)
     bos = tokenizer.bos_token_id
-    cut = 0
+    cut, whole = 0, list(ids)
     for i, tokens in enumerate(ids):
         if not tokens:
             raise PairsError(f"{source}, pair {first + i % len(pairs)}: found no token in {texts[i]!r:.60}")
         if len(tokens) > max_length:
             cut += 1
-            head = [bos] if bos is not None and tokens[0] == bos and max_length > 1 else []
-            ids[i] = head + tokens[len(tokens) - max_length + len(head) :]
+            ids[i] = _without(tokens, len(tokens) - max_length, bos, max_length)
     positive, negative = ids[: len(pairs)], ids[len(pairs) :]
     # Equal texts would differ by the rounding of the batches that they happen to be in, and count as evidence.
     number = [i for i in range(len(pairs)) if positive[i] != negative[i]]
-    return Tokenised([positive[i] for i in number], [negative[i] for i in number], number, cut)
+    together = []
+    for i in number:
+        both = whole[i], whole[len(pairs) + i]
+        over = max(map(len, both)) - max_length
+        if over > 0:
+            both = _without(both[0], over, bos, max_length), _without(both[1], over, bos, max_length)
+        together.append(both)
+    return Tokenised([positive[i] for i in number], [negative[i] for i in number], number, cut, together)
+
+
+def _without(tokens: list[int], over: int, bos: int | None, max_length: int) -> list[int]:
+    """The tokens without so many at the left, where there are as many; a token that begins all texts stays."""
+    head = [bos] if bos is not None and tokens[0] == bos and max_length > 1 else []
+    return head + tokens[over + len(head) :]
 
 
 def check_vocabulary(size: int, token_ids: Sequence[Sequence[int]]) -> None:

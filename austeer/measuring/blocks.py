@@ -154,15 +154,14 @@ class Blocks:
     def _paired(self, found: Tokenised, offset: int) -> list[PairBatch]:
         """Batches of the pairs that contrast."""
         assert self.effect_tokens is not None
-        pairs = list(zip(found.positive, found.negative))
-        for number, (positive, negative) in zip(found.number, pairs):
-            if positive[0] != negative[0]:
+        for number, (positive, negative) in zip(found.number, found.together):
+            if not (positive and negative) or positive[0] != negative[0]:
                 raise PairsError(
                     f"{self.source}, pair {offset + number}: found two texts that begin with different tokens, "
                     "expected one before them to score them by; for effects give the prompts some text, for example "
                     "'Text:', or where texts were cut a larger max_length"
                 )
-        return list(scored_batches(pairs, self.effect_tokens, self.share, self.apart))
+        return list(scored_batches(found.together, self.effect_tokens, self.share, self.apart))
 
     def _group(self, pair: Pair) -> str:
         return group_of(pair.prompt, (pair.positive, pair.negative), self.grouped_by)

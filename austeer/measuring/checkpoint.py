@@ -17,6 +17,9 @@ from .layerwise import hidden_states as hidden
 
 FORMAT, VERSION = "austeer-checkpoint", 3
 
+#: What a checkpoint does not say that was written before there was a choice.
+UNSAID = {"effects": False}
+
 
 class Checkpoint:
     """One file, written whole or not at all.
@@ -57,7 +60,7 @@ class Checkpoint:
         settings = header.get("settings")
         if not isinstance(settings, dict):
             raise FileFormatError(f"{self.path}: found no settings; start anew, without resuming")
-        difference = first_difference(settings, self.settings)
+        difference = first_difference({**UNSAID, **settings}, self.settings)
         if difference is not None:
             raise FileFormatError(
                 f"{self.path}: is of another run: found {difference}. Give the same model, pairs and options, or "

@@ -123,7 +123,8 @@ class Measurement:
         self.depth, self.root = max(self.layers) + 1, layers_path(model, options.layout)
         self.max_length = length_limit(model, options.max_length)
         self.processes = Processes.launched() if options.distributed else Processes()
-        strategy = chosen_strategy(model, options.strategy, options.device, options.layout)
+        asked = "resident" if options.effects and options.strategy == "auto" else options.strategy
+        strategy = chosen_strategy(model, asked, options.device, options.layout)
         if strategy == "layerwise" and options.save_activations is not None:
             raise CaptureError(
                 "save_activations: found the layerwise strategy, which has the activations of one layer at a time; "

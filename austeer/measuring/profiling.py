@@ -19,14 +19,18 @@ from torch import Tensor, nn
 from ..errors import CaptureError, FileFormatError, PairsError, SteeringWarning, check_count
 from ..forward.causality import is_causal, plain_batches
 from ..forward.gradients import ShiftGradients
+from ..forward.logits import expect_head
 from ..forward.neutral import PACKAGED, neutral_ids, neutral_texts
 from ..forward.tokens import check_vocabulary
-from ..models.sites import Layout, find_sites, fingerprint, layers_path
+from ..models.sites import Layout, available, find_sites, fingerprint, layers_path
 from ..models.structure import floating_dtype, text_config, unwrap, vocabulary_size
 from ..momentum.profile import DTYPE, VERSION, Profile, weights_of
 from ..utils.cache import cache_folder
 from ..utils.progress import Progress
 from .sampled import TOGETHER, ProfileMemory, memory_of, sampled_tokens, score_gradients
+
+#: Sites by default, of those that a model has: "layer" is the sum of the others, and rarely better.
+SITES = ("attention", "ffn", "neuron")
 
 #: The relative standard error of a predicted KL by default; of a strength it is half of that.
 ERROR = 0.1
@@ -35,7 +39,7 @@ ERROR = 0.1
 def profile(
     model: nn.Module,
     tokenizer,
-    sites: str | Sequence[str] = ("attention", "ffn"),
+    sites: str | Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
     *,
     draws: int | None = None,
@@ -61,7 +65,8 @@ def profile(
         model: a Transformers decoder with its head, in evaluation mode for the time of the call. Its weights may be
             quantised; gradients flow through the activations.
         tokenizer: the model's own.
-        sites: names of sites, see :mod:`austeer.models.sites`.
+        sites: names of sites, see :mod:`austeer.models.sites`; by default attention, ffn and neuron, as far as the
+            model has them.
         texts: text that steering should leave as it is, cut to the model's context; by default short encyclopaedic
             paragraphs.
         draws: how many at least, rounded up to as many of each text; by default what ``error`` takes.
@@ -98,7 +103,7 @@ def profile(
 def cached_profile(
     model: nn.Module,
     tokenizer,
-    sites: str | Sequence[str] = ("attention", "ffn"),
+    sites: str | Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
     *,
     progress: bool | None = None,
@@ -223,7 +228,7 @@ class ProfileRun:
 def prepare_profile(
     model: nn.Module,
     tokenizer,
-    sites: str | Sequence[str] = ("attention", "ffn"),
+    sites: str | Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
     *,
     draws: int | None = None,
@@ -240,7 +245,8 @@ def prepare_profile(
     check_vocabulary(vocabulary_size(model), ids)
     each = _draws_a_text(draws, error, [len(row) - 1 for row in ids])
     batch_tokens = check_count("batch_tokens", batch_tokens, 2**40, "tokens in a batch", PairsError)
-    found = find_sites(model, sites, layout)
+    found = find_sites(model, available(model, SITES, layout) if sites is None else sites, layout)
+    expect_head(model)
     if not is_causal(model, layout):
         raise CaptureError(
             f"{type(model).__name__}: found bidirectional attention, expected a causal model: in one pass each token "

@@ -107,6 +107,9 @@ def _run_pairs(m: Measurement, block: Block, found: PairBatch) -> None:
     assert m.gradients is not None
     try:
         m.tally.add_effects(block, found.pairs, effects_of(m.gradients, found, m.tree))
+    except CaptureError as error:
+        first, last = (block.numbers[int(found.pairs[place])] for place in (0, -1))
+        raise CaptureError(f"effects, pairs {first} to {last} of {m.pairs.source}: {error}") from error
     except torch.cuda.OutOfMemoryError as error:
         raise CaptureError(
             f"effects: {found.batch.ids.numel()} tokens with their activations do not fit into the memory of "

@@ -101,6 +101,12 @@ class _OtherKind(SiteError):
     """A layer without the site, in a model in which others may have it."""
 
 
+def available(model: nn.Module, names: Iterable[str], layout: Layout | None = None) -> tuple[str, ...]:
+    """Those of some sites that a model has; raises SiteError for a family that is not understood."""
+    found = find_sites(model, None, layout)
+    return tuple(name for name in names if name in found)
+
+
 def find_sites(
     model: nn.Module, names: str | Iterable[str] | None = None, layout: Layout | None = None
 ) -> dict[str, list[Site]]:

@@ -28,7 +28,8 @@ from ..models.sites import Fingerprint
 from ..plans.table import STEPS
 from .profile import Profile
 
-#: Part of M's mean diagonal that is added to it: AUs that seem to have no side effect are mostly those not seen to.
+#: Part of the mean diagonal of a site's M that is added to it: AUs that seem to have no side effect are mostly those
+#: that were not seen to.
 DAMPING = 0.001
 
 #: How far M is drawn towards its diagonal.
@@ -67,7 +68,8 @@ class Candidates:
 
     Attributes:
         sites: their names. sizes: AUs of each. g, delta, diagonal: float64 [AUs]. rows: float32 [draws, AUs]; M is
-            rows' rows, and ``diagonal`` is its diagonal.
+            rows' rows, and ``diagonal`` is its diagonal. scale: float64 [AUs], the mean of the diagonal of each one's
+            site: what a small diagonal is small against.
     """
 
     sites: tuple[str, ...]
@@ -76,6 +78,7 @@ class Candidates:
     delta: Tensor
     diagonal: Tensor
     rows: Tensor
+    scale: Tensor
 
     @classmethod
     def of(cls, momentum: Effects, profile: Profile, sites: Sequence[str]) -> Candidates:
@@ -89,12 +92,14 @@ class Candidates:
             torch.cat([(momentum.counters(site).delta_sum / momentum.pairs).flatten() for site in sites]),
             torch.cat([diagonal.flatten() for _, diagonal in found]),
             torch.cat([rows.flatten(1) for rows, _ in found], 1),
+            torch.cat([diagonal.mean().expand(diagonal.numel()) for _, diagonal in found]),
         )
 
     def take(self, units: Tensor) -> Candidates:
         """Some of them; ``sites`` and ``sizes`` stay those of all."""
         g, delta, diagonal = self.g[units], self.delta[units], self.diagonal[units]
-        return replace(self, g=g, delta=delta, diagonal=diagonal, rows=self.rows[:, units].contiguous())
+        rows = self.rows[:, units].contiguous()
+        return replace(self, g=g, delta=delta, diagonal=diagonal, rows=rows, scale=self.scale[units])
 
     def kl(self, order: Tensor, steps: Tensor) -> float:
         """The KL of shifts of some AUs, nats a token."""
@@ -138,11 +143,15 @@ def choose(found: Candidates, k: int, step: str, *, damping: float = DAMPING, sh
     Raises:
         SelectionError: fewer than k AUs have a step.
     """
-    if step not in STEPS:
-        raise SelectionError(f"step: found {step!r}, expected one of {', '.join(STEPS)}")
-    diagonal = found.diagonal + damping * found.diagonal.mean()
+    if step not in STEPS[:2]:
+        raise SelectionError(f"step: found {step!r}, expected one of {', '.join(STEPS[:2])}")
+    diagonal = found.diagonal + damping * found.scale
     usable = (found.g * found.delta > 0) if step == "difference" else (found.g != 0)
     usable &= diagonal > 0
+    if not usable.any():
+        raise SelectionError(
+            f"{' and '.join(found.sites)}: found no AU with an effect, expected some; give other pairs"
+        )
     of = f"AUs of {' and '.join(found.sites)} that have an effect"
     k = check_count("k", k, int(usable.sum()), of if step == "newton" else f"{of} of delta's sign", SelectionError)
     alone = torch.where(usable, found.g.abs() / diagonal.clamp(min=1e-300).sqrt(), -1.0)
@@ -258,23 +267,26 @@ def kl_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step: st
         choice = choose(seen, count, step)
         for i, k in enumerate(ks):
             order, steps = choice.order[:k], choice.steps(k)
-            logs[i] += math.log(unseen.kl(order, steps) / seen.kl(order, steps)) / len(splits)
+            ratio = unseen.kl(order, steps), seen.kl(order, steps)
+            logs[i] += math.log(ratio[0] / ratio[1]) / len(splits) if min(ratio) > 0 else 0.0
     found = np.interp(np.log(range(1, count + 1)), np.log(ks), logs.numpy())
     return [math.exp(max(value, 0.0)) for value in found]
 
 
 def best_sites(momentum: Effects, profile: Profile, sites: Sequence[str], step: str) -> list[EffectCurve]:
-    """The curve of each site, and of all of them together, the largest predicted effect first.
+    """The curve of each site that has one, and of all of them together, the largest predicted effect first.
 
-    A site of which no effect is predicted is left out; raises SelectionError if that is all of them.
+    Raises:
+        SelectionError: none has.
     """
     kinds = [(site,) for site in sites] + ([tuple(sites)] if len(sites) > 1 else [])
-    curves, errors = list[EffectCurve](), list[SelectionError]()
+    curves: list[EffectCurve] = []
+    reasons: list[SelectionError] = []
     for kind in kinds:
         try:
             curves.append(effect_curve(momentum, profile, kind, step))
-        except SelectionError as error:
-            errors.append(error)
+        except SelectionError as error:  # a site without an effect is only not the best
+            reasons.append(error)
     if not curves:
-        raise errors[0]
+        raise reasons[0]
     return sorted(curves, key=lambda curve: -curve.best)

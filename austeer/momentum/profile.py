@@ -30,7 +30,7 @@ from ..forward.neutral import PACKAGED
 from ..models.sites import Fingerprint, ascending
 from ..models.structure import floating_dtype, is_offloaded, name_of, unwrap
 from ..models.weights import signature
-from ..plans.dose import Dose, some_ids
+from ..plans.dose import Dose, line_of, positive_kl, some_ids
 from ..plans.plan import Plan
 from ..utils import files
 
@@ -198,7 +198,7 @@ class Profile:
             kl=tuple(kl.tolist()),
             effect=tuple(itertools.accumulate(effect)),
             error=self.error,
-            texts=self.texts_name,
+            texts=line_of(self.texts_name),
             ids=some_ids(self.ids) if packaged else (),
         )
 
@@ -217,8 +217,7 @@ class Profile:
         Raises:
             SelectionError: ``kl`` is not positive, or the plan does nothing to the texts of the profile.
         """
-        if not isinstance(kl, (int, float)) or isinstance(kl, bool) or not 0 < kl < math.inf:
-            raise SelectionError(f"kl: found {kl!r}, expected a positive number of nats a token, for example 0.1")
+        kl = positive_kl(kl, SelectionError)
         one = self.kl(plan)
         if not one > 0:
             raise SelectionError(

@@ -13,6 +13,7 @@ from ..counters import Counters
 from ..errors import SelectionError, check_count
 from ..models.sites import Fingerprint
 from ..pairs.chat import ChatForm
+from ..plans.dose import positive_kl
 from ..plans.plan import Plan
 from ..plans.table import COLUMNS, OPERATIONS, RANKS, STEPS
 from ..statistics import signed_rate
@@ -66,11 +67,13 @@ def selected(momentum: Measured, asked: Asked, profile: Profile | None) -> Plan:
     """The plan that :meth:`austeer.Momentum.select` describes; raises what it does."""
     rank = asked.rank or ("momentum" if profile is None else "effect")
     operation = asked.operation or ("shift" if rank == "effect" else "scale")
-    for what, value, names in (("rank", rank, RANKS), ("operation", operation, OPERATIONS)):
+    for what, value, names in (("rank", rank, RANKS[:3]), ("operation", operation, OPERATIONS)):
         if value not in names:
             raise SelectionError(f"{what}: found {value!r}, expected one of {', '.join(names)}")
-    if asked.kl is not None and (isinstance(asked.kl, bool) or not 0 < asked.kl < float("inf")):
-        raise SelectionError(f"kl: found {asked.kl!r}, expected a positive number of nats a token, for example 0.1")
+    if asked.kl is not None:
+        asked = replace(asked, kl=positive_kl(asked.kl, SelectionError))
+    if not asked.site:
+        raise SelectionError("site: found none, expected at least one, for example 'attention'")
     if rank == "effect":
         return _by_effect(momentum, asked, operation, profile)
     if not isinstance(asked.site, str) or asked.site == "auto" or asked.kl is not None or asked.step is not None:
@@ -107,8 +110,8 @@ def _by_effect(momentum: Measured, asked: Asked, operation: str, profile: Profil
     if asked.k is None and asked.kl is None:
         raise SelectionError(f"{EXACTLY_ONE}; with a profile also kl, for example kl=0.1")
     step = asked.step or "newton"
-    if step not in STEPS:
-        raise SelectionError(f"step: found {step!r}, expected one of {', '.join(STEPS)}")
+    if step not in STEPS[:2]:
+        raise SelectionError(f"step: found {step!r}, expected one of {', '.join(STEPS[:2])}")
     if asked.site == "auto":
         known = [site for site in tuple(momentum.sites) if site in profile.rows]
         if not known:
@@ -117,7 +120,7 @@ def _by_effect(momentum: Measured, asked: Asked, operation: str, profile: Profil
                 f"({', '.join(profile.rows)}), expected one"
             )
         curve = best_sites(momentum, profile, known, step)[0]
-        sites, k = curve.sites, asked.k or curve.enough
+        sites, k = curve.sites, curve.enough if asked.k is None else asked.k
     else:
         sites = (asked.site,) if isinstance(asked.site, str) else tuple(dict.fromkeys(asked.site))
         k = asked.k if asked.k is not None else effect_curve(momentum, profile, sites, step).enough

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import AusteerError, PlanError
 from .evidence import check_text
 
 #: Tokens on which the KL of a steering is measured: whole texts, at most so many in all.
@@ -70,23 +71,16 @@ class Dose:
         Raises:
             PlanError: ``kl`` is not a positive number, or the plan changes nothing on neutral text.
         """
-        if isinstance(kl, bool) or not isinstance(kl, (int, float)) or not 0 < kl < math.inf:
-            raise PlanError(f"kl: found {kl!r}, expected a positive number of nats a token, for example 0.1")
-        points = self._points(k)
-        if not points:
+        kl = positive_kl(kl, PlanError)
+        curve = self._curve(k)
+        if curve is None:
             raise PlanError("kl: found a plan that changes nothing on neutral text, expected one that does; give alpha")
-        alpha, slope = _nearest(points, [known for _, known in points], kl)
-        base, known = points[alpha]
-        return base * (kl / known) ** (1 / slope)
+        return curve.alpha(kl)
 
     def kl_of(self, alpha: float, k: int | None = None) -> float:
         """The KL of the first k AUs at a strength, nats a token, as far as is known."""
-        points = self._points(k)
-        if not points or alpha == 0:
-            return 0.0
-        place, slope = _nearest(points, [base for base, _ in points], abs(alpha))
-        base, known = points[place]
-        return known * (abs(alpha) / base) ** slope
+        curve = self._curve(k)
+        return 0.0 if curve is None or alpha == 0 else curve.kl(abs(alpha))
 
     def effect_of(self, alpha: float, k: int | None = None) -> float | None:
         """The predicted effect of the first k AUs at a strength, nats; None where it is not known."""
@@ -116,28 +110,82 @@ class Dose:
         measured = tuple(Point(**point) for point in rest.pop("measured"))
         return cls(kl=kl, effect=effect, ids=ids, measured=measured, **rest)
 
-    def _points(self, k: int | None) -> list[tuple[float, float]]:
-        """(alpha, KL) of what is known of the first k AUs, ascending in both."""
+    def _curve(self, k: int | None) -> _Curve | None:
+        """What is known of the first k AUs; None if they change nothing.
+
+        Where nothing was measured of so many, what was of the nearest number corrects their prediction.
+        """
         k = k or len(self.kl)
+        predicted = self.kl[k - 1]
+        known = {point.k for point in self.measured if self.kl[point.k - 1] > 0}
+        nearest = min(known, key=lambda other: (abs(other - k), other), default=k)
+        scale = 1.0 if nearest == k else predicted / self.kl[nearest - 1]
         points: list[tuple[float, float]] = []
         for point in sorted(self.measured, key=lambda point: point.alpha):
-            if point.k == k and point.kl > (points[-1][1] if points else 0.0):
-                points.append((point.alpha, point.kl))
-        predicted = self.kl[k - 1]
-        return points or ([(1.0, predicted)] if predicted > 0 else [])
+            if point.k == nearest and point.kl * scale > (points[-1][1] if points else 0.0):
+                points.append((point.alpha, point.kl * scale))
+        return _Curve(predicted, points) if predicted > 0 or points else None
 
 
-def _nearest(points: list[tuple[float, float]], values: list[float], wanted: float) -> tuple[int, float]:
-    """The point from which to go, and the slope on logarithmic axes.
+@dataclass(frozen=True)
+class _Curve:
+    """KL by strength: ``predicted`` * alpha^2 for small ones, through the measured points, and straight on beyond them.
 
-    Between two points it is theirs; below all it is 2, as for all small shifts; and beyond them that of the last two.
+    Between points it is straight on logarithmic axes. From 0 to the first point (a, K) it is
+
+        q alpha^2 / (1 + (q a^2 / K - 1) alpha / a),    q = predicted
+
+    which keeps to the prediction where shifts are small, and goes through the point; or where that has more than was
+    predicted the square of alpha through it, as the prediction was too small.
+
+    Attributes:
+        points: (alpha, KL), ascending in both.
     """
-    place = max((i for i, value in enumerate(values) if value <= wanted), default=0)
-    if wanted < values[0] or len(points) < 2:
-        return place, 2.0
+
+    predicted: float
+    points: list[tuple[float, float]]
+
+    def kl(self, alpha: float) -> float:
+        if not self.points or alpha < self.points[0][0]:
+            q = self._start()
+            return q * alpha**2 / (1 + self._bend(q) * alpha)
+        return math.exp(_straight([(math.log(a), math.log(kl)) for a, kl in self.points], math.log(alpha)))
+
+    def alpha(self, kl: float) -> float:
+        if not self.points or kl < self.points[0][1]:
+            q = self._start()
+            half = kl * self._bend(q) / 2  # of q alpha^2 - 2 half alpha - kl = 0
+            return (half + math.sqrt(half**2 + q * kl)) / q
+        return math.exp(_straight([(math.log(kl), math.log(a)) for a, kl in self.points], math.log(kl), (1 / 4, 2.0)))
+
+    def _start(self) -> float:
+        return max([self.predicted] + [kl / alpha**2 for alpha, kl in self.points[:1]])
+
+    def _bend(self, q: float) -> float:
+        if not self.points:
+            return 0.0
+        alpha, kl = self.points[0]
+        return (q * alpha**2 / kl - 1) / alpha
+
+
+def _straight(points: list[tuple[float, float]], x: float, slopes: tuple[float, float] = (0.5, 4.0)) -> float:
+    """Straight between points, and beyond the last as between the last two: as a square, where there is one."""
+    place = max(i for i, (at, _) in enumerate(points) if at <= x or i == 0)
+    at, value = points[place]
+    if len(points) == 1:
+        return value + (2.0 if slopes[1] > 2 else 0.5) * (x - at)
     low = min(place, len(points) - 2)
-    (one, first), (other, second) = points[low : low + 2]
-    return place, min(max(math.log(second / first) / math.log(other / one), 0.5), 4.0)
+    slope = (points[low + 1][1] - points[low][1]) / (points[low + 1][0] - points[low][0])
+    if place == len(points) - 1:
+        slope = min(max(slope, slopes[0]), slopes[1])
+    return value + slope * (x - at)
+
+
+def positive_kl(kl: object, error: type[AusteerError]) -> float:
+    """``kl`` as a float; raises ``error`` unless it is a positive number."""
+    if isinstance(kl, bool) or not isinstance(kl, Real) or not 0 < kl < math.inf:  # type: ignore[operator]
+        raise error(f"kl: found {kl!r}, expected a positive number of nats a token, for example 0.1")
+    return float(kl)
 
 
 def some_ids(ids: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
@@ -150,3 +198,9 @@ def some_ids(ids: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
         found.append(tuple(row[:left].tolist()))
         left -= len(found[-1])
     return tuple(found)
+
+
+def line_of(text: str) -> str:
+    """A name of texts as a plan may hold it: one short line."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return line if len(line) <= 200 else f"{line[:197]}..."

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 OPERATIONS = ("scale", "push", "shift")
 TIES = ("effect", "public")
 #: What AUs are ranked by, and how far a shift of strength 1 moves them.
-RANKS = ("momentum", "difference", "effect")
-STEPS = ("difference", "newton")
+RANKS = ("momentum", "difference", "effect", "mixed")
+STEPS = ("difference", "newton", "mixed")
 #: The columns that are tensors, one entry an AU.
 COLUMNS = {"layer": torch.int32, "index": torch.int32, "beta": torch.float32, "delta": torch.float32}
 
@@ -206,6 +206,8 @@ class PlanTable:
             self,
             evidence=None,
             dose=None,
+            rank=self.rank if self.rank == other.rank else "mixed",
+            step=self.step if self.step == other.step else "mixed",
             site=self.site + other.site,
             **columns,
             model=replace(mine, widths={**theirs.widths, **mine.widths}),

@@ -58,7 +58,7 @@ def measured_doses(
         kls, ks: for each plan the KL that is wanted, nats a token, and how many AUs are steered.
 
     Raises:
-        SteeringError: no text to measure on, or a KL that is no number.
+        SteeringError: no text to measure on, a KL that is no number, or one that is not reached.
     """
     found = dict(plans)
     for step in range(STEPS):
@@ -81,6 +81,15 @@ def measured_doses(
                         _warn_where_far(name, alphas[name], kl, kls[name])
                     point = Point(ks[name], alphas[name], max(kl, 0.0))
                     found[name] = replace(found[name], dose=dose_of(found[name]).with_measured([point]))
+    for name, plan in found.items():
+        seen = [point for point in dose_of(plan).measured if point.k == ks[name]]
+        strongest = max(seen, key=lambda point: point.alpha)
+        if strongest.kl * FAR < kls[name]:
+            raise SteeringError(
+                f"kl: found {kls[name]:g} nats a token, and at alpha = {strongest.alpha:.4g} the plan was measured to "
+                f"have {strongest.kl:.3g}: it is far outside of the range in which KL grows with the strength; "
+                "expected a smaller kl, or give alpha"
+            )
     return found
 
 

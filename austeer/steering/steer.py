@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..errors import SteeringError
+from ..forward.logits import expect_head
 from ..models.sites import Layout
 from ..models.structure import unwrap
 from ..momentum.profile import Profile
@@ -58,6 +59,7 @@ def steer(
             Plan).
         kl: in place of alpha, the KL(unsteered || steered) on neutral text that is allowed, nats a token; or one for
             each plan by name. Of plans of "shift" with a dose (``Momentum.select`` with a profile) or with ``profile``.
+            It is that of all tokens steered, whatever the scope.
         k: steer only the k most important AUs, of each plan or by name; all by default.
         scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
             "from_last_prompt_token", that and what comes after it; or a half-open range such as (0, 16) or (16, None),
@@ -80,12 +82,17 @@ def steer(
         PlanError: the plan is for another architecture, or k does not fit.
         SiteError: the model lacks a site.
         SteeringError: alpha is not finite, ``scope`` is none, or ``mode`` is not possible at a site (which is named
-            with the reason); or a KL is asked for that cannot be predicted, or not be measured.
+            with the reason); or a KL is asked for that cannot be predicted, not be measured, or not be reached.
+        CaptureError: with kl, a model without a head. SelectionError: a profile of other weights.
     """
     if kl is None:
         return Steering(model, plan, 1.0 if alpha is None else alpha, k, scope, mode, layout, check)
     if alpha is not None:
         raise SteeringError(f"found both alpha ({alpha!r}) and kl ({kl!r}), expected one of them")
+    if profile is not None:
+        profile.check_weights(unwrap(model))
+    if exact:
+        expect_head(model)
     named = isinstance(plan, Mapping)
     plans = plans_with_doses(named_plans(plan), profile)
     levels = Strength(plans, named)

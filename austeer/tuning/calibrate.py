@@ -47,7 +47,7 @@ def calibrate(
     arms: Sequence[Arm],
     max_kl: float,
     texts: int | None = None,
-    start: Callable[[Arm], float] = lambda arm: 1.0,
+    start: Callable[[Arm], float] | None = None,
     on_arm: Callable[[], None] = lambda: None,
     is_over: Callable[[], bool] = lambda: False,
 ) -> dict[str, Limit]:
@@ -58,13 +58,15 @@ def calibrate(
     arms take a step together, as rows.
 
     Args:
-        texts: how many of the scorer's neutral texts are run. start: the first alpha of an arm.
+        texts: how many of the scorer's neutral texts are run. start: the first alpha of an arm; by default what
+            its plan's dose predicts, or 1.
         on_arm: called once for each arm that is done.
         is_over: whether time is up: then the strengths that were seen have to do.
     """
     seen: dict[str, dict[float, tuple[float, float]]] = {arm.digest: {} for arm in arms}
     waiting = {arm.digest: arm for arm in arms}
-    alphas = {arm.digest: start(arm) for arm in waiting.values()}
+    first = start or (lambda arm: arm.plan.dose.alpha(0.9 * max_kl, arm.k) if arm.plan.dose is not None else 1.0)
+    alphas = {arm.digest: min(max(first(arm), WEAKEST), STRONGEST) for arm in waiting.values()}
     for number in range(STEPS):
         if not waiting or (number and is_over()):
             break

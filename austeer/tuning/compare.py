@@ -137,7 +137,7 @@ def compare(
         timed: also time decoding with each method's best setting.
         most: at most so many items to measure, tune and test.
         seed: of the split and of all that is random.
-        folder: where ``momentum.safetensors``, ``profile.safetensors`` and ``search.jsonl`` are kept; an interrupted
+        folder: where ``momentum.safetensors`` and ``search.jsonl`` are kept; an interrupted
             search goes on from them.
         step: opens progress bars. progress: as of :func:`austeer.measure`.
 

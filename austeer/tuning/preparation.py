@@ -16,7 +16,7 @@ from ..forward.causality import expect_causal
 from ..forward.neutral import neutral_texts
 from ..forward.tokens import encode
 from ..measuring.measure import measure
-from ..measuring.profiling import profile
+from ..measuring.profiling import cached_profile
 from ..momentum.momentum import Momentum
 from ..momentum.profile import Profile
 from ..pairs.pairs import Pairs
@@ -27,7 +27,7 @@ from .options import SearchOptions
 from .record import Record
 from .scorer import Scorer
 
-FILE_NAME, PROFILE_NAME = "momentum.safetensors", "profile.safetensors"
+FILE_NAME = "momentum.safetensors"
 
 #: Of a time budget, what measuring may take; and on how many pairs, at least, there is something to search with.
 MEASURING, FEWEST_PAIRS = 0.3, 20
@@ -56,6 +56,7 @@ def prepare(
     *,
     sites: Iterable[str],
     profiled: Iterable[str] = (),
+    profile: Profile | None = None,
     settings: dict[str, Any],
     budget: Budget,
 ) -> Preparation:
@@ -63,7 +64,7 @@ def prepare(
     Args:
         options: with a budget, as many pairs are measured as a part of it allows.
         sites: those to measure, where there is no momentum. profiled: those of which a method needs effects and a
-            profile. settings: what else the search depends on.
+            profile. profile: that one, if it was made before. settings: what else the search depends on.
         budget: of the options, running; it notes what is left out.
 
     Raises:
@@ -97,8 +98,10 @@ def prepare(
             parts = replace(parts, measure=pairs)
             settings["data"] |= parts.to_json()
         momentum = _measured_momentum(model, tokenizer, pairs, sorted(sites), bool(profiled), options)
-    made = _profile(model, tokenizer, sorted(profiled), None if neutral is None else tune_texts, options)
-    material = Material(model, tokenizer, parts.measure or Pairs(()), momentum, made)
+    if profiled and profile is None:
+        texts = None if neutral is None else tune_texts
+        profile = cached_profile(model, tokenizer, sorted(profiled), texts, progress=options.progress)
+    material = Material(model, tokenizer, parts.measure or Pairs(()), momentum, profile)
     return Preparation(parts, settings, material, tune_scorer, test_scorer)
 
 
@@ -141,21 +144,3 @@ def _measured_momentum(
     momentum.save(path)
     checkpoint.unlink(missing_ok=True)
     return momentum
-
-
-def _profile(
-    model: nn.Module, tokenizer, sites: list[str], texts: list[str] | None, options: SearchOptions
-) -> Profile | None:
-    """The profile of some sites, if there are any; from the search's folder if it was made there before."""
-    if not sites:
-        return None
-    if options.folder is None:
-        return profile(model, tokenizer, sites, texts, progress=options.progress)
-    path = Path(options.folder, PROFILE_NAME)
-    if path.exists():
-        return Profile.load(path)
-    checkpoint = path.with_name("profile.checkpoint")
-    made = profile(model, tokenizer, sites, texts, checkpoint=checkpoint, resume=True, progress=options.progress)
-    made.save(path)
-    checkpoint.unlink(missing_ok=True)
-    return made

@@ -11,8 +11,12 @@ from torch import nn
 
 from ..baselines import arms as arms_of
 from ..baselines.arm import Arm, Candidate
+from ..errors import TaskError
+from ..models.sites import available
 from ..momentum.momentum import Momentum
+from ..momentum.profile import Profile
 from ..pairs.pairs import Pairs
+from ..plans.dose import Point
 from ..plans.evidence import Evidence, Outcome
 from ..plans.plan import Plan
 from ..plans.table import OPERATIONS
@@ -24,11 +28,14 @@ from .data import Most, Parts
 from .held_out import HeldOut, Unsteered, hold_out
 from .options import SearchOptions
 from .preparation import prepare
+from .promising import promising_arms
 from .scorer import Scorer, ignore
 from .search import SearchResult, Standing, Step, judged, no_bars, outcome_of, search
 from .writing import Writer, Writing, first_not_derailed
 
 SITES = ("attention", "ffn")
+#: By effect the first two of these that a model has.
+BY_EFFECT = ("attention", "neuron", "ffn")
 KS = (3, 10, 30, 100, 300)
 MAX_KL = 0.1
 
@@ -99,13 +106,15 @@ def tune(
     data: Task | Pairs | Parts,
     *,
     momentum: Momentum | None = None,
-    sites: Sequence[str] = SITES,
+    sites: Sequence[str] | None = None,
     operations: Sequence[str] = OPERATIONS,
     ks: Iterable[int] = KS,
     max_kl: float = MAX_KL,
     budget: float | None = None,
     neutral: Sequence[str] | None = None,
     mix: bool = True,
+    rank: str | None = None,
+    profile: Profile | None = None,
     most: Most = (400, 200, 400),
     seed: int = 0,
     folder: str | Path | None = None,
@@ -130,11 +139,15 @@ def tune(
         model: a Transformers decoder. tokenizer: its own.
         data: pairs, or a task with options (:func:`austeer.tasks.load_task`); or parts of them, split elsewhere.
         momentum: of other pairs than ``data``'s; by default counted on a part of the data.
-        sites, operations, ks: what is searched.
+        sites, operations, ks: what is searched; sites by default attention and ffn, or by effect attention and neuron,
+            where the model has it.
         max_kl: the limit on KL(unsteered || steered), nats a token.
         budget: seconds for all of it; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
-        mix: also try the best two sites together, each with its own strength.
+        mix: also try the best two sites together, each with its own strength; by effect, all ranked together.
+        rank: "momentum"; or "effect": AUs by effect per side effect (:mod:`austeer.momentum.by_effect`), of "shift", of
+            which those settings are tried whose predicted effect is largest. By default "effect" if there is a profile.
+        profile: of the model, for rank "effect"; by default made, and kept in the user's cache.
         most: at most so many items to measure, tune and test.
         seed: of the split and of all that is random.
         folder: where ``momentum.safetensors`` and ``search.jsonl`` are kept; an interrupted search goes on from them.
@@ -145,17 +158,29 @@ def tune(
         SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
         FileFormatError: ``folder`` holds another search.
     """
-    clock = Budget(budget)
+    clock, by_effect = Budget(budget), _is_by_effect(rank, profile)
+    sites = sites or (available(model, BY_EFFECT)[:2] if by_effect else SITES)
+    operations = ("shift",) if by_effect else operations
     options = SearchOptions(
         *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
-    settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix}
-    prepared = prepare(model, tokenizer, data, options, sites=options.sites, settings=settings, budget=clock)
+    settings = {**options.settings("sites", "operations", "ks", "max_kl", "budget"), "mix": mix, "by_effect": by_effect}
+    prepared = prepare(
+        *(model, tokenizer, data, options),
+        sites=options.sites,
+        profiled=options.sites if by_effect else (),
+        profile=profile,
+        settings=settings,
+        budget=clock,
+    )
     parts, scorer, material = prepared.parts, prepared.tune_scorer, prepared.material
     ks = options.ks_of(material.momentum)
-    arms = arms_of("momentum", material, sites=options.sites, operations=options.operations, ks=ks)
+    if by_effect:
+        arms = promising_arms(material, options.sites, ks, mix)
+    else:
+        arms = arms_of("momentum", material, sites=options.sites, operations=options.operations, ks=ks)
     found = search(scorer, arms, group=_group, max_kl=max_kl, budget=clock, step=step)
-    if mix and len(options.sites) > 1:
+    if mix and len(options.sites) > 1 and not by_effect:
         found = replace(found, standings=[*_mixed_sites(scorer, found, max_kl, clock, step), *found.standings])
     writer = Writer(scorer, material.pairs, clock, options.seed, step)
     others = [s for s in (found.best_of(operation=o) for o in options.operations) if s is not None]
@@ -167,6 +192,8 @@ def tune(
     trials = trials_of(found, parts.tune)
     chosen = _trial(best, parts.tune)
     plan = best.candidate.arm.plan.top(best.candidate.arm.k)
+    if plan.dose is not None and best.limit.alpha is not None:
+        plan = plan.with_dose(plan.dose.with_measured([Point(len(plan), best.limit.alpha, best.limit.kl)]))
     return TuneResult(
         plan=plan.with_evidence(
             evidence_of(
@@ -189,6 +216,13 @@ def tune(
         seconds=clock.spent,
         environment=environment(),
     )
+
+
+def _is_by_effect(rank: str | None, profile: Profile | None) -> bool:
+    rank = ("momentum" if profile is None else "effect") if rank is None else rank
+    if rank not in ("momentum", "effect"):
+        raise TaskError(f"rank: found {rank!r}, expected 'momentum' or 'effect'")
+    return rank == "effect"
 
 
 def _group(arm: Arm) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from austeer.utils.figures import require_matplotlib
 
-from . import study
+from . import methods, study
 from .inference import METRICS, Case, Inference, variants_of
 from .load import Results
 
@@ -56,7 +56,9 @@ def figures(results: Results) -> list[Figure]:
         if result.kind == "inference" and Inference(result).main():
             found.append(Figure(f"{result.name}-overhead", "overheads", _overhead(Inference(result))))
         elif result.kind == "study":
-            found.append(Figure(f"{result.name}-study", "bars", study.drawn(result)))
+            found.append(
+                Figure(f"{result.name}-study", "bars", (methods if methods.is_newer(result) else study).drawn(result))
+            )
     return found
 
 

@@ -34,7 +34,9 @@ class Result:
 
     @property
     def model(self) -> str:
-        """The model of kind "inference"; the others have one a device, and give ""."""
+        """The model of kinds "inference" and, of trials, "study"; the others have one a device, and give ""."""
+        if self.kind == "study" and "trials" in self.content:
+            return str(self.content["model"])
         return str(self.content["model"]["name"]) if self.kind == "inference" else ""
 
     @property

@@ -30,12 +30,7 @@ def values(result: Result) -> Iterator[tuple[str, object]]:
     yield "stability", table(head, [row for name, task in tasks.items() for row in _stability(name, task)])
     yield "operations", table(["task", "site", "scale (the paper)", "push", "shift"], _operations(tasks))
     yield "methods", table(["method", *tasks], _summary(tasks))
-    head = ["task", "each AU alone", "top AUs", "matched random", "difference [95 %]"]
-    yield "causal", table([*head, "rank correlation with beta [95 %]"], causal(tasks))
-    head = ["task", "each AU alone", "beta", "delta", "predicted effect", "measured for a nat predicted"]
-    yield "causal.predicted", table(head, predicted(tasks))
-    head = ["task", "strength of ten AUs", "correlation of predicted and measured", "measured for a nat predicted"]
-    yield "causal.together", table(head, together(tasks))
+    yield from causal_tables(tasks)
     for name, task in tasks.items():
         yield f"{name}.table", _held_out(task)
         if task["cost"]:
@@ -47,6 +42,16 @@ def values(result: Result) -> Iterator[tuple[str, object]]:
                 yield f"{at}.{key}", row[key]
             if row["behind"] is not None:
                 yield f"{at}.behind", row["behind"][0]
+
+
+def causal_tables(tasks: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """The causal check of those tasks that have one, by name."""
+    head = ["task", "each AU alone", "top AUs", "matched random", "difference [95 %]"]
+    yield "causal", table([*head, "rank correlation with beta [95 %]"], causal(tasks))
+    head = ["task", "each AU alone", "beta", "delta", "predicted effect", "measured for a nat predicted"]
+    yield "causal.predicted", table(head, predicted(tasks))
+    head = ["task", "strength of ten AUs", "correlation of predicted and measured", "measured for a nat predicted"]
+    yield "causal.together", table(head, together(tasks))
 
 
 def _task(item: tuple[str, dict[str, Any]]) -> list[str]:

@@ -18,21 +18,27 @@ from austeer.cli.search_options import bars
 from austeer.errors import FileFormatError, TaskError
 from austeer.momentum.momentum import Momentum
 from austeer.momentum.profile import Profile
-from austeer.tuning.data import Parts
+from austeer.tuning.data import Most, Parts
 from austeer.utils.environment import environment
-from austeer.utils.tables import show_table, signed
+from austeer.utils.tables import show_table
 
 from ..files import slug
 from . import extras, summary
 from .gemma import GEMMA, GEMMA_ID, TERMS, gemma_model
 from .rows import CAA, MEASURED, middle_layers
-from .subjects import QUICK, SUBJECTS, Subject, parts_of, task_of
+from .subjects import QUICK, SUBJECTS, Subject, parts_of
 from .trial import MOMENTUM, Setting, run
 
 MODEL, SEEDS = "demo", 3
 
-#: The task on which numbers of pairs and profiles of other text are compared, the task of that text, and how much of it.
+#: Of what is not asked for.
+NOTHING: dict[str, Any] = {"found": [], "seconds": 0.0}
+
+#: The task on which numbers of pairs and profiles of other text are compared; the task of that text; how much of it.
 ASKED_OF, OTHER_TEXT, TEXTS, DRAWS = "tense", "reviews", 16, 96
+
+#: Draws of the profile with --quick.
+QUICK_DRAWS = 24
 
 #: The task and site of the causal check; AUs, further AUs, and items of it.
 CAUSAL, CAUSAL_SITE, CAUSAL_N, CAUSAL_SAMPLE, CAUSAL_ITEMS = "sentiment", "attention", 10, 24, 16
@@ -48,9 +54,7 @@ def main(
     only: Annotated[str, typer.Option(help="Some tasks, separated by commas. [default: all]")] = "",
     model: Annotated[str, typer.Option("--model", "-m", help="demo, gemma, or a folder or Hub id.")] = MODEL,
     seeds: Annotated[int, typer.Option(min=1, help="Splits of each task.")] = SEEDS,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few items and one split: shows that everything works.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few items, one split: it works.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Compare AUs by effect and every other method on real tasks, and write bench's result file of it.
@@ -60,18 +64,26 @@ def main(
     subjects = chosen_subjects(only, data)
     seeds, most = (1, QUICK) if quick else (seeds, None)
     splits = {s.name: [parts_of(s, data, seed, most) for seed in range(min(seeds, s.seeds))] for s in subjects}
+    texts = _sentences(data) if ASKED_OF in splits else []
     show = False if quiet else None
     setting = setting_of(model, out, quick, show)
-    trials = {}
+    trials: dict[str, list[dict[str, Any]]] = {}
     for name, parts in splits.items():
-        trials[name] = [run(setting, each, out / f"{name}-{each.seed}", not each.seed) for each in parts]
-        console.print(f"{name}: {sum(trial['seconds'] for trial in trials[name]):.0f} s")
+        for each in parts:
+            trials.setdefault(name, []).append(run(setting, each, out / f"{name}-{each.seed}", not each.seed))
+            console.print(f"{name}, split {each.seed}: {trials[name][-1]['seconds']:.0f} s")
     content = content_of(setting, subjects, trials)
     first = {s.name: splits[s.name][0] for s in subjects}
-    content["pairs"] = _pairs_needed(setting, first, trials, data, out, most)
-    content["texts"] = _other_text(setting, first, data, out, show)
+    stages = {
+        "pairs": _pairs_needed(setting, first, trials, data, out, most),
+        "texts": _other_text(setting, first, texts, out, show),
+        "causal": _causal(setting, first, out, show),
+    }
+    content |= {name: stages[name]["found"] for name in ("pairs", "texts")}
     if CAUSAL in first:
-        content["tasks"][CAUSAL]["causal"] = _causal(setting, first[CAUSAL], out / f"{CAUSAL}-0", show)
+        content["tasks"][CAUSAL]["causal"] = stages["causal"]["found"]
+    seconds = sum(trial["seconds"] for each in trials.values() for trial in each)
+    content["seconds"] = seconds + sum(stage["seconds"] for stage in stages.values()) + setting.seconds
     console.print()
     show_result(content)
     write(out, content, quick)
@@ -90,6 +102,14 @@ def chosen_subjects(only: str, data: Path | None) -> list[Subject]:
     return [s for s in SUBJECTS if (s.name in names if names else data is not None or not s.file)]
 
 
+def _sentences(data: Path | None) -> list[str]:
+    """The other text: sentences of another task."""
+    (subject,) = (s for s in SUBJECTS if s.name == OTHER_TEXT)
+    pairs = parts_of(subject, data, 0).measure
+    assert pairs is not None
+    return [(pair.prompt + pair.positive).strip() for pair in pairs[:TEXTS]]
+
+
 def setting_of(model: str, out: Path, quick: bool, show: bool | None) -> Setting:
     """The model and its profile, which is kept in the folder.
 
@@ -106,15 +126,16 @@ def setting_of(model: str, out: Path, quick: bool, show: bool | None) -> Setting
     if about.exists() and (found := json.loads(about.read_text(encoding="utf-8"))) != asked:
         raise FileFormatError(f"{about}: found {found}, expected {asked}; give another --out")
     write_json(about, asked)
-    if path.exists():
-        profile = Profile.load(path)
-    else:
-        options = {"draws": 24} if quick else {}
-        kept = {"checkpoint": path.with_suffix(".checkpoint"), "resume": True, "progress": show}
-        profile = austeer.profile(network, tokenizer, list(MEASURED), **options, **kept)
-        profile.save(path)
+
+    def make() -> int:
+        kept: dict[str, Any] = {"checkpoint": path.with_suffix(".checkpoint"), "resume": True, "progress": show}
+        made = austeer.profile(network, tokenizer, list(MEASURED), draws=QUICK_DRAWS if quick else None, **kept)
+        made.save(path)
         path.with_suffix(".checkpoint").unlink(missing_ok=True)
-    return Setting(network, tokenizer, profile, bars(show))
+        return len(made.tokens)
+
+    seconds = extras.kept(out / "profile.json", make)["seconds"]
+    return Setting(network, tokenizer, Profile.load(path), bars(show), seconds)
 
 
 def content_of(
@@ -122,22 +143,22 @@ def content_of(
 ) -> dict[str, Any]:
     """The result: trials, each task's rows over its trials, and the goals."""
     tasks = {s.name: {"steers": s.steers, "rows": summary.pooled(trials[s.name])} for s in subjects}
-    steered = {s.name: tasks[s.name]["rows"] for s in subjects if s.steers}
+    rows = {name: task["rows"] for name, task in tasks.items()}
     methods = {name: {"what": method.what, "source": method.source} for name, method in METHODS.items()}
     return {
         "model": Path(setting.name).name if Path(setting.name).is_absolute() else setting.name,
         "methods": methods,
         "tasks": tasks,
         "trials": trials,
-        "goals": summary.goals(steered, trials),
+        "goals": summary.goals(rows, trials),
     }
 
 
 def _pairs_needed(
-    setting: Setting, first: dict[str, Parts], trials: dict[str, Any], data: Path | None, out: Path, most: Any
-) -> list[dict[str, Any]]:
+    setting: Setting, first: dict[str, Parts], trials: dict[str, Any], data: Path | None, out: Path, most: Most | None
+) -> dict[str, Any]:
     if ASKED_OF not in first:
-        return []
+        return NOTHING
     (subject,) = (s for s in SUBJECTS if s.name == ASKED_OF)
     _, tuned, held_out = most or subject.most
     parts = parts_of(subject, data, 0, (max(extras.PAIRS) if most is None else most[0], tuned, held_out))
@@ -149,12 +170,10 @@ def _pairs_needed(
 
 
 def _other_text(
-    setting: Setting, first: dict[str, Parts], data: Path | None, out: Path, show: bool | None
-) -> list[dict[str, Any]]:
+    setting: Setting, first: dict[str, Parts], texts: list[str], out: Path, show: bool | None
+) -> dict[str, Any]:
     if ASKED_OF not in first:
-        return []
-    (subject,) = (s for s in SUBJECTS if s.name == OTHER_TEXT)
-    texts = extras.texts_of(task_of(subject, data).pairs(), TEXTS)
+        return NOTHING
     folder = out / "texts"
 
     def make() -> list[dict[str, Any]]:
@@ -168,17 +187,25 @@ def _other_text(
     return extras.kept(folder / "texts.json", make)
 
 
-def _causal(setting: Setting, parts: Parts, folder: Path, show: bool | None) -> dict[str, Any]:
+def _causal(setting: Setting, first: dict[str, Parts], out: Path, show: bool | None) -> dict[str, Any]:
     """The causal check of one task; docs/causal.md shows it."""
-    momentum = Momentum.load(folder / MOMENTUM)
-    found = causal_check(
-        *(setting.model, setting.tokenizer, parts.tune.take(CAUSAL_ITEMS), momentum, CAUSAL_SITE),
-        n=CAUSAL_N,
-        sample=CAUSAL_SAMPLE,
-        record=folder / "causal.jsonl",
-        progress=show,
-    ).to_json()
-    return {name: value for name, value in found.items() if name not in ("environment", "seconds", "notes")}
+    if CAUSAL not in first:
+        return NOTHING
+    folder = out / f"{CAUSAL}-0"
+
+    def make() -> dict[str, Any]:
+        items, momentum = first[CAUSAL].tune.take(CAUSAL_ITEMS), Momentum.load(folder / MOMENTUM)
+        found = causal_check(
+            *(setting.model, setting.tokenizer, items, momentum, CAUSAL_SITE),
+            n=CAUSAL_N,
+            sample=CAUSAL_SAMPLE,
+            profile=setting.profile,
+            record=folder / "causal.jsonl",
+            progress=show,
+        ).to_json()
+        return {name: value for name, value in found.items() if name not in ("environment", "seconds", "notes")}
+
+    return extras.kept(folder / "causal.json", make)
 
 
 def show_result(content: dict[str, Any]) -> None:
@@ -189,37 +216,37 @@ def show_result(content: dict[str, Any]) -> None:
         console.print(f"[bold]{name}[/], {items} held-out items in {len(trials)} splits, KL at most 0.1")
         rows = sorted(task["rows"].items(), key=lambda row: -row[1]["effect"])
         cells = [
-            [row_name, ", ".join(map(str, dict.fromkeys(row["k"]))), interval(row["effect"], row["low"], row["high"])]
-            + [interval(*row["behind"][rival]) if rival in row["behind"] else "" for rival in summary.RIVALS]
+            [
+                row_name,
+                ", ".join(map(str, dict.fromkeys(row["k"]))),
+                summary.interval(row["effect"], row["low"], row["high"]),
+            ]
+            + [summary.interval(*row["behind"][rival]) if rival in row["behind"] else "" for rival in summary.RIVALS]
             + [f"{row['kl']:.3f}"]
             for row_name, row in rows
         ]
         show_table(["method", "AUs", "effect, nats", *(f"minus {rival}" for rival in summary.RIVALS), "KL"], cells)
         console.print()
-    for line in goal_lines(content["goals"]):
-        console.print(line)
+    show_goals(content["goals"])
 
 
-def interval(mean: float | None, low: float | None, high: float | None) -> str:
-    """A mean with its 95 % interval."""
-    if mean is None:
-        return ""
-    return (
-        signed(mean, 2) if low is None or high is None else f"{signed(mean, 2)} [{signed(low, 2)}, {signed(high, 2)}]"
-    )
-
-
-def goal_lines(goals: dict[str, Any]) -> list[str]:
-    """Both goals in words, each met or missed, with what it depends on."""
-    ten, hundred = goals["ten"], goals["hundred"]
-    lines = [f"{'met' if ten['met'] else 'missed'}: {ten['row']}, above each method without gradients on every task"]
-    for name, leads in ten["leads"].items():
-        lines.append(f"  {name}: " + "; ".join(f"minus {rival} {interval(*lead)}" for rival, lead in leads.items()))
-    words = "not below the dense vectors by gradients, on the mean over tasks"
-    lines.append(f"{'met' if hundred['met'] else 'missed'}: {hundred['row']}, {words}")
-    for rival, found in hundred["means"].items():
-        lines.append(f"  minus {rival} {interval(*found['lead'])}, {found['tasks']} tasks")
-    return lines
+def show_goals(goals: dict[str, Any]) -> None:
+    """Both goals, each met or missed, and what that depends on."""
+    for goal, words in (
+        (goals["ten"], "above each method without gradients on every task"),
+        (goals["hundred"], "not below dense vectors by gradients, on the mean over tasks"),
+    ):
+        console.print(f"[bold]{'met' if goal['met'] else 'missed'}[/]: {goal['row']}:\n{words}")
+        if "leads" in goal:
+            lines = [
+                [task, rival, summary.interval(*lead)]
+                for task, found in goal["leads"].items()
+                for rival, lead in found.items()
+            ]
+            show_table(["task", "minus", "nats [95 %]"], lines)
+        else:
+            lines = [[rival, str(row["tasks"]), summary.interval(*row["lead"])] for rival, row in goal["means"].items()]
+            show_table(["minus", "tasks", "nats [95 %]"], lines)
 
 
 def write(out: Path, content: dict[str, Any], quick: bool) -> None:
@@ -227,9 +254,8 @@ def write(out: Path, content: dict[str, Any], quick: bool) -> None:
     name = "study-quick" if quick else "study"
     model = slug(str(content["model"]).rpartition("/")[2])
     path = out / f"{name}-{model}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
-    seconds = sum(trial["seconds"] for trials in content["trials"].values() for trial in trials)
-    write_json(path, {"kind": "study", **content, "seconds": seconds, "environment": environment()})
-    console.print(f"\n{seconds:.0f} s of trials; wrote {path}")
+    write_json(path, {"kind": "study", **content, "environment": environment()})
+    console.print(f"\n{content['seconds']:.0f} s; wrote {path}")
 
 
 if __name__ == "__main__":

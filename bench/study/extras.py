@@ -6,6 +6,7 @@ Each answer is kept in a file, and read from there when it is asked for again.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,6 @@ from austeer.baselines import arms
 from austeer.baselines.arm import Arm, Candidate, Material
 from austeer.momentum.momentum import Momentum
 from austeer.momentum.profile import Profile
-from austeer.pairs.pairs import Pairs
 from austeer.plans.plan import Plan
 from austeer.tuning.data import Parts
 from austeer.tuning.search import outcome_of
@@ -32,11 +32,13 @@ PAIRS = (20, 50, 100, 200)
 SITE = SITES[0]
 
 
-def kept(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What ``make`` gives, made once."""
+def kept(path: Path, make: Callable[[], Any]) -> dict[str, Any]:
+    """What ``make`` gives ("found") and how long it took ("seconds"), made once."""
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    found = make()
+    start = time.perf_counter()
+    found = {"found": make(), "seconds": time.perf_counter() - start}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(found))
     return found
 
@@ -87,11 +89,6 @@ def other_text(
             shared = len({*plans[0][row["k"]].keys()} & {*plans[1][row["k"]].keys()}) / row["k"]
             found.append({"text": name, "shared": shared, "correlation": correlation, **row})
     return found
-
-
-def texts_of(pairs: Pairs, count: int) -> list[str]:
-    """Sentences of a task's pairs, as text for a profile."""
-    return [(pair.prompt + pair.positive).strip() for pair in pairs[:count]]
 
 
 def _by_effect(material: Material, k: int) -> Plan:

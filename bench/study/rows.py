@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from austeer.baselines import arms
 from austeer.baselines.arm import Arm, Material
-from austeer.momentum.by_effect import EffectCurve, best_sites
+from austeer.errors import SelectionError
+from austeer.momentum.by_effect import EffectCurve, effect_curve
 from austeer.plans.plan import Plan
-from austeer.plans.table import STEPS
 
 KS = (10, 100)
 
@@ -23,7 +24,7 @@ HEADS = (1, 4, 16)
 NEWTON_LAYERS = 4
 
 #: What a row is: momentum's, one without gradients, by effect, or dense by gradients.
-KINDS = ("momentum", "plain", "effect", "dense")
+KINDS = ("effect", "dense", "plain", "momentum")
 
 CAA, ITI, SADI, NEWTON, TRAINED = "CAA", "ITI", "SADI", "dense Newton step", "trained vector"
 
@@ -65,7 +66,7 @@ def rows_of(material: Material) -> list[Row]:
     promising = sorted(newton, key=lambda arm: -_promise(material, arm))[:NEWTON_LAYERS]
     rows.append(Row(NEWTON, "dense", promising))
     for arm in arms("effect", material, sites=SITES[:1], ks=KS):
-        rows.append(Row(f"effect, {arm.detail}, k = {arm.k}", "effect", [arm]))
+        rows.append(Row(f"effect {arm.detail} {arm.k}", "effect", [arm]))
     return rows
 
 
@@ -76,23 +77,30 @@ def trained_row(material: Material, layer: int) -> Row:
 
 def predicted_name(k: int | None) -> str:
     """The row of AUs by effect whose site, step, and k where none is given, are those of the largest prediction."""
-    return f"effect, predicted, k = {k}" if k else "effect, predicted, k too"
+    return f"effect predicted {k}" if k else "effect predicted"
 
 
 def predicted_rows(material: Material, curves: Sequence[tuple[str, EffectCurve]]) -> list[Row]:
-    """Rows whose site and step are chosen by prediction alone: for each k, and with the k of the curve, too."""
+    """Rows whose site and step are chosen by prediction alone: for each k, and with the k of the curve, too.
+
+    None where nothing is predicted.
+    """
     rows = []
-    for k in (*KS, None):
+    for k in (*KS, None) if curves else ():
         step, curve = max(curves, key=lambda found: found[1].best if k is None else effect_at(found[1], k))
         plan = effect_plan(material, curve.sites, step, k or curve.enough)
         rows.append(Row(predicted_name(k), "effect", [Arm("effect", plan, len(plan), f"{step}, predicted")]))
     return rows
 
 
-def curves_of(material: Material) -> list[tuple[str, EffectCurve]]:
-    """What is predicted of each step at each site, and at all of them together."""
+def curves_of(material: Material, step: str) -> list[tuple[str, EffectCurve]]:
+    """What is predicted of a step at each site, and at all of them together; nothing where halves do not agree."""
     momentum, profile = material.momentum, material.with_profile("effect")
-    return [(step, curve) for step in STEPS for curve in best_sites(momentum, profile, EFFECT_SITES, step)]
+    found = []
+    for sites in (*((site,) for site in EFFECT_SITES), EFFECT_SITES):
+        with suppress(SelectionError):  # no k has an effect on the other half: no reason to stop, and no prediction
+            found.append((step, effect_curve(momentum, profile, sites, step)))
+    return found
 
 
 def effect_at(curve: EffectCurve, k: int) -> float:

@@ -39,22 +39,22 @@ class Subject:
     steers: bool = True
 
 
-def _earlier(name: str, file: str, template: str, words: int) -> Subject:
+def _earlier(name: str, file: str, template: str, words: int, most: Most = (60, 12, 24)) -> Subject:
     """A task on which nothing was found to steer: one small trial, reported in one line."""
-    return Subject(name, file, template, words, (60, 12, 24), seeds=1, steers=False)
+    return Subject(name, file, template, words, most, seeds=1, steers=False)
 
 
 SUBJECTS = (
     Subject("tense", "style/tense_past_future.jsonl"),
     Subject("voice", "style/voice_passive_active.jsonl"),
     Subject("toxicity", "style/detox_neutral_toxic.jsonl"),
-    Subject("language", "style/language_french_english.jsonl", words=19),
-    Subject("reviews", "style/sentiment_reviews.jsonl", words=61, most=(40, 12, 24)),
+    Subject("language", "style/language_french_english.jsonl", words=17, most=(80, 20, 30)),
+    Subject("reviews", "style/sentiment_reviews.jsonl", words=61, most=(40, 9, 18)),
     Subject("formality", "style/formality.jsonl", words=80),
     Subject("sentiment", words=30),
     _earlier("persona_agreeableness", "persona_agreeableness.jsonl", "persona", 60),
     _earlier("copa", "copa_dev.jsonl", "copa_text", 60),
-    _earlier("caa_sycophancy", "caa_sycophancy_generate.jsonl", "caa", 80),
+    _earlier("caa_sycophancy", "caa_sycophancy_generate.jsonl", "caa", 130, (30, 8, 12)),
     _earlier("boolq", "boolq_a.jsonl", "boolq", 70),
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from austeer.statistics.intervals import group_interval
+from austeer.utils.tables import signed
 
 from .rows import CAA, ITI, KS, NEWTON, SADI, TRAINED, predicted_name
 
@@ -82,10 +83,11 @@ def goals(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], trials: Mapping[
     ten, hundred = predicted_name(KS[0]), predicted_name(KS[1])
     leads: dict[str, dict[str, Any]] = {}
     means: dict[str, Any] = {}
+    missing = 0
     for name in tasks:
         by_name = [{row["name"]: row for row in trial["rows"]} for trial in trials[name]]
         found = {rival: _mean(trials[name], by_name, ten, rival) for rival in (CAA, ITI, SADI)}
-        leads[name] = {rival: lead for rival, lead in found.items() if lead[0] is not None}
+        leads[name] = {rival: lead for rival, lead in found.items() if rival in tasks[name]}
     for rival in (NEWTON, TRAINED):
         each = []
         for name in tasks:
@@ -93,6 +95,8 @@ def goals(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], trials: Mapping[
             lead = _mean(trials[name], by_name, hundred, rival)
             if lead[0] is not None:
                 each.append(lead)
+            elif rival in tasks[name]:
+                missing += 1
         if each:
             error = math.sqrt(sum(((high - low) / 2) ** 2 for _, low, high in each if low is not None)) / len(each)
             mean = sum(lead[0] for lead in each) / len(each)
@@ -103,6 +107,15 @@ def goals(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], trials: Mapping[
         "hundred": {
             "row": hundred,
             "means": means,
-            "met": bool(means) and all(m["lead"][0] >= 0 for m in means.values()),
+            "met": bool(means) and not missing and all(m["lead"][0] >= 0 for m in means.values()),
         },
     }
+
+
+def interval(mean: float | None, low: float | None, high: float | None) -> str:
+    """A mean with its 95 % interval."""
+    if mean is None:
+        return ""
+    return (
+        signed(mean, 2) if low is None or high is None else f"{signed(mean, 2)} [{signed(low, 2)}, {signed(high, 2)}]"
+    )

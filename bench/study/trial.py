@@ -17,6 +17,7 @@ from austeer.baselines.arm import Arm, Candidate, Material
 from austeer.forward.neutral import neutral_texts
 from austeer.momentum.momentum import Momentum
 from austeer.momentum.profile import Profile
+from austeer.plans.table import STEPS
 from austeer.statistics.intervals import share_interval
 from austeer.tuning.calibrate import Limit, calibrate
 from austeer.tuning.data import Parts
@@ -31,7 +32,7 @@ from .rows import KS, MEASURED, Row
 MAX_KL, MOMENTUM = 0.1, "momentum.safetensors"
 
 #: Neutral texts that strengths are found on: of all that is tuned, and of what is reported.
-TEXTS, FINAL_TEXTS = 4, 12
+TEXTS, FINAL_TEXTS = 4, 8
 
 #: Tuning items that all of a row's settings are judged by, and how many of them by all items.
 FIRST, KEPT = 8, 2
@@ -43,12 +44,14 @@ class Setting:
 
     Attributes:
         profile: of the model, at all sites that are measured. step: opens progress bars.
+        seconds: what the profile took.
     """
 
     model: nn.Module
     tokenizer: Any
     profile: Profile
     step: Step = no_bars
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -73,7 +76,7 @@ class Trial:
         self.material = Material(model, tokenizer, parts.measure, momentum, setting.profile)
         self.limits: dict[str, Limit] = {}
 
-    def bring_to_limit(self, arms: Sequence[Arm], texts: int = TEXTS) -> None:
+    def bring_to_limit(self, arms: Sequence[Arm], texts: int | None = None) -> None:
         """Finds the strength of each arm at the limit; a shift's begins where the profile predicts it."""
         distinct = {arm.digest: arm for arm in arms}
 
@@ -86,6 +89,7 @@ class Trial:
                 return 1.0
             return self.setting.profile.alpha(plan, MAX_KL) if plan.dose is None else plan.dose.alpha(MAX_KL)
 
+        texts = texts or TEXTS
         with self.setting.step(f"{len(distinct)} strengths, on {texts} texts", len(distinct)) as advance:
             found = calibrate(self.tune, list(distinct.values()), MAX_KL, texts, start, on_arm=lambda: advance(1))
         self.limits |= found
@@ -130,8 +134,16 @@ def run(setting: Setting, parts: Parts, folder: Path, sites_too: bool) -> dict[s
     assert parts.measure is not None
     momentum = kept_momentum(setting, parts.measure, MEASURED, folder / MOMENTUM)
     trial = Trial(setting, parts, momentum, folder)
-    curves = kinds.curves_of(trial.material)
-    chosen = trial.choose([*kinds.rows_of(trial.material), *kinds.predicted_rows(trial.material, curves)])
+    curves = []
+    with setting.step("predicted effects and plans", len(STEPS) + 2) as advance:
+        for step in STEPS:
+            curves += kinds.curves_of(trial.material, step)
+            advance(1)
+        rows = kinds.predicted_rows(trial.material, curves)
+        advance(1)
+        rows += kinds.rows_of(trial.material)
+        advance(1)
+    chosen = trial.choose(rows)
     if kinds.NEWTON in chosen:
         layer = int(chosen[kinds.NEWTON][1].plan.layer[0])
         chosen |= trial.choose([kinds.trained_row(trial.material, layer)])

@@ -72,7 +72,7 @@ def test_training_leaves_the_model_as_it_was(material):
 
 def test_steps_of_chosen_units(material):
     """Each kind of step of an AU alone: its mean difference, or what has a predicted KL of UNIT at a strength of 1."""
-    momentum, profile = material.momentum, material.profile
+    momentum = material.momentum
     difference, newton = arms("effect", material, sites=["ffn"], ks=[1])
     unit = (difference.plan.layer[0], difference.plan.index[0])
     delta = momentum.counters("ffn").delta_sum[unit] / momentum.pairs
@@ -91,7 +91,7 @@ def test_what_is_missing_is_named_with_the_remedy(material, method):
     with pytest.raises(SelectionError, match=f"'{method}'.*no side-effect profile.*profile"):
         arms(method, replace(material, profile=None), sites=["ffn"], ks=[1])
     foreign = replace(material.profile, model=replace(material.profile.model, layers=7))
-    with pytest.raises(SelectionError, match="7 layers.*3 layers"):
+    with pytest.raises(SelectionError, match=r"7 layers.*3 layers"):
         arms(method, replace(material, profile=foreign), sites=["ffn"], ks=[1])
 
 

@@ -27,7 +27,9 @@ def test_a_profile_of_own_texts(folder, command_line, tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["m.profile", "texts.txt"]
     made = Profile.load(out)
     assert (
-        kind_of(out) == FORMAT and list(made.rows) == ["attention", "ffn"] and made.texts_name.startswith("2 texts, ")
+        kind_of(out) == FORMAT
+        and list(made.rows) == ["attention", "ffn", "neuron"]
+        and made.texts_name.startswith("2 texts, ")
     )
     code, printed, _ = command_line(*command, "--force", "--json", "--sites", "neuron", "--seed", 3)
     found = json.loads(printed)

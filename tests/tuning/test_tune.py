@@ -244,19 +244,33 @@ def test_every_method_is_brought_to_the_same_limit_and_reported(loaded, tmp_path
     assert all(torch.equal(t, before[name]) for name, t in loaded[0].state_dict().items())
 
 
-def test_methods_by_gradients_are_given_effects_and_a_profile(loaded, tmp_path):
+def test_methods_by_gradients_are_given_effects_and_a_profile(loaded, tmp_path, cache):
     options = {"ks": (4,), "max_kl": 0.05, "neutral": NEUTRAL, "layers": (1,), "sites": ("ffn",), "timed": False}
     methods = ("effect", "newton", "trained")
     result = compare(*loaded, task_of(), methods=methods, folder=tmp_path, **options)
     assert {row.method for row in result.held_out} == {*methods}
     assert all(0 < trial.kl <= 0.05 for trial in result.trials)
-    profile, momentum = tmp_path / "profile.safetensors", Momentum.load(tmp_path / "momentum.safetensors")
+    (profile,), momentum = (cache / "profiles").iterdir(), Momentum.load(tmp_path / "momentum.safetensors")
     assert set(momentum.sites) == set(Profile.load(profile).rows) == {"ffn", "layer"} and momentum.effects is not None
     assert Profile.load(profile).sources[0][0].startswith("2 texts")  # those that strengths are chosen on
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl", ".safetensors", ".safetensors"]
     before = profile.stat().st_mtime_ns
     assert compare(*loaded, task_of(), methods=methods, folder=tmp_path, **options).held_out == result.held_out
     assert profile.stat().st_mtime_ns == before
+
+
+def test_tune_by_effect_tries_what_is_predicted_to_work(loaded, tmp_path, cache, monkeypatch):
+    """Its settings start at the strength that the profile predicts, and the plan keeps what was measured of it."""
+    options = {"ks": (2, 4), "max_kl": 0.05, "neutral": NEUTRAL, "folder": tmp_path, "rank": "effect"}
+    monkeypatch.setattr("austeer.tuning.promising.MOST", 3)
+    result = tune(*loaded, task_of(), sites=("attention", "ffn"), **options)
+    assert {(t.method, t.operation, t.detail) for t in result.trials} == {("effect", "shift", "newton")}
+    assert len({(t.site, t.k) for t in result.trials}) == 3, "of six, counting both sites together"
+    assert result.plan.rank == "effect" and len(result.plan) == result.chosen.k
+    point = result.plan.dose.measured[0]
+    assert point.k == len(result.plan) and 0.04 <= point.kl <= 0.05
+    assert point.alpha * result.chosen.fraction == pytest.approx(result.alpha)
+    with pytest.raises(TaskError, match=r"rank: found 'best', expected 'momentum' or 'effect'"):
+        tune(*loaded, task_of(), **{**options, "rank": "best"})
 
 
 def test_parse_methods():

@@ -1,0 +1,44 @@
+"""The settings by effect per side effect that are worth trying: those of the largest predicted effect at equal KL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..baselines.arm import Arm, Material
+from ..errors import SelectionError
+from ..momentum.by_effect import best_sites
+
+#: Settings that are tried, at most.
+MOST = 8
+
+
+def promising_arms(material: Material, sites: Sequence[str], ks: Sequence[int], together: bool) -> list[Arm]:
+    """At most ``MOST`` arms of Newton's steps, for sites and numbers of AUs; all where nothing can be predicted.
+
+    Args:
+        together: whether all sites' AUs ranked together are tried, too.
+
+    Raises:
+        SelectionError: momentum without effects, no profile or one of another model, or too few AUs.
+    """
+    momentum, profile = material.momentum, material.with_profile("effect")
+    kinds = [(site,) for site in sites] + ([tuple(sites)] if together and len(sites) > 1 else [])
+    settings = [(kind, k) for kind in kinds for k in ks]
+    if len(settings) > MOST:
+        try:
+            curves = {curve.sites: curve for curve in best_sites(momentum, profile, sites, "newton")}
+        except SelectionError:  # too few pairs to have halves, or none that predicts the other
+            curves = {}
+
+        def predicted(setting: tuple[tuple[str, ...], int]) -> float:
+            curve = curves[setting[0]]
+            return float(np.interp(np.log(setting[1]), np.log(curve.k), curve.effect))
+
+        if curves:
+            settings = sorted(settings, key=predicted, reverse=True)[:MOST]
+    return [
+        Arm("effect", momentum.select(kind, k, rank="effect", step="newton", profile=profile), k, "newton")
+        for kind, k in settings
+    ]
