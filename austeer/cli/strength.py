@@ -91,12 +91,10 @@ def alphas_at(
     """For each plan the strength at which it has its KL on this model, as measured on neutral text.
 
     Raises:
-        SelectionError: a profile of other weights. SteeringError, PlanError: as :func:`austeer.steer`.
+        SelectionError, SteeringError, PlanError, CaptureError: as :func:`austeer.steer`.
     """
     from ..steering.steer import steer
 
-    if profile is not None:
-        profile.check_weights(model)
     counts = {name: len(plan) if (k := ks[name]) is None else k for name, plan in plans.items()}
     found = steer(model, plans, kl=kls, k=counts, profile=profile).alpha
     return found if isinstance(found, dict) else dict.fromkeys(plans, found)

@@ -33,11 +33,13 @@ RANKS = {
     "momentum": "the size of beta: on how many pairs an AU is larger on one side (the paper's)",
     "difference": "the size of the mean difference",
     "effect": "what a shift does to the wanted log-odds, for what it does to neutral text",
+    "mixed": "more than one measure: a sum of plans",
 }
 STEPS = {
     "difference": "its mean difference, in the activation's own unit",
     "newton": "the shift at alpha = 1, in the activation's own unit: Newton's step, which has the largest effect at a "
     "given KL on neutral text",
+    "mixed": "its shift at alpha = 1, in the activation's own unit, as the plans that were summed have it",
 }
 STRONGEST = 10
 #: The KL of the examples for a plan with a dose: nats a token.

@@ -19,6 +19,9 @@ MEASURED_TOKENS = 512
 #: Tokens that a plan carries to measure on, and measured strengths, at most.
 MOST_TOKENS, MOST_POINTS = 4096, 100
 
+#: KLs and strengths beyond it, and measured ones below 1 / LARGEST, are no measurements, and powers of them no numbers.
+LARGEST = 1e30
+
 
 @dataclass(frozen=True)
 class Point:
@@ -55,14 +58,16 @@ class Dose:
 
     def __post_init__(self) -> None:
         check_text("dose: texts", self.texts)
-        if not self.kl or any(not 0 <= value < math.inf for value in (*self.kl, self.error)):
-            raise PlanError("dose: found a KL that is negative or no number, expected one of each number of AUs")
+        if not self.kl or any(not 0 <= value <= LARGEST for value in (*self.kl, self.error)):
+            raise PlanError(
+                f"dose: found a KL that is negative, beyond {LARGEST:g} or no number, expected one for each k"
+            )
         if self.effect and (len(self.effect) != len(self.kl) or not all(map(math.isfinite, self.effect))):
             raise PlanError(f"dose: found {len(self.effect)} effects, expected {len(self.kl)} finite ones, or none")
         if sum(map(len, self.ids)) > MOST_TOKENS or len(self.measured) > MOST_POINTS:
             raise PlanError(f"dose: found more than {MOST_TOKENS} tokens or {MOST_POINTS} measured strengths")
         for point in self.measured:
-            if not 1 <= point.k <= len(self.kl) or not (0 < point.alpha < math.inf and 0 <= point.kl < math.inf):
+            if not 1 <= point.k <= len(self.kl) or not (_usable(point.alpha) and (point.kl == 0 or _usable(point.kl))):
                 raise PlanError(f"dose: found the measured strength {point}, expected positive numbers")
 
     def alpha(self, kl: float, k: int | None = None) -> float:
@@ -179,6 +184,10 @@ def _straight(points: list[tuple[float, float]], x: float, slopes: tuple[float, 
     if place == len(points) - 1:
         slope = min(max(slope, slopes[0]), slopes[1])
     return value + slope * (x - at)
+
+
+def _usable(value: float) -> bool:
+    return 1 / LARGEST <= value <= LARGEST
 
 
 def positive_kl(kl: object, error: type[AusteerError]) -> float:

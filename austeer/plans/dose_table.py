@@ -40,7 +40,7 @@ def dose_rows(dose: Dose, levels: tuple[float, ...] = LEVELS) -> list[DoseRow]:
     strengths = [dose.alpha(level) for level in levels] if known else []
     further = [a for a in strengths if all(abs(a / other - 1) > NEAR for other in measured)]
     return [
-        DoseRow(alpha, dose.kl[-1] * alpha**2, measured.get(alpha), dose.effect_of(alpha))
+        DoseRow(alpha, dose.kl[-1] * alpha * alpha, measured.get(alpha), dose.effect_of(alpha))
         for alpha in sorted({*measured, *further})
     ]
 

@@ -10,9 +10,11 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from austeer.models.sites import Fingerprint
+from austeer.plans import card as card_module
 from austeer.plans.card import model_card
 from austeer.plans.evidence import Evidence, Outcome, Overhead
 from austeer.plans.serving import PROCESSOR, VARIABLE, VLLM_RANKS
+from austeer.plans.table import RANKS, STEPS
 from austeer.vllm.sets import parse
 from small_plans import DOSED, EVIDENCE, KNOWN, MODEL, PLAN, plan_of
 
@@ -102,6 +104,7 @@ def test_a_plan_by_effect_with_its_dose():
     assert json.loads(sets.split("=", 1)[1])["kind"]["alpha"] == pytest.approx(DOSED.dose.alpha(0.1), rel=1e-3)
     tested = DOSED.with_evidence(Evidence("effect", tested=(Outcome(3, "text", 1.0),), alpha=3))
     assert "alpha=3)" in python_of(model_card(tested)), "what was tested comes first"
+    assert set(card_module.RANKS) == set(RANKS) and set(card_module.STEPS) == set(STEPS)
     still = DOSED.with_dose(replace(DOSED.dose, kl=(0.0, 0.0, 0.0), measured=()))
     assert "## Dose" not in model_card(still).text and "alpha=1)" in python_of(model_card(still))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from austeer import AusteerError, FileFormatError, Plan
+from austeer.plans.dose_table import dose_rows
 from austeer.plans.files import FILE_NAME, FORMAT
 from small_plans import DOSED, KNOWN, PLAN, VERSION_1, outside, parts_of, sealed
 
@@ -140,7 +141,7 @@ def assert_sound(plan, folder):
     if plan.dose is not None:
         json.dumps(plan.dose.to_json(), allow_nan=False)
         assert plan.operation == "shift" and len(plan.dose.kl) == len(plan) and plan.dose.texts.isprintable()
-        assert min(plan.dose.kl) >= 0 and plan.dose.kl_of(0.5) >= 0
+        assert min(plan.dose.kl) >= 0 and plan.dose.kl_of(0.5) >= 0 and isinstance(dose_rows(plan.dose), list)
 
 
 @pytest.mark.parametrize("plan", [KNOWN, DOSED], ids=["with evidence", "with a dose"])
