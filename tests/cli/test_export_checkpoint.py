@@ -105,6 +105,7 @@ def test_gguf(base, tmp_path):
             "kind": "lora" if name == "scale" else "controlvector",
             "bytes": out.stat().st_size,
             "alphas": [3.0],
+            "predicted": None,
         }
     run(
         "gguf", tmp_path / "scale", "-m", base, "-o", out, "--force", "--dtype", "float16", "--architecture", "mistral3"
