@@ -13,6 +13,9 @@ from torch import Tensor
 from ..errors import AusteerError, PlanError
 from .evidence import check_text
 
+#: Nats a token beyond all that can be meant.
+LARGEST_KL = 1e6
+
 #: Tokens on which the KL of a steering is measured: whole texts, at most so many in all.
 MEASURED_TOKENS = 512
 
@@ -192,7 +195,7 @@ def _usable(value: float) -> bool:
 
 def positive_kl(kl: object, error: type[AusteerError]) -> float:
     """``kl`` as a float; raises ``error`` unless it is a positive number."""
-    if isinstance(kl, bool) or not isinstance(kl, Real) or not 0 < kl < math.inf:  # type: ignore[operator]
+    if isinstance(kl, bool) or not isinstance(kl, Real) or not 0 < kl < LARGEST_KL:  # type: ignore[operator]
         raise error(f"kl: found {kl!r}, expected a positive number of nats a token, for example 0.1")
     return float(kl)
 
