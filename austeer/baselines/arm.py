@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,17 +31,23 @@ class Material:
     momentum: Momentum
     profile: Profile | None = None
 
+    def expect_effects(self, method: str, sites: Iterable[str]) -> None:
+        """Raises SelectionError where the momentum has no effects, or none at one of the sites."""
+        if self.momentum.effects is None:
+            raise SelectionError(
+                f"method {method!r}: found momentum without effects, expected one of measure(..., effects=True); "
+                "measure again (austeer measure --effects)"
+            )
+        for site in sites:
+            self.momentum.counters(site)
+
     def with_profile(self, method: str) -> Profile:
         """The profile, for a method that needs one and effects.
 
         Raises:
             SelectionError: one of them is missing, or the profile is of another model.
         """
-        if self.momentum.effects is None:
-            raise SelectionError(
-                f"method {method!r}: found momentum without effects, expected one of measure(..., effects=True); "
-                "measure again (austeer measure --effects)"
-            )
+        self.expect_effects(method, ())
         if self.profile is None:
             raise SelectionError(
                 f"method {method!r}: found no side-effect profile, expected the model's: profile(model, tokenizer), or "

@@ -263,7 +263,8 @@ def _predicted_line(predicted: dict[str, float]) -> str:
     """Which strength a KL has become: no model is run here, so it is a prediction."""
     if not predicted:
         return ""
-    return f"alpha {predicted['alpha']:.4g}, predicted for a KL of {predicted['kl']:g} nats a token\n"
+    far = "; only small ones are predicted well, see austeer evaluate" if predicted["kl"] > 0.2 else ""
+    return f"alpha {predicted['alpha']:.4g}, predicted for a KL of {predicted['kl']:g} nats a token{far}\n"
 
 
 @contextmanager

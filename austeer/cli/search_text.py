@@ -14,6 +14,7 @@ from .common import console
 if TYPE_CHECKING:
     from ..forward.timing import Timing
     from ..tuning.held_out import HeldOut, Unsteered
+    from ..tuning.tune import Trial
 
 LEGEND = (
     "effect: mean change of log p(wanted) - log p(best other option), with its 95 % interval over groups of items; up: "
@@ -34,7 +35,7 @@ def show_held_out(
     for row in rows:
         cells.append(
             [
-                f"{row.method} {row.operation}, {row.detail or row.site}" + (" (derails)" if row.derailed else ""),
+                f"{row.method} {row.operation}, {show_place(row)}" + (" (derails)" if row.derailed else ""),
                 show_alpha(row.alpha),
                 str(row.k),
                 show_value(row.effect, row.low, row.high),
@@ -49,6 +50,12 @@ def show_held_out(
         for line, time in zip(cells, ["", *map(extra, rows)]):
             line.append(time)
     show_table(columns, cells, on=on)
+
+
+def show_place(row: HeldOut | Trial) -> str:
+    """Where a setting steers, with what tells it apart from others there."""
+    named = not row.detail or all(site in row.detail for site in row.site.split("+"))
+    return row.detail or row.site if named else f"{row.site}, {row.detail}"
 
 
 def show_left_out(left_out: Sequence[str]) -> None:

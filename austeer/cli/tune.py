@@ -12,7 +12,7 @@ from ..utils.tables import show_table
 from . import common
 from . import search_options as options
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
-from .search_text import LEGEND, show_alpha, show_held_out, show_left_out, show_value
+from .search_text import LEGEND, show_alpha, show_held_out, show_left_out, show_place, show_value
 from .writing_text import Samples, show_writing
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def show(result: TuneResult, max_kl: float, rows: int, samples: int) -> None:
     )
     cells = []
     for t in result.trials[:rows]:
-        where, effect = f"{t.operation} at {t.detail or t.site}", show_value(t.effect, t.low, t.high)
+        where, effect = f"{t.operation} at {show_place(t)}", show_value(t.effect, t.low, t.high)
         cells.append([where, str(t.k), show_alpha(t.alpha), str(t.items), effect, f"{t.share:.0%}"])
     show_table(["setting", "k", "alpha", "items", "effect, nats [95 %]", "up"], cells)
     console.print(f"\n[bold]On {result.unsteered.items} held-out items[/]: the chosen setting first")

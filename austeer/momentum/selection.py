@@ -65,7 +65,8 @@ class Asked:
 
 def selected(momentum: Measured, asked: Asked, profile: Profile | None) -> Plan:
     """The plan that :meth:`austeer.Momentum.select` describes; raises what it does."""
-    rank = asked.rank or ("momentum" if profile is None else "effect")
+    paper = asked.ties == "public" or asked.max_fdr is not None or asked.min_stability is not None
+    rank = asked.rank or ("momentum" if profile is None or paper else "effect")
     operation = asked.operation or ("shift" if rank == "effect" else "scale")
     for what, value, names in (("rank", rank, RANKS[:3]), ("operation", operation, OPERATIONS)):
         if value not in names:
@@ -84,8 +85,8 @@ def selected(momentum: Measured, asked: Asked, profile: Profile | None) -> Plan:
     site = asked.site
     momentum.counters(site)
     if rank == "difference":
-        if asked.k is None:
-            raise SelectionError("select: found rank 'difference' without k, expected how many AUs, for example k=100")
+        if asked.k is None or asked.max_fdr is not None or asked.min_stability is not None:
+            raise SelectionError("select: expected k alone with rank 'difference', for example k=100")
         order = by_difference(momentum.counters(site))
         chosen = order[: check_count("k", asked.k, order.numel(), f"AUs of {site!r}", SelectionError)]
     else:
@@ -105,8 +106,8 @@ def _by_effect(momentum: Measured, asked: Asked, operation: str, profile: Profil
         raise SelectionError(
             f"operation: found {operation!r} with rank 'effect', expected 'shift', of which effects are known"
         )
-    if asked.max_fdr is not None or asked.min_stability is not None:
-        raise SelectionError("select: found max_fdr or min_stability with rank 'effect', expected k, or kl")
+    if asked.max_fdr is not None or asked.min_stability is not None or asked.ties != "effect":
+        raise SelectionError("select: found max_fdr, min_stability or ties with rank 'effect', expected k, or kl")
     if asked.k is None and asked.kl is None:
         raise SelectionError(f"{EXACTLY_ONE}; with a profile also kl, for example kl=0.1")
     step = asked.step or "newton"

@@ -37,7 +37,7 @@ PASSES, SEEN = 12, 1e5
 def estimate_kl(
     model: nn.Module,
     tokenizer,
-    plans: Sequence[Plan],
+    plans: Plan | Sequence[Plan],
     texts: Sequence[str] | None = None,
     *,
     batch_tokens: int = 2048,
@@ -65,6 +65,7 @@ def estimate_kl(
         SteeringError: a KL that does not become small with the strength, or what :func:`austeer.steer` refuses.
         PairsError: no text of two tokens. TaskError: bidirectional attention.
     """
+    plans = [plans] if isinstance(plans, Plan) else list(plans)
     chosen = neutral_texts() if texts is None else list(texts)
     coarse = STEP_KL[torch.bfloat16]  # also where products are rounded to 8 bits
     goal = coarse if getattr(unwrap(model), "is_quantized", False) else STEP_KL.get(floating_dtype(model), coarse)

@@ -11,12 +11,14 @@ from typing import Any
 from torch import nn
 
 from ..baselines.arm import Material
-from ..errors import TaskError
+from ..errors import SelectionError, TaskError
 from ..forward.causality import expect_causal
 from ..forward.neutral import neutral_texts
 from ..forward.tokens import encode
 from ..measuring.measure import measure
 from ..measuring.profiling import cached_profile
+from ..models.sites import find_sites, fingerprint
+from ..models.structure import unwrap
 from ..momentum.momentum import Momentum
 from ..momentum.profile import Profile
 from ..pairs.pairs import Pairs
@@ -73,6 +75,11 @@ def prepare(
     """
     expect_causal(model)
     momentum, neutral = options.momentum, options.neutral
+    if profile is not None:
+        _check_profile(profile, model, profiled)
+        settings = {**settings, "profile": [list(profile.sources), len(profile.tokens), profile.weights[:16]]}
+    if momentum is not None and profiled:
+        Material(model, tokenizer, Pairs(()), momentum).expect_effects("effect", profiled)
     given = isinstance(data, Parts) and data.measure is not None
     parts = split(data, measured=momentum is not None and not given, most=options.most, seed=options.seed)
     if neutral is None:
@@ -103,6 +110,17 @@ def prepare(
         profile = cached_profile(model, tokenizer, sorted(profiled), texts, progress=options.progress)
     material = Material(model, tokenizer, parts.measure or Pairs(()), momentum, profile)
     return Preparation(parts, settings, material, tune_scorer, test_scorer)
+
+
+def _check_profile(profile: Profile, model: nn.Module, sites: Iterable[str]) -> None:
+    """Raises SelectionError: a profile of another model or weights, or without one of the sites."""
+    profile.check(fingerprint(model, find_sites(model, list(profile.rows))))
+    profile.check_weights(unwrap(model))
+    if missing := sorted({*sites} - {*profile.rows}):
+        raise SelectionError(
+            f"profile: found one of {', '.join(profile.rows)}, expected one of {', '.join(missing)}, too; make it anew "
+            "with these sites, or search others"
+        )
 
 
 def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float) -> Pairs:

@@ -38,7 +38,9 @@ def promising_arms(material: Material, sites: Sequence[str], ks: Sequence[int], 
 
         if curves:
             settings = sorted(settings, key=predicted, reverse=True)[:MOST]
-    return [
-        Arm("effect", momentum.select(kind, k, rank="effect", step="newton", profile=profile), k, "newton")
-        for kind, k in settings
-    ]
+    arms: dict[str, Arm] = {}
+    for kind, k in settings:
+        plan = momentum.select(kind, k, rank="effect", step="newton", profile=profile)
+        arm = Arm("effect", plan, k, "newton" if len(kind) == 1 else "newton, sites together")
+        arms.setdefault(arm.digest, arm)  # together may be those of one site
+    return list(arms.values())

@@ -158,7 +158,7 @@ def tune(
         SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
         FileFormatError: ``folder`` holds another search.
     """
-    clock, by_effect = Budget(budget), _is_by_effect(rank, profile)
+    clock, by_effect = Budget(budget), _is_by_effect(rank, profile, operations)
     sites = sites or (available(model, BY_EFFECT)[:2] if by_effect else SITES)
     operations = ("shift",) if by_effect else operations
     options = SearchOptions(
@@ -192,7 +192,7 @@ def tune(
     trials = trials_of(found, parts.tune)
     chosen = _trial(best, parts.tune)
     plan = best.candidate.arm.plan.top(best.candidate.arm.k)
-    if plan.dose is not None and best.limit.alpha is not None:
+    if plan.dose is not None and best.limit.alpha is not None and neutral is None:  # on the texts of the dose
         plan = plan.with_dose(plan.dose.with_measured([Point(len(plan), best.limit.alpha, best.limit.kl)]))
     return TuneResult(
         plan=plan.with_evidence(
@@ -218,10 +218,16 @@ def tune(
     )
 
 
-def _is_by_effect(rank: str | None, profile: Profile | None) -> bool:
+def _is_by_effect(rank: str | None, profile: Profile | None, operations: Sequence[str]) -> bool:
     rank = ("momentum" if profile is None else "effect") if rank is None else rank
     if rank not in ("momentum", "effect"):
         raise TaskError(f"rank: found {rank!r}, expected 'momentum' or 'effect'")
+    if rank == "momentum" and profile is not None:
+        raise TaskError("profile: found one with rank 'momentum', which takes none; expected rank 'effect', or none")
+    if rank == "effect" and "shift" not in operations:
+        raise TaskError(
+            f"operations: found {', '.join(operations)} with rank 'effect', expected 'shift', whose effects are known"
+        )
     return rank == "effect"
 
 

@@ -172,6 +172,12 @@ def test_site_and_k_follow_from_a_budget(momentum, made):
     assert len(momentum.select("ffn", profile=made, kl=0.05)) == effect_curve(momentum, made, ["ffn"], "newton").enough
 
 
+def test_the_papers_choice_stays_the_papers_with_a_profile(momentum, made):
+    public = momentum.select("ffn", 6, ties="public", operation="shift", profile=made)
+    assert public.with_dose(None) == momentum.select("ffn", 6, ties="public", operation="shift")
+    assert public.dose is not None
+
+
 def test_other_ranks_have_a_dose_by_the_profile_too(momentum, made):
     plan = momentum.select("ffn", 6, rank="momentum", operation="shift", profile=made)
     assert plan.rank == "momentum" and plan.dose.kl_of(2.0) == pytest.approx(made.kl(plan, 2.0))
@@ -187,7 +193,8 @@ def test_other_ranks_have_a_dose_by_the_profile_too(momentum, made):
     [
         ({"k": 3, "rank": "effect", "profile": None}, r"profile: found none.*austeer profile"),
         ({"k": 3, "operation": "scale"}, r"operation: found 'scale' .*'shift'"),
-        ({"max_fdr": 0.1}, r"max_fdr.*rank 'effect'"),
+        ({"max_fdr": 0.1, "rank": "effect"}, r"max_fdr.*rank 'effect'"),
+        ({"k": 3, "ties": "public", "rank": "effect"}, r"ties with rank 'effect'"),
         ({}, r"k, max_fdr.*kl=0\.1"),
         ({"kl": 0}, r"kl: found 0"),
         ({"k": 3, "rank": "best"}, r"rank: found 'best'"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import austeer
-from austeer import Momentum, Profile
+from austeer import Momentum, Profile, profile
 from austeer.errors import FileFormatError, SelectionError, TaskError
 from austeer.pairs.pairs import Pairs
 from austeer.tasks import Item, Task
@@ -259,16 +259,22 @@ def test_methods_by_gradients_are_given_effects_and_a_profile(loaded, tmp_path, 
 
 
 def test_tune_by_effect_tries_what_is_predicted_to_work(loaded, tmp_path, cache, monkeypatch):
-    """Its settings start at the strength that the profile predicts, and the plan keeps what was measured of it."""
+    """Its settings start at the strength that the profile predicts, and the plan has its dose."""
     options = {"ks": (2, 4), "max_kl": 0.05, "neutral": NEUTRAL, "folder": tmp_path, "rank": "effect"}
     monkeypatch.setattr("austeer.tuning.promising.MOST", 3)
     result = tune(*loaded, task_of(), sites=("attention", "ffn"), **options)
-    assert {(t.method, t.operation, t.detail) for t in result.trials} == {("effect", "shift", "newton")}
-    assert len({(t.site, t.k) for t in result.trials}) == 3, "of six, counting both sites together"
+    assert {(t.method, t.operation) for t in result.trials} == {("effect", "shift")}
+    assert {t.detail for t in result.trials} <= {"newton", "newton, sites together"}
+    assert len({(t.site, t.k, t.detail) for t in result.trials}) == 3, "of six, counting both sites together"
     assert result.plan.rank == "effect" and len(result.plan) == result.chosen.k
-    point = result.plan.dose.measured[0]
-    assert point.k == len(result.plan) and 0.04 <= point.kl <= 0.05
-    assert point.alpha * result.chosen.fraction == pytest.approx(result.alpha)
+    assert not result.plan.dose.measured, "the limit is on other text than that of the dose"
+    other = profile(*loaded, ["attention"], NEUTRAL, draws=8, progress=False)
+    with pytest.raises(SelectionError, match=r"profile: found one of attention, expected one of ffn, too"):
+        tune(*loaded, task_of(), sites=("attention", "ffn"), profile=other, ks=(2,), neutral=NEUTRAL)
+    with pytest.raises(TaskError, match=r"operations: found scale with rank 'effect'"):
+        tune(*loaded, task_of(), operations=["scale"], rank="effect")
+    with pytest.raises(TaskError, match=r"profile: .*rank 'momentum'"):
+        tune(*loaded, task_of(), rank="momentum", profile=other)
     with pytest.raises(TaskError, match=r"rank: found 'best', expected 'momentum' or 'effect'"):
         tune(*loaded, task_of(), **{**options, "rank": "best"})
 
