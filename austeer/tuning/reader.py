@@ -133,7 +133,7 @@ def read(
         .get_submodule(site.path)
         .register_forward_hook(lambda module, args, output: kept.append(first_tensor(output)))
     )
-    states: list[Tensor] = [torch.empty(0)] * len(ids)
+    states: list[Tensor] = [torch.empty(0, device="cpu")] * len(ids)
     log_prob = torch.zeros(len(ids), dtype=torch.float64, device="cpu")
     try:
         for batch in plain_batches(model, [list(row) for row in ids], batch_tokens):

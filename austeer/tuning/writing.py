@@ -279,7 +279,7 @@ class Writer:
 
 def derailment(found: Written, unsteered: Written) -> str:
     """In what texts differ too much from the unsteered model's, in words; empty if they do not."""
-    usual = torch.tensor([text.repeated for text in unsteered.texts], dtype=torch.float64)
+    usual = torch.tensor([text.repeated for text in unsteered.texts], dtype=torch.float64, device="cpu")
     bound = max(REPEATED, float(torch.quantile(usual, USUAL_PART)))
     if found.repeated > bound:
         return f"repeats itself: {found.repeated:.0%} of 3-grams, unsteered {unsteered.repeated:.0%}"

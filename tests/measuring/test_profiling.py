@@ -10,7 +10,7 @@ from accelerate import disk_offload
 from austeer import FileFormatError, PairsError, Profile, SelectionError, SteeringError, SteeringWarning, profile, steer
 from austeer.measuring.sampled import sampled_tokens, score_gradients
 from austeer.models.structure import decoder_of
-from austeer.tasks.scoring import side_effects
+from austeer.tasks import side_effects
 from dense_formula import random_plan, shift_plan
 from letter_tokens import Letters
 from tiny_models import tiny_model
