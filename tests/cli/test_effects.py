@@ -227,7 +227,7 @@ def test_the_library_exports_at_a_kl(place, tmp_path):
         (("select", "effects.momentum", "--kl", 0.1, "--out", "new"), "another rank than 'effect'"),
         ((*BY_EFFECT, "--kl", 0, "--out", "new"), "kl: found 0"),
         ((*BY_EFFECT, "--k", 5, "--operation", "scale", "--out", "new"), "operation: .*'scale'.*'shift'"),
-        ((*BY_EFFECT, "--max-fdr", 0.1, "--out", "new"), "max_fdr.*'effect'"),
+        ((*BY_EFFECT, "--rank", "effect", "--max-fdr", 0.1, "--out", "new"), "max_fdr.*'effect'"),
         ((*BY_EFFECT, "--site", "attention,layer", "--k", 5, "--out", "new"), "'layer'"),
         (("measure", "pairs.jsonl", *ON_MODEL, "--effects", "--strategy", "layerwise", "--out", "new"), "--effects"),
         (("measure", "pairs.jsonl", *ON_MODEL, "--effects", "--strategy", "fast", "--out", "new"), "'fast'"),
