@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..counters import Counters
 from ..errors import SelectionError, check_count
-from ..models.sites import Fingerprint
 from ..pairs.chat import ChatForm
 from ..plans.dose import positive_kl
 from ..plans.plan import Plan
@@ -19,22 +18,16 @@ from ..plans.table import COLUMNS, OPERATIONS, RANKS, STEPS
 from ..statistics import signed_rate
 from ..statistics.ranking import by_difference
 from ..statistics.selection import EXACTLY_ONE, select
-from .by_effect import Candidates, Choice, best_sites, choose, effect_curve, kl_ratio
+from .by_effect import Candidates, Choice, Effects, best_sites, choose, effect_curve, kl_ratio
 from .profile import Profile
 
 #: The KL that alpha = 1 has by Newton's step, where none is asked for: nats a token.
 KL = 0.1
 
 
-class Measured(Protocol):
+class Measured(Effects, Protocol):
     """What is needed of a :class:`austeer.Momentum`, which is one."""
 
-    @property
-    def model(self) -> Fingerprint: ...
-    @property
-    def layers(self) -> tuple[int, ...]: ...
-    @property
-    def pairs(self) -> int: ...
     @property
     def identical(self) -> int: ...
     @property
@@ -43,8 +36,6 @@ class Measured(Protocol):
     def sites(self) -> Mapping[str, Counters]: ...
     @property
     def effects(self) -> Measured | None: ...
-    def counters(self, site: str) -> Counters: ...
-    def effect(self, site: str) -> Tensor: ...
     def halves(self) -> tuple[Measured, Measured]: ...
 
 
