@@ -27,6 +27,7 @@ from ..models.structure import (
     vocabulary_size,
 )
 from .packing import Batch, batches
+from .tokens import made_up
 from .tree_masks import longest_short_text
 
 #: Tokens of the probe; what changes is the second half.
@@ -87,7 +88,7 @@ def _probe(model: nn.Module, decoder: nn.Module, layout: Layout | None) -> bool:
     context = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
     device, length = input_device(model), min(LENGTH, context)
     kept, vocabulary = length - length // 2, vocabulary_size(model)
-    text = [(11 + 7 * i * i + 5 * i) % vocabulary for i in range(length)]
+    text = made_up(length, vocabulary)
     texts = (text, text[:kept] + [(token + 1) % vocabulary for token in text[kept:]])
     with evaluating(model), _few_layers(model, layout):
         # Not by calling the decoder: a compiled one would be compiled for this.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError
 from ..models.structure import decoder_of, evaluating, input_device, text_config, unwrap, vocabulary_size
+from .tokens import made_up
 
 #: Rows of logits that are made at once: 128 rows of a vocabulary of 256,000 in float32 are 131 MB.
 LOGIT_ROWS = 128
@@ -23,8 +24,7 @@ def expect_head(model: nn.Module) -> None:
             f"{type(unwrap(model)).__name__}: found no head that gives next tokens, expected a causal language model; "
             "load it with AutoModelForCausalLM"
         )
-    vocabulary = vocabulary_size(model)
-    ids = torch.tensor([[(11 + 7 * i * i + 5 * i) % vocabulary for i in range(6)]], device=input_device(model))
+    ids = torch.tensor([made_up(6, vocabulary_size(model))], device=input_device(model))
     with evaluating(model):
         whole, hidden = unwrap(model)(input_ids=ids).logits, decoder_of(model)(input_ids=ids).last_hidden_state
         own = log_probabilities(model, hidden)

@@ -11,6 +11,7 @@ from ..models.sites import Site
 from ..models.structure import evaluating, text_config, vocabulary_size
 from .capture import LastTokens
 from .packing import Batch, batches
+from .tokens import made_up
 from .tree_masks import forms
 
 #: How far a shared prompt may move an activation, relative to the largest of its site and layer: rounding, which a
@@ -59,7 +60,7 @@ def _texts(vocabulary: int, context: int) -> list[list[int]]:
     """A beginning that three texts share, one of them in part; the first text is long and parts it from the others."""
 
     def some(start: int, count: int) -> list[int]:
-        return [(start + 7 * i * i + 5 * i) % vocabulary for i in range(count)]
+        return made_up(count, vocabulary, start)
 
     prompt = some(11, 8)
     texts = [prompt + some(3, FAR), prompt + some(29, 3), prompt[:4] + some(17, 3)]

@@ -111,6 +111,11 @@ def _without(tokens: list[int], over: int, bos: int | None, max_length: int) -> 
     return head + tokens[over + len(head) :]
 
 
+def made_up(count: int, vocabulary: int, start: int = 11) -> list[int]:
+    """Tokens for a question to a model: the same each time, and unlike each other."""
+    return [(start + 7 * i * i + 5 * i) % vocabulary for i in range(count)]
+
+
 def check_vocabulary(size: int, token_ids: Sequence[Sequence[int]]) -> None:
     """Raises PairsError if a token is not among the ``size`` of the model: the tokenizer is another one's."""
     largest = max((max(ids, default=0) for ids in token_ids), default=0)

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..counters import Counters
 from ..errors import SelectionError, check_count
 from ..models.sites import Fingerprint
-from ..plans.table import STEPS
+from ..plans.table import STEPPED_BY
 from .profile import Profile
 
 #: Part of the mean diagonal of a site's M that is added to it: AUs that seem to have no side effect are mostly those
@@ -95,6 +95,10 @@ class Candidates:
             torch.cat([diagonal.mean().expand(diagonal.numel()) for _, diagonal in found]),
         )
 
+    def usable(self, step: str) -> Tensor:
+        """bool [AUs], which have an effect, and by their mean difference one of its sign."""
+        return self.g * self.delta > 0 if step == "difference" else self.g != 0
+
     def take(self, units: Tensor) -> Candidates:
         """Some of them; ``sites`` and ``sizes`` stay those of all."""
         g, delta, diagonal = self.g[units], self.delta[units], self.diagonal[units]
@@ -143,11 +147,10 @@ def choose(found: Candidates, k: int, step: str, *, damping: float = DAMPING, sh
     Raises:
         SelectionError: fewer than k AUs have a step.
     """
-    if step not in STEPS[:2]:
-        raise SelectionError(f"step: found {step!r}, expected one of {', '.join(STEPS[:2])}")
+    if step not in STEPPED_BY:
+        raise SelectionError(f"step: found {step!r}, expected one of {', '.join(STEPPED_BY)}")
     diagonal = found.diagonal + damping * found.scale
-    usable = (found.g * found.delta > 0) if step == "difference" else (found.g != 0)
-    usable &= diagonal > 0
+    usable = found.usable(step) & (diagonal > 0)
     if not usable.any():
         raise SelectionError(
             f"{' and '.join(found.sites)}: found no AU with an effect, expected some; give other pairs"
@@ -239,8 +242,7 @@ def effect_curve(momentum: Effects, profile: Profile, sites: Sequence[str], step
     ]  # the second is what the first has not seen
     effects: list[list[float]] = []
     for seen, unseen in (folds, folds[::-1]):
-        usable = int(((seen.g * seen.delta > 0) if step == "difference" else (seen.g != 0)).sum())
-        choice = choose(seen, min(max(KS), usable), step)
+        choice = choose(seen, min(max(KS), int(seen.usable(step).sum())), step)
         ks = [k for k in KS if k <= len(choice.order)]
         effects.append([unseen.per_side_effect(choice.order[:k], choice.steps(k)) for k in ks])
     found = tuple((a + b) / 2 for a, b in zip(*effects))
@@ -273,16 +275,20 @@ def kl_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step: st
     return [math.exp(max(value, 0.0)) for value in found]
 
 
+def site_sets(sites: Sequence[str]) -> list[tuple[str, ...]]:
+    """Each site by itself, and all of them together."""
+    return [(site,) for site in sites] + ([tuple(sites)] if len(sites) > 1 else [])
+
+
 def best_sites(momentum: Effects, profile: Profile, sites: Sequence[str], step: str) -> list[EffectCurve]:
     """The curve of each site that has one, and of all of them together, the largest predicted effect first.
 
     Raises:
         SelectionError: none has.
     """
-    kinds = [(site,) for site in sites] + ([tuple(sites)] if len(sites) > 1 else [])
     curves: list[EffectCurve] = []
     reasons: list[SelectionError] = []
-    for kind in kinds:
+    for kind in site_sets(sites):
         try:
             curves.append(effect_curve(momentum, profile, kind, step))
         except SelectionError as error:  # a site without an effect is only not the best

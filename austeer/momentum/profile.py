@@ -129,11 +129,7 @@ class Profile:
         Raises:
             SelectionError: a site or layer without a profile.
         """
-        rows = self._of(self.rows, site)
-        row_of = {layer: row for row, layer in enumerate(self.layers[site])}
-        if missing := sorted({*layers} - {*row_of}):
-            raise SelectionError(f"profile: found no {site!r} in layers {missing}, expected those that were measured")
-        chosen = torch.tensor([row_of[layer] for layer in layers], device="cpu")
+        rows, chosen = self._of(self.rows, site), self._rows_of(site, layers)
         tokens = 2 * int(self.tokens.sum())
         return rows[:, chosen].float() / math.sqrt(tokens), self.diagonal[site][chosen] / tokens
 
@@ -155,11 +151,7 @@ class Profile:
         found = torch.empty(len(self.tokens), len(plan), dtype=torch.float64, device="cpu")
         for site in plan.sites:
             places = plan.of(site)
-            rows = self._of(self.rows, site)
-            row_of = {layer: row for row, layer in enumerate(self.layers[site])}
-            if missing := sorted({*plan.layer[places].tolist()} - {*row_of}):
-                raise SelectionError(f"profile: found no {site!r} in layers {missing}, expected those of the plan")
-            row = torch.tensor([row_of[layer] for layer in plan.layer[places].tolist()], device="cpu")
+            rows, row = self._of(self.rows, site), self._rows_of(site, plan.layer[places].tolist())
             found[:, places] = rows[:, row, plan.index[places].long()].double()
         return found * plan.delta.double() / math.sqrt(2 * int(self.tokens.sum()))
 
@@ -334,6 +326,13 @@ class Profile:
                 f"site {site!r} has no profile; found {', '.join(table)}. Make it with sites=[{site!r}]"
             )
         return table[site]
+
+    def _rows_of(self, site: str, layers: Sequence[int]) -> Tensor:
+        """Where layers are in a site's tables: int64 [layers]."""
+        row_of = {layer: row for row, layer in enumerate(self.layers[site])}
+        if missing := sorted({*layers} - {*row_of}):
+            raise SelectionError(f"profile: found no {site!r} in layers {missing}, expected those that are wanted")
+        return torch.tensor([row_of[layer] for layer in layers], device="cpu")
 
     def save(self, path: str | Path) -> Path:
         """Writes a ``.safetensors`` file (rows, diagonals, texts; a JSON header with the rest)."""

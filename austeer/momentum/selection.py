@@ -14,7 +14,7 @@ from ..errors import SelectionError, check_count
 from ..pairs.chat import ChatForm
 from ..plans.dose import positive_kl
 from ..plans.plan import Plan
-from ..plans.table import COLUMNS, OPERATIONS, RANKS, STEPS
+from ..plans.table import COLUMNS, OPERATIONS, RANKED_BY, STEPPED_BY
 from ..statistics import signed_rate
 from ..statistics.ranking import by_difference
 from ..statistics.selection import EXACTLY_ONE, select
@@ -59,7 +59,7 @@ def selected(momentum: Measured, asked: Asked, profile: Profile | None) -> Plan:
     paper = asked.ties == "public" or asked.max_fdr is not None or asked.min_stability is not None
     rank = asked.rank or ("momentum" if profile is None or paper else "effect")
     operation = asked.operation or ("shift" if rank == "effect" else "scale")
-    for what, value, names in (("rank", rank, RANKS[:3]), ("operation", operation, OPERATIONS)):
+    for what, value, names in (("rank", rank, RANKED_BY), ("operation", operation, OPERATIONS)):
         if value not in names:
             raise SelectionError(f"{what}: found {value!r}, expected one of {', '.join(names)}")
     if asked.kl is not None:
@@ -102,8 +102,8 @@ def _by_effect(momentum: Measured, asked: Asked, operation: str, profile: Profil
     if asked.k is None and asked.kl is None:
         raise SelectionError(f"{EXACTLY_ONE}; with a profile also kl, for example kl=0.1")
     step = asked.step or "newton"
-    if step not in STEPS[:2]:
-        raise SelectionError(f"step: found {step!r}, expected one of {', '.join(STEPS[:2])}")
+    if step not in STEPPED_BY:
+        raise SelectionError(f"step: found {step!r}, expected one of {', '.join(STEPPED_BY)}")
     if asked.site == "auto":
         known = [site for site in tuple(momentum.sites) if site in profile.rows]
         if not known:
@@ -131,7 +131,8 @@ def plan_of_choice(
     plan = replace(plan_of(momentum, names, choice.order - starts[place], "shift"), rank="effect", step=step)
     ratio = kl_ratio(momentum, profile, found.sites, step, len(plan))
     if step == "newton":
-        steps = choice.steps(len(plan)) / choice.steps(len(plan)).abs().max()
+        steps = choice.steps(len(plan))
+        steps = steps / steps.abs().max()
         one = profile.kl(replace(plan, delta=steps.float())) * ratio[-1]
         plan = replace(plan, delta=(steps * ((kl / one) ** 0.5 if one > 0 else 1.0)).float())
     return with_dose(plan, momentum, profile, ratio)

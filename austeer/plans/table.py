@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 OPERATIONS = ("scale", "push", "shift")
 TIES = ("effect", "public")
 #: What AUs are ranked by, and how far a shift of strength 1 moves them.
-RANKS = ("momentum", "difference", "effect", "mixed")
-STEPS = ("difference", "newton", "mixed")
+RANKED_BY = ("momentum", "difference", "effect")
+STEPPED_BY = ("difference", "newton")
+#: The same of a plan, which may be a sum of plans that differ in them.
+MIXED = "mixed"
+RANKS, STEPS = (*RANKED_BY, MIXED), (*STEPPED_BY, MIXED)
 #: The columns that are tensors, one entry an AU.
 COLUMNS = {"layer": torch.int32, "index": torch.int32, "beta": torch.float32, "delta": torch.float32}
 
@@ -58,7 +61,12 @@ class PlanTable:
     dose: Dose | None = None
 
     def __post_init__(self) -> None:
-        for name, names in (("operation", OPERATIONS), ("ties", TIES), ("rank", RANKS), ("step", STEPS)):
+        for name, names in (
+            ("operation", OPERATIONS),
+            ("ties", TIES),
+            ("rank", RANKS),
+            ("step", STEPS),
+        ):
             value = getattr(self, name)
             if value not in names:
                 raise PlanError(f"{name}: found {value!r}, expected one of {', '.join(names)}")
@@ -206,8 +214,8 @@ class PlanTable:
             self,
             evidence=None,
             dose=None,
-            rank=self.rank if self.rank == other.rank else "mixed",
-            step=self.step if self.step == other.step else "mixed",
+            rank=self.rank if self.rank == other.rank else MIXED,
+            step=self.step if self.step == other.step else MIXED,
             site=self.site + other.site,
             **columns,
             model=replace(mine, widths={**theirs.widths, **mine.widths}),

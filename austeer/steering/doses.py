@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import SelectionError, SteeringError, SteeringWarning
+from ..forward.logits import expect_head
 from ..momentum.profile import Profile
 from ..plans.dose import Point, some_ids
 from ..plans.plan import Plan
@@ -66,6 +67,8 @@ def measured_doses(
         waiting = [name for name in found if not _known(found[name], ks[name], alphas[name], kls[name])]
         if not waiting:
             break
+        if step == 0:
+            expect_head(model)
         texts: dict[tuple[tuple[int, ...], ...], list[str]] = {}
         for name in waiting:
             texts.setdefault(_ids(found[name], name, profile), []).append(name)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..errors import SteeringError
-from ..forward.logits import expect_head
 from ..models.sites import Layout
 from ..models.structure import unwrap
 from ..momentum.profile import Profile
@@ -91,8 +90,6 @@ def steer(
         raise SteeringError(f"found both alpha ({alpha!r}) and kl ({kl!r}), expected one of them")
     if profile is not None:
         profile.check_weights(unwrap(model))
-    if exact:
-        expect_head(model)
     named = isinstance(plan, Mapping)
     plans = plans_with_doses(named_plans(plan), profile)
     levels = Strength(plans, named)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import TaskError
 from ..forward.logits import LOGIT_ROWS, log_probabilities
 from ..forward.neutral import neutral_ids
+from ..forward.packing import common_prefix
 from ..forward.tokens import encode
 from ..pairs.pairs import Pairs
 from ..steering.side_effects import Names, hidden_states
@@ -148,7 +149,7 @@ def _tokenise(tokenizer, task: Task) -> tuple[list[list[int]], list[int], list[t
     # Where a token joins prompt and option, all options are scored from before it, so that they compare.
     start = [len(prompt) for prompt in prompts]
     for (i, _), ids in zip(place, texts):
-        start[i] = min(start[i], _common_prefix(prompts[i], ids))
+        start[i] = min(start[i], common_prefix(prompts[i], ids))
     for (i, j), ids in zip(place, texts):
         where = f"{task.source}, item {i}, option {task[i].options[j]!r:.40}"
         if not prompts[i]:
@@ -164,10 +165,6 @@ def _tokenise(tokenizer, task: Task) -> tuple[list[list[int]], list[int], list[t
                 'one token with their blank, or the kind "continuation"'
             )
     return texts, [start[i] for i, _ in place], place
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _distinct_contexts(contexts: list[list[int]]) -> tuple[list[list[int]], list[int]]:

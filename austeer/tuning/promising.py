@@ -8,7 +8,7 @@ import numpy as np
 
 from ..baselines.arm import Arm, Material
 from ..errors import SelectionError
-from ..momentum.by_effect import best_sites
+from ..momentum.by_effect import best_sites, site_sets
 
 #: Settings that are tried, at most.
 MOST = 8
@@ -24,7 +24,7 @@ def promising_arms(material: Material, sites: Sequence[str], ks: Sequence[int], 
         SelectionError: momentum without effects, no profile or one of another model, or too few AUs.
     """
     momentum, profile = material.momentum, material.with_profile("effect")
-    kinds = [(site,) for site in sites] + ([tuple(sites)] if together and len(sites) > 1 else [])
+    kinds = site_sets(sites) if together else [(site,) for site in sites]
     settings = [(kind, k) for kind in kinds for k in ks]
     if len(settings) > MOST:
         try:

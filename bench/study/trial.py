@@ -17,7 +17,7 @@ from austeer.baselines.arm import Arm, Candidate, Material
 from austeer.forward.neutral import neutral_texts
 from austeer.momentum.momentum import Momentum
 from austeer.momentum.profile import Profile
-from austeer.plans.table import STEPS
+from austeer.plans.table import STEPPED_BY
 from austeer.statistics.intervals import share_interval
 from austeer.tuning.calibrate import Limit, calibrate
 from austeer.tuning.data import Parts
@@ -135,8 +135,8 @@ def run(setting: Setting, parts: Parts, folder: Path, sites_too: bool) -> dict[s
     momentum = kept_momentum(setting, parts.measure, MEASURED, folder / MOMENTUM)
     trial = Trial(setting, parts, momentum, folder)
     curves = []
-    with setting.step("predicted effects and plans", len(STEPS) + 2) as advance:
-        for step in STEPS:
+    with setting.step("predicted effects and plans", len(STEPPED_BY) + 2) as advance:
+        for step in STEPPED_BY:
             curves += kinds.curves_of(trial.material, step)
             advance(1)
         rows = kinds.predicted_rows(trial.material, curves)
