@@ -41,8 +41,12 @@ class SteeringError(AusteerError):
     """Steering that cannot be put on a model as asked."""
 
 
-class SteeringWarning(UserWarning):
-    """Steering that had no effect although it was asked for."""
+class AusteerWarning(UserWarning):
+    """What a user should know of what goes on; the command line prints it as a note."""
+
+
+class SteeringWarning(AusteerWarning):
+    """Steering that does something else than was asked for."""
 
 
 def check_count(name: str, value: object, largest: int | None, of: str, error: type[AusteerError]) -> int:

@@ -29,7 +29,7 @@ from . import (
     select,
     tune,
 )
-from .common import fail
+from .common import fail, warnings_as_notes
 
 help_tables.install()
 app = typer.Typer(
@@ -83,7 +83,8 @@ def main() -> None:
 def run(command: typer.Typer) -> None:
     """Runs a command line, with errors as :func:`main` gives them."""
     try:
-        command()
+        with warnings_as_notes():
+            command()
     except AusteerError as error:
         fail(str(error))
     except OSError as error:  # a full disk, a folder that may not be read ...

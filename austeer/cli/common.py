@@ -7,13 +7,16 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
+from ..errors import AusteerWarning
 from ..utils.tables import console as console
 
 if TYPE_CHECKING:
@@ -82,6 +85,22 @@ def emit(data: dict[str, Any]) -> None:
 def note(message: str) -> None:
     """What a user should know, beside the result: on standard error."""
     _to_standard_error("[yellow]note:[/] ", message)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """What the library warns of is a note here, and other warnings are what they are."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message, category, *where, **more) -> None:
+            if issubclass(category, AusteerWarning):
+                note(str(message))
+            else:
+                shown(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _to_standard_error(mark: str, message: str) -> None:

@@ -26,7 +26,7 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(help="Methods, separated by commas; NAME:OPERATION takes one operation only."),
-    ] = "momentum,random,all,difference,caa,iti,sadi",
+    ] = "effect,momentum,random,all,difference,caa,iti,sadi",
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for result, figure and search.")] = Path(
         "runs/compare"
     ),

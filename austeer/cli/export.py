@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,19 +71,18 @@ def lora(
     from ..plans.serving import vllm_rank
 
     plans, predicted = read_plans(plan, alpha, kl, profile)
-    with warnings_as_notes():
-        export_lora(
-            plans,
-            model,
-            out,
-            dtype=dtype,
-            rank=rank,
-            rank_pattern=rank_pattern,
-            lora_bias=lora_bias,
-            experts=experts,
-            force=force,
-            progress=False if quiet else None,
-        )
+    export_lora(
+        plans,
+        model,
+        out,
+        dtype=dtype,
+        rank=rank,
+        rank_pattern=rank_pattern,
+        lora_bias=lora_bias,
+        experts=experts,
+        force=force,
+        progress=False if quiet else None,
+    )
     config, record = (json_module.loads((out / name).read_text(encoding="utf-8")) for name in (CONFIG, RECORD))
     size = (out / TENSORS).stat().st_size
     found = {
@@ -135,8 +132,7 @@ def checkpoint(
     from ..export.output_files import RECORD, gigabytes
 
     plans, predicted = read_plans(plan, alpha, kl, profile)
-    with warnings_as_notes():
-        export_checkpoint(plans, model, out, force=force, link=not copy, progress=False if quiet else None)
+    export_checkpoint(plans, model, out, force=force, link=not copy, progress=False if quiet else None)
     record = json_module.loads((out / RECORD).read_text(encoding="utf-8"))
     files = sorted(file for file in out.rglob("*.safetensors"))
     own = [file for file in files if file.stat().st_nlink == 1]
@@ -194,16 +190,15 @@ def gguf(
     from ..export.output_files import gigabytes
 
     plans, predicted = read_plans(plan, alpha, kl, profile)
-    with warnings_as_notes():
-        export_gguf(
-            plans,
-            model,
-            out,
-            dtype=dtype,
-            architecture=architecture,
-            force=force,
-            progress=False if quiet else None,
-        )
+    export_gguf(
+        plans,
+        model,
+        out,
+        dtype=dtype,
+        architecture=architecture,
+        force=force,
+        progress=False if quiet else None,
+    )
     vector = plans[0][0].operation == "shift"
     size = out.stat().st_size
     if json:
@@ -265,18 +260,3 @@ def _predicted_line(predicted: dict[str, float]) -> str:
         return ""
     far = "; only small ones are predicted well, see austeer evaluate" if predicted["kl"] > 0.2 else ""
     return f"alpha {predicted['alpha']:.4g}, predicted for a KL of {predicted['kl']:g} nats a token{far}\n"
-
-
-@contextmanager
-def warnings_as_notes() -> Iterator[None]:
-    """What an export warns of, in the command line's form."""
-    from ..export import ExportWarning
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ExportWarning)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, ExportWarning):
-            note(str(warning.message))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -47,7 +47,7 @@ ForceAnew = Annotated[bool, typer.Option("--force", help="Start anew over an ear
 
 
 def read_options(
-    sites: str | None, operations: str, ks: str, budget: str | None, neutral: Path | None, out: Path, quiet: bool
+    sites: str | None, operations: str | None, ks: str, budget: str | None, neutral: Path | None, out: Path, quiet: bool
 ) -> dict[str, Any]:
     """Arguments that :func:`austeer.tune` and :func:`austeer.compare` share; ``quiet``: without progress bars."""
     show = False if quiet else None
@@ -56,7 +56,7 @@ def read_options(
         "ks": parse_counts("--ks", ks),
         "neutral": read_neutral(neutral),
         "sites": None if sites is None else common.split_names(sites),
-        "operations": common.split_names(operations),
+        "operations": None if operations is None else common.split_names(operations),
         "folder": out,
         "step": bars(show),
         "progress": show,

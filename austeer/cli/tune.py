@@ -29,9 +29,11 @@ def tune(
     momentum: options.Momentum = None,
     sites: Annotated[
         str | None,
-        typer.Option(help="Separated by commas. [default: attention,ffn; by effect attention,neuron]"),
+        typer.Option(help="Separated by commas. [default: attention,neuron; by momentum attention,ffn]"),
     ] = None,
-    operations: options.Operations = "scale,push,shift",
+    operations: Annotated[
+        str | None, typer.Option(help="Separated by commas. [default: shift; by momentum scale,push,shift]")
+    ] = None,
     ks: options.Ks = "3,10,30,100,300",
     max_kl: options.MaxKl = 0.1,
     budget: options.Budget = None,
@@ -39,11 +41,14 @@ def tune(
     mix: Annotated[bool, typer.Option("--mix/--no-mix", help="Also try the best two sites together.")] = True,
     rank: Annotated[
         str | None,
-        typer.Option(help="momentum, or effect: AUs by effect per side effect, of shift. [default: by --profile]"),
+        typer.Option(
+            help="effect: AUs by effect per side effect, of shift; or momentum, the paper's. [default: effect, where "
+            "--operations and --momentum allow it]"
+        ),
     ] = None,
     profile: Annotated[
         Path | None,
-        typer.Option(help="Of austeer profile, for --rank effect. [default: made once, and kept in the cache]"),
+        typer.Option(help="Of austeer profile, by effect. [default: made once, and kept in the cache]"),
     ] = None,
     limit: options.Limit = None,
     seed: options.Seed = 0,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AusteerError, PlanError
+from ..errors import AusteerError, AusteerWarning, PlanError
 from ..models import linear
 from ..models.families import LAYOUTS
 from ..models.projection import why_not_own_code, why_not_the_projection
@@ -39,7 +39,7 @@ class ExportError(AusteerError):
     """A plan that cannot be written in the asked form, or a model that it cannot be written for."""
 
 
-class ExportWarning(UserWarning):
+class ExportWarning(AusteerWarning):
     """An export that may not be what was wanted."""
 
 

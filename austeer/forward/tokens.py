@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import PairsError, check_count
+from ..errors import AusteerWarning, PairsError, check_count
 from ..models.structure import text_config
 from ..pairs.pairs import Pair
 
@@ -142,6 +142,7 @@ def within(max_length: int | None, context: int | None) -> int | None:
         warnings.warn(
             f"max_length: found {max_length}, and the model's context is {context} tokens (max_position_embeddings); "
             f"texts are cut to {context}",
+            AusteerWarning,
             stacklevel=3,
         )
     return min((n for n in (max_length, context) if n is not None), default=None)

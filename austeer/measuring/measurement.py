@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..counters import Counters, counters_from, effect_of, tensors_of
-from ..errors import CaptureError, FileFormatError, PairsError, SiteError, SteeringError, check_count
+from ..errors import AusteerWarning, CaptureError, FileFormatError, PairsError, SiteError, SteeringError, check_count
 from ..forward.batch_size import automatic_batch_tokens
 from ..forward.causality import is_causal
 from ..forward.gradients import ShiftGradients
@@ -293,7 +293,7 @@ class Measurement:
                 raise
             stands = "; an earlier checkpoint there still stands" if self.checkpoint.path.exists() else ""
             if not self._warned:
-                warnings.warn(f"{error}. Measuring goes on{stands}", stacklevel=2)
+                warnings.warn(f"{error}. Measuring goes on{stands}", AusteerWarning, stacklevel=2)
             self._warned = True
 
     def total(self) -> int | None:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,15 +106,18 @@ def cached_profile(
     sites: str | Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
     *,
+    is_over: Callable[[], bool] = lambda: False,
     progress: bool | None = None,
     **options: Any,
 ) -> Profile:
     """:func:`profile`, made once: kept in a cache by the model, its weights and dtype, the sites, texts and draws.
 
-    What was made, or half made by an interrupted run, lies in ``profiles`` of
+    What was made, or half made by an interrupted run or within too short a time, lies in ``profiles`` of
     :func:`austeer.utils.cache.cache_folder`. Where that cannot be written, a warning says so.
 
     Args:
+        is_over: whether time is up: then the profile is of the texts that were done, two at least, and the next call
+            goes on from there.
         options: the others of :func:`profile`, but for ``checkpoint`` and ``resume``.
     """
     prepared = prepare_profile(model, tokenizer, sites, texts, **options)
@@ -130,8 +133,10 @@ def cached_profile(
     except OSError as error:
         reason = f"{folder}: cannot be written ({error.strerror}); the profile is not kept"
         warnings.warn(reason, SteeringWarning, stacklevel=2)
-        return prepared.run(progress=progress)
-    made = prepared.run(checkpoint, True, progress)
+        return prepared.run(progress=progress, is_over=is_over)
+    made = prepared.run(checkpoint, True, progress, is_over)
+    if len(made.texts.unique()) < len(made.ids):
+        return made
     made.save(path)
     checkpoint.unlink(missing_ok=True)
     return made
@@ -179,8 +184,14 @@ class ProfileRun:
         )
 
     @torch.inference_mode(False)  # what is made under that mode cannot be differentiated
-    def run(self, checkpoint: str | Path | None = None, resume: bool = False, progress: bool | None = None) -> Profile:
-        """Makes the profile; arguments and errors as of :func:`profile`."""
+    def run(
+        self,
+        checkpoint: str | Path | None = None,
+        resume: bool = False,
+        progress: bool | None = None,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> Profile:
+        """Makes the profile; arguments and errors as of :func:`profile` and :func:`cached_profile`."""
         texts, each = self.empty.ids, self.each
         made = _earlier(checkpoint, resume, self.empty, each)
         known = set() if made is None else set(made.texts.tolist())
@@ -189,6 +200,8 @@ class ProfileRun:
         with self.gradients.attached(), Progress("profiling", len(texts) * each, "draws", progress) as bar:
             bar.advance(len(known) * each)
             for batch in batches:
+                if made is not None and len(made.texts.unique()) > 1 and is_over():
+                    break
                 part = self._draws([waiting[text] for text in batch.texts.tolist()], batch.ids, bar)
                 made = part if made is None else _joined(made, part)
                 if checkpoint is not None:

@@ -271,8 +271,34 @@ def kl_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step: st
             order, steps = choice.order[:k], choice.steps(k)
             ratio = unseen.kl(order, steps), seen.kl(order, steps)
             logs[i] += math.log(ratio[0] / ratio[1]) / len(splits) if min(ratio) > 0 else 0.0
-    found = np.interp(np.log(range(1, count + 1)), np.log(ks), logs.numpy())
-    return [math.exp(max(value, 0.0)) for value in found]
+    return [math.exp(max(value, 0.0)) for value in _between(ks, logs)]
+
+
+def effect_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step: str, count: int) -> list[float]:
+    """What part of the effect on the pairs that AUs were chosen by they have on others, for 1, 2, ... AUs.
+
+    The halves of the pairs choose, and each judges what the other chose; from halves to all pairs by the formula of
+    Spearman and Brown, 2 r / (1 + r), as what they do not share falls with their number. 1 where there are no halves.
+    """
+    ks = [k for k in KS if k < count] + [count]
+    try:
+        halves = [Candidates.of(half, profile, sites) for half in momentum.halves()]
+        choices = [choose(half, count, step) for half in halves]
+    except SelectionError:  # no halves, or one in which fewer AUs have an effect
+        return [1.0] * count
+    parts = torch.zeros(len(ks), dtype=torch.float64, device="cpu")
+    for choice, seen, unseen in zip(choices, halves, halves[::-1]):
+        for i, k in enumerate(ks):
+            order, steps = choice.order[:k], choice.steps(k)
+            parts[i] += float(unseen.g[order] @ steps) / float(seen.g[order] @ steps) / 2
+    parts = parts.clamp(0.0, 1.0)
+    return _between(ks, 2 * parts / (1 + parts))
+
+
+def _between(ks: Sequence[int], values: Tensor) -> list[float]:
+    """For 1, 2, ... AUs, between values at some numbers of them, straight on a logarithmic axis."""
+    found: list[float] = np.interp(np.log(range(1, ks[-1] + 1)), np.log(ks), values.numpy()).tolist()
+    return found
 
 
 def site_sets(sites: Sequence[str]) -> list[tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from ..plans.table import COLUMNS, OPERATIONS, RANKED_BY, STEPPED_BY
 from ..statistics import signed_rate
 from ..statistics.ranking import by_difference
 from ..statistics.selection import EXACTLY_ONE, select
-from .by_effect import Candidates, Choice, Effects, best_sites, choose, effect_curve, kl_ratio
+from .by_effect import Candidates, Choice, Effects, best_sites, choose, effect_curve, effect_ratio, kl_ratio
 from .profile import Profile
 
 #: The KL that alpha = 1 has by Newton's step, where none is asked for: nats a token.
@@ -135,25 +136,21 @@ def plan_of_choice(
         steps = steps / steps.abs().max()
         one = profile.kl(replace(plan, delta=steps.float())) * ratio[-1]
         plan = replace(plan, delta=(steps * ((kl / one) ** 0.5 if one > 0 else 1.0)).float())
-    return with_dose(plan, momentum, profile, ratio)
+    dose = with_dose(plan, momentum, profile).dose
+    assert dose is not None
+    part = effect_ratio(momentum, profile, found.sites, step, len(plan))
+    dose = replace(dose, kl=tuple(map(mul, dose.kl, ratio)), effect=tuple(map(mul, dose.effect, part)))
+    return plan.with_dose(dose)
 
 
-def with_dose(plan: Plan, momentum: Measured, profile: Profile, ratio: Sequence[float] = ()) -> Plan:
-    """A plan of "shift" with its dose, and with its effects where they were measured.
-
-    Args:
-        ratio: for 1, 2, ... AUs, how many times larger their KL is than on the texts of the profile, where they were
-            chosen by it.
-    """
+def with_dose(plan: Plan, momentum: Measured, profile: Profile) -> Plan:
+    """A plan of "shift" with its dose, and with its effects where they were measured: on these texts and pairs."""
     effects: list[float] = []
     if momentum.effects is not None:
         row_of = {layer: row for row, layer in enumerate(momentum.layers)}
         g = {site: momentum.effect(site) for site in plan.sites}
         effects = [float(g[unit.site][row_of[unit.layer], unit.index]) * unit.delta for unit in plan]
-    dose = profile.dose(plan, effects)
-    if ratio:
-        dose = replace(dose, kl=tuple(kl * more for kl, more in zip(dose.kl, ratio)))
-    return plan.with_dose(dose)
+    return plan.with_dose(profile.dose(plan, effects))
 
 
 def plan_of(

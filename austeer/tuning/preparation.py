@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..baselines.arm import Material
-from ..errors import SelectionError, TaskError
+from ..errors import CaptureError, SelectionError, TaskError
 from ..forward.causality import expect_causal
 from ..forward.neutral import neutral_texts
 from ..forward.tokens import encode
@@ -31,8 +32,12 @@ from .scorer import Scorer
 
 FILE_NAME = "momentum.safetensors"
 
-#: Of a time budget, what measuring may take; and on how many pairs, at least, there is something to search with.
-MEASURING, FEWEST_PAIRS = 0.3, 20
+#: Of a time budget, until when a profile is made, and what measuring may take; and on how many pairs, at least, there
+#: is something to search with.
+PROFILED, MEASURING, FEWEST_PAIRS = 0.2, 0.3, 20
+
+#: What a pair's effects take, in forward passes of it.
+EFFECTS = 3.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def prepare(
 
     Raises:
         TaskError: a numeric task, too little data, a budget too small to measure, or a model that is not causal.
+        CaptureError: a model that cannot be measured, or has no backward pass for effects and profile.
         FileFormatError: ``folder`` holds another search.
     """
     expect_causal(model)
@@ -95,19 +101,26 @@ def prepare(
     record = Record(None if options.folder is None else Path(options.folder, "search.jsonl"), settings)
     tune_scorer = Scorer(model, tokenizer, parts.tune, tune_texts, record)
     test_scorer = Scorer(model, tokenizer, parts.test, test_texts, record, name="test")
-    if momentum is None:
-        pairs = parts.measure
-        assert pairs is not None
-        if budget.seconds is not None:
-            everything = len(pairs)
-            pairs = _affordable_pairs(pairs, tune_scorer, budget.seconds)
-            budget.note("pairs measured", len(pairs), everything)
-            parts = replace(parts, measure=pairs)
-            settings["data"] |= parts.to_json()
-        momentum = _measured_momentum(model, tokenizer, pairs, sorted(sites), bool(profiled), options)
-    if profiled and profile is None:
-        texts = None if neutral is None else tune_texts
-        profile = cached_profile(model, tokenizer, sorted(profiled), texts, progress=options.progress)
+    pairs = parts.measure
+    if momentum is None and pairs is not None and budget.seconds is not None:
+        everything = len(pairs)
+        pairs = _affordable_pairs(pairs, tune_scorer, budget.seconds, 1 + EFFECTS if profiled else 1.0)
+        budget.note("pairs measured", len(pairs), everything)
+        parts = replace(parts, measure=pairs)
+        settings["data"] |= parts.to_json()
+    try:
+        if profiled and profile is None:
+            texts = None if neutral is None else tune_texts
+            over, show = partial(budget.is_over, PROFILED), options.progress
+            profile = cached_profile(model, tokenizer, sorted(profiled), texts, is_over=over, progress=show)
+            budget.note("neutral texts of the profile", len(profile.texts.unique()), len(profile.ids))
+        if momentum is None:
+            assert pairs is not None
+            momentum = _measured_momentum(model, tokenizer, pairs, sorted(sites), bool(profiled), options)
+    except CaptureError as error:
+        if not profiled:
+            raise
+        raise CaptureError(f"{error}; to tune without gradients give rank='momentum'") from error
     material = Material(model, tokenizer, parts.measure or Pairs(()), momentum, profile)
     return Preparation(parts, settings, material, tune_scorer, test_scorer)
 
@@ -123,8 +136,11 @@ def _check_profile(profile: Profile, model: nn.Module, sites: Iterable[str]) -> 
         )
 
 
-def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float) -> Pairs:
+def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float, passes: float) -> Pairs:
     """As many of the pairs as can be measured within a part of the budget, from all over them.
+
+    Args:
+        passes: what a pair takes, in forward passes of it.
 
     Raises:
         TaskError: they are too few for a search.
@@ -133,7 +149,7 @@ def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float) -> Pairs:
     if count is None:
         some = pairs[:: max(1, len(pairs) // 100)]
         texts = [pair.prompt + side for pair in some for side in (pair.positive, pair.negative)]
-        seconds = scorer.costs.token * sum(map(len, encode(scorer.tokenizer, texts))) / len(some)
+        seconds = passes * scorer.costs.token * sum(map(len, encode(scorer.tokenizer, texts))) / len(some)
         least = min(FEWEST_PAIRS, len(pairs))
         if MEASURING * budget < least * seconds:
             raise TaskError(

@@ -107,7 +107,7 @@ def tune(
     *,
     momentum: Momentum | None = None,
     sites: Sequence[str] | None = None,
-    operations: Sequence[str] = OPERATIONS,
+    operations: Sequence[str] | None = None,
     ks: Iterable[int] = KS,
     max_kl: float = MAX_KL,
     budget: float | None = None,
@@ -139,14 +139,15 @@ def tune(
         model: a Transformers decoder. tokenizer: its own.
         data: pairs, or a task with options (:func:`austeer.tasks.load_task`); or parts of them, split elsewhere.
         momentum: of other pairs than ``data``'s; by default counted on a part of the data.
-        sites, operations, ks: what is searched; sites by default attention and ffn, or by effect attention and neuron,
-            where the model has it.
+        sites, operations, ks: what is searched. By default by effect "shift" at attention and neuron, where the model
+            has it; by momentum all operations at attention and ffn.
         max_kl: the limit on KL(unsteered || steered), nats a token.
         budget: seconds for all of it; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
         mix: also try the best two sites together, each with its own strength; by effect, all ranked together.
-        rank: "momentum"; or "effect": AUs by effect per side effect (:mod:`austeer.momentum.by_effect`), of "shift", of
-            which those settings are tried whose predicted effect is largest. By default "effect" if there is a profile.
+        rank: "effect", AUs by effect per side effect (:mod:`austeer.momentum.by_effect`), of "shift", of which those
+            settings are tried whose predicted effect is largest; or "momentum", the paper's. By default "effect",
+            unless other operations are asked for, or ``momentum`` has no effects.
         profile: of the model, for rank "effect"; by default made, and kept in the user's cache.
         most: at most so many items to measure, tune and test.
         seed: of the split and of all that is random.
@@ -156,11 +157,13 @@ def tune(
     Raises:
         TaskError: a numeric task, too little data or budget, or no setting within the limit.
         SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
+        CaptureError: by effect, a model without a backward pass.
         FileFormatError: ``folder`` holds another search.
     """
-    clock, by_effect = Budget(budget), _is_by_effect(rank, profile, operations)
-    sites = sites or (available(model, BY_EFFECT)[:2] if by_effect else SITES)
-    operations = ("shift",) if by_effect else operations
+    clock, by_effect = Budget(budget), _is_by_effect(rank, profile, operations, momentum)
+    known = BY_EFFECT if momentum is None else tuple(site for site in BY_EFFECT if site in momentum.sites)
+    sites = sites or (available(model, known)[:2] if by_effect else SITES)
+    operations = operations or (("shift",) if by_effect else OPERATIONS)
     options = SearchOptions(
         *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
@@ -218,15 +221,21 @@ def tune(
     )
 
 
-def _is_by_effect(rank: str | None, profile: Profile | None, operations: Sequence[str]) -> bool:
-    rank = ("momentum" if profile is None else "effect") if rank is None else rank
+def _is_by_effect(
+    rank: str | None, profile: Profile | None, operations: Sequence[str] | None, momentum: Momentum | None
+) -> bool:
+    shifts = operations is None or {*operations} == {"shift"}
+    if rank is None:
+        known = momentum is None or momentum.effects is not None
+        rank = "effect" if profile is not None or (shifts and known) else "momentum"
     if rank not in ("momentum", "effect"):
         raise TaskError(f"rank: found {rank!r}, expected 'momentum' or 'effect'")
     if rank == "momentum" and profile is not None:
         raise TaskError("profile: found one with rank 'momentum', which takes none; expected rank 'effect', or none")
-    if rank == "effect" and "shift" not in operations:
+    if rank == "effect" and not shifts:
         raise TaskError(
-            f"operations: found {', '.join(operations)} with rank 'effect', expected 'shift', whose effects are known"
+            f"operations: found {', '.join(operations or ())} by effect, expected 'shift' alone, whose effects are "
+            "known; or give rank='momentum'"
         )
     return rank == "effect"
 

@@ -124,4 +124,27 @@ def _bars(data: Mapping[str, Any]):
     return figure
 
 
-_DRAWINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"overheads": _overheads, "bars": _bars}
+def _ratios(data: Mapping[str, Any]):
+    """Ratios as points: a row a task, a colour and mark a site; the band in which they are meant to be."""
+    panels = data["panels"]
+    tasks, sites = (list(dict.fromkeys(mark[at] for panel in panels for mark in panel["marks"])) for at in (0, 1))
+    figure, axes = _axes(len(panels), 2, 5.2, 1.2 + 0.45 * len(tasks))
+    most = max(mark[2] for panel in panels for mark in panel["marks"])
+    for number, (axis, panel) in enumerate(zip(axes, panels)):
+        axis.axvspan(1 - data["near"], 1 + data["near"], color=_BAND, alpha=0.22, linewidth=0)
+        axis.axvline(1, color=_TEXT, linewidth=0.9)
+        for at, site in enumerate(sites):
+            own = [mark for mark in panel["marks"] if mark[1] == site]
+            offset = (at - (len(sites) - 1) / 2) * 0.6 / max(len(sites), 2)
+            places = [tasks.index(mark[0]) + offset for mark in own]
+            axis.plot([mark[2] for mark in own], places, _MARKERS[at], color=_CYCLE[at], markersize=5, label=site)
+        axis.set_yticks(range(len(tasks)), tasks if number % 2 == 0 else [""] * len(tasks))
+        axis.set_ylim(len(tasks) - 0.4, -0.6)
+        axis.set_xlim(0, max(1.5, 1.05 * most))
+        axis.set(xlabel=data["x"], title=panel["title"])
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+_DRAWINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"overheads": _overheads, "bars": _bars, "ratios": _ratios}

@@ -10,7 +10,7 @@ from pathlib import Path
 from austeer.utils.tables import signed
 
 from ..cases import ALONE, COLUMNS, FUSED, PLAIN
-from . import figures, tables
+from . import tables
 from .conclusion import sentences
 from .inference import AGAIN, AUTO, DENSE, PUBLIC, Case, Inference, sweeps
 from .load import Result, Results
@@ -130,7 +130,7 @@ def _overhead(result: Result) -> str:
     inference = Inference(result)
     if not inference.main():
         return ""
-    texts = [figures.picture(f"{result.name}-overhead", "Overhead by variant and batch"), tables.overheads(inference)]
+    texts = [tables.picture(f"{result.name}-overhead", "Overhead by variant and batch"), tables.overheads(inference)]
     texts.append(
         "What it takes, in the first of these settings; predicted: by `austeer cost`; the floor is the time of the "
         f"bytes and operations at this machine's ceilings:\n\n{tables.costs(inference.main()[0])}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from austeer.utils.figures import require_matplotlib
 
-from . import methods, study
+from . import study
 from .inference import METRICS, Case, Inference, variants_of
 from .load import Results
 
@@ -44,11 +44,6 @@ class Figure:
         return folder / f"{self.name}.png"
 
 
-def picture(name: str, words: str) -> str:
-    """A Markdown image."""
-    return f"![{words}]({{root}}docs/figures/{name}.png)"
-
-
 def figures(results: Results) -> list[Figure]:
     """Every figure that the results give."""
     found = []
@@ -56,9 +51,8 @@ def figures(results: Results) -> list[Figure]:
         if result.kind == "inference" and Inference(result).main():
             found.append(Figure(f"{result.name}-overhead", "overheads", _overhead(Inference(result))))
         elif result.kind == "study":
-            found.append(
-                Figure(f"{result.name}-study", "bars", (methods if methods.is_newer(result) else study).drawn(result))
-            )
+            found.append(Figure(f"{result.name}-study", "bars", study.drawn(result)))
+            found.append(Figure(f"{result.name}-doses", "ratios", study.doses_drawn(result)))
     return found
 
 

@@ -34,8 +34,8 @@ class Result:
 
     @property
     def model(self) -> str:
-        """The model of kinds "inference" and, of trials, "study"; the others have one a device, and give ""."""
-        if self.kind == "study" and "trials" in self.content:
+        """The model of kinds "inference" and "study"; the others have one a device, and give ""."""
+        if self.kind == "study":
             return str(self.content["model"])
         return str(self.content["model"]["name"]) if self.kind == "inference" else ""
 

@@ -11,12 +11,9 @@
 <device>.inference.<model>.<execution>.<site>.b<batch>.k<k>.l<layers>.p<prompt>.<variant>.<token|first_token>
                                         (behind the site the operation, where it is not scale)
                                         percent over unsteered; with .low and .high behind it the interval's ends
-<device>.study.seconds, .minutes; .tasks, .stability, .operations, .methods, .figure, .causal, .cost, .<task>.table
-<device>.study.causal.predicted, .causal.together           tables; empty where effects were not measured
-<device>.study.<task>.<method>.<operation>.<effect|low|high|accuracy|kl|k>
-<device>.study.<model>.minutes, .figure, .causal, .causal.predicted, .causal.together    of trials: see methods.py
+<device>.study.<model>.minutes, .figure; .causal, .causal.predicted, .causal.together blocks
 <device>.study.<model>.<task>.<row>.<effect|low|high|kl>
-study.methods                           a block, of all models: goals and tables of the study of trials
+study.methods                           a block, of all models: goals and tables of the study
 serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
 efficiency.<section>, .summary                  blocks: see efficiency.py
 """
@@ -30,7 +27,7 @@ from typing import Any
 from ..compare import MANY
 from ..offloaded import CACHED, FROM_DISK, LAYERWISE
 from ..ways import STACKED, UNSHARED
-from . import demo, efficiency, figures, methods, study, tables
+from . import demo, efficiency, study, tables
 from .inference import METRICS, Inference
 from .load import Result, Results, slug
 
@@ -48,7 +45,7 @@ def values(results: Results) -> dict[str, object]:
             alone = f".{result.executions[0]}" if len(result.executions) == 1 else ""
             found[f"{prefix}{alone}.source"] = result.link
             found.update((f"{prefix}.{name}", value) for name, value in makers[result.kind](result))
-    found["study.methods"] = methods.report(results)
+    found["study.methods"] = study.report(results)
     found["serving.exactness"] = tables.exactness(results)
     found.update((f"efficiency.{name}", text) for name, text in efficiency.blocks(results).items())
     return found
@@ -83,8 +80,8 @@ def _demo(result: Result) -> Named:
 
 
 def _study(result: Result) -> Named:
-    yield "figure", figures.picture(f"{result.name}-study", "Held-out effect of every method, task by task")
-    yield from (methods if methods.is_newer(result) else study).values(result)
+    yield "figure", tables.picture(f"{result.name}-study", "Held-out effect of every method, task by task")
+    yield from study.values(result)
 
 
 def _host(result: Result) -> Named:

@@ -1,187 +1,221 @@
-"""The study: methods at equal side effect on held-out items, stability of rankings, single AUs, and cost, as tables."""
+"""The study: every method beside AUs by effect, over tasks and splits, as tables and figures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from austeer.utils.tables import signed
+from scipy import stats
 
-from .load import Result
-from .tables import table
+from ..study.rows import CAA, ITI, KINDS
+from ..study.summary import interval
+from .causal import tables_of
+from .load import Result, Results, slug
+from .tables import picture, table
 
-#: Words for the ways of the causal check.
-WAYS = {
-    "scale": "doubled and zeroed",
-    "shift": "shifted by the mean difference",
-    "deviation": "shifted by a standard deviation",
+#: How near to the KL that is asked for the measured one is meant to be.
+WITHIN = 0.25
+
+#: What a row's kind is called.
+WORDS = {
+    "effect": "by effect",
+    "momentum": "momentum",
+    "plain": "without gradients",
+    "dense": "dense, by gradients",
 }
 
 
-def values(result: Result) -> Iterator[tuple[str, object]]:
-    """Everything that pages may show of a study; see numbers.py."""
-    content = result.content
-    tasks = content["tasks"]
-    yield "seconds", content["seconds"]
-    yield "minutes", content["seconds"] / 60
-    yield "tasks", table(["task", "measured", "tuned on", "held out", "unsteered accuracy"], map(_task, tasks.items()))
-    ks = next(iter(next(iter(tasks.values()))["stability"].values()))["k"]
-    head = ["task", "pairs", "site", "AUs at FDR 5 %", *(f"overlap, k = {k} (chance)" for k in ks)]
-    yield "stability", table(head, [row for name, task in tasks.items() for row in _stability(name, task)])
-    yield "operations", table(["task", "site", "scale (the paper)", "push", "shift"], _operations(tasks))
-    yield "methods", table(["method", *tasks], _summary(tasks))
-    yield from causal_tables(tasks)
-    for name, task in tasks.items():
-        yield f"{name}.table", _held_out(task)
-        if task["cost"]:
-            yield "cost", _cost(task)
-    for name, task in tasks.items():
-        for row in task["held_out"]:
-            at = f"{name}.{row['method']}.{row['operation']}"
-            for key in ("effect", "low", "high", "accuracy", "kl", "k"):
-                yield f"{at}.{key}", row[key]
-            if row["behind"] is not None:
-                yield f"{at}.behind", row["behind"][0]
+def report(results: Results) -> str:
+    """All tables of all results, one model after the other."""
+    parts = []
+    for result in results.of("study"):
+        content = result.content
+        parts += [f"### {content['model']}", _about(result), goals(content)]
+        for name, task in content["tasks"].items():
+            if task["steers"]:
+                parts += [f"#### {name}", rows(content, name)]
+        parts += [_quiet(content), *_more("How well predictions rank sites and steps", sites(content))]
+        parts += _more("Strength in nats", doses(result))
+        parts += _more("How many pairs", pairs(content)) + _more("Whose text", texts(content))
+    return "\n\n".join(filter(None, parts)) or "Not measured yet: `make study DATA=FOLDER` makes it."
 
 
-def causal_tables(tasks: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    """The causal check of those tasks that have one, by name."""
-    head = ["task", "each AU alone", "top AUs", "matched random", "difference [95 %]"]
-    yield "causal", table([*head, "rank correlation with beta [95 %]"], causal(tasks))
-    head = ["task", "each AU alone", "beta", "delta", "predicted effect", "measured for a nat predicted"]
-    yield "causal.predicted", table(head, predicted(tasks))
-    head = ["task", "strength of ten AUs", "correlation of predicted and measured", "measured for a nat predicted"]
-    yield "causal.together", table(head, together(tasks))
+def _about(result: Result) -> str:
+    minutes = result.content["seconds"] / 60
+    trials = sum(map(len, result.content["trials"].values()))
+    return f"{trials} trials, {minutes:.0f} minutes on {result.machine} ({result.link})."
 
 
-def _task(item: tuple[str, dict[str, Any]]) -> list[str]:
-    name, task = item
-    parts, plain = task["settings"]["data"], task["unsteered"]
-    return [
-        name,
-        f"{parts['measure']['pairs']} pairs",
-        f"{parts['tune']['items']} items",
-        f"{parts['test']['items']} items",
-        f"{plain['accuracy']:.0%} [{plain['accuracy_low']:.0%}, {plain['accuracy_high']:.0%}]",
+def _more(title: str, text: str) -> list[str]:
+    return [f"#### {title}", text] if text else []
+
+
+def goals(content: dict[str, Any]) -> str:
+    """Both goals, met or missed, and what that depends on."""
+    ten, hundred = content["goals"]["ten"], content["goals"]["hundred"]
+    head = ["task", *(f"minus {rival}" for rival in _rivals(ten["leads"]))]
+    leads = [
+        [name, *(interval(*found[rival]) if rival in found else "" for rival in _rivals(ten["leads"]))]
+        for name, found in ten["leads"].items()
     ]
+    lines = [
+        f"**{_met(ten)}**: ten AUs by effect (site and step by prediction) are above each method without gradients on "
+        "every task where any method works; nats, item by item [95 %]:",
+        table(head, leads),
+        f"**{_met(hundred)}**: a hundred (the same) are not below dense vectors by gradients, on the mean over tasks:",
+        table(
+            ["beside", "tasks", "lead, nats [95 %]"],
+            [[name, found["tasks"], interval(*found["lead"])] for name, found in hundred["means"].items()],
+        ),
+    ]
+    return "\n\n".join(lines)
 
 
-def _stability(name: str, task: dict[str, Any]) -> Iterator[list[str]]:
-    for site, found in task["stability"].items():
-        shares = [f"{o:.2f} ({c:.3f})" for o, c in zip(found["overlap"], found["chance"])]
-        pairs = found["pairs"] if isinstance(found["pairs"], int) else sum(found["pairs"])
-        yield [name, str(pairs), site, f"{found['discoveries']} of {found['size']}", *shares]
+def _met(goal: dict[str, Any]) -> str:
+    return "Met" if goal["met"] else "Missed"
 
 
-def _interval(row: dict[str, Any], key: str = "effect", digits: int = 2) -> str:
-    if row["low"] is None:
-        return signed(row[key], digits)
-    return f"{signed(row[key], digits)} [{signed(row['low'], digits)}, {signed(row['high'], digits)}]"
+def _rivals(leads: dict[str, dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(rival for found in leads.values() for rival in found))
 
 
-def _operations(tasks: dict[str, Any]) -> Iterator[list[str]]:
-    """The best setting of each site and operation, of momentum's AUs, on the tuning items, all at the same limit."""
-    for name, task in tasks.items():
-        found = [*task["trials"], *task["layer"]["trials"]]
-        for site in (*task["settings"]["sites"], "layer"):
-            cells = []
-            for operation in ("scale", "push", "shift"):
-                kind = ("momentum", site, operation)
-                trials = [t for t in found if (t["method"], t["site"], t["operation"]) == kind]
-                best = max(trials, key=lambda t: (t["items"], t["effect"]), default=None)
-                cells.append("none within the limit" if best is None else f"{_interval(best)}, n = {best['items']}")
-            yield [name, site, *cells]
+def rows(content: dict[str, Any], name: str) -> str:
+    """Every method on one task, held-out items of all its splits together; the largest effect of each kind first."""
+    found = content["tasks"][name]["rows"].items()
+    order = sorted(found, key=lambda row: (KINDS.index(row[1]["kind"]), -row[1]["effect"]))
+    head = ["method", "kind", "where", "AUs", "effect, nats [95 %]", f"minus {CAA}", f"minus {ITI}", "KL"]
+    return table(
+        head,
+        [
+            [
+                *(
+                    row_name,
+                    WORDS[row["kind"]],
+                    *("; ".join(map(str, dict.fromkeys(row[key]))) for key in ("where", "k")),
+                ),
+                interval(row["effect"], row["low"], row["high"]),
+                *(interval(*row["behind"][rival]) if rival in row["behind"] else "" for rival in (CAA, ITI)),
+                f"{row['kl']:.3f}",
+            ]
+            for row_name, row in order
+        ],
+    )
 
 
-def _summary(tasks: dict[str, Any]) -> list[list[str]]:
-    """One row a method and operation: held-out effect on each task; bold where the interval leaves out 0."""
-    rows: dict[str, dict[str, str]] = {}
-    for name, task in tasks.items():
-        for row in task["held_out"]:
-            clear = row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
-            text = _interval(row)
-            rows.setdefault(label(row), {})[name] = f"**{text}**" if clear else text
-    order = sorted(rows, key=lambda name: (not name.startswith("momentum"), name))
-    return [[name, *(rows[name].get(task, "") for task in tasks)] for name in order]
+def _quiet(content: dict[str, Any]) -> str:
+    """The tasks of the earlier study, in one line."""
+    found = []
+    for name, task in content["tasks"].items():
+        if not task["steers"] and task["rows"]:
+            best, row = max(task["rows"].items(), key=lambda item: item[1]["effect"])
+            found.append(f"{name} {interval(row['effect'], row['low'], row['high'])} ({best})")
+    return f"Where nothing was found before, the best of all methods: {'; '.join(found)}." if found else ""
 
 
-def label(row: dict[str, Any]) -> str:
-    """A method and its operation, in print."""
-    paper = " (the paper)" if (row["method"], row["operation"]) == ("momentum", "scale") else ""
-    return f"{row['method']}, {row['operation']}{paper}"
+def sites(content: dict[str, Any]) -> str:
+    """For each task, the site and step of the largest predicted effect, the best measured one, and how ranks agree."""
+    lines = []
+    for name, trials in content["trials"].items():
+        found = trials[0]["sites"]
+        if len(found) < 3 or not content["tasks"][name]["steers"]:
+            continue
+        predicted, best = (max(found, key=lambda row, key=key: row[key]) for key in ("predicted", "effect"))
+        rho = stats.spearmanr([row["predicted"] for row in found], [row["effect"] for row in found]).statistic
+        both = [f"{'+'.join(row['sites'])}, {row['step']}: {row['effect']:+.2f}" for row in (predicted, best)]
+        lines.append([name, *both, f"{rho:+.2f}"])
+    head = ["task", "predicted to be best: measured", "best measured", "rank correlation"]
+    return table(head, lines) if lines else ""
 
 
-def _held_out(task: dict[str, Any]) -> str:
-    head = ["method", "where", "AUs", "layers", "effect, nats [95 %]", "behind the first [95 %]", "accuracy", "p", "KL"]
-    plain = task["unsteered"]
-    rows = [["unsteered", "", "", "", "", "", f"{plain['accuracy']:.0%}", "", ""]]
-    for row in task["held_out"]:
-        behind = row["behind"]
-        where = row["site"] + (f", {row['detail']}" if row["detail"] else "")
-        later = "" if behind is None else f"{signed(behind[0], 2)} [{signed(behind[1], 2)}, {signed(behind[2], 2)}]"
-        sizes = [str(row["k"]), str(row["layers"]), _interval(row), later, f"{row['accuracy']:.0%}"]
-        rows.append([label(row), where, *sizes, f"{row['p']:.2g}", f"{row['kl']:.3f}"])
-    return table(head, rows)
+def doses(result: Result) -> str:
+    """The KL that a plan was steered for, and the one on other neutral text that came of it."""
+    found = result.content["doses"]
+    near = {
+        how: f"{sum(_near(row[how], row['kl']) for row in found)} of {len(found)}" for how in ("predicted", "measured")
+    }
+    line = (
+        f"AUs by effect of one site, steered for a KL of 0.02, 0.05 and 0.1; the KL on held-out neutral text is within "
+        f"{WITHIN:.0%} of that in {near['measured']} cases, and with the strength that the profile predicts alone "
+        f"(`exact=False`) in {near['predicted']}. Each cell: KL (by the profile alone)."
+    )
+    kls = dict.fromkeys(row["kl"] for row in found)
+    by = {(row["task"], row["site"], row["k"], row["kl"]): row for row in found}
+    lines = [
+        [task, site, str(k), *(doses_cell(by.get((task, site, k, kl))) for kl in kls)]
+        for task, site, k in dict.fromkeys(key[:3] for key in by)
+    ]
+    shown = table(["task", "site", "AUs", *(f"asked for {kl:g}" for kl in kls)], lines)
+    drawn = picture(f"{result.name}-doses", "Measured KL over the KL that was asked for")
+    return f"{line}\n\n{drawn}\n\n{shown}" if found else ""
+
+
+def _near(kl: float | None, asked: float) -> bool:
+    return kl is not None and abs(kl / asked - 1) <= WITHIN
+
+
+def doses_cell(row: dict[str, Any] | None) -> str:
+    """The KL that came of one that was asked for, and in brackets that by the profile alone."""
+    if row is None:
+        return ""
+    measured, predicted = ("refused" if row[how] is None else f"{row[how]:.3f}" for how in ("measured", "predicted"))
+    return f"{measured} ({predicted})"
+
+
+def pairs(content: dict[str, Any]) -> str:
+    """Held-out effect by the number of measured pairs."""
+    kinds = dict.fromkeys((row["method"], row["k"]) for row in content["pairs"])
+    counts = dict.fromkeys(row["pairs"] for row in content["pairs"])
+    by = {(row["pairs"], row["method"], row["k"]): row for row in content["pairs"]}
+    lines = [[str(count), *(_cell(by.get((count, *kind))) for kind in kinds)] for count in counts]
+    return table(["pairs", *(f"{method}, {k} AUs" for method, k in kinds)], lines) if lines else ""
+
+
+def texts(content: dict[str, Any]) -> str:
+    """Held-out effect of AUs chosen with the profile of one text and of another."""
+    lines = [
+        [row["text"], str(row["k"]), _cell(row), f"{row['shared']:.0%}", f"{row['correlation']:.2f}"]
+        for row in content["texts"]
+    ]
+    head = ["profile of", "AUs", "effect, nats [95 %]", "AUs shared with the first", "rank correlation of side effects"]
+    return table(head, lines) if lines else ""
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else interval(row["effect"], row["low"], row["high"])
+
+
+def values(result: Result) -> Iterator[tuple[str, object]]:
+    """Numbers for sentences: ``<task>.<row>.<effect|low|high|kl>``, the row's name as a slug."""
+    yield "minutes", result.content["seconds"] / 60
+    yield from tables_of(result.content["tasks"])
+    for name, task in result.content["tasks"].items():
+        for row_name, row in task["rows"].items():
+            for key in ("effect", "low", "high", "kl"):
+                if row[key] is not None:
+                    yield f"{name}.{slug(row_name)}.{key}", row[key]
 
 
 def drawn(result: Result) -> dict[str, Any]:
-    """Held-out effects with intervals, a panel a task: the data of a figure."""
+    """Held-out effects with intervals, a panel a task that steers: the data of a figure."""
     panels = []
     for name, task in result.content["tasks"].items():
-        rows = sorted(task["held_out"], key=lambda row: (row["method"] != "momentum", label(row)))
-        bars = [
-            [label(row), *(row[key] for key in ("effect", "low", "high"))] for row in rows if row["low"] is not None
-        ]
-        panels.append({"title": f"{name}, {task['settings']['data']['test']['items']} held-out items", "bars": bars})
-    title = f"Every method at one limit on the side effect, {result.machine}"
+        if not task["steers"]:
+            continue
+        items = sum(len(trial["groups"]) for trial in result.content["trials"][name])
+        found = sorted(task["rows"].items(), key=lambda row: (KINDS.index(row[1]["kind"]), -row[1]["effect"]))
+        bars = [[row_name, row["effect"], row["low"], row["high"]] for row_name, row in found if row["low"] is not None]
+        panels.append({"title": f"{name}, {items} held-out items", "bars": bars})
+    title = f"{result.content['model']}: every method at one limit on the side effect, {result.machine}"
     return {"title": title, "x": "change of log-odds, nats", "panels": panels}
 
 
-def causal(tasks: dict[str, Any]) -> Iterator[list[str]]:
-    """Top AUs beside matched random ones, each steered alone."""
-    for name, task in tasks.items():
-        if "causal" not in task:
-            continue
-        for way, found in task["causal"]["findings"].items():
-            # results from before effects were measured have one correlation, over AUs of every |beta|
-            wanted, rank = found["wanted"], found["signed"] if "signed" in found else found["spread"]["beta"]
-            means = [signed(wanted[key], 3) for key in ("top", "matched")]
-            yield [name, WAYS.get(way, way), *means, _interval(wanted, "difference", 3), _interval(rank, "rho")]
-
-
-def predicted(tasks: dict[str, Any]) -> Iterator[list[str]]:
-    """Rank correlations with the effect of single AUs, the top ones by effect among them, where effects are known."""
-    for name, task in tasks.items():
-        for way, found in task.get("causal", {}).get("findings", {}).items():
-            mixed = found.get("mixed")
-            if mixed is not None and mixed["predicted"] is not None:
-                rhos = [_interval(mixed[key], "rho") for key in ("beta", "delta", "predicted")]
-                yield [name, WAYS.get(way, way), *rhos, _triple(mixed["slope"])]
-
-
-def together(tasks: dict[str, Any]) -> Iterator[list[str]]:
-    """Groups of ten AUs, at each strength, where effects are known."""
-    for name, task in tasks.items():
-        found = task.get("causal", {}).get("together")
-        for row in [] if found is None else found["strengths"]:
-            strength = f"{row['alpha']:g} mean differences"
-            yield [name, strength, _triple(row["correlation"]), _triple(row["slope"])]
-
-
-def _triple(values: list[float]) -> str:
-    return _interval(dict(zip(("value", "low", "high"), values)), "value")
-
-
-def _cost(task: dict[str, Any]) -> str:
-    """Time a token, in the order of the comparison."""
-    names = {row["name"]: row for row in task["held_out"]}
-    rows = []
-    for name, timing in task["cost"].items():
-        row = names.get(name)
-        if name == "unsteered":
-            continue
-        where = "" if row is None else f"{row['k']} AUs, {row['layers']} of the layers"
-        percent = {key: 100 * (timing[key] - 1) for key in ("ratio", "low", "high")}
-        text = _interval(percent, "ratio", 1)
-        rows.append([name if row is None else label(row), where, text])
-    return table(["method", "touches", "time a token over unsteered, %, median [quartiles]"], rows)
+def doses_drawn(result: Result) -> dict[str, Any]:
+    """The measured KL over the one that was asked for, a row a task: the data of a figure."""
+    words = {"predicted": "the strength that the profile predicts", "measured": "corrected by two measured steps"}
+    panels = []
+    for how, title in words.items():
+        found = [row for row in result.content["doses"] if row[how] is not None]
+        marks = [[row["task"], row["site"], float(f"{row[how] / row['kl']:.4g}")] for row in found]
+        panels.append({"title": title, "marks": marks})
+    title = f"{result.content['model']}: strength in nats, on held-out neutral text"
+    return {"title": title, "x": "measured KL / KL asked for", "near": WITHIN, "panels": panels}

@@ -45,6 +45,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def picture(name: str, words: str) -> str:
+    """A Markdown image of a figure."""
+    return f"![{words}]({{root}}docs/figures/{name}.png)"
+
+
 def host(result: Result) -> str:
     """Host time of a steered site by itself, at the smallest batch, and the path that it took."""
     known = {words: result.content["batches"][0]["variants"].get(name) for name, words in HOST.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from austeer.utils.tables import show_table
 
 from ..files import slug
 from . import extras, summary
+from .doses import doses
 from .gemma import GEMMA, GEMMA_ID, TERMS, gemma_model
 from .rows import CAA, MEASURED, middle_layers
 from .subjects import QUICK, SUBJECTS, Subject, parts_of
@@ -78,8 +80,9 @@ def main(
         "pairs": _pairs_needed(setting, first, trials, data, out, most),
         "texts": _other_text(setting, first, texts, out, show),
         "causal": _causal(setting, first, out, show),
+        "doses": _doses(setting, [s.name for s in subjects if s.steers], out),
     }
-    content |= {name: stages[name]["found"] for name in ("pairs", "texts")}
+    content |= {name: stages[name]["found"] for name in ("pairs", "texts", "doses")}
     if CAUSAL in first:
         content["tasks"][CAUSAL]["causal"] = stages["causal"]["found"]
     seconds = sum(trial["seconds"] for each in trials.values() for trial in each)
@@ -206,6 +209,22 @@ def _causal(setting: Setting, first: dict[str, Parts], out: Path, show: bool | N
         return {name: value for name, value in found.items() if name not in ("environment", "seconds", "notes")}
 
     return extras.kept(folder / "causal.json", make)
+
+
+def _doses(setting: Setting, names: Sequence[str], out: Path) -> dict[str, Any]:
+    """The KL that is asked for beside the measured one, of AUs by effect of the first split of each task."""
+    stages = {}
+
+    def make(path: Path) -> list[dict[str, Any]]:
+        return doses(setting, Momentum.load(path / MOMENTUM))
+
+    with setting.step("strengths in nats", len(names)) as advance:
+        for name in names:
+            path = out / f"{name}-0"
+            stages[name] = extras.kept(path / "doses.json", partial(make, path))
+            advance(1)
+    rows = [{"task": name, **row} for name, stage in stages.items() for row in stage["found"]]
+    return {"found": rows, "seconds": sum(stage["seconds"] for stage in stages.values())}
 
 
 def show_result(content: dict[str, Any]) -> None:

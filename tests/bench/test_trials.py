@@ -1,6 +1,7 @@
 """The study: trials go on where they were, rows are set beside rivals item by item, goals follow, and pages show it."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,12 @@ from austeer.cli.common import to_json
 from austeer.errors import FileFormatError, ModelError, TaskError
 from austeer.tasks import Task
 from austeer.tuning.data import Parts
-from bench.published import methods
+from bench.published import study
 from bench.published.load import Result, Results
 from bench.study import __main__ as command
-from bench.study import extras, gemma, summary, trial
+from bench.study import doses, extras, gemma, summary, trial
 from bench.study.__main__ import chosen_subjects, content_of, show_result
-from bench.study.rows import CAA, ITI, NEWTON, SADI, TRAINED, middle_layers, predicted_name
+from bench.study.rows import CAA, EFFECT_SITES, ITI, NEWTON, SADI, TRAINED, middle_layers, predicted_name
 from bench.study.subjects import SUBJECTS, Subject, parts_of
 from searches import NEUTRAL
 
@@ -41,6 +42,8 @@ def small(loaded):
             patch.setattr(command, name, value)
         for name, value in {"neutral_texts": lambda part="": NEUTRAL, "TEXTS": 1, "FINAL_TEXTS": 2}.items():
             patch.setattr(trial, name, value)
+        patch.setattr(doses, "neutral_texts", lambda part: NEUTRAL)
+        patch.setattr(doses, "KS", (4, 10_000))  # the second is more than there are
         yield
 
 
@@ -72,6 +75,7 @@ def content(setting, parts, folder, found):
     content = content_of(setting, [subject], {parts.name: [found]})
     momentum = austeer.Momentum.load(folder / "sentiment-0" / trial.MOMENTUM)
     content["pairs"] = extras.pairs_needed(setting, parts, folder / "pairs", 5, (4, 8))
+    content["doses"] = [{"task": parts.name, **row} for row in doses.doses(setting, momentum)]
     content["texts"] = extras.other_text(setting, parts, folder / "texts", setting.profile, "the same", momentum)
     return content | {"seconds": 60.0, "environment": {}}
 
@@ -140,6 +144,24 @@ def test_pairs_and_text(content, found):
     assert [row["effect"] for row in neutral] == [row["effect"] for row in same]
 
 
+def test_the_kl_that_is_asked_for_is_about_what_other_text_has(content):
+    rows = content["doses"]
+    assert [(row["site"], row["k"], row["kl"]) for row in rows] == [
+        (site, 4, kl) for site in EFFECT_SITES for kl in doses.KLS
+    ]
+    for how in doses.WAYS:
+        assert all(0.2 < row[how] / row["kl"] < 5 for row in rows)
+    assert any(row["predicted"] != row["measured"] for row in rows)
+
+
+def test_a_kl_that_is_not_reached_is_none(setting, folder, content, monkeypatch):
+    momentum = austeer.Momentum.load(folder / "sentiment-0" / trial.MOMENTUM)
+    monkeypatch.setattr(doses, "KLS", (1e5,))
+    assert {row["measured"] for row in doses.doses(setting, momentum)} == {None}
+    cell = study.doses_cell({"measured": None, "predicted": 0.25})
+    assert cell == "refused (0.250)"
+
+
 # --- sums ------------------------------------------------------------------------------------------------------------
 
 
@@ -203,14 +225,16 @@ def test_the_page_shows_all_of_it(content, tmp_path):
     result = Result(
         tmp_path / "study-tiny-2026-11-28.json", "cpu", "study", ("2026-11-28", 1), json.loads(to_json(content))
     )
-    text = methods.report(Results([result]))
+    text = study.report(Results([result]))
     name = next(iter(content["tasks"]))
     assert f"#### {name}" in text and "Missed" in text and "#### How many pairs" in text and "#### Whose text" in text
+    assert re.search(r"within 25% of that in \d of 9 cases", text) and "| ffn | 4 | 0.0" in text
     for row in content["tasks"][name]["rows"]:
         assert f"| {row} |" in text
-    assert result.subject in dict(methods.values(result)) or dict(methods.values(result))["minutes"] == 1
-    assert [panel["title"] for panel in methods.drawn(result)["panels"]] == [f"{name}, 6 held-out items"]
-    assert methods.report(Results()).startswith("Not measured yet")
+    assert result.subject in dict(study.values(result)) or dict(study.values(result))["minutes"] == 1
+    assert [panel["title"] for panel in study.drawn(result)["panels"]] == [f"{name}, 6 held-out items"]
+    assert sum(len(panel["marks"]) for panel in study.doses_drawn(result)["panels"]) == 18
+    assert study.report(Results()).startswith("Not measured yet")
 
 
 def test_printed_tables_fit_a_terminal(content, monkeypatch, capsys):

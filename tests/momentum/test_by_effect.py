@@ -8,7 +8,7 @@ import torch
 
 import austeer
 from austeer import SelectionError, profile
-from austeer.momentum.by_effect import Candidates, best_sites, choose, effect_curve, kl_ratio
+from austeer.momentum.by_effect import Candidates, best_sites, choose, effect_curve, effect_ratio, kl_ratio
 from letter_tokens import Letters, letter_pairs
 from tiny_models import tiny_model
 
@@ -120,6 +120,7 @@ def test_of_noise_half_of_the_data_predicts_nothing(momentum, made):
     found = Candidates.of(fake, made, ["neuron"])
     choice = choose(found, 20, "newton")
     seen = found.per_side_effect(choice.order, choice.steps(20))
+    assert effect_ratio(fake, made, ["neuron"], "newton", 20)[-1] < 0.4
     try:
         assert effect_curve(fake, made, ["neuron"], "newton").best < 0.6 * seen
     except SelectionError as error:
@@ -137,6 +138,17 @@ def test_the_curve_grows_to_a_best_and_names_the_least_that_is_enough(momentum, 
     assert len(ratios) == 12 and min(ratios) >= 1 and ratios[-1] > 1
 
 
+def test_halves_that_say_the_same_lose_nothing_and_none_are_no_reason_to_refuse(momentum, made):
+    share = momentum.half_pairs / momentum.pairs
+    half = {site: replace(c, delta_sum=c.delta_sum * share) for site, c in momentum.effects.sites.items()}
+    alike = momentum.with_effects(momentum.effects.sites, half)
+    assert effect_ratio(alike, made, ["ffn"], "newton", 12) == pytest.approx([1.0] * 12)
+    whole = replace(momentum, half=None, effects=replace(momentum.effects, half=None))
+    assert effect_ratio(whole, made, ["ffn"], "newton", 12) == [1.0] * 12
+    some = effect_ratio(momentum, made, ["ffn"], "newton", 12)
+    assert len(some) == 12 and 0 <= min(some) <= max(some) <= 1 and min(some) < 1
+
+
 # --- as plans ---
 
 
@@ -149,7 +161,8 @@ def test_a_plan_has_the_chosen_aus_and_what_they_are_predicted_to_do(momentum, m
     choice = choose(found, 12, step)
     effect = torch.tensor([float(momentum.effect(u.site)[u.layer, u.index]) for u in plan], dtype=torch.float64)
     torch.testing.assert_close(effect, found.g[choice.order])
-    assert plan.dose.effect_of(2.0) == pytest.approx(2 * float(effect @ plan.delta.double()), rel=1e-6)
+    part = effect_ratio(momentum, made, found.sites, step, 12)
+    assert plan.dose.effect_of(2.0) == pytest.approx(2 * part[-1] * float(effect @ plan.delta.double()), rel=1e-6)
     delta = [momentum.counters(u.site).delta_sum[u.layer, u.index] / momentum.pairs for u in plan]
     if step == "difference":
         torch.testing.assert_close(plan.delta, torch.stack(delta).float())

@@ -8,7 +8,7 @@ import torch
 
 import austeer
 from austeer import Momentum, Profile, profile
-from austeer.errors import FileFormatError, SelectionError, TaskError
+from austeer.errors import CaptureError, FileFormatError, SelectionError, TaskError
 from austeer.pairs.pairs import Pairs
 from austeer.tasks import Item, Task
 from austeer.tuning import compare, tune
@@ -18,7 +18,7 @@ from austeer.tuning.data import Parts, digest_of, split
 from austeer.tuning.schedule import Costs
 from searches import NEUTRAL, NOUNS, material_of, words
 
-FEW = {"ks": (1, 4), "max_kl": 0.05, "neutral": NEUTRAL}
+FEW = {"ks": (1, 4), "max_kl": 0.05, "neutral": NEUTRAL, "rank": "momentum"}
 
 
 def task_of(count: int = 48) -> Task:
@@ -126,12 +126,13 @@ def cost(monkeypatch, token):
     monkeypatch.setattr(scoring.Scorer, "costs", Costs(0.0, 0.0, token))
 
 
-def test_a_budget_measures_as_many_pairs_as_it_allows(loaded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank, budget", [("momentum", 100), ("effect", 400)])  # effects take three passes more
+def test_a_budget_measures_as_many_pairs_as_it_allows(loaded, tmp_path, monkeypatch, rank, budget):
     task = task_of(96)
     pairs = split(task).measure
     length = sum(len(loaded[1](p.prompt + p.positive)["input_ids"]) for p in pairs) / len(pairs)
     cost(monkeypatch, 30 / (2 * length * 30.5))  # 30 s of 100, for 30 pairs
-    options = FEW | {"sites": ("ffn",), "operations": ("shift",), "budget": 100}
+    options = FEW | {"sites": ("ffn",), "operations": ("shift",), "budget": budget, "rank": rank}
     results = [tune(*loaded, task, **options, folder=tmp_path)]
     cost(monkeypatch, 1e-9)  # goes on with as many, whatever the machine does by then
     results.append(tune(*loaded, task, **options, folder=tmp_path))
@@ -260,7 +261,7 @@ def test_methods_by_gradients_are_given_effects_and_a_profile(loaded, tmp_path, 
 
 def test_tune_by_effect_tries_what_is_predicted_to_work(loaded, tmp_path, cache, monkeypatch):
     """Its settings start at the strength that the profile predicts, and the plan has its dose."""
-    options = {"ks": (2, 4), "max_kl": 0.05, "neutral": NEUTRAL, "folder": tmp_path, "rank": "effect"}
+    options = {"ks": (2, 4), "max_kl": 0.05, "neutral": NEUTRAL, "folder": tmp_path}
     monkeypatch.setattr("austeer.tuning.promising.MOST", 3)
     result = tune(*loaded, task_of(), sites=("attention", "ffn"), **options)
     assert {(t.method, t.operation) for t in result.trials} == {("effect", "shift")}
@@ -271,12 +272,36 @@ def test_tune_by_effect_tries_what_is_predicted_to_work(loaded, tmp_path, cache,
     other = profile(*loaded, ["attention"], NEUTRAL, draws=8, progress=False)
     with pytest.raises(SelectionError, match=r"profile: found one of attention, expected one of ffn, too"):
         tune(*loaded, task_of(), sites=("attention", "ffn"), profile=other, ks=(2,), neutral=NEUTRAL)
-    with pytest.raises(TaskError, match=r"operations: found scale with rank 'effect'"):
+    with pytest.raises(TaskError, match=r"operations: found scale by effect, expected 'shift' alone.*rank='momentum'"):
         tune(*loaded, task_of(), operations=["scale"], rank="effect")
     with pytest.raises(TaskError, match=r"profile: .*rank 'momentum'"):
         tune(*loaded, task_of(), rank="momentum", profile=other)
     with pytest.raises(TaskError, match=r"rank: found 'best', expected 'momentum' or 'effect'"):
         tune(*loaded, task_of(), **{**options, "rank": "best"})
+
+
+def test_what_knows_no_effects_is_searched_by_momentum(loaded):
+    """Other operations than shift, and momentum without effects; with them, at sites that it has."""
+    model, tokenizer = loaded
+    options = {"ks": (2,), "max_kl": 0.05, "neutral": NEUTRAL}
+    result = tune(*loaded, task_of(), operations=("push",), sites=("ffn",), **options)
+    assert {(t.method, t.operation) for t in result.trials} == {("momentum", "push")}
+    pairs = Pairs.of([(f"They say the {noun} is", " good", " bad") for noun in NOUNS])
+    methods = []
+    for effects in (False, True):
+        momentum = austeer.measure(model, tokenizer, words(24), ["ffn"], effects=effects, progress=False)
+        result = tune(model, tokenizer, pairs, momentum=momentum, sites=None if effects else ["ffn"], **options)
+        methods.append({(t.method, t.site) for t in result.trials})
+    assert methods == [{("momentum", "ffn")}, {("effect", "ffn")}]
+
+
+def test_a_model_without_a_backward_pass_is_told_what_to_do(loaded, monkeypatch):
+    def broken(*args, **options):
+        raise CaptureError("found no backward pass")
+
+    monkeypatch.setattr("austeer.tuning.preparation.cached_profile", broken)
+    with pytest.raises(CaptureError, match=r"no backward pass.*rank='momentum'"):
+        tune(*loaded, task_of(), ks=(2,), neutral=NEUTRAL)
 
 
 def test_parse_methods():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import AusteerError, CaptureError, FileFormatError, check_count
+from ...errors import AusteerError, AusteerWarning, CaptureError, FileFormatError, check_count
 from ...models.sites import Fingerprint
 from ...momentum.momentum import Momentum
 from ...pairs.chat import ChatForm
@@ -255,7 +255,9 @@ class ActivationCount:
         try:
             self._checkpoint.save(state)
         except FileFormatError as error:  # a full disk: what is in memory is worth more than stopping
-            warnings.warn(f"{error}. Counting goes on; an earlier checkpoint there still stands", stacklevel=2)
+            warnings.warn(
+                f"{error}. Counting goes on; an earlier checkpoint there still stands", AusteerWarning, stacklevel=2
+            )
             return False
         finally:
             self.report.seconds_save += time.perf_counter() - now

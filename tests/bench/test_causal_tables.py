@@ -1,21 +1,13 @@
-"""The study's tables of the causal check, from results with and without effects."""
+"""The study's tables of the causal check."""
 
 import json
 from dataclasses import asdict
 
 from austeer.causal import Agreement, Correlation, Difference, Findings, Strength, Together
-from bench.published import study
+from bench.published import causal as tables
 
 SIZE, RHO = Difference(0.0123, 0.001, 0.0113, 0.002, 0.02, 0.01), Correlation(0.25, -0.5, 0.75)
 ROW = ["sentiment", "shifted by the mean difference", "+0.012", "+0.001", "+0.011 [+0.002, +0.020]"]
-
-
-def test_a_result_without_effects():
-    """As the study of 24 November 2026 has it, with one correlation."""
-    found = {"shift": {"wanted": asdict(SIZE), "signed": asdict(RHO)}}
-    tasks = {"sentiment": {"causal": {"findings": found}}, "boolq": {}}
-    assert [*study.causal(tasks)] == [[*ROW, "+0.25 [-0.50, +0.75]"]]
-    assert [*study.predicted(tasks)] == [*study.together(tasks)] == []
 
 
 def test_a_result_with_effects():
@@ -29,10 +21,10 @@ def test_a_result_with_effects():
     strength = Strength(16.0, (0.91, 0.8, 0.96), (0.4, 0.3, 0.5), {"random": (0.1, 0.1)}, {})
     causal = {"findings": {w: asdict(f) for w, f in ways.items()}, "together": asdict(Together([], [strength]))}
     tasks = {"boolq": {}, "sentiment": json.loads(json.dumps({"causal": causal}))}
-    assert [*study.causal(tasks)][1] == [*ROW, "+0.25 [-0.50, +0.75]"]
+    assert [*tables.causal(tasks)][1] == [*ROW, "+0.25 [-0.50, +0.75]"]
     rhos = ["+0.25 [-0.50, +0.75]", "+0.25 [-0.50, +0.75]", "+0.90 [+0.80, +0.95]"]
-    assert [*study.predicted(tasks)] == [[*ROW[:2], *rhos, "+0.75 [+0.50, +1.00]"]]
+    assert [*tables.predicted(tasks)] == [[*ROW[:2], *rhos, "+0.75 [+0.50, +1.00]"]]
     row = ["sentiment", "16 mean differences", "+0.91 [+0.80, +0.96]", "+0.40 [+0.30, +0.50]"]
-    assert [*study.together(tasks)] == [row]
+    assert [*tables.together(tasks)] == [row]
     tasks["sentiment"]["causal"]["together"] = None
-    assert [*study.together(tasks)] == []
+    assert [*tables.together(tasks)] == []
