@@ -25,6 +25,10 @@ class CaptureError(AusteerError):
     """Activations that could not be read, or are not finite."""
 
 
+class GradientError(CaptureError):
+    """A model, or a site of it, whose gradients cannot be had."""
+
+
 class SelectionError(AusteerError):
     """A selection that the momentum cannot satisfy."""
 

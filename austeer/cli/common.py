@@ -91,6 +91,7 @@ def note(message: str) -> None:
 def warnings_as_notes() -> Iterator[None]:
     """What the library warns of is a note here, and other warnings are what they are."""
     with warnings.catch_warnings():
+        warnings.simplefilter("default", AusteerWarning)
         shown = warnings.showwarning
 
         def show(message, category, *where, **more) -> None:

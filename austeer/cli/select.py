@@ -184,7 +184,7 @@ def show(plan: Plan) -> None:
         console.print()
         headings, *cells = dose_table(rows)
         show_table(headings, cells, right=True)
-        console.print(dose_legend(plan.dose), soft_wrap=False)
+        console.print(dose_legend(plan.dose, plan.rank), soft_wrap=False)
 
 
 def _next(plan: Plan, out: Path, kl: float | None) -> str:

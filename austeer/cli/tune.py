@@ -38,7 +38,7 @@ def tune(
     max_kl: options.MaxKl = 0.1,
     budget: options.Budget = None,
     neutral: options.Neutral = None,
-    mix: Annotated[bool, typer.Option("--mix/--no-mix", help="Also try the best two sites together.")] = True,
+    mix: Annotated[bool, typer.Option("--mix/--no-mix", help="Also try sites together.")] = True,
     rank: Annotated[
         str | None,
         typer.Option(
@@ -79,6 +79,8 @@ def tune(
     shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet)
     counted = None if momentum is None else Counted.load(momentum)
     known = None if profile is None else Profile.load(profile)
+    if counted is not None and counted.effects is None and rank is None:
+        common.note(f"{momentum} has no effects: AUs are searched by momentum; for those by effect measure --effects")
     form = common.chat_form(chat, chat_option, system)
     task = options.load_data(data, template, limit)  # before the model, which takes longer
     options.open_folder(out, force)
@@ -107,7 +109,7 @@ def show(result: TuneResult, max_kl: float, rows: int, samples: int) -> None:
     measured = f"{split['measure']['pairs']} pairs measured, " if "measure" in split else ""
     console.print(
         f"{measured}{split['tune']['items']} items tuned on, {result.unsteered.items} held out; "
-        f"{len(result.trials)} settings\n{options.groups_line(split)}\n"
+        f"{len(result.trials)} settings by {result.trials[0].method}\n{options.groups_line(split)}\n"
     )
     cells = []
     for t in result.trials[:rows]:

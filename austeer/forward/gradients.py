@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from ..errors import CaptureError, SteeringError, one_line
+from ..errors import GradientError, SteeringError, one_line
 from ..models.sites import Site
 from ..models.structure import decoder_of, evaluating, first_tensor, input_device, is_steered, unwrap
 from ..models.tensor_parallel import held
@@ -39,7 +39,7 @@ class ShiftGradients:
             every backward pass (Chen et al. 2016, arXiv 1604.06174).
 
     Raises:
-        CaptureError: the model is split over processes, and a site with it. SteeringError: it is steered.
+        GradientError: the model is split over processes, and a site with it. SteeringError: it is steered.
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]], recomputed: Sequence[nn.Module] = ()):
@@ -50,12 +50,12 @@ class ShiftGradients:
             raise SteeringError("found a steered model, expected it as it is; leave the steering context first")
         for site in (site for found in sites.values() for site in found):
             if held(self.model, site) is not None:
-                raise CaptureError(
+                raise GradientError(
                     f"site {site.name!r} of layer {site.layer} ({site.path}): found a slice of it in this process, "
                     f"expected the whole; use the model in one piece, or {INSTEAD}"
                 )
         if any(p.is_inference() for p in self.model.parameters()):
-            raise CaptureError(
+            raise GradientError(
                 "found weights that were made in inference mode, expected ones that autograd can follow; load the "
                 f"model outside of it, or {INSTEAD}"
             )
@@ -90,7 +90,7 @@ class ShiftGradients:
                 :func:`austeer.forward.tree_masks.masks`; None: every row is seen whole.
 
         Raises:
-            CaptureError: a site was not reached.
+            GradientError: a site was not reached.
         """
         self._shape, self._gradients = ids.shape, {}
         self._reached.clear()
@@ -106,7 +106,7 @@ class ShiftGradients:
         missing = {(name, i) for name, found in self.sites.items() for i in range(len(found))} - self._reached
         if missing:
             name, number = min(missing)
-            raise CaptureError(
+            raise GradientError(
                 f"site {name!r} of layer {self.sites[name][number].layer} was not reached by a forward pass "
                 f"({len(missing)} sites missed); expected every site to run once, and a model that is not compiled; or "
                 f"{INSTEAD}"
@@ -120,7 +120,7 @@ class ShiftGradients:
             gradient: of that, with respect to ``hidden``. again: whether the same graph is used once more.
 
         Raises:
-            CaptureError: a gradient is not finite, or none arrives.
+            GradientError: a gradient is not finite, or none arrives.
         """
         rows = self._shape[0]
         self._gradients = {
@@ -134,16 +134,16 @@ class ShiftGradients:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError, UserWarning) as error:
-                raise CaptureError(f"found no backward pass in this model ({one_line(error)}); {INSTEAD}") from error
+                raise GradientError(f"found no backward pass in this model ({one_line(error)}); {INSTEAD}") from error
         for name, found in self.sites.items():
             for number, site in enumerate(found):
                 if (name, number) not in self._arrived:
-                    raise CaptureError(
+                    raise GradientError(
                         f"site {name!r} of layer {site.layer} ({site.path}): found no gradient, expected one; {INSTEAD}"
                     )
             if not self._gradients[name].isfinite().all():
                 row = int((~self._gradients[name].isfinite()).nonzero()[0, 1])
-                raise CaptureError(
+                raise GradientError(
                     f"site {name!r}, layer {found[row].layer}: found a gradient that is NaN or infinite, expected a "
                     "finite one; load the model in bfloat16 or float32"
                 )
@@ -157,7 +157,7 @@ class ShiftGradients:
             if not torch.is_grad_enabled():
                 return x
             if x.shape[:-1] not in (self._shape, (self._shape.numel(),)):
-                raise CaptureError(
+                raise GradientError(
                     f"site {name!r} of layer {site.layer}: found a tensor {tuple(x.shape)}, expected [batch, tokens, "
                     f"width] = [{self._shape[0]}, {self._shape[1]}, width] or [batch * tokens, width]"
                 )

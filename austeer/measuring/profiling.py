@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError, FileFormatError, PairsError, SteeringWarning, check_count
+from ..errors import (
+    AusteerWarning,
+    CaptureError,
+    FileFormatError,
+    GradientError,
+    PairsError,
+    SteeringWarning,
+    check_count,
+)
 from ..forward.causality import is_causal, plain_batches
 from ..forward.gradients import ShiftGradients
 from ..forward.logits import expect_head
@@ -106,18 +114,15 @@ def cached_profile(
     sites: str | Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
     *,
-    is_over: Callable[[], bool] = lambda: False,
     progress: bool | None = None,
     **options: Any,
 ) -> Profile:
     """:func:`profile`, made once: kept in a cache by the model, its weights and dtype, the sites, texts and draws.
 
-    What was made, or half made by an interrupted run or within too short a time, lies in ``profiles`` of
+    What was made, or half made by an interrupted run, lies in ``profiles`` of
     :func:`austeer.utils.cache.cache_folder`. Where that cannot be written, a warning says so.
 
     Args:
-        is_over: whether time is up: then the profile is of the texts that were done, two at least, and the next call
-            goes on from there.
         options: the others of :func:`profile`, but for ``checkpoint`` and ``resume``.
     """
     prepared = prepare_profile(model, tokenizer, sites, texts, **options)
@@ -132,11 +137,9 @@ def cached_profile(
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         reason = f"{folder}: cannot be written ({error.strerror}); the profile is not kept"
-        warnings.warn(reason, SteeringWarning, stacklevel=2)
-        return prepared.run(progress=progress, is_over=is_over)
-    made = prepared.run(checkpoint, True, progress, is_over)
-    if len(made.texts.unique()) < len(made.ids):
-        return made
+        warnings.warn(reason, AusteerWarning, stacklevel=2)
+        return prepared.run(progress=progress)
+    made = prepared.run(checkpoint, True, progress)
     made.save(path)
     checkpoint.unlink(missing_ok=True)
     return made
@@ -184,14 +187,8 @@ class ProfileRun:
         )
 
     @torch.inference_mode(False)  # what is made under that mode cannot be differentiated
-    def run(
-        self,
-        checkpoint: str | Path | None = None,
-        resume: bool = False,
-        progress: bool | None = None,
-        is_over: Callable[[], bool] = lambda: False,
-    ) -> Profile:
-        """Makes the profile; arguments and errors as of :func:`profile` and :func:`cached_profile`."""
+    def run(self, checkpoint: str | Path | None = None, resume: bool = False, progress: bool | None = None) -> Profile:
+        """Makes the profile; arguments and errors as of :func:`profile`."""
         texts, each = self.empty.ids, self.each
         made = _earlier(checkpoint, resume, self.empty, each)
         known = set() if made is None else set(made.texts.tolist())
@@ -200,9 +197,13 @@ class ProfileRun:
         with self.gradients.attached(), Progress("profiling", len(texts) * each, "draws", progress) as bar:
             bar.advance(len(known) * each)
             for batch in batches:
-                if made is not None and len(made.texts.unique()) > 1 and is_over():
-                    break
-                part = self._draws([waiting[text] for text in batch.texts.tolist()], batch.ids, bar)
+                try:
+                    part = self._draws([waiting[text] for text in batch.texts.tolist()], batch.ids, bar)
+                except torch.OutOfMemoryError as error:
+                    raise GradientError(
+                        f"profile: {batch.ids.numel()} tokens with their activations do not fit into the memory of "
+                        f"{self.gradients.device}; give a smaller batch_tokens, or recompute=True"
+                    ) from error
                 made = part if made is None else _joined(made, part)
                 if checkpoint is not None:
                     made.save(checkpoint)

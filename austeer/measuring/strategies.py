@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 
 import torch
 
-from ..errors import AusteerError, CaptureError
+from ..errors import AusteerError, CaptureError, GradientError
 from ..forward.capture import LastTokens
 from ..forward.packing import Batch
 from ..forward.pair_scores import PairBatch, effects_of
@@ -109,9 +109,9 @@ def _run_pairs(m: Measurement, block: Block, found: PairBatch) -> None:
         m.tally.add_effects(block, found.pairs, effects_of(m.gradients, found, m.tree))
     except CaptureError as error:
         first, last = (block.numbers[int(found.pairs[place])] for place in (0, -1))
-        raise CaptureError(f"effects, pairs {first} to {last} of {m.pairs.source}: {error}") from error
+        raise type(error)(f"effects, pairs {first} to {last} of {m.pairs.source}: {error}") from error
     except torch.cuda.OutOfMemoryError as error:
-        raise CaptureError(
+        raise GradientError(
             f"effects: {found.batch.ids.numel()} tokens with their activations do not fit into the memory of "
             f"{m.device}; give a smaller batch_tokens, or cut texts with max_length"
         ) from error

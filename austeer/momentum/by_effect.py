@@ -271,7 +271,7 @@ def kl_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step: st
             order, steps = choice.order[:k], choice.steps(k)
             ratio = unseen.kl(order, steps), seen.kl(order, steps)
             logs[i] += math.log(ratio[0] / ratio[1]) / len(splits) if min(ratio) > 0 else 0.0
-    return [math.exp(max(value, 0.0)) for value in _between(ks, logs)]
+    return [math.exp(max(value, 0.0)) for value in _between(ks, logs, count)]
 
 
 def effect_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step: str, count: int) -> list[float]:
@@ -280,24 +280,36 @@ def effect_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step
     The halves of the pairs choose, and each judges what the other chose; from halves to all pairs by the formula of
     Spearman and Brown, 2 r / (1 + r), as what they do not share falls with their number. 1 where there are no halves.
     """
-    ks = [k for k in KS if k < count] + [count]
     try:
-        halves = [Candidates.of(half, profile, sites) for half in momentum.halves()]
-        choices = [choose(half, count, step) for half in halves]
-    except SelectionError:  # no halves, or one in which fewer AUs have an effect
+        halves = momentum.halves()
+    except SelectionError:
         return [1.0] * count
+    whole = Candidates.of(momentum, profile, sites)
+    sides = [
+        replace(
+            whole,
+            g=torch.cat([half.effect(site).flatten() for site in sites]),
+            delta=torch.cat([(half.counters(site).delta_sum / half.pairs).flatten() for site in sites]),
+        )
+        for half in halves
+    ]
+    most = min(count, *(int(side.usable(step).sum()) for side in sides))
+    if most == 0:
+        return [0.0] * count
+    ks = [k for k in KS if k < most] + [most]
     parts = torch.zeros(len(ks), dtype=torch.float64, device="cpu")
-    for choice, seen, unseen in zip(choices, halves, halves[::-1]):
+    for seen, unseen in (sides, sides[::-1]):
+        choice = choose(seen, most, step)
         for i, k in enumerate(ks):
             order, steps = choice.order[:k], choice.steps(k)
             parts[i] += float(unseen.g[order] @ steps) / float(seen.g[order] @ steps) / 2
     parts = parts.clamp(0.0, 1.0)
-    return _between(ks, 2 * parts / (1 + parts))
+    return _between(ks, 2 * parts / (1 + parts), count)
 
 
-def _between(ks: Sequence[int], values: Tensor) -> list[float]:
-    """For 1, 2, ... AUs, between values at some numbers of them, straight on a logarithmic axis."""
-    found: list[float] = np.interp(np.log(range(1, ks[-1] + 1)), np.log(ks), values.numpy()).tolist()
+def _between(ks: Sequence[int], values: Tensor, count: int) -> list[float]:
+    """For 1, 2, ... ``count`` AUs, between values at some numbers of them, straight on a logarithmic axis."""
+    found: list[float] = np.interp(np.log(range(1, count + 1)), np.log(ks), values.numpy()).tolist()
     return found
 
 

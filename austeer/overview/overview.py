@@ -157,7 +157,7 @@ def of_plan(plan: Plan, site: str | None, k: int) -> Overview:
     layers = torch.tensor([unit.layer for unit in of_site], device="cpu")
     ranks, by_rank = _by_rank(layers, plan.model.layers)
     rows = [] if plan.dose is None else dose_rows(plan.dose)
-    notes = [dose_legend(plan.dose)] if rows and plan.dose is not None else []
+    notes = [dose_legend(plan.dose, plan.rank)] if rows and plan.dose is not None else []
     notes += [] if plan.evidence else ["no strength has been tested for its effect on held-out data"]
     how = f", by {plan.rank}" + (f" ({plan.step} step)" if plan.rank == "effect" else "")
     return Overview(

@@ -117,7 +117,7 @@ def _dose(plan: PlanTable) -> str:
             "What a strength does, without running it: `austeer.steer(model, plan, kl=...)` takes the KL and finds "
             "alpha.",
             _table(headings, cells),
-            _plain(dose_legend(plan.dose)) + ".",
+            _plain(dose_legend(plan.dose, plan.rank)) + ".",
         ]
     )
 

@@ -57,9 +57,10 @@ def dose_table(rows: list[DoseRow]) -> list[list[str]]:
     return [list(columns), *map(list, zip(*columns.values()))]
 
 
-def dose_legend(dose: Dose) -> str:
-    """What the columns are, in words."""
-    effect = "; effect: to first order, on the pairs that were measured" if dose.effect else ""
+def dose_legend(dose: Dose, rank: str | None) -> str:
+    """What the columns are, in words. ``rank``: the plan's."""
+    where = "on other pairs than those that chose the AUs" if rank == "effect" else "on the pairs that were measured"
+    effect = f"; effect: to first order, {where}" if dose.effect else ""
     return (
         f"KL: of the next token on {dose.texts}, nats a token; a predicted one is right for small shifts, with a "
         f"standard error of {dose.error:.0%}{effect}"

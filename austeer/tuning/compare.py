@@ -131,7 +131,7 @@ def compare(
         sites, operations, ks: what is searched for each method that has them.
         layers: where "caa", "newton" and "trained" add their vector; see :func:`austeer.baselines.arms`.
         max_kl: the limit on KL(unsteered || steered), nats a token.
-        budget: seconds for all of it; by default as long as it takes.
+        budget: seconds for all of it, but for a profile that has to be made; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
         texts: also let each method's best setting write, and say where it derails.
         timed: also time decoding with each method's best setting.
@@ -144,6 +144,7 @@ def compare(
     Raises:
         TaskError: an unknown method, a numeric task, too little data or budget, or no setting within the limit.
         SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
+        GradientError: a method by gradients, of a model without a backward pass.
         FileFormatError: ``folder`` holds another search.
     """
     clock = Budget(budget)
@@ -159,7 +160,15 @@ def compare(
     }
     needed, profiled = (of(operations_of, options.sites) for of in (sites_needed, profiles_needed))
     prepared = prepare(
-        model, tokenizer, data, options, sites=needed, profiled=profiled, settings=settings, budget=clock
+        model,
+        tokenizer,
+        data,
+        options,
+        sites=needed,
+        profiled=profiled,
+        settings=settings,
+        budget=clock,
+        instead="without gradients: other methods than effect, newton and trained",
     )
     scorer, test_scorer, material = prepared.tune_scorer, prepared.test_scorer, prepared.material
     ks = options.ks_of(material.momentum)
@@ -190,7 +199,7 @@ def compare(
         cost={name: Timing(**timing) for name, timing in known.items()},
         trials=trials_of(found, scorer.task),
         left_out=clock.left_out,
-        seconds=clock.spent,
+        seconds=clock.total,
         environment=environment(),
     )
 

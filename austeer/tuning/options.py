@@ -18,7 +18,7 @@ class SearchOptions:
     """See :func:`austeer.tune` for each; sequences are tuples here.
 
     Raises:
-        TaskError: no number of AUs, or a limit that is no positive number.
+        TaskError: no site, operation or number of AUs, or a limit that is no positive number.
     """
 
     momentum: Momentum | None
@@ -36,6 +36,9 @@ class SearchOptions:
     def __post_init__(self) -> None:
         for name in ("sites", "operations", "ks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, example in (("sites", "attention"), ("operations", "shift")):
+            if not getattr(self, name):
+                raise TaskError(f"{name}: found none, expected at least one, for example {example!r}")
         if not self.ks:
             raise TaskError("ks: found none, expected numbers of AUs, for example (10, 100)")
         check_limit(self.max_kl)

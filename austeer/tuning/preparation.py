@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..baselines.arm import Material
-from ..errors import CaptureError, SelectionError, TaskError
+from ..errors import GradientError, SelectionError, TaskError
 from ..forward.causality import expect_causal
 from ..forward.neutral import neutral_texts
 from ..forward.tokens import encode
 from ..measuring.measure import measure
 from ..measuring.profiling import cached_profile
 from ..models.sites import find_sites, fingerprint
-from ..models.structure import unwrap
+from ..models.structure import is_offloaded, unwrap
 from ..momentum.momentum import Momentum
 from ..momentum.profile import Profile
 from ..pairs.pairs import Pairs
@@ -32,9 +31,8 @@ from .scorer import Scorer
 
 FILE_NAME = "momentum.safetensors"
 
-#: Of a time budget, until when a profile is made, and what measuring may take; and on how many pairs, at least, there
-#: is something to search with.
-PROFILED, MEASURING, FEWEST_PAIRS = 0.2, 0.3, 20
+#: Of a time budget, what measuring may take; and on how many pairs, at least, there is something to search with.
+MEASURING, FEWEST_PAIRS = 0.3, 20
 
 #: What a pair's effects take, in forward passes of it.
 EFFECTS = 3.0
@@ -64,6 +62,7 @@ def prepare(
     sites: Iterable[str],
     profiled: Iterable[str] = (),
     profile: Profile | None = None,
+    instead: str,
     settings: dict[str, Any],
     budget: Budget,
 ) -> Preparation:
@@ -71,12 +70,13 @@ def prepare(
     Args:
         options: with a budget, as many pairs are measured as a part of it allows.
         sites: those to measure, where there is no momentum. profiled: those of which a method needs effects and a
-            profile. profile: that one, if it was made before. settings: what else the search depends on.
+            profile. profile: that one, if it was made before. instead: what to do without gradients.
+        settings: what else the search depends on.
         budget: of the options, running; it notes what is left out.
 
     Raises:
         TaskError: a numeric task, too little data, a budget too small to measure, or a model that is not causal.
-        CaptureError: a model that cannot be measured, or has no backward pass for effects and profile.
+        CaptureError: a model that cannot be measured; GradientError where effects or profile are what it is for.
         FileFormatError: ``folder`` holds another search.
     """
     expect_causal(model)
@@ -104,23 +104,20 @@ def prepare(
     pairs = parts.measure
     if momentum is None and pairs is not None and budget.seconds is not None:
         everything = len(pairs)
-        pairs = _affordable_pairs(pairs, tune_scorer, budget.seconds, 1 + EFFECTS if profiled else 1.0)
+        pairs = _affordable_pairs(pairs, tune_scorer, budget.seconds, 1 + EFFECTS if profiled else 1.0, instead)
         budget.note("pairs measured", len(pairs), everything)
         parts = replace(parts, measure=pairs)
         settings["data"] |= parts.to_json()
     try:
         if profiled and profile is None:
-            texts = None if neutral is None else tune_texts
-            over, show = partial(budget.is_over, PROFILED), options.progress
-            profile = cached_profile(model, tokenizer, sorted(profiled), texts, is_over=over, progress=show)
-            budget.note("neutral texts of the profile", len(profile.texts.unique()), len(profile.ids))
+            texts, more = None if neutral is None else tune_texts, {"recompute": is_offloaded(model)}
+            with budget.paused():
+                profile = cached_profile(model, tokenizer, sorted(profiled), texts, progress=options.progress, **more)
         if momentum is None:
             assert pairs is not None
             momentum = _measured_momentum(model, tokenizer, pairs, sorted(sites), bool(profiled), options)
-    except CaptureError as error:
-        if not profiled:
-            raise
-        raise CaptureError(f"{error}; to tune without gradients give rank='momentum'") from error
+    except GradientError as error:
+        raise GradientError(f"{error}; or {instead}") from error
     material = Material(model, tokenizer, parts.measure or Pairs(()), momentum, profile)
     return Preparation(parts, settings, material, tune_scorer, test_scorer)
 
@@ -136,11 +133,11 @@ def _check_profile(profile: Profile, model: nn.Module, sites: Iterable[str]) -> 
         )
 
 
-def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float, passes: float) -> Pairs:
+def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float, passes: float, instead: str) -> Pairs:
     """As many of the pairs as can be measured within a part of the budget, from all over them.
 
     Args:
-        passes: what a pair takes, in forward passes of it.
+        passes: what a pair takes, in forward passes of it. instead: what to do without gradients, which take most.
 
     Raises:
         TaskError: they are too few for a search.
@@ -155,6 +152,7 @@ def _affordable_pairs(pairs: Pairs, scorer: Scorer, budget: float, passes: float
             raise TaskError(
                 f"budget: found {budget:.0f} s, too little to measure {least} pairs; expected at least "
                 f"{math.ceil(least * seconds / MEASURING)} s here, or a momentum that was measured before"
+                + (f"; or {instead}" if passes > 1 else "")
             )
         count = min(len(pairs), int(MEASURING * budget / seconds))
         scorer.record.put("pairs to measure", count)

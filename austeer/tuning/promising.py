@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,9 @@ def promising_arms(material: Material, sites: Sequence[str], ks: Sequence[int], 
             curves = {}
 
         def predicted(setting: tuple[tuple[str, ...], int]) -> float:
-            curve = curves[setting[0]]
+            curve = curves.get(setting[0])
+            if curve is None:  # its halves predict nothing
+                return -math.inf
             return float(np.interp(np.log(setting[1]), np.log(curve.k), curve.effect))
 
         if curves:

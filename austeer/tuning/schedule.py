@@ -90,7 +90,7 @@ def make_schedule(
         rungs = _rungs(_candidates(groups, everything, FRACTIONS), items, math.inf)
         return Schedule(everything, texts, final_texts, FRACTIONS, rungs)
     assert costs is not None
-    left = (budget - costs.spent) * (1 - RESERVE)
+    left = budget * (1 - RESERVE) - costs.spent
     for stride in range(1, len(groups) + 1):
         arms = _every(groups, stride)
         for fractions in (FRACTIONS, FRACTIONS[:1]):
@@ -108,7 +108,7 @@ def make_schedule(
                     return Schedule(arms, few, final, fractions, rungs)
     kinds = len(set(groups))
     calibration, scoring = kinds * STEPS * NEUTRAL_COST * costs.text, kinds * min(FEWEST, items) * costs.item
-    needed = costs.spent + max(calibration + scoring, calibration / (1 - CALIBRATION)) / (1 - RESERVE)
+    needed = (costs.spent + max(calibration + scoring, calibration / (1 - CALIBRATION))) / (1 - RESERVE)
     raise TaskError(
         f"budget: found {budget:.0f} s, too little for one candidate of each of {kinds} kinds; expected at "
         f"least {math.ceil(1.01 * needed)} s here, or fewer sites and operations"

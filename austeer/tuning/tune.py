@@ -11,7 +11,7 @@ from torch import nn
 
 from ..baselines import arms as arms_of
 from ..baselines.arm import Arm, Candidate
-from ..errors import TaskError
+from ..errors import SelectionError, TaskError
 from ..models.sites import available
 from ..momentum.momentum import Momentum
 from ..momentum.profile import Profile
@@ -142,7 +142,7 @@ def tune(
         sites, operations, ks: what is searched. By default by effect "shift" at attention and neuron, where the model
             has it; by momentum all operations at attention and ffn.
         max_kl: the limit on KL(unsteered || steered), nats a token.
-        budget: seconds for all of it; by default as long as it takes.
+        budget: seconds for all of it, but for a profile that has to be made; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
         mix: also try the best two sites together, each with its own strength; by effect, all ranked together.
         rank: "effect", AUs by effect per side effect (:mod:`austeer.momentum.by_effect`), of "shift", of which those
@@ -157,13 +157,12 @@ def tune(
     Raises:
         TaskError: a numeric task, too little data or budget, or no setting within the limit.
         SelectionError: a site that ``momentum`` lacks, or a k that does not fit.
-        CaptureError: by effect, a model without a backward pass.
+        GradientError: by effect, a model without a backward pass.
         FileFormatError: ``folder`` holds another search.
     """
     clock, by_effect = Budget(budget), _is_by_effect(rank, profile, operations, momentum)
-    known = BY_EFFECT if momentum is None else tuple(site for site in BY_EFFECT if site in momentum.sites)
-    sites = sites or (available(model, known)[:2] if by_effect else SITES)
-    operations = operations or (("shift",) if by_effect else OPERATIONS)
+    sites = sites if sites is not None else _sites_by_effect(model, momentum, profile) if by_effect else SITES
+    operations = operations if operations is not None else ("shift",) if by_effect else OPERATIONS
     options = SearchOptions(
         *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )
@@ -173,6 +172,7 @@ def tune(
         sites=options.sites,
         profiled=options.sites if by_effect else (),
         profile=profile,
+        instead="without gradients: rank='momentum' (--rank momentum)",
         settings=settings,
         budget=clock,
     )
@@ -216,7 +216,7 @@ def tune(
         held_out=held_out,
         writing=writing,
         left_out=clock.left_out,
-        seconds=clock.spent,
+        seconds=clock.total,
         environment=environment(),
     )
 
@@ -235,9 +235,29 @@ def _is_by_effect(
     if rank == "effect" and not shifts:
         raise TaskError(
             f"operations: found {', '.join(operations or ())} by effect, expected 'shift' alone, whose effects are "
-            "known; or give rank='momentum'"
+            "known; or rank='momentum', which takes no profile"
         )
     return rank == "effect"
+
+
+def _sites_by_effect(model: nn.Module, momentum: Momentum | None, profile: Profile | None) -> tuple[str, ...]:
+    """The first two sites of ``BY_EFFECT`` that the model has, and what was measured of it before.
+
+    Raises:
+        SelectionError: there is none.
+    """
+    found = available(model, BY_EFFECT)
+    measured = {} if momentum is None else {"momentum": tuple(momentum.sites)}
+    measured |= {} if profile is None else {"profile": tuple(profile.rows)}
+    for what, known in measured.items():
+        left = tuple(site for site in found if site in known)
+        if not left:
+            raise SelectionError(
+                f"{what}: found one of {', '.join(known)}, expected one of {', '.join(found)}; give the sites to "
+                "search, or rank='momentum'"
+            )
+        found = left
+    return found[:2]
 
 
 def _group(arm: Arm) -> str:

@@ -52,7 +52,8 @@ def figures(results: Results) -> list[Figure]:
             found.append(Figure(f"{result.name}-overhead", "overheads", _overhead(Inference(result))))
         elif result.kind == "study":
             found.append(Figure(f"{result.name}-study", "bars", study.drawn(result)))
-            found.append(Figure(f"{result.name}-doses", "ratios", study.doses_drawn(result)))
+            if result.content["doses"]:
+                found.append(Figure(f"{result.name}-doses", "ratios", study.doses_drawn(result)))
     return found
 
 

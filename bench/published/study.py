@@ -134,7 +134,7 @@ def doses(result: Result) -> str:
         how: f"{sum(_near(row[how], row['kl']) for row in found)} of {len(found)}" for how in ("predicted", "measured")
     }
     line = (
-        f"AUs by effect of one site, steered for a KL of 0.02, 0.05 and 0.1; the KL on held-out neutral text is within "
+        f"AUs by effect of one site, steered for some KLs; the KL on held-out neutral text is within "
         f"{WITHIN:.0%} of that in {near['measured']} cases, and with the strength that the profile predicts alone "
         f"(`exact=False`) in {near['predicted']}. Each cell: KL (by the profile alone)."
     )

@@ -17,7 +17,7 @@ from .trial import FINAL_TEXTS, Setting
 #: The KLs that are asked for, nats a token.
 KLS = (0.02, 0.05, 0.1)
 
-#: With the strength that the profile gives (``exact=False``), and with that corrected on other text (the default).
+#: By the strength that the profile gives (``exact=False``), and by that corrected on the profile's text (the default).
 WAYS = ("predicted", "measured")
 
 

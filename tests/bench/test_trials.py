@@ -231,7 +231,7 @@ def test_the_page_shows_all_of_it(content, tmp_path):
     assert re.search(r"within 25% of that in \d of 9 cases", text) and "| ffn | 4 | 0.0" in text
     for row in content["tasks"][name]["rows"]:
         assert f"| {row} |" in text
-    assert result.subject in dict(study.values(result)) or dict(study.values(result))["minutes"] == 1
+    assert dict(study.values(result))["minutes"] == 1
     assert [panel["title"] for panel in study.drawn(result)["panels"]] == [f"{name}, 6 held-out items"]
     assert sum(len(panel["marks"]) for panel in study.doses_drawn(result)["panels"]) == 18
     assert study.report(Results()).startswith("Not measured yet")

@@ -1,12 +1,13 @@
 """What the commands share: results that are written whole, and conditions on rows."""
 
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
 
-from austeer import AusteerError, PairsError
-from austeer.cli.common import next_line, parse_where, write_json
+from austeer import AusteerError, ExportWarning, PairsError
+from austeer.cli.common import next_line, parse_where, warnings_as_notes, write_json
 from austeer.cli.generate import _labels
 from austeer.cli.strength import parse_alphas
 
@@ -42,3 +43,14 @@ def test_conditions():
     assert parse_where(["label=1", "why=a=b"]) == {"label": "1", "why": "a=b"}
     with pytest.raises(PairsError, match=r"--where.*'label'"):
         parse_where(["a=b", "label"])
+
+
+@pytest.mark.parametrize("wanted", ["error", "ignore", "default"])
+def test_warnings_of_the_library_are_notes_whatever_is_asked_of_warnings(capsys, wanted):
+    with warnings.catch_warnings():
+        warnings.simplefilter(wanted)
+        with warnings_as_notes():
+            warnings.warn("a thing to know", ExportWarning, stacklevel=2)
+    assert capsys.readouterr().err == "note: a thing to know\n"
+    with pytest.warns(DeprecationWarning, match="someone else's"), warnings_as_notes():
+        warnings.warn("someone else's", DeprecationWarning, stacklevel=2)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from austeer import CaptureError, PairsError, SteeringWarning, estimate_kl, profile
+from austeer import CaptureError, PairsError, estimate_kl, profile
+from austeer.errors import AusteerWarning
 from austeer.measuring.profiling import ProfileRun, cached_profile, prepare_profile
 from dense_formula import shift_plan
 from letter_tokens import Letters
@@ -126,21 +127,9 @@ def test_an_interrupted_run_is_kept_in_the_cache(cache, monkeypatch):
     assert [path.suffix for path in cache.iterdir()] == [".profile"]
 
 
-def test_a_run_out_of_time_gives_what_it_has_and_the_next_goes_on(cache):
-    options = {"draws": 10, "batch_tokens": 1, "progress": False}
-    part = cached_profile(tiny_model(), Letters(), ["ffn"], TEXTS, is_over=lambda: True, **options)
-    assert len(part.texts.unique()) == 2 < len(TEXTS) == len(part.ids) and part.halves()
-    assert [path.suffix for path in cache.iterdir()] == [".checkpoint"]
-    whole = profile(tiny_model(), Letters(), ["ffn"], TEXTS, **options)
-    assert part.error > whole.error
-    found = cached_profile(tiny_model(), Letters(), ["ffn"], TEXTS, **options)
-    assert torch.equal(found.rows["ffn"], whole.rows["ffn"])
-    assert [path.suffix for path in cache.iterdir()] == [".profile"]
-
-
 def test_a_cache_that_cannot_be_written_is_told(cache):
     cache.write_text("a file where the folder would be")
-    with pytest.warns(SteeringWarning, match="cannot be written"):
+    with pytest.warns(AusteerWarning, match="cannot be written"):
         found = cached_profile(tiny_model(), Letters(), ["ffn"], TEXTS, draws=5, **QUIET)
     assert len(found.tokens) == 5
 

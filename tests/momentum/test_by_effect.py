@@ -145,6 +145,9 @@ def test_halves_that_say_the_same_lose_nothing_and_none_are_no_reason_to_refuse(
     assert effect_ratio(alike, made, ["ffn"], "newton", 12) == pytest.approx([1.0] * 12)
     whole = replace(momentum, half=None, effects=replace(momentum.effects, half=None))
     assert effect_ratio(whole, made, ["ffn"], "newton", 12) == [1.0] * 12
+    usable = [int(Candidates.of(half, made, ["ffn"]).usable("difference").sum()) for half in momentum.halves()]
+    far = effect_ratio(momentum, made, ["ffn"], "difference", max(usable) + 3)
+    assert far[min(usable) - 1 :] == [far[-1]] * (len(far) - min(usable) + 1) and far[-1] < 1
     some = effect_ratio(momentum, made, ["ffn"], "newton", 12)
     assert len(some) == 12 and 0 <= min(some) <= max(some) <= 1 and min(some) < 1
 

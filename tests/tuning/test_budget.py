@@ -102,3 +102,14 @@ def test_times_of_tokens_are_as_many_as_time_allows(at, rounds, small, monkeypat
     assert budget.left_out == ([said] if rounds < ROUNDS else [])
     if rounds < ROUNDS:
         assert time_tokens(small.model, small.tokenizer, {}, "The soup was", no_bars, budget) == {}
+
+
+def test_what_is_kept_for_other_searches_is_no_part_of_the_time(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr("austeer.tuning.budget.perf_counter", lambda: now[0])
+    budget = Budget(SECONDS)
+    now[0] += 20
+    with pytest.raises(KeyboardInterrupt), budget.paused():
+        now[0] += 300
+        raise KeyboardInterrupt
+    assert (budget.spent, budget.total) == (20, 320) and not budget.is_over(0.5)

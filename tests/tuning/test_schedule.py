@@ -68,14 +68,14 @@ def test_a_budget_is_kept_to_or_refused(groups, items, budget, item, text):
     except TaskError as error:
         assert "too little" in str(error)
         needed = len(set(groups)) * (STEPS * NEUTRAL_COST * text / (1 - CALIBRATION) + min(FEWEST, items) * item)
-        assert needed > (1 - RESERVE) * 0.9 * budget
+        assert needed > (1 - RESERVE - 0.1) * budget
         return
     assert {groups[a] for a in schedule.arms} == set(groups)
     steps = len(schedule.arms) * schedule.texts * STEPS
     if schedule.final_texts > schedule.texts:
         steps += finalists(schedule, groups) * schedule.final_texts * FINAL_STEPS
     seconds = steps * NEUTRAL_COST * text + work(schedule, groups) * item
-    assert seconds <= (1 - RESERVE) * 0.9 * budget * (1 + 1e-9)
+    assert seconds <= (1 - RESERVE - 0.1) * budget * (1 + 1e-9)
     assert min(schedule.items) >= min(FEWEST, items)
 
 

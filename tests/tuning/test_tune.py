@@ -8,7 +8,7 @@ import torch
 
 import austeer
 from austeer import Momentum, Profile, profile
-from austeer.errors import CaptureError, FileFormatError, SelectionError, TaskError
+from austeer.errors import FileFormatError, GradientError, SelectionError, TaskError
 from austeer.pairs.pairs import Pairs
 from austeer.tasks import Item, Task
 from austeer.tuning import compare, tune
@@ -293,15 +293,23 @@ def test_what_knows_no_effects_is_searched_by_momentum(loaded):
         result = tune(model, tokenizer, pairs, momentum=momentum, sites=None if effects else ["ffn"], **options)
         methods.append({(t.method, t.site) for t in result.trials})
     assert methods == [{("momentum", "ffn")}, {("effect", "ffn")}]
+    elsewhere = austeer.measure(model, tokenizer, words(8), ["layer"], effects=True, progress=False)
+    with pytest.raises(SelectionError, match=r"momentum: found one of layer, expected one of attention, neuron"):
+        tune(model, tokenizer, pairs, momentum=elsewhere, **options)
+    for empty in ("sites", "operations"):
+        with pytest.raises(TaskError, match=f"{empty}: found none"):
+            tune(model, tokenizer, pairs, **options, **{empty: ()})
 
 
 def test_a_model_without_a_backward_pass_is_told_what_to_do(loaded, monkeypatch):
     def broken(*args, **options):
-        raise CaptureError("found no backward pass")
+        raise NotImplementedError("none here")
 
-    monkeypatch.setattr("austeer.tuning.preparation.cached_profile", broken)
-    with pytest.raises(CaptureError, match=r"no backward pass.*rank='momentum'"):
+    monkeypatch.setattr(torch.autograd, "backward", broken)
+    with pytest.raises(GradientError, match=r"no backward pass in this model \(none here\).*rank='momentum'"):
         tune(*loaded, task_of(), ks=(2,), neutral=NEUTRAL)
+    with pytest.raises(GradientError, match=r"no backward pass.*other methods than effect, newton and trained"):
+        compare(*loaded, task_of(), methods=["momentum", "newton"], ks=(2,), neutral=NEUTRAL)
 
 
 def test_parse_methods():
