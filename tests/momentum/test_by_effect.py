@@ -140,7 +140,8 @@ def test_the_curve_grows_to_a_best_and_names_the_least_that_is_enough(momentum, 
 
 def test_halves_that_say_the_same_lose_nothing_and_none_are_no_reason_to_refuse(momentum, made):
     share = momentum.half_pairs / momentum.pairs
-    half = {site: replace(c, delta_sum=c.delta_sum * share) for site, c in momentum.effects.sites.items()}
+    whole = momentum.effects.sites
+    half = {site: replace(c, delta_sum=whole[site].delta_sum * share) for site, c in momentum.effects.half.items()}
     alike = momentum.with_effects(momentum.effects.sites, half)
     assert effect_ratio(alike, made, ["ffn"], "newton", 12) == pytest.approx([1.0] * 12)
     whole = replace(momentum, half=None, effects=replace(momentum.effects, half=None))

@@ -286,14 +286,16 @@ def test_what_knows_no_effects_is_searched_by_momentum(loaded):
     options = {"ks": (2,), "max_kl": 0.05, "neutral": NEUTRAL}
     result = tune(*loaded, task_of(), operations=("push",), sites=("ffn",), **options)
     assert {(t.method, t.operation) for t in result.trials} == {("momentum", "push")}
-    pairs = Pairs.of([(f"They say the {noun} is", " good", " bad") for noun in NOUNS])
+    pairs, others = (
+        Pairs.of([(f"They {verb} the {noun} is", " good", " bad") for noun in NOUNS]) for verb in ("say", "think")
+    )
     methods = []
     for effects in (False, True):
-        momentum = austeer.measure(model, tokenizer, words(24), ["ffn"], effects=effects, progress=False)
+        momentum = austeer.measure(model, tokenizer, others, ["ffn"], effects=effects, progress=False)
         result = tune(model, tokenizer, pairs, momentum=momentum, sites=None if effects else ["ffn"], **options)
         methods.append({(t.method, t.site) for t in result.trials})
     assert methods == [{("momentum", "ffn")}, {("effect", "ffn")}]
-    elsewhere = austeer.measure(model, tokenizer, words(8), ["layer"], effects=True, progress=False)
+    elsewhere = austeer.measure(model, tokenizer, others, ["layer"], effects=True, progress=False)
     with pytest.raises(SelectionError, match=r"momentum: found one of layer, expected one of attention, neuron"):
         tune(model, tokenizer, pairs, momentum=elsewhere, **options)
     for empty in ("sites", "operations"):
