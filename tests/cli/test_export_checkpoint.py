@@ -55,14 +55,16 @@ def test_a_checkpoint(base, tmp_path):
         torch.testing.assert_close(logits(found, BATCH), logits(model, BATCH), rtol=1e-4, atol=1e-5)
 
 
-def test_biases_that_vllm_s_own_code_leaves_out(tmp_path):
+def test_biases_that_vllm_s_own_code_leaves_out(command_line, tmp_path):
     model = tiny_model("qwen3")
     model.save_pretrained(tmp_path / "base")
     random_plan(model, "attention", 5, "shift").save_pretrained(tmp_path / "plan")
     out = tmp_path / "out"
-    result = run("checkpoint", tmp_path / "plan", "-m", tmp_path / "base", "--out", out, "--quiet")
-    assert "--model-impl transformers" in " ".join(result.stderr.split())
-    assert result.stdout.splitlines()[-1] == f"next: vllm serve {out} --model-impl transformers"
+    code, printed, noted = command_line(
+        "export", "checkpoint", tmp_path / "plan", "-m", tmp_path / "base", "--out", out, "--quiet"
+    )
+    assert code == 0 and re.search("note: .*--model-impl transformers", " ".join(noted.split()))
+    assert printed.splitlines()[-1] == f"next: vllm serve {out} --model-impl transformers"
 
 
 def test_a_checkpoint_as_json(base, tmp_path):
