@@ -347,7 +347,7 @@ def test_every_figure_is_drawn_whole(every_kind, tmp_path):
     from PIL import Image
 
     wanted = {figure.drawing: figure for figure in [*figures.figures(every_kind), *figures.figures(load(RESULTS))]}
-    assert set(wanted) == {"overheads", "bars"}
+    assert set(wanted) == {"overheads", "bars", "ratios"}
     for figure in wanted.values():
         drawn = drawings.make(figure.drawing, figure.data)
         path = tmp_path / "figure.png"
