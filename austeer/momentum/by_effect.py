@@ -88,8 +88,7 @@ class Candidates:
         return cls(
             tuple(sites),
             tuple(momentum.counters(site).positive.numel() for site in sites),
-            torch.cat([momentum.effect(site).flatten() for site in sites]),
-            torch.cat([(momentum.counters(site).delta_sum / momentum.pairs).flatten() for site in sites]),
+            *_effects(momentum, sites),
             torch.cat([diagonal.flatten() for _, diagonal in found]),
             torch.cat([rows.flatten(1) for rows, _ in found], 1),
             torch.cat([diagonal.mean().expand(diagonal.numel()) for _, diagonal in found]),
@@ -113,6 +112,13 @@ class Candidates:
         """The effect of shifts at a KL of 1 nat a token, as far as it is linear: nats."""
         kl = self.kl(order, steps)
         return float(self.g[order] @ steps) / math.sqrt(kl) if kl > 0 else 0.0
+
+
+def _effects(momentum: Effects, sites: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The effects and mean differences of the AUs of some sites, one after the other: float64 [AUs] each."""
+    g = [momentum.effect(site).flatten() for site in sites]
+    delta = [(momentum.counters(site).delta_sum / momentum.pairs).flatten() for site in sites]
+    return torch.cat(g), torch.cat(delta)
 
 
 @dataclass(frozen=True)
@@ -285,14 +291,10 @@ def effect_ratio(momentum: Effects, profile: Profile, sites: Sequence[str], step
     except SelectionError:
         return [1.0] * count
     whole = Candidates.of(momentum, profile, sites)
-    sides = [
-        replace(
-            whole,
-            g=torch.cat([half.effect(site).flatten() for site in sites]),
-            delta=torch.cat([(half.counters(site).delta_sum / half.pairs).flatten() for site in sites]),
-        )
-        for half in halves
-    ]
+    sides = []
+    for half in halves:
+        g, delta = _effects(half, sites)
+        sides.append(replace(whole, g=g, delta=delta))
     most = min(count, *(int(side.usable(step).sum()) for side in sides))
     if most == 0:
         return [0.0] * count

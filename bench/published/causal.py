@@ -7,6 +7,7 @@ from typing import Any
 
 from austeer.utils.tables import signed
 
+from ..study.summary import interval
 from .tables import table
 
 #: Words for the ways of the causal check.
@@ -35,7 +36,7 @@ def causal(tasks: dict[str, Any]) -> Iterator[list[str]]:
         for way, found in task["causal"]["findings"].items():
             wanted, rank = found["wanted"], found["spread"]["beta"]
             means = [signed(wanted[key], 3) for key in ("top", "matched")]
-            yield [name, WAYS.get(way, way), *means, _interval(wanted, "difference", 3), _interval(rank, "rho")]
+            yield [name, WAYS.get(way, way), *means, _of(wanted, "difference", 3), _of(rank, "rho")]
 
 
 def predicted(tasks: dict[str, Any]) -> Iterator[list[str]]:
@@ -44,8 +45,8 @@ def predicted(tasks: dict[str, Any]) -> Iterator[list[str]]:
         for way, found in task.get("causal", {}).get("findings", {}).items():
             mixed = found.get("mixed")
             if mixed is not None and mixed["predicted"] is not None:
-                rhos = [_interval(mixed[key], "rho") for key in ("beta", "delta", "predicted")]
-                yield [name, WAYS.get(way, way), *rhos, _triple(mixed["slope"])]
+                rhos = [_of(mixed[key], "rho") for key in ("beta", "delta", "predicted")]
+                yield [name, WAYS.get(way, way), *rhos, interval(*mixed["slope"])]
 
 
 def together(tasks: dict[str, Any]) -> Iterator[list[str]]:
@@ -54,14 +55,8 @@ def together(tasks: dict[str, Any]) -> Iterator[list[str]]:
         found = task.get("causal", {}).get("together")
         for row in [] if found is None else found["strengths"]:
             strength = f"{row['alpha']:g} mean differences"
-            yield [name, strength, _triple(row["correlation"]), _triple(row["slope"])]
+            yield [name, strength, interval(*row["correlation"]), interval(*row["slope"])]
 
 
-def _triple(values: list[float]) -> str:
-    return _interval(dict(zip(("value", "low", "high"), values)), "value")
-
-
-def _interval(row: dict[str, Any], key: str = "effect", digits: int = 2) -> str:
-    if row["low"] is None:
-        return signed(row[key], digits)
-    return f"{signed(row[key], digits)} [{signed(row['low'], digits)}, {signed(row['high'], digits)}]"
+def _of(row: dict[str, Any], key: str, digits: int = 2) -> str:
+    return interval(row[key], row["low"], row["high"], digits)

@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy import stats
 
+from ..study.doses import WAYS
 from ..study.rows import CAA, ITI, KINDS
 from ..study.summary import interval
 from .causal import tables_of
@@ -130,9 +131,7 @@ def sites(content: dict[str, Any]) -> str:
 def doses(result: Result) -> str:
     """The KL that a plan was steered for, and the one on other neutral text that came of it."""
     found = result.content["doses"]
-    near = {
-        how: f"{sum(_near(row[how], row['kl']) for row in found)} of {len(found)}" for how in ("predicted", "measured")
-    }
+    near = {how: f"{sum(_near(row[how], row['kl']) for row in found)} of {len(found)}" for how in WAYS}
     line = (
         f"AUs by effect of one site, steered for some KLs; the KL on held-out neutral text is within "
         f"{WITHIN:.0%} of that in {near['measured']} cases, and with the strength that the profile predicts alone "

@@ -112,10 +112,9 @@ def goals(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], trials: Mapping[
     }
 
 
-def interval(mean: float | None, low: float | None, high: float | None) -> str:
+def interval(mean: float | None, low: float | None, high: float | None, digits: int = 2) -> str:
     """A mean with its 95 % interval."""
     if mean is None:
         return ""
-    return (
-        signed(mean, 2) if low is None or high is None else f"{signed(mean, 2)} [{signed(low, 2)}, {signed(high, 2)}]"
-    )
+    shown = signed(mean, digits)
+    return shown if low is None or high is None else f"{shown} [{signed(low, digits)}, {signed(high, digits)}]"
