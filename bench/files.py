@@ -32,6 +32,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "kernels": ("benchmarks", "commit_info", "datetime"),
     "gpu": ("schema", "settings", "parts", "environment"),
     "serving": ("model", "rows", "environment"),
+    "served": ("model", "batches", "rounds", "environment"),
     "study": ("model", "methods", "tasks", "trials", "goals", "pairs", "texts", "doses", "seconds", "environment"),
 }
 SCHEMAS = {"inference": 1, "gpu": 1}

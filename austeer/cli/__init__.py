@@ -25,8 +25,10 @@ from . import (
     momentum,
     pairs,
     profile,
+    pull,
     push,
     select,
+    serve,
     tune,
 )
 from .common import fail, warnings_as_notes
@@ -49,13 +51,15 @@ austeer select kind.momentum --site attention --k 10 --operation shift --out pla
 austeer generate plans/kind --model MODEL --alpha 8 --prompt "The weekend trip was"
 austeer export checkpoint plans/kind --model MODEL --alpha 8 --out models/kind
 austeer push plans/kind USER/kind
+austeer serve MODEL --sets plans
 ```
 
 `--model demo` is SmolLM2-135M-Instruct; `austeer demo` shows everything on it.
 """,
 )
-for module in (measure, select, inspect, tune, compare, evaluate, generate, push, demo, cost, causal, profile):
+for module in (measure, select, inspect, tune, compare, evaluate, generate, push, pull, demo, cost, causal, profile):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
+app.command(context_settings=serve.SETTINGS)(serve.serve)
 app.add_typer(momentum.app, name="momentum")
 app.add_typer(export.app, name="export")
 app.add_typer(pairs.app, name="pairs")

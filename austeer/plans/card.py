@@ -14,7 +14,7 @@ from ..pairs.chat import chat_arguments, describe_form
 from .dose_table import dose_legend, dose_rows, dose_table
 from .evidence import Evidence
 from .hub import split_id
-from .serving import KEY, PROCESSOR, VARIABLE, VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank
+from .serving import KEY, VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank
 from .table import PlanTable
 
 if TYPE_CHECKING:
@@ -213,12 +213,11 @@ def _serve(plan: PlanTable, where: str, model: str, strength: str) -> str:
     why = _why_no_lora(plan)
     if why is not None:
         # a plan is JSON in a shell's single quotes: neither has any in a Hub id
-        settings = json.dumps({short: {"plan": where, "alpha": "ALPHA"}}).replace('"ALPHA"', strength)
+        settings = json.dumps({"sets": {short: {"plan": where, "alpha": "ALPHA"}}}).replace('"ALPHA"', strength)
         return (
             f"On a server: {why}, so austeer's plugin for vLLM steers at run time the requests that have "
             f'`"vllm_xargs": {{"{KEY}": "{short}"}}`:\n\n'
-            f"```sh\n{VARIABLE}='{settings}' vllm serve {model} --no-enable-prefix-caching "
-            f"--logits-processors {PROCESSOR}\n```"
+            f"```sh\nausteer serve {model} --sets '{settings}'\n```"
         )
     rank = _rank(plan)
     allowed = vllm_rank(rank)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-#: Names the steering sets: JSON, or the path of a JSON file.
+#: Names the steering sets: a folder that is watched, a JSON file, or JSON.
 VARIABLE = "AUSTEER_SETS"
 
-#: The key of a request's ``extra_args`` (over HTTP: ``vllm_xargs``), with a set's name as its value.
+#: Keys of a request's ``extra_args`` (over HTTP: ``vllm_xargs``): the names of sets, and how strongly.
 KEY = "austeer"
+ALPHA, KL = f"{KEY}_alpha", f"{KEY}_kl"
 
-#: What ``--logits-processors`` is given.
+#: What ``--logits-processors``, ``--scheduler-cls`` and ``--middleware`` are given.
 PROCESSOR = "austeer.vllm.requests:Requests"
+SCHEDULER = "austeer.vllm.scheduler.steering_scheduler"
+MIDDLEWARE = "austeer.vllm.http.Refusals"
 
 #: What vLLM's --max-lora-rank takes, and what it is by itself.
 VLLM_RANKS, VLLM_DEFAULT_RANK = (8, 16, 32, 64, 128, 256, 320, 512), 16

@@ -6,10 +6,7 @@ graph, and stay where they are.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +15,8 @@ from austeer_kernels import reference
 
 from ..errors import SiteError
 from ..models.families import LAYOUTS, alternatives
-from ..models.sites import SITE_NAMES, Fingerprint
-from ..plans.fit import check_architecture
-from ..plans.plan import Plan
-from .sets import Lists
+from ..models.sites import SITE_NAMES
+from .tables import Place, Row, Structure
 
 steer_columns_op = torch.ops.austeer.steer_columns_.default
 
@@ -32,14 +27,16 @@ NAME = "austeer"
 
 
 class Steer(nn.Module):
-    """Steers each token at its set's AUs, maybe in place: memory grows with the longest list, not with the width.
+    """Steers each token at its row's AUs, maybe in place: work grows with the longest list, not with the width.
 
-    Float32, rounded once; twice at AUs at which push and another operation of one set meet.
+    Float32, rounded once; twice at AUs at which push and another operation of one row meet.
 
     Args:
-        lists: applied one after the other.
-        rows: int32 [tokens that a batch can have], each token's set; -1 for none.
-        width: the site's.
+        room: AUs of a row, at most, for each kind of list; applied one after the other.
+        slots: rows of the lists.
+        rows: int32 [tokens that a batch can have], each token's row; -1 for none.
+        width: the site's, of this process.
+        first: the AU of the site that column 0 is.
 
     Attributes:
         in_place: whether the operation ``steer_columns_`` runs, or its definition. On a GPU the one is one kernel. On a
@@ -48,13 +45,30 @@ class Steer(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, lists: Sequence[Lists], rows: Tensor, width: int):
+    def __init__(self, room: Mapping[str, int], slots: int, rows: Tensor, width: int, first: int = 0):
         super().__init__()
         self.register_buffer("rows", rows, persistent=False)
-        self.width, self.in_place, self.magnitudes = width, rows.is_cuda, [group.magnitude for group in lists]
-        for number, group in enumerate(lists):
-            for name in ("index", "gamma", "shift"):
-                self.register_buffer(f"{name}_{number}", getattr(group, name).to(rows.device), persistent=False)
+        self.kinds, self.width, self.first, self.in_place = list(room), width, first, rows.is_cuda
+        for kind, count in room.items():
+            index = torch.full((slots, count), -1, dtype=torch.int64, device=rows.device)
+            self.register_buffer(f"index_{kind}", index, persistent=False)
+            for name in ("gamma", "shift"):
+                self.register_buffer(f"{name}_{kind}", torch.zeros(slots, count, device=rows.device), persistent=False)
+
+    def lists(self, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+        """index int64, gamma and shift float32 [slots, AUs of the longest list] of a kind."""
+        return getattr(self, f"index_{kind}"), getattr(self, f"gamma_{kind}"), getattr(self, f"shift_{kind}")
+
+    def fill(self, row: int, kind: str, units: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        """Writes one row, index, gamma and shift [AUs] of the whole site; None empties it. Where it is stays."""
+        index, gamma, shift = self.lists(kind)
+        index[row].fill_(-1)
+        if units is None:
+            return
+        columns = units[0] - self.first
+        columns = columns.masked_fill((columns < 0) | (columns >= self.width), -1)
+        for target, source in zip((index, gamma, shift), (columns, *units[1:])):
+            target[row, : len(source)].copy_(source)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in DTYPES or x.dim() != 2 or x.shape[1] != self.width:
@@ -63,13 +77,35 @@ class Steer(nn.Module):
                 "of float32, bfloat16 or float16; a quantised activation cannot be steered"
             )
         rows = self.rows.narrow(0, 0, x.shape[0])
-        for number, magnitude in enumerate(self.magnitudes):
-            index, gamma, shift = (getattr(self, f"{name}_{number}") for name in ("index", "gamma", "shift"))
+        for kind in self.kinds:
+            lists, magnitude = self.lists(kind), kind == "push"
             if self.in_place:
-                steer_columns_op(x, index, gamma, shift, magnitude, rows)
+                steer_columns_op(x, *lists, magnitude, rows)
             else:
-                x = reference.steer_columns(x, index, gamma, shift, magnitude, rows)
+                x = reference.steer_columns(x, *lists, magnitude, rows)
         return x
+
+
+class Tables:
+    """The lists of all steered modules of this process; a row of all of them is written at once.
+
+    Args:
+        modules: by the site and layer. places: of the structure, by number.
+    """
+
+    def __init__(self, modules: Mapping[tuple[str, int], Steer], places: Sequence[Place]):
+        self._modules, self._places = modules, places
+        self._filled: dict[int, set[int]] = {}
+
+    def fill(self, number: int, row: Row) -> None:
+        """Puts the AUs of ``row`` into the rows of a number, in place of what was there."""
+        new = dict(row.by_place())
+        with torch.inference_mode(False), torch.no_grad():
+            for place in self._filled.get(number, set()) | set(new):
+                site, layer, kind = self._places[place]
+                if (site, layer) in self._modules:  # of this process
+                    self._modules[site, layer].fill(number, kind, new.get(place))
+        self._filled[number] = set(new)
 
 
 def _at_input(module: nn.Module, args: tuple) -> tuple:
@@ -115,63 +151,36 @@ def site_width(model: nn.Module, model_type: str, site: str, layer: int) -> int:
     return module.input_size if site in INPUT_SIDES else module.output_size  # type: ignore[return-value]
 
 
-def check_fits(name: str, plan: Plan, model: nn.Module, model_type: str, layers: range, count: int) -> None:
-    """Checks a plan of a set against a vLLM model, whose weights need not be loaded.
-
-    Args:
-        name: the set's, for messages. layers: those that this process has, of ``count``.
-
-    Raises:
-        PlanError: it was measured on another model.
-    """
-    widths = {site: site_width(model, model_type, site, layers.start) for site in plan.sites}
-    engine = Fingerprint(model_type, count, widths, "the engine's", None)
-    check_architecture(plan, engine, f"set {name!r}: the plan")
-
-
-def structure(tables: Mapping[tuple[str, int], Sequence[Lists]]) -> str:
-    """A digest of all that decides the compiled graph: where there are lists, of which kinds and shapes."""
-    shapes = [
-        [site, layer, [[list(group.index.shape), group.magnitude] for group in lists]]
-        for (site, layer), lists in tables.items()
-    ]
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
-
-
 def install(
-    model: nn.Module,
-    model_type: str,
-    tables: Mapping[tuple[str, int], Sequence[Lists]],
-    layers: range,
-    rows: Tensor,
-    part: tuple[int, int] = (0, 1),
-) -> Sequence[str]:
-    """Puts the steering of this process's layers on a model; returns the steered sites as "site layer".
+    model: nn.Module, structure: Structure, layers: range, rows: Tensor, part: tuple[int, int] = (0, 1)
+) -> Tables:
+    """Puts the steering of this process's layers on a model, with empty lists.
 
     Args:
-        rows: the row buffer; the lists go to its device.
+        rows: the row buffer; the lists are on its device.
         part: this process's number in its tensor-parallel group, and how many there are: the inputs of projections are
             split among them, in order.
+
+    Raises:
+        SiteError: the model's sites are not those of the structure.
     """
-    done = []
-    for (site, layer), lists in tables.items():
-        if layer not in layers:
-            continue
-        module = site_module(model, model_type, site, layer)
+    room: dict[tuple[str, int], dict[str, int]] = {}
+    for (site, layer, kind), count in structure.room.items():
+        if layer in layers:
+            room.setdefault((site, layer), {})[kind] = count
+    modules = {}
+    for (site, layer), kinds in room.items():
+        module = site_module(model, structure.model.model_type, site, layer)
+        width, expected = site_width(model, structure.model.model_type, site, layer), structure.model.widths[site]
+        if width != expected:
+            raise SiteError(f"site {site!r}, layer {layer}: found {width} AUs, expected {expected} as in the config")
         rank, size = part if site in INPUT_SIDES else (0, 1)
-        width = site_width(model, model_type, site, layer) // size
+        width //= size
         with torch.inference_mode(False):
-            mine = [_slice(group, rank * width, width) for group in lists]
-            module.add_module(NAME, Steer(mine, rows, width))
+            modules[site, layer] = Steer(kinds, structure.slots, rows, width, rank * width)
+        module.add_module(NAME, modules[site, layer])
         if site in INPUT_SIDES:
             module.register_forward_pre_hook(_at_input)
         else:
             module.register_forward_hook(_at_layer if site == "layer" else _at_output)
-        done.append(f"{site} {layer}")
-    return done
-
-
-def _slice(lists: Lists, first: int, width: int) -> Lists:
-    """The AUs from ``first`` on, ``width`` of them, as columns from 0; the others' entries are not used."""
-    index = lists.index - first
-    return replace(lists, index=index.masked_fill((index < 0) | (index >= width), -1))
+    return Tables(modules, structure.places)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import types
 from typing import Any
 
@@ -12,18 +11,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.sites import Fingerprint
 from ..plans.serving import KEY, VARIABLE
-from .layers import check_fits, install, structure
+from .catalog import catalog
+from .layers import install
 from .plugin import ARCHITECTURES
-from .sets import load, parse, tables
+from .sets import ServingError
 from .slots import RowBuffer, slots_of
 from .support import check_engine
+from .tables import Structure, structure_of
 
 _logger = logging.getLogger("vllm.austeer")
 
 
+def structure_of_engine(vllm_config: Any) -> Structure:
+    """What an engine is made for, by its configuration and AUSTEER_SETS: the same in all of its processes.
+
+    Raises:
+        ServingError: AUSTEER_SETS is not set in this process.
+        AusteerError: a named plan cannot be read, or is not for this model.
+    """
+    sets = catalog()
+    if sets is None:
+        raise ServingError(f"{VARIABLE} is not set in a process of the engine; set it for all of them")
+    config = vllm_config.model_config
+    text = config.hf_text_config
+    widths = {
+        "attention": text.num_attention_heads * config.get_head_size(),
+        "ffn": text.hidden_size,
+        "layer": text.hidden_size,
+        "neuron": text.intermediate_size,
+    }
+    model = Fingerprint(text.model_type, text.num_hidden_layers, widths, str(config.model), None)
+    return structure_of(sets, model, vllm_config.scheduler_config.max_num_seqs)
+
+
 class Steered:
-    """Mixed into a vLLM model class; each request is steered by the set that it names.
+    """Mixed into a vLLM model class; each request is steered by the sets that it names.
 
     Raises:
         ServingError: the engine was started with something that steering does not go with.
@@ -34,25 +58,16 @@ class Steered:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
         check_engine(vllm_config)
-        slots = slots_of(vllm_config)
-        specs = parse(os.environ[VARIABLE])
-        plans = load(specs)
+        structure = structure_of_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
-        text = vllm_config.model_config.hf_text_config
-        decoder = self.model  # type: ignore[attr-defined]
-        layers = range(decoder.start_layer, decoder.end_layer)
-        for name, parts in plans.items():
-            for plan, _ in parts:
-                check_fits(name, plan, self, text.model_type, layers, text.num_hidden_layers)  # type: ignore[arg-type]
-        found = tables(list(plans.values()))
         # vLLM keeps compiled models by a hash of its configuration, in which this is the plugin's part.
-        vllm_config.additional_config[KEY] = {"structure": structure(found)}
-        self._steering_slots = slots
+        vllm_config.additional_config[KEY] = {"structure": structure.digest()}
+        self._steering_slots = slots_of(vllm_config)
         self._steering_rows: RowBuffer | None = None
-        self._steering_tables = (text.model_type, found, layers)
+        self._steering_structure = structure
         self._steering_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._steering_v1 = not vllm_config.use_v2_model_runner
-        _logger.info("austeer: steering sets %s at %d sites", ", ".join(specs), len(found))
+        _logger.info("austeer: %d slots at %d places", structure.slots, len(structure.room))
 
     def steering_rows(self, device: torch.device) -> RowBuffer:
         """The row buffer; the first call puts the steering on the layers, once the weights are loaded."""
@@ -61,10 +76,11 @@ class Steered:
 
             rows = RowBuffer(self._steering_tokens, device)
             part = (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-            model_type, found, layers = self._steering_tables
-            install(self, model_type, found, layers, rows.tensor, part)  # type: ignore[arg-type]
+            decoder = self.model  # type: ignore[attr-defined]
+            layers = range(decoder.start_layer, decoder.end_layer)
+            tables = install(self, self._steering_structure, layers, rows.tensor, part)  # type: ignore[arg-type]
+            self._steering_slots.fill(tables)
             self._steering_rows = rows
-            del self._steering_tables  # copied to the device
         return self._steering_rows
 
     def forward(

@@ -6,6 +6,7 @@ import os
 
 from ..plans.serving import VARIABLE
 from .sets import parse
+from .shared import shared_folder
 
 #: Architectures that can be steered, and the module of vLLM that has each. Their decoder layers return a pair
 #: (hidden states, residual) that is not added up yet.
@@ -29,5 +30,6 @@ def register() -> None:
     from vllm import ModelRegistry
 
     parse(value)
+    shared_folder()  # before other processes are started
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, f"austeer.vllm.models:{architecture}")

@@ -1,24 +1,29 @@
-"""Which set a request asks for, and the refusal of unknown ones where vLLM takes requests in."""
+"""Requests at vLLM's edges: refused in the front end, and put into their slots in the engine."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 
 from ..plans.serving import KEY, VARIABLE
+from .admission import ROW, checked
 from .plugin import ARCHITECTURES
-from .sets import ServingError, parse, set_of
-from .slots import slots_of
+from .sets import ServingError
+from .slots import RowOf, slots_of
+
+
+def row_of(params: Any) -> RowOf | None:
+    """The row that the scheduler gave a request, by its parameters."""
+    return None if params is None else (params.extra_args or {}).get(ROW)
 
 
 class Requests(ProcessorV1, ProcessorV2):
     """A custom logits processor that leaves logits alone: named with --logits-processors, for both model runners.
 
-    In the process that takes requests it refuses unknown sets; in the engine it refuses to start on a model that is not
-    steered, and model runner V1 tells it which request is in which slot.
+    In the process that takes requests it refuses what they cannot have; in the engine it refuses to start on a model
+    that is not steered, and model runner V1 tells it which request is in which slot.
     """
 
     def __init__(self, vllm_config: Any, *_: Any):
@@ -35,15 +40,8 @@ class Requests(ProcessorV1, ProcessorV2):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raises ValueError, which becomes an HTTP 400, where a request asks for a set that is not there."""
-        name = set_of(sampling_params)
-        if name is None:
-            return
-        value = os.environ.get(VARIABLE)
-        names = list(parse(value)) if value is not None else []
-        if not isinstance(name, str) or name not in names:
-            expected = f"one of {', '.join(map(repr, names))}" if names else f"none, as {VARIABLE} is not set"
-            raise ValueError(f"{KEY}: found the steering set {name!r}, expected {expected}")
+        """Raises ValueError, which becomes an HTTP 400, where a request asks for what it cannot have."""
+        checked(sampling_params.extra_args)
 
     def update_state(self, batch_update: Any) -> None:
         """Model runner V1, before each forward pass: what has changed in its slots."""
@@ -53,8 +51,8 @@ class Requests(ProcessorV1, ProcessorV2):
             return
         for slot in batch_update.removed:
             self._slots.clear(slot)
-        for slot, params, prompt, _ in batch_update.added:
-            self._slots.put(slot, set_of(params), len(prompt))
+        for slot, params, _, _ in batch_update.added:
+            self._slots.put(slot, row_of(params))
         for source, target, direction in batch_update.moved:
             self._slots.move(source, target, direction == MoveDirectionality.SWAP)
 

@@ -1,35 +1,35 @@
-"""Steering sets: what a request can ask for by name.
+"""Steering sets: what a request can ask for by name, as AUSTEER_SETS says it.
 
-AUSTEER_SETS holds an object, or the path of a JSON file with one, from names to sets::
+The variable holds the path of a folder, which is watched while the engine runs, or an object (JSON, or the path of a
+file with it) with the sets and, if need be, what may come at run time::
 
-    {"kind":  {"plan": "plans/kind", "alpha": 8},
-     "brief": {"plan": "plans/brief", "alpha": 2, "k": 10, "scope": "generation"},
-     "both":  {"plans": [{"plan": "plans/kind", "alpha": 8}, {"plan": "plans/brief", "alpha": 2}]}}
+    {"sets": {"kind":  {"plan": "plans/kind", "alpha": 8, "max_alpha": 12},
+              "brief": {"plan": "plans/brief", "k": 10, "scope": "generation"},
+              "both":  {"plans": [{"plan": "plans/kind", "alpha": 8}, {"plan": "plans/brief", "alpha": 2}]}},
+     "slots": 64}
 
-A plan is what :meth:`austeer.Plan.from_pretrained` takes. ``k`` keeps a plan's most important AUs (by default all), and
-``scope`` says which tokens are steered, as in :func:`austeer.steer` (by default all). Where plans of a set meet at one
-AU, their changes add up.
+    {"sets": "plans/", "sites": ["attention", "neuron"], "units": 32, "max_kl": 0.2}
+
+In a folder a set is a plan (a folder of :meth:`austeer.Plan.save_pretrained`, or NAME.safetensors), or such an object
+in NAME.json. ``k`` keeps a plan's most important AUs (by default all); ``scope`` says which tokens are steered, as in
+:func:`austeer.steer` (by default all); ``max_alpha`` and ``max_kl`` are the most that a request may ask for. Where
+plans meet at one AU, their changes add up.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from austeer_kernels import coalesce
-
 from ..errors import AusteerError, SteeringError
-from ..plans.fit import LayerUnits, units_by_layer
-from ..plans.plan import Plan
-from ..plans.serving import KEY, VARIABLE
+from ..models.sites import SITE_NAMES
+from ..plans.serving import VARIABLE
+from ..plans.table import OPERATIONS
 from ..steering.scope import Scope, parse_scope
 
 
@@ -39,11 +39,19 @@ class ServingError(AusteerError):
 
 @dataclass(frozen=True)
 class PlanPart:
-    """One plan of a set: its source, strength, and how many of its AUs (None: all)."""
+    """One plan of a set: its source, strength (None: each request gives it), and how many of its AUs (None: all)."""
 
     plan: str
-    alpha: float
+    alpha: float | None = None
     k: int | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a request may ask of a set: of |alpha|, and of the KL that a plan's dose predicts; None: any."""
+
+    alpha: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,151 +60,213 @@ class Spec:
 
     parts: tuple[PlanPart, ...]
     scope: Scope
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What may come at run time, as far as it is said: the rest is that of the sets or, with a folder, the model's.
+
+    Attributes:
+        slots: distinct steerings (plans, with their strengths) of the requests that are in the engine at once.
+        sites, operations: names. layers: the first and the one after the last.
+        units: AUs of one steering at one site of one layer, at most.
+    """
+
+    slots: int | None = None
+    sites: tuple[str, ...] | None = None
+    layers: tuple[int, int] | None = None
+    operations: tuple[str, ...] | None = None
+    units: int | None = None
+
+
+#: The scope of sets that do not say theirs.
+ALL = Scope("all")
+
+
+@dataclass(frozen=True)
+class Sets:
+    """All that AUSTEER_SETS says.
+
+    Attributes:
+        named: the sets by name; none where there is a folder. folder: that is watched.
+        scope, limits: of sets that do not say theirs.
+    """
+
+    named: Mapping[str, Spec] = field(default_factory=dict)
+    folder: Path | None = None
+    declared: Declared = Declared()
+    scope: Scope = ALL
+    limits: Limits = Limits()
+
+
+EXPECTED = 'expected a folder, or an object such as {"sets": {"kind": {"plan": "plans/kind", "alpha": 8}}}'
 
 
 @lru_cache(maxsize=8)
-def parse(value: str) -> Mapping[str, Spec]:
-    """The sets that AUSTEER_SETS asks for, by name.
+def parse(value: str) -> Sets:
+    """What AUSTEER_SETS says; no plan is read.
 
     Raises:
         ServingError: the value or the file is no such object.
     """
-    text = value
     if not value.lstrip().startswith("{"):
-        try:
-            text = Path(value).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ServingError(
-                f"{VARIABLE}: found {value!r}, which is neither JSON nor a file that can be read ({error})"
-            ) from error
+        if (folder := _folder(value)) is not None:
+            return Sets(folder=folder)
+        content = read_json(Path(value), f"{VARIABLE}: found {short(value)}, which is neither JSON, a folder nor ")
+    else:
+        content = loads(value, VARIABLE)
+    if not isinstance(content, dict) or "sets" not in content:
+        raise ServingError(f"{VARIABLE}: found {short(content)}, {EXPECTED}")
+    return _sets(dict(content))
+
+
+def _sets(content: dict[str, Any]) -> Sets:
+    named = content.pop("sets")
+    limits, scope = take_limits(content, VARIABLE, Limits()), take_scope(content, VARIABLE, ALL)
+    declared = _declared(content)
+    if isinstance(named, str):
+        if (folder := _folder(named)) is None:
+            raise ServingError(f"{VARIABLE}, sets: found {short(named)}, which is no folder; make it, it may be empty")
+        return Sets(folder=folder, declared=declared, scope=scope, limits=limits)
+    if not isinstance(named, dict) or not named or not all(named):
+        raise ServingError(f"{VARIABLE}, sets: found {short(named)}, expected a name for each set, or a folder")
+    specs = {name: spec_of(f"{VARIABLE}, set {name!r}", entry, scope, limits) for name, entry in named.items()}
+    return Sets(specs, None, declared, scope, limits)
+
+
+def _folder(value: str) -> Path | None:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ServingError(f"{VARIABLE}: found no valid JSON ({error})") from error
-    if not isinstance(content, dict) or not content or not all(content):
+        return Path(value).absolute() if Path(value).is_dir() else None
+    except (OSError, ValueError):  # too long for a path, or with a NUL
+        return None
+
+
+def _declared(content: dict[str, Any]) -> Declared:
+    found: dict[str, Any] = {}
+    for name in ("slots", "units"):
+        if name in content:
+            found[name] = _count(content.pop(name), f"{VARIABLE}, {name}")
+    for name, known in (("sites", SITE_NAMES), ("operations", OPERATIONS)):
+        if name in content:
+            values = content.pop(name)
+            if not isinstance(values, list) or not values or not all(value in known for value in values):
+                raise ServingError(f"{VARIABLE}, {name}: found {short(values)}, expected some of {list(known)}")
+            found[name] = tuple(dict.fromkeys(values))
+    if "layers" in content:
+        layers = content.pop("layers")
+        if not _is_pair(layers) or not 0 <= layers[0] < layers[1]:
+            raise ServingError(
+                f"{VARIABLE}, layers: found {short(layers)}, expected the first and the one after the last: [8, 24]"
+            )
+        found["layers"] = tuple(layers)
+    if content:
         raise ServingError(
-            f"{VARIABLE}: found {_short(content)}, expected a name for each set: "
-            '{"kind": {"plan": "plans/kind", "alpha": 8}}'
+            f"{VARIABLE}: found {', '.join(map(repr, content))}, expected 'sets' and, if need be, 'slots', 'sites', "
+            "'layers', 'operations', 'units', 'scope', 'max_alpha', 'max_kl'"
         )
-    return {name: _spec(f"{VARIABLE}, set {name!r}", entry) for name, entry in content.items()}
+    return Declared(**found)
 
 
-def _spec(where: str, entry: Any) -> Spec:
+def spec_of(where: str, entry: Any, scope: Scope, limits: Limits) -> Spec:
+    """A set from its object.
+
+    Args:
+        where: what errors call it. scope, limits: what it has if it does not say its own.
+
+    Raises:
+        ServingError: it is none.
+    """
     if not isinstance(entry, dict):
-        raise ServingError(f'{where}: found {_short(entry)}, expected an object such as {{"plan": "plans/kind"}}')
+        raise ServingError(f'{where}: found {short(entry)}, expected an object such as {{"plan": "plans/kind"}}')
     entry = dict(entry)
-    scope = entry.pop("scope", "all")
+    limits, scope = take_limits(entry, where, limits), take_scope(entry, where, scope)
     several = "plans" in entry
     parts = entry.pop("plans") if several else [entry]
     if several and entry:
         raise ServingError(f"{where}: found {', '.join(map(repr, entry))} beside 'plans'; put it into each of them")
     if not isinstance(parts, list) or not parts:
-        raise ServingError(f"{where}, plans: found {_short(parts)}, expected a list of at least one plan")
+        raise ServingError(f"{where}, plans: found {short(parts)}, expected a list of at least one plan")
+    found = tuple(_part(where, part) for part in parts)
+    if len(found) > 1 and (missing := [part.plan for part in found if part.alpha is None]):
+        raise ServingError(f"{where}, plan {missing[0]!r}: found no alpha, expected one for each of several plans")
+    for part in found:
+        if part.alpha is not None and limits.alpha is not None and abs(part.alpha) > limits.alpha:
+            raise ServingError(f"{where}, alpha: found {part.alpha:g}, expected at most max_alpha, {limits.alpha:g}")
+    return Spec(found, scope, limits)
+
+
+def _part(where: str, part: Any) -> PlanPart:
+    expected = "an object of 'plan' and, if need be, 'alpha' and 'k'"
+    if not isinstance(part, dict) or set(part) - {"plan", "alpha", "k"} or "plan" not in part:
+        found = ", ".join(map(repr, part)) if isinstance(part, dict) else short(part)
+        raise ServingError(f"{where}: found {found or 'nothing'}, expected {expected}")
+    plan, alpha, k = part["plan"], part.get("alpha"), part.get("k")
+    if not isinstance(plan, str) or not plan:
+        raise ServingError(f"{where}, plan: found {short(plan)}, expected a folder or a file")
+    if alpha is not None and not is_number(alpha):
+        raise ServingError(f"{where}, alpha: found {short(alpha)}, expected a finite number")
+    return PlanPart(plan, None if alpha is None else float(alpha), None if k is None else _count(k, f"{where}, k"))
+
+
+def take_limits(entry: dict[str, Any], where: str, default: Limits) -> Limits:
+    """The limits of an object, which loses them."""
+    found = {}
+    for name in ("alpha", "kl"):
+        value = entry.pop(f"max_{name}", getattr(default, name))
+        if value is not None and (not is_number(value) or value <= 0):
+            raise ServingError(f"{where}, max_{name}: found {short(value)}, expected a positive number")
+        found[name] = None if value is None else float(value)
+    return Limits(**found)
+
+
+def take_scope(entry: dict[str, Any], where: str, default: Scope) -> Scope:
+    """The scope of an object, which loses it."""
     try:
-        return Spec(tuple(_part(where, part) for part in parts), parse_scope(scope))
+        return parse_scope(entry.pop("scope")) if "scope" in entry else default
     except SteeringError as error:
         raise ServingError(f"{where}, {error}") from error
 
 
-def _part(where: str, part: Any) -> PlanPart:
-    expected = "an object of 'plan', 'alpha' and, if not all AUs, 'k'"
-    if not isinstance(part, dict) or set(part) - {"plan", "alpha", "k"} or {"plan", "alpha"} - set(part):
-        found = ", ".join(map(repr, part)) if isinstance(part, dict) else _short(part)
-        raise ServingError(f"{where}: found {found or 'nothing'}, expected {expected}")
-    plan, alpha, k = part["plan"], part["alpha"], part.get("k")
-    if not isinstance(plan, str) or not plan:
-        raise ServingError(f"{where}, plan: found {_short(plan)}, expected a folder or a file")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ServingError(f"{where}, alpha: found {_short(alpha)}, expected a finite number")
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-        raise ServingError(f"{where}, k: found {_short(k)}, expected an integer from 1")
-    return PlanPart(plan, float(alpha), k)
+def read_json(path: Path, otherwise: str) -> Any:
+    """The content of a JSON file; raises ServingError where it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ServingError(f"{otherwise}a file that can be read ({error})") from error
+    return loads(text, str(path))
 
 
-def _short(value: Any) -> str:
+def loads(text: str, where: str) -> Any:
+    """JSON; raises ServingError where it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ServingError(f"{where}: found no valid JSON ({error})") from error
+
+
+def is_number(value: Any) -> bool:
+    """A finite number that float32 can hold, and no boolean."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) and abs(value) < 3e38
+
+
+def short(value: Any) -> str:
+    """A value as an error shows it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
-def load(specs: Mapping[str, Spec]) -> dict[str, list[tuple[Plan, float]]]:
-    """The plans of each set, cut to their k, each with its alpha.
-
-    Raises:
-        AusteerError: a plan cannot be read, or has fewer AUs than k.
-    """
-    loaded: dict[str, list[tuple[Plan, float]]] = {}
-    for name, spec in specs.items():
-        loaded[name] = []
-        for part in spec.parts:
-            try:
-                plan = Plan.from_pretrained(part.plan)
-                loaded[name].append((plan if part.k is None else plan.top(part.k), part.alpha))
-            except AusteerError as error:
-                raise ServingError(f"{VARIABLE}, set {name!r}, plan {part.plan!r}: {error}") from error
-    return loaded
+def _count(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ServingError(f"{where}: found {short(value)}, expected an integer from 1")
+    return value
 
 
-@dataclass(frozen=True)
-class Lists:
-    """What ``steer_columns_`` takes for one site of one layer: a list of AUs for each set.
-
-    index int64, gamma and shift float32 [sets, AUs of the longest list]; with ``magnitude`` gamma is for |x|.
-    """
-
-    index: Tensor
-    gamma: Tensor
-    shift: Tensor
-    magnitude: bool
-
-
-#: Where push meets scale in one set, push is divided by 1 + scale: smaller, and float16 would overflow in between.
-SMALLEST_FACTOR = 1 / 16
-
-
-def tables(sets: Sequence[Sequence[tuple[Plan, float]]]) -> dict[tuple[str, int], list[Lists]]:
-    """The AUs of all sets at each steered (site, layer), with their strengths; to be applied one after the other.
-
-    Raises:
-        ServingError: push meets a scale of about -1 at an AU of one set.
-    """
-    found: dict[tuple[str, int], list[tuple[int, LayerUnits, float, int]]] = {}
-    widths: dict[str, int] = {}
-    for number, plans in enumerate(sets):
-        for plan, alpha in plans:
-            widths |= plan.model.widths
-            for key, (units,) in units_by_layer([plan], plan.sites).items():
-                found.setdefault(key, []).append((number, units, alpha, len(plan)))
-    return {key: _lists(found[key], len(sets), widths[key[0]]) for key in sorted(found)}
-
-
-def _lists(parts: Sequence[tuple[int, LayerUnits, float, int]], sets: int, width: int) -> list[Lists]:
-    groups = []
-    for magnitude in (True, False):
-        of_sets = []
-        for number in range(sets):
-            none = torch.empty(0, device="cpu")
-            own = [(none.long(), none, none)]
-            for of, units, alpha, k in parts:
-                if of == number and units.magnitude == magnitude:
-                    own.append((units.index.long(), *units.strengths(alpha, k)))
-            index, gamma, shift = map(torch.cat, zip(*own))
-            of_sets.append((index, gamma, shift))
-        groups.append(Lists(*coalesce(of_sets), magnitude))
-    push, rest = groups
-    # Push comes first, and what follows multiplies it by 1 + gamma, too, where a set has both at an AU.
-    factor = torch.ones(sets, width + 1, device="cpu").scatter_(1, rest.index % (width + 1), 1 + rest.gamma)
-    factor = factor.gather(1, push.index % (width + 1))  # -1 is the last column
-    small = factor.abs() < SMALLEST_FACTOR
-    if small.any():
-        number, place = small.nonzero()[0].tolist()
-        raise ServingError(
-            f"{VARIABLE}, set number {number + 1}: found push and a scale of {factor[number, place] - 1:.4g} at AU "
-            f"{push.index[number, place]}, expected one of them there; change an alpha a little"
-        )
-    groups[0] = replace(push, gamma=push.gamma / factor)
-    return [lists for lists in groups if lists.index.shape[1]]
-
-
-def set_of(params: Any) -> str | None:
-    """The name of the set that a request's ``SamplingParams`` ask for."""
-    return None if params is None else (params.extra_args or {}).get(KEY)
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+    )

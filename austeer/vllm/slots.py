@@ -1,50 +1,66 @@
-"""Which steering set each token of a batch has: an engine's request slots, and the row of the tables for each token."""
+"""Which row of the tables each token of a batch has: an engine's request slots, and the buffer of rows."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..plans.serving import VARIABLE
-from ..steering.scope import END, Scope
-from .sets import ServingError, parse
+from ..steering.scope import END
+from .layers import Tables
+from .tables import Row
+
+
+@dataclass(frozen=True)
+class RowOf:
+    """The steering of one request, as the scheduler tells it to the workers.
+
+    Attributes:
+        row: of the tables. digest: of what has to stand there. file: with that.
+        start, stop: the half-open interval of the request's positions that is steered.
+    """
+
+    row: int
+    digest: str
+    file: str
+    start: int
+    stop: int
 
 
 class Slots:
-    """The steering of each request slot of an engine. A slot without a set has row -1.
+    """The steering of each request slot of an engine. A slot without steering has row -1.
 
     Args:
-        scopes: the scope of each set by name, in the order of the tables' rows.
         count: how many requests the engine runs at once.
     """
 
-    def __init__(self, scopes: Mapping[str, Scope], count: int):
-        self._scopes = dict(scopes)
-        self._numbers = {name: row for row, name in enumerate(scopes)}
+    def __init__(self, count: int):
+        self._tables: Tables | None = None
+        self._files: dict[int, tuple[str, str]] = {}  # what stands in each row: its digest and file
         self._row = np.full(count, -1, dtype=np.int32)
-        # The half-open interval of the request's positions that is steered.
         self._start = np.zeros(count, dtype=np.int64)
         self._stop = np.full(count, END, dtype=np.int64)
 
-    def put(self, slot: int, name: str | None, prompt: int) -> None:
-        """A request comes into a slot; what was there before is forgotten.
-
-        Args:
-            name: the request's set; None for none. prompt: the prompt's length in tokens.
-        """
-        if name is None:
+    def put(self, slot: int, steering: RowOf | None) -> None:
+        """A request comes into a slot; what was there before is forgotten. Fills the row, where that has to be."""
+        if steering is None:
             self.clear(slot)
             return
-        if name not in self._numbers:  # the API refuses it: who comes here went around it
-            raise ServingError(f"steering set: found {name!r}, expected one of {', '.join(self._numbers)}")
-        self._row[slot] = self._numbers[name]
-        start, stop = self._scopes[name].interval(prompt, 0, 0)
-        self._start[slot], self._stop[slot] = start, stop
+        found = steering.digest, steering.file
+        if self._files.get(steering.row) != found:
+            if self._tables is not None:
+                self._tables.fill(steering.row, Row.load(steering.file))
+            self._files[steering.row] = found
+        self._row[slot], self._start[slot], self._stop[slot] = steering.row, steering.start, steering.stop
+
+    def fill(self, tables: Tables) -> None:
+        """The model has its tables now: those of the requests that came before its first forward pass are filled."""
+        self._tables = tables
+        for row, (_, file) in self._files.items():
+            tables.fill(row, Row.load(file))
 
     def clear(self, slot: int) -> None:
         self._row[slot] = -1
@@ -109,15 +125,7 @@ _slots: dict[str, Slots] = {}
 
 
 def slots_of(config: Any) -> Slots:
-    """The request slots of a ``VllmConfig``'s engine in this process, which its model and its logits processor share.
-
-    Raises:
-        ServingError: AUSTEER_SETS is not set in this process, or cannot be read.
-    """
+    """The request slots of a ``VllmConfig``'s engine in this process, shared by its model and its logits processor."""
     if config.instance_id not in _slots:
-        value = os.environ.get(VARIABLE)
-        if value is None:
-            raise ServingError(f"{VARIABLE} is not set in a process of the engine; set it for all of them")
-        scopes = {name: spec.scope for name, spec in parse(value).items()}
-        _slots[config.instance_id] = Slots(scopes, config.scheduler_config.max_num_seqs)
+        _slots[config.instance_id] = Slots(config.scheduler_config.max_num_seqs)
     return _slots[config.instance_id]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from .sets import set_of
+from .requests import row_of
 
 
 class SteeringState(DefaultModelState):
@@ -21,7 +21,7 @@ class SteeringState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self._slots.put(req_index, set_of(new_req_data.sampling_params), new_req_data.prompt_len)
+        self._slots.put(req_index, row_of(new_req_data.sampling_params))
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         count = input_batch.num_reqs

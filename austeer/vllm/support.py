@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..plans.serving import PROCESSOR, VARIABLE
+from ..plans.serving import PROCESSOR, SCHEDULER, VARIABLE
 from .sets import ServingError
 
 #: The version that the plugin is tested with.
@@ -33,9 +33,9 @@ def _findings(config: Any) -> Iterator[tuple[bool, str]]:
     """Whether each is so, and its words."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     yield (
-        cache.enable_prefix_caching,
-        "prefix caching, which would give a request the keys and values of one that was steered differently (use "
-        "--no-enable-prefix-caching, or enable_prefix_caching=False)",
+        _name_of(config.scheduler_config.scheduler_cls).replace(":", ".") != SCHEDULER,
+        f"another scheduler than {SCHEDULER}, which gives requests their steering (use --scheduler-cls {SCHEDULER}, or "
+        f"scheduler_cls={SCHEDULER!r})",
     )
     yield config.kv_transfer_config is not None, "a KV connector, which shares keys and values likewise"
     yield (
@@ -63,5 +63,6 @@ def _findings(config: Any) -> Iterator[tuple[bool, str]]:
     yield mode is not None and mode.name == "STOCK_TORCH_COMPILE", "the compilation mode STOCK_TORCH_COMPILE"
 
 
-def _name_of(processor: Any) -> str:
-    return processor if isinstance(processor, str) else f"{processor.__module__}:{processor.__qualname__}"
+def _name_of(found: Any) -> str:
+    """As the options name a class or a function: "module:name"."""
+    return str(found) if found is None or isinstance(found, str) else f"{found.__module__}:{found.__qualname__}"

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import austeer
-from austeer.plans.serving import KEY, PROCESSOR, VARIABLE
+from austeer.plans.serving import KEY, PROCESSOR, SCHEDULER, VARIABLE
 from dense_formula import formula_at
 from mixes import PROMPTS, Parts, engine_logits
 
 #: What every engine with the plugin is started with.
-ENGINE: dict[str, Any] = {"dtype": "float32", "enable_prefix_caching": False, "logits_processors": [PROCESSOR]}
+ENGINE: dict[str, Any] = {"dtype": "float32", "logits_processors": [PROCESSOR], "scheduler_cls": SCHEDULER}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def named(mixes: Mapping[str, Mix], folder: Path) -> Iterator[None]:
             plans.append({"plan": str(path), "alpha": alpha})
         sets[name] = {"plans": plans, "scope": mix.scope}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, json.dumps(sets))
+        patch.setenv(VARIABLE, json.dumps({"sets": sets}))
         yield
 
 
@@ -101,3 +101,12 @@ def random_mixes(model: nn.Module, seed: int = 0) -> dict[str, Mix]:
     kinds = [("attention", "shift"), ("neuron", "push"), ("ffn", "scale"), ("layer", "push"), ("layer", "shift")]
     plans: list[austeer.Plan] = [random_plan(model, site, 12, operation, seed) for site, operation in kinds]
     return {f"{plan.operation} {plan.sites[0]}": Mix([(plan, 1.5)]) for plan in plans}
+
+
+@contextmanager
+def run_in_process(sets: str) -> Iterator[None]:
+    """Engines that are started and asked in the context have these sets, and run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, sets)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield

@@ -99,9 +99,9 @@ def test_the_logits_are_those_of_the_dense_formula(demo, engine, mixes, exactnes
     torch.testing.assert_close(untouched, base, rtol=0, atol=1e-3 * effect)
 
 
-@pytest.mark.parametrize("name", ["kind", "", 3, ["prompt"]])
+@pytest.mark.parametrize("name", ["kind", "", 3, []])
 def test_an_unknown_set_is_refused_and_the_engine_goes_on(engine, name):
     before = engine.generate(PROMPTS[:1], asks("push ffn", 4))[0].outputs[0].token_ids
-    with pytest.raises(Exception, match=r"steering set.*'shift attention'"):
+    with pytest.raises(Exception, match=r"steering set|expected the name"):
         engine.generate([PROMPTS[0]], asks(name, 4))
     assert engine.generate(PROMPTS[:1], asks("push ffn", 4))[0].outputs[0].token_ids == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -10,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from austeer.plans.serving import KEY, PROCESSOR, VARIABLE
+from austeer.plans.serving import KEY, PROCESSOR, SCHEDULER, VARIABLE
+from austeer.vllm.admission import ROW
 from austeer.vllm.plugin import ARCHITECTURES
 from austeer.vllm.sets import ServingError
+from austeer.vllm.slots import RowOf
 from austeer.vllm.support import check_engine
 
 pytestmark = pytest.mark.engine
-OPTIONS = {"enable_prefix_caching": False, "logits_processors": [PROCESSOR], "max_model_len": 128}
+OPTIONS = {"logits_processors": [PROCESSOR], "scheduler_cls": SCHEDULER, "max_model_len": 128}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def configure():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"enable_prefix_caching": None}, "--no-enable-prefix-caching"),  # vLLM's default
+        ({"scheduler_cls": None}, f"--scheduler-cls {SCHEDULER}"),
         ({"logits_processors": None}, f"--logits-processors {PROCESSOR}"),
         ({"enable_lora": True}, "LoRA"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
@@ -84,15 +85,13 @@ class NewRequest:
 
 
 @pytest.fixture
-def state(configure, monkeypatch):
+def state(configure):
     """The steered model's state in model runner V2, with a model that has nothing but its slots and rows."""
     from vllm.v1.worker.gpu.model_states import init_model_state
 
     from austeer.vllm.models import Steered
     from austeer.vllm.slots import RowBuffer, slots_of
 
-    sets = {"all": {"plan": "a", "alpha": 1}, "generation": {"plan": "a", "alpha": 1, "scope": "generation"}}
-    monkeypatch.setenv(VARIABLE, json.dumps(sets))
     config = configure()
     rows = RowBuffer(config.scheduler_config.max_num_batched_tokens, torch.device("cpu"))
     model = SimpleNamespace(
@@ -107,8 +106,8 @@ def test_model_runner_v2_has_each_tokens_row_before_its_forward_pass(state):
     from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
     state, rows = state
-    for slot, (name, prompt) in enumerate([("all", 3), (None, 4), ("generation", 5), ("all", 2)]):
-        extra = None if name is None else {KEY: name}
+    for slot, (row, prompt, start) in enumerate([(0, 3, 0), (None, 4, 0), (1, 5, 5), (0, 2, 0)]):
+        extra = None if row is None else {ROW: RowOf(row, f"of {row}", "", start, 1000)}
         state.add_request(slot, NewRequest(prompt, SimpleNamespace(extra_args=extra)))
     batch = InputBatch.make_dummy(3, 9, InputBuffers(8, 16, torch.device("cpu")))
     batch.idx_mapping_np = np.array([2, 1, 0])
@@ -139,14 +138,31 @@ def test_a_model_that_is_not_steered_stops_the_start(configure, monkeypatch):
     """As where VLLM_PLUGINS leaves the plugin out, so that vLLM's own class runs the model."""
     from vllm import ModelRegistry
 
+    from austeer.vllm.models import structure_of_engine
     from austeer.vllm.requests import Requests
 
     # An engine that ran in this process before may have registered ours; afterwards that is back.
     monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", ModelRegistry.models["LlamaForCausalLM"])
     ModelRegistry.register_model("LlamaForCausalLM", "vllm.model_executor.models.llama:LlamaForCausalLM")
-    monkeypatch.setenv(VARIABLE, '{"kind": {"plan": "a", "alpha": 1}}')
     with pytest.raises(ServingError, match=r"LlamaForCausalLM.*vllm\."):
         Requests(configure(), None)
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(ServingError, match=VARIABLE):
-        Requests(configure(), None)
+        structure_of_engine(configure())
+
+
+def test_the_scheduler_is_vllms_own_with_what_it_needs():
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+    from austeer.vllm.scheduler import check_scheduler
+
+    check_scheduler(Scheduler, Request)
+
+    class Other:
+        def __init__(self):
+            pass
+
+    for scheduler, request in ((Other, Request), (Scheduler, Other)):
+        with pytest.raises(ServingError, match="use vLLM"):
+            check_scheduler(scheduler, request)

@@ -6,43 +6,15 @@ import os
 from dataclasses import replace
 
 import pytest
-import torch
 
-from austeer.plans.serving import KEY, PROCESSOR
+from austeer.plans.serving import KEY, MIDDLEWARE, PROCESSOR, SCHEDULER
 from mixes import PROMPTS
 from plugin_sets import ENGINE, Mix, asks, named, random_mixes, written_by_us
 from serving import Server
+from small_models import small_model
 
 pytestmark = pytest.mark.engine
 TOKENS = 40
-
-
-def small_model(family: str, tokenizer, folder):
-    """A random model that reads the demo's token ids, saved. vLLM's attention on CPUs needs heads of 32 at least."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:  # norms that are all alike would let steering vanish in them
-            torch.nn.init.normal_(parameter, 0.3, 0.2)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model, folder
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +90,9 @@ def test_another_architecture(demo, tmp_path):
 
 def test_the_server_takes_a_set_by_name_and_refuses_others(small, demo, mixes, expected, tmp_path):
     arguments = [str(small[1]), "--served-model-name", "small", "--dtype", "float32", "--max-model-len", "128"]
-    plugin = ["--no-enable-prefix-caching", "--logits-processors", PROCESSOR, "--enforce-eager"]
+    plugin = ["--logits-processors", PROCESSOR, "--scheduler-cls", SCHEDULER, "--middleware", MIDDLEWARE]
     with named(mixes, tmp_path):
-        server = Server([*arguments, *plugin], tmp_path / "log")
+        server = Server([*arguments, *plugin, "--enforce-eager"], tmp_path / "log")
     body = {"model": "small", "temperature": 0, "min_tokens": TOKENS, "max_tokens": TOKENS, "return_token_ids": True}
     try:
         server.wait()
@@ -131,7 +103,12 @@ def test_the_server_takes_a_set_by_name_and_refuses_others(small, demo, mixes, e
                 assert answer["choices"][0]["token_ids"] == expected[name][number], (name, number)
         wrong = body | {"prompt": PROMPTS[0], "vllm_xargs": {KEY: "kind"}}
         status, message = server.refusal("/v1/completions", wrong)
-        assert status == 400 and "found the steering set 'kind', expected one of 'shift attention'" in message, message
+        assert status == 400 and "found the steering set 'kind'" in message and "'shift attention'" in message, message
+        status, message = server.refusal("/v1/completions", wrong | {"stream": True})
+        assert status == 400 and "'kind'" in message, message
+        beams = body | {"prompt": PROMPTS[0], "use_beam_search": True, "vllm_xargs": {KEY: "push layer"}}
+        status, message = server.refusal("/v1/completions", beams)
+        assert status == 400 and "beam search" in message, message
         chat = {"model": "small", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
         status, message = server.refusal("/v1/chat/completions", chat | {"vllm_xargs": {KEY: "kind"}})
         assert status == 400 and "'kind'" in message, message

@@ -13,7 +13,7 @@ from austeer.models.sites import Fingerprint
 from austeer.plans import card as card_module
 from austeer.plans.card import model_card
 from austeer.plans.evidence import Evidence, Outcome, Overhead
-from austeer.plans.serving import PROCESSOR, VARIABLE, VLLM_RANKS
+from austeer.plans.serving import VLLM_RANKS
 from austeer.plans.table import RANKS, STEPS
 from austeer.vllm.sets import parse
 from small_plans import DOSED, EVIDENCE, KNOWN, MODEL, PLAN, plan_of
@@ -100,8 +100,8 @@ def test_a_plan_by_effect_with_its_dose():
     assert "standard error of 10%" in card.text and "kl=0.1)" in python_of(card)
     words = next(words for words in commands(card) if "generate" in words)
     assert words[words.index("--kl") + 1] == "0.1" and "--alpha" not in words
-    sets = next(words[0] for words in commands(card) if words[0].startswith(VARIABLE))
-    assert json.loads(sets.split("=", 1)[1])["kind"]["alpha"] == pytest.approx(DOSED.dose.alpha(0.1), rel=1e-3)
+    sets = next(words[-1] for words in commands(card) if words[:2] == ["austeer", "serve"])
+    assert json.loads(sets)["sets"]["kind"]["alpha"] == pytest.approx(DOSED.dose.alpha(0.1), rel=1e-3)
     tested = DOSED.with_evidence(Evidence("effect", tested=(Outcome(3, "text", 1.0),), alpha=3))
     assert "alpha=3)" in python_of(model_card(tested)), "what was tested comes first"
     assert set(card_module.RANKS) == set(RANKS) and set(card_module.STEPS) == set(STEPS)
@@ -244,12 +244,10 @@ def test_served_by_the_plugin_where_a_lora_cannot(operation, site, why):
     plan = plan_of([(site, 0, 0)], operation, model=model).with_evidence(EVIDENCE)
     card = model_card(plan, "user/kind")
     assert why in card.text and "lora" not in card.text.replace("LoRA", "")
-    serve = commands(card)[1]
-    variable, _, sets = serve[0].partition("=")
-    assert variable == VARIABLE and json.loads(sets) == {"kind": {"plan": "user/kind", "alpha": 4}}
-    assert list(parse(sets)) == ["kind"]
-    options = ["--no-enable-prefix-caching", "--logits-processors", PROCESSOR]
-    assert serve[1:] == ["vllm", "serve", HUB_MODEL.name, *options]
+    *serve, sets = commands(card)[1]
+    assert json.loads(sets) == {"sets": {"kind": {"plan": "user/kind", "alpha": 4}}}
+    assert list(parse(sets).named) == ["kind"]
+    assert serve == ["austeer", "serve", HUB_MODEL.name, "--sets"]
 
 
 # --- strangers' texts ------------------------------------------------------------------------------------------------

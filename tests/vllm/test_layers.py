@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from austeer.errors import PlanError, SiteError
+from austeer.errors import SiteError
 from austeer.models.sites import Fingerprint
 from austeer.plans.plan import Plan
 from austeer.steering.scope import parse_scope
-from austeer.vllm.layers import Steer, check_fits, install, site_module, structure
-from austeer.vllm.sets import ServingError, tables
-from austeer.vllm.slots import RowBuffer, Slots
+from austeer.vllm.layers import Steer, Tables, install, site_module
+from austeer.vllm.slots import RowBuffer, RowOf, Slots
+from austeer.vllm.tables import Structure, lists_of
 
 SCOPES = {"all": "all", "generation": "generation", "prompt": "prompt", "last": "last_prompt_token", "range": (2, 5)}
 SCOPES["from last"] = "from_last_prompt_token"
@@ -32,7 +32,15 @@ COUNT = 5  # slots
 
 
 def slots():
-    return Slots({name: parse_scope(scope) for name, scope in SCOPES.items()}, COUNT)
+    return Slots(COUNT)
+
+
+def steering(name, prompt):
+    """What the scheduler tells of a request for a scope by name."""
+    if name is None:
+        return None
+    start, stop = parse_scope(SCOPES[name]).interval(prompt, 0, 0)
+    return RowOf(list(SCOPES).index(name), name, "", start, stop)
 
 
 REQUEST = st.tuples(st.sampled_from(NAMES), st.integers(1, 6), st.integers(0, 7), st.integers(1, 4))
@@ -44,10 +52,10 @@ def test_each_token_has_the_row_of_its_request_where_its_scope_says_so(requests,
     """Requests of (set, prompt length, tokens computed so far, tokens in this batch), each in any slot."""
     found = slots()
     for slot in range(COUNT):
-        found.put(slot, "all", 3)  # of requests that are gone
+        found.put(slot, steering("all", 3))  # of requests that are gone
     expected = []
     for slot, (name, prompt, computed, tokens) in zip(order, requests):
-        found.put(slot, name, prompt)
+        found.put(slot, steering(name, prompt))
         for position in range(computed, computed + tokens):
             steered = name is not None and INSIDE[name](position, prompt)
             expected.append(list(SCOPES).index(name) if steered else -1)
@@ -64,8 +72,8 @@ def rows_of_all(found):
 
 def test_requests_move_between_slots():
     found = slots()
-    found.put(0, "all", 1)
-    found.put(3, "generation", 1)
+    found.put(0, steering("all", 1))
+    found.put(3, steering("generation", 1))
     assert rows_of_all(found) == [0, -1, -1, 1, -1]
     found.move(0, 3, swap=True)
     assert rows_of_all(found) == [1, -1, -1, 0, -1]
@@ -73,13 +81,8 @@ def test_requests_move_between_slots():
     assert rows_of_all(found) == [1, 0, -1, -1, -1]
     found.move(2, 0, swap=False)  # one that is not steered takes the place of one that is
     assert rows_of_all(found) == [-1, 0, -1, -1, -1]
-    found.put(1, None, 1)
+    found.put(1, None)
     assert rows_of_all(found) == [-1] * COUNT
-
-
-def test_an_unknown_set_does_not_become_none():
-    with pytest.raises(ServingError, match=r"'kind'.*all, generation"):
-        slots().put(0, "kind", 3)
 
 
 def test_the_row_buffer_stays_where_it_is_and_forgets_longer_batches():
@@ -113,18 +116,16 @@ def test_the_formula_at_aus_where_plans_of_a_set_meet(seed, dtype, operations, i
         alpha = torch.tensor([0.0, -2.0, 1.5, 1.5, -2.0]).double()[:, None]
         of = {"scale": x.double() * p.beta, "push": x.double().abs() * p.beta, "shift": p.delta.double()}[p.operation]
         exact = exact + alpha * of
-    (lists,) = tables(sets).values()
-    assert len(lists) == 1 + ("push" in operations and len(operations) > 1)
-    steer = Steer(lists, rows, 10)
+    steer = steer_of(sets, rows)
+    assert len(steer.kinds) == 1 + ("push" in operations and len(operations) > 1)
     steer.in_place = in_place  # as on a GPU
     found = steer(x.clone())
     assert found.dtype == dtype and torch.equal(found[0], x[0])
-    assert (found.double() - exact).abs().max() <= len(lists) * torch.finfo(dtype).eps * exact.abs().max()
+    assert (found.double() - exact).abs().max() <= len(steer.kinds) * torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_a_tensor_that_is_no_activation_is_refused():
-    (lists,) = tables([[(plan("neuron", "shift"), 1.0)]]).values()
-    steer = Steer(lists, torch.zeros(8, dtype=torch.int32), 10)
+    steer = steer_of([[(plan("neuron", "shift"), 1.0)]], torch.zeros(8, dtype=torch.int32))
     for x in (
         *(torch.zeros(5, 10, dtype=dtype) for dtype in (torch.int8, torch.float64)),
         *(torch.zeros(5, 8), torch.zeros(1, 5, 10)),
@@ -137,7 +138,7 @@ def test_what_no_set_steers_keeps_its_bits_at_a_layer():
     """Its sum with the residual is rounded by the next layer's norm, and not here."""
     model, p = Decoder(layers=1), replace(plan("layer", "shift", layer=0).top(2), delta=torch.tensor([2.0, 3.0]))
     rows = torch.tensor([-1, 0], dtype=torch.int32)
-    install(model, "llama", tables([[(p, 1.0)]]), range(1), rows)
+    installed(model, [[(p, 1.0)]], rows, range(1))
     hidden, residual = torch.randn(2, 6).bfloat16(), 100 * torch.randn(2, 6).bfloat16()
     hidden[1, 5] = torch.inf
     hook = next(iter(model.model.layers[0]._forward_hooks.values()))
@@ -147,6 +148,36 @@ def test_what_no_set_steers_keeps_its_bits_at_a_layer():
     others = [c for c in range(6) if c not in chosen.tolist()]
     assert torch.equal(found[1, others], hidden[1, others])
     torch.testing.assert_close(found[1, chosen].float(), hidden[1, chosen].float() + p.delta, rtol=2**-8, atol=0)
+
+
+def structure(sets, model=None):
+    """The room that rows of (plan, alpha)s need."""
+    room = {}
+    for parts in sets:
+        for place, (index, _, _) in lists_of(parts).items():
+            room[place] = max(room.get(place, 0), len(index))
+    fingerprint = model or sets[0][0][0].model
+    return Structure(
+        fingerprint, len(sets), dict(sorted(room.items(), key=lambda item: (item[0][2] != "push", item[0])))
+    )
+
+
+def steer_of(sets, rows, width=10):
+    """A module with the AUs of all sets at their one site and layer."""
+    found = structure(sets)
+    steer = Steer({kind: count for (_, _, kind), count in found.room.items()}, len(sets), rows, width)
+    tables = Tables({place[:2]: steer for place in found.room}, found.places)
+    for number, parts in enumerate(sets):
+        tables.fill(number, found.row(parts))
+    return steer
+
+
+def installed(model, sets, rows, layers=range(2), part=(0, 1)):
+    found = structure(sets)
+    tables = install(model, found, layers, rows, part)
+    for number, parts in enumerate(sets):
+        tables.fill(number, found.row(parts))
+    return tables
 
 
 class Projection(nn.Module):
@@ -237,8 +268,7 @@ def by_hand(model, plan, alpha, hidden):
 def test_the_layers_do_what_the_formula_says(seed, site, compiled, in_place):
     model, plans = Decoder(), [plan(site, operation) for operation in ("scale", "push", "shift")]
     rows = torch.full((16,), -1, dtype=torch.int32)
-    done = install(model, "llama", tables([[(p, 1.5)] for p in plans]), range(2), rows)
-    assert done == [f"{site} 1"]
+    installed(model, [[(p, 1.5)] for p in plans], rows)
     site_module(model, "llama", site, 1).austeer.in_place = in_place
     run, graphs = model, []
 
@@ -267,40 +297,41 @@ def test_a_process_of_a_tensor_parallel_group_steers_its_share(seed):
     rows = torch.tensor([1, 0], dtype=torch.int32)
     for rank in range(2):
         model = Decoder(part=2)
-        install(model, "llama", tables(sets), range(2), rows, (rank, 2))
+        installed(model, sets, rows, part=(rank, 2))
         found.append(model.model.layers[1].self_attn.o_proj.austeer(x[:, 4 * rank : 4 * rank + 4].clone()))
-    (lists,) = tables(sets).values()
-    assert torch.equal(torch.cat(found, dim=1), Steer(lists, rows, 8)(x.clone()))
+    assert torch.equal(torch.cat(found, dim=1), steer_of(sets, rows, 8)(x.clone()))
     assert not torch.equal(torch.cat(found, dim=1), x)
 
 
 def test_a_process_steers_the_layers_that_it_has():
     model = Decoder()
-    both = tables([[(plan("ffn", "shift", layer=0), 1.0), (plan("ffn", "shift", layer=1), 1.0)]])
-    assert install(model, "llama", both, range(1, 2), torch.zeros(4, dtype=torch.int32)) == ["ffn 1"]
-    assert not hasattr(model.model.layers[0].mlp, "austeer")
+    both = [[(plan("ffn", "shift", layer=0), 1.0), (plan("ffn", "shift", layer=1), 1.0)]]
+    installed(model, both, torch.zeros(4, dtype=torch.int32), range(1, 2))
+    assert hasattr(model.model.layers[1].mlp, "austeer") and not hasattr(model.model.layers[0].mlp, "austeer")
 
 
 def test_nothing_of_the_steering_is_saved_with_the_model():
     model = Decoder()
     before = model.state_dict().keys()
-    install(model, "llama", tables([[(plan("ffn", "shift"), 1.0)]]), range(2), torch.zeros(4, dtype=torch.int32))
+    installed(model, [[(plan("ffn", "shift"), 1.0)]], torch.zeros(4, dtype=torch.int32))
     assert model.state_dict().keys() == before
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"model_type": "qwen2"}, "qwen2, 2 layers.*llama, 2 layers"),
-        ({"layers": 3}, "llama, 3 layers.*llama, 2 layers"),
-        ({"widths": WIDTHS | {"neuron": 12}}, "'neuron': 12.*'neuron': 10"),
-    ],
-)
-def test_a_plan_for_another_model_is_refused(change, match):
-    model = Decoder()
-    check_fits("kind", plan("neuron", "shift"), model, "llama", range(2), 2)
-    with pytest.raises(PlanError, match=f"'kind'.*{match}"):
-        check_fits("kind", plan("neuron", "shift", **change), model, "llama", range(2), 2)
+def test_other_aus_in_a_row_leave_nothing_of_those_before(seed):
+    first, second = plan("neuron", "push"), plan("neuron", "shift").top(3)
+    rows, x = torch.zeros(5, dtype=torch.int32), torch.randn(5, 10)
+    steer = steer_of([[(first, 1.0)], [(second, 1.0)]], rows)
+    tables = Tables({("neuron", 1): steer}, structure([[(first, 1.0)], [(second, 1.0)]]).places)
+    room = structure([[(first, 1.0)], [(second, 1.0)]])
+    for parts in ([(first, 1.0)], [(second, 2.0)], [(first, -1.0), (second, 1.0)], [(second, 0.5)]):
+        tables.fill(0, room.row(parts))
+        assert torch.equal(steer(x.clone()), steer_of([parts, [(first, 1.0)], [(second, 1.0)]], rows)(x.clone()))
+
+
+def test_a_model_whose_sites_are_not_as_its_config_says_is_refused():
+    found = structure([[(plan("ffn", "shift", widths=WIDTHS | {"ffn": 12}), 1.0)]])
+    with pytest.raises(SiteError, match=r"'ffn', layer 1: found 6 AUs, expected 12"):
+        install(Decoder(), found, range(2), torch.zeros(4, dtype=torch.int32))
 
 
 def test_a_model_without_the_usual_names_is_refused():
@@ -310,17 +341,3 @@ def test_a_model_without_the_usual_names_is_refused():
         site_module(model, "llama", "attention", 0)
     with pytest.raises(SiteError, match=r"unknown.*layout"):
         site_module(model, "unknown", "attention", 0)
-
-
-def test_the_digest_tells_structures_apart_and_no_values():
-    one = tables([[(plan("ffn", "shift"), 1.0)]])
-    assert structure(one) == structure(tables([[(plan("ffn", "shift"), 7.0)]]))
-    others = [
-        tables([[(plan("ffn", "push"), 1.0)]]),
-        tables([[(plan("ffn", "shift", layer=0), 1.0)]]),
-        tables([[(plan("layer", "shift"), 1.0)]]),
-        tables([[(plan("ffn", "shift"), 1.0)]] * 2),
-        tables([[(plan("ffn", "shift"), 1.0), (plan("ffn", "push"), 1.0)]]),
-        tables([[(plan("ffn", "shift").top(2), 1.0)]]),
-    ]
-    assert len({structure(found) for found in (one, *others)}) == 7

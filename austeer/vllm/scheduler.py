@@ -1,0 +1,158 @@
+"""vLLM's scheduler with steering: each request gets its row of the tables, and its own place in the prefix cache.
+
+What a request asks for is looked up once, here, where every client passes and where all processes of the engine hear
+the same. Keys and values of a token depend on the steering of it and of those before it. So the blocks of a request
+from its first steered token on have the steering in their hashes, and those before are shared with all.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..errors import AusteerError
+from ..plans.serving import KEY
+from .admission import ROW, RequestError, Steering, steering_of
+from .catalog import catalog
+from .models import structure_of_engine
+from .rows import Rows
+from .sets import ServingError
+from .shared import shared_folder, write_structure
+from .slots import RowOf
+from .support import TESTED, check_engine
+
+_logger = logging.getLogger("vllm.austeer")
+
+
+class SteeringScheduler:
+    """Mixed into vLLM's scheduler class."""
+
+    requests: dict[str, Any]
+    hash_block_size: int
+
+    def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any):
+        check_engine(vllm_config)
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
+        self._steering_catalog = catalog()
+        self._structure = structure_of_engine(vllm_config)
+        write_structure(self._structure)
+        self._rows = Rows(self._structure.slots, shared_folder())
+        self._digests: dict[str, str] = {}  # of the rows of the requests that are in the engine
+        self._waiting_for_a_row: deque[tuple[Any, Steering]] = deque()
+        self._refused: list[Any] = []
+
+    def add_request(self, request: Any) -> None:
+        params = request.sampling_params
+        if request.request_id in self.requests or params is None:
+            return super().add_request(request)  # type: ignore[misc]
+        try:
+            steering = steering_of(params.extra_args, self._steering_catalog)
+            if steering is not None and request.resumable:
+                raise RequestError(f"{KEY}: found it in a session of streamed input, which is not steered")
+            if steering is None or self._admit(request, steering):
+                return super().add_request(request)  # type: ignore[misc]
+            self._waiting_for_a_row.append((request, steering))
+        except (AusteerError, OSError) as error:
+            # Nothing may be raised here, it would end the engine. The front end refuses what it can see.
+            _logger.error("austeer: request %s is refused: %s", request.request_id, error)
+            self._refused.append(request)
+
+    def _admit(self, request: Any, steering: Steering) -> bool:
+        """Gives a request its row; False if there is none."""
+        row = self._rows.take(steering.digest, lambda: self._structure.row(steering.parts))
+        if row is None:
+            return False
+        self._digests[request.request_id] = steering.digest
+        start, stop = map(int, steering.scope.interval(request.num_prompt_tokens, 0, 0))
+        found = RowOf(row, steering.digest, str(self._rows.file(steering.digest)), start, stop)
+        # A request may share its parameters with others of one call.
+        request.sampling_params = copy.copy(request.sampling_params)
+        request.sampling_params.extra_args = {**request.sampling_params.extra_args, ROW: found}
+        if request._block_hasher is not None:
+            request._block_hasher = salted(request._block_hasher, steering.salt, start, self.hash_block_size)
+            request.block_hashes.clear()
+            request.update_block_hashes()
+        return True
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        digest = self._digests.pop(request.request_id, None)
+        if digest is not None:
+            self._rows.give_back(digest)
+            while self._waiting_for_a_row and self._admit(*self._waiting_for_a_row[0]):
+                super().add_request(self._waiting_for_a_row.popleft()[0])  # type: ignore[misc]
+        return found
+
+    def has_requests(self) -> bool:
+        return bool(self._refused) or super().has_requests()  # type: ignore[misc]
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
+        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        for request in self._refused:
+            _end_with_an_error(request, outputs)
+        self._refused = []
+        return outputs
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: Any) -> Any:
+        ids = {request_ids} if isinstance(request_ids, str) else None if request_ids is None else set(request_ids)
+        left = [found for found in self._waiting_for_a_row if ids is not None and found[0].request_id not in ids]
+        self._waiting_for_a_row = deque(left)
+        self._refused = [found for found in self._refused if ids is not None and found.request_id not in ids]
+        return super().finish_requests(ids, finished_status)  # type: ignore[misc]
+
+    def get_request_counts(self) -> tuple[int, int]:
+        running, waiting = super().get_request_counts()  # type: ignore[misc]
+        return running, waiting + len(self._waiting_for_a_row)
+
+
+def _end_with_an_error(request: Any, outputs: dict[int, Any]) -> None:
+    """Tells the client of a request that was never run that it has ended."""
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+    found = outputs.setdefault(request.client_index, EngineCoreOutputs())
+    found.outputs.append(EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR))
+    found.finished_requests = {*(found.finished_requests or ()), request.request_id}
+
+
+def salted(hasher: Callable[[Any], list], salt: str, start: int, size: int) -> Callable[[Any], list]:
+    """A request's function that makes the hashes of its new full blocks, with the steering in them from a position on.
+
+    Args:
+        start: the first steered position. size: tokens of a block.
+    """
+
+    def with_salt(request: Any) -> list:
+        done, new = len(request.block_hashes), hasher(request)
+        return [
+            hashlib.sha256(found + salt.encode()).digest()[: len(found)] if (done + i + 1) * size > start else found
+            for i, found in enumerate(new)
+        ]
+
+    return with_salt
+
+
+def check_scheduler(scheduler: type, request: type) -> None:
+    """Raises ServingError where vLLM's classes are not as this module knows them, which could steer wrongly."""
+    methods = ["add_request", "finish_requests", "_free_request", "get_request_counts", "has_requests"]
+    methods += ["update_from_output"]
+    missing = [f"Scheduler.{name}" for name in methods if not hasattr(scheduler, name)]
+    made = [*scheduler.__init__.__code__.co_names, *request.__init__.__code__.co_names]  # type: ignore[misc]
+    names = ("hash_block_size", "requests", "_block_hasher", "block_hashes", "num_prompt_tokens", "client_index")
+    missing += [name for name in (*names, "resumable", "sampling_params") if name not in made]
+    if missing or not hasattr(request, "update_block_hashes"):
+        raise ServingError(f"found a vLLM whose scheduler has no {', '.join(missing)}; use vLLM {TESTED}")
+
+
+def steering_scheduler(*args: Any, vllm_config: Any, **kwargs: Any) -> Any:
+    """For ``--scheduler-cls``: vLLM's scheduler for its configuration, with steering."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+    check_scheduler(Scheduler, Request)
+    base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+    return type(f"Steering{base.__name__}", (SteeringScheduler, base), {})(*args, vllm_config=vllm_config, **kwargs)

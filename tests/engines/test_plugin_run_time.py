@@ -1,0 +1,278 @@
+"""The vLLM plugin while the engine runs: plans come and go, strengths are each request's, the prefix cache stays on."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+import austeer
+from austeer.plans.dose import Dose
+from austeer.plans.serving import ALPHA, KEY, KL, VARIABLE
+from dense_formula import random_plan
+from mixes import PROMPTS
+from plugin_sets import ENGINE, run_in_process
+from small_models import small_model
+
+pytestmark = pytest.mark.engine
+TOKENS, BLOCK, SLOTS = 24, 32, 3
+#: Of several blocks, the last of them not full.
+LONG = " ".join(PROMPTS) * 5
+
+
+@pytest.fixture(scope="module")
+def small(demo, tmp_path_factory):
+    return small_model("llama", demo[1], tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def plans(small) -> dict[str, austeer.Plan]:
+    """Three plans, of which one has a dose."""
+    model, _ = small
+    found = {name: random_plan(model, "attention", 12, "shift", seed) for seed, name in enumerate(("kind", "brief"))}
+    found["brief"] = found["brief"].with_dose(Dose(tuple(0.05 * (k + 1) for k in range(12))))
+    found["praise"] = random_plan(model, "layer", 6, "scale", 3)
+    return found
+
+
+@pytest.fixture(scope="module")
+def write(small, demo):
+    """``write(plans, scope)``: what the model writes after LONG with (plan, alpha)s, as Transformers runs it."""
+    model, tokenizer = small[0], demo[1]
+    ids = tokenizer(LONG, return_tensors="pt")
+
+    def made(parts, scope="all"):
+        with austeer.steer(model, sum_of(parts), alpha=strengths(parts), scope=scope):
+            output = model.generate(**ids, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False)
+        return output[0][ids["input_ids"].shape[1] :].tolist()
+
+    def sum_of(parts):
+        first, *rest = (plan for plan, _ in parts)
+        return sum(rest, first)
+
+    def strengths(parts):
+        alphas = {alpha for _, alpha in parts}
+        return alphas.pop() if len(alphas) == 1 else {plan.sites[0]: alpha for plan, alpha in parts}
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(plans, tmp_path_factory):
+    found = tmp_path_factory.mktemp("sets")
+    plans["kind"].save_pretrained(found / "kind")
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine(small, folder):
+    """Runs in this process, with the prefix cache, more requests than slots, and a folder of sets."""
+    content = f'{{"sets": "{folder}", "slots": {SLOTS}, "sites": ["attention", "layer"], "units": 16}}'
+    with run_in_process(content):
+        from vllm import LLM
+
+        options = {"max_model_len": 256, "max_num_batched_tokens": 48, "max_num_seqs": 8, "block_size": BLOCK}
+        llm = LLM(str(small[1]), enforce_eager=True, disable_log_stats=False, **options, **ENGINE)
+        yield llm
+        llm.llm_engine.engine_core.shutdown()
+
+
+def ask(engine, *asked: dict | None, prompt: str = LONG) -> list[list[int]]:
+    """The tokens of requests that run at once, each with such ``extra_args``."""
+    from vllm import SamplingParams
+
+    params = [SamplingParams(temperature=0, min_tokens=TOKENS, max_tokens=TOKENS, extra_args=extra) for extra in asked]
+    outputs = engine.generate([prompt] * len(params), params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def hits(engine) -> int:
+    """Prompt tokens that came from the prefix cache so far."""
+    return next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:prefix_cache_hits")
+
+
+def test_each_request_has_its_strength(engine, plans, write):
+    alphas = [0.5, 1.5, -1.0]
+    found = ask(engine, *({KEY: "kind", ALPHA: alpha} for alpha in alphas))
+    expected = [write([(plans["kind"], alpha)]) for alpha in alphas]
+    assert found == expected and len(set(map(tuple, expected))) == 3
+
+
+def test_plans_come_change_and_go_while_the_engine_runs(engine, plans, write, folder):
+    with pytest.raises(Exception, match=r"'brief'.*'kind'"):
+        ask(engine, {KEY: "brief", ALPHA: 1})
+    plans["brief"].save_pretrained(folder / "brief")
+    assert ask(engine, {KEY: "brief", ALPHA: 2}) == [write([(plans["brief"], 2)])]
+    replaced = replace(plans["brief"], delta=-plans["brief"].delta)
+    replaced.save_pretrained(folder / "brief")
+    assert ask(engine, {KEY: "brief", ALPHA: 2}) == [write([(replaced, 2)])]
+    shutil.rmtree(folder / "brief")
+    with pytest.raises(Exception, match=r"'brief'.*'kind'"):
+        ask(engine, {KEY: "brief", ALPHA: 2})
+    assert ask(engine, {KEY: "kind", ALPHA: 1.5}) == [write([(plans["kind"], 1.5)])]
+
+
+def test_a_plan_that_is_removed_stays_for_the_requests_that_run_with_it(engine, plans, write, folder):
+    from vllm import SamplingParams
+
+    plans["brief"].save_pretrained(folder / "gone")
+    params = SamplingParams(temperature=0, min_tokens=TOKENS, max_tokens=TOKENS, extra_args={KEY: "gone", ALPHA: 2})
+    engine.llm_engine.add_request("one", LONG, params)
+    shutil.rmtree(folder / "gone")
+    finished = []
+    while engine.llm_engine.has_unfinished_requests():
+        finished += [output for output in engine.llm_engine.step() if output.finished]
+    assert list(finished[0].outputs[0].token_ids) == write([(plans["brief"], 2)])
+
+
+def test_strength_in_nats(engine, plans, write, folder):
+    plans["brief"].save_pretrained(folder / "dosed")
+    alpha = plans["brief"].dose.alpha(0.3)
+    assert ask(engine, {KEY: "dosed", KL: 0.3}) == [write([(plans["brief"], alpha)])]
+    with pytest.raises(Exception, match=rf"{KL}.*'kind'.*{ALPHA}"):
+        ask(engine, {KEY: "kind", KL: 0.3})
+
+
+def test_sums_of_plans_in_one_request(engine, plans, write, folder):
+    disjoint = random_plan_beside(plans["kind"])
+    disjoint.save_pretrained(folder / "beside")
+    (found,) = ask(engine, {KEY: ["kind", "beside"], ALPHA: [1.5, 1.5]})
+    assert found == write([(plans["kind"], 1.5), (disjoint, 1.5)])
+    assert found not in (write([(plans["kind"], 1.5)]), write([(disjoint, 1.5)]))
+
+
+def random_plan_beside(plan: austeer.Plan) -> austeer.Plan:
+    """The same strengths at the AUs after a plan's own."""
+    taken = set(plan.keys())  # a plan's items are its AUs
+    index = []
+    for site, layer, at in plan.keys():  # noqa: SIM118
+        at = next(i % plan.model.widths[site] for i in range(at + 1, at + 200) if (site, layer, i) not in taken)
+        taken.add((site, layer, at))
+        index.append(at)
+    return replace(plan, index=torch.tensor(index, dtype=torch.int32))
+
+
+def test_more_steerings_at_once_than_there_are_slots_wait_for_one(engine, plans, write):
+    alphas = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+    assert len(alphas) > 2 * SLOTS
+    found = ask(engine, None, *({KEY: "kind", ALPHA: alpha} for alpha in alphas))
+    assert found[1:] == [write([(plans["kind"], alpha)]) for alpha in alphas]
+
+
+def test_what_a_row_had_before_does_not_stay_in_it(engine, plans, write, folder):
+    """A plan at another site comes into each row, and then the first again."""
+    plans["praise"].save_pretrained(folder / "praise")
+    for _ in range(2):
+        for name in ("kind", "praise"):
+            asked = [0.9 + i / 10 for i in range(SLOTS)]
+            found = ask(engine, *({KEY: name, ALPHA: alpha} for alpha in asked))
+            assert found == [write([(plans[name], alpha)]) for alpha in asked]
+
+
+@pytest.mark.parametrize("scope", ["all", "generation", "last_prompt_token", "prompt"])
+def test_the_prefix_cache_gives_no_request_what_was_steered_otherwise(engine, plans, write, folder, scope):
+    for name in ("kind", "praise"):
+        plans[name].save_pretrained(folder / f"plan-{name}")
+        text = f'{{"plan": "plan-{name}", "scope": "{scope}"}}'
+        (folder / f"{scope}-{name}.json").write_text(text)
+    asked = [None, ("kind", 1.5), ("praise", 1.0), ("kind", 0.5), None, ("kind", 1.5)]
+    base = ask(engine, None)[0]
+    expected = [base if one is None else write([(plans[one[0]], one[1])], scope) for one in asked]
+    for one, tokens in zip(asked, expected, strict=True):  # one after the other: each finds the blocks of those before
+        extra = None if one is None else {KEY: f"{scope}-{one[0]}", ALPHA: one[1]}
+        assert ask(engine, extra) == [tokens], one
+    assert len(set(map(tuple, expected))) > 2
+
+
+def test_without_the_salt_the_answers_are_wrong(engine, plans, write, monkeypatch):
+    """So the test before this one can fail."""
+    from austeer.vllm import scheduler
+
+    engine.llm_engine.reset_prefix_cache()
+    monkeypatch.setattr(scheduler, "salted", lambda hasher, *_: hasher)
+    ask(engine, None)
+    wrong = ask(engine, {KEY: "kind", ALPHA: 1.5})
+    engine.llm_engine.reset_prefix_cache()
+    assert wrong != [write([(plans["kind"], 1.5)])]
+
+
+def test_the_prompt_is_shared_where_only_what_is_generated_is_steered(engine, plans, demo, folder):
+    plans["kind"].save_pretrained(folder / "plan-kind")
+    (folder / "later.json").write_text('{"plan": "plan-kind", "scope": "generation"}')
+    engine.llm_engine.reset_prefix_cache()
+    length = len(demo[1](LONG)["input_ids"])
+    full = (length - 1) // BLOCK * BLOCK
+    counts = [hits(engine)]
+    for extra in (None, {KEY: "later", ALPHA: 1.5}, {KEY: "later", ALPHA: 0.5}, {KEY: "kind", ALPHA: 1.5}, None):
+        ask(engine, extra)
+        counts.append(hits(engine))
+    gained = [after - before for before, after in pairwise(counts)]
+    assert gained == [0, full, full, 0, full]
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        ({KEY: "nobody", ALPHA: 1}, "'nobody'"),
+        ({KEY: "../kind", ALPHA: 1}, r"'\.\./kind'"),
+        ({KEY: "kind"}, ALPHA),
+        ({KEY: "kind", ALPHA: True}, f"{ALPHA}.*True"),
+        ({KEY: "kind", ALPHA: float("nan")}, f"{ALPHA}.*nan"),
+        ({KEY: "kind", ALPHA: [1, 2]}, rf"{ALPHA}.*\[1, 2\]"),
+        ({KEY: "kind", "austeer_aplha": 1}, "'austeer_aplha'"),
+        ({ALPHA: 1}, f"{ALPHA}.*without"),
+        ({KEY: "kind", ALPHA: 1, "austeer_row": "forged"}, "'austeer_row'"),
+        ({KEY: ["kind", "kind"], ALPHA: [1, 1]}, "different"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_and_the_engine_goes_on(engine, plans, write, extra, match):
+    with pytest.raises(Exception, match=match):
+        ask(engine, extra)
+    assert ask(engine, {KEY: "kind", ALPHA: 1.5}) == [write([(plans["kind"], 1.5)])]
+
+
+def test_a_plan_without_room_or_of_another_model_is_refused(engine, small, plans, folder):
+    other = replace(plans["kind"], model=replace(plans["kind"].model, layers=7))
+    other.save_pretrained(folder / "other")
+    random_plan(small[0], "neuron", 3, "shift", 0).save_pretrained(folder / "elsewhere")
+    random_plan(small[0], "attention", 100, "shift", 0).save_pretrained(folder / "many")
+    random_plan(small[0], "attention", 3, "push", 0).save_pretrained(folder / "push")
+    (folder / "broken.safetensors").write_bytes(b"half of a file")
+    for name, match in [
+        ("other", "7 layers"),
+        ("elsewhere", "'neuron'.*declare"),
+        ("many", '"units": '),
+        ("push", "push.*declare"),
+        ("broken", r"broken\.safetensors"),
+    ]:
+        with pytest.raises(Exception, match=match):
+            ask(engine, {KEY: name, ALPHA: 1})
+
+
+def test_the_scheduler_refuses_what_no_front_end_has_seen(engine, plans, write, monkeypatch):
+    """As where a front end of another language takes requests in."""
+    from austeer.vllm.requests import Requests
+
+    monkeypatch.setattr(Requests, "validate_params", classmethod(lambda cls, params: None))
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(temperature=0, max_tokens=4, extra_args={KEY: name, ALPHA: 1.5}) for name in ("no", "kind")
+    ]
+    refused, served = engine.generate([LONG, LONG], params, use_tqdm=False)
+    assert refused.outputs[0].finish_reason == "error" and not refused.outputs[0].token_ids
+    assert list(served.outputs[0].token_ids) == write([(plans["kind"], 1.5)])[:4]
+
+
+def test_another_scheduler_is_refused(small, folder):
+    with run_in_process(str(folder)):
+        from vllm import LLM
+
+        from austeer.vllm.sets import ServingError
+
+        options = {name: value for name, value in ENGINE.items() if name != "scheduler_cls"}
+        with pytest.raises(ServingError, match=f"{VARIABLE}.*--scheduler-cls"):
+            LLM(str(small[1]), max_model_len=64, enforce_eager=True, **options)
