@@ -41,6 +41,8 @@ from .plans.evidence import Evidence, Outcome, Overhead
 from .plans.hub import HubError
 from .plans.plan import Plan
 from .plans.table import AtomicUnit
+from .steering.answer_scope import answer_scope
+from .steering.markers import Answer
 from .steering.steer import steer
 from .steering.steering import Steering
 from .version import __version__ as __version__
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from .tuning import compare, tune
 
 __all__ = [
+    "Answer",
     "AtomicUnit",
     "AusteerError",
     "CaptureError",
@@ -78,6 +81,7 @@ __all__ = [
     "SteeringError",
     "SteeringWarning",
     "TaskError",
+    "answer_scope",
     "compare",
     "estimate",
     "estimate_kl",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..momentum.profile import Profile
     from ..plans.plan import Plan
+    from ..steering.scope import ScopeLike
 
 
 Alphas = Annotated[
@@ -45,7 +46,8 @@ def generate(
     scope: Annotated[
         str,
         typer.Option(
-            help="all, prompt, generation, last_prompt_token, from_last_prompt_token, or tokens such as 0:16 or 16:"
+            help="all, prompt, generation, answer (generation without thoughts and calls of tools, by the tokenizer's "
+            "own markers), last_prompt_token, from_last_prompt_token, or tokens such as 0:16 or 16:"
         ),
     ] = "all",
     mode: Annotated[str, typer.Option(help="auto, fold, fused, columns or dense.")] = "auto",
@@ -92,7 +94,7 @@ def generate(
     if kls:
         strengths = [_at_kl(network, steered, one, k, made) for one in kls]
     labels = [f"kl {one:.12g}" for one in kls] or _labels(strengths)
-    steering = steer(network, only or plans, strengths[0], k=k, scope=_scope(scope), mode=mode)
+    steering = steer(network, only or plans, strengths[0], k=k, scope=_scope(scope, tokenizer), mode=mode)
     results: dict[str, list[str]] = {}
     if only is not None:
         results["unsteered"] = write(prompts=prompt)
@@ -156,7 +158,11 @@ def _number(alpha: Any, digits: int) -> str:
     return ", ".join(f"{name} {_number(value, digits)}" for name, value in alpha.items())
 
 
-def _scope(text: str) -> str | tuple[int, int | None]:
+def _scope(text: str, tokenizer: Any) -> ScopeLike:
+    if text == "answer":
+        from ..steering.answer_scope import answer_scope
+
+        return answer_scope(tokenizer)
     start, colon, stop = text.partition(":")
     if not colon or not all(part.isdecimal() or not part for part in (start, stop)):
         return text

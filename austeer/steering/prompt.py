@@ -7,13 +7,14 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SteeringError
+from .answering import Answering
 
 #: Continuous batching, at its two entrances.
 _PACKING = ("generate_batch", "init_continuous_batching")
@@ -30,6 +31,7 @@ class Prompt:
         owner: the model whose ``generate`` is watched, if it has one.
         on_generate: called with the number of rows that ``generate`` is given, before it runs.
         scoped: whether anything depends on where the prompt is.
+        answering: what follows the texts that are generated; None where nothing does.
 
     Attributes:
         on_device: int64 [], the length once more, for compiled and captured forward passes.
@@ -43,8 +45,10 @@ class Prompt:
         device: torch.device,
         on_generate: Callable[[int], None] | None = None,
         scoped: bool = True,
+        answering: Answering | None = None,
     ):
-        self._owner, self._on_generate, self._scoped = owner, on_generate, scoped
+        self._owner, self._on_generate, self._scoped, self._answering = owner, on_generate, scoped, answering
+        self._moving = False  # whether rows may change places between passes
         self._length: int | None = None
         self.known = False
         self.padding: tuple[Tensor, Tensor] | None = None
@@ -73,7 +77,10 @@ class Prompt:
 
     def attach(self) -> None:
         self.turn.give_back()
-        for name, watch in (("generate", _generate), *((name, _refuse) for name in _PACKING)):
+        watches = [("generate", _generate), *((name, _refuse) for name in _PACKING)]
+        if self._answering is not None:
+            watches.append(("prepare_inputs_for_generation", _prepare))
+        for name, watch in watches:
             inner = getattr(self._owner, name, None)
             if inner is not None:
                 # No closure: a copy of the model made inside the block must call its own method.
@@ -100,8 +107,10 @@ class Prompt:
         """
         if self._scoped:
             _expect_one_prompt(given)
+        if self._answering is not None:
+            _expect_whole_texts(given)
         ours = self.turn.take_for_generate()
-        before = self._length, self.padding, self.batch
+        before = self._length, self.padding, self.batch, self._moving
         self.padding = self.batch = None
         try:
             tokens = _tokens(given)
@@ -117,11 +126,24 @@ class Prompt:
                 self.batch = self.length = 1  # generate begins from nothing with one token
             if self.batch is not None and self._on_generate is not None:
                 self._on_generate(self.batch)
-            yield
+            self._moving = _option(given, "num_beams", self._owner) not in (None, 1)
+            with nullcontext() if self._answering is None else self._answering.generating():
+                yield
         finally:
-            self.length, self.padding, self.batch = before
+            self.length, self.padding, self.batch, self._moving = before
             if ours:
                 self.turn.give_back()
+
+    def prepared(self, ids: Tensor, mask: object, inputs: Mapping[str, Any]) -> None:
+        """Told of each forward pass that ``generate`` is about to run.
+
+        Args:
+            ids: all texts as they are, [batch, columns]; of a prompt in pieces, a piece. mask: which columns count.
+            inputs: what the pass is given.
+        """
+        tokens = inputs.get("input_ids")
+        if self._answering is not None and self._length is not None and tokens is not None:
+            self._answering.prepare(ids, mask, self._length, tokens.shape[1], self._moving)
 
 
 def _tokens(given: Mapping[str, Any]) -> Tensor | None:
@@ -131,13 +153,37 @@ def _tokens(given: Mapping[str, Any]) -> Tensor | None:
 
 
 def _expect_one_prompt(given: Mapping[str, Any]) -> None:
-    config = given.get("generation_config")
-    scale = given.get("guidance_scale", getattr(config, "guidance_scale", None))
+    scale = _option(given, "guidance_scale")
     if scale is not None and scale != 1:
         raise SteeringError(
             f"guidance_scale: found {scale} with a scope, expected none: guidance runs a second prompt of another "
             "length; use scope='all'"
         )
+
+
+def _expect_whole_texts(given: Mapping[str, Any]) -> None:
+    """Raises SteeringError where markers could not be found in what ``generate`` is given."""
+    if isinstance(given.get("inputs_embeds"), Tensor):
+        raise SteeringError("scope answer: found inputs_embeds, expected input_ids: markers are tokens")
+    tokens, mask = _tokens(given), given.get("attention_mask")
+    if tokens is not None and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > tokens.shape[1]:
+        raise SteeringError(
+            f"scope answer: found {tokens.shape[1]} columns of tokens and a mask of {mask.shape[1]}, expected the "
+            "tokens that are in the cache, too: markers may be among them"
+        )
+
+
+def _option(given: Mapping[str, Any], name: str, owner: nn.Module | None = None) -> Any:
+    """An option of ``generate``: as it is given, as the configuration given has it, or the model's own."""
+    config = given.get("generation_config") or getattr(owner, "generation_config", None)
+    return given.get(name, getattr(config, name, None))
+
+
+def _prepare(prompt: Prompt, inner: Callable, ids: Tensor, *args, **kwargs):
+    """``inner``, watched."""
+    inputs = inner(ids, *args, **kwargs)
+    prompt.prepared(ids, kwargs.get("attention_mask"), inputs)
+    return inputs
 
 
 def _generate(prompt: Prompt, inner: Callable, *args, **kwargs):

@@ -114,11 +114,12 @@ def make_report(paths: Sequence[Path], reasons: Sequence[str], names: Sequence[s
     return Report(rows)
 
 
-def complaint(paths: Sequence[Path], changes: Sequence[str], scope: Scope) -> str | None:
+def complaint(paths: Sequence[Path], changes: Sequence[str], scope: Scope, missed: bool = False) -> str | None:
     """What a user should know when steering ends: that it did nothing, wholly or in part; None if all is well.
 
     Args:
         changes: of the steered modules inside the block, from :func:`austeer.steering.replaced.replaced`.
+        missed: whether the scope is known to have held no token.
     """
     silent = [path for path in paths if path.calls == 0 and not path.traced]
     if silent:
@@ -132,6 +133,6 @@ def complaint(paths: Sequence[Path], changes: Sequence[str], scope: Scope) -> st
             f"steered modules, or what lies around them, were replaced or wrapped inside the block ({len(changes)}, "
             f"first: {changes[0]}), and may not have been steered since; change the model before steering it"
         )
-    if scope.name != "all" and any(path.tokens == 0 and not path.traced for path in paths):
+    if missed or (scope.name != "all" and any(path.tokens == 0 and not path.traced for path in paths)):
         return f"the model ran and no token was steered: none was in the scope ({scope})"
     return None

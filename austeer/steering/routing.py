@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import SteeringError
 from ..models.patches import Patch
 from ..models.structure import text_config
+from .answering import Answering
 from .cached_tokens import CachedTokens
 from .prompt import PACKED, Prompt, expect_unpadded, padding
 from .recomputation import is_recomputed
@@ -42,14 +43,24 @@ class Routing:
         prompt: how long the prompt is.
         decoder: the model without its head.
         model: with it.
+        answering: what follows each row's answer, under the scope of that name.
 
     Attributes:
         switch: the biases that hold a shift in forward passes of which every token is steered.
         key: NOBODY; WHOLE; what is equal in two forward passes if their tokens' rows are; or None if that is not known.
     """
 
-    def __init__(self, scope: Scope, rows: Rows | None, prompt: Prompt, decoder: nn.Module, model: nn.Module):
+    def __init__(
+        self,
+        scope: Scope,
+        rows: Rows | None,
+        prompt: Prompt,
+        decoder: nn.Module,
+        model: nn.Module,
+        answering: Answering | None = None,
+    ):
         self.scope, self.rows, self.prompt, self._decoder = scope, rows, prompt, decoder
+        self._answering = answering
         self.switch = Switch(model)
         self._patch = Patch(decoder)
         self._names = list(inspect.signature(decoder.forward).parameters)
@@ -65,6 +76,8 @@ class Routing:
     def attach(self) -> None:
         self._state, self.key, self._tokens, self._counted = NOBODY, None, 0, None
         self._cached.clear()
+        if self._answering is not None:
+            self._answering.attach()
         self._attached = True
         # With the decoder's own signature, which generation code may ask for.
         forward = functools.update_wrapper(functools.partial(self.forward), self._decoder.forward)
@@ -80,6 +93,11 @@ class Routing:
     def tokens(self) -> int:
         """How many tokens of forward passes outside compiled graphs were steered so far, padding included."""
         return self._tokens + (0 if self._counted is None else int(self._counted))
+
+    @property
+    def missed(self) -> bool:
+        """Whether text was generated, and no token of it was in the scope, also by compiled graphs."""
+        return self._answering is not None and self._answering.missed
 
     # --- a forward pass ----------------------------------------------------------------------------------------------
 
@@ -134,9 +152,12 @@ class Routing:
         past = self._cached.before(given, capturing(x.device)) if scoped else 0
         first, last = self._interval(given, past, batch, length, on_device)
         rows = None if self.rows is None else self.rows.of(batch, self.prompt.batch, on_device)
+        some = None if self._answering is None else self._answered(given, past, batch, length, on_device)
         self.key = None
-        if on_device or any(isinstance(n, Tensor) for n in (past, first, last)):
-            self._state = _tensor_state(rows, past, first, last, batch, length, x.device)
+        known = not any(isinstance(n, Tensor) for n in (past, first, last))
+        inside = known and max(first, past) < min(last, past + length)
+        if on_device or not known or (inside and some is not None):
+            self._state = _tensor_state(rows, past, first, last, some, batch, length, x.device)
             if self._state is None and capturing(x.device):  # kernels were loaded as passes with rows take them
                 self._state = torch.zeros(batch * length, dtype=torch.int32, device=x.device)
             if not on_device and isinstance(self._state, Tensor):
@@ -148,6 +169,16 @@ class Routing:
             if not isinstance(self._state, Tensor):
                 self.key = WHOLE if self._state is None else NOBODY
         return past + length if scoped else None
+
+    def _answered(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool) -> Tensor:
+        """bool [batch, length], which tokens of the pass are in their row's answer, as far as markers tell."""
+        assert self._answering is not None
+        if self.prompt.batch is not None:  # inside generate
+            return self._answering.prepared(batch, length)
+        ids = given.get("input_ids")
+        if ids is None:
+            raise SteeringError("scope answer: found inputs_embeds, expected input_ids: markers are tokens")
+        return self._answering.follow(ids, given.get("attention_mask"), past, on_device)
 
     def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
         scope, prompt = self.scope, self.prompt
@@ -241,14 +272,21 @@ def _expect_one_sequence(positions: Tensor, before: Tensor, past) -> None:
         )
 
 
-def _tensor_state(rows: Tensor | None, past, first, last, batch: int, length: int, device: torch.device):
-    """The state where something is only known on the device, or must be read there at each replay."""
+def _tensor_state(
+    rows: Tensor | None, past, first, last, some: Tensor | None, batch: int, length: int, device: torch.device
+):
+    """The state where something is only known on the device, or must be read there at each replay.
+
+    Args:
+        some: bool [batch, length], the tokens of the interval that are steered; None: all.
+    """
     if isinstance(first, int) and isinstance(last, int) and (first, last) == (0, END):
         return None if rows is None else _each_token(rows.to(device), length)
     column = torch.arange(length, device=device) + _on(past, device)
     first, last = (n[:, None] if isinstance(n, Tensor) and n.dim() else n for n in (first, last))
     first, last = _on(first, device), _on(last, device)
     inside = ((column >= first) & (column < last)).expand(batch, length)
+    inside = inside if some is None else inside & some.to(device)
     chosen = torch.zeros((), dtype=torch.int32, device=device) if rows is None else rows.to(device)[:, None]
     return torch.where(inside, chosen, -1).to(torch.int32).reshape(-1)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import SteeringError
+from .markers import Answer
 
 SCOPES = ("all", "prompt", "generation", "last_prompt_token", "from_last_prompt_token")
 
@@ -24,15 +25,19 @@ class Scope:
     """A half-open interval of each row's tokens.
 
     Attributes:
-        name: one of ``SCOPES``, or "range".
+        name: one of ``SCOPES``, or "range", or "answer".
         start, stop: of a range, in tokens of the row, padding not counted.
+        answer: of an answer, its markers; its interval is that of "generation", of which they take tokens away.
     """
 
     name: str
     start: int = 0
     stop: int = END
+    answer: Answer | None = None
 
     def __str__(self) -> str:
+        if self.answer is not None:
+            return str(self.answer)
         if self.name != "range":
             return self.name
         return f"tokens {self.start} to {'the end' if self.stop == END else self.stop - 1}"
@@ -52,7 +57,7 @@ class Scope:
         """
         if self.name == "prompt":
             return 0, prompt
-        if self.name == "generation":
+        if self.name in ("generation", "answer"):
             return prompt, END
         if self.name == "last_prompt_token":
             end = prompt - padding_after
@@ -64,15 +69,30 @@ class Scope:
         return 0, END
 
 
-def parse_scope(scope: str | tuple[int, int | None]) -> Scope:
-    """A scope from its name, or from (start, stop): tokens start to stop - 1 of each row; stop may be None.
+#: What a scope may be given as.
+ScopeLike = str | tuple[int, int | None] | Answer
+
+
+def parse_scope(scope: ScopeLike) -> Scope:
+    """A scope from its name, from (start, stop): tokens start to stop - 1 of each row, or from an answer's markers.
+
+    ``stop`` may be None.
 
     Raises:
-        SteeringError: neither.
+        SteeringError: none of these.
     """
+    if isinstance(scope, Answer):
+        return Scope("answer", answer=scope)
     if isinstance(scope, str) and scope in SCOPES:
         return Scope(scope)
-    expected = f"expected one of {', '.join(SCOPES)} or a half-open range of tokens such as (0, 16) or (16, None)"
+    if scope == "answer":
+        raise SteeringError(
+            "scope: found 'answer', expected austeer.answer_scope(tokenizer): its markers are the tokenizer's"
+        )
+    expected = (
+        f"expected one of {', '.join(SCOPES)}, a half-open range of tokens such as (0, 16) or (16, None), or "
+        "austeer.answer_scope(tokenizer)"
+    )
     if not isinstance(scope, (tuple, list)) or len(scope) != 2:
         raise SteeringError(f"scope: found {scope!r}, {expected}")
     start, stop = scope

@@ -12,6 +12,7 @@ from ..models.structure import unwrap
 from ..momentum.profile import Profile
 from ..plans.plan import Plan
 from .doses import measured_doses, plans_with_doses
+from .scope import ScopeLike
 from .steering import Steering
 from .strength import Alpha, Strength, named_plans
 
@@ -23,7 +24,7 @@ def steer(
     *,
     kl: float | Mapping[str, float] | None = None,
     k: int | Mapping[str, int] | None = None,
-    scope: str | tuple[int, int | None] = "all",
+    scope: ScopeLike = "all",
     mode: str = "auto",
     layout: Layout | None = None,
     check: bool = True,
@@ -62,7 +63,8 @@ def steer(
         k: steer only the k most important AUs, of each plan or by name; all by default.
         scope: the tokens to steer: "all"; "prompt"; "generation", what comes after the prompt; "last_prompt_token";
             "from_last_prompt_token", that and what comes after it; or a half-open range such as (0, 16) or (16, None),
-            counted from each row's first token after its padding. The first generated token is chosen at the last
+            counted from each row's first token after its padding; or :func:`austeer.answer_scope`, what comes after
+            the prompt but thoughts and calls of tools. The first generated token is chosen at the last
             prompt token: "generation" leaves it as it is, "from_last_prompt_token" steers the choice of every one.
             See :attr:`Steering.prompt_length` for what the prompt is where the model is called without ``generate``.
         mode: the path, see ``report()``: "fold" scales weights in place and "bias" writes a shift into biases, both

@@ -14,9 +14,10 @@ from torch import nn
 
 from ..errors import SteeringError, SteeringWarning
 from ..models.sites import Layout, find_sites
-from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap
+from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap, vocabulary_size
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
+from .answering import Answering
 from .editable import why_frozen
 from .fold import Fold
 from .path import Path, detach_all, expect_restored
@@ -27,7 +28,7 @@ from .replaced import Forwards, forwards_of, replaced
 from .report import Report, complaint, make_report
 from .routing import Routing
 from .row_plans import NO_NAMES, Rows
-from .scope import parse_scope
+from .scope import ScopeLike, parse_scope
 from .selfcheck import EditProbe
 from .sharing import expect_apart, expect_free, mark, unmark
 from .strength import Alpha, Strength, named_plans
@@ -50,7 +51,7 @@ class Steering:
         plan: Plan | Mapping[str, Plan],
         alpha: Alpha,
         k: int | Mapping[str, int] | None,
-        scope: str | tuple[int, int | None],
+        scope: ScopeLike,
         mode: str,
         layout: Layout | None,
         check: bool,
@@ -80,8 +81,10 @@ class Steering:
             device = input_device(self._model)
             rows = Rows(list(self.plans), device) if self._named else None
             scoped = self.scope.name != "all"
-            prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped)
-            self._routing = Routing(self.scope, rows, prompt, self._decoder, self._model)
+            answer = self.scope.answer
+            answering = None if answer is None else Answering(answer, vocabulary_size(self._model), device)
+            prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped, answering)
+            self._routing = Routing(self.scope, rows, prompt, self._decoder, self._model, answering)
         with _lock:  # planning may run a block once, with a hook on it
             self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
         self._expect_finite()
@@ -310,7 +313,7 @@ class Steering:
         self.detach()
         if kind is None:
             changes = replaced(self._model, self._paths, self._forwards)
-            message = complaint(self._paths, changes, self.scope)
+            message = complaint(self._paths, changes, self.scope, self._routing is not None and self._routing.missed)
             if message:
                 warnings.warn(message, SteeringWarning, stacklevel=2)
 

@@ -121,6 +121,16 @@ def test_generate_runs_several_plans_in_one_batch(demo, files):
     assert {unit["plan"] for row in data["report"] for unit in row["units"]} == {"plan", "other"}
 
 
+def test_generate_steers_the_answer(demo, files):
+    """By the tokenizer's own markers: this one has none, and so the answer is all that is generated."""
+    common = ("generate", files[0] / "plan", "--model", "demo", "-p", "The weekend trip was", "--device", "cpu")
+    texts = [
+        json.loads(run(*common, "--alpha", -30, "--scope", scope, "--max-new-tokens", 9, "--json"))["continuations"]
+        for scope in ("answer", "generation")
+    ]
+    assert texts[0] == texts[1] and texts[0]["unsteered"] != texts[0]["alpha -30"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

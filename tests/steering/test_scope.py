@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from austeer import SteeringError
+from austeer.steering.markers import Answer
 from austeer.steering.scope import END, SCOPES, Scope, parse_scope
 
 
@@ -13,6 +14,9 @@ def test_names_and_ranges():
     assert [parse_scope(name) for name in SCOPES] == [Scope(name) for name in SCOPES]
     assert parse_scope((2, 5)) == parse_scope([2, 5]) == Scope("range", 2, 5)
     assert parse_scope((2, None)) == Scope("range", 2, END)
+    answer = Answer(start=((3,),), text="from 'a' on")
+    assert parse_scope(answer) == Scope("answer", answer=answer) and str(parse_scope(answer)) == "answer, from 'a' on"
+    assert parse_scope(answer).interval(7, 0, 0) == (7, END)
     assert [str(parse_scope(s)) for s in ("prompt", (2, 5), (2, None))] == [
         "prompt",
         "tokens 2 to 4",
