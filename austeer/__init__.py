@@ -40,6 +40,7 @@ from .pairs.stream import PairStream, stream_pairs
 from .plans.evidence import Evidence, Outcome, Overhead
 from .plans.hub import HubError
 from .plans.plan import Plan
+from .plans.probe import Probe
 from .plans.table import AtomicUnit
 from .steering.answer_scope import answer_scope
 from .steering.markers import Answer
@@ -48,6 +49,7 @@ from .steering.steering import Steering
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .measuring.probing import fit_probe
     from .tasks import estimate_kl
     from .tuning import compare, tune
 
@@ -73,6 +75,7 @@ __all__ = [
     "PairsError",
     "Plan",
     "PlanError",
+    "Probe",
     "Profile",
     "SelectionError",
     "Site",
@@ -89,6 +92,7 @@ __all__ = [
     "export_gguf",
     "export_lora",
     "find_sites",
+    "fit_probe",
     "is_steered",
     "load_pairs",
     "measure",
@@ -111,6 +115,10 @@ def __getattr__(name: str) -> Any:
         from .tasks import estimate_kl
 
         return estimate_kl
+    if name == "fit_probe":
+        from .measuring.probing import fit_probe
+
+        return fit_probe
     if name in ("compare", "tune"):
         from . import tuning
 

@@ -7,7 +7,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,7 @@ class Prompt:
         on_generate: called with the number of rows that ``generate`` is given, before it runs.
         scoped: whether anything depends on where the prompt is.
         answering: what follows the texts that are generated; None where nothing does.
+        around: entered while ``generate`` runs.
 
     Attributes:
         on_device: int64 [], the length once more, for compiled and captured forward passes.
@@ -46,8 +47,10 @@ class Prompt:
         on_generate: Callable[[int], None] | None = None,
         scoped: bool = True,
         answering: Answering | None = None,
+        around: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self._owner, self._on_generate, self._scoped, self._answering = owner, on_generate, scoped, answering
+        self._around = around
         self._moving = False  # whether rows may change places between passes
         self._length: int | None = None
         self.known = False
@@ -127,7 +130,7 @@ class Prompt:
             if self.batch is not None and self._on_generate is not None:
                 self._on_generate(self.batch)
             self._moving = _option(given, "num_beams", self._owner) not in (None, 1)
-            with nullcontext() if self._answering is None else self._answering.generating():
+            with self._around(), nullcontext() if self._answering is None else self._answering.generating():
                 yield
         finally:
             self.length, self.padding, self.batch, self._moving = before

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .deciding import WhenReport
 from .path import Path
 from .scope import Scope
 from .strength import Strength
@@ -71,13 +72,25 @@ class SiteReport:
 
 
 class Report(tuple[SiteReport, ...]):
-    """One ``SiteReport`` for each steered site and layer; prints as a table."""
+    """One ``SiteReport`` for each steered site and layer; prints as a table.
+
+    Attributes:
+        when: what a probe decided; None without one.
+    """
+
+    when: WhenReport | None = None
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self))
+        return "\n".join(map(str, self if self.when is None else [*self, self.when]))
 
 
-def make_report(paths: Sequence[Path], reasons: Sequence[str], names: Sequence[str], levels: Strength) -> Report:
+def make_report(
+    paths: Sequence[Path],
+    reasons: Sequence[str],
+    names: Sequence[str],
+    levels: Strength,
+    when: WhenReport | None = None,
+) -> Report:
     """The report of ``paths`` with the strengths as they are now; ``names`` are the plans'."""
     strengths: list[list[tuple[int, int, float]]] = []  # for each path (plan, index, strength)
     totals = [0.0] * len(names)
@@ -111,15 +124,19 @@ def make_report(paths: Sequence[Path], reasons: Sequence[str], names: Sequence[s
                 units=units,
             )
         )
-    return Report(rows)
+    report = Report(rows)
+    report.when = when
+    return report
 
 
-def complaint(paths: Sequence[Path], changes: Sequence[str], scope: Scope, missed: bool = False) -> str | None:
+def complaint(
+    paths: Sequence[Path], changes: Sequence[str], scope: Scope, missed: bool = False, idle: bool = False
+) -> str | None:
     """What a user should know when steering ends: that it did nothing, wholly or in part; None if all is well.
 
     Args:
         changes: of the steered modules inside the block, from :func:`austeer.steering.replaced.replaced`.
-        missed: whether the scope is known to have held no token.
+        missed: whether the scope is known to have held no token. idle: whether a probe wanted none steered.
     """
     silent = [path for path in paths if path.calls == 0 and not path.traced]
     if silent:
@@ -133,6 +150,6 @@ def complaint(paths: Sequence[Path], changes: Sequence[str], scope: Scope, misse
             f"steered modules, or what lies around them, were replaced or wrapped inside the block ({len(changes)}, "
             f"first: {changes[0]}), and may not have been steered since; change the model before steering it"
         )
-    if missed or (scope.name != "all" and any(path.tokens == 0 and not path.traced for path in paths)):
+    if not idle and (missed or (scope.name != "all" and any(path.tokens == 0 and not path.traced for path in paths))):
         return f"the model ran and no token was steered: none was in the scope ({scope})"
     return None

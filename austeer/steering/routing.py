@@ -19,6 +19,7 @@ from ..models.patches import Patch
 from ..models.structure import text_config
 from .answering import Answering
 from .cached_tokens import CachedTokens
+from .deciding import Deciding
 from .prompt import PACKED, Prompt, expect_unpadded, padding
 from .recomputation import is_recomputed
 from .row_plans import Rows
@@ -44,6 +45,7 @@ class Routing:
         decoder: the model without its head.
         model: with it.
         answering: what follows each row's answer, under the scope of that name.
+        deciding: what decides whether a row is steered at all; None: all are.
 
     Attributes:
         switch: the biases that hold a shift in forward passes of which every token is steered.
@@ -58,9 +60,10 @@ class Routing:
         decoder: nn.Module,
         model: nn.Module,
         answering: Answering | None = None,
+        deciding: Deciding | None = None,
     ):
         self.scope, self.rows, self.prompt, self._decoder = scope, rows, prompt, decoder
-        self._answering = answering
+        self._answering, self.deciding = answering, deciding
         self.switch = Switch(model)
         self._patch = Patch(decoder)
         self._names = list(inspect.signature(decoder.forward).parameters)
@@ -78,6 +81,8 @@ class Routing:
         self._cached.clear()
         if self._answering is not None:
             self._answering.attach()
+        if self.deciding is not None:
+            self.deciding.attach()
         self._attached = True
         # With the decoder's own signature, which generation code may ask for.
         forward = functools.update_wrapper(functools.partial(self.forward), self._decoder.forward)
@@ -87,6 +92,8 @@ class Routing:
     def detach(self) -> None:
         self._attached = False  # what wraps our forward calls it still
         self.prompt.detach()
+        if self.deciding is not None:
+            self.deciding.detach()
         self._patch.detach()
 
     @property
@@ -124,6 +131,8 @@ class Routing:
         finally:
             self._running = inside
             self.switch.turn(inside and around[2])
+            if self.deciding is not None:
+                self.deciding.ends()
             if inside:  # what is left of that pass; otherwise a layer called by itself uses the last pass's
                 self._state, self.key = around[:2]
             if self._ours:
@@ -152,7 +161,7 @@ class Routing:
         past = self._cached.before(given, capturing(x.device)) if scoped else 0
         first, last = self._interval(given, past, batch, length, on_device)
         rows = None if self.rows is None else self.rows.of(batch, self.prompt.batch, on_device)
-        some = None if self._answering is None else self._answered(given, past, batch, length, on_device)
+        some = self._chosen(given, past, batch, length, on_device)
         self.key = None
         known = not any(isinstance(n, Tensor) for n in (past, first, last))
         inside = known and max(first, past) < min(last, past + length)
@@ -170,29 +179,48 @@ class Routing:
                 self.key = WHOLE if self._state is None else NOBODY
         return past + length if scoped else None
 
-    def _answered(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool) -> Tensor:
-        """bool [batch, length], which tokens of the pass are in their row's answer, as far as markers tell."""
-        assert self._answering is not None
-        if self.prompt.batch is not None:  # inside generate
-            return self._answering.prepared(batch, length)
-        ids = given.get("input_ids")
-        if ids is None:
-            raise SteeringError("scope answer: found inputs_embeds, expected input_ids: markers are tokens")
-        return self._answering.follow(ids, given.get("attention_mask"), past, on_device)
+    def _chosen(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool) -> Tensor | None:
+        """Which tokens of the pass are steered, as far as markers and a probe tell: bool, spread to [batch, length]."""
+        some = None
+        if self._answering is not None:
+            if self.prompt.batch is not None:  # inside generate
+                some = self._answering.prepared(batch, length)
+            elif given.get("input_ids") is None:
+                raise SteeringError("scope answer: found inputs_embeds, expected input_ids: markers are tokens")
+            else:
+                ids, mask = given["input_ids"], given.get("attention_mask")
+                some = self._answering.follow(ids, mask, past, on_device)
+        if self.deciding is not None:
+            end = self._prompt_end(past, length, on_device)
+            stop, after = end, 0
+            if end is not None and (isinstance(past, Tensor) or isinstance(end, Tensor) or past < end):
+                after = self._padding(given, past, batch, length, on_device)[1]
+                if self.prompt.padding is None:
+                    stop = _least(end, past + length)
+            self.deciding.begin(batch, length, past, end, stop, after)
+            fires = self.deciding.fires
+            some = fires if some is None or fires is None else some & fires.to(some.device)
+        return some
+
+    def _prompt_end(self, past, length: int, on_device: bool) -> int | Tensor | None:
+        """The prompt's columns; None where a call outside of generate goes on from one."""
+        if self.prompt.known:
+            return self.prompt.end(on_device)
+        # Outside generate a call of several tokens is prompt, and a call of one on a filled cache is not.
+        fresh = length > 1 or (not isinstance(past, Tensor) and past == 0)
+        return past + length if fresh else None
 
     def _interval(self, given: Mapping[str, Any], past, batch: int, length: int, on_device: bool):
-        scope, prompt = self.scope, self.prompt
+        scope = self.scope
         if scope.name == "all":
             return 0, END
-        if prompt.known:
-            end = prompt.end(on_device)
-        else:  # outside generate a call of several tokens is prompt, and a call of one on a filled cache is not
-            fresh = length > 1 or (not isinstance(past, Tensor) and past == 0)
-            if not fresh and scope.name == "last_prompt_token":
+        end = self._prompt_end(past, length, on_device)
+        if end is None:
+            if scope.name == "last_prompt_token":
                 return 0, 0
-            if not fresh and scope.name == "from_last_prompt_token":
+            if scope.name == "from_last_prompt_token":
                 return 0, END
-            end = past + length if fresh else past
+            end = past
         before, after = 0, 0
         if scope.name == "from_last_prompt_token" and isinstance(past, int) and isinstance(end, int) and past >= end:
             return 0, END  # the prompt was run before

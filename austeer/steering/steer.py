@@ -11,6 +11,7 @@ from ..models.sites import Layout
 from ..models.structure import unwrap
 from ..momentum.profile import Profile
 from ..plans.plan import Plan
+from ..plans.probe import Probe
 from .doses import measured_doses, plans_with_doses
 from .scope import ScopeLike
 from .steering import Steering
@@ -30,6 +31,7 @@ def steer(
     check: bool = True,
     profile: Profile | None = None,
     exact: bool = True,
+    when: Probe | None = None,
 ) -> Steering:
     """Steers a model with a plan, inside a ``with`` block (paper: x + alpha * beta * x at every position).
 
@@ -78,16 +80,18 @@ def steer(
         profile: with kl, the model's profile, for a plan without a dose.
         exact: with kl, see what the predicted strength does to some neutral text, and correct it: two steps at most, of
             two forward passes over some five hundred tokens.
+        when: steer only rows on whose prompts this probe fires (:func:`austeer.fit_probe`). It reads the last prompt
+            token, and so is of the scopes "generation" and of an answer.
 
     Raises:
-        PlanError: the plan is for another architecture, or k does not fit.
+        PlanError: the plan or the probe is for another architecture, or k does not fit.
         SiteError: the model lacks a site.
         SteeringError: alpha is not finite, ``scope`` is none, or ``mode`` is not possible at a site (which is named
             with the reason); or a KL is asked for that cannot be predicted, not be measured, or not be reached.
         CaptureError: with kl, a model without a head. SelectionError: a profile of other weights.
     """
     if kl is None:
-        return Steering(model, plan, 1.0 if alpha is None else alpha, k, scope, mode, layout, check)
+        return Steering(model, plan, 1.0 if alpha is None else alpha, k, scope, mode, layout, check, when)
     if alpha is not None:
         raise SteeringError(f"found both alpha ({alpha!r}) and kl ({kl!r}), expected one of them")
     if profile is not None:
@@ -105,4 +109,4 @@ def steer(
     levels = Strength(plans, named)
     levels.set_k(k)
     given = plans if named else next(iter(plans.values()))
-    return Steering(model, given, levels.alpha_for(kl), k, scope, mode, layout, check)
+    return Steering(model, given, levels.alpha_for(kl), k, scope, mode, layout, check, when)

@@ -10,14 +10,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import SteeringError, SteeringWarning
-from ..models.sites import Layout, find_sites
+from ..models.sites import Layout, find_sites, site_at
 from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap, vocabulary_size
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
+from ..plans.probe import Probe
 from .answering import Answering
+from .deciding import Deciding, WhenReport
 from .editable import why_frozen
 from .fold import Fold
 from .path import Path, detach_all, expect_restored
@@ -33,6 +36,9 @@ from .selfcheck import EditProbe
 from .sharing import expect_apart, expect_free, mark, unmark
 from .strength import Alpha, Strength, named_plans
 
+#: The scopes that leave the prompt as it is.
+JUDGED = ("generation", "answer")
+
 #: Two threads that put plans on one model at once would each save what the other has changed.
 _lock = threading.RLock()
 
@@ -42,7 +48,7 @@ class Steering:
 
     Attributes:
         plans: name -> plan; one without a name is under "".
-        scope: which tokens are steered.
+        scope: which tokens are steered. when: the probe that decides on which rows; None: on all.
     """
 
     def __init__(
@@ -55,11 +61,18 @@ class Steering:
         mode: str,
         layout: Layout | None,
         check: bool,
+        when: Probe | None = None,
     ):
         if mode not in MODES:
             raise SteeringError(f"mode: found {mode!r}, expected one of {', '.join(MODES)}")
         self.plans = named_plans(plan)
         self.scope = parse_scope(scope)
+        self.when = when
+        if when is not None and (not isinstance(when, Probe) or self.scope.name not in JUDGED):
+            raise SteeringError(
+                f"when: found {when!r} with scope {self.scope}, expected an austeer.Probe with scope='generation' or "
+                "austeer.answer_scope(tokenizer): it judges the prompt as the model reads it unsteered"
+            )
         self._named = isinstance(plan, Mapping)
         self._levels = Strength(self.plans, self._named)
         self._levels.set_alpha(alpha)
@@ -81,10 +94,11 @@ class Steering:
             device = input_device(self._model)
             rows = Rows(list(self.plans), device) if self._named else None
             scoped = self.scope.name != "all"
-            answer = self.scope.answer
+            answer, deciding = self.scope.answer, self._deciding(device)
             answering = None if answer is None else Answering(answer, vocabulary_size(self._model), device)
-            prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped, answering)
-            self._routing = Routing(self.scope, rows, prompt, self._decoder, self._model, answering)
+            around = nullcontext if deciding is None else deciding.generating
+            prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped, answering, around)
+            self._routing = Routing(self.scope, rows, prompt, self._decoder, self._model, answering, deciding)
         with _lock:  # planning may run a block once, with a hook on it
             self._paths, self._reasons = self._plan_paths()  # so that what cannot be is refused here
         self._expect_finite()
@@ -93,6 +107,14 @@ class Steering:
         plans = ", ".join(f"{name!r}: {plan!r}" if self._named else repr(plan) for name, plan in self.plans.items())
         state = "on" if self._attached else "off"
         return f"Steering({type(self._model).__name__}, {plans}, alpha={self.alpha}, k={self.k}, {self.scope}, {state})"
+
+    def _deciding(self, device: torch.device) -> Deciding | None:
+        """What decides by the probe, for the model as it is now."""
+        if self.when is None:
+            return None
+        sites = find_sites(self._model, self.when.site, self._layout)
+        self.when.check_fits(self._model, sites)
+        return Deciding(self.when, self._model, site_at(sites[self.when.site], self.when.layer), device)
 
     def _plan_paths(self) -> tuple[list[Path], list[str]]:
         """A path for each site and layer of the plans, for the model as it is now."""
@@ -313,13 +335,23 @@ class Steering:
         self.detach()
         if kind is None:
             changes = replaced(self._model, self._paths, self._forwards)
-            message = complaint(self._paths, changes, self.scope, self._routing is not None and self._routing.missed)
+            missed = self._routing is not None and self._routing.missed
+            found = self._decisions()
+            idle = found is not None and found.decided > found.fired == 0
+            message = complaint(self._paths, changes, self.scope, missed, idle)
             if message:
                 warnings.warn(message, SteeringWarning, stacklevel=2)
 
     def report(self) -> Report:
-        """Which path each site took and why, how often it ran, how many tokens it steered, and each AU's share."""
-        return make_report(self._paths, self._reasons, list(self.plans), self._levels)
+        """Which path each site took and why, how often it ran, how many tokens it steered, and each AU's share.
+
+        With ``when`` also what it decided.
+        """
+        return make_report(self._paths, self._reasons, list(self.plans), self._levels, self._decisions())
+
+    def _decisions(self) -> WhenReport | None:
+        deciding = None if self._routing is None else self._routing.deciding
+        return None if deciding is None else deciding.report()
 
 
 @contextmanager
