@@ -31,6 +31,7 @@ VERBS = {
     "Plan.save_pretrained": austeer.Plan.save_pretrained,
     "Plan.from_pretrained": austeer.Plan.from_pretrained,
     "steer": austeer.steer,
+    "fit_probe": austeer.fit_probe,
     "answer_scope": austeer.answer_scope,
     "tune": austeer.tune,
     "compare": austeer.compare,

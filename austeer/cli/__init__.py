@@ -24,6 +24,7 @@ from . import (
     measure,
     momentum,
     pairs,
+    probe,
     profile,
     pull,
     push,
@@ -57,7 +58,8 @@ austeer serve MODEL --sets plans
 `--model demo` is SmolLM2-135M-Instruct; `austeer demo` shows everything on it.
 """,
 )
-for module in (measure, select, inspect, tune, compare, evaluate, generate, push, pull, demo, cost, causal, profile):
+COMMANDS = (measure, select, inspect, tune, compare, evaluate, generate, push, pull, demo, cost, causal, profile, probe)
+for module in COMMANDS:
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
 app.command(context_settings=serve.SETTINGS)(serve.serve)
 app.add_typer(momentum.app, name="momentum")

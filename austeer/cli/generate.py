@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..momentum.profile import Profile
     from ..plans.plan import Plan
     from ..steering.scope import ScopeLike
+    from ..steering.steering import Steering
 
 
 Alphas = Annotated[
@@ -44,12 +46,18 @@ def generate(
     profile: ProfileFile = None,
     k: Annotated[int | None, typer.Option(help="Only the k most important AUs. [default: all]")] = None,
     scope: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="all, prompt, generation, answer (generation without thoughts and calls of tools, by the tokenizer's "
-            "own markers), last_prompt_token, from_last_prompt_token, or tokens such as 0:16 or 16:"
+            "own markers), last_prompt_token, from_last_prompt_token, or tokens such as 0:16 or 16:  "
+            "[default: all; with --when generation]",
+            show_default=False,
         ),
-    ] = "all",
+    ] = None,
+    when: Annotated[
+        Path | None,
+        typer.Option(help="Steer only after prompts on which this probe (austeer probe) fires.", show_default=False),
+    ] = None,
     mode: Annotated[str, typer.Option(help="auto, fold, fused, columns or dense.")] = "auto",
     chat: Chat = False,
     chat_option: ChatOption = None,
@@ -72,8 +80,10 @@ def generate(
     """
     from ..forward.generation import continue_prompts
     from ..plans.plan import Plan
+    from ..plans.probe import Probe
     from ..steering.steer import steer
 
+    probe = None if when is None else Probe.load(when)
     plans = dict(zip(common.plan_names(plan), map(Plan.from_pretrained, plan)))
     only = next(iter(plans.values())) if len(plans) == 1 else None
     strengths: list[Any] = list(dict.fromkeys(parse_alphas(alpha))) or [_recommended(plans)]
@@ -94,25 +104,13 @@ def generate(
     if kls:
         strengths = [_at_kl(network, steered, one, k, made) for one in kls]
     labels = [f"kl {one:.12g}" for one in kls] or _labels(strengths)
-    steering = steer(network, only or plans, strengths[0], k=k, scope=_scope(scope, tokenizer), mode=mode)
-    results: dict[str, list[str]] = {}
-    if only is not None:
-        results["unsteered"] = write(prompts=prompt)
-    with steering:
-        for strength, label in zip(strengths, labels):
-            steering.alpha = strength
-            if only is not None:
-                results[label] = write(prompts=prompt)
-                continue
-            rows = [None, *plans]
-            with steering.rows([row for row in rows for _ in prompt]):
-                texts = write(prompts=list(prompt) * len(rows))
-            for number, row in enumerate(rows):
-                part = texts[number * len(prompt) : (number + 1) * len(prompt)]
-                results["unsteered" if row is None else f"{row}, {label}"] = part
+    tokens = _scope(scope or ("all" if probe is None else "generation"), tokenizer)
+    steering = steer(network, only or plans, strengths[0], k=k, scope=tokens, mode=mode, when=probe)
+    results = _written(steering, plans, dict(zip(labels, strengths)), prompt, write)
     if json:
         shown: dict[str, Any] = {"alphas": dict(zip(labels, strengths))} if kls else {}
         shown |= {"report": [asdict(row) for row in steering.report()]} if report else {}
+        shown |= {} if (found := steering.report().when) is None else {"when": asdict(found)}
         common.emit({"prompts": prompt, "continuations": results, **shown})
         return
     for one, strength in zip(labels, strengths) if kls else ():
@@ -120,6 +118,34 @@ def generate(
     _show(prompt, results)
     if report:
         console.print(str(steering.report()))
+    elif when is not None:
+        console.print(str(steering.report().when))
+
+
+def _written(
+    steering: Steering,
+    plans: dict[str, Plan],
+    strengths: dict[str, Any],
+    prompts: list[str],
+    write: Callable[..., list[str]],
+) -> dict[str, list[str]]:
+    """What is written after each prompt, unsteered and at each strength; several plans in one batch."""
+    results: dict[str, list[str]] = {}
+    if len(plans) == 1:
+        results["unsteered"] = write(prompts=prompts)
+    with steering:
+        for label, strength in strengths.items():
+            steering.alpha = strength
+            if len(plans) == 1:
+                results[label] = write(prompts=prompts)
+                continue
+            rows = [None, *plans]
+            with steering.rows([row for row in rows for _ in prompts]):
+                texts = write(prompts=prompts * len(rows))
+            for number, row in enumerate(rows):
+                part = texts[number * len(prompts) : (number + 1) * len(prompts)]
+                results["unsteered" if row is None else f"{row}, {label}"] = part
+    return results
 
 
 def _show(prompts: Sequence[str], results: dict[str, list[str]]) -> None:

@@ -134,9 +134,12 @@ def test_beams_follow_their_row(model, plan, probes, options):
 
 def test_drafted_tokens_before_the_prompt_has_run_are_refused(model, plan, probes):
     prompt = left_padded([[5, 6, 7, 5, 6, 7, 5, 6]])
-    with pytest.warns(SteeringWarning), austeer.steer(model, plan, scope="generation", when=probes["layer"]):
-        with pytest.raises(austeer.SteeringError, match=r"when.*together.*prompt lookup"):
-            model.generate(**prompt, **GREEDY, prompt_lookup_num_tokens=2)
+    with (
+        pytest.warns(SteeringWarning),
+        austeer.steer(model, plan, scope="generation", when=probes["layer"]),
+        pytest.raises(austeer.SteeringError, match=r"when.*together.*prompt lookup"),
+    ):
+        model.generate(**prompt, **GREEDY, prompt_lookup_num_tokens=2)
 
 
 def test_plans_of_rows_and_the_scope_of_an_answer(model, plan, probes):
