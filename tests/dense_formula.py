@@ -9,8 +9,17 @@ from austeer.plans.plan import Plan
 
 SITES = ("attention", "ffn", "layer", "neuron")
 WEIGHT_SITES = ("attention", "ffn", "neuron")  # where steering can be an edit of weights
-OPERATIONS = ("scale", "push", "shift")
+BY_UNIT = ("scale", "push", "shift")  # what is done to each AU by itself, which all kernels can do
+OPERATIONS = (*BY_UNIT, "ablate")
 PATHS = ("fold", "bias", "fused", "columns", "dense")
+#: What each path can do.
+POSSIBLE = {
+    "fold": ("scale", "ablate"),
+    "bias": ("shift",),
+    "fused": BY_UNIT,
+    "columns": OPERATIONS,
+    "dense": OPERATIONS,
+}
 OPERATION = dict.fromkeys(PATHS, "scale") | {"bias": "shift"}  # one that the path can do
 
 
@@ -75,6 +84,9 @@ def formula(model, plan, alpha, where=None, layout=None):
             return x + strength * beta * x
         if plan.operation == "push":
             return x + strength * beta * x.abs()
+        if plan.operation == "ablate":
+            direction = torch.nn.functional.normalize(delta.double(), dim=0).to(x)
+            return x - strength * (x @ direction)[..., None] * direction
         return x + strength * delta
 
     for name, sites in find_sites(model, plan.sites, layout).items():

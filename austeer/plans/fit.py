@@ -47,7 +47,7 @@ def why_not_linear(site: Site, operation: str) -> str | None:
     """The reason why no weights and biases could do what steering at a site does; None if some could."""
     if operation == "push":
         return "push is not linear"
-    if operation == "scale":
+    if operation in ("scale", "ablate"):
         return None if site.parts else "no linear layer makes this tensor"
     if site.bias is not None:
         return None
@@ -90,14 +90,32 @@ class LayerUnits:
     first: int = 0
 
     @property
-    def magnitude(self) -> bool:
-        return self.operation == "push"
+    def form(self) -> str:
+        """What one pass over a tensor can do for several plans at once; "linear": x + gamma * x + shift."""
+        return {"push": "magnitude", "ablate": "direction"}.get(self.operation, "linear")
+
+    def amounts(self, alpha: float, k: int) -> Tensor:
+        """alpha times beta, delta or the direction, whichever the operation has; float32 [count], on the CPU.
+
+        Zeros from rank k on.
+        """
+        strength = torch.where(self.rank < k, torch.tensor(alpha, dtype=torch.float32, device="cpu"), 0.0)
+        of_one = {"shift": self.delta, "ablate": self.direction(k)}.get(self.operation, self.beta)
+        return strength * of_one
 
     def strengths(self, alpha: float, k: int) -> tuple[Tensor, Tensor]:
-        """gamma and shift of each AU, float32 [count], on the CPU; zeros from rank k on."""
-        strength = torch.where(self.rank < k, torch.tensor(alpha, dtype=torch.float32, device="cpu"), 0.0)
-        zero = torch.zeros_like(strength)
-        return (zero, strength * self.delta) if self.operation == "shift" else (strength * self.beta, zero)
+        """gamma and shift of each AU, float32 [count], on the CPU; zeros from rank k on. Not of "ablate"."""
+        if self.operation == "ablate":
+            raise ValueError("strengths: found 'ablate', expected an operation with a gamma or a shift of each AU")
+        amounts = self.amounts(alpha, k)
+        zero = torch.zeros_like(amounts)
+        return (zero, amounts) if self.operation == "shift" else (amounts, zero)
+
+    def direction(self, k: int) -> Tensor:
+        """delta of the AUs below rank k at length 1; float32 [count], on the CPU. Zeros where there is none below."""
+        used = torch.where(self.rank < k, self.delta, 0.0).double()  # whose squares do not vanish
+        length = used.norm()
+        return (used / length if length else used).float()
 
 
 def units_by_layer(plans: Sequence[Plan], sites: Iterable[str]) -> dict[tuple[str, int], list[LayerUnits]]:

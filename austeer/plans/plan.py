@@ -23,6 +23,8 @@ class Plan(PlanTable):
         delta: float32 [k], the mean of positive minus negative activation, in the activation's own unit.
         operation: what steering does to the activation x of an AU, with the strength alpha:
             "scale": x + alpha * beta * x (the paper); "push": x + alpha * beta * |x|; "shift": x + alpha * delta.
+            "ablate" is of the AUs of one site and layer together: x - alpha * d (d . x), d their delta at length 1 (of
+            those in use, where k is smaller). alpha = 1 removes the direction, 2 mirrors it.
         model: what the plan was measured on. pairs: how many pairs. ties: the tie rule, "effect" or "public".
         chat_template: whether the prompts went through one, with its options if it had any.
         rank: what the AUs are ranked by: "momentum" (the paper: |beta|), "difference" (|delta|) or "effect" (what a

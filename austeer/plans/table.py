@@ -18,7 +18,9 @@ from .evidence import Evidence
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-OPERATIONS = ("scale", "push", "shift")
+#: What is done to each AU by itself; and "ablate", which removes the direction that a layer's AUs form together.
+BY_UNIT = ("scale", "push", "shift")
+OPERATIONS = (*BY_UNIT, "ablate")
 TIES = ("effect", "public")
 #: What AUs are ranked by, and how far a shift of strength 1 moves them.
 RANKED_BY = ("momentum", "difference", "effect")
@@ -101,6 +103,7 @@ class PlanTable:
                     raise PlanError(f"{what}: found {least} to {greatest} at site {name!r}, expected 0 to {size - 1}")
             if (layer.long() * self.model.widths[name] + index).unique().numel() < len(rows):
                 raise PlanError("found the same AU twice; a plan names each AU once")
+        self.expect_directions(len(self))
         if self.dose is not None and (self.operation, len(self.dose.kl)) != ("shift", len(self)):
             raise PlanError(
                 f"dose: found that of {len(self.dose.kl)} AUs in a plan of {self.operation!r} with {len(self)}, "
@@ -171,8 +174,29 @@ class PlanTable:
         """
         return self.take(torch.arange(check_count("k", k, len(self), "the plan's AUs", PlanError), device="cpu"))
 
+    def expect_directions(self, k: int) -> None:
+        """Raises PlanError where the plan ablates, and the first ``k`` AUs form no direction in a layer that has some.
+
+        No other operation needs one.
+        """
+        if self.operation != "ablate":
+            return
+        largest: dict[tuple[str, int], float] = {}
+        for (site, layer, _), size in zip(self.keys()[:k], self.delta[:k].abs().tolist()):
+            largest[site, layer] = max(size, largest.get((site, layer), 0.0))
+        for (site, layer), size in largest.items():
+            if not size:
+                raise PlanError(
+                    f"delta: found zeros alone among the first {k} AUs at site {site!r} of layer {layer}, expected "
+                    "other numbers: 'ablate' removes the direction of delta; take other AUs, or another operation"
+                )
+
     def with_operation(self, operation: str) -> Self:
-        """The same AUs under another operation, of which there is no evidence and no dose."""
+        """The same AUs under another operation, of which there is no evidence and no dose.
+
+        Raises:
+            PlanError: an unknown operation, or "ablate" of AUs that form no direction.
+        """
         return self if operation == self.operation else replace(self, operation=operation, evidence=None, dose=None)
 
     def with_evidence(self, evidence: Evidence | None) -> Self:
@@ -193,6 +217,9 @@ class PlanTable:
 
     def __add__(self, other: Self) -> Self:
         """Both plans' AUs, alternating by rank, so that a prefix still holds the most important of each.
+
+        Under "ablate" what both have at one site of one layer is one direction, of all these AUs: the sum ablates that
+        one, and not one of each plan.
 
         Raises:
             PlanError: the plans differ in model, operation or prompt form, or share an AU.

@@ -17,14 +17,10 @@ from .routing import NOBODY, WHOLE, capturable, capturing
 from .run_path import RunPath
 from .selfcheck import checked_tensor
 from .switch import SwitchedBias
-from .tables import StrengthTable
-
-# The checked functions of austeer_kernels check what is true of every call here; naming the overload saves a search.
-steer_columns_op = torch.ops.austeer.steer_columns_.default
-
+from .tables import Table
 
 #: What a form of :mod:`austeer.steering.forms` takes besides the tensor.
-Operands = tuple[Tensor, ...]
+Operands = tuple[Tensor | None, ...]
 
 
 @dataclass(slots=True)
@@ -32,13 +28,13 @@ class _Short:
     """The one operation that is all there is to do, for calls like one that went the general way.
 
     Attributes:
-        form, operands: of the first table; more: both of a second one, if there is one.
+        form, operands: of the first table; more: both of each further one, if there are any.
         key: of the routing. dtype: of the tensor. most: its elements. on_gpu: whether a graph may be captured.
     """
 
     form: Form
     operands: Operands
-    more: tuple[Form, Operands] | None
+    more: tuple[tuple[Form, Operands], ...]
     key: object
     dtype: torch.dtype
     most: float
@@ -127,8 +123,8 @@ class Columns(RunPath):
         except RuntimeError:  # another device or shape, and x is as it was; the general way sees to it
             self._short = None
             return super().steer(x)
-        if short.more is not None:  # what this raises is raised: x is half steered
-            short.more[0](x, *short.more[1])
+        for form, operands in short.more:  # what this raises is raised: x is half steered
+            form(x, *operands)
         self.calls += 1  # type: ignore[operator]
         self._elements += elements
         return x
@@ -159,16 +155,15 @@ class Columns(RunPath):
         if capturing(x.device):
             if size_of(x) in self._loaded:
                 return sparse(x, self.tables, rows)
-            return whole(x, [(form_of(table), operands_of(x, table, rows)) for table in self.tables])
+            return whole(x, forms_of(x, self.tables, rows))
         if capturable(x.device):
             self.load(x)
         most = most_elements(x.device.type, max(table.columns for table in self.tables), self.table.width)
         key = WHOLE if self.routing is None else self.routing.key
         if key is None or x.numel() > most:
             return sparse(x, self.tables, rows)
-        forms = [(form_of(table), operands_of(x, table, rows)) for table in self.tables]
-        second = forms[1] if len(forms) > 1 else None
-        self._short = _Short(*forms[0], second, key, x.dtype, most, capturable(x.device))
+        forms = forms_of(x, self.tables, rows)
+        self._short = _Short(*forms[0], tuple(forms[1:]), key, x.dtype, most, capturable(x.device))
         return whole(x, forms)
 
     def load(self, x: Tensor) -> None:
@@ -199,12 +194,9 @@ def size_of(x: Tensor) -> tuple[int, torch.dtype]:
     return x.numel(), x.dtype
 
 
-def operands_of(x: Tensor, table: StrengthTable, rows: Tensor | None) -> Operands:
-    """What the form of a table takes for ``x``."""
-    if rows is None:
-        assert table.operands is not None  # several plans have rows
-        return table.operands
-    return tuple(t.view(x.shape) if t.numel() == x.numel() else t for t in table.spread(rows.long()))
+def forms_of(x: Tensor, tables: Sequence[Table], rows: Tensor | None) -> list[tuple[Form, Operands]]:
+    """What steers ``x`` by each table, and what it takes for that."""
+    return [(form_of(table), table.for_form(x, rows)) for table in tables]
 
 
 def whole(x: Tensor, forms: Sequence[tuple[Form, Operands]]) -> Tensor:
@@ -214,7 +206,7 @@ def whole(x: Tensor, forms: Sequence[tuple[Form, Operands]]) -> Tensor:
     return x
 
 
-def differentiable(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) -> Tensor:
+def differentiable(x: Tensor, tables: Sequence[Table], rows: Tensor | None) -> Tensor:
     """``x`` steered out of place. The strengths are copied: alpha may change before the backward pass."""
     flat = x.reshape(-1, x.shape[-1])
     for table in tables:
@@ -223,7 +215,7 @@ def differentiable(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | No
     return flat.view(x.shape)
 
 
-def compiled(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) -> Tensor:
+def compiled(x: Tensor, tables: Sequence[Table], rows: Tensor | None) -> Tensor:
     """``x`` steered where it is compiled: by an expression that fuses, but for rows of plans."""
     if rows is not None:
         return sparse(x.contiguous(), tables, rows)
@@ -233,9 +225,9 @@ def compiled(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) ->
     return x
 
 
-def sparse(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) -> Tensor:
-    """``x``, contiguous, steered in place by the sparse kernel."""
+def sparse(x: Tensor, tables: Sequence[Table], rows: Tensor | None) -> Tensor:
+    """``x``, contiguous, steered in place by the sparse kernel, or, where a direction is removed, sparsely."""
     flat = x.view(-1, x.shape[-1])
     for table in tables:
-        steer_columns_op(flat, table.index, table.gamma, table.shift, table.magnitude, rows)
+        table.steer_(flat, rows)
     return x

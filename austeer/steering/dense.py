@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .run_path import RunPath
+from .tables import DirectionTable, StrengthTable
 
 
 class Dense(RunPath):
@@ -18,6 +19,10 @@ class Dense(RunPath):
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         steered, differentiate = x, x.requires_grad and torch.is_grad_enabled()
         for table in self.tables:
+            if isinstance(table, DirectionTable):
+                steered = _ablated(steered, table, rows)
+                continue
+            assert isinstance(table, StrengthTable)
             gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
             if rows is not None:
                 active = (rows >= 0)[:, None]
@@ -29,3 +34,14 @@ class Dense(RunPath):
             if table.shifts:
                 steered = steered + shift.to(x.dtype)
         return steered if differentiate else x.copy_(steered)
+
+
+def _ablated(x: Tensor, table: DirectionTable, rows: Tensor | None) -> Tensor:
+    """The same arithmetic for a direction: each step in the dtype of ``x``."""
+    if rows is None:
+        direction, strength = cast(tuple[Tensor, ...], table.operands)
+        d, removed = direction.to(x.dtype), (strength * direction).to(x.dtype)  # copies: alpha may change
+    else:
+        direction, strength = table.spread(rows.long())
+        d, removed = ((t.to(x.dtype).view(x.shape)) for t in (direction, strength * direction))
+    return x - (x * d).sum(-1, keepdim=True) * removed

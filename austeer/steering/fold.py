@@ -1,4 +1,4 @@
-"""The fold path: scaling written into the weights; it costs nothing at run time."""
+"""The fold path: scaling, or a direction's removal, written into the weights; it costs nothing at run time."""
 
 from __future__ import annotations
 
@@ -18,19 +18,64 @@ from ..plans.fit import why_no_edit
 from .editable import is_offloaded, warn_of_gradients, why_frozen, why_in_training, why_not_between, why_not_parameter
 from .path import Path
 from .sharing import Sharing
-from .tables import StrengthTable
+from .tables import DirectionTable, StrengthTable, Table
+
+
+class Scaling:
+    """By 1 + gamma, entry by entry."""
+
+    def __init__(self, gamma: Tensor, wide: torch.dtype, device: torch.device):
+        self.factor = (1 + gamma.to(wide)).to(device)
+
+    def begin(self, before: Tensor) -> None:
+        """Takes up what it depends on of ``before`` [..., AUs], which it is about to change."""
+
+    def of(self, before: Tensor) -> Tensor:
+        """The same each time, bit for bit, on whatever number of threads: what steering wrote is told by it."""
+        return before.to(self.factor.dtype) * self.factor
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        return gradient * self.factor.to(gradient.device)
+
+
+class Ablation:
+    """Less alpha d (d . x) over the AUs. The sums d . x are kept: made anew they could be rounded otherwise."""
+
+    def __init__(self, direction: Tensor, strength: Tensor, wide: torch.dtype, device: torch.device):
+        self.direction = direction.to(device, wide)
+        self.removed = self.direction * strength.to(device, wide)
+        self.along = self.direction  # of what is changed: see begin
+
+    def begin(self, before: Tensor) -> None:
+        self.along = (before * self.direction).sum(-1, keepdim=True)
+
+    def of(self, before: Tensor) -> Tensor:
+        return torch.where(self.removed != 0, before - self.along * self.removed, before)
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        direction, removed = self.direction.to(gradient.device), self.removed.to(gradient.device)
+        return gradient - (gradient * direction).sum(-1, keepdim=True) * removed
+
+
+def change_of(table: Table, wide: torch.dtype, device: torch.device) -> Scaling | Ablation:
+    """What a table's one plan does to weights, in ``wide``, on ``device``."""
+    if isinstance(table, DirectionTable):
+        return Ablation(table.direction[0], table.strength[0], wide, device)
+    assert isinstance(table, StrengthTable)
+    return Scaling(table.gamma[0], wide, device)
 
 
 class Edit:
-    """Rows or columns of one parameter, scaled in place, and the way back.
+    """Rows or columns of one parameter, changed in place, and the way back.
 
     Args:
-        name: of the module's parameter. dim: the dimension that ``index`` counts in.
-        gamma: float32 [AUs]; what they are scaled by is 1 + gamma, rounded once.
+        name: of the module's parameter. dim: the dimension that the table's AUs are counted in.
+        table: of one plan. Its AUs are scaled by 1 + gamma, or a direction is removed from them; rounded once.
     """
 
-    def __init__(self, module: nn.Module, name: str, dim: int, index: Tensor, gamma: Tensor):
-        self.module, self.name, self.dim, self.index = module, name, dim, index
+    def __init__(self, module: nn.Module, name: str, dim: int, table: Table):
+        self.module, self.name, self.dim, self.index = module, name, dim, table.index[0]
+        index = self.index
         p = module._parameters[name]
         assert p is not None  # why_not_fold refuses it
         # Should the module get another tensor, this one may be someone else's, too.
@@ -38,7 +83,8 @@ class Edit:
         self._place = p.dtype, p.storage_offset(), p.size(), p.stride()
         wide = reference.compute_dtype(p.dtype)
         self._before = p.index_select(dim, index.to(p.device))
-        self._factor = (1 + gamma.to(wide)).to(p.device)
+        self._change = change_of(table, wide, p.device)
+        self._change.begin(self._before.movedim(dim, -1))
         p.index_copy_(dim, index.to(p.device), self._after())
         self._hook: RemovableHandle | None = None
         self._wanted, self._differentiated = p.requires_grad, False
@@ -48,17 +94,17 @@ class Edit:
     def _gradient(self, gradient: Tensor) -> Tensor:
         """The gradient of the parameter, from that of the scaled one."""
         self._differentiated = True
-        index, factor = self.index.to(gradient.device), self._factor.to(gradient.device)
-        some = gradient.index_select(self.dim, index).movedim(self.dim, -1) * factor
+        index = self.index.to(gradient.device)
+        some = self._change.of_gradient(gradient.index_select(self.dim, index).movedim(self.dim, -1))
         return gradient.index_copy(self.dim, index, some.movedim(-1, self.dim).to(gradient.dtype))
 
     def _after(self) -> Tensor:
-        """What was scaled, rounded once; made anew on leaving, as it would double what is held."""
-        scaled = self._before.to(self._factor.dtype).movedim(self.dim, -1) * self._factor  # [..., AUs]
-        return scaled.movedim(-1, self.dim).to(self._before.dtype)
+        """What was changed, rounded once; made anew on leaving, as it would double what is held."""
+        changed = self._change.of(self._before.movedim(self.dim, -1))  # [..., AUs]
+        return changed.movedim(-1, self.dim).to(self._before.dtype)
 
     def undo(self) -> bool:
-        """Restores what was scaled, wherever it is by now; False if some of it was changed since, which stays."""
+        """Restores what was changed, wherever it is by now; False if some of it was changed since, which stays."""
         p, edited = self.module._parameters.get(self.name), self._edited()
         if self._hook is not None:
             self._hook.remove()
@@ -91,18 +137,20 @@ class Edit:
 
 
 class Fold(Path):
-    """Scales rows (output side) or columns (input side) of the weights in place; no run-time cost.
+    """Changes rows (output side) or columns (input side) of the weights in place; no run-time cost.
 
     y = W x + b, scaled at the output:  W[I] *= 1 + gamma;  b[I] *= 1 + gamma
     scaled at the input:                W[:, I] *= 1 + gamma
+    less a direction d at the output:   W[I] -= alpha d (d . W[I]);  b[I] -= alpha d (d . b[I])
+    less a direction d at the input:    W[:, I] -= alpha (W[:, I] d) d
 
-    A mixture of experts is y = sum_e r_e (W_e x_e + b_e), r_e the router's or a gate's: scaled at the output if every
+    A mixture of experts is y = sum_e r_e (W_e x_e + b_e), r_e the router's or a gate's: changed at the output if every
     W_e and b_e is.
     """
 
     name = "fold"
 
-    def __init__(self, site: Site, table: StrengthTable, parts: Sequence[nn.Module]):
+    def __init__(self, site: Site, table: Table, parts: Sequence[nn.Module]):
         super().__init__(site, table, parts[0])
         self.calls = None
         self.edit = self
@@ -117,12 +165,12 @@ class Fold(Path):
     def attach(self) -> None:
         for part, tensors in self._tensors():
             for name, dim in tensors:
-                self._edits.append(Edit(part, name, dim, self.table.index[0], gamma=self.table.gamma[0]))
+                self._edits.append(Edit(part, name, dim, self.table))
         torch.clear_autocast_cache()  # a copy of the weight as it was may be in it
 
     @torch.no_grad()
     def detach(self) -> None:
-        """Raises SteeringError where scaled weights were changed (trained, say), and so are none to restore."""
+        """Raises SteeringError where steered weights were changed (trained, say), and so are none to restore."""
         edits, self._edits = self._edits, []
         changed = [edit.name for edit in reversed(edits) if not edit.undo()]
         torch.clear_autocast_cache()
@@ -138,7 +186,7 @@ class Fold(Path):
         return self.parts
 
     def _tensors(self) -> Iterator[tuple[nn.Module, list[tuple[str, int]]]]:
-        """What is scaled of each part: names of parameters, and their dimensions that count the AUs."""
+        """What is changed of each part: names of parameters, and their dimensions that count the AUs."""
         for part, weights in zip(self.parts, self._names):
             assert isinstance(weights, WeightNames)  # why_not_fold refuses all else
             tensors = [(weights.weight, getattr(weights, self.site.side))]
@@ -154,7 +202,7 @@ def why_not_fold(model: nn.Module, site: Site, operation: str, sharing: Sharing)
         sharing: of the model.
     """
     if operation == "shift":
-        return "shift scales no weight"
+        return "shift changes no weight"
     if reason := why_no_edit(model, site, operation) or why_frozen() or why_in_training(model, site):
         return reason
     for path in site.parts:

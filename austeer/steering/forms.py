@@ -1,7 +1,7 @@
 """The steering of a whole tensor as one PyTorch operation: what costs the least host time.
 
 A layer's weights sweep the caches, so between two sites a line of Python and a launch cost more than all that an
-operation does with the few tokens of decoding. The operands are a :class:`StrengthTable`'s: float32, neutral (factor 1,
+operation does with the few tokens of decoding. The operands are a :class:`Table`'s: float32, neutral (factor 1,
 addend 0) where nothing is steered, of the tensor's width or of its whole shape. Each form computes in float32 and
 rounds once; an infinity or NaN in an unsteered column stays what it is.
 """
@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .tables import StrengthTable
+from austeer_kernels import reference
+
+from .tables import Table
 
 #: Called with the tensor, which it changes in place, and the operands.
 Form = Callable[..., Tensor]
@@ -29,8 +31,16 @@ def push_(x: Tensor, gamma: Tensor, one: Tensor) -> Tensor:
     return x.mul_(torch.addcmul(one, x.sgn(), gamma))
 
 
-def form_of(table: StrengthTable) -> Form:
-    """The operation, in place, that takes ``table.operands``."""
+def ablate_(x: Tensor, index: Tensor, direction: Tensor, strength: Tensor, rows: Tensor | None) -> Tensor:
+    """x <- x - strength * d (d . x), of the columns that d has: a sum over the whole width would read the others."""
+    reference.ablate_columns_(x.view(-1, x.shape[-1]), index, direction, strength, rows)
+    return x
+
+
+def form_of(table: Table) -> Form:
+    """The operation, in place, that takes what ``table.for_form`` gives."""
+    if table.ablates:
+        return ablate_
     if table.magnitude:
         return push_
     if table.scales and table.shifts:
@@ -38,8 +48,10 @@ def form_of(table: StrengthTable) -> Form:
     return Tensor.mul_ if table.scales else Tensor.add_  # by the factor, of the addend
 
 
-def steered(x: Tensor, table: StrengthTable, operands: tuple[Tensor, ...]) -> Tensor:
+def steered(x: Tensor, table: Table, operands: tuple[Tensor, ...]) -> Tensor:
     """The same out of place and differentiable, in the operands' dtype, rounded once; compilers fuse it."""
+    if table.ablates:
+        return reference.ablated(x, *operands)
     wide = x.to(operands[0].dtype)
     if table.magnitude:
         wide = wide * (1 + operands[0] * wide.sign())

@@ -17,6 +17,7 @@ from .columns import Columns, size_of
 from .routing import NOBODY, capturable, capturing
 from .run_path import observable
 from .selfcheck import check_linear
+from .tables import StrengthTable
 
 steered_linear_op = torch.ops.austeer.steered_linear.default
 
@@ -83,7 +84,7 @@ class Fused(Columns):
             self._products.add(size_of(x))
 
     def _kernel(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
-        linear, table = cast(nn.Linear, self.module), self.table
+        linear, table = cast(nn.Linear, self.module), cast(StrengthTable, self.table)
         gamma, shift = cast(Tensor, table.dense_gamma), cast(Tensor, table.dense_shift)
         # The definition is differentiable, the kernel is not.
         wanted = (tokens, linear.weight, linear.bias)
@@ -129,6 +130,8 @@ def why_not_fused(module: nn.Module | None, groups: Sequence = ()) -> str | None
         return f"the weight is {module.weight.dtype}"
     if module.weight.dtype == torch.float64 and module.weight.device.type == "cuda":
         return "the kernel has no float64 on a GPU"
+    if any(group[0].form == "direction" for group in groups):
+        return "ablate takes a sum over the AUs, which the kernel does not make"
     if len(groups) > 1:
         return "plans with and without magnitude (push) meet here"
     return None

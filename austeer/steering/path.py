@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import SteeringError
 from ..models.sites import Site
-from .tables import StrengthTable
+from .tables import Table
 
 
 class Path:
@@ -28,9 +28,9 @@ class Path:
 
     name: str
 
-    def __init__(self, site: Site, table: StrengthTable, module: nn.Module):
+    def __init__(self, site: Site, table: Table, module: nn.Module):
         self.site, self.table, self.module = site, table, module
-        self.tables: tuple[StrengthTable, ...] = (table,)
+        self.tables: tuple[Table, ...] = (table,)
         self.calls: int | None = 0
         self.traced = False
         self.edit: Path | None = None

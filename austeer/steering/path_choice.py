@@ -28,7 +28,7 @@ from .path import Path
 from .routing import Routing
 from .sharing import Sharing
 from .switch import why_not_switched
-from .tables import StrengthTable, groups_of
+from .tables import Table, groups_of, table_of
 
 PATHS: dict[str, type[Path]] = {"fold": Fold, "bias": Bias, "fused": Fused, "columns": Columns, "dense": Dense}
 MODES = ("auto", *PATHS)
@@ -70,13 +70,13 @@ def choose(
 ) -> Choice:
     """The path of a site.
 
-    ``auto`` takes what runs nothing where it is exact and possible: fold for scale, bias for shift, which is switched
+    ``auto`` takes what runs nothing where it is exact and possible: fold for scale and ablate, bias for shift, which is switched
     on and off where only some tokens are steered, beside a path that runs. Otherwise fused
     under CUDA graphs, up to the number of tokens for which it was measured to be faster on this device (the kernels'
     tables), and columns.
 
     Args:
-        groups: the AUs at the site, see ``StrengthTable``; more than one where plans with and without magnitude meet.
+        groups: the AUs at the site, see ``groups_of``; more than one where plans of several forms meet.
         sharing: of the model.
         at_run_time: the reason why steering depends on the token, and so cannot be in the weights; or empty.
         switched: whether all the same forward passes are likely of which every token is steered, or none.
@@ -172,7 +172,7 @@ def make_path(
     choice: Choice,
     model: nn.Module,
     site: Site,
-    tables: Sequence[StrengthTable],
+    tables: Sequence[Table],
     routing: Routing | None,
     check: bool,
     always: bool,
@@ -194,7 +194,7 @@ def make_path(
     return Dense(site, tables, choice.module, routing, check)
 
 
-def _bias(model: nn.Module, site: Site, table: StrengthTable, module: nn.Module) -> Bias:
+def _bias(model: nn.Module, site: Site, table: Table, module: nn.Module) -> Bias:
     found = sizes(module)
     assert found is not None  # a linear layer
     return Bias(site, table, module, bias_like(model, module, found[1]))
@@ -227,17 +227,30 @@ def plan_paths(
         site = site_at(sites[name], layer)
         mine = held(model, site)
         mine = range(site.width) if mine is None else mine  # it may be an empty one
+        if len(mine) < site.width:
+            _expect_whole(site, entries)
         groups = groups_of(entries, mine)
         if not groups:
             continue  # other processes have these
         choice = choose(mode, model, site, groups, sharing, at_run_time, switched, fused, blocks)
         device = _device_of(choice.module, default)
         forms, dense = issubclass(choice.path, Columns), choice.path in (Fused, Dense)  # some bytes a dimension each
-        tables = [StrengthTable(group, len(plans), len(mine), device, forms, dense) for group in groups]
+        tables = [table_of(group, len(plans), len(mine), device, forms, dense) for group in groups]
         first = check and not any(type(path) is choice.path for path in paths)
         paths.append(make_path(choice, model, site, tables, routing, first, mode == "fused"))
         reasons.append(choice.reason)
     return paths, reasons
+
+
+def _expect_whole(site: Site, entries: Sequence[LayerUnits]) -> None:
+    """Raises SteeringError where a direction's sum would be over AUs that other processes have."""
+    if any(entry.operation == "ablate" for entry in entries):
+        raise SteeringError(
+            f"site {site.name!r} of layer {site.layer} ({site.path}): found AUs that are split over processes (tensor "
+            "parallelism), and 'ablate', which takes a sum over all of them; expected a site that each process has as "
+            "a whole: ablate at 'ffn' or 'layer', fold it into a checkpoint (austeer export checkpoint), or load the "
+            "model in one piece"
+        )
 
 
 def _device_of(module: nn.Module, default: torch.device) -> torch.device:

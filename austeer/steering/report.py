@@ -18,7 +18,8 @@ class UnitReport:
     Attributes:
         plan: the plan's name; empty for a plan without one.
         index: the AU within its site and layer.
-        strength: alpha * beta for scale and push, alpha * delta for shift; 0 for AUs beyond k.
+        strength: alpha * beta for scale and push, alpha * delta for shift, for ablate alpha * the AU's entry of the
+            direction; 0 for AUs beyond k.
         share: its part of the sum of |strength| over the plan's AUs, 0 to 1.
     """
 
@@ -97,9 +98,9 @@ def make_report(
     for path in paths:
         found = []
         for entry in (entry for table in path.tables for entry in table.entries):
-            gamma, shift = entry.strengths(*levels.of(path.site.name)[entry.plan])
+            amounts = entry.amounts(*levels.of(path.site.name)[entry.plan])
             indices = (entry.index + entry.first).tolist()
-            found += [(entry.plan, i, s) for i, s in zip(indices, (gamma + shift).tolist())]
+            found += [(entry.plan, i, s) for i, s in zip(indices, amounts.tolist())]
         for plan, _, strength in found:
             totals[plan] += abs(strength)
         strengths.append(found)

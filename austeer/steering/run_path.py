@@ -16,7 +16,7 @@ from .path import Path
 from .recomputation import expect_watched
 from .routing import NOBODY, Routing, capturing
 from .selfcheck import checked_tensor
-from .tables import StrengthTable
+from .tables import Table
 
 
 def observable(x: Tensor) -> bool:
@@ -36,7 +36,7 @@ class RunPath(Path):
     def __init__(
         self,
         site: Site,
-        tables: Sequence[StrengthTable],
+        tables: Sequence[Table],
         module: nn.Module,
         routing: Routing | None = None,
         check: bool = False,

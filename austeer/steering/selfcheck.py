@@ -7,6 +7,7 @@ check compares a few tokens with the formula in float64; it costs one small copy
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +18,37 @@ from ..errors import SteeringError
 from ..models import linear
 from ..models.structure import first_tensor, floating_dtype
 from .path import Path
-from .tables import StrengthTable
+from .tables import DirectionTable, StrengthTable, Table
 
 #: How many tokens, and how many outputs of a projection, are compared at most.
 TOKENS, OUTPUTS = 64, 128
 
 
-def steered(x: Tensor, tables: Sequence[StrengthTable], rows: Tensor | None) -> Tensor:
+def steered(x: Tensor, tables: Sequence[Table], rows: Tensor | None) -> Tensor:
     """The formula on whole rows: ``x`` float64 [tokens, width], with ``rows`` as in the kernels."""
+    rows = None if rows is None else rows.long()
     for table in tables:
-        gamma, shift = table.expanded(None if rows is None else rows.long(), torch.float64)
+        if isinstance(table, DirectionTable):
+            x = reference.ablated(x, *table.spread(rows, torch.float64))
+            continue
+        assert isinstance(table, StrengthTable)
+        gamma, shift = table.expanded(rows, torch.float64)
         x = torch.where((gamma != 0) | (shift != 0), reference.steered(x, gamma, shift, table.magnitude), x)
     return x
+
+
+def mixed(size: Tensor, tables: Sequence[Table], rows: Tensor | None) -> Tensor:
+    """What of the other AUs' ``size`` float64 [tokens, width] may be in each AU's value where directions are removed.
+
+    Their rounding is in there too, however small the value itself.
+    """
+    found = torch.zeros_like(size)
+    for table in tables:
+        if isinstance(table, DirectionTable):
+            direction, strength = table.spread(None if rows is None else rows.long(), torch.float64)
+            d = direction.abs()
+            found = found + strength.abs() * d * (d * size.nan_to_num(posinf=0.0, neginf=0.0)).sum(-1, keepdim=True)
+    return found
 
 
 def _sample(tokens: int, device: torch.device) -> Tensor:
@@ -66,7 +86,7 @@ def checked_tensor(path: Path, x: Tensor, rows: Tensor | None) -> Callable[[Tens
         after = result.detach().reshape(-1, x.shape[-1])[chosen]
         expected = steered(before, path.tables, rows)
         # What is added up may cancel out; its parts are what rounds. The baseline rounds each of its steps.
-        parts = expected.abs() + 2 * before.abs() + (expected - before).abs()
+        parts = expected.abs() + 2 * before.abs() + (expected - before).abs() + mixed(before.abs(), path.tables, rows)
         rounding = torch.finfo(after.dtype)
         _compare(path, after, expected, 4 * rounding.eps * (parts + rounding.tiny))
         return result
@@ -92,7 +112,7 @@ def check_linear(path: Path, x: Tensor, module: nn.Linear, rows: Tensor | None, 
             whole = expected.new_zeros(len(some), module.out_features)
             whole[:, columns] = expected
             expected = steered(whole, path.tables, rows)[:, columns]
-        gain = 1 + path.table.gamma.abs().max().double() if index.numel() and path.site.side == "output" else 1.0
+        gain = path.table.gain if index.numel() and path.site.side == "output" else 1.0
         tolerance = gain * _product_tolerance(h, module.weight[columns], expected)
         _compare(path, y[some][:, columns], expected, tolerance)
 
@@ -118,6 +138,18 @@ class EditProbe:
         else:
             factor = path.site.bias_factor if path.name == "bias" else 1.0
             self.expected = self._steered(self._run(self.x) * factor) / factor
+        # Where a direction is removed, what was larger and is gone was rounded as well.
+        self.removed = self._run(self.x).double().abs() if path.table.ablates else torch.zeros_like(self.expected)
+        self.mixed = self._mixed_tolerance() if path.table.ablates and isinstance(self.module, nn.Linear) else 0.0
+
+    def _mixed_tolerance(self) -> Tensor:
+        """What the other AUs' rounding adds to each output that is compared."""
+        some = _outputs(self.path, cast(nn.Linear, self.module))
+        if self.path.site.side == "input":
+            parts = mixed(self.x[0].double().abs(), self.path.tables, None)[None]
+            return _product_tolerance(parts, self.weight[some], torch.zeros(1, dtype=torch.float64, device=some.device))
+        parts = mixed(self.removed.amax(1), self.path.tables, None)[None]
+        return (_rounding(self.weight) * parts)[..., some]
 
     @classmethod
     def of(cls, paths: Sequence[Path], model: nn.Module) -> list[EditProbe]:
@@ -153,22 +185,25 @@ class EditProbe:
         if isinstance(self.module, nn.Linear) and type(self.weight) is nn.Parameter:
             some = _outputs(self.path, self.module)
             found, expected = found[..., some], expected[..., some]
-            tolerance = _product_tolerance(self.size, self.weight[some], expected)
+            tolerance = _product_tolerance(self.size, self.weight[some], expected) + self.mixed
         else:  # sums of products of which only the whole is known
-            gain = 1 + self.path.table.gamma.abs().max().double()
-            largest = expected.abs().amax((1, 2), keepdim=True)
-            tolerance = (64 * torch.finfo(found.dtype).eps * gain * largest).expand_as(expected)
+            largest = expected.abs().maximum(self.removed).amax((1, 2), keepdim=True)
+            tolerance = (64 * torch.finfo(found.dtype).eps * self.path.table.gain * largest).expand_as(expected)
         _compare(self.path, found, expected, tolerance)
 
 
 def _product_tolerance(x: Tensor, weight: Tensor, expected: Tensor) -> Tensor:
     """What the rounding of the factors and of the result may make of each entry of x @ weight.T, generously."""
+    size = torch.nn.functional.linear(x.double().square(), weight.double().square()).sqrt()
+    return _rounding(weight) * (size + expected.double().abs()) + torch.finfo(weight.dtype).tiny
+
+
+def _rounding(weight: Tensor) -> float:
+    """Of a sum of products with a weight [outputs, inputs], as a part of its size."""
     eps = torch.finfo(weight.dtype).eps
     if weight.is_cuda and weight.dtype == torch.float32:
         eps = 2**-10  # TF32, where it is allowed
-    size = torch.nn.functional.linear(x.double().square(), weight.double().square()).sqrt()
-    adding = 4 * torch.finfo(reference.compute_dtype(weight.dtype)).eps * weight.shape[1] ** 0.5
-    return (8 * eps + adding) * (size + expected.double().abs()) + torch.finfo(weight.dtype).tiny
+    return 8 * eps + 4 * torch.finfo(reference.compute_dtype(weight.dtype)).eps * weight.shape[1] ** 0.5
 
 
 def _compare(path: Path, found: Tensor, expected: Tensor, tolerance: Tensor) -> None:

@@ -170,7 +170,7 @@ class Steering:
         for path in self._paths:
             for entry in (entry for table in path.tables for entry in table.entries):
                 alpha, _ = self._levels.of(path.site.name)[entry.plan]
-                if not all(bool(t.isfinite().all()) for t in entry.strengths(alpha, sys.maxsize)):
+                if not bool(entry.amounts(alpha, sys.maxsize).isfinite().all()):
                     raise SteeringError(
                         f"alpha: found {alpha:g} for site {path.site.name!r}, with which a strength of layer "
                         f"{path.site.layer} is no float32 number any more; expected a smaller one"

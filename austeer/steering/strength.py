@@ -72,13 +72,20 @@ class Strength:
     # --- k -----------------------------------------------------------------------------------------------------------
 
     def set_k(self, k: int | Mapping[str, int] | None) -> None:
-        """Raises PlanError: more AUs than a plan has, or less than one. SteeringError: other plans than there are."""
+        """Sets how many AUs of each plan are steered.
+
+        Raises:
+            PlanError: more AUs than a plan has, or less than one; or none of them form a direction that is to be
+                ablated.
+            SteeringError: other plans than there are.
+        """
         given = self._for_each("k", k)
         new: dict[str, int] = {}
         for name, plan in self._plans.items():
             what = f"the AUs of plan {name!r}" if self._named else "the plan's AUs"
             value = len(plan) if given[name] is None else given[name]
             new[name] = check_count("k", value, len(plan), what, PlanError)
+            plan.expect_directions(new[name])
         self._k = new
 
     def k(self) -> int | dict[str, int]:

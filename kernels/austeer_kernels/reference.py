@@ -1,6 +1,7 @@
 """Every operation's definition in plain PyTorch: what the Triton kernels are tested against, and what runs on a CPU.
 
-Each function has exactly the arguments of the registered operation of the same name (ops.py), which checks them first.
+A function of a registered operation's name (ops.py) has exactly its arguments, which that checks first. Ablation is not
+registered: PyTorch's own operations are what runs on every device.
 """
 
 from __future__ import annotations
@@ -113,19 +114,26 @@ def steer_columns(
 def _steered_entries(
     y: Tensor, index: Tensor, gamma: Tensor, shift: Tensor, magnitude: bool, row_plan: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns, and what they become, [tokens, count]; and where a column of a token stands there for the first time.
-
-    An entry that is not used stands for its token's first used one, with the same result; where there is none, all
-    stand for one column, which becomes what it was.
-    """
-    plan, place = row_plan.clamp(min=0), torch.arange(index.shape[1], device=y.device)
+    """Columns, and what they become, [tokens, count]; and where a column of a token stands there for the first time."""
+    plan = row_plan.clamp(min=0)
     columns, gamma, shift = (t.index_select(0, plan) for t in (index, gamma, shift))
     used = (columns >= 0) & (row_plan >= 0)[:, None]
-    entry = torch.where(used, place, used.byte().argmax(1, keepdim=True))
+    entry, once = _entries(used)
     columns, gamma, shift = (t.gather(1, entry) for t in (columns.clamp(min=0), gamma, shift))
     old = y.gather(1, columns)
     new = torch.where(used.any(1, keepdim=True), steered_columns(old, gamma, shift, magnitude, None), old)
-    return columns, new, entry == place
+    return columns, new, once
+
+
+def _entries(used: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entry each of a token's stands for, int64 [tokens, count], and where that is itself.
+
+    One that is not used stands for its token's first used one, with the same result; where there is none, all stand
+    for one column, which becomes what it was.
+    """
+    place = torch.arange(used.shape[1], device=used.device)
+    entry = torch.where(used, place, used.byte().argmax(1, keepdim=True))
+    return entry, entry == place
 
 
 def steer_columns_(
@@ -149,6 +157,65 @@ def steer_columns_(
         columns, gamma, shift = columns[used], gamma[:, used], shift[:, used]
         x = y.index_select(1, columns)
     y.index_copy_(1, columns, steered_columns(x, gamma, shift, magnitude, None))
+
+
+def ablated(x: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
+    """x - strength * d (d . x) for d the ``direction`` [..., width], rounded once to x's dtype; differentiable.
+
+    Where d is 0, or the strength [..., 1] is, x is what it was, an infinity too.
+    """
+    wide = compute_dtype(x.dtype)
+    d, strength = direction.to(wide), strength.to(wide)
+    there = (d != 0) & (strength != 0)
+    old = torch.where(there, x.to(wide), 0.0)
+    along = (d * old).sum(-1, keepdim=True)
+    return torch.where(there, (old - strength * along * d).to(x.dtype), x)
+
+
+def ablate_columns(x: Tensor, index: Tensor, direction: Tensor, strength: Tensor, rows: Tensor | None) -> Tensor:
+    """Each token less its part along a direction of its set: x - strength * d (d . x).
+
+    Computed in float32 (float64 for float64) and rounded once. A token without a set, and every column that its set
+    does not name, stays what it was, bit for bit. A new tensor: differentiable in x, traceable, and without a kernel
+    of its own, as it reads and writes the named columns alone.
+
+    Args:
+        x: [tokens, width], floating point.
+        index: int64 [sets, count], the columns of d, distinct within a set; -1 for an entry that is not used.
+        direction: float32 [sets, count], d, of length 1 (it is not looked at); 0 where ``index`` is -1.
+        strength: float32 [sets]; 1 removes the direction.
+        rows: int32 [tokens], each token's set, -1 for none. None: the first set for all, which uses all its entries.
+    """
+    if not index.shape[1]:
+        return x.clone()
+    columns, new, once = _ablated_entries(x, index, direction, strength, rows)
+    return x.scatter(1, columns, torch.where(once, new, new.detach()))
+
+
+def ablate_columns_(x: Tensor, index: Tensor, direction: Tensor, strength: Tensor, rows: Tensor | None) -> None:
+    """The same in place."""
+    if not index.shape[1]:
+        return
+    if rows is None:
+        columns = index[0]
+        x.index_copy_(1, columns, ablated(x.index_select(1, columns), direction[0], strength[:1]))
+        return
+    columns, new, _ = _ablated_entries(x, index, direction, strength, rows)
+    x.scatter_(1, columns, new)
+
+
+def _ablated_entries(
+    x: Tensor, index: Tensor, direction: Tensor, strength: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_steered_entries`."""
+    rows = x.new_zeros(x.shape[0], dtype=torch.int32) if rows is None else rows
+    one = rows.clamp(min=0)
+    columns, d, strength = (t.index_select(0, one) for t in (index, direction, strength[:, None]))
+    used = (columns >= 0) & (rows >= 0)[:, None]
+    old = x.gather(1, columns.clamp(min=0))
+    new = torch.where(used, ablated(torch.where(used, old, 0.0), d, strength), old)
+    entry, once = _entries(used)
+    return columns.clamp(min=0).gather(1, entry), new.gather(1, entry), once
 
 
 def steered_linear(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from austeer_kernels import NO_PAIR, momentum_counters, reference
 
@@ -209,3 +210,87 @@ def test_steering_is_differentiable(seed):
     gamma, shift = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     for magnitude in (False, True):
         assert torch.autograd.gradcheck(lambda v, m=magnitude: reference.steered(v, gamma, shift, m), (x,))
+
+
+def ablate_one(x: list[float], d: dict[int, float], strength: float) -> list[float]:
+    """x - strength * d (d . x), in Python's own float64."""
+    along = sum(value * x[column] for column, value in d.items())
+    return [value - strength * along * d.get(column, 0.0) for column, value in enumerate(x)]
+
+
+def directions_of_sets(sets: int, width: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index and direction of sets of which each has one column less than the one before, of ``most`` entries."""
+    index, direction = torch.full((sets, most), -1), torch.zeros(sets, most)
+    for number in range(sets):
+        count = max(most - number, 0)
+        index[number, :count] = torch.randperm(width)[:count]
+        direction[number, :count] = torch.nn.functional.normalize(torch.randn(count), dim=0)
+    return index, direction
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most", [1, 7, 65])
+def test_ablated_columns_equal_a_loop_in_float64(seed, dtype, most):
+    """For each token by its set; the first has all of the width, and one set no column at all."""
+    x, strength = torch.randn(9, 65).to(dtype), torch.tensor([1.0, 2.0, -0.5, 0.0, 1.0])
+    index, direction = directions_of_sets(5, 65, most)
+    index[4], direction[4] = -1, 0.0
+    rows = torch.tensor([0, 1, 2, 3, 4, -1, 2, 1, 0], dtype=torch.int32)
+    got, in_place = reference.ablate_columns(x, index, direction, strength, rows), x.clone()
+    reference.ablate_columns_(in_place, index, direction, strength, rows)
+    assert torch.equal(got, in_place) and got.dtype == dtype
+    unsteered = [3, 4, 5]  # of strength 0, without columns, without a set
+    assert torch.equal(got[unsteered], x[unsteered])
+    for token, row in enumerate(rows.tolist()):
+        if token in unsteered:
+            continue
+        d = {c: v for c, v in zip(index[row].tolist(), direction[row].double().tolist()) if c >= 0}
+        expected = torch.tensor(ablate_one(x[token].double().tolist(), d, float(strength[row])), dtype=torch.float64)
+        wide = torch.finfo(reference.compute_dtype(dtype)).eps * 8 * x[token].double().norm()
+        assert ((got[token].double() - expected).abs() <= expected.abs() * torch.finfo(dtype).eps / 2 + wide).all()
+        others = [c for c in range(65) if c not in d]
+        assert torch.equal(got[token, others], x[token, others])
+
+
+def test_ablation_of_one_set_for_all_tokens(seed):
+    x, (index, direction) = torch.randn(9, 65), directions_of_sets(1, 65, 20)
+    strength, rows = torch.tensor([1.0]), torch.zeros(9, dtype=torch.int32)
+    got, in_place = reference.ablate_columns(x, index, direction, strength, None), x.clone()
+    reference.ablate_columns_(in_place, index, direction, strength, None)
+    expected = reference.ablate_columns(x, index, direction, strength, rows)
+    assert torch.allclose(got, expected, atol=1e-6) and torch.allclose(in_place, expected, atol=1e-6)
+    along = got[:, index[0]].double() @ direction[0].double()
+    assert along.abs().max() < 1e-6, "strength 1 removes the direction"
+
+
+def test_ablation_reads_no_column_that_it_does_not_change(seed):
+    """An infinity or NaN beside the direction's columns stays there, and where nothing is ablated everything does."""
+    x = torch.randn(4, 6)
+    x[:, 2], x[:, 3] = math.inf, math.nan
+    index, direction = torch.tensor([[0, 2, 5], [2, 3, -1]]), torch.tensor([[0.6, 0.0, 0.8], [0.6, 0.8, 0.0]])
+    got = reference.ablate_columns(
+        x, index, direction, torch.tensor([1.0, 0.0]), torch.tensor([0, 1, -1, 0], dtype=torch.int32)
+    )
+    expected = x.clone()
+    for token in (0, 3):
+        along = 0.6 * x[token, 0] + 0.8 * x[token, 5]
+        expected[token, 0] -= 0.6 * along
+        expected[token, 5] -= 0.8 * along
+    assert torch.allclose(got, expected, equal_nan=True)
+
+
+def test_ablation_is_differentiable_and_traced_once(seed):
+    """Its gradient is that of the dense formula, and other rows, strengths and directions make no new graph."""
+    (index, direction), strength = directions_of_sets(3, 8, 5), torch.tensor([1.0, 0.5, 2.0])
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([0, 1, 2, -1, 0, 1], dtype=torch.int32)
+    arguments = (index, direction.double(), strength.double(), rows)
+    assert torch.autograd.gradcheck(lambda t: reference.ablate_columns(t, *arguments), x)
+    count = CompileCounter()
+    compiled = torch.compile(reference.ablate_columns, backend=count, fullgraph=True)
+    for _ in range(3):
+        with torch.no_grad():
+            got = compiled(x.detach(), *arguments)
+        assert torch.equal(got, reference.ablate_columns(x.detach(), *arguments))
+        arguments = (index, -direction.double(), 2 * arguments[2], rows.roll(1))
+    assert count.frame_count == 1

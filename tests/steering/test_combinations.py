@@ -14,7 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import austeer
 from austeer.steering.path_choice import MODES
-from dense_formula import OPERATIONS, SITES, WEIGHT_SITES, assert_unchanged, formula_at, random_plan, snapshot
+from dense_formula import (
+    OPERATIONS,
+    POSSIBLE,
+    SITES,
+    WEIGHT_SITES,
+    assert_unchanged,
+    formula_at,
+    random_plan,
+    snapshot,
+)
 from tiny_models import ids_of_rows, tiny_model
 
 IDS = ids_of_rows() | {"use_cache": False}
@@ -168,16 +177,16 @@ def check(case, model=None, run=None):
 
 
 #: The operations, sites and ways of autograd that a mode is for; what it is not for is refused, see test_path_choice.
-POSSIBLE = dict.fromkeys(MODES, (OPERATIONS, SITES, MODEL_RUNS)) | {
-    "fold": (("scale",), WEIGHT_SITES, MODEL_RUNS[:3]),
-    "bias": (("shift",), SITES, MODEL_RUNS[:3]),
-    "fused": (OPERATIONS, ("attention", "neuron"), MODEL_RUNS),
+SAMPLED = {mode: (POSSIBLE.get(mode, OPERATIONS), SITES, MODEL_RUNS) for mode in MODES} | {
+    "fold": (POSSIBLE["fold"], WEIGHT_SITES, MODEL_RUNS[:3]),
+    "bias": (POSSIBLE["bias"], SITES, MODEL_RUNS[:3]),
+    "fused": (POSSIBLE["fused"], ("attention", "neuron"), MODEL_RUNS),
 }
 
 
 def sampled(mode, count):
     """Cases of a mode, the same ones each time."""
-    operations, sites, runs = POSSIBLE[mode]
+    operations, sites, runs = SAMPLED[mode]
     draw = random.Random(f"{mode} {count}")
     yes = (False, True)
     for _ in range(count):
