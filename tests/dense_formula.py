@@ -62,6 +62,23 @@ def hook(model, site, change):
     )
 
 
+def at_units(x, plan, rows, alpha):
+    """What the plan's rows, all of one site and layer, make of ``x`` [..., width]."""
+    index = plan.index[rows].long()
+    beta, delta = (torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device) for _ in range(2))
+    beta[index] = plan.beta[rows].to(x)
+    delta[index] = plan.delta[rows].to(x)
+    strength = torch.tensor(alpha, dtype=x.dtype, device=x.device)
+    if plan.operation == "scale":
+        return x + strength * beta * x
+    if plan.operation == "push":
+        return x + strength * beta * x.abs()
+    if plan.operation == "ablate":
+        direction = torch.nn.functional.normalize(delta.double(), dim=0).float().to(x)
+        return x - strength * (x @ direction)[..., None] * direction
+    return x + strength * delta
+
+
 def formula(model, plan, alpha, where=None, layout=None):
     """The definition, written out with plain PyTorch hooks and dense vectors; returns what removes them.
 
@@ -71,23 +88,8 @@ def formula(model, plan, alpha, where=None, layout=None):
 
     def steered(x, rows):
         if where is None:
-            return at_all(x, rows)
-        return torch.where(where.reshape(*x.shape[:-1], 1), at_all(x, rows), x)
-
-    def at_all(x, rows):
-        index = plan.index[rows].long()
-        beta, delta = (torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device) for _ in range(2))
-        beta[index] = plan.beta[rows].to(x)
-        delta[index] = plan.delta[rows].to(x)
-        strength = torch.tensor(alpha, dtype=x.dtype, device=x.device)
-        if plan.operation == "scale":
-            return x + strength * beta * x
-        if plan.operation == "push":
-            return x + strength * beta * x.abs()
-        if plan.operation == "ablate":
-            direction = torch.nn.functional.normalize(delta.double(), dim=0).to(x)
-            return x - strength * (x @ direction)[..., None] * direction
-        return x + strength * delta
+            return at_units(x, plan, rows, alpha)
+        return torch.where(where.reshape(*x.shape[:-1], 1), at_units(x, plan, rows, alpha), x)
 
     for name, sites in find_sites(model, plan.sites, layout).items():
         for site in sites:

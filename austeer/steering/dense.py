@@ -40,8 +40,8 @@ def _ablated(x: Tensor, table: DirectionTable, rows: Tensor | None) -> Tensor:
     """The same arithmetic for a direction: each step in the dtype of ``x``."""
     if rows is None:
         direction, strength = cast(tuple[Tensor, ...], table.operands)
-        d, removed = direction.to(x.dtype), (strength * direction).to(x.dtype)  # copies: alpha may change
+        d, strength = direction.to(x.dtype, copy=True), strength.to(x.dtype)  # alpha may change before a backward pass
     else:
-        direction, strength = table.spread(rows.long())
-        d, removed = ((t.to(x.dtype).view(x.shape)) for t in (direction, strength * direction))
-    return x - (x * d).sum(-1, keepdim=True) * removed
+        d, strength = table.spread(rows.long(), x.dtype)
+        d, strength = d.view(x.shape), strength.view(*x.shape[:-1], 1)
+    return x - (x * d).sum(-1, keepdim=True) * (strength * d)

@@ -41,7 +41,7 @@ def paths_of(steering):
 # --- auto ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("operation", "path"), [("scale", "fold"), ("shift", "bias")])
+@pytest.mark.parametrize(("operation", "path"), [("scale", "fold"), ("ablate", "fold"), ("shift", "bias")])
 @pytest.mark.parametrize("site", ["attention", "ffn", "neuron"])
 def test_auto_edits_where_it_can_also_where_fused_was_measured(tiny, tiny_ids, site, operation, path, limit_of):
     limit_of(1000)
@@ -78,9 +78,11 @@ def test_what_depends_on_the_token_is_never_folded(tiny, arguments, reason):
 
 def test_an_edit_of_the_other_kind_is_refused(tiny):
     for mode, operation, message in (
-        ("fold", "shift", "shift scales no weight"),
+        ("fold", "shift", "shift changes no weight"),
         ("bias", "scale", "scale is no addition"),
         ("bias", "push", "push is no addition"),
+        ("bias", "ablate", "ablate is no addition"),
+        ("fused", "ablate", "ablate takes a sum"),
     ):
         with pytest.raises(austeer.SteeringError, match=rf"mode '{mode}'.*{message}"):
             austeer.steer(tiny, random_plan(tiny, "ffn", 9, operation), 1.0, mode=mode)

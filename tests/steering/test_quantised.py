@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import austeer
-from dense_formula import OPERATIONS, SITES, formula_at, formula_logits, logits, random_plan
+from dense_formula import OPERATIONS, SITES, at_units, formula_at, formula_logits, logits, random_plan
 from tiny_models import ids_of_rows, tiny_model
 
 IDS = ids_of_rows()
@@ -79,10 +79,7 @@ def test_the_first_steered_layer_is_the_formula_of_what_the_model_made(model, si
     plan = random_plan(model, site, 40, operation)
     plan = plan.take((plan.layer == 0).nonzero().flatten())
     unsteered = tensors_at(model, site)[0]
-    strength = {"shift": 0.5 * plan.delta}.get(operation, 0.5 * plan.beta)
-    x = unsteered[..., plan.index.long()]
-    expected = unsteered.clone()
-    expected[..., plan.index.long()] = x + strength * {"scale": x, "push": x.abs(), "shift": 1.0}[operation]
+    expected = at_units(unsteered, plan, plan.layer == 0, 0.5)
     caught = []
     layer = model.model.layers[0]
     module = {"attention": layer.self_attn.o_proj, "neuron": layer.mlp.down_proj, "ffn": layer.mlp, "layer": layer}[

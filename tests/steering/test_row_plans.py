@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 import austeer
 from austeer.steering import columns, run_path
-from dense_formula import assert_unchanged, formula_at, logits, random_plan, snapshot
+from dense_formula import OPERATIONS, assert_unchanged, formula_at, logits, random_plan, snapshot
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -33,10 +33,11 @@ def plans(model):
         "kind": random_plan(model, ("ffn", "attention"), 20),
         "brief": random_plan(model, ("ffn", "layer"), 15, "push", seed=1),
         "calm": random_plan(model, "attention", 9, "shift", seed=2),
+        "frank": random_plan(model, ("ffn", "layer", "attention"), 25, "ablate", seed=3),
     }
 
 
-ALPHA = {"kind": {"ffn": 3.0, "attention": -2.0}, "brief": 1.5, "calm": 2.0}
+ALPHA = {"kind": {"ffn": 3.0, "attention": -2.0}, "brief": 1.5, "calm": 2.0, "frank": 1.0}
 
 
 def one_by_one(model, batch, plans, rows, **options):
@@ -55,7 +56,7 @@ def one_by_one(model, batch, plans, rows, **options):
     [
         (["kind", None, "brief"], {"num_beams": 3, "num_return_sequences": 2}),
         (["kind", None, "brief"], {"use_cache": False}),
-        (["calm", "brief", "calm"], {}),
+        (["calm", "brief", "frank"], {}),
     ],
     ids=str,
 )
@@ -66,10 +67,13 @@ def test_a_mixed_batch_equals_its_rows_alone(model, batch, plans, rows, form, mo
         assert torch.equal(model.generate(**batch, **options), expected)
 
 
-@pytest.mark.parametrize("mode", ["auto", "fused", "columns", "dense"])
+@pytest.mark.parametrize(
+    ("mode", "second"),
+    [*((mode, "shift") for mode in ("auto", "fused", "columns", "dense")), ("columns", "ablate"), ("dense", "ablate")],
+)
 @pytest.mark.parametrize("site", ["attention", "ffn", "neuron"])
-def test_logits_of_mixed_rows_are_those_of_the_formula(model, batch, site, mode):
-    a, b = random_plan(model, site, 20), random_plan(model, site, 20, "shift", seed=3)
+def test_logits_of_mixed_rows_are_those_of_the_formula(model, batch, site, mode, second):
+    a, b = random_plan(model, site, 20), random_plan(model, site, 20, second, seed=3)
     rows, alpha = ["a", None, "b"], {"a": 2.0, "b": -1.0}
     expected = []
     for i, name in enumerate(rows):
@@ -89,7 +93,7 @@ def test_logits_of_mixed_rows_are_those_of_the_formula(model, batch, site, mode)
     assert torch.equal(got, again)
 
 
-@pytest.mark.parametrize("operation", ["scale", "push", "shift"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_sparse_and_the_dense_form_give_the_same(model, batch, operation, monkeypatch):
     """A decoded token takes whichever is cheaper; both must be right."""
     plans = {name: random_plan(model, ("ffn", "layer"), 20, operation, seed=i) for i, name in enumerate("ab")}
@@ -125,7 +129,7 @@ def test_rows_and_a_scope_together(model, batch, plans):
 def test_one_name_is_for_every_row_and_switching_is_live(model, batch, plans):
     before = model.generate(**batch, **GREEDY)
     expected = {name: one_by_one(model, batch, plans, [name] * 3, **GREEDY) for name in plans}
-    assert len({tuple(t.flatten().tolist()) for t in expected.values()}) == 3
+    assert len({tuple(t.flatten().tolist()) for t in expected.values()}) == len(plans)
     with austeer.steer(model, plans, ALPHA) as steering:
         for name in plans:
             steering.rows(name)

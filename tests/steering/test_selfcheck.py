@@ -8,7 +8,7 @@ import torch
 import austeer
 from austeer.steering import bias, columns, fold, fused, path_choice, selfcheck
 from austeer_kernels import reference
-from dense_formula import OPERATION, OPERATIONS, PATHS, assert_unchanged, logits, random_plan, snapshot
+from dense_formula import OPERATION, OPERATIONS, PATHS, POSSIBLE, assert_unchanged, logits, random_plan, snapshot
 from tiny_models import tiny_model
 
 
@@ -19,7 +19,7 @@ def test_what_is_right_passes(tiny, tiny_ids, mode, operation, dtype):
     """At strengths from nothing to far too much: rounding must not be mistaken for a mistake."""
     model = copy.deepcopy(tiny).to(dtype)
     sites = ("attention", "neuron") if mode in ("fold", "fused") else ("attention", "ffn", "layer", "neuron")
-    if mode in ("fold", "bias") and operation != OPERATION[mode]:
+    if operation not in POSSIBLE[mode]:
         pytest.skip("refused")
     for alpha in (1e-3, -30.0, 1000.0):
         with austeer.steer(model, random_plan(model, sites, 20, operation), alpha, mode=mode):
@@ -106,14 +106,19 @@ def test_what_runs_beyond_the_fused_kernels_tokens_is_checked_too(tiny, monkeypa
         tiny(**ids)
 
 
+@pytest.mark.parametrize("operation", POSSIBLE["fold"])
 @pytest.mark.parametrize("site", ["attention", "ffn"])
-def test_a_fold_that_does_not_reach_the_output_is_found_and_undone(tiny, monkeypatch, site):
-    before, edit = snapshot(tiny), fold.Edit
-    monkeypatch.setattr(fold, "Edit", lambda *place, gamma: edit(*place, gamma / 2))
+def test_a_fold_that_does_not_reach_the_output_is_found_and_undone(tiny, monkeypatch, site, operation):
+    wrong = {
+        "scale": lambda table, *place: fold.Scaling(table.gamma[0] / 2, *place),
+        "ablate": lambda table, *place: fold.Ablation(table.direction[0], table.strength[0] / 2, *place),
+    }
+    before, plan = snapshot(tiny), random_plan(tiny, site, 20, operation)
+    monkeypatch.setattr(fold, "change_of", wrong[operation])
     with pytest.raises(austeer.SteeringError, match=r"self-check.*fold"):
-        austeer.steer(tiny, random_plan(tiny, site, 20), 2.0).attach()
+        austeer.steer(tiny, plan, 2.0).attach()
     assert_unchanged(tiny, before)
-    austeer.steer(tiny, random_plan(tiny, site, 20), 2.0, check=False).attach().detach()
+    austeer.steer(tiny, plan, 2.0, check=False).attach().detach()
     assert_unchanged(tiny, before)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from austeer.plans.fit import LayerUnits
-from austeer.steering.tables import StrengthTable
+from austeer.steering.tables import DirectionTable, StrengthTable
 
 
 def table(operation):
@@ -85,6 +85,28 @@ def test_a_plan_with_every_au_beside_one_with_few():
     t = StrengthTable(entries, 2, 4, torch.device("cpu"))
     t.fill([(2.0, 4), (5.0, 4)])
     assert t.spread(torch.tensor([0, 1, -1]))[0].tolist() == [[3.0] * 4, [6.0, 1, 1, 1], [1.0] * 4]
+
+
+def test_a_direction_is_of_the_aus_in_use_and_its_buffers_stay_where_they_are():
+    index, rank, values = torch.tensor([4, 0, 2]), torch.tensor([1, 5, 0]), torch.tensor([3.0, -12.0, -4.0])
+    other = LayerUnits(1, torch.tensor([5]), torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([7]), "ablate")
+    t = DirectionTable([LayerUnits(0, index, values / 12, values, rank, "ablate")], 1, 6, torch.device("cpu"))
+    two = DirectionTable([*t.entries, other], 2, 6, torch.device("cpu"))
+    places = [b.data_ptr() for b in (t.index, t.direction, t.strength, *t.operands)]
+    for k, expected in ((6, [-12 / 13, -4 / 13, 3 / 13]), (2, [0.0, -0.8, 0.6]), (1, [0.0, -1.0, 0.0])):
+        t.fill([(0.5, k)])
+        two.fill([(0.5, k), (2.0, k)])
+        assert t.index.tolist() == [[0, 2, 4]] and two.index.tolist() == [[0, 2, 4], [5, -1, -1]]
+        assert t.direction[0].tolist() == two.direction[0].tolist() == pytest.approx(expected)
+        assert t.strength.tolist() == [0.5] and two.strength.tolist() == [0.5, 2.0]
+        first = [expected[0], 0, expected[1], 0, expected[2], 0]
+        whole, strength = two.spread(torch.tensor([0, -1, 1]))
+        assert t.operands[0].tolist() == whole[0].tolist() == pytest.approx(first) and t.operands[1].tolist() == [0.5]
+        assert whole[1:].tolist() == [[0.0] * 6, [0.0] * 6], "a plan has no direction of AUs beyond its k"
+        assert strength.tolist() == [[0.5], [0.0], [2.0]]
+    assert places == [b.data_ptr() for b in (t.index, t.direction, t.strength, *t.operands)]
+    two.fill([(0.5, 6), (2.0, 8)])
+    assert two.spread(torch.tensor([1]))[0].tolist() == [[0, 0, 0, 0, 0, 1.0]] and two.operands is None
 
 
 def test_push_and_scale_need_tables_of_their_own():
