@@ -180,7 +180,7 @@ def gguf(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write plans for llama.cpp: a LoRA adapter (scale) or a control vector (shift at the sites layer and ffn).
+    """Write plans for llama.cpp: a LoRA adapter (scale, ablate) or a control vector (shift at the sites layer and ffn).
 
     --model is what the GGUF was converted from. Any quantisation of it can be served with the file.
 

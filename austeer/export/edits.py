@@ -1,6 +1,6 @@
 """Steering as an edit of weights: what plans do to each linear layer, told from the model's structure alone.
 
-With x the input of a linear layer y = W x + b, and gamma, shift zero but at a plan's AUs:
+With x the input of a linear layer y = W x + b, and gamma, shift and the direction d zero but at a plan's AUs:
 
 =========================== ==================================================================
 at its input (attention,    W (x + gamma * x + shift) + b  =  W (1 + gamma) x + (b + W shift)
@@ -9,6 +9,8 @@ at its output (ffn)         y + gamma * y + shift          =  (1 + gamma) W x + 
 after it, where the output  r + c y + shift                =  r + c (W x + b + shift / c)
 is added, times c, to r
 (layer; ffn of a mixture)
+a direction less, at its    W (x - alpha d (d . x)) + b    =  (W - alpha (W d) d') x + b
+input and at its output     y - alpha d (d . y)            =  (W - alpha d d' W) x + (b - alpha d (d . b))
 =========================== ==================================================================
 """
 
@@ -44,16 +46,31 @@ class ExportWarning(AusteerWarning):
 
 
 @dataclass(frozen=True)
+class Direction:
+    """A direction of AUs of one side of a linear layer, that is removed alpha times.
+
+    Attributes:
+        index: int64 [count]. values: float64 [count], the direction's, of length 1.
+    """
+
+    index: Tensor
+    values: Tensor
+    alpha: float
+
+
+@dataclass(frozen=True)
 class Strengths:
-    """What is done to AUs of one side of a linear layer, summed over plans.
+    """What is done to AUs of one side of a linear layer, summed over plans: x + gamma * x + shift - directions.
 
     Attributes:
         index: int64 [count], distinct and ascending. gamma, shift: float64 [count], in the activation's own unit.
+        directions: what is removed; all of their AUs are in ``index``.
     """
 
     index: Tensor
     gamma: Tensor
     shift: Tensor
+    directions: tuple[Direction, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -62,13 +79,44 @@ class Strengths:
     def shifts(self) -> bool:
         return bool(self.shift.any())
 
+    @property
+    def rank(self) -> int:
+        """Of the change of a weight: one for each scaled AU, and one for each direction."""
+        return int(self.gamma.count_nonzero()) + len(self.directions)
+
+    @property
+    def changed(self) -> Tensor:
+        """The AUs that are scaled or in a direction: int64, distinct and ascending."""
+        scaled = self.gamma != 0
+        for direction in self.directions:
+            scaled = scaled | torch.isin(self.index, direction.index)
+        return self.index[scaled]
+
+    def at(self, index: Tensor) -> Strengths:
+        """The same of some AUs by their places in ``index`` [count], ascending, which has all that are changed."""
+        kept = torch.isin(self.index, index)
+        directions = (replace(one, index=torch.searchsorted(index, one.index)) for one in self.directions)
+        places = torch.searchsorted(index, self.index[kept])
+        return Strengths(places, self.gamma[kept], self.shift[kept], tuple(directions))
+
+    def linear(self, t: Tensor, dim: int) -> Tensor:
+        """What becomes of float64 ``t``, whose ``dim`` counts all AUs of the side, but for the shifts."""
+        wide = t.movedim(dim, -1)
+        result = wide.clone()
+        result[..., self.index] *= 1 + self.gamma
+        for one in self.directions:
+            along = wide[..., one.index] @ one.values
+            result[..., one.index] -= one.alpha * along[..., None] * one.values
+        return result.movedim(-1, dim)
+
     @classmethod
     def sum(cls, parts: Sequence[Strengths]) -> Strengths:
-        """Strengths at the same side of one layer, added up at each AU."""
+        """Strengths at the same side of one layer, added up at each AU; directions one beside another."""
         index, place = torch.cat([part.index for part in parts]).unique(return_inverse=True)
         zeros = torch.zeros(len(index), dtype=torch.float64, device="cpu")
         values = ([part.gamma for part in parts], [part.shift for part in parts])
-        return cls(index, *(zeros.index_add(0, place, torch.cat(one)) for one in values))
+        gamma, shift = (zeros.index_add(0, place, torch.cat(one)) for one in values)
+        return cls(index, gamma, shift, tuple(direction for part in parts for direction in part.directions))
 
 
 @dataclass
@@ -104,8 +152,8 @@ class Edit:
 
     @property
     def rank(self) -> int:
-        """Of the change of the weight: one for each scaled AU."""
-        return sum(int(side.gamma.count_nonzero()) for side in (self.input, self.output) if side is not None)
+        """Of the change of the weight: one for each scaled AU, and one for each direction."""
+        return sum(side.rank for side in (self.input, self.output) if side is not None)
 
     @property
     def shifts(self) -> bool:
@@ -192,7 +240,8 @@ def _last(name: str) -> str:
 def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit]:
     """What ``plans``, each with its alpha, do to the weights of a model; lower layers first.
 
-    Strengths of several plans at one AU add up: x + (gamma_a + gamma_b) * x + shift_a + shift_b.
+    What several plans add at one site adds up: x + (gamma_a + gamma_b) * x + shift_a + shift_b, less what each ablates
+    of x by itself: alpha_a d_a (d_a . x) + alpha_b d_b (d_b . x). (The sum ``a + b`` of the plans has one direction.)
 
     Args:
         model: its structure is read and nothing else; it may be on the meta device.
@@ -200,7 +249,8 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
 
     Raises:
         PlanError: a plan for another model.
-        ExportError: a plan that is no edit of weights (``push``, ``scale`` at the site ``layer``), with the reason.
+        ExportError: a plan that is no edit of weights (``push``; ``scale`` and ``ablate`` at the site ``layer``), with
+            the reason.
     """
     sites = find_sites(model, list(dict.fromkeys(name for plan, _ in plans for name in plan.sites)))
     for plan, _ in plans:
@@ -216,15 +266,15 @@ def edits_of(model: nn.Module, plans: Sequence[tuple[Plan, float]]) -> list[Edit
                     f"weights; {_instead(site, entry.operation)}, or steer at run time (austeer.steer, or austeer's "
                     "plugin in vLLM)"
                 )
-        for operation, paths in (("scale", site.parts), ("shift", (str(site.bias),))):
-            part = [entry for entry in entries if entry.operation == operation]
+        for shifts, paths in ((False, site.parts), (True, (str(site.bias),))):
+            part = [entry for entry in entries if (entry.operation == "shift") == shifts]
             if not part:
                 continue
             strengths = summed(part, plans)
-            if operation == "shift":
+            if shifts:
                 strengths = replace(strengths, shift=strengths.shift / site.bias_factor)
             for path in paths:
-                if site.projection or operation == "shift":
+                if site.projection or shifts:
                     _check_site(model, site, path, checked)
                 edits.setdefault(path, _edit(model, site, path)).add(site, strengths)
     return list(edits.values())
@@ -243,9 +293,15 @@ def summed(entries: Sequence[LayerUnits], plans: Sequence[tuple[Plan, float]]) -
     parts = []
     for entry in entries:
         plan, alpha = plans[entry.plan]
+        index = entry.index.long()
+        if entry.operation == "ablate":
+            zero = torch.zeros(len(index), dtype=torch.float64, device="cpu")
+            directions = (Direction(index, entry.direction(len(plan)).double(), alpha),) if alpha else ()
+            parts.append(Strengths(index, zero, zero, directions))
+            continue
         # Each is a float32 product, as everywhere (DESIGN: Operation); only the sum over plans is wider.
         gamma, shift = (values.double() for values in entry.strengths(alpha, len(plan)))
-        parts.append(Strengths(entry.index.long(), gamma, shift))
+        parts.append(Strengths(index, gamma, shift))
     return Strengths.sum(parts)
 
 

@@ -4,6 +4,8 @@ With gamma at the outputs I and eta at the inputs J of a weight W [outputs, inpu
 
     (1 + gamma) W (1 + eta) - W  =  sum_I e_i (gamma_i W[i, :] (1 + eta))  +  sum_J (eta_j W[:, j]) e_j^T  =  B A
 
+A direction d that is removed alpha times is one more term: with d in the place of both e_i, and -alpha in gamma_i's.
+
 Everything is computed in float64; what is written is rounded once.
 """
 
@@ -33,7 +35,7 @@ def numbers(network: nn.Module, path: str, names: WeightNames, rank: int) -> int
 
 
 def rank_of(network: nn.Module, edit: Edit) -> int:
-    """The inner size of the product: one for each scaled AU, and no more than a matrix of its size can have."""
+    """The inner size of the product: one for each scaled AU and each direction, and no more than a matrix of its size can have."""
     return min(edit.rank, *sizes(network, edit.path, edit.weights))
 
 
@@ -58,13 +60,14 @@ def product(weights: ModelWeights, edit: Edit, rank: int) -> tuple[Tensor, Tenso
     if names.output > names.input:
         weight = weight.mT
     *experts, outputs, inputs = weight.shape
-    rows, row_scales = _scaled(edit.output)
-    columns, column_scales = _scaled(edit.input)
-    of_rows = weight.index_select(-2, rows).double()
-    of_rows[..., columns] *= 1 + column_scales
-    of_columns = weight.index_select(-1, columns).double() * column_scales
-    down = torch.cat([of_rows * row_scales[:, None], _unit(columns, inputs).expand(*experts, -1, -1)], -2)
-    up = torch.cat([_unit(rows, outputs).mT.expand(*experts, -1, -1), of_columns], -1)
+    out, out_scales = _vectors(edit.output, outputs)
+    into, into_scales = _vectors(edit.input, inputs)
+    of_rows = _rows(weight, out)  # [experts, terms, inputs]
+    if edit.input is not None:
+        of_rows = edit.input.linear(of_rows, -1)
+    of_columns = _rows(weight.mT, into).mT * into_scales  # [experts, outputs, terms]
+    down = torch.cat([of_rows * out_scales[:, None], into.expand(*experts, -1, -1)], -2)
+    up = torch.cat([out.mT.expand(*experts, -1, -1), of_columns], -1)
     if down.shape[-2] > min(outputs, inputs):
         change = up @ down
         unit = torch.eye(min(outputs, inputs), dtype=torch.float64, device="cpu").expand(*experts, -1, -1)
@@ -84,14 +87,26 @@ def bias_change(weights: ModelWeights, edit: Edit) -> Tensor:
     return steered if bias is None else steered - bias.double()
 
 
-def _scaled(side: Strengths | None) -> tuple[Tensor, Tensor]:
-    """The AUs that are scaled, and by how much."""
+def _vectors(side: Strengths | None, size: int) -> tuple[Tensor, Tensor]:
+    """The terms of a side, float64 [terms, size]: unit vectors of the AUs that are scaled, and directions.
+
+    Returns:
+        Them, and their factors, float64 [terms].
+    """
     if side is None:
-        return torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, dtype=torch.float64, device="cpu")
+        none = torch.zeros(0, size, dtype=torch.float64, device="cpu")
+        return none, none[:, 0]
     chosen = side.gamma != 0
-    return side.index[chosen], side.gamma[chosen]
+    scaled = side.index[chosen]
+    vectors = torch.zeros(len(scaled) + len(side.directions), size, dtype=torch.float64, device="cpu")
+    vectors[: len(scaled)].scatter_(1, scaled[:, None], 1.0)
+    for vector, direction in zip(vectors[len(scaled) :], side.directions):
+        vector[direction.index] = direction.values
+    alphas = torch.tensor([-direction.alpha for direction in side.directions], dtype=torch.float64, device="cpu")
+    return vectors, torch.cat([side.gamma[chosen], alphas])
 
 
-def _unit(index: Tensor, size: int) -> Tensor:
-    """Unit vectors: float64 [count, size]."""
-    return torch.zeros(len(index), size, dtype=torch.float64, device="cpu").scatter_(1, index[:, None], 1.0)
+def _rows(weight: Tensor, vectors: Tensor) -> Tensor:
+    """``vectors`` [terms, rows] times ``weight`` [..., rows, columns], in float64, reading the rows they have alone."""
+    used = vectors.any(0).nonzero()[:, 0]
+    return vectors[:, used] @ weight.index_select(-2, used).double()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..models.linear import bias_of_shift
-from .edits import Edit, ExportError
+from .edits import Edit, ExportError, Strengths
 
 
 def folded_weight(edit: Edit, weight: Tensor) -> Tensor:
@@ -16,23 +16,17 @@ def folded_weight(edit: Edit, weight: Tensor) -> Tensor:
         weight: as it is stored: [out, in] or [in, out], with or without experts in front.
     """
     dims = _dims(edit)
-    factors = {}
-    for side, dim in dims.items():
-        strengths = getattr(edit, side)
-        factor = torch.ones(weight.shape[dim], dtype=torch.float64, device="cpu")
-        if strengths is not None:
-            factor[strengths.index] += strengths.gamma
-        factors[side] = factor
     result = weight.clone()
     for side, dim in dims.items():
-        index = (factors[side] != 1).nonzero()[:, 0]
-        if not len(index):
+        strengths: Strengths | None = getattr(edit, side)
+        if strengths is None or not len(index := strengths.changed):
             continue
+        # An entry in a changed row and a changed column is made twice, from the same original.
+        slice_ = strengths.at(index).linear(weight.index_select(dim, index).double(), dim)
         other = "output" if side == "input" else "input"
-        # An entry in a scaled row and a scaled column is made twice, from the same original.
-        slice_ = weight.index_select(dim, index).double().movedim(dim, -1) * factors[side][index]  # [..., other, AUs]
-        slice_ *= factors[other][:, None]
-        result.index_copy_(dim, index, rounded(slice_.movedim(-1, dim), weight.dtype, edit.path))
+        if (beside := getattr(edit, other)) is not None:
+            slice_ = beside.linear(slice_, dims[other])
+        result.index_copy_(dim, index, rounded(slice_, weight.dtype, edit.path))
     return result
 
 
@@ -46,7 +40,8 @@ def folded_bias(edit: Edit, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 
 
 def steered_bias(edit: Edit, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same before it is rounded, float64: (1 + gamma) (b + W s) + t, with shifts s of the inputs, t of the outputs.
+    """The same before it is rounded, float64: M (b + W s) + t, with shifts s of the inputs, t of the outputs, and M what
+    else is done to the outputs: 1 + gamma, and less directions.
 
     Args:
         weight: the original one. bias: None if it has none.
@@ -57,8 +52,7 @@ def steered_bias(edit: Edit, weight: Tensor, bias: Tensor | None) -> Tensor:
     if edit.input is not None and edit.input.shifts:
         result = result + bias_of_shift(edit.input.index, edit.input.shift, width, weight, dims["input"])
     if edit.output is not None:
-        result = result.clone()
-        result[..., edit.output.index] *= 1 + edit.output.gamma
+        result = edit.output.linear(result, -1)
         if edit.output.shifts:
             result += bias_of_shift(edit.output.index, edit.output.shift, width)
     return result

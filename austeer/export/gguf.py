@@ -38,7 +38,7 @@ def export_gguf(
 ) -> Path:
     """Writes plans as a GGUF file for llama.cpp, which serves it beside any quantisation of the model.
 
-    Plans whose operation is ``scale`` become a LoRA adapter: ``llama-server -m MODEL.gguf --lora FILE``. ``shift`` at
+    Plans whose operation is ``scale`` or ``ablate`` become a LoRA adapter: ``llama-server -m MODEL.gguf --lora FILE``. ``shift`` at
     the site ``layer``, or at ``ffn`` where the layer adds the MLP's output as it is or times a number, becomes a
     control vector: ``llama-server -m MODEL.gguf --control-vector FILE``. Both take a scale at run time that multiplies
     alpha (``--lora-scaled FILE:2``, ``--control-vector-scaled FILE:2``).
@@ -50,7 +50,7 @@ def export_gguf(
 
     Args:
         plans: a plan, or several whose effects are summed, each perhaps with its own alpha: ``[(a, 8.0), (b, 0.5)]``;
-            all ``scale`` or all ``shift``.
+            ``scale`` and ``ablate``, or ``shift`` alone.
         model: the model that the GGUF was converted from: a folder or Hub id, or a model in memory.
         out: the file to make.
         alpha: of plans that come without one; a number, or one for each of a plan's sites; 1 by default.
@@ -75,13 +75,13 @@ def export_gguf(
     if dtype not in _DTYPES:
         raise ExportError(f"dtype: found {dtype!r}, expected float32 or float16")
     operations = sorted({plan.operation for plan, _ in pairs})
-    if operations == ["scale"]:
+    if {*operations} <= {"scale", "ablate"}:
         return _lora(pairs, model, out, _DTYPES[dtype], architecture, force, progress)
     if operations == ["shift"]:
         return write_control_vector(pairs, model, out, force)
     raise ExportError(
-        f"operation: found {' and '.join(map(repr, operations))}; expected plans with 'scale' (a LoRA adapter) or with "
-        "'shift' (a control vector), each into a file of its own: llama.cpp takes both at once"
+        f"operation: found {' and '.join(map(repr, operations))}; expected plans with 'scale' and 'ablate' (a LoRA "
+        "adapter) or with 'shift' (a control vector), each into a file of its own: llama.cpp takes both at once"
     )
 
 

@@ -58,7 +58,7 @@ def export_lora(
 
     The strength can be left to whoever loads the adapter: what it adds grows in proportion to its scaling
     (``lora_alpha / r`` in its config, 1 here; PEFT's ``set_scale`` and the weights of ``add_weighted_adapter``), so one
-    exported at ``alpha=1`` and scaled by a is one exported at ``alpha=a``. Not if a plan scales both sides of one layer
+    exported at ``alpha=1`` and scaled by a is one exported at ``alpha=a``. Not if a plan works on both sides of one layer
     (sites ``ffn`` and ``neuron``): there the effect has a part in proportion to alpha squared.
 
     Args:
@@ -71,7 +71,8 @@ def export_lora(
         kl: instead of alpha, of one plan with a dose, the KL on neutral text that is predicted, nats a token. What a
             strength does is measured by ``austeer.steer(model, plan, kl=...).alpha``.
         dtype: of the adapter: float32, bfloat16, float16, float64. By default each layer's own.
-        rank: of every layer; by default the smallest that is exact, the largest number of AUs in a layer.
+        rank: of every layer; by default the smallest that is exact: the largest number of AUs in a layer, of ``ablate``
+            one for each plan and site.
         rank_pattern: give each layer the rank that it needs, and none to layers without AUs. Smaller and faster in
             PEFT; vLLM reads it, SGLang and TGI do not.
         lora_bias: also write what is added to outputs: a bias's share of scaling, and the whole of ``shift``. PEFT
@@ -165,7 +166,10 @@ def _targets(network: nn.Module, edits: Sequence[Edit], rank: int | None, exact:
             raise ExportError("rank: found a number beside rank_pattern, expected one of the two")
         return [target_of(network, edit.path, edit, ranks[edit.path]) for edit in edits]
     if rank is not None and check_count("rank", rank, _LARGEST_RANK, "LoRA ranks", ExportError) < needed:
-        raise ExportError(f"rank: found {rank}, expected {needed} or more, the most AUs of the plan in one layer")
+        raise ExportError(
+            f"rank: found {rank}, expected {needed} or more: one for each AU that is scaled, and each direction "
+            "that is ablated, in one layer"
+        )
     by_path = {edit.path: edit for edit in edits}
     paths = dict.fromkeys(by_path) if any(edit.experts for edit in edits) else _all_of_their_kinds(network, edits)
     return [target_of(network, path, by_path.get(path), rank or needed) for path in paths]

@@ -70,6 +70,13 @@ def test_an_au_that_cancels_out_takes_no_rank(model):
     assert sum(map(len, (edit.output for edit in both.values()))) == 10
 
 
+def test_a_direction_takes_a_rank_for_each_plan_and_side(model):
+    plan, other = (random_plan(model, ("ffn", "neuron"), 40, "ablate", seed=seed) for seed in range(2))
+    both = by_path(model, (plan, 1.0), (other, 0.5), (random_plan(model, "ffn", 1), 1.0))
+    assert sorted(edit.rank for edit in both.values()) == [4, 4, 5]
+    assert {edit.rank for edit in by_path(model, (plan, 1.0), (other, 0.0)).values()} == {2}
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +85,7 @@ def test_an_au_that_cancels_out_takes_no_rank(model):
     [
         ("layer", "scale", r"site 'layer'.*with_operation\('shift'\).*'attention'"),
         ("layer", "push", r"site 'layer'.*'push'.*with_operation\('shift'\)"),
+        ("layer", "ablate", r"site 'layer'.*'ablate'.*with_operation\('shift'\).*'attention'"),
         ("ffn", "push", r"'push'.*with_operation\('scale' or 'shift'\)"),
     ],
 )
@@ -94,7 +102,7 @@ def test_shift_in_a_mixture_without_plain_shared_experts_is_refused(family):
     assert edits_of(mixture, [(random_plan(mixture, "attention", 3, "shift"), 1.0)])
 
 
-@pytest.mark.parametrize("operation", ["scale", "shift", "push"])
+@pytest.mark.parametrize("operation", ["scale", "shift", "push", "ablate"])
 def test_a_layer_with_a_norm_behind_its_projection_is_refused(operation):
     for model in (tiny_model("gemma2"), tiny_model("opt", do_layer_norm_before=False)):
         with pytest.raises(ExportError, match=rf"'layer' of layer \d.*'{operation}'.*'attention'"):

@@ -53,13 +53,16 @@ def of_model(family):
 # --- LoRA adapters ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if of_model(f) in ARCHITECTURES])
-def test_an_adapter_makes_the_folded_weights(family, tmp_path):
+@pytest.mark.parametrize(
+    ("operation", "family"),
+    [*(("scale", f) for f in FAMILIES if of_model(f) in ARCHITECTURES), ("ablate", "llama"), ("ablate", "mixtral")],
+)
+def test_an_adapter_makes_the_folded_weights(operation, family, tmp_path):
     # llama.cpp's Qwen mixtures have no dense layers among them.
     model = tiny_model(family, **({"mlp_only_layers": []} if family in ("qwen2_moe", "qwen3_moe") else {}))
     model.save_pretrained(tmp_path / "base")
     for site in NAMES.keys() & find_sites(model).keys():
-        plan, file = random_plan(model, site, 40), tmp_path / f"{site}.gguf"
+        plan, file = random_plan(model, site, 40, operation), tmp_path / f"{site}.gguf"
         biased = any(
             site == "ffn"
             and getattr(model.get_submodule(part), weights_of(model.get_submodule(part)).bias or "", None) is not None
@@ -103,15 +106,17 @@ def test_an_adapter_makes_the_folded_weights(family, tmp_path):
 def test_the_file(dtype, tmp_path):
     model = tiny_model("llama")
     a, b = random_plan(model, ["attention", "ffn"], 20), random_plan(model, "ffn", 20, seed=1)
-    file = export_gguf([(a, 2.0), b], model, tmp_path / "new" / "a.gguf", alpha=-1, dtype=dtype)
+    c = random_plan(model, ["attention", "ffn"], 30, "ablate", seed=2)
+    file = export_gguf([(a, 2.0), b, c], model, tmp_path / "new" / "a.gguf", alpha=-1, dtype=dtype)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.gguf"]
     fields, tensors = read(file)
     assert {t.dtype for t in tensors.values()} == {getattr(torch, dtype)}
     plans = json.loads(fields["austeer.plans"])
-    assert [(p["digest"], p["alpha"]) for p in plans] == [(digest(a), 2.0), (digest(b), -1.0)]
+    assert [(p["digest"], p["alpha"]) for p in plans] == [(digest(a), 2.0), (digest(b), -1.0), (digest(c), -1.0)]
     ranks = {t.shape[0] for name, t in tensors.items() if name.endswith("lora_a")}
     assert ranks == {int(fields["adapter.lora.alpha"])}  # one for all: a reader that knows one factor is right, too
     places = Counter((site, layer) for site, layer, _ in {*a.keys(), *b.keys()})
+    places += Counter({(site, layer) for site, layer, _ in c.keys()})
     assert ranks == {max(places.values())}  # and no larger than it has to be
 
 

@@ -59,15 +59,21 @@ def user_lora(model, modules, folder, rank=3, seed=5):
 # --- exact -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family, tmp_path):
+#: A family of each form: plain, transposed weights and biases, mixtures with and without plain and shared experts.
+FORMS = ("llama", "gpt2", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    ("operation", "family"), [*(("scale", family) for family in FAMILIES), *(("ablate", family) for family in FORMS)]
+)
+def test_every_family(operation, family, tmp_path):
     model = double(family)
     sites = [site for site in find_sites(model) if site in WEIGHT_SITES]
     if family == "gpt_oss":
         sites = ["attention"]  # its experts have biases
     projections = [site.projection for site in find_sites(model, "ffn")["ffn"]]
     biased = None not in projections and model.get_submodule(projections[0]).bias is not None
-    plan = random_plan(model, sites, 40)
+    plan = random_plan(model, sites, 40, operation)
     export_lora(plan, model, tmp_path / "a", alpha=ALPHA, lora_bias=biased, experts=None in projections)
     expected = formula_logits(model, IDS, plan, ALPHA)
     assert (expected - logits(model, IDS)).abs().max() > 0.05
@@ -85,9 +91,10 @@ def test_shift_with_bias(family, site, tmp_path):
     close(logits(load(model, tmp_path / "a"), IDS), expected)
 
 
-def test_both_operations_at_both_sides_of_one_biased_layer(tmp_path):
+@pytest.mark.parametrize("linear", ["scale", "ablate"])
+def test_both_operations_at_both_sides_of_one_biased_layer(linear, tmp_path):
     model = double("llama", mlp_bias=True, attention_bias=True)
-    scale, shift = (random_plan(model, WEIGHT_SITES, 30, op, seed=n) for n, op in enumerate(("scale", "shift")))
+    scale, shift = (random_plan(model, WEIGHT_SITES, 30, op, seed=n) for n, op in enumerate((linear, "shift")))
     # At an AU of both, x (1 + gamma) + shift either way: the formula's hooks must not see each other's.
     keys = set(scale.keys())
     shift = shift.take(torch.tensor([i for i, key in enumerate(shift.keys()) if key not in keys]))
@@ -102,25 +109,33 @@ def test_both_operations_at_both_sides_of_one_biased_layer(tmp_path):
     seeds=st.lists(st.integers(0, 3), min_size=1, max_size=3),
     counts=st.lists(st.integers(1, 60), min_size=3, max_size=3),
     alphas=st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0, 4.0]), min_size=3, max_size=3),
+    operations=st.lists(st.sampled_from(["scale", "ablate"]), min_size=3, max_size=3),
     exact_ranks=st.booleans(),
 )
-def test_sums_of_plans_that_share_aus(model, tmp_path, seeds, counts, alphas, exact_ranks):
+def test_sums_of_plans_that_share_aus(model, tmp_path, seeds, counts, alphas, operations, exact_ranks):
     plans = [
-        (random_plan(model, ("attention", "ffn"), count, seed=seed), alpha)
-        for seed, count, alpha in zip(seeds, counts, alphas)
+        (random_plan(model, ("attention", "ffn", "neuron"), count, operation, seed=seed), alpha)
+        for seed, count, alpha, operation in zip(seeds, counts, alphas, operations)
     ]
     export_lora(plans, model, tmp_path / "a", rank_pattern=exact_ranks, force=True)
-    # One weight edit W (1 + sum of gammas), written out: the formula's hooks would multiply one after the other.
+    # One weight edit, by the matrix 1 + sum of gammas - sum of alpha d d', written out: the formula's hooks would work
+    # one after the other.
     edited = copy.deepcopy(model)
-    for name, sites in find_sites(model, ("attention", "ffn")).items():
+    for name, sites in find_sites(model, ("attention", "ffn", "neuron")).items():
         for site in sites:
-            factor = torch.ones(site.width, dtype=torch.float64)
+            change = torch.eye(site.width, dtype=torch.float64)
             for plan, alpha in plans:
-                for au in plan:
-                    if (au.site, au.layer) == (name, site.layer):
-                        factor[au.index] += alpha * au.beta
+                rows = [row for row, key in enumerate(plan.keys()) if key[:2] == (name, site.layer)]
+                index, vector = plan.index[rows].long(), torch.zeros(site.width, dtype=torch.float64)
+                if plan.operation == "scale":
+                    vector[index] = alpha * plan.beta[rows].double()
+                    change += vector.diag()
+                elif rows:
+                    vector[index] = plan.delta[rows].double()
+                    d = (vector / vector.norm()).float().double()
+                    change -= alpha * torch.outer(d, d)
             weight = edited.get_submodule(site.projection).weight.data
-            weight *= factor[:, None] if site.side == "output" else factor
+            weight.copy_(change @ weight if site.side == "output" else weight @ change)
     close(logits(load(model, tmp_path / "a"), IDS), logits(edited, IDS))
 
 
@@ -180,7 +195,10 @@ def scale_all(adapter, factor):
 
 
 @pytest.mark.parametrize("alpha", [-3.0, 0.0, 0.5, 12.0])
-@pytest.mark.parametrize("operation, sites", [("scale", ("attention", "ffn")), ("shift", WEIGHT_SITES)])
+@pytest.mark.parametrize(
+    "operation, sites",
+    [("scale", ("attention", "ffn")), ("ablate", ("attention", "ffn")), ("shift", WEIGHT_SITES)],
+)
 def test_alpha_can_be_left_to_the_scaling(operation, sites, alpha, model, tmp_path):
     plan = random_plan(model, sites, 30, operation)
     export_lora(plan, model, tmp_path / "one", lora_bias=operation == "shift")
@@ -242,8 +260,9 @@ def test_it_merges_and_unmerges(family, tmp_path):
     close(logits(merged, IDS), expected)
 
 
-def test_exact_ranks_are_fewer_numbers_and_leave_other_layers_alone(model, tmp_path):
-    plan = random_plan(model, "ffn", 40)
+@pytest.mark.parametrize("operation", ["scale", "ablate"])
+def test_exact_ranks_are_fewer_numbers_and_leave_other_layers_alone(operation, model, tmp_path):
+    plan = random_plan(model, "ffn", 40, operation)
     plan = plan.take(((plan.layer == 0) | ((plan.layer == 2) & (plan.index < 3))).nonzero()[:, 0])
     counts = torch.bincount(plan.layer, minlength=3).tolist()
     assert 0 == counts[1] < counts[2] < counts[0]
@@ -256,7 +275,8 @@ def test_exact_ranks_are_fewer_numbers_and_leave_other_layers_alone(model, tmp_p
         ranks[exact] = [layer.lora_A["default"].out_features if hasattr(layer, "lora_A") else 0 for layer in layers]
         scalings = [layer.scaling["default"] for layer in layers if hasattr(layer, "scaling")]
         assert set(scalings) == {1.0}
-    assert ranks == {False: [counts[0]] * 3, True: counts}
+    needed = counts if operation == "scale" else [1, 0, 1]
+    assert ranks == {False: [needed[0]] * 3, True: needed}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
