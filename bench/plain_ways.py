@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from austeer import Plan
+from austeer.errors import PlanError
 from austeer.models.sites import Site, find_sites
 from austeer.models.structure import input_device
+from austeer.plans.table import BY_UNIT
 
 from .steered import Steered, Way
 
@@ -44,8 +46,17 @@ class Strength:
 
 
 def strengths(model: nn.Module, plan: Plan, alpha: float) -> Iterator[Strength]:
-    """One for every layer of the plan's site, also for those that have no AU."""
+    """One for every layer of the plan's site, also for those that have no AU.
+
+    Raises:
+        PlanError: an operation on a layer's AUs together.
+    """
     device, operation = input_device(model), plan.operation
+    if operation not in BY_UNIT:
+        raise PlanError(
+            f"operation: found {operation!r}, expected one of {', '.join(BY_UNIT)}: what it is compared with works on "
+            "each AU by itself"
+        )
     for site in find_sites(model, plan.sites)[plan.sites[0]]:
         rows = plan.layer == site.layer
         values = plan.delta if operation == "shift" else plan.beta

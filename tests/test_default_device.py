@@ -16,7 +16,7 @@ from austeer.overview.overview import of_momentum, of_plan
 from austeer.pairs.pairs import Pairs
 from austeer.tasks import Item, Task, evaluate
 from austeer.tuning import compare
-from dense_formula import OPERATION, OPERATIONS, PATHS, SITES, formula_logits, logits, random_plan
+from dense_formula import OPERATIONS, PATHS, POSSIBLE, SITES, formula_logits, logits, random_plan
 from places import ROOT
 from searches import NEUTRAL, NOUNS, words
 
@@ -41,7 +41,7 @@ def on_cpu(function, *args, **options):
 @pytest.mark.parametrize("mode", ["auto", *PATHS])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_steering(one_lively, elsewhere, operation, mode):
-    if mode in ("fold", "bias") and OPERATION[mode] != operation:
+    if operation not in POSSIBLE.get(mode, OPERATIONS):
         pytest.skip("no such path")
     ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]], device="cpu")
     plan = on_cpu(random_plan, one_lively, ("ffn", "attention"), 25, operation)

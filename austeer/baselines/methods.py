@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import SelectionError, check_count
-from ..plans.table import OPERATIONS
+from ..plans.table import BY_UNIT, OPERATIONS
+from .ablation import ablation_arms
 from .arm import Arm, Material
 from .caa import caa_arms
 from .effect import effect_arms
@@ -90,6 +91,12 @@ METHODS: dict[str, Method] = {
         lambda material, w: caa_arms(material.momentum, w.layers),
         (RESIDUAL,),
     ),
+    "ablation": Method(
+        "the mean difference of the residual stream, removed from it at one layer",
+        "after Arditi et al. (NeurIPS 2024)",
+        lambda material, w: ablation_arms(material.momentum, w.layers),
+        (RESIDUAL,),
+    ),
     "newton": Method(
         "the residual stream's vector of largest effect for its side effect, added at one layer",
         "the natural gradient, Amari (1998)",
@@ -123,7 +130,7 @@ def arms(
     material: Material,
     *,
     sites: Iterable[str],
-    operations: Iterable[str] = OPERATIONS,
+    operations: Iterable[str] = BY_UNIT,
     ks: Iterable[int],
     layers: Sequence[int] | None = None,
     heads: Sequence[int] = HEADS,
@@ -135,10 +142,10 @@ def arms(
     Args:
         method: one of ``METHODS``.
         sites, operations, ks: what the AUs are chosen for; methods that leave no choice take no notice: "caa",
-            "newton", "trained" and "iti" have a site and an operation of their own, "sadi" and "effect" an operation,
-            and "all" no k.
-        layers: those at which "caa", "newton" and "trained" add their vector; by default ten that are evenly spread,
-            and for "trained", which takes long, two.
+            "ablation", "newton", "trained" and "iti" have a site and an operation of their own, "sadi" and "effect" an
+            operation, and "all" no k.
+        layers: those at which "caa", "newton" and "trained" add their vector, and "ablation" removes its direction; by
+            default ten that are evenly spread, and for "trained", which takes long, two.
         heads: how many heads "iti" and, at "attention", "sadi" take.
 
     Raises:

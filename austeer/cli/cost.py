@@ -25,7 +25,7 @@ def cost(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each row's prompt, for the prefill.")] = 512,
     context: Annotated[int, typer.Option(help="Tokens of each row at the decoded token.")] = 512,
-    operation: Annotated[str, typer.Option(help="scale, push or shift.")] = "scale",
+    operation: Annotated[str, typer.Option(help="scale, push, shift or ablate.")] = "scale",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda (an H100 if there is no GPU here). [default: cuda if there is one]")

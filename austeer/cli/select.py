@@ -61,7 +61,18 @@ KL = Annotated[
 ]
 Operation = Annotated[
     str | None,
-    typer.Option(help="scale (the paper), push or shift. [default: by effect shift, else scale]", show_default=False),
+    typer.Option(
+        help="scale (the paper), push, shift or ablate. [default: by effect shift, else scale]", show_default=False
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Only AUs of these layers (14 or 0-7,12); without --k or what stands for it, all of them. [default: all "
+        "that were measured]",
+        show_default=False,
+    ),
 ]
 
 
@@ -85,12 +96,15 @@ def select(
     ] = None,
     ties: Annotated[str, typer.Option(help="By momentum: effect (size), or public (as the public code).")] = "effect",
     operation: Operation = None,
+    layers: Layers = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the plan in --out.")] = False,
     json: Json = False,
 ) -> None:
     """Take the most consistent AUs of a site as a plan, or those of the largest effect for their side effect.
 
     Example: `austeer select kind.momentum --site attention --k 10 --operation shift --out plans/kind`
+
+    A direction to ablate: `austeer select kind.momentum --site layer --layers 14 --operation ablate --out plans/kind`
 
     By effect: `austeer select kind.momentum --site auto --profile demo.profile --kl 0.1 --out plans/kind`
     """
@@ -99,6 +113,7 @@ def select(
     from ..momentum.selection import KL as USUAL
     from ..plans.dose_table import dose_rows
     from ..plans.files import FILE_NAME
+    from .momentum_file import parse_layers
 
     check_writable(out / FILE_NAME, force)
     names = split_names(site)
@@ -116,6 +131,7 @@ def select(
         min_stability=min_stability,
         ties=ties,
         operation=operation,
+        layers=parse_layers(layers),
     )
     searched = plan.rank == "effect" and (kl is not None or where == "auto")
     curves = _curves(counted, made, names, plan.step) if searched and made is not None else []

@@ -129,10 +129,10 @@ class SteeringCost:
             return "nothing" if found == 0 else f"{found:.2g} %" if found >= 0.005 else "less than 0.01 %"
 
         beside = {"columns": "columns", "public": "the public code's arithmetic"}
-        told = [f"{words} {percent(way)}" for way, words in beside.items() if way != self.auto]
+        told = [f"{words} {percent(way)}" for way, words in beside.items() if way != self.auto and way in extra]
         return (
             f"Steering {self.k} AUs in {len(self.aus)} of {self.layers} layers ({self.execution}), of a decoded "
-            f"token: auto takes {self.auto} and adds {percent(self.auto)}; {', '.join(told)}."
+            f"token: auto takes {self.auto} and adds {percent(self.auto)}{'; ' if told else ''}{', '.join(told)}."
         )
 
 

@@ -55,7 +55,8 @@ def _outputs(place: Place) -> int:
 
 def _compiled(place: Place, table: int) -> Work:
     """A form that the compiler fuses with what is around it: beyond the tensor itself it reads ``table`` bytes."""
-    return Work(table, 0, (3 if place.operation == "push" else 2) * place.values)
+    each = {"push": 3, "ablate": 4}.get(place.operation, 2)
+    return Work(table, 0, each * place.values)
 
 
 def dense(place: Place, target: Target) -> Work:
@@ -63,6 +64,8 @@ def dense(place: Place, target: Target) -> Work:
     size, n, w = place.itemsize, place.values, place.width
     if target.execution == "compile":
         return _compiled(place, STRENGTH * w)
+    if place.operation == "ablate":
+        return _dense_ablation(place) + _op([n * size], n * size)
     cast = _op([STRENGTH * w], size * w) if place.low else Work()
     if place.operation == "shift":
         steer = _op([n * size, w * size], n * size, n)
@@ -71,6 +74,15 @@ def dense(place: Place, target: Target) -> Work:
         if place.operation == "push":
             steer += _op([n * size], n * size, n)
     return cast + steer + _op([n * size], n * size)
+
+
+def _dense_ablation(place: Place) -> Work:
+    """The direction and the strength in the activations' dtype; d . x; alpha d; the first times the second; less it."""
+    size, n, w, t = place.itemsize, place.values, place.width, place.tokens
+    cast = _op([STRENGTH * w], size * w) + (_op([STRENGTH], size) if place.low else Work())
+    along = _op([n * size, w * size], n * size, n) + _op([n * size], t * size)
+    removed = _op([size, w * size], w * size, w) + _op([t * size, w * size], n * size, n)
+    return cast + along + removed + _op([2 * n * size], n * size, n)
 
 
 def public(place: Place, target: Target) -> Work:
@@ -122,6 +134,8 @@ def columns(place: Place, target: Target) -> Work:
     """
     if target.execution == "compile":
         return _compiled(place, STRENGTH * place.width)
+    if place.operation == "ablate":
+        return _ablation(place) + Work(padding=2 * _scattered(place, target))
     if runs_kernel("columns", place, target):
         size, t = place.itemsize, place.chosen
         each = 4 if place.operation == "push" else 3
@@ -140,7 +154,7 @@ def runs_as(way: str, place: Place) -> str:
 def runs_kernel(way: str, place: Place, target: Target) -> bool:
     """Whether a way launches a kernel of this library at a site."""
     way = runs_as(way, place)
-    if target.kind == "cpu" or way not in ("columns", "fused"):
+    if target.kind == "cpu" or place.operation == "ablate" or way not in ("columns", "fused"):
         return False
     if way == "fused":
         return True
@@ -166,6 +180,20 @@ def _sparse_on_cpu(place: Place) -> Work:
     one_way = _op([t * size, index], t * size)  # gather, or scatter
     there, back = (_op([t * size], 4 * t), _op([4 * t], t * size)) if place.low else (Work(), Work())
     return one_way + there + _steered(t, place.count, 4, place.operation) + back + one_way
+
+
+def _ablation(place: Place) -> Work:
+    """Gather, what is not 0 of the direction and the strength, x - alpha d (d . x) there, scatter."""
+    size, t, count, tokens, wide = place.itemsize, place.chosen, place.count, place.tokens, STRENGTH
+    one_way = _op([t * size, INDEX * count], t * size)
+    there, back = (_op([t * size], wide * t), _op([wide * t], t * size)) if place.low else (Work(), Work())
+    masks = _op([wide * count], count, count) + _op([wide], 1, 1) + _op([count, 1], count, count)
+    x, d = wide * t, wide * count
+    old = _op([], wide) + _op([count, x, wide], x, t)  # 0 where nothing is done
+    along = _op([x, d], x, t) + _op([x], wide * tokens)
+    removed = _op([wide, wide * tokens], wide * tokens, tokens) + _op([wide * tokens, d], x, t)
+    steered = _op([2 * x], x, t) + back + _op([count, 2 * t * size], t * size, t)
+    return one_way + masks + there + old + along + removed + steered + one_way
 
 
 def _steered(values: int, table: int, size: int, operation: str) -> Work:
@@ -221,12 +249,17 @@ def _splits(place: Place, target: Target) -> int:
 
 
 def lora(place: Place, target: Target) -> Work:
-    """PEFT's adapter beside the projection, its rank the AUs of the layer: two products, the scaling, the addition."""
+    """PEFT's adapter beside the projection: two products, the scaling, the addition."""
     inputs, outputs = place.shape
-    size, t = place.itemsize, place.tokens
+    size, t, rank = place.itemsize, place.tokens, _rank(place)
     y = t * outputs * size
-    products = _product(t, inputs, place.count, False, size) + _product(t, place.count, outputs, False, size)
+    products = _product(t, inputs, rank, False, size) + _product(t, rank, outputs, False, size)
     return products + _op([y], y, t * outputs) + _op([2 * y], y, t * outputs)
+
+
+def _rank(place: Place) -> int:
+    """Of the adapter: one for each AU of the layer, or for their direction."""
+    return 1 if place.operation == "ablate" else place.count
 
 
 #: Name -> what it does at a layer that has AUs. "public" does it at every layer.
@@ -254,7 +287,10 @@ def table_bytes(way: str, place: Place, target: Target) -> int:
     if way == "sparse hook":
         return place.count * (INDEX + place.itemsize)
     if way == "lora":
-        return sum(place.shape) * place.count * place.itemsize
+        return sum(place.shape) * _rank(place) * place.itemsize
+    if place.operation == "ablate":  # lists and direction of the plan and of none, and their strengths
+        operands = STRENGTH * (place.width + 1) if way in ("columns", "dense") else 0
+        return 2 * (place.count * (2 * INDEX + STRENGTH) + STRENGTH) + operands
     kept = 2 * place.count * (2 * INDEX + 2 * STRENGTH)  # lists of the plan and of none: index, columns, gamma, shift
     if way in ("columns", "fused"):
         kept += STRENGTH * (place.width + (place.operation == "push"))  # the operands of the forms: push has a 1 too
@@ -285,7 +321,10 @@ def place_of(
 
 
 #: What ``mode="auto"`` takes for an operation where it is possible; otherwise it runs.
-EDITS = {"scale": "fold", "shift": "bias"}
+EDITS = {"scale": "fold", "ablate": "fold", "shift": "bias"}
+
+#: What does the same to each AU by itself, and cannot take a sum over them.
+_BY_UNIT = ("fused", "public", "dense hook", "sparse hook")
 
 
 def automatic(ways: Sequence[str], places: Sequence[Place], target: Target) -> str:
@@ -312,8 +351,10 @@ def _form(place: Place) -> str:
 
 def why_not(network: nn.Module, way: str, sites: Sequence[Site], operation: str) -> str:
     """Why a way is not possible at a site, as far as the model's shapes say; empty if it is."""
-    if way == "lora" and operation != "scale":
-        return f"it scales, and cannot {operation}"
+    if way == "lora" and EDITS.get(operation) != "fold":
+        return f"it multiplies, and cannot {operation}"
+    if operation == "ablate" and way in _BY_UNIT:
+        return "it works on each AU by itself, and cannot ablate"
     if way in EDITS.values() and way != EDITS.get(operation):
         return f"it cannot {operation}"
     for site in sites:
@@ -346,7 +387,10 @@ def kept_bytes(
             weights = linear.weights_of(module := network.get_submodule(path))
             assert isinstance(weights, linear.WeightNames)  # otherwise fold was refused
             saved = getattr(module, weights.weight).numel() // site.width * aus[site.layer]
-            total += dtype.itemsize * saved + STRENGTH * aus[site.layer]  # and by what they were scaled
+            # and by what they were scaled, or what was taken of the direction from how much of it
+            sums = STRENGTH if operation == "ablate" else 0
+            total += dtype.itemsize * saved + STRENGTH * aus[site.layer] + sums * (saved // aus[site.layer])
             if weights.bias and site.side == "output" and getattr(module, weights.bias, None) is not None:
-                total += (dtype.itemsize + STRENGTH) * aus[site.layer]
+                experts = getattr(module, weights.bias).numel() // site.width
+                total += (dtype.itemsize * experts + STRENGTH) * aus[site.layer] + sums * experts
     return total

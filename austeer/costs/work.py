@@ -80,7 +80,7 @@ class Place:
 
     Attributes:
         tokens: of all rows. width: AUs there. count: how many of them are steered; 0 in layers that are left alone.
-        dtype: of activations and weights. operation: "scale", "push" or "shift".
+        dtype: of activations and weights. operation: "scale", "push", "shift" or "ablate".
         side: "input" or "output" of the projection.
         projection: inputs and outputs of the linear layer at the site; None without one.
         bias: whether that has a bias, or, without a projection, the layer that could add a shift.

@@ -27,7 +27,7 @@ from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs, load_pairs
 from ..plans.evidence import Overhead
 from ..plans.plan import Plan
-from ..plans.table import OPERATIONS
+from ..plans.table import BY_UNIT
 from ..statistics import stability
 from ..steering.steer import steer
 from ..tasks.task import Task
@@ -138,7 +138,7 @@ def run(
 
     scorer = Scorer(model, tokenizer, data.task(data.tuning), neutral_texts())
     material = Material(model, tokenizer, data.momentum, momentum)
-    tried = arms("momentum", material, sites=SITES, operations=OPERATIONS, ks=KS)
+    tried = arms("momentum", material, sites=SITES, operations=BY_UNIT, ks=KS)
     found = search(scorer, tried, group=lambda arm: arm.operation, max_kl=MAX_KL, step=step)
     trials = trials_of(found, scorer.task)
     best, chosen = found.best().candidate, trials[0]
@@ -184,7 +184,7 @@ def run(
 
 def _best_of_each(found: SearchResult) -> list[Candidate]:
     """The best setting of each operation, best first."""
-    best = [s for s in (found.best_of(operation=operation) for operation in OPERATIONS) if s is not None]
+    best = [s for s in (found.best_of(operation=operation) for operation in BY_UNIT) if s is not None]
     return [s.candidate for s in sorted(best, key=lambda s: (-len(s.items), -s.effect))]
 
 

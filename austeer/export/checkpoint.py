@@ -68,8 +68,8 @@ def export_checkpoint(
     Raises:
         PlanError: plans that are not for this model, or an alpha that is not finite.
         ExportError: a plan that is no edit of this model's weights (``push``; ``scale`` or ``ablate`` at the site
-            ``layer``; ``shift`` without a bias), a quantised or steered model, ``out`` exists or has no space; nothing is there
-            at ``out`` then.
+            ``layer``; ``shift`` without a bias), a quantised or steered model, ``out`` exists or has no space; nothing
+            is there at ``out`` then.
     """
     pairs = with_alphas(plans, alpha, kl)
     if isinstance(model, nn.Module):

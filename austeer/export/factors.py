@@ -35,7 +35,7 @@ def numbers(network: nn.Module, path: str, names: WeightNames, rank: int) -> int
 
 
 def rank_of(network: nn.Module, edit: Edit) -> int:
-    """The inner size of the product: one for each scaled AU and each direction, and no more than a matrix of its size can have."""
+    """The inner size of the product: one for each scaled AU and each direction, and at most a matrix's of this size."""
     return min(edit.rank, *sizes(network, edit.path, edit.weights))
 
 

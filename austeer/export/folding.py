@@ -40,8 +40,9 @@ def folded_bias(edit: Edit, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 
 
 def steered_bias(edit: Edit, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same before it is rounded, float64: M (b + W s) + t, with shifts s of the inputs, t of the outputs, and M what
-    else is done to the outputs: 1 + gamma, and less directions.
+    """The same before it is rounded, float64: M (b + W s) + t, with shifts s of the inputs and t of the outputs.
+
+    M is what else is done to the outputs: 1 + gamma, and less directions.
 
     Args:
         weight: the original one. bias: None if it has none.

@@ -38,10 +38,10 @@ def export_gguf(
 ) -> Path:
     """Writes plans as a GGUF file for llama.cpp, which serves it beside any quantisation of the model.
 
-    Plans whose operation is ``scale`` or ``ablate`` become a LoRA adapter: ``llama-server -m MODEL.gguf --lora FILE``. ``shift`` at
-    the site ``layer``, or at ``ffn`` where the layer adds the MLP's output as it is or times a number, becomes a
-    control vector: ``llama-server -m MODEL.gguf --control-vector FILE``. Both take a scale at run time that multiplies
-    alpha (``--lora-scaled FILE:2``, ``--control-vector-scaled FILE:2``).
+    Plans whose operation is ``scale`` or ``ablate`` become a LoRA adapter: ``llama-server -m MODEL.gguf --lora FILE``.
+    ``shift`` at the site ``layer``, or at ``ffn`` where the layer adds the MLP's output as it is or times a number,
+    becomes a control vector: ``llama-server -m MODEL.gguf --control-vector FILE``. Both take a scale at run time that
+    multiplies alpha (``--lora-scaled FILE:2``, ``--control-vector-scaled FILE:2``).
 
     Example:
         >>> file = austeer.export_gguf(plan, "models/tiny", "kind.gguf", alpha=8)

@@ -58,8 +58,8 @@ def export_lora(
 
     The strength can be left to whoever loads the adapter: what it adds grows in proportion to its scaling
     (``lora_alpha / r`` in its config, 1 here; PEFT's ``set_scale`` and the weights of ``add_weighted_adapter``), so one
-    exported at ``alpha=1`` and scaled by a is one exported at ``alpha=a``. Not if a plan works on both sides of one layer
-    (sites ``ffn`` and ``neuron``): there the effect has a part in proportion to alpha squared.
+    exported at ``alpha=1`` and scaled by a is one exported at ``alpha=a``. Not if a plan works on both sides of one
+    layer (sites ``ffn`` and ``neuron``): there the effect has a part in proportion to alpha squared.
 
     Args:
         plans: a plan, or several, whose effects add up; with a strength of its own each as pairs (plan, alpha).

@@ -126,6 +126,29 @@ class Momentum:
             replace(plain, sites=rest, pairs=sizes[1], effects=effects[1]),
         )
 
+    def in_layers(self, layers: Sequence[int]) -> Momentum:
+        """The momentum of some of its layers, in ascending order.
+
+        Raises:
+            SelectionError: no layer, or one that was not measured.
+        """
+        chosen = sorted(set(layers))
+        if not chosen or not set(chosen) <= set(self.layers):
+            raise SelectionError(f"layers: found {list(layers)}, expected some of those measured: {list(self.layers)}")
+        rows = [self.layers.index(layer) for layer in chosen]
+
+        def some(sites: Mapping[str, Counters]) -> dict[str, Counters]:
+            return {name: Counters(*(t[rows] for t in c.tensors().values())) for name, c in sites.items()}
+
+        return replace(
+            self,
+            sites=some(self.sites),
+            layers=tuple(chosen),
+            half=None if self.half is None else some(self.half),
+            effects=None if self.effects is None else self.effects.in_layers(chosen),
+            report=None,
+        )
+
     def select(
         self,
         site: str | Sequence[str],
@@ -139,6 +162,7 @@ class Momentum:
         min_stability: float | None = None,
         ties: str = "effect",
         operation: str | None = None,
+        layers: Sequence[int] | None = None,
     ) -> Plan:
         """The best k AUs over all layers of a site together, as a plan.
 
@@ -151,6 +175,9 @@ class Momentum:
             (10, 'shift', ('attention',))
             >>> strict = momentum.select("ffn", max_fdr=0.01)  # as many as stand out from chance
             >>> len(strict) > 0
+            True
+            >>> whole = momentum.select("ffn", layers=[1], operation="ablate")  # a direction of all AUs of a layer
+            >>> len(whole) == momentum.model.widths["ffn"]
             True
 
         Args:
@@ -170,7 +197,10 @@ class Momentum:
                 which the two halves of the pairs agree on at least this share, corrected for chance: the score of
                 :class:`austeer.statistics.Stability`. All pairs together agree on more than their halves do.
             ties: "effect" or "public", see :func:`austeer.statistics.ranking`.
-            operation: what steering does with them: "scale" (the paper), "push" or "shift"; by effect "shift".
+            operation: what steering does with them: "scale" (the paper), "push", "shift" or "ablate"; by effect
+                "shift".
+            layers: choose among the AUs of these layers alone; of one site, and without k or what stands for it, all
+                of them.
 
         Raises:
             SelectionError: k, kl, max_fdr or min_stability out of range, not exactly one of them given, a site that was
@@ -179,7 +209,8 @@ class Momentum:
         """
         from .selection import Asked, selected  # brings scipy
 
-        return selected(self, Asked(site, k, kl, max_fdr, min_stability, rank, step, ties, operation), profile)
+        asked = Asked(site, k, kl, max_fdr, min_stability, rank, step, ties, operation, layers)
+        return selected(self, asked, profile)
 
     def merge(self, other: Momentum) -> Momentum:
         """The momentum of both sets of pairs, in any order; with halves and effects if both have them.

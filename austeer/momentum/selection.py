@@ -38,6 +38,7 @@ class Measured(Effects, Protocol):
     @property
     def effects(self) -> Measured | None: ...
     def halves(self) -> tuple[Measured, Measured]: ...
+    def in_layers(self, layers: Sequence[int]) -> Measured: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Asked:
     step: str | None
     ties: str
     operation: str | None
+    layers: Sequence[int] | None
 
 
 def selected(momentum: Measured, asked: Asked, profile: Profile | None) -> Plan:
@@ -67,6 +69,11 @@ def selected(momentum: Measured, asked: Asked, profile: Profile | None) -> Plan:
         asked = replace(asked, kl=positive_kl(asked.kl, SelectionError))
     if not asked.site:
         raise SelectionError("site: found none, expected at least one, for example 'attention'")
+    if asked.layers is not None:
+        momentum = momentum.in_layers(asked.layers)
+        alone = (asked.k, asked.kl, asked.max_fdr, asked.min_stability) == (None,) * 4
+        if alone and isinstance(asked.site, str) and asked.site != "auto":
+            asked = replace(asked, k=momentum.counters(asked.site).positive.numel())
     if rank == "effect":
         return _by_effect(momentum, asked, operation, profile)
     if not isinstance(asked.site, str) or asked.site == "auto" or asked.kl is not None or asked.step is not None:

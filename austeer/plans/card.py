@@ -24,6 +24,7 @@ FORMULAS = {
     "scale": "x + alpha \\* beta \\* x (the paper's)",
     "push": "x + alpha \\* beta \\* abs(x)",
     "shift": "x + alpha \\* delta",
+    "ablate": "x - alpha \\* d \\* (the sum of d \\* x over the AUs of its layer), d their delta at length 1",
 }
 TIES = {
     "effect": "by effect size, then layer and index",
@@ -247,8 +248,13 @@ def _why_no_lora(plan: PlanTable) -> str | None:
 
 
 def _rank(plan: PlanTable) -> int:
-    """Of the plan's adapter: one for each AU of the linear layer that has most; a down projection serves two sites."""
-    return max(Counter((site == "attention", layer) for site, layer, _ in plan.keys()).values())  # noqa: SIM118
+    """Of the plan's adapter: the most that a linear layer needs; a down projection serves two sites.
+
+    That is one for each AU, and of "ablate" one for each site.
+    """
+    places = [(unit.site, unit.layer) for unit in plan]
+    needed = set(places) if plan.operation == "ablate" else places
+    return max(Counter((site == "attention", layer) for site, layer in needed).values())
 
 
 def _ranges(evidence: Evidence) -> str:

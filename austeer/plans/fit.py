@@ -90,6 +90,10 @@ class LayerUnits:
     first: int = 0
 
     @property
+    def magnitude(self) -> bool:
+        return self.operation == "push"
+
+    @property
     def form(self) -> str:
         """What one pass over a tensor can do for several plans at once; "linear": x + gamma * x + shift."""
         return {"push": "magnitude", "ablate": "direction"}.get(self.operation, "linear")

@@ -28,7 +28,7 @@ from .path import Path
 from .routing import Routing
 from .sharing import Sharing
 from .switch import why_not_switched
-from .tables import Table, groups_of, table_of
+from .tables import StrengthTable, Table, groups_of, table_of
 
 PATHS: dict[str, type[Path]] = {"fold": Fold, "bias": Bias, "fused": Fused, "columns": Columns, "dense": Dense}
 MODES = ("auto", *PATHS)
@@ -70,10 +70,10 @@ def choose(
 ) -> Choice:
     """The path of a site.
 
-    ``auto`` takes what runs nothing where it is exact and possible: fold for scale and ablate, bias for shift, which is switched
-    on and off where only some tokens are steered, beside a path that runs. Otherwise fused
-    under CUDA graphs, up to the number of tokens for which it was measured to be faster on this device (the kernels'
-    tables), and columns.
+    ``auto`` takes what runs nothing where it is exact and possible: fold for scale and ablate, bias for shift, which
+    is switched on and off where only some tokens are steered, beside a path that runs. Otherwise fused under CUDA
+    graphs, up to the number of tokens for which it was measured to be faster on this device (the kernels' tables), and
+    columns.
 
     Args:
         groups: the AUs at the site, see ``groups_of``; more than one where plans of several forms meet.
@@ -196,7 +196,7 @@ def make_path(
 
 def _bias(model: nn.Module, site: Site, table: Table, module: nn.Module) -> Bias:
     found = sizes(module)
-    assert found is not None  # a linear layer
+    assert found is not None and isinstance(table, StrengthTable)  # a linear layer, and a shift
     return Bias(site, table, module, bias_like(model, module, found[1]))
 
 

@@ -5,7 +5,7 @@ A change of alpha or k refills them in place, so no patch, compiled graph or cap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -253,7 +253,7 @@ class DirectionTable(Table):
         return 1 + float(self.strength.abs().max())
 
     def spread(self, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        strength = self._strengths[:1] if rows is None else self._strengths[rows]
+        strength = self._strengths[:1].clone() if rows is None else self._strengths[rows]
         return self._expanded([self._directions], rows, dtype)[0], strength[:, None].to(dtype)
 
     def for_form(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor | None, ...]:

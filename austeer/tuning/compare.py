@@ -18,7 +18,7 @@ from ..errors import TaskError
 from ..forward.timing import Timing, decode_times
 from ..momentum.momentum import Momentum
 from ..pairs.pairs import Pairs
-from ..plans.table import OPERATIONS
+from ..plans.table import BY_UNIT, OPERATIONS
 from ..steering.steer import steer
 from ..tasks.task import Task
 from ..utils.environment import environment
@@ -67,7 +67,7 @@ class CompareResult:
         return asdict(self)
 
 
-def parse_methods(names: Iterable[str], operations: Sequence[str] = OPERATIONS) -> dict[str, tuple[str, ...]]:
+def parse_methods(names: Iterable[str], operations: Sequence[str] = BY_UNIT) -> dict[str, tuple[str, ...]]:
     """The operations that each method is tried with: "random" with all of them, "random:shift" with one.
 
     Raises:
@@ -95,7 +95,7 @@ def compare(
     methods: Iterable[str] = tuple(METHODS),
     momentum: Momentum | None = None,
     sites: Sequence[str] = SITES,
-    operations: Sequence[str] = OPERATIONS,
+    operations: Sequence[str] = BY_UNIT,
     ks: Iterable[int] = KS,
     layers: Sequence[int] | None = None,
     max_kl: float = MAX_KL,
@@ -128,8 +128,9 @@ def compare(
         methods: names of :data:`austeer.baselines.METHODS`, or ``NAME:OPERATION`` for one operation only.
         momentum: of other pairs than ``data``'s. "iti" looks at the pairs themselves: with a momentum it needs
             ``data`` as :class:`austeer.tuning.Parts`, with those pairs in them.
-        sites, operations, ks: what is searched for each method that has them.
-        layers: where "caa", "newton" and "trained" add their vector; see :func:`austeer.baselines.arms`.
+        sites, operations, ks: what is searched for each method that has them; "ablate" has to be named.
+        layers: where "caa", "newton" and "trained" add their vector, and "ablation" removes its direction; see
+            :func:`austeer.baselines.arms`.
         max_kl: the limit on KL(unsteered || steered), nats a token.
         budget: seconds for all of it, but for a profile that has to be made; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.

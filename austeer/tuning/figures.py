@@ -6,13 +6,23 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..utils.figures import BLUE, GREY, ORANGE, new_figure, require_matplotlib, save_figure, set_title, text_color
+from ..utils.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    new_figure,
+    require_matplotlib,
+    save_figure,
+    set_title,
+    text_color,
+)
 from ..utils.tables import signed
 from .compare import CompareResult
 from .held_out import HeldOut
 from .tune import Trial, TuneResult
 
-COLORS = {"scale": GREY, "push": ORANGE, "shift": BLUE}
+COLORS = {"scale": GREY, "push": ORANGE, "shift": BLUE, "ablate": GREEN}
 
 
 def draw_tune(result: TuneResult, path: Path) -> None:

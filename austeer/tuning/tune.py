@@ -19,7 +19,7 @@ from ..pairs.pairs import Pairs
 from ..plans.dose import Point
 from ..plans.evidence import Evidence, Outcome
 from ..plans.plan import Plan
-from ..plans.table import OPERATIONS
+from ..plans.table import BY_UNIT
 from ..tasks.task import Task
 from ..utils.environment import environment
 from .budget import MIXED, Budget
@@ -140,7 +140,7 @@ def tune(
         data: pairs, or a task with options (:func:`austeer.tasks.load_task`); or parts of them, split elsewhere.
         momentum: of other pairs than ``data``'s; by default counted on a part of the data.
         sites, operations, ks: what is searched. By default by effect "shift" at attention and neuron, where the model
-            has it; by momentum all operations at attention and ffn.
+            has it; by momentum "scale", "push" and "shift" at attention and ffn. "ablate" has to be named.
         max_kl: the limit on KL(unsteered || steered), nats a token.
         budget: seconds for all of it, but for a profile that has to be made; by default as long as it takes.
         neutral: texts that should stay as they are; half for tuning, half for the report. By default packaged ones.
@@ -162,7 +162,7 @@ def tune(
     """
     clock, by_effect = Budget(budget), _is_by_effect(rank, profile, operations, momentum)
     sites = sites if sites is not None else _sites_by_effect(model, momentum, profile) if by_effect else SITES
-    operations = operations if operations is not None else ("shift",) if by_effect else OPERATIONS
+    operations = operations if operations is not None else ("shift",) if by_effect else BY_UNIT
     options = SearchOptions(
         *(momentum, sites, operations, ks, max_kl, budget, neutral, most, seed), folder=folder, progress=progress
     )

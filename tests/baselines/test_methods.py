@@ -13,7 +13,7 @@ from austeer.baselines.ranked import SEEDS
 from baseline_material import PAIRS, material_of
 from dense_formula import formula_at, logits
 
-SITES, OPERATIONS, KS = ("attention", "ffn"), ("scale", "shift"), (3, 20)
+SITES, OPERATIONS, KS = ("attention", "ffn"), ("scale", "shift", "ablate"), (3, 20)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,7 @@ def test_arms_name_what_can_be_chosen(material, method):
         "all": {("attention", operation, 3 * 48, "") for operation in OPERATIONS}
         | {("ffn", operation, 3 * 32, "") for operation in OPERATIONS},
         "caa": {("layer", "shift", 32, f"layer {layer}") for layer in range(3)},
+        "ablation": {("layer", "ablate", 32, f"layer {layer}") for layer in range(3)},
         "iti": by_heads,
         "sadi": {("ffn", "scale", k, "") for k in KS} | {(a, "scale", k, d) for a, _, k, d in by_heads},
     }[method]  # fmt: skip
@@ -78,7 +79,7 @@ def test_a_smaller_k_is_the_beginning_of_a_larger_one(material, method):
         if arm.detail != "newton":  # whose steps are solved for all that are chosen
             assert all(other.plan == arm.plan for other in together)
     # the largest alone chooses no other AUs
-    if method not in ("caa", "newton", "trained", "iti", "all", "sadi"):
+    if method not in ("caa", "ablation", "newton", "trained", "iti", "all", "sadi"):
         small, large = (made(material, method, ks=[k]) for k in KS)
         assert all(a.plan.keys() == b.plan.top(KS[0]).keys() for a, b in zip(small, large))
         if method != "effect":
@@ -113,10 +114,12 @@ def test_complaints(material, method, changes, message):
         made(material, method, **changes)
 
 
-@pytest.mark.parametrize("method", ["momentum", "random", "all", "difference", "effect", "caa", "newton", "sadi"])
+@pytest.mark.parametrize(
+    "method", ["momentum", "random", "all", "difference", "effect", "caa", "ablation", "newton", "sadi"]
+)
 def test_an_unmeasured_site_is_named_with_the_method(tiny_of, demo, method):
     few = material_of(tiny_of("llama"), demo[1], PAIRS[:3], ["neuron"])
-    site = "layer" if method in ("caa", "newton") else "ffn"
+    site = "layer" if method in ("caa", "ablation", "newton") else "ffn"
     with pytest.raises(SelectionError, match=f"'{method}'.*'{site}'.*neuron"):
         arms(method, few, sites=["ffn"], operations=["scale"], ks=[2])
 

@@ -15,7 +15,7 @@ from austeer.costs.steering import spread, steering_cost
 from austeer.costs.ways import WAYS
 from austeer.costs.work import EXECUTIONS, Work
 from austeer.models.sites import find_sites
-from austeer.plans.table import OPERATIONS
+from austeer.plans.table import BY_UNIT, OPERATIONS
 from austeer.steering import bias
 from austeer.steering.path_choice import plan_paths
 from bench.counted_ops import count
@@ -84,7 +84,7 @@ def test_our_paths_take_exactly_what_is_predicted(family, dtype):
                 continue
             found = prefill(model)
             assert beyond(found, base[0]) == logical(cost.prefill.extra[way].work), (site, operation, way)
-            if operation == "scale" or way == "bias":
+            if operation in ("scale", "ablate") or way == "bias":
                 assert beyond(decode(model), base[1]) == logical(cost.decode.extra[way].work), (site, operation, way)
             steering.detach()
             checked += 1
@@ -96,16 +96,17 @@ def test_our_paths_take_exactly_what_is_predicted(family, dtype):
 def test_many_tokens_take_the_sparse_form_on_a_cpu(dtype, operation):
     model = built("llama", dtype, **WIDE)
     base = prefill(model, 2, 24)
-    for k, launches in ((4, 4), (40, 1)):  # 24,576 values; 2 AUs a layer are fewer than a 64th of the width, 20 more
+    # 24,576 values; 2 AUs a layer are fewer than a 64th of the width, 20 more. Ablation has one form.
+    for k, launches in ((4, 4), (40, 1)) if operation != "ablate" else ((4, 13), (40, 13)):
         plan = replace(spread_plan(model, "ffn", k), operation=operation)
         with austeer.steer(model, plan, 0.1, mode="columns", check=False):
             found = prefill(model, 2, 24)
         work = cost_of(model, k=k, operation=operation, batch=2, prompt_tokens=24).prefill.extra["columns"].work
         assert beyond(found, base) == logical(work)
-        casts = 2 if dtype == torch.bfloat16 and k == 4 else 0
+        casts = 2 if dtype == torch.bfloat16 and (k == 4 or operation == "ablate") else 0
         push = 2 if operation == "push" else 0  # sign and factor
         assert work.launches == 2 * (launches + casts + push)
-        assert (work.padding > 0) == (k == 4)
+        assert (work.padding > 0) == (k == 4 or operation == "ablate")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_many_tokens_take_the_sparse_form_on_a_cpu(dtype, operation):
     ids=["llama-float32", "llama-bfloat16", "mixtral-float32"],
 )
 @pytest.mark.parametrize("site", ["attention", "ffn"])
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", BY_UNIT)
 def test_others_ways_take_exactly_what_is_predicted(family, dtype, site, operation):
     model = built(family, dtype)
     base = prefill(model), decode(model)
@@ -198,7 +199,10 @@ def kept_by(path, model):
     """Bytes of the tensors that a path keeps, beside the model's own and those on the CPU where alpha and k are set."""
     tables = [{**vars(table), "_host": None, "_order": None} for table in path.tables]
     slot = bias._slots.get(path.module) if path.name == "bias" else None
-    edits = [{**vars(edit), "index": None} for edit in vars(path).get("_edits", ())]  # the index is the table's
+    edits = [
+        {**vars(edit), "index": None, "_change": vars(edit._change)}  # the index is the table's
+        for edit in vars(path).get("_edits", ())
+    ]
     tensors = [t for t in tree_leaves([tables, vars(path), edits, slot and vars(slot)]) if isinstance(t, torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -253,6 +257,7 @@ def test_a_shift_is_a_bias_and_nothing_else_is(site):
         ("llama", "scale", "fold"),
         ("llama", "shift", "bias"),
         ("llama", "push", "columns"),
+        ("llama", "ablate", "fold"),
         ("mixtral", "shift", "columns"),
     ],
 )

@@ -116,7 +116,7 @@ def test_the_file(dtype, tmp_path):
     ranks = {t.shape[0] for name, t in tensors.items() if name.endswith("lora_a")}
     assert ranks == {int(fields["adapter.lora.alpha"])}  # one for all: a reader that knows one factor is right, too
     places = Counter((site, layer) for site, layer, _ in {*a.keys(), *b.keys()})
-    places += Counter({(site, layer) for site, layer, _ in c.keys()})
+    places += Counter({(unit.site, unit.layer) for unit in c})
     assert ranks == {max(places.values())}  # and no larger than it has to be
 
 

@@ -8,7 +8,7 @@ import torch
 import austeer
 from austeer.steering import bias, columns, fold, fused, path_choice, selfcheck
 from austeer_kernels import reference
-from dense_formula import OPERATION, OPERATIONS, PATHS, POSSIBLE, assert_unchanged, logits, random_plan, snapshot
+from dense_formula import OPERATIONS, PATHS, POSSIBLE, assert_unchanged, logits, random_plan, snapshot
 from tiny_models import tiny_model
 
 
