@@ -100,6 +100,19 @@ def test_generate_sets_steered_beside_unsteered(demo, files):
     assert tokenizer.decode(own[0, ids["input_ids"].shape[1] :]) == texts["alpha -6"]
 
 
+def test_a_layer_s_direction_is_selected_inspected_and_ablated(demo, files, tmp_path):
+    model, tokenizer = demo
+    plan = tmp_path / "calm"
+    which = ("--site", "ffn", "--layers", "14", "--operation", "ablate")
+    data = json.loads(run("select", files[0] / "m.momentum", *which, "--out", plan, "--json"))
+    assert (data["k"], data["layers"], data["operation"]) == (576, [14], "ablate")
+    assert "576 AUs" in run("inspect", plan) and ", ablate, from" in run("inspect", plan)
+    options = ("--alpha", 1, "-p", "The soup was", "--device", "cpu", "--max-new-tokens", 4, "--json")
+    found = json.loads(run("generate", plan, "--model", "demo", *options))["continuations"]
+    with austeer.steer(model, austeer.Plan.from_pretrained(plan), 1):
+        assert found["alpha 1"] == continue_prompts(model, tokenizer, ["The soup was"], max_new_tokens=4)
+
+
 def test_generate_runs_several_plans_in_one_batch(demo, files):
     """Each prompt is a row for each plan and one for none; and each writes what it writes alone."""
     model, tokenizer = demo

@@ -60,6 +60,21 @@ def test_it_writes_what_the_library_does(model, place, tmp_path):
     assert lines[2] == f"next: vllm serve {place / 'tiny'} --enable-lora --lora-modules kind={out}"
 
 
+def test_ablation_is_of_rank_1_where_scaling_takes_one_an_au(model, place, tmp_path):
+    random_plan(model, ("attention", "ffn"), 40, "ablate").save_pretrained(tmp_path / "plan")
+    out = tmp_path / "calm"
+    text = run(tmp_path / "plan", "--model", place / "tiny", "--out", out, "--rank-pattern", "--quiet")
+    assert text.splitlines()[0].startswith("rank 1, 6 modules, AUs in 3 layers")
+    assert config_of(out)["rank_pattern"] == {}
+    data = json.loads(
+        run(tmp_path / "plan", place / "kind", "--model", place / "tiny", "--out", tmp_path / "b", "--json")
+    )
+    assert (
+        data["rank"]
+        == 1 + json.loads(run(place / "kind", "--model", place / "tiny", "--out", out, "--force", "--json"))["rank"]
+    )
+
+
 def test_plans_have_one_alpha_or_one_each(model, place, tmp_path):
     plans = [random_plan(model, ("attention", "ffn"), 12, seed=seed) for seed in range(2)]
     for name, alphas, pairs in (("one", (3,), (3, 3)), ("each", (3, -0.5), (3, -0.5)), ("none", (), (1, 1))):

@@ -214,6 +214,14 @@ def test_served_as_a_lora_where_that_is_exact():
     assert "a LoRA adapter of rank 1," in card.text
 
 
+def test_ablation_is_an_adapter_of_a_rank_for_each_site_of_a_layer():
+    model = replace(HUB_MODEL, widths={"attention": 9, "ffn": 1024, "neuron": 1024})
+    keys = [("ffn", 2, i) for i in range(40)] + [("neuron", 2, 0), ("attention", 2, 0), ("ffn", 1, 3)]
+    card = model_card(plan_of(keys, "ablate", model=model), "user/kind")
+    assert "a LoRA adapter of rank 2," in card.text and "ablate: an AU's activation x becomes x - alpha" in card.text
+    assert "--max-lora-rank" not in commands(card)[2]
+
+
 @pytest.mark.parametrize(
     "count, rank, allowed", [(16, 16, None), (17, 17, "32"), (65, 65, "128"), (512, 512, "512"), (513, 513, None)]
 )
@@ -237,6 +245,7 @@ def test_the_rank_that_the_server_is_told(count, rank, allowed):
         ("push", "ffn", "`push` is not linear"),
         ("shift", "attention", "`shift` adds a constant"),
         ("scale", "layer", "no weights make the output of a whole decoder layer"),
+        ("ablate", "layer", "no weights make the output of a whole decoder layer"),
     ],
 )
 def test_served_by_the_plugin_where_a_lora_cannot(operation, site, why):

@@ -172,6 +172,19 @@ def test_min_stability_is_the_largest_k_that_the_halves_agree_on(asked, ties):
     assert plan == momentum.select("ffn", k=max(reaching), ties=ties, operation="push")
 
 
+def test_some_layers_alone_whole_or_their_best():
+    momentum = random_momentum(60, layers=20, width=200)
+    whole = momentum.select("ffn", layers=[7, 3], operation="ablate")
+    assert sorted(whole.keys()) == [("ffn", layer, index) for layer in (3, 7) for index in range(200)]
+    everything = momentum.select("ffn", k=20 * 200)
+    there = [unit for unit in everything if unit.layer in (3, 7)]
+    assert list(whole) == there and whole.operation == "ablate"
+    assert list(momentum.select("ffn", k=9, layers=(3, 7))) == there[:9]
+    for layers in ([], [20], [3, -1]):
+        with pytest.raises(SelectionError, match=rf"layers: found {re.escape(str(layers))}.*0, 1, 2"):
+            momentum.select("ffn", k=9, layers=layers)
+
+
 def test_no_k_is_stable_enough():
     momentum = random_momentum(60, layers=20, width=200)
     found = stability(momentum, "ffn")

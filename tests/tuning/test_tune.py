@@ -189,7 +189,8 @@ def test_pairs_and_a_momentum_of_other_pairs(loaded):
     model, tokenizer = loaded
     momentum = material_of(model, tokenizer).momentum
     pairs = Pairs.of([(f"They say the {noun} is", " good", " bad") for noun in NOUNS])
-    result = tune(model, tokenizer, pairs, momentum=momentum, sites=("ffn",), operations=("push",), **FEW)
+    result = tune(model, tokenizer, pairs, momentum=momentum, sites=("ffn",), operations=("ablate",), **FEW)
+    assert result.plan.operation == result.chosen.operation == "ablate"
     assert "measure" not in result.settings["data"] and result.plan.sites == ("ffn",)
     assert result.plan.pairs == momentum.pairs
     with pytest.raises(SelectionError, match=r"'layer'.*ffn"):
@@ -221,15 +222,17 @@ def test_a_setting_that_derails_is_not_chosen_and_is_marked(loaded, tuned, monke
 def test_every_method_is_brought_to_the_same_limit_and_reported(loaded, tmp_path):
     before = {name: t.clone() for name, t in loaded[0].state_dict().items()}
     options = {"ks": (4,), "max_kl": 0.05, "neutral": NEUTRAL, "layers": (0, 2), "folder": tmp_path}
-    methods = ("momentum", "random:shift", "all:scale", "difference:scale", "caa", "sadi")
+    methods = ("momentum", "random:shift", "all:scale", "difference:scale", "caa", "ablation", "sadi")
     result = compare(*loaded, task_of(), methods=methods, **options)
     rows = {(row.method, row.operation): row for row in result.held_out}
     assert set(rows) == {
         *(("momentum", operation) for operation in ("scale", "push", "shift")),
         *(("random", "shift"), ("all", "scale"), ("difference", "scale"), ("caa", "shift"), ("sadi", "scale")),
+        ("ablation", "ablate"),
     }
     assert all(trial.kl <= 0.05 for trial in result.trials)
-    assert rows["caa", "shift"].layers == 1 and rows["caa", "shift"].k == 32
+    for row in (rows["caa", "shift"], rows["ablation", "ablate"]):
+        assert (row.layers, row.k) == (1, 32)
     assert rows["all", "scale"].k == rows["all", "scale"].layers * 32
     assert set(result.cost) == {"unsteered", "unsteered again", *(row.name for row in result.held_out)}
     assert result.cost["unsteered"].ratio == 1
