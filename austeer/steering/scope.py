@@ -85,10 +85,6 @@ def parse_scope(scope: ScopeLike) -> Scope:
         return Scope("answer", answer=scope)
     if isinstance(scope, str) and scope in SCOPES:
         return Scope(scope)
-    if scope == "answer":
-        raise SteeringError(
-            "scope: found 'answer', expected austeer.answer_scope(tokenizer): its markers are the tokenizer's"
-        )
     expected = (
         f"expected one of {', '.join(SCOPES)}, a half-open range of tokens such as (0, 16) or (16, None), or "
         "austeer.answer_scope(tokenizer)"
