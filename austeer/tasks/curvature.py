@@ -69,8 +69,7 @@ def estimate_kl(
     chosen = neutral_texts() if texts is None else list(texts)
     coarse = STEP_KL[torch.bfloat16]  # also where products are rounded to 8 bits
     goal = coarse if getattr(unwrap(model), "is_quantized", False) else STEP_KL.get(floating_dtype(model), coarse)
-    strengths = [plan.delta if plan.operation == "shift" else plan.beta for plan in plans]
-    first = [1 / max(float(values.abs().max()), 1e-30) for values in strengths]
+    first = [1 / max(_largest(plan), 1e-30) for plan in plans]
     step = [*first]
     found = [0.0] * len(plans)
     waiting = list(range(len(plans)))
@@ -96,6 +95,13 @@ def estimate_kl(
         f"is about {goal:g}: it does not grow with the square of the strength, as where a router jumps from expert to "
         "expert; see what strengths do with austeer evaluate"
     )
+
+
+def _largest(plan: Plan) -> float:
+    """What an AU is changed by at alpha = 1, at most: a shift, or a part of it or of a direction."""
+    if plan.operation == "ablate":
+        return 1.0
+    return float((plan.delta if plan.operation == "shift" else plan.beta).abs().max())
 
 
 def _both_signs(

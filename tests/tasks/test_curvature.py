@@ -33,12 +33,13 @@ def exact_kl(model, plan):
     return total / tokens
 
 
-@pytest.mark.parametrize("operation", ["shift", "scale", "push"])
+@pytest.mark.parametrize("operation", ["shift", "scale", "push", "ablate"])
 def test_it_is_the_fisher_information(operation):
     model = tiny_model().double()
     plans = [random_plan(model, [site], 12, operation, seed=3) for site in ("attention", "ffn", "layer", "neuron")]
     found = estimate_kl(model, Letters(), plans, TEXTS)
-    assert found == pytest.approx([exact_kl(model, plan) for plan in plans], rel=1e-3)
+    near = 3e-3 if operation == "ablate" else 1e-3  # a direction takes a larger strength, and is less of a parabola
+    assert found == pytest.approx([exact_kl(model, plan) for plan in plans], rel=near)
 
 
 def test_gradients_give_the_same():
