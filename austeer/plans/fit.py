@@ -25,21 +25,22 @@ def check_alpha(value: object, error: type[AusteerError], where: str = "") -> fl
 
 def check_plan_fits(plan: Plan, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
     """Raises PlanError where the plan was made for another architecture; ``sites``: the plan's at least."""
-    check_architecture(plan, fingerprint(model, {name: sites[name] for name in plan.sites}))
+    check_architecture(plan.model, plan.sites, fingerprint(model, {name: sites[name] for name in plan.sites}))
 
 
-def check_architecture(plan: Plan, found: Fingerprint, what: str = "the plan") -> None:
-    """Raises PlanError where the plan was made for another architecture.
+def check_architecture(expected: Fingerprint, sites: Iterable[str], found: Fingerprint, what: str = "the plan") -> None:
+    """Raises PlanError where a plan, or a probe, was made for another architecture.
 
     Args:
-        found: the model's, with the widths of the plan's sites. what: what the error calls the plan.
+        expected: what it was made for. sites: its own. found: the model's, with the widths of these sites.
+        what: what the error calls it.
     """
-    expected, widths = plan.model, {name: plan.model.widths[name] for name in plan.sites}
+    widths = {name: expected.widths[name] for name in sites}
     if (found.model_type, found.layers, found.widths) != (expected.model_type, expected.layers, widths):
         raise PlanError(
             f"{what} was made for {expected.name} ({expected.model_type}, {expected.layers} layers, widths {widths}) "
             f"and the model is {found.name} ({found.model_type}, {found.layers} layers, widths {found.widths}); "
-            "measure and select on this model"
+            "make it anew on this model"
         )
 
 

@@ -14,6 +14,7 @@ from ..errors import FileFormatError, PlanError
 from ..models.sites import SITE_NAMES, Fingerprint, Site, fingerprint
 from ..pairs.chat import ChatForm, check_chat_form
 from ..utils import files
+from .fit import check_architecture
 
 FORMAT, VERSION = "austeer-probe", 1
 LARGEST_FILE = 2**24
@@ -135,13 +136,9 @@ class Probe:
 
     def check_fits(self, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
         """Raises PlanError where it was made for another architecture; ``sites``: the probe's at least."""
-        found, expected = fingerprint(model, {self.site: sites[self.site]}), self.model
-        if (found.model_type, found.layers, found.widths) != (expected.model_type, expected.layers, expected.widths):
-            raise PlanError(
-                f"when: the probe was made for {expected.name} ({expected.model_type}, {expected.layers} layers, "
-                f"widths {expected.widths}) and the model is {found.name} ({found.model_type}, {found.layers} layers, "
-                f"widths {found.widths}); fit one on this model"
-            )
+        check_architecture(
+            self.model, (self.site,), fingerprint(model, {self.site: sites[self.site]}), "when: the probe"
+        )
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file; it is there whole or not at all. Raises FileFormatError."""

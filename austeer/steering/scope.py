@@ -16,6 +16,9 @@ from .markers import Answer
 
 SCOPES = ("all", "prompt", "generation", "last_prompt_token", "from_last_prompt_token")
 
+#: Those that leave the prompt as it is, which a probe may judge.
+JUDGED = ("generation", "answer")
+
 #: A column after every sequence.
 END = sys.maxsize // 4
 

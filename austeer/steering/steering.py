@@ -31,13 +31,10 @@ from .replaced import Forwards, forwards_of, replaced
 from .report import Report, complaint, make_report
 from .routing import Routing
 from .row_plans import NO_NAMES, Rows
-from .scope import ScopeLike, parse_scope
+from .scope import JUDGED, ScopeLike, parse_scope
 from .selfcheck import EditProbe
 from .sharing import expect_apart, expect_free, mark, unmark
 from .strength import Alpha, Strength, named_plans
-
-#: The scopes that leave the prompt as it is.
-JUDGED = ("generation", "answer")
 
 #: Two threads that put plans on one model at once would each save what the other has changed.
 _lock = threading.RLock()

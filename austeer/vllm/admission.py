@@ -9,10 +9,11 @@ from typing import Any
 
 from ..errors import AusteerError
 from ..plans.plan import Plan
+from ..plans.probe import Probe
 from ..plans.serving import ALPHA, KEY, KL
 from ..steering.scope import Scope
-from .catalog import Catalog, Entry, catalog
-from .sets import ServingError, is_number, short
+from .catalog import Catalog, Entry, catalog, digest_of
+from .sets import AnswerText, ServingError, is_number, short
 from .shared import read_structure
 
 #: Where the scheduler tells the workers which row a request has. No client may write it.
@@ -28,15 +29,16 @@ class Steering:
     """The steering of one request.
 
     Attributes:
-        parts: plans and their strengths, added up.
+        parts: plans and their strengths, added up. probe: that decides whether they run; None: they do.
         digest: of the plans' content and the strengths: what a row of the tables holds.
         salt: of these and of the scope: what keys and values depend on.
     """
 
     parts: tuple[tuple[Plan, float], ...]
-    scope: Scope
+    scope: Scope | AnswerText
     digest: str
     salt: str
+    probe: Probe | None = None
 
 
 def steering_of(extra: Mapping[str, Any] | None, sets: Catalog | None) -> Steering | None:
@@ -70,6 +72,9 @@ def _steering(ours: Mapping[str, Any], sets: Catalog) -> Steering:
     if len({entry.spec.scope for entry in entries}) > 1:
         scopes = ", ".join(f"{name!r}: {entry.spec.scope}" for name, entry in zip(names, entries))
         raise RequestError(f"{KEY}: found sets of different scopes ({scopes}), expected one scope in a request")
+    probes = {None if entry.probe is None else digest_of(entry.probe) for entry in entries}
+    if len(probes) > 1:
+        raise RequestError(f"{KEY}: found sets {short(names)} with different probes, expected one for all, or none")
     alphas = _alphas(ours, names, entries)
     parts, digests = [], []
     for name, entry, alpha in zip(names, entries, alphas):
@@ -84,8 +89,8 @@ def _steering(ours: Mapping[str, Any], sets: Catalog) -> Steering:
             parts.append((plan, strength))
             digests.append(f"{digest} {strength!r}")
     scope = entries[0].spec.scope
-    text = "\n".join(sorted(digests))
-    return Steering(tuple(parts), scope, _sha(text), _sha(f"{text}\n{scope}"))
+    text = "\n".join([*sorted(digests), str(*probes)])
+    return Steering(tuple(parts), scope, _sha(text), _sha(f"{text}\n{scope}"), entries[0].probe)
 
 
 def _alphas(ours: Mapping[str, Any], names: list[Any], entries: list[Entry]) -> list[float | None]:
@@ -139,6 +144,6 @@ def checked(extra: Mapping[str, Any] | None) -> None:
     structure = None if steering is None else read_structure()
     if steering is not None and structure is not None:
         try:
-            structure.row(steering.parts)
+            structure.row(steering.parts, steering.probe)
         except AusteerError as error:
             raise RequestError(f"{KEY}: {error}") from error

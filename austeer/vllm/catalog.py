@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import AusteerError
 from ..plans.files import FILE_NAME
 from ..plans.plan import Plan
+from ..plans.probe import Probe
 from ..plans.serving import VARIABLE
 from .sets import Limits, PlanPart, ServingError, Sets, Spec, parse, read_json, short, spec_of
 
@@ -26,12 +27,14 @@ class Entry:
     Attributes:
         plans: cut to their k. alphas: None where the request has to give it.
         digests: of each plan's content.
+        probe: that decides whether they run; None: they do.
     """
 
     spec: Spec
     plans: tuple[Plan, ...]
     alphas: tuple[float | None, ...]
     digests: tuple[str, ...]
+    probe: Probe | None = None
 
     @property
     def limits(self) -> Limits:
@@ -128,9 +131,10 @@ class Catalog:
             if source.suffix == ".json":
                 spec = spec_of(where, read_json(source, f"{where}: no "), self.sets.scope, self.sets.limits)
                 parts = tuple(PlanPart(str(_near(source, part.plan, where)), part.alpha, part.k) for part in spec.parts)
-                files = (source, *(_file(Path(part.plan)) for part in parts))
+                when = None if spec.when is None else str(_near(source, spec.when, where))
+                files = (source, *(_file(Path(part.plan)) for part in parts), *([] if when is None else [Path(when)]))
                 state = _state(files)
-                spec = Spec(parts, spec.scope, spec.limits)
+                spec = Spec(parts, spec.scope, spec.limits, when)
             else:
                 spec = Spec((PlanPart(str(source)),), self.sets.scope, self.sets.limits)
             return _Read(files, state, entry_of(spec, where))
@@ -139,11 +143,11 @@ class Catalog:
 
 
 def _near(source: Path, plan: str, where: str) -> Path:
-    """The plan that a set's file in the folder names: a path from that file on."""
+    """The plan, or the probe, that a set's file in the folder names: a path from that file on."""
     path = source.parent / plan
     if not path.exists():
         raise ServingError(
-            f"{where}, plan: found {plan!r}, expected a file or a folder seen from {source.parent}; fetch a plan of "
+            f"{where}: found {plan!r}, expected a file or a folder seen from {source.parent}; fetch a plan of "
             f"the Hub into it: austeer pull {plan} --out {source.parent}/NAME"
         )
     return path
@@ -186,11 +190,18 @@ def entry_of(spec: Spec, where: str) -> Entry:
             )
         plans.append(plan)
         alphas.append(part.alpha)
-    return Entry(spec, tuple(plans), tuple(alphas), tuple(map(digest_of, plans)))
+    try:
+        probe = None if spec.when is None else Probe.load(spec.when)
+    except AusteerError as error:
+        raise ServingError(f"{where}, when {spec.when!r}: {error}") from error
+    return Entry(spec, tuple(plans), tuple(alphas), tuple(map(digest_of, plans)), probe)
 
 
-def digest_of(plan: Plan) -> str:
-    """A digest of all that decides what a plan does at a strength."""
+def digest_of(plan: Plan | Probe) -> str:
+    """A digest of all that decides what a plan does at a strength, or a probe."""
+    if isinstance(plan, Probe):
+        text = f"{plan.site} {plan.layer} {plan.threshold!r}".encode()
+        return hashlib.sha256(text + plan.direction.numpy().tobytes()).hexdigest()[:32]
     found = hashlib.sha256(f"{plan.operation}\n{plan.site}".encode())
     for column in (plan.layer, plan.index, plan.beta, plan.delta):
         found.update(column.numpy().tobytes())

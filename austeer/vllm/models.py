@@ -14,10 +14,10 @@ from torch import Tensor
 from ..models.sites import Fingerprint
 from ..plans.serving import KEY, VARIABLE
 from .catalog import catalog
-from .layers import install
 from .plugin import ARCHITECTURES
+from .running import Running
 from .sets import ServingError
-from .slots import RowBuffer, slots_of
+from .slots import judgements, slots_of
 from .support import check_engine
 from .tables import Structure, structure_of
 
@@ -63,25 +63,29 @@ class Steered:
         # vLLM keeps compiled models by a hash of its configuration, in which this is the plugin's part.
         vllm_config.additional_config[KEY] = {"structure": structure.digest()}
         self._steering_slots = slots_of(vllm_config)
-        self._steering_rows: RowBuffer | None = None
+        self._steering_running: Running | None = None
         self._steering_structure = structure
-        self._steering_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._steering_sizes = tokens, vllm_config.model_config.get_vocab_size(), judgements(vllm_config)
         self._steering_v1 = not vllm_config.use_v2_model_runner
         _logger.info("austeer: %d slots at %d places", structure.slots, len(structure.room))
 
-    def steering_rows(self, device: torch.device) -> RowBuffer:
-        """The row buffer; the first call puts the steering on the layers, once the weights are loaded."""
-        if self._steering_rows is None:
+    def steering(self, device: torch.device) -> Running:
+        """Its steering; the first call puts it on the layers, once the weights are loaded."""
+        if self._steering_running is None:
             from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-            rows = RowBuffer(self._steering_tokens, device)
-            part = (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
             decoder = self.model  # type: ignore[attr-defined]
-            layers = range(decoder.start_layer, decoder.end_layer)
-            tables = install(self, self._steering_structure, layers, rows.tensor, part)  # type: ignore[arg-type]
-            self._steering_slots.fill(tables)
-            self._steering_rows = rows
-        return self._steering_rows
+            self._steering_running = Running(
+                self,  # type: ignore[arg-type]
+                self._steering_structure,
+                self._steering_slots,
+                range(decoder.start_layer, decoder.end_layer),
+                (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()),
+                *self._steering_sizes,
+                device,
+            )
+        return self._steering_running
 
     def forward(
         self,
@@ -91,21 +95,22 @@ class Steered:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        rows = self.steering_rows(positions.device)
+        running = self.steering(positions.device)
         if self._steering_v1:
-            rows.write(self._rows_of_batch(positions))
+            running.prepare(*self._batch(positions), input_ids)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
 
-    def _rows_of_batch(self, positions: Tensor) -> np.ndarray:
-        """The row of each token, of what model runner V1 is about to run; requests are in the order of its slots."""
+    def _batch(self, positions: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """What model runner V1 is about to run, as :meth:`Slots.batch` takes it; requests are in its slots' order."""
         from vllm.forward_context import get_forward_context
 
-        metadata = get_forward_context().attn_metadata
+        count, metadata = positions.shape[-1], get_forward_context().attn_metadata
         if not metadata:  # a trial run, of no request
-            return np.full(positions.shape[-1], -1, dtype=np.int32)
+            none = np.zeros(0, dtype=np.int64)
+            return none, none, none, count
         bounds = next(iter(metadata.values())).query_start_loc.numpy().astype(np.int64)
-        first = positions.numpy()[bounds[:-1].clip(max=positions.shape[-1] - 1)]
-        return self._steering_slots.rows(np.arange(len(first)), np.diff(bounds), first, positions.shape[-1])
+        first = positions.numpy()[bounds[:-1].clip(max=count - 1)]
+        return np.arange(len(first)), np.diff(bounds), first, count
 
     @staticmethod
     def get_model_state_cls() -> type:

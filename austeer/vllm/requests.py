@@ -51,8 +51,8 @@ class Requests(ProcessorV1, ProcessorV2):
             return
         for slot in batch_update.removed:
             self._slots.clear(slot)
-        for slot, params, _, _ in batch_update.added:
-            self._slots.put(slot, row_of(params))
+        for slot, params, prompt, generated in batch_update.added:
+            self._slots.put(slot, row_of(params), [*(prompt or ()), *generated])
         for source, target, direction in batch_update.moved:
             self._slots.move(source, target, direction == MoveDirectionality.SWAP)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .tables import Row
+
+#: Files of rows that have gone, at most: a worker that is a step behind may still have to read one.
+KEPT = 1024
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Rows:
         self._folder = folder
         self._free = list(range(count))[::-1]
         self._rows: OrderedDict[str, _Held] = OrderedDict()  # those without users in the order in which they were left
+        self._old: deque[str] = deque()
 
     def file(self, digest: str) -> Path:
         """Where the content of a row is."""
@@ -65,5 +69,8 @@ class Rows:
         unused = next((digest for digest, held in self._rows.items() if not held.users), None)
         if unused is None:
             return None
-        self.file(unused).unlink(missing_ok=True)
+        self._old.append(unused)
+        while len(self._old) > KEPT:
+            if (oldest := self._old.popleft()) not in self._rows and oldest not in self._old:
+                self.file(oldest).unlink(missing_ok=True)
         return self._rows.pop(unused).row

@@ -10,19 +10,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import AusteerError
 from ..plans.serving import KEY
+from ..steering.answer_scope import answer_scope
+from ..steering.scope import Scope, parse_scope
 from .admission import ROW, RequestError, Steering, steering_of
-from .catalog import catalog
+from .catalog import catalog, entries
 from .models import structure_of_engine
 from .rows import Rows
-from .sets import ServingError
+from .sets import AnswerText, ServingError
 from .shared import shared_folder, write_structure
-from .slots import RowOf
+from .slots import RowOf, judgements
 from .support import TESTED, check_engine
 
 _logger = logging.getLogger("vllm.austeer")
@@ -33,6 +36,7 @@ class SteeringScheduler:
 
     requests: dict[str, Any]
     hash_block_size: int
+    vllm_config: Any
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any):
         check_engine(vllm_config)
@@ -41,9 +45,14 @@ class SteeringScheduler:
         self._structure = structure_of_engine(vllm_config)
         write_structure(self._structure)
         self._rows = Rows(self._structure.slots, shared_folder())
-        self._digests: dict[str, str] = {}  # of the rows of the requests that are in the engine
+        # What each request in the engine holds: the digest of its row and the place of its probe's decision.
+        self._held: dict[str, tuple[str, int | None]] = {}
+        self._judgements = list(range(judgements(vllm_config)))[::-1]
         self._waiting_for_a_row: deque[tuple[Any, Steering]] = deque()
         self._refused: list[Any] = []
+        self._answers: dict[AnswerText, Scope] = {}
+        for entry in entries(self._steering_catalog).values() if self._steering_catalog else ():
+            self._scope_of(entry.spec.scope)  # so that a marker that cannot be is refused now
 
     def add_request(self, request: Any) -> None:
         params = request.sampling_params
@@ -53,38 +62,76 @@ class SteeringScheduler:
             steering = steering_of(params.extra_args, self._steering_catalog)
             if steering is not None and request.resumable:
                 raise RequestError(f"{KEY}: found it in a session of streamed input, which is not steered")
-            if steering is None or self._admit(request, steering):
-                return super().add_request(request)  # type: ignore[misc]
+        except AusteerError as error:
+            return self._refuse(request, error)
+        if steering is None:
+            return super().add_request(request)  # type: ignore[misc]
+        if not self._enter(request, steering):
             self._waiting_for_a_row.append((request, steering))
+
+    def _refuse(self, request: Any, error: Exception) -> None:
+        """Nothing may be raised, which would end the engine. The front end refuses what it can see."""
+        _logger.error("austeer: request %s is refused: %s", request.request_id, error)
+        self._refused.append(request)
+
+    def _enter(self, request: Any, steering: Steering) -> bool:
+        """Lets a request in, or refuses it; False if it has to wait."""
+        try:
+            if not self._admit(request, steering):
+                return False
         except (AusteerError, OSError) as error:
-            # Nothing may be raised here, it would end the engine. The front end refuses what it can see.
-            _logger.error("austeer: request %s is refused: %s", request.request_id, error)
-            self._refused.append(request)
+            self._refuse(request, error)
+        else:
+            super().add_request(request)  # type: ignore[misc]
+        return True
 
     def _admit(self, request: Any, steering: Steering) -> bool:
-        """Gives a request its row; False if there is none."""
-        row = self._rows.take(steering.digest, lambda: self._structure.row(steering.parts))
+        """Gives a request its row, and a place for its probe's decision; False if there is none."""
+        scope, prompt = self._scope_of(steering.scope), request.num_prompt_tokens
+        if steering.probe is not None and not self._judgements:
+            return False
+        row = self._rows.take(steering.digest, lambda: self._structure.row(steering.parts, steering.probe))
         if row is None:
             return False
-        self._digests[request.request_id] = steering.digest
-        start, stop = map(int, steering.scope.interval(request.num_prompt_tokens, 0, 0))
-        found = RowOf(row, steering.digest, str(self._rows.file(steering.digest)), start, stop)
+        judgement = None if steering.probe is None else self._judgements.pop()
+        self._held[request.request_id] = steering.digest, judgement
+        start, stop = map(int, scope.interval(prompt, 0, 0))
+        file = str(self._rows.file(steering.digest))
+        found = RowOf(row, steering.digest, file, start, stop, prompt, scope.answer, judgement)
         # A request may share its parameters with others of one call.
         request.sampling_params = copy.copy(request.sampling_params)
         request.sampling_params.extra_args = {**request.sampling_params.extra_args, ROW: found}
         if request._block_hasher is not None:
-            request._block_hasher = salted(request._block_hasher, steering.salt, start, self.hash_block_size)
+            # What a probe decides is no part of a hash: what is generated after it is shared with nobody.
+            salt = steering.salt if judgement is None else uuid.uuid4().hex
+            request._block_hasher = salted(request._block_hasher, salt, start, self.hash_block_size)
             request.block_hashes.clear()
             request.update_block_hashes()
         return True
 
+    def _scope_of(self, scope: Scope | AnswerText) -> Scope:
+        """The scope with an answer's markers as tokens.
+
+        Raises:
+            SteeringError: the tokenizer makes none of one.
+        """
+        if isinstance(scope, Scope):
+            return scope
+        if scope not in self._answers:
+            answer = answer_scope(tokenizer_of(self.vllm_config.model_config), scope.start, scope.pauses)
+            self._answers[scope] = parse_scope(answer)
+        return self._answers[scope]
+
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         found = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
-        digest = self._digests.pop(request.request_id, None)
-        if digest is not None:
+        held = self._held.pop(request.request_id, None)
+        if held is not None:
+            digest, judgement = held
             self._rows.give_back(digest)
-            while self._waiting_for_a_row and self._admit(*self._waiting_for_a_row[0]):
-                super().add_request(self._waiting_for_a_row.popleft()[0])  # type: ignore[misc]
+            if judgement is not None:
+                self._judgements.append(judgement)
+            while self._waiting_for_a_row and self._enter(*self._waiting_for_a_row[0]):
+                self._waiting_for_a_row.popleft()
         return found
 
     def has_requests(self) -> bool:
@@ -107,6 +154,22 @@ class SteeringScheduler:
     def get_request_counts(self) -> tuple[int, int]:
         running, waiting = super().get_request_counts()  # type: ignore[misc]
         return running, waiting + len(self._waiting_for_a_row)
+
+
+def tokenizer_of(config: Any) -> Any:
+    """The tokenizer of a vLLM ``ModelConfig``.
+
+    Raises:
+        ServingError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.tokenizer, revision=config.tokenizer_revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ServingError(f"scope answer: found no tokenizer at {config.tokenizer!r} ({error})") from error
 
 
 def _end_with_an_error(request: Any, outputs: dict[int, Any]) -> None:

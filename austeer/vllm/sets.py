@@ -13,7 +13,9 @@ file with it) with the sets and, if need be, what may come at run time::
 In a folder a set is a plan (a folder of :meth:`austeer.Plan.save_pretrained`, or NAME.safetensors), or such an object
 in NAME.json. ``k`` keeps a plan's most important AUs (by default all); ``scope`` says which tokens are steered, as in
 :func:`austeer.steer` (by default all); ``max_alpha`` and ``max_kl`` are the most that a request may ask for. Where
-plans meet at one AU, their changes add up.
+plans meet at one AU, their changes add up. A scope may be an answer's: "answer", with the markers that the model's
+tokenizer is known for, or {"start": "</think>", "pauses": [["<tool_call>", "</tool_call>"]]}. ``when`` is the file of a
+probe (:func:`austeer.fit_probe`) that decides at each prompt's last token whether the set's plans run on what follows.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ..errors import AusteerError, SteeringError
 from ..models.sites import SITE_NAMES
 from ..plans.serving import VARIABLE
 from ..plans.table import OPERATIONS
-from ..steering.scope import Scope, parse_scope
+from ..steering.scope import JUDGED, Scope, parse_scope
 
 
 class ServingError(AusteerError):
@@ -55,12 +57,28 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class AnswerText:
+    """The scope of an answer, as :func:`austeer.answer_scope` takes it: its markers are to be found in a tokenizer."""
+
+    start: str | None = None
+    pauses: tuple[tuple[str, str], ...] | None = None
+
+    def __str__(self) -> str:
+        return f"answer from {self.start!r} on, but not between {self.pauses}"
+
+
+@dataclass(frozen=True)
 class Spec:
-    """A set as it was asked for; no plan has been read yet."""
+    """A set as it was asked for; no plan has been read yet.
+
+    Attributes:
+        when: the file of a probe; None: the plans always run.
+    """
 
     parts: tuple[PlanPart, ...]
-    scope: Scope
+    scope: Scope | AnswerText
     limits: Limits = Limits()
+    when: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,7 @@ class Declared:
         slots: distinct steerings (plans, with their strengths) of the requests that are in the engine at once.
         sites, operations: names. layers: the first and the one after the last.
         units: AUs of one steering at one site of one layer, at most.
+        probes: the site and layer of probes.
     """
 
     slots: int | None = None
@@ -78,6 +97,7 @@ class Declared:
     layers: tuple[int, int] | None = None
     operations: tuple[str, ...] | None = None
     units: int | None = None
+    probes: tuple[tuple[str, int], ...] = ()
 
 
 #: The scope of sets that do not say theirs.
@@ -96,7 +116,7 @@ class Sets:
     named: Mapping[str, Spec] = field(default_factory=dict)
     folder: Path | None = None
     declared: Declared = Declared()
-    scope: Scope = ALL
+    scope: Scope | AnswerText = ALL
     limits: Limits = Limits()
 
 
@@ -160,15 +180,22 @@ def _declared(content: dict[str, Any]) -> Declared:
                 f"{VARIABLE}, layers: found {short(layers)}, expected the first and the one after the last: [8, 24]"
             )
         found["layers"] = tuple(layers)
+    if "probes" in content:
+        probes = content.pop("probes")
+        if not isinstance(probes, list) or not all(_is_place(place) for place in probes):
+            raise ServingError(
+                f'{VARIABLE}, probes: found {short(probes)}, expected the site and layer of each: [["layer", 12]]'
+            )
+        found["probes"] = tuple((site, layer) for site, layer in probes)
     if content:
         raise ServingError(
             f"{VARIABLE}: found {', '.join(map(repr, content))}, expected 'sets' and, if need be, 'slots', 'sites', "
-            "'layers', 'operations', 'units', 'scope', 'max_alpha', 'max_kl'"
+            "'layers', 'operations', 'units', 'probes', 'scope', 'max_alpha', 'max_kl'"
         )
     return Declared(**found)
 
 
-def spec_of(where: str, entry: Any, scope: Scope, limits: Limits) -> Spec:
+def spec_of(where: str, entry: Any, scope: Scope | AnswerText, limits: Limits) -> Spec:
     """A set from its object.
 
     Args:
@@ -180,7 +207,14 @@ def spec_of(where: str, entry: Any, scope: Scope, limits: Limits) -> Spec:
     if not isinstance(entry, dict):
         raise ServingError(f'{where}: found {short(entry)}, expected an object such as {{"plan": "plans/kind"}}')
     entry = dict(entry)
-    limits, scope = take_limits(entry, where, limits), take_scope(entry, where, scope)
+    limits, scope, when = take_limits(entry, where, limits), take_scope(entry, where, scope), entry.pop("when", None)
+    if when is not None and (not isinstance(when, str) or not when):
+        raise ServingError(f"{where}, when: found {short(when)}, expected the file of a probe")
+    if when is not None and isinstance(scope, Scope) and scope.name not in JUDGED:
+        raise ServingError(
+            f"{where}, when: found scope {scope}, expected 'generation' or an answer's: a probe decides at the "
+            "prompt's last token, on what comes after it"
+        )
     several = "plans" in entry
     parts = entry.pop("plans") if several else [entry]
     if several and entry:
@@ -193,7 +227,7 @@ def spec_of(where: str, entry: Any, scope: Scope, limits: Limits) -> Spec:
     for part in found:
         if part.alpha is not None and limits.alpha is not None and abs(part.alpha) > limits.alpha:
             raise ServingError(f"{where}, alpha: found {part.alpha:g}, expected at most max_alpha, {limits.alpha:g}")
-    return Spec(found, scope, limits)
+    return Spec(found, scope, limits, when)
 
 
 def _part(where: str, part: Any) -> PlanPart:
@@ -220,10 +254,24 @@ def take_limits(entry: dict[str, Any], where: str, default: Limits) -> Limits:
     return Limits(**found)
 
 
-def take_scope(entry: dict[str, Any], where: str, default: Scope) -> Scope:
+def take_scope(entry: dict[str, Any], where: str, default: Scope | AnswerText) -> Scope | AnswerText:
     """The scope of an object, which loses it."""
+    if "scope" not in entry:
+        return default
+    scope = entry.pop("scope")
+    if scope == "answer":
+        return AnswerText()
+    if isinstance(scope, dict):
+        start, pauses = scope.get("start"), scope.get("pauses")
+        pairs = pauses is None or (isinstance(pauses, list) and all(_is_pair(pair, str) for pair in pauses))
+        if set(scope) - {"start", "pauses"} or not (start is None or isinstance(start, str)) or not pairs:
+            raise ServingError(
+                f"{where}, scope: found {short(scope)}, expected an answer's markers: "
+                '{"start": "</think>", "pauses": [["<tool_call>", "</tool_call>"]]}'
+            )
+        return AnswerText(start, None if pauses is None else tuple((opens, closes) for opens, closes in pauses))
     try:
-        return parse_scope(entry.pop("scope")) if "scope" in entry else default
+        return parse_scope(scope)
     except SteeringError as error:
         raise ServingError(f"{where}, {error}") from error
 
@@ -264,9 +312,9 @@ def _count(value: Any, where: str) -> int:
     return value
 
 
-def _is_pair(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
-    )
+def _is_pair(value: Any, kind: type = int) -> bool:
+    return isinstance(value, list) and [type(one) for one in value] == [kind, kind]
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[0] in SITE_NAMES and type(value[1]) is int

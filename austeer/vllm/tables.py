@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from austeer_kernels import coalesce
 from ..models.sites import Fingerprint
 from ..plans.fit import LayerUnits, check_architecture, units_by_layer
 from ..plans.plan import Plan
+from ..plans.probe import Probe
 from ..plans.serving import VARIABLE
 from ..plans.table import OPERATIONS
 from .catalog import Catalog, Entry, entries
@@ -26,8 +27,9 @@ from .sets import Declared, ServingError
 #: AUs of one steering at one site of one layer, where plans come into a folder and nothing else is declared.
 UNITS = 64
 
-#: The kinds of list that a table has, by operation: push goes by |x|; scale and shift are one.
-KIND_OF = {"push": "push", "scale": "linear", "shift": "linear"}
+#: The kinds of list that a table has, by operation, in the order in which they are applied: a direction is removed from
+#: what the model made, push goes by |x|, scale and shift are one.
+KIND_OF = {"ablate": "direction", "push": "push", "scale": "linear", "shift": "linear"}
 KINDS = tuple(dict.fromkeys(KIND_OF.values()))
 
 #: Where push meets scale in one row, push is divided by 1 + scale: smaller, and float16 would overflow in between.
@@ -44,35 +46,38 @@ class Structure:
     Attributes:
         model: the engine's, with the widths of all its sites.
         slots: rows of each table. room: AUs of a row at each place, at most; in the order in which they are applied.
+        probes: the site and layer of each that there may be.
     """
 
     model: Fingerprint
     slots: int
     room: Mapping[Place, int]
+    probes: tuple[tuple[str, int], ...] = ()
 
     @cached_property
     def places(self) -> list[Place]:
         return list(self.room)
 
     def digest(self) -> str:
-        shapes = [self.slots, [[*place, count] for place, count in self.room.items()]]
+        shapes = [self.slots, [[*place, count] for place, count in self.room.items()], self.probes]
         return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
     def to_json(self) -> dict:
         room = [[*place, count] for place, count in self.room.items()]
-        return {"model": self.model.to_json(), "slots": self.slots, "room": room}
+        return {"model": self.model.to_json(), "slots": self.slots, "room": room, "probes": self.probes}
 
     @classmethod
     def from_json(cls, data: dict) -> Structure:
         room = {(site, layer, kind): count for site, layer, kind, count in data["room"]}
-        return cls(Fingerprint.from_json(data["model"]), data["slots"], room)
+        probes = tuple((site, layer) for site, layer in data["probes"])
+        return cls(Fingerprint.from_json(data["model"]), data["slots"], room, probes)
 
-    def row(self, parts: Sequence[tuple[Plan, float]]) -> Row:
-        """The AUs of plans at their strengths.
+    def row(self, parts: Sequence[tuple[Plan, float]], probe: Probe | None = None) -> Row:
+        """The AUs of plans at their strengths, and the probe that decides whether they run.
 
         Raises:
-            PlanError: a plan is not for this model.
-            ServingError: there is no room for them, or push meets a scale of about -1.
+            PlanError: a plan or the probe is not for this model.
+            ServingError: there is no room for them, push meets a scale of about -1, or two directions one layer.
         """
         for plan, _ in parts:
             self.check_model(plan)
@@ -81,12 +86,29 @@ class Structure:
             self._check_room(place, len(index))
         numbers = {place: number for number, place in enumerate(self.places)}
         number = [torch.full((len(lists[p][0]),), numbers[p], dtype=torch.int32, device="cpu") for p in lists]
-        return Row(torch.cat(number), *map(torch.cat, zip(*lists.values())))
+        index, gamma, shift = map(torch.cat, zip(*lists.values()))
+        return Row(torch.cat(number), index, gamma, shift, *self._probe(probe))
 
-    def check_model(self, plan: Plan, what: str = "the plan") -> None:
-        """Raises PlanError where a plan is for another model."""
-        widths = {name: width for name, width in self.model.widths.items() if name in plan.sites}
-        check_architecture(plan, replace(self.model, widths=widths), what)
+    def _probe(self, probe: Probe | None) -> tuple[Tensor, Tensor]:
+        """The number of a probe's place, and its direction with the threshold behind it; nothing for none."""
+        if probe is None:
+            return torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(0, device="cpu")
+        self.check_model(probe, "the probe")
+        place = probe.site, probe.layer
+        if place not in self.probes:
+            raise ServingError(
+                f"found a probe at site {probe.site!r} of layer {probe.layer}, expected one of "
+                f"{[list(one) for one in self.probes]}, which the engine was started for; declare "
+                f'"probes": [["{probe.site}", {probe.layer}]] in {VARIABLE}, and start it anew'
+            )
+        number = torch.tensor([self.probes.index(place)], dtype=torch.int32, device="cpu")
+        return number, torch.cat([probe.direction, torch.tensor([probe.threshold], device="cpu")])
+
+    def check_model(self, plan: Plan | Probe, what: str = "the plan") -> None:
+        """Raises PlanError where a plan or a probe is for another model."""
+        sites = plan.sites if isinstance(plan, Plan) else (plan.site,)
+        widths = {name: width for name, width in self.model.widths.items() if name in sites}
+        check_architecture(plan.model, sites, replace(self.model, widths=widths), what)
 
     def _check_room(self, place: Place, count: int) -> None:
         site, layer, kind = place
@@ -112,16 +134,21 @@ class Row:
 
     Attributes:
         place: int32 [AUs], ascending, the number of each one's place in the structure.
-        index: int64 [AUs], columns of the site. gamma, shift: float32 [AUs]; gamma of push is for |x|.
+        index: int64 [AUs], columns of the site. gamma, shift: float32 [AUs]; gamma of push is for |x|. Of a direction,
+            gamma is that, of length 1, and shift its strength, at each AU.
+        probed: int32 [1], the number of its probe's place; [0] where it has none.
+        probe: float32 [width + 1], the probe's direction and, behind it, its threshold; [0] likewise.
     """
 
     place: Tensor
     index: Tensor
     gamma: Tensor
     shift: Tensor
+    probed: Tensor
+    probe: Tensor
 
     def save(self, path: Path) -> None:
-        save_file({name: getattr(self, name).contiguous() for name in ("place", "index", "gamma", "shift")}, path)
+        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Row:
@@ -129,6 +156,8 @@ class Row:
 
     def by_place(self) -> Iterable[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
         """(number of the place, (index, gamma, shift)) of each place that has AUs."""
+        if not len(self.place):
+            return ()
         numbers, counts = self.place.unique_consecutive(return_counts=True)
         split = zip(*(t.split(counts.tolist()) for t in (self.index, self.gamma, self.shift)))
         return zip(numbers.tolist(), split)
@@ -149,17 +178,30 @@ def lists_of(parts: Sequence[tuple[Plan, float]]) -> dict[Place, tuple[Tensor, T
         kinds: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for kind in KINDS:
             own = [
-                (units.index.long(), *units.strengths(alpha, k))
+                (units.index.long(), *_values(units, alpha, k))
                 for units, alpha, k in of_layer
                 if KIND_OF[units.operation] == kind
             ]
+            if kind == "direction" and len(own) > 1:
+                raise ServingError(
+                    f"found {len(own)} plans of 'ablate' at site {site!r} of layer {layer}, expected one; what two "
+                    "directions remove does not add up"
+                )
             if own:
                 index, gamma, shift = coalesce([tuple(map(torch.cat, zip(*own)))])  # type: ignore[list-item]
                 kinds[kind] = index[0], gamma[0], shift[0]
-        if len(kinds) == 2:
+        if {"push", "linear"} <= kinds.keys():
             kinds["push"] = _beside_scale(site, layer, kinds["push"], kinds["linear"])
         lists |= {(site, layer, kind): values for kind, values in kinds.items()}
     return lists
+
+
+def _values(units: LayerUnits, alpha: float, k: int) -> tuple[Tensor, Tensor]:
+    """gamma and shift as a row has them."""
+    if units.operation != "ablate":
+        return units.strengths(alpha, k)
+    direction = units.direction(k)
+    return direction, torch.full_like(direction, alpha)
 
 
 def _beside_scale(
@@ -195,14 +237,21 @@ def structure_of(catalog: Catalog, model: Fingerprint, slots: int) -> Structure:
     for entry in named:
         for place, count in _needs(entry).items():
             room[place] = max(room.get(place, 0), count)
-    if not named or declared != Declared(slots=declared.slots):
+    if not named or declared != Declared(slots=declared.slots, probes=declared.probes):
         for place, count in _declared(declared, model, named).items():
             room[place] = max(room.get(place, 0), count)
     order = sorted(room, key=lambda place: (place[1], place[0], KINDS.index(place[2])))
-    found = Structure(model, declared.slots or max(slots, len(named)), {place: room[place] for place in order})
+    probes = {(entry.probe.site, entry.probe.layer) for entry in named if entry.probe is not None}
+    probes |= set(declared.probes)
+    rows = declared.slots or max(slots, len(named))
+    found = Structure(model, rows, {place: room[place] for place in order}, tuple(sorted(probes)))
     for name, entry in entries(catalog).items():
         for plan in entry.plans:
             found.check_model(plan, f"set {name!r}: the plan")
+        if entry.probe is not None:
+            found.check_model(entry.probe, f"set {name!r}: the probe")
+    if wrong := [place for place in probes if place[0] not in model.widths or place[1] >= model.layers]:
+        raise ServingError(f"{VARIABLE}, probes: found {list(wrong[0])}, expected a layer from 0 to {model.layers - 1}")
     return found
 
 

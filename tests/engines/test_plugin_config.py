@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from austeer.plans.serving import KEY, PROCESSOR, SCHEDULER, VARIABLE
+from austeer.steering.markers import Answer
 from austeer.vllm.admission import ROW
 from austeer.vllm.plugin import ARCHITECTURES
 from austeer.vllm.sets import ServingError
@@ -89,17 +90,23 @@ def state(configure):
     """The steered model's state in model runner V2, with a model that has nothing but its slots and rows."""
     from vllm.v1.worker.gpu.model_states import init_model_state
 
+    from austeer.models.sites import Fingerprint
     from austeer.vllm.models import Steered
-    from austeer.vllm.slots import RowBuffer, slots_of
+    from austeer.vllm.running import Running
+    from austeer.vllm.slots import slots_of
+    from austeer.vllm.tables import Structure
 
     config = configure()
-    rows = RowBuffer(config.scheduler_config.max_num_batched_tokens, torch.device("cpu"))
+    structure, tokens = Structure(Fingerprint("llama", 1, {}, "a model", None), 2, {}), 64
+    running = Running(
+        torch.nn.Module(), structure, slots_of(config), range(1), (0, 1), tokens, 100, 8, torch.device("cpu")
+    )
     model = SimpleNamespace(
         _steering_slots=slots_of(config),
-        steering_rows=lambda device: rows,
+        steering=lambda device: running,
         get_model_state_cls=Steered.get_model_state_cls,
     )
-    return init_model_state(config, model, None, torch.device("cpu")), rows.tensor
+    return init_model_state(config, model, None, torch.device("cpu")), running.rows.tensor
 
 
 def test_model_runner_v2_has_each_tokens_row_before_its_forward_pass(state):
@@ -120,6 +127,32 @@ def test_model_runner_v2_has_each_tokens_row_before_its_forward_pass(state):
     state.add_request(0, NewRequest(1))
     state.prepare_inputs(batch, None)
     assert rows[:14].tolist() == [-1, -1, 1, 1, *[-1] * 10]
+
+
+def test_model_runner_v2_reads_what_was_generated_just_now(state):
+    """A request that begins with a prompt of three tokens, another that was put off and has written two."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+    state, rows = state
+    answer = Answer(start=((7, 8),), pauses=(((((9,),), ((10,),)),)))
+    for slot, known in ((0, (1, 7, 2)), (1, (1, 7, 8))):
+        steering = RowOf(slot, f"of {slot}", "", known.index(7), 1000, 1 if slot else 3, answer)
+        request = NewRequest(3, SimpleNamespace(extra_args={ROW: steering}), known)
+        state.add_request(slot, request)
+
+    def run(tokens, lengths, first):
+        batch = InputBatch.make_dummy(2, sum(lengths), InputBuffers(8, 16, torch.device("cpu")))
+        batch.idx_mapping_np = np.array([0, 1])
+        batch.query_start_loc_np = np.array([0, *np.cumsum(lengths)])
+        batch.num_computed_tokens_np, batch.num_tokens_after_padding = np.array(first), sum(lengths)
+        batch.input_ids = torch.tensor(tokens)
+        state.prepare_inputs(batch, None)
+        return rows[: sum(lengths)].tolist()
+
+    assert run([1, 7, 2, 1, 7, 8], [3, 3], [0, 0]) == [-1, -1, -1, -1, -1, 1]
+    assert run([7, 9], [1, 1], [3, 3]) == [-1, -1]
+    assert run([8, 4], [1, 1], [4, 4]) == [0, -1]
+    assert run([5, 10], [1, 1], [5, 5]) == [0, 1]
 
 
 def test_the_logits_processor_is_one_for_both_model_runners(state):

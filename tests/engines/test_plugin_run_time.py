@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 
@@ -70,11 +72,13 @@ def folder(plans, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(small, folder):
     """Runs in this process, with the prefix cache, more requests than slots, and a folder of sets."""
-    content = f'{{"sets": "{folder}", "slots": {SLOTS}, "sites": ["attention", "layer"], "units": 16}}'
+    content = f'{{"sets": "{folder}", "slots": {SLOTS}, "sites": ["attention", "layer"], "units": 16, '
+    content += '"operations": ["shift", "scale", "ablate"], "probes": [["layer", 2]]}'
     with run_in_process(content):
         from vllm import LLM
 
         options = {"max_model_len": 256, "max_num_batched_tokens": 48, "max_num_seqs": 8, "block_size": BLOCK}
+        options["num_gpu_blocks_override"] = 16  # for a few requests: others are put off, and begin anew
         llm = LLM(str(small[1]), enforce_eager=True, disable_log_stats=False, **options, **ENGINE)
         yield llm
         llm.llm_engine.engine_core.shutdown()
@@ -172,6 +176,109 @@ def test_what_a_row_had_before_does_not_stay_in_it(engine, plans, write, folder)
             assert found == [write([(plans[name], alpha)]) for alpha in asked]
 
 
+def test_ablation(engine, small, write, folder):
+    found = {}
+    for site in ("attention", "layer"):
+        plan = random_plan(small[0], site, 16, "ablate", 5)
+        plan = plan.take((plan.layer == plan.layer[0]).nonzero().flatten())
+        plan.save_pretrained(folder / f"ablate-{site}")
+        (found[site],) = ask(engine, {KEY: f"ablate-{site}", ALPHA: 2.5})
+        assert found[site] == write([(plan, 2.5)])
+    assert found["attention"] != found["layer"]
+
+
+def alone(tokenizer, tokens: list[int]) -> list[tuple[int, str]]:
+    """Of some tokens those that are the whole text of themselves: (place, text)."""
+    texts = [(place, tokenizer.decode([token])) for place, token in enumerate(tokens)]
+    return [
+        (place, text)
+        for place, text in texts
+        if tokenizer(text, add_special_tokens=False)["input_ids"] == [tokens[place]]
+        and tokens.index(tokens[place]) == place
+    ]
+
+
+def test_an_answer_is_steered_from_its_marker_on(engine, small, demo, plans, folder):
+    """The markers are tokens that the unsteered model happens to write."""
+    model, tokenizer = small[0], demo[1]
+    base = ask(engine, None)[0]
+    places = [found for found in alone(tokenizer, base) if 2 <= found[0] <= 12]
+    (begin, start), (_, other) = places[0], places[1]
+    plans["kind"].save_pretrained(folder / "plan-kind")
+    texts = {}
+    for name, scope in (
+        ("started", {"start": start, "pauses": []}),
+        ("paused", {"pauses": [[start, other]]}),
+        ("never", {"start": "<a marker that never comes>", "pauses": []}),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps({"plan": "plan-kind", "scope": scope}))
+        given = austeer.answer_scope(tokenizer, scope.get("start"), [tuple(pair) for pair in scope["pauses"]])
+        ids = tokenizer(LONG, return_tensors="pt")
+        with warnings.catch_warnings(), austeer.steer(model, plans["kind"], alpha=2.0, scope=given):
+            warnings.simplefilter("ignore")  # of the marker that never comes
+            output = model.generate(**ids, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False)
+        texts[name] = output[0][ids["input_ids"].shape[1] :].tolist()
+    assert texts["never"] == base and texts["started"][: begin + 1] == base[: begin + 1]
+    assert len(set(map(tuple, texts.values()))) == 3
+    for _ in range(2):  # alone and beside each other, and from the prefix cache
+        assert ask(engine, None, *({KEY: name, ALPHA: 2.0} for name in texts)) == [base, *texts.values()]
+    assert [ask(engine, {KEY: name, ALPHA: 2.0})[0] for name in texts] == [*texts.values()]
+
+
+@pytest.fixture
+def judged(small, demo, plans, folder):
+    """A probe between the scores of some prompts; and of each, what the model writes if it decides."""
+    model, tokenizer = small[0], demo[1]
+    prompts = [" ".join(PROMPTS[i:] + PROMPTS[:i]) * times for i in range(3) for times in (1, 4)]
+    direction = torch.randn(128, generator=torch.Generator().manual_seed(0))
+    width = {"layer": plans["kind"].model.widths["layer"]}
+    probe = austeer.Probe("layer", 2, direction / direction.norm(), 0.0, replace(plans["kind"].model, widths=width))
+    scores = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        with austeer.steer(model, plans["kind"], alpha=2.0, scope="generation", when=probe) as steering:
+            model(**ids)
+            scores += steering.report().when.scores
+    ordered = sorted(scores)
+    probe = replace(probe, threshold=(ordered[2] + ordered[3]) / 2)
+    probe.save(folder / "some.probe")
+    plans["kind"].save_pretrained(folder / "plan-kind")
+    text = {"plan": "plan-kind", "scope": "generation", "when": "some.probe"}
+    (folder / "judged.json").write_text(json.dumps(text))
+    written = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        with austeer.steer(model, plans["kind"], alpha=2.0, scope="generation", when=probe):
+            output = model.generate(**ids, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False)
+        written.append(output[0][ids["input_ids"].shape[1] :].tolist())
+    return prompts, written, [score > probe.threshold for score in scores]
+
+
+def test_a_probe_decides_for_each_request_at_its_last_prompt_token(engine, judged):
+    """Prompts in pieces and from the prefix cache, and requests that are put off."""
+    prompts, written, fires = judged
+    assert sum(fires) == 3
+    from vllm import SamplingParams
+
+    def params(extra):
+        return SamplingParams(temperature=0, min_tokens=TOKENS, max_tokens=TOKENS, extra_args=extra)
+
+    extra = {KEY: "judged", ALPHA: 2.0}
+    base = engine.generate(prompts, params(None), use_tqdm=False)
+    for (steered, one), fired in zip(zip(written, base, strict=True), fires, strict=True):
+        assert (steered == list(one.outputs[0].token_ids)) != fired
+    before = put_off(engine)
+    for order in (prompts, prompts[::-1], prompts * 2):
+        outputs = engine.generate(list(order), params(extra), use_tqdm=False)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == [written[prompts.index(text)] for text in order]
+    assert put_off(engine) > before
+
+
+def put_off(engine) -> int:
+    """How often requests were put off so far."""
+    return next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
 @pytest.mark.parametrize("scope", ["all", "generation", "last_prompt_token", "prompt"])
 def test_the_prefix_cache_gives_no_request_what_was_steered_otherwise(engine, plans, write, folder, scope):
     for name in ("kind", "praise"):
@@ -240,12 +347,18 @@ def test_a_plan_without_room_or_of_another_model_is_refused(engine, small, plans
     random_plan(small[0], "neuron", 3, "shift", 0).save_pretrained(folder / "elsewhere")
     random_plan(small[0], "attention", 100, "shift", 0).save_pretrained(folder / "many")
     random_plan(small[0], "attention", 3, "push", 0).save_pretrained(folder / "push")
+    none = torch.zeros(128)
+    width = {"layer": plans["kind"].model.widths["layer"]}
+    austeer.Probe("layer", 1, none, 0.0, replace(plans["kind"].model, widths=width)).save(folder / "elsewhere.probe")
+    text = {"plan": "kind", "scope": "generation", "when": "elsewhere.probe"}
+    (folder / "unplaced.json").write_text(json.dumps(text))
     (folder / "broken.safetensors").write_bytes(b"half of a file")
     for name, match in [
         ("other", "7 layers"),
         ("elsewhere", "'neuron'.*declare"),
         ("many", '"units": '),
         ("push", "push.*declare"),
+        ("unplaced", r'"probes": \[\["layer", 1\]\]'),
         ("broken", r"broken\.safetensors"),
     ]:
         with pytest.raises(Exception, match=match):

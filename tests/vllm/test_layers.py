@@ -14,6 +14,7 @@ from austeer.models.sites import Fingerprint
 from austeer.plans.plan import Plan
 from austeer.steering.scope import parse_scope
 from austeer.vllm.layers import Steer, Tables, install, site_module
+from austeer.vllm.sets import ServingError
 from austeer.vllm.slots import RowBuffer, RowOf, Slots
 from austeer.vllm.tables import Structure, lists_of
 
@@ -61,13 +62,13 @@ def test_each_token_has_the_row_of_its_request_where_its_scope_says_so(requests,
             expected.append(list(SCOPES).index(name) if steered else -1)
     batch = np.array(order[: len(requests)], dtype=np.int64)
     first, lengths = (np.array([r[i] for r in requests], dtype=np.int64) for i in (2, 3))
-    rows = found.rows(batch, lengths, first, len(expected) + padding)
+    rows = found.batch(batch, lengths, first, len(expected) + padding).rows
     assert rows.dtype == np.int32 and rows.tolist() == [*expected, *[-1] * padding]
 
 
 def rows_of_all(found):
     one = np.ones(COUNT, dtype=np.int64)
-    return found.rows(np.arange(COUNT), one, 9 * one, COUNT).tolist()
+    return found.batch(np.arange(COUNT), one, 9 * one, COUNT).rows.tolist()
 
 
 def test_requests_move_between_slots():
@@ -122,6 +123,28 @@ def test_the_formula_at_aus_where_plans_of_a_set_meet(seed, dtype, operations, i
     found = steer(x.clone())
     assert found.dtype == dtype and torch.equal(found[0], x[0])
     assert (found.double() - exact).abs().max() <= len(steer.kinds) * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_direction_is_removed_before_what_else_a_row_does(seed, dtype):
+    ablate, shift = plan("neuron", "ablate").top(6), plan("neuron", "shift")
+    rows = torch.tensor([1, -1, 0, 2], dtype=torch.int32)
+    steer = steer_of([[(ablate, 1.0)], [(ablate, 0.5), (shift, 2.0)], [(shift, 1.0)]], rows)
+    x = torch.randn(4, 10).to(dtype)
+    found = steer(x.clone())
+    d = torch.zeros(10, dtype=torch.float64)
+    d[ablate.index.long()] = ablate.delta.double()
+    d /= d.norm()
+    ablated = x.double() - torch.tensor([0.5, 0, 1, 0]).double()[:, None] * d * (x.double() @ d)[:, None]
+    exact = ablated + torch.tensor([2.0, 0, 0, 1]).double()[:, None] * shift.delta.double()
+    assert torch.equal(found[1], x[1])
+    assert (found.double() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_a_direction_over_several_processes_is_refused():
+    ablate = plan("attention", "ablate")
+    with pytest.raises(ServingError, match=r"'ablate' at site 'attention'.*2 processes"):
+        installed(Decoder(part=2), [[(ablate, 1.0)]], torch.zeros(4, dtype=torch.int32), part=(0, 2))
 
 
 def test_a_tensor_that_is_no_activation_is_refused():

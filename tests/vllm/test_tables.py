@@ -120,3 +120,12 @@ def test_a_row_counts_its_places_as_the_structure_does(made):
     places = made().places
     assert {places[number] for number, _ in found.by_place()} == set(made().room)
     assert torch.equal(found.place, found.place.sort().values)
+
+
+def test_a_direction_is_one_list_of_length_one():
+    ablate = plan("ablate", ("ffn", 1, 4, 1.0, 3.0), ("ffn", 1, 2, 1.0, 4.0))
+    index, direction, strength = lists_of([(ablate, 0.5)])["ffn", 1, "direction"]
+    assert index.tolist() == [2, 4] and direction.tolist() == pytest.approx([0.8, 0.6])
+    assert strength.tolist() == [0.5, 0.5]
+    with pytest.raises(ServingError, match="2 plans of 'ablate' at site 'ffn' of layer 1"):
+        lists_of([(ablate, 0.5), (ablate, 1.0)])
