@@ -46,6 +46,7 @@ from .steering.answer_scope import answer_scope
 from .steering.markers import Answer
 from .steering.steer import steer
 from .steering.steering import Steering
+from .verifying import Verification, VerifyError, record_replay, verify
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ __all__ = [
     "SteeringError",
     "SteeringWarning",
     "TaskError",
+    "Verification",
+    "VerifyError",
     "answer_scope",
     "compare",
     "estimate",
@@ -98,9 +101,11 @@ __all__ = [
     "measure",
     "momentum_from_activations",
     "profile",
+    "record_replay",
     "steer",
     "stream_pairs",
     "tune",
+    "verify",
 ]
 
 

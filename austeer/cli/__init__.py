@@ -31,6 +31,7 @@ from . import (
     select,
     serve,
     tune,
+    verify,
 )
 from .common import fail, warnings_as_notes
 
@@ -58,8 +59,8 @@ austeer serve MODEL --sets plans
 `--model demo` is SmolLM2-135M-Instruct; `austeer demo` shows everything on it.
 """,
 )
-COMMANDS = (measure, select, inspect, tune, compare, evaluate, generate, push, pull, demo, cost, causal, profile, probe)
-for module in COMMANDS:
+COMMANDS = (measure, select, inspect, tune, compare, evaluate, generate, verify, push, pull, demo, cost, causal, profile)
+for module in (*COMMANDS, probe):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
 app.command(context_settings=serve.SETTINGS)(serve.serve)
 app.add_typer(momentum.app, name="momentum")
@@ -82,7 +83,7 @@ def version(
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 bad input (one message says what and why), 130 interrupted."""
+    """Exit codes: 0 done, 1 not as it should be (verify), 2 bad input (one message says what and why), 130 interrupted."""
     run(app)
 
 

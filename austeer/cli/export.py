@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import Json, Model, Quiet, console, emit, next_line, note
+from .replays import Replay, with_replay
 from .strength import KL, ProfileFile, parse_alphas, parse_kls, with_doses
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def lora(
         bool, typer.Option("--lora-bias", help="Also biases, and so the operation shift (PEFT alone).")
     ] = False,
     experts: Annotated[bool, typer.Option("--experts", help="Also the experts of mixtures (PEFT alone).")] = False,
+    replay: Replay = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -71,6 +73,7 @@ def lora(
     from ..plans.serving import vllm_rank
 
     plans, predicted = read_plans(plan, alpha, kl, profile)
+    plans = with_replay(plans, model, out, force) if replay else plans
     export_lora(
         plans,
         model,
@@ -116,6 +119,7 @@ def checkpoint(
     kl: KL = None,
     profile: ProfileFile = None,
     copy: Annotated[bool, typer.Option("--copy", help=_COPY)] = False,
+    replay: Replay = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -132,6 +136,7 @@ def checkpoint(
     from ..export.output_files import RECORD, gigabytes
 
     plans, predicted = read_plans(plan, alpha, kl, profile)
+    plans = with_replay(plans, model, out, force) if replay else plans
     export_checkpoint(plans, model, out, force=force, link=not copy, progress=False if quiet else None)
     record = json_module.loads((out / RECORD).read_text(encoding="utf-8"))
     files = sorted(file for file in out.rglob("*.safetensors"))
@@ -176,6 +181,7 @@ def gguf(
     architecture: Annotated[
         str | None, typer.Option(help="general.architecture of the model's GGUF. [default: its family's]")
     ] = None,
+    replay: Replay = False,
     force: Annotated[bool, typer.Option("--force", help="Replace --out.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -190,6 +196,7 @@ def gguf(
     from ..export.output_files import gigabytes
 
     plans, predicted = read_plans(plan, alpha, kl, profile)
+    plans = with_replay(plans, model, out, force, file=True) if replay else plans
     export_gguf(
         plans,
         model,

@@ -12,6 +12,7 @@ from ..utils.tables import show_table
 from . import common
 from . import search_options as options
 from .common import Chat, ChatOption, Device, DType, Json, Model, Quiet, System, console
+from .replays import Replay
 from .search_text import LEGEND, show_alpha, show_held_out, show_left_out, show_place, show_value
 from .writing_text import Samples, show_writing
 
@@ -57,6 +58,7 @@ def tune(
     system: System = None,
     rows: Annotated[int, typer.Option(help="How many settings are listed.", min=1)] = 10,
     samples: Samples = 2,
+    replay: Replay = False,
     dtype: DType = "auto",
     device: Device = None,
     force: options.ForceAnew = False,
@@ -75,6 +77,7 @@ def tune(
     from ..pairs.chat import chat_arguments
     from ..tuning import tune as search_plan
     from ..tuning.figures import draw_tune
+    from ..verifying import record_replay
 
     shared = options.read_options(sites, operations, ks, budget, neutral, out, quiet)
     counted = None if momentum is None else Counted.load(momentum)
@@ -88,7 +91,8 @@ def tune(
     task = common.in_chat_form(task, tokenizer, form)
     shared |= {"momentum": counted, "mix": mix, "rank": rank, "profile": known, "max_kl": max_kl, "seed": seed}
     result = search_plan(network, tokenizer, task, **shared)
-    result.plan.save_pretrained(out / "plan")
+    plan = record_replay(network, tokenizer, result.plan) if replay else result.plan
+    plan.save_pretrained(out / "plan")
     options.write_result(result, out / "tune.png", draw_tune, json)
     if json:
         return

@@ -19,7 +19,7 @@ from .biases import NewBiases, new_biases, warn_of_unread
 from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
 from .folding import folded_bias, folded_weight
 from .model_weights import INDEX, LoadedWeights, Piece, StoredWeights, weights_of_model
-from .output_files import RECORD, check_output, nearest_folder, read_json, staged, write_json
+from .output_files import RECORD, REPLAY, check_output, nearest_folder, read_json, staged, write_json, write_replay
 from .rewrite import DTYPES, SafetensorsHeader, TensorEntry, link_or_copy, read_header, rewrite
 
 
@@ -63,7 +63,7 @@ def export_checkpoint(
         progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Returns:
-        The folder.
+        The folder, with ``austeer_replay.json`` if the plan has a replay at this strength.
 
     Raises:
         PlanError: plans that are not for this model, or an alpha that is not finite.
@@ -236,6 +236,8 @@ class _Folding:
         if self.biases.settings:
             self._write_config(staging / "config.json")
         write_json(staging / RECORD, record)
+        if "base" not in record:  # a replay is of the plan alone
+            write_replay(staging, self.pairs)
 
     def _write_shard(self, staging: Path, metadata: dict[str, str]) -> None:
         """New biases in a shard of their own, so that others need not be written anew."""
@@ -286,7 +288,7 @@ def _place(file: Path, folder: Path, staging: Path) -> Path:
 
 #: Of the files beside the weights, those that belong to the model; params.json is of Mistral's own format.
 _ALONG = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
-_LEFT = ("params.json", "adapter_config.json", RECORD)
+_LEFT = ("params.json", "adapter_config.json", RECORD, REPLAY)
 
 
 def along(folder: Path) -> list[Path]:

@@ -17,7 +17,6 @@ input and at its output     y - alpha d (d . y)            =  (W - alpha d d' W)
 from __future__ import annotations
 
 import copy
-import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -372,15 +371,7 @@ def describe(plans: Iterable[tuple[Plan, float]]) -> list[dict]:
             "operation": plan.operation,
             "pairs": plan.pairs,
             "model": plan.model.to_json(),
-            "digest": digest(plan),
+            "digest": plan.digest,
         }
         for plan, alpha in plans
     ]
-
-
-def digest(plan: Plan) -> str:
-    """SHA-256 of a plan's AUs and strengths, in their order."""
-    found = hashlib.sha256(f"{plan.operation} {plan.keys()}".encode())
-    for values in (plan.beta, plan.delta):
-        found.update(values.numpy().tobytes())
-    return found.hexdigest()

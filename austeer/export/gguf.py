@@ -62,7 +62,7 @@ def export_gguf(
         progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Returns:
-        The file.
+        The file; its metadata have the plan's replay, if it has one at this strength.
 
     Raises:
         PlanError: plans that are not for this model, or an alpha that is not finite.

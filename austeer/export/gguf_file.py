@@ -15,6 +15,7 @@ from ..plans.plan import Plan
 from ..version import __version__
 from .edits import describe
 from .folding import rounded
+from .output_files import replay_json
 
 
 @contextmanager
@@ -26,6 +27,9 @@ def writing(path: Path, architecture: str, name: str, pairs: list[tuple[Plan, fl
     writer.add_string("austeer.version", __version__)
     writer.add_string("austeer.model", name)
     writer.add_string("austeer.plans", json.dumps(describe(pairs)))
+    replay = replay_json(pairs)
+    if replay is not None:
+        writer.add_string("austeer.replay", replay)
     yield writer
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

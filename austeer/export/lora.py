@@ -24,7 +24,7 @@ from .adapter import CONFIG, PREFIX, TENSORS, AdapterLayer, config_of, taken_for
 from .edits import Alpha, Edit, ExportError, edits_of, warn_of_another_model, with_alphas
 from .folding import rounded
 from .model_weights import StoredWeights, weights_of_model
-from .output_files import RECORD, check_output, staged, write_json
+from .output_files import RECORD, check_output, staged, write_json, write_replay
 
 _LARGEST_RANK = 1 << 20
 
@@ -82,7 +82,8 @@ def export_lora(
         progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Returns:
-        ``out``, with ``adapter_config.json``, ``adapter_model.safetensors`` and what was exported in ``austeer.json``.
+        ``out``, with ``adapter_config.json``, ``adapter_model.safetensors`` and what was exported in ``austeer.json``;
+        and with ``austeer_replay.json``, if the plan has a replay at this strength.
 
     Raises:
         PlanError: a plan for another architecture, or an alpha that is not finite.
@@ -115,6 +116,7 @@ def export_lora(
         write_json(folder / CONFIG, config)
         layers = sorted({target.edit.layer for target in targets if target.edit is not None})
         write_json(folder / RECORD, weights.record("lora", weighted) | {"rank": config["r"], "layers": layers})
+        write_replay(folder, weighted)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         (folder / TENSORS).chmod((folder / CONFIG).stat().st_mode)  # safetensors' files are their owner's only
     return out

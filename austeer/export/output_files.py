@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from ..plans.plan import Plan
 from .edits import ExportError
 
 try:
@@ -23,6 +24,8 @@ except ImportError:  # not on Windows; there the leftovers of a killed run stay
 
 #: What was exported, beside a model's or an adapter's own files.
 RECORD = "austeer.json"
+#: What a model writes with the exported plan, for ``austeer verify``.
+REPLAY = "austeer_replay.json"
 
 
 def check_output(out: str | Path, force: bool, needed: int, read: Iterable[Path] = (), *, file: bool = False) -> Path:
@@ -209,6 +212,21 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: could not be read ({error}); copy or download it anew") from error
+
+
+def replay_json(pairs: Sequence[tuple[Plan, float]]) -> str | None:
+    """The replay of the one plan that is exported, as JSON; None where it has none of this strength and all tokens."""
+    replay = pairs[0][0].replay if len(pairs) == 1 else None
+    if replay is None or (replay.alpha, replay.scope) != (pairs[0][1], "all") or replay.digest != pairs[0][0].digest:
+        return None
+    return json.dumps(replay.to_json(), separators=(",", ":"))
+
+
+def write_replay(folder: Path, pairs: Sequence[tuple[Plan, float]]) -> None:
+    """Puts it into an exported folder, if there is one."""
+    text = replay_json(pairs)
+    if text is not None:
+        (folder / REPLAY).write_text(text + "\n", encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -37,12 +37,12 @@ class Outcome:
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, Mapping):
-            alpha = {check_text("alpha: site", site): _finite("alpha", value) for site, value in self.alpha.items()}
+            alpha = {check_text("alpha: site", site): check_finite("alpha", value) for site, value in self.alpha.items()}
             if not alpha:
                 raise PlanError("alpha: found no site, expected a number or one for each site of the plan")
             object.__setattr__(self, "alpha", alpha)
         else:
-            object.__setattr__(self, "alpha", _finite("alpha", self.alpha))
+            object.__setattr__(self, "alpha", check_finite("alpha", self.alpha))
         check_text("data", self.data)
         _set_numbers(self, "effect", optional=("low", "high", "share", "side_effect"))
         _check_interval("effect", self.low, self.high)
@@ -142,7 +142,8 @@ def check_text(name: str, value: object, longest: int = LONGEST_TEXT) -> str:
     raise PlanError(f"{name}: found {found}, expected one line of 1 to {longest} printable characters")
 
 
-def _finite(name: str, value: object) -> float:
+def check_finite(name: str, value: object) -> float:
+    """``value`` as a float if it is a finite number; otherwise raises PlanError."""
     if isinstance(value, Real) and not isinstance(value, bool):
         try:
             number = float(value)
@@ -159,7 +160,7 @@ def _set_numbers(row: object, *names: str, optional: tuple[str, ...]) -> None:
     for name in (*names, *optional):
         value = getattr(row, name)
         if value is not None or name in names:
-            object.__setattr__(row, name, _finite(name, value))
+            object.__setattr__(row, name, check_finite(name, value))
 
 
 def _check_interval(name: str, low: float | None, high: float | None) -> None:

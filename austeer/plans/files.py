@@ -14,9 +14,10 @@ from ..models.sites import Fingerprint
 from ..utils import files
 from .dose import Dose
 from .evidence import Evidence, check_text
+from .replay import Replay
 from .table import PlanTable
 
-FORMAT, VERSION = "austeer-plan", 3
+FORMAT, VERSION = "austeer-plan", 4
 FILE_NAME = "austeer_plan.safetensors"
 
 Kind = TypeVar("Kind", bound=PlanTable)
@@ -50,8 +51,14 @@ def _with_dose(header: dict[str, Any]) -> dict[str, Any]:
     return {**header, **new}
 
 
+def _with_replay(header: dict[str, Any]) -> dict[str, Any]:
+    if "replay" in header:
+        raise ValueError("found the field 'replay' in version 3")
+    return {**header, "replay": None}
+
+
 #: For each older version, what makes its header one of the next version. Every field added is a new version.
-MIGRATIONS: dict[int, files.Migration] = {1: _with_evidence, 2: _with_dose}
+MIGRATIONS: dict[int, files.Migration] = {1: _with_evidence, 2: _with_dose, 3: _with_replay}
 
 
 def write(plan: PlanTable, path: Path) -> Path:
@@ -69,6 +76,7 @@ def write(plan: PlanTable, path: Path) -> Path:
         "rank": plan.rank,
         "step": plan.step,
         "dose": None if plan.dose is None else plan.dose.to_json(),
+        "replay": None if plan.replay is None else plan.replay.to_json(),
         "sites": list(names),
     }
     size = len(json.dumps(json.dumps(header)))  # as it stands in the file: JSON within JSON
@@ -118,7 +126,7 @@ def read(path: Path, kind: type[Kind]) -> Kind:
         raise
     try:
         return kind(**_fields(header, tensors))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: inconsistent content ({error}); make the plan anew") from error
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
@@ -139,12 +147,13 @@ def _file_in(folder: Path) -> Path:
 def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     fields = dict(header)
     names, model, evidence = fields.pop("sites"), fields.pop("model"), fields.pop("evidence")
+    replay = fields.pop("replay")
     kl, effect = (tuple(tensors.pop(name).tolist()) if name in tensors else () for name in DOSE_COLUMNS)
     dose = fields.pop("dose")
     if (dose is None) != (not kl):
         raise ValueError("found a dose without its columns, or columns without a dose")
     if set(fields) != FIELDS:
-        raise ValueError(f"found the fields {sorted(fields)}, expected {sorted(FIELDS)} and four more")
+        raise ValueError(f"found the fields {sorted(fields)}, expected {sorted(FIELDS)} and five more")
     for name in ("operation", "ties", "rank", "step"):
         check_text(name, fields[name])
     if not isinstance(names, list) or not 1 <= len(names) <= MOST_SITES or len(set(names)) < len(names):
@@ -154,7 +163,9 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     site = tuple(names[i] for i in tensors.pop("site").tolist())
     evidence = None if evidence is None else Evidence.from_json(evidence)
     dose = None if dose is None else Dose.from_json(dose, kl, effect)
-    return {"site": site, "model": fingerprint, "evidence": evidence, "dose": dose, **tensors, **fields}
+    replay = None if replay is None else Replay.from_json(replay)
+    more = {"evidence": evidence, "dose": dose, "replay": replay}
+    return {"site": site, "model": fingerprint, **more, **tensors, **fields}
 
 
 def _check_columns(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from ..models.sites import SITE_NAMES, Fingerprint
 from ..pairs.chat import ChatForm, check_chat_form
 from .dose import Dose
 from .evidence import Evidence
+from .replay import Replay
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +63,7 @@ class PlanTable:
     rank: str = "momentum"
     step: str = "difference"
     dose: Dose | None = None
+    replay: Replay | None = None
 
     def __post_init__(self) -> None:
         for name, names in (
@@ -109,6 +112,8 @@ class PlanTable:
                 f"dose: found that of {len(self.dose.kl)} AUs in a plan of {self.operation!r} with {len(self)}, "
                 "expected as many, of 'shift'"
             )
+        if self.replay is not None and not isinstance(self.replay, Replay):
+            raise PlanError(f"replay: found {type(self.replay).__name__}, expected a Replay")
         if self.evidence is not None:
             if not isinstance(self.evidence, Evidence):
                 raise PlanError(f"evidence: found {type(self.evidence).__name__}, expected Evidence")
@@ -129,7 +134,7 @@ class PlanTable:
         return (AtomicUnit(*row) for row in zip(self.site, *columns))
 
     def __eq__(self, other: object) -> bool:
-        names = ("operation", "model", "pairs", "ties", "chat_template", "evidence", "rank", "step", "dose")
+        names = ("operation", "model", "pairs", "ties", "chat_template", "evidence", "rank", "step", "dose", "replay")
         return (
             isinstance(other, PlanTable)
             and all(getattr(self, name) == getattr(other, name) for name in names)
@@ -141,6 +146,14 @@ class PlanTable:
     def keys(self) -> list[tuple[str, int, int]]:
         """(site, layer, index) of each AU."""
         return list(zip(self.site, self.layer.tolist(), self.index.tolist()))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the operation, the AUs and their strengths, in their order: what a plan does, and no more."""
+        found = hashlib.sha256(f"{self.operation} {self.keys()}".encode())
+        for values in (self.beta, self.delta):
+            found.update(values.numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -155,12 +168,14 @@ class PlanTable:
     def take(self, positions: Tensor) -> Self:
         """The plan of the AUs at ``positions``, in that order.
 
-        With the evidence only if that is all, in this order; with the dose if it is the first of them.
+        With the evidence and the replay only if that is all, in this order; with the dose if it is the first of them.
         """
         first = positions.tolist() == list(range(len(positions)))
+        whole = first and len(positions) == len(self)
         return replace(
             self,
-            evidence=self.evidence if first and len(positions) == len(self) else None,
+            evidence=self.evidence if whole else None,
+            replay=self.replay if whole else None,
             dose=self.dose.top(len(positions)) if first and self.dose is not None else None,
             site=tuple(self.site[i] for i in positions.tolist()),
             **{name: getattr(self, name)[positions] for name in COLUMNS},
@@ -192,12 +207,14 @@ class PlanTable:
                 )
 
     def with_operation(self, operation: str) -> Self:
-        """The same AUs under another operation, of which there is no evidence and no dose.
+        """The same AUs under another operation, of which there is no evidence, no dose and no replay.
 
         Raises:
             PlanError: an unknown operation, or "ablate" of AUs that form no direction.
         """
-        return self if operation == self.operation else replace(self, operation=operation, evidence=None, dose=None)
+        if operation == self.operation:
+            return self
+        return replace(self, operation=operation, evidence=None, dose=None, replay=None)
 
     def with_evidence(self, evidence: Evidence | None) -> Self:
         """The same plan with what is known of its effect and cost, for its file and its card.
@@ -214,6 +231,10 @@ class PlanTable:
             PlanError: a dose of another number of AUs, or of another operation than "shift".
         """
         return replace(self, dose=dose)
+
+    def with_replay(self, replay: Replay | None) -> Self:
+        """The same plan with what a model writes under it; :func:`austeer.record_replay` makes one."""
+        return replace(self, replay=replay)
 
     def __add__(self, other: Self) -> Self:
         """Both plans' AUs, alternating by rank, so that a prefix still holds the most important of each.
@@ -241,6 +262,7 @@ class PlanTable:
             self,
             evidence=None,
             dose=None,
+            replay=None,
             rank=self.rank if self.rank == other.rank else MIXED,
             step=self.step if self.step == other.step else MIXED,
             site=self.site + other.site,

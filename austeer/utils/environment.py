@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -19,9 +20,14 @@ def environment() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        # torch's own version also tells the build (+cpu, +cu130), which its metadata may leave out
-        "packages": {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},
+        "packages": versions_of(PACKAGES),
     }
+
+
+def versions_of(names: Iterable[str]) -> dict[str, str | None]:
+    """Of installed packages, by name; None: not installed."""
+    # torch's own version also tells the build (+cpu, +cu130), which its metadata may leave out
+    return {name: str(torch.__version__) if name == "torch" else _version(name) for name in names}
 
 
 def _version(name: str) -> str | None:

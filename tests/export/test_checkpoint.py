@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import austeer
 from austeer.export.checkpoint import export_checkpoint
-from austeer.export.edits import ExportWarning, digest
+from austeer.export.edits import ExportWarning
 from austeer.export.model_weights import INDEX
 from austeer.models.sites import find_sites, layers_path
 from dense_formula import assert_unchanged, logits, random_plan, snapshot
@@ -154,9 +154,9 @@ def test_sums_of_plans_with_their_own_alphas(tmp_path):
     out = export_checkpoint([(a, 2.0), (b, -1.0), c], saved(model, tmp_path / "base"), tmp_path / "out", alpha=0.6)
     assert_steered(model, logits(loaded(out, model), BATCH), expected(model, (both, 4.0), (c, 0.6)))
     assert [(p["alpha"], p["digest"]) for p in record(out)["plans"]] == [
-        (2.0, digest(a)),
-        (-1.0, digest(b)),
-        (0.6, digest(c)),
+        (2.0, a.digest),
+        (-1.0, b.digest),
+        (0.6, c.digest),
     ]
     scales = a + c.with_operation("scale")
     out = export_checkpoint(scales, tmp_path / "base", tmp_path / "each", alpha={"ffn": 2.0, "attention": 0.6})
@@ -202,7 +202,7 @@ def test_the_record(tmp_path):
     assert found["austeer"] == austeer.__version__ and found["kind"] == "checkpoint"
     assert found["model"] == str(base) and found["revision"] is None
     (one,) = found["plans"]
-    assert (one["alpha"], one["digest"], one["operation"]) == (3.0, digest(plan), "scale")
+    assert (one["alpha"], one["digest"], one["operation"]) == (3.0, plan.digest, "scale")
     (name,) = found["rewritten"]
     with safe_open(out / name, framework="pt") as file:
         assert file.metadata()["format"] == "pt" and json.loads(file.metadata()["austeer"]) == found
@@ -228,7 +228,7 @@ def test_a_folded_checkpoint_is_folded_again(tmp_path):
     twice = export_checkpoint(b, once, tmp_path / "twice")
     third = export_checkpoint(c, twice, tmp_path / "third", alpha=0.5)
     assert_steered(model, logits(loaded(third, model), BATCH), expected(model, (a, 1.0), (b, 1.0), (c, 0.5)))
-    assert record(third)["base"]["base"]["plans"][0]["digest"] == digest(a) and "base" not in record(once)
+    assert record(third)["base"]["base"]["plans"][0]["digest"] == a.digest and "base" not in record(once)
     assert {"model-biases.safetensors", "model-biases-2.safetensors"} <= {file.name for file in third.iterdir()}
     assert AutoConfig.from_pretrained(third).mlp_bias and AutoConfig.from_pretrained(third).attention_bias
 

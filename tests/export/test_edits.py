@@ -17,7 +17,6 @@ from austeer.export.edits import (
     ExportError,
     ExportWarning,
     describe,
-    digest,
     edits_of,
     warn_of_another_model,
     with_alphas,
@@ -270,6 +269,6 @@ def test_a_digest_tells_plans_apart(model):
         replace(plan, delta=-plan.delta),
         plan.take(torch.arange(14, -1, -1)),
     ]
-    found = {digest(one) for one in [plan, *others]}
+    found = {one.digest for one in [plan, *others]}
     assert len(found) == 5
-    assert describe([(plan, 2)])[0]["digest"] == digest(plan.take(torch.arange(15)))
+    assert describe([(plan, 2)])[0]["digest"] == plan.take(torch.arange(15)).digest

@@ -1,0 +1,142 @@
+"""``austeer verify``: whether a server or a model does what a plan is known to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import Device, Json, console, emit
+from .replays import load_sharp
+from .strength import parse_alphas
+
+if TYPE_CHECKING:
+    from ..plans.plan import Plan
+
+
+def verify(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLAN",
+            help="A plan's folder or Hub id, or what was exported of it: an adapter's folder, a folded checkpoint's, or "
+            "a file for llama.cpp.",
+        ),
+    ],
+    url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible server, http://HOST:PORT/v1.", show_default=False)
+    ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --url: what the server calls the adapter.", show_default=False),
+    ] = None,
+    steering_set: Annotated[
+        str | None,
+        typer.Option(
+            "--set", metavar="NAME", help="With --url: what austeer's plugin in vLLM calls the plan.", show_default=False
+        ),
+    ] = None,
+    body: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="With --url: what else steered requests have, as {\"lora\": [{\"id\": 0, \"scale\": 1}]} for llama.cpp.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="With --url: the server's own model. [default: the first it lists]", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Instead of --url: a model to run here, folder or Hub id.", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --model: an adapter's folder, for PEFT in place of austeer.steer. [default: PLAN if it is one]",
+            show_default=False,
+        ),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="With --model: first run the model, and store the replay in the plan.")
+    ] = False,
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            "--alpha", "-a", metavar="NUMBER", help="With --record. [default: the plan's own recommendation, or 1]"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16, or auto (as saved). [default: float32 if that fits]"),
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Show whether a server or a model does what the plan does: applied, not applied, or a fault by its name.
+
+    Example: `austeer verify adapters/kind --url http://localhost:8000/v1 --lora kind`
+
+    A plan's replay has what its model writes after a few prompts, with the plan and without; --record stores one
+    (`austeer verify plans/kind --model demo --alpha 8 --record`), as `austeer export lora ... --replay` does with the
+    adapter. Steered requests are those with --lora, --set or --body; without any of them all are taken for steered. The
+    exit code is 0 for "applied" and 1 for everything else.
+    """
+    from ..plans.plan import Plan
+    from ..verifying import VerifyError
+    from ..verifying import verify as compare
+
+    if (url is None) == (model is None):
+        raise VerifyError(f"found {'neither' if url is None else 'both'} of --url and --model, expected one of them")
+    if model is None and {adapter, dtype, device} != {None} or (record and model is None):
+        raise VerifyError("--adapter, --record, --dtype, --device: found one beside --url, expected --model with them")
+    if alpha is not None and not record:
+        raise VerifyError(f"--alpha: found {alpha} without --record, expected both: a replay has its own strength")
+    plan: str | Plan = Plan.from_pretrained(what) if record else what
+    request = None if body is None else _object(body)
+    options: dict[str, Any] = {"base": base, "lora": lora, "steering_set": steering_set, "body": request}
+    if model is None:
+        found = compare(plan, url=url, **options)
+    else:
+        network, tokenizer = load_sharp(model, dtype, device)
+        if isinstance(plan, Plan):
+            plan = _recorded(plan, what, network, tokenizer, parse_alphas([alpha] if alpha else None))
+        found = compare(plan, network, tokenizer, adapter=adapter, **options)
+    if json:
+        emit(found.to_json())
+    else:
+        console.print(str(found), markup=False)
+    raise typer.Exit(0 if found.applied else 1)
+
+
+def _recorded(plan: Plan, where: str, network: Any, tokenizer: Any, alphas: Sequence[float]) -> Plan:
+    """The plan with a new replay, which is put into its file, too."""
+    from ..verifying import VerifyError, record_replay
+
+    if len(alphas) > 1:
+        raise VerifyError(f"--alpha: found {len(alphas)}, expected one: the strength of the replay")
+    path = Path(where)
+    if not path.exists():
+        raise VerifyError(f"--record: found {where}, which is no folder here, expected a plan's folder to write it into")
+    plan = record_replay(network, tokenizer, plan, alphas[0] if alphas else None)
+    plan.save_pretrained(path if path.is_dir() else path.parent)
+    return plan
+
+
+def _object(text: str) -> dict[str, Any]:
+    from ..errors import AusteerError
+    from ..utils.files import parse_json
+
+    try:
+        found = parse_json(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise AusteerError(f'--body: found {text!r:.60}, expected a JSON object, as {{"model": "kind"}}')
+    return found

@@ -1,0 +1,144 @@
+"""The verdict: which of the recorded hypotheses answers agree with, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..plans.replay import APPLIED, NOT_APPLIED, Replay
+from .comparison import Written, agreeing, difference, of_answer
+from .record import LAYERS
+
+#: What engines differ by in float32, nats, with room: nothing smaller tells two hypotheses apart.
+FLOOR = 1e-3
+#: Steered answers may differ from their hypothesis by so many times what unsteered ones differ by: rounding of 16 bits
+#: is larger where activations are.
+ROOM = 5.0
+#: Another hypothesis has to be so many times as far away.
+CLEAR = 2.0
+#: Where no unsteered answer can be had, the share of the steering's own effect that is taken for rounding.
+SHARE = 0.1
+
+CANNOT_TELL, SOMETHING_ELSE, TO_ALL = "cannot tell", "something else", "applied to every request"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of a comparison with a replay; ``str`` of it is a report for people.
+
+    Attributes:
+        verdict: "applied"; "not applied"; "applied elsewhere (layers + 1)", "sign flipped", "half strength",
+            "generation only" and the like, or several that cannot be told apart; "applied to every request", also to
+            those that ask for no plan; "something else"; or "cannot tell". reason: where the verdict alone does not say.
+        differences: for each hypothesis the largest difference of a log-probability that steered requests have from
+            it, nats.
+        unsteered: the same of unsteered requests, from "not applied"; None where there were none.
+        effect: what the plan itself moves a log-probability by, at most.
+        agreeing: how many greedy tokens were those of "applied".
+        replay: what was compared with.
+        engine: what ran, in words. versions: of packages, by name.
+    """
+
+    verdict: str
+    reason: str
+    differences: dict[str, float]
+    unsteered: float | None
+    effect: float
+    agreeing: int
+    replay: Replay = field(repr=False)
+    engine: str
+    versions: dict[str, str]
+
+    @property
+    def applied(self) -> bool:
+        """Whether the plan does what was recorded, and nothing else is wrong."""
+        return self.verdict == APPLIED
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the replay's texts and numbers."""
+        replay = self.replay
+        return {
+            "verdict": self.verdict,
+            "applied": self.applied,
+            "reason": self.reason,
+            "engine": self.engine,
+            "versions": self.versions,
+            "plan": {
+                **{"digest": replay.digest, "operation": replay.operation, "k": replay.k},
+                **{"layers": replay.layers, "alpha": replay.alpha, "scope": replay.scope},
+            },
+            "recorded": {"dtype": replay.dtype, "prompts": len(replay.prompts), "tokens": replay.tokens},
+            "differences": self.differences,
+            "unsteered": self.unsteered,
+            "effect": self.effect,
+            "agreeing": self.agreeing,
+        }
+
+    def __str__(self) -> str:
+        from .report import report
+
+        return report(self)
+
+
+def verdict_on(
+    replay: Replay, steered: Sequence[Written], unsteered: Sequence[Written] | None, engine: str, versions: dict[str, str]
+) -> Verification:
+    """Compares answers with a replay.
+
+    Args:
+        unsteered: of requests that ask for no plan; None where every request is steered.
+    """
+    known = {name: [of_answer(answer) for answer in answers] for name, answers in replay.answers.items()}
+    found = {name: difference(steered, expected) for name, expected in known.items()}
+    effect = difference(known[APPLIED], known[NOT_APPLIED])
+    base = None if unsteered is None else {name: difference(unsteered, one) for name, one in known.items()}
+    verdict, reason = _judged(found, base, effect)
+    return Verification(
+        verdict=verdict,
+        reason=reason,
+        differences=found,
+        unsteered=None if base is None else base[NOT_APPLIED],
+        effect=effect,
+        agreeing=agreeing(steered, known[APPLIED]),
+        replay=replay,
+        engine=engine,
+        versions=versions,
+    )
+
+
+def _judged(found: dict[str, float], base: dict[str, float] | None, effect: float) -> tuple[str, str]:
+    """The verdict, and what there is to say of it."""
+    if base is None:
+        noise, leaking, allowed = FLOOR, None, max(ROOM * FLOOR, SHARE * effect)
+    else:
+        nearest = min(base, key=lambda name: base[name])
+        leaking = nearest if CLEAR * max(base[nearest], FLOOR) < base[NOT_APPLIED] else None
+        noise = max(FLOOR, base[leaking or NOT_APPLIED])
+        allowed = ROOM * noise
+    if effect < 4 * FLOOR:
+        return CANNOT_TELL, (
+            f"the plan moves no log-probability by more than {effect:.1g} nats; record a replay at a larger alpha"
+        )
+    if noise > effect / CLEAR:
+        return CANNOT_TELL, (
+            f"unsteered requests are {noise:.2g} nats from the record, and steering itself moves {effect:.2g}: another "
+            "model, other weights or tokens, or a coarse quantisation"
+        )
+    best = min(found, key=lambda name: found[name])
+    if found[best] > allowed:
+        return SOMETHING_ELSE, f"nearest to {best!r}, {found[best]:.2g} nats away; {allowed:.2g} may be rounding"
+    near = _nearest(found, CLEAR * max(found[best], noise))
+    if len(near) > 1 and APPLIED in near:
+        others = " and ".join(repr(name) for name in near if name != APPLIED)
+        return CANNOT_TELL, f"{APPLIED!r} is no nearer than {others}; record at a larger alpha, or run in float32"
+    if near == [APPLIED] and leaking is not None:
+        return TO_ALL, f"requests that ask for no plan are steered, too ({leaking!r})"
+    faults = [f"applied elsewhere ({name})" if name in LAYERS else name for name in near]
+    return " or ".join(faults), "" if len(near) == 1 else "these cannot be told apart"
+
+
+def _nearest(found: dict[str, float], within: float) -> list[str]:
+    """The hypotheses that are no farther away than that, nearest first; the nearest in any case."""
+    order = sorted(found, key=lambda name: found[name])
+    return [name for name in order if name == order[0] or found[name] < within]
