@@ -15,6 +15,7 @@ from austeer.plans import files as plan_files
 from austeer.plans.dose import Dose, Point
 from austeer.plans.evidence import Evidence, Outcome, Overhead
 from austeer.plans.files import FORMAT, VERSION
+from austeer.plans.replay import Prompt, Replay
 
 MODEL = Fingerprint("llama", 4, {"attention": 6, "ffn": 9}, "user/model – ü", "abc123")
 
@@ -53,6 +54,24 @@ KNOWN = PLAN.with_evidence(EVIDENCE)
 #: Of three AUs; at alpha = 1 all of them have a KL of 0.1 and an effect of 0.6 nats.
 DOSE = Dose((0.04, 0.05, 0.1), (0.5, 0.7, 0.6), 0.1, "neutral text", ((1, 2, 3), (4, 5)), (Point(3, 0.5, 0.03),))
 DOSED = replace(PLAN, operation="shift", rank="effect", step="newton", dose=DOSE)
+
+#: Of PLAN at alpha 2: one prompt, of which two tokens were written with it and one without.
+REPLAY = Replay(
+    digest=PLAN.digest,
+    operation="scale",
+    k=3,
+    layers={"attention": (0,), "ffn": (0, 3)},
+    alpha=2,
+    scope="all",
+    dtype="float32",
+    prompts=(Prompt("The soup was", (5, 6, 7)),),
+    answers={
+        "not applied": ((((8, -0.25), (9, -1.5)),),),
+        "applied": ((((9, -0.5), (8, -1.0)), ((3, -0.125), (8, -2.0))),),
+        "sign flipped": ((((8, -0.0625), (9, -3.0)),),),
+    },
+    texts={3: ".", 8: " good", 9: " hot"},
+)
 
 
 # --- plan files, built by hand ---

@@ -69,11 +69,11 @@ def lora(
     from ..errors import count_of
     from ..export import export_lora
     from ..export.adapter import CONFIG, TENSORS
-    from ..export.output_files import RECORD, gigabytes
+    from ..export.output_files import RECORD, REPLAY, gigabytes
     from ..plans.serving import vllm_rank
 
     plans, predicted = read_plans(plan, alpha, kl, profile)
-    plans = with_replay(plans, model, out, force) if replay else plans
+    plans = with_replay(plans, model, out, force, quiet) if replay else plans
     export_lora(
         plans,
         model,
@@ -98,6 +98,7 @@ def lora(
         "vllm_max_lora_rank": vllm_rank(config["r"]),
         "plans": record["plans"],
         "predicted": predicted or None,
+        "replay": (out / REPLAY).exists(),
     }
     if json:
         emit(found)
@@ -105,7 +106,7 @@ def lora(
     layers = count_of(len(record["layers"]), "layer")
     console.print(
         f"rank {config['r']}, {count_of(found['modules'], 'module')}, AUs in {layers}, {gigabytes(size)}\n"
-        f"{_predicted_line(predicted)}wrote {out}\n" + _next(found, peft_only=lora_bias or experts),
+        f"{_predicted_line(predicted)}{_wrote(found)}\n" + _next(found, peft_only=lora_bias or experts),
         markup=False,
     )
 
@@ -133,10 +134,10 @@ def checkpoint(
     from ..export.biases import READ_BY_VLLM
     from ..export.checkpoint import export_checkpoint
     from ..export.model_weights import INDEX
-    from ..export.output_files import RECORD, gigabytes
+    from ..export.output_files import RECORD, REPLAY, gigabytes
 
     plans, predicted = read_plans(plan, alpha, kl, profile)
-    plans = with_replay(plans, model, out, force) if replay else plans
+    plans = with_replay(plans, model, out, force, quiet) if replay else plans
     export_checkpoint(plans, model, out, force=force, link=not copy, progress=False if quiet else None)
     record = json_module.loads((out / RECORD).read_text(encoding="utf-8"))
     files = sorted(file for file in out.rglob("*.safetensors"))
@@ -151,6 +152,7 @@ def checkpoint(
         "settings": record.get("biases", {}).get("settings", []),
         "plans": record["plans"],
         "predicted": predicted or None,
+        "replay": (out / REPLAY).exists(),
         "sharded": (out / INDEX).is_file(),
     }
     if "base" in record:
@@ -164,7 +166,7 @@ def checkpoint(
     console.print(
         f"weight files: {len(files) - found['linked']} written ({gigabytes(found['bytes'])}), {found['linked']} linked"
         f"{biases}\n"
-        f"{_predicted_line(predicted)}wrote {out}\n" + next_line("vllm", "serve", out, *unread),
+        f"{_predicted_line(predicted)}{_wrote(found)}\n" + next_line("vllm", "serve", out, *unread),
         markup=False,
     )
 
@@ -196,7 +198,7 @@ def gguf(
     from ..export.output_files import gigabytes
 
     plans, predicted = read_plans(plan, alpha, kl, profile)
-    plans = with_replay(plans, model, out, force, file=True) if replay else plans
+    plans = with_replay(plans, model, out, force, quiet, file=True) if replay else plans
     export_gguf(
         plans,
         model,
@@ -259,6 +261,10 @@ def read_plans(
         return list(zip(plans, given if len(given) > 1 else given * len(plans))), {}
     found = with_alphas([with_doses({name: plan}, profile)[0][name] for name, plan in zip(names, plans)], kl=kls[0])
     return found, {"kl": kls[0], "alpha": found[0][1]}
+
+
+def _wrote(found: dict[str, Any]) -> str:
+    return f"wrote {found['folder']}{', with a replay for austeer verify' if found['replay'] else ''}"
 
 
 def _predicted_line(predicted: dict[str, float]) -> str:

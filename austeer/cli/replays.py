@@ -29,12 +29,12 @@ def load_sharp(model: str, dtype: str | None, device: str | None) -> tuple[Any, 
 
 
 def with_replay(
-    plans: list[tuple[Plan, float]], model: str, out: Path, force: bool, *, file: bool = False
+    plans: list[tuple[Plan, float]], model: str, out: Path, force: bool, quiet: bool, *, file: bool = False
 ) -> list[tuple[Plan, float]]:
     """The one plan of an export, with a replay at its strength.
 
     Args:
-        out, force, file: of the export, which is not to fail after the model has run.
+        out, force, quiet, file: of the export, which is not to fail after the model has run.
 
     Raises:
         PlanError: there are several plans. ExportError: ``out`` cannot be written.
@@ -51,4 +51,4 @@ def with_replay(
     check_output(out, force, 0, file=file)
     ((plan, alpha),) = plans
     network, tokenizer = load_sharp(model, None, None)
-    return [(record_replay(network, tokenizer, plan, alpha), alpha)]
+    return [(record_replay(network, tokenizer, plan, alpha, progress=False if quiet else None), alpha)]

@@ -91,7 +91,7 @@ def tune(
     task = common.in_chat_form(task, tokenizer, form)
     shared |= {"momentum": counted, "mix": mix, "rank": rank, "profile": known, "max_kl": max_kl, "seed": seed}
     result = search_plan(network, tokenizer, task, **shared)
-    plan = record_replay(network, tokenizer, result.plan) if replay else result.plan
+    plan = record_replay(network, tokenizer, result.plan, progress=False if quiet else None) if replay else result.plan
     plan.save_pretrained(out / "plan")
     options.write_result(result, out / "tune.png", draw_tune, json)
     if json:

@@ -91,6 +91,7 @@ def verify(
     from ..plans.plan import Plan
     from ..verifying import VerifyError
     from ..verifying import verify as compare
+    from ..verifying.sources import source_of
 
     if (url is None) == (model is None):
         raise VerifyError(f"found {'neither' if url is None else 'both'} of --url and --model, expected one of them")
@@ -104,6 +105,8 @@ def verify(
     if model is None:
         found = compare(plan, url=url, **options)
     else:
+        if not record:
+            source_of(what)  # says what is wrong before the model is loaded
         network, tokenizer = load_sharp(model, dtype, device)
         if isinstance(plan, Plan):
             plan = _recorded(plan, what, network, tokenizer, parse_alphas([alpha] if alpha else None))

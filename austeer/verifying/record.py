@@ -20,6 +20,8 @@ from ..plans.plan import Plan
 from ..plans.replay import APPLIED, NOT_APPLIED, Answer, Prompt, Replay
 from ..steering.scope import parse_scope
 from ..steering.steer import steer
+from ..steering.strength import Strength
+from ..utils.progress import Progress
 from .writing import written
 
 #: The prompts: how many of the packaged neutral texts, and how many words of each.
@@ -44,6 +46,7 @@ def record_replay(
     *,
     scope: Scope = "all",
     prompts: Sequence[str] | None = None,
+    progress: bool | None = None,
 ) -> Plan:
     """The plan with a replay: what the model writes with it and without, for :func:`austeer.verify` to compare.
 
@@ -63,6 +66,7 @@ def record_replay(
         alpha: the strength; by default the one that the plan's evidence recommends, or 1.
         scope: the tokens to steer, as in :func:`austeer.steer`. An adapter or a folded checkpoint steers all.
         prompts: what is continued; by default the beginnings of six of the packaged neutral texts.
+        progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
         PlanError: the plan is for another model, or the replay would be larger than a plan is to carry.
@@ -71,23 +75,30 @@ def record_replay(
     """
     if is_steered(model):
         raise SteeringError("model: found one that is steered now, expected a plain one; record outside the with block")
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan: found {type(plan).__name__}, expected an austeer.Plan")
     if alpha is None:
         alpha = 1.0 if plan.evidence is None or plan.evidence.alpha is None else plan.evidence.alpha
     parse_scope(scope)
+    Strength({"": plan}, False).set_alpha(alpha)
     texts = [" ".join(text.split()[:WORDS]) for text in neutral_texts()[:PROMPTS]] if prompts is None else list(prompts)
     ids = encode(tokenizer, texts)
     check_vocabulary(vocabulary_size(model), ids)
+    given = tuple(Prompt(text, tuple(row)) for text, row in zip(texts, ids))
     answers: dict[str, tuple[Answer, ...]] = {}
-    for hypothesis, case in _hypotheses(model, plan, alpha, scope).items():
-        with _steered(model, case):
-            found = written(model, ids)
-        if found is not None:
-            answers[hypothesis] = found
-        elif hypothesis in (APPLIED, NOT_APPLIED):
-            raise PlanError(
-                f"replay: found log-probabilities that are no numbers ({hypothesis}, alpha {alpha!r}), expected finite "
-                "ones; take a smaller alpha"
-            )
+    cases = _hypotheses(model, plan, alpha, scope)
+    with Progress("recording", len(cases), "hypotheses", progress) as bar:
+        for hypothesis, case in cases.items():
+            with _steered(model, case):
+                found = written(model, ids)
+            if found is not None:
+                answers[hypothesis] = found
+            elif hypothesis in (APPLIED, NOT_APPLIED):
+                raise PlanError(
+                    f"replay: found log-probabilities that are no numbers ({hypothesis}, alpha {alpha!r}), expected "
+                    "finite ones; take a smaller alpha"
+                )
+            bar.advance()
     tokens = {token for rows in answers.values() for row in rows for step in row for token, _ in step}
     replay = Replay(
         digest=plan.digest,
@@ -97,7 +108,7 @@ def record_replay(
         alpha=dict(alpha) if isinstance(alpha, Mapping) else alpha,
         scope=tuple(scope) if isinstance(scope, list) else scope,
         dtype=str(floating_dtype(model)).removeprefix("torch."),
-        prompts=tuple(Prompt(text, tuple(row)) for text, row in zip(texts, ids)),
+        prompts=given,
         answers=answers,
         texts={token: _text(tokenizer, token) for token in sorted(tokens)},
     )

@@ -94,6 +94,8 @@ def verdict_on(
     effect = difference(known[APPLIED], known[NOT_APPLIED])
     base = None if unsteered is None else {name: difference(unsteered, one) for name, one in known.items()}
     verdict, reason = _judged(found, base, effect)
+    if verdict == NOT_APPLIED and base is None:
+        reason = "and no request asked for it: see lora, set and body"
     return Verification(
         verdict=verdict,
         reason=reason,

@@ -78,7 +78,8 @@ def verify(
         found = "neither" if model is None else "both"
         raise VerifyError(f"found {found} of model and url, expected one of them: what is to be verified")
     if url is None:
-        assert model is not None
+        if not isinstance(model, nn.Module):
+            raise VerifyError(f"model: found {type(model).__name__}, expected a Transformers model that is loaded")
         if {base, lora, steering_set, body} != {None}:
             raise VerifyError("base, lora, steering_set and body: found one beside a model, expected url with them")
         return _of_model(source, model, tokenizer, Path(adapter) if adapter is not None else source.adapter)

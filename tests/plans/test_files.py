@@ -25,6 +25,7 @@ from small_plans import (
     KNOWN,
     MODEL,
     PLAN,
+    REPLAY,
     VERSION_1,
     claiming,
     keys_of,
@@ -63,6 +64,27 @@ def test_file_gives_back_the_dose(tmp_path, dose):
     metadata, columns = parts_of((tmp_path / FILE_NAME).read_bytes())
     assert {*columns} - {*COLUMNS} == ({"dose_kl", "dose_effect"} if dose.effect else {"dose_kl"})
     assert len(json.loads(metadata["header"])["dose"]["measured"]) == len(dose.measured)
+
+
+@pytest.mark.parametrize(
+    "replay", [REPLAY, replace(REPLAY, alpha={"attention": 2.0, "ffn": 0.5}), replace(REPLAY, scope=(1, None))]
+)
+def test_file_gives_back_the_replay(tmp_path, replay):
+    loaded = Plan.from_pretrained(PLAN.with_replay(replay).save_pretrained(tmp_path))
+    assert loaded.replay == replay and loaded == PLAN.with_replay(replay) != PLAN
+    assert isinstance(loaded.replay.answers["applied"][0][0][0][0], int)
+
+
+def test_a_file_of_version_3_has_no_replay(tmp_path):
+    metadata, columns = parts_of(KNOWN.save_pretrained(tmp_path).read_bytes())
+    header = json.loads(metadata["header"])
+    for found in (header, {**header, "replay": REPLAY.to_json()}):
+        (tmp_path / FILE_NAME).write_bytes(sealed(json.dumps(found), columns, version="3"))
+        with pytest.raises(FileFormatError, match="'replay' in version 3"):
+            Plan.from_pretrained(tmp_path)
+    del header["replay"]
+    (tmp_path / FILE_NAME).write_bytes(sealed(json.dumps(header), columns, version="3"))
+    assert Plan.from_pretrained(tmp_path) == KNOWN
 
 
 def test_the_same_plan_is_the_same_file(tmp_path):
@@ -177,11 +199,11 @@ def test_a_file_of_version_1_has_no_later_fields(tmp_path, field, found):
 @pytest.mark.parametrize(
     "version, writer, found",
     [
-        ("4", "9.1", "version '4'.*3.*austeer 9.1, pip install --upgrade austeer"),
-        ("4", "9.1; rm -rf /", r"version '4'.*3.*\(pip install --upgrade austeer\)"),
-        ("0", "0.0", "version '0'.*3; use the austeer that wrote it,"),
-        ("٢", "0.1", "version '٢'.*3; use the austeer that wrote it,"),
-        ("9" * 5000, "0.1", "version '9{40}'.*3; use the austeer that wrote it,"),
+        ("5", "9.1", "version '5'.*4.*austeer 9.1, pip install --upgrade austeer"),
+        ("5", "9.1; rm -rf /", r"version '5'.*4.*\(pip install --upgrade austeer\)"),
+        ("0", "0.0", "version '0'.*4; use the austeer that wrote it,"),
+        ("٢", "0.1", "version '٢'.*4; use the austeer that wrote it,"),
+        ("9" * 5000, "0.1", "version '9{40}'.*4; use the austeer that wrote it,"),
     ],
 )
 def test_other_versions(tmp_path, version, writer, found):
@@ -249,6 +271,7 @@ def header_with(**changes):
         "rank": "momentum",
         "step": "difference",
         "dose": None,
+        "replay": None,
         "sites": ["attention", "ffn"],
     }
     return {name: value for name, value in {**header, **changes}.items() if value is not ...}
@@ -256,6 +279,10 @@ def header_with(**changes):
 
 def shift_with(**changes):
     return header_with(operation="shift", **changes)
+
+
+def replay_with(**changes):
+    return header_with(replay={**REPLAY.to_json(), **changes})
 
 
 def evidence_with(**changes):
@@ -287,6 +314,15 @@ def evidence_with(**changes):
         (shift_with(dose=DOSE.to_json()), {"dose_kl": -torch.ones(3).double()}, PlanError),
         (shift_with(dose=DOSE.to_json()), {"dose_kl": torch.ones(3)}, FileFormatError),
         (shift_with(dose=DOSE.to_json()), {"dose_kl": torch.ones(2).double()}, FileFormatError),
+        (header_with(replay=...), {}, FileFormatError),
+        (header_with(replay=[REPLAY.to_json()]), {}, FileFormatError),
+        (replay_with(more=1), {}, FileFormatError),
+        (replay_with(layers=[0, 3]), {}, FileFormatError),
+        (replay_with(texts={"x": "."}), {}, FileFormatError),
+        (replay_with(prompts=[{"text": "The soup was"}]), {}, FileFormatError),
+        (replay_with(answers={"applied": [[[[8, -0.25, 1]]]], "not applied": [[[[8, -0.25]]]]}), {}, FileFormatError),
+        (replay_with(answers={"applied": [[[[8, -0.25]]]]}), {}, PlanError),
+        (replay_with(digest="two\nlines"), {}, PlanError),
         (evidence_with(tested=None), {}, FileFormatError),
         (evidence_with(more=1), {}, FileFormatError),
         ({}, {}, FileFormatError),
@@ -317,6 +353,7 @@ def test_the_unchanged_header_is_a_plan(tmp_path):
     for header, plan, more in (
         (header_with(), PLAN, {}),
         (evidence_with(), KNOWN, {}),
+        (replay_with(), PLAN.with_replay(REPLAY), {}),
         (shift_with(dose=DOSE.to_json()), shift, {"dose_kl": torch.tensor(DOSE.kl, dtype=torch.float64)}),
     ):
         files.write(tmp_path / FILE_NAME, FORMAT, VERSION, header, columns | more)

@@ -4,8 +4,7 @@ import pytest
 
 import austeer
 from dense_formula import random_plan
-
-ALPHA = 2.0
+from hypotheses import ALPHA
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Real requests to a real server, whose model the dense formula steers, rightly and with each fault."""
 
-from dataclasses import replace
+import copy
 
 import pytest
 
@@ -9,28 +9,10 @@ import austeer
 from austeer.verifying import VerifyError
 from completions import Completions
 from dense_formula import random_plan
-
-ALPHA = 2.0
-
-
-def moved(plan, by):
-    """The plan one layer too high or too low, as far as there are layers."""
-    there = (plan.layer + by >= 0) & (plan.layer + by < plan.model.layers)
-    part = plan.take(there.nonzero().flatten())
-    return replace(part, layer=part.layer + by)
+from hypotheses import ALPHA, faults
 
 
-FAULTS = {
-    "applied": lambda plan: (plan, ALPHA, "all"),
-    "not applied": lambda plan: None,
-    "applied elsewhere (layers + 1)": lambda plan: (moved(plan, 1), ALPHA, "all"),
-    "applied elsewhere (layers - 1)": lambda plan: (moved(plan, -1), ALPHA, "all"),
-    "sign flipped": lambda plan: (plan, -ALPHA, "all"),
-    "half strength": lambda plan: (plan, ALPHA / 2, "all"),
-    "double strength": lambda plan: (plan, ALPHA * 2, "all"),
-    "prompt only": lambda plan: (plan, ALPHA, "prompt"),
-    "generation only": lambda plan: (plan, ALPHA, "generation"),
-}
+FAULTS = faults()
 
 
 def asked(plan, case):
@@ -91,8 +73,6 @@ def test_another_model_cannot_be_told(one_lively, tiny_of, demo, plan):
 
 def test_coarse_weights_widen_what_is_allowed(one_lively, demo, plan):
     """A server in bfloat16 is not taken for one with a fault, nor the fault for rounding."""
-    import copy
-
     coarse = copy.deepcopy(one_lively).bfloat16()
     for verdict in ("applied", "sign flipped", "applied elsewhere (layers + 1)", "not applied"):
         with Completions(coarse, demo[1], asked(plan, FAULTS[verdict])) as server:
@@ -170,4 +150,3 @@ def test_what_does_not_go_together(one_lively, plan):
         austeer.verify(plan, one_lively, lora="kind")
     with pytest.raises(VerifyError, match="adapter.*beside url"):
         austeer.verify(plan, url="http://127.0.0.1:9/v1", adapter="adapters/kind")
-

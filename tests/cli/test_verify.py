@@ -1,0 +1,92 @@
+"""`austeer verify`, and replays of `export` and `tune`, as a user runs them."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import austeer
+from austeer.cli import app
+from completions import Completions
+from dense_formula import random_plan
+from hypotheses import ALPHA, faults
+
+
+@pytest.fixture(scope="module")
+def place(one_lively, demo, tmp_path_factory):
+    """A folder with the tiny model, its tokenizer and a plan for it."""
+    folder = tmp_path_factory.mktemp("verify")
+    one_lively.save_pretrained(folder / "tiny")
+    demo[1].save_pretrained(folder / "tiny")
+    random_plan(one_lively, "ffn", 12).save_pretrained(folder / "kind")
+    return folder
+
+
+def run(*arguments):
+    """The command in this process: (exit code, standard output)."""
+    done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    return done.exit_code, done.stdout
+
+
+def test_export_with_a_replay_and_verify(place, one_lively, demo, tmp_path):
+    out = tmp_path / "kind"
+    export = ("export", "lora", place / "kind", "-m", place / "tiny", "--alpha", ALPHA, "--quiet")
+    code, text = run(*export, "--replay", "--out", out)
+    assert code == 0 and f"wrote {out}, with a replay for austeer verify\n" in text
+    code, text = run("verify", out, "-m", place / "tiny")
+    assert code == 0 and text.startswith("austeer verify: applied\n") and "PEFT" in text
+    assert max(map(len, text.splitlines())) <= 80
+    plan = austeer.Plan.from_pretrained(place / "kind")
+    for verdict, status in (("applied", 0), ("half strength", 1)):
+        steered = lambda body, case=faults()[verdict]: case(plan) if body["model"] == "kind" else None  # noqa: E731
+        with Completions(one_lively, demo[1], steered) as server:
+            code, text = run("verify", out, "--url", server.url, "--lora", "kind", "--json")
+        found = json.loads(text)
+        assert (code, found["verdict"], found["applied"]) == (status, verdict, verdict == "applied")
+        assert found["plan"]["digest"] == plan.digest and found["differences"][verdict] < 1e-3
+
+
+def test_record_puts_the_replay_into_the_plan(place, tmp_path):
+    austeer.Plan.from_pretrained(place / "kind").save_pretrained(tmp_path / "kind")
+    code, text = run("verify", tmp_path / "kind", "-m", place / "tiny", "--record", "--alpha", -3)
+    assert code == 0 and "alpha -3" in text and "austeer.steer" in text
+    assert austeer.Plan.from_pretrained(tmp_path / "kind").replay.alpha == -3.0
+    code, text = run("verify", tmp_path / "kind", "-m", place / "tiny", "--dtype", "bfloat16", "--json")
+    found = json.loads(text)
+    assert code == 0 and found["unsteered"] > 1e-3 and "bfloat16" in found["engine"]
+
+
+def test_exports_have_none_by_themselves(place, tmp_path):
+    for kind in ("lora", "checkpoint"):
+        text = run("export", kind, place / "kind", "-m", place / "tiny", "--out", tmp_path / kind, "--json", "--quiet")[1]
+        assert json.loads(text)["replay"] is False
+    pytest.importorskip("gguf")
+    out = tmp_path / "kind.gguf"
+    assert run("export", "gguf", place / "kind", "-m", place / "tiny", "-o", out, "--replay", "--quiet")[0] == 0
+    with pytest.raises(austeer.VerifyError, match="llama-server"):
+        run("verify", out, "-m", place / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify", "{kind}"), "neither of --url and --model"),
+        (("verify", "{kind}", "-m", "{tiny}", "--url", "http://localhost:9/v1"), "both of --url and --model"),
+        (("verify", "{kind}", "-m", "{tiny}"), "kind: found no replay.*--record"),
+        (("verify", "{kind}", "--url", "http://localhost:9/v1"), "kind: found no replay.*--record"),
+        (("verify", "{kind}", "--url", "http://localhost:9/v1", "--record"), "--record.*beside --url"),
+        (("verify", "{kind}", "-m", "{tiny}", "--alpha", "2"), "--alpha: found 2 without --record"),
+        (("verify", "{kind}", "-m", "{tiny}", "--alpha", "2,3", "--record"), "--alpha: found 2, expected one"),
+        (("verify", "{kind}", "-m", "{tiny}", "--record", "--alpha", "0"), "alpha: found 0"),
+        (("verify", "{kind}", "--url", "http://localhost:9/v1", "--body", "[1]"), r"--body: found '\[1\]'"),
+        (("verify", "{tiny}.none", "-m", "{tiny}"), "tiny.none: no such file"),
+        (("export", "lora", "{kind}", "{kind}", "-m", "{tiny}", "-o", "{tiny}.out", "--replay"), "--replay: found 2 plans"),
+        (("export", "lora", "{kind}", "-m", "{tiny}", "-o", "{tiny}", "--replay"), "tiny: exists already"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(place, command_line, arguments, message):
+    places = {"kind": place / "kind", "tiny": place / "tiny"}
+    code, out, error = command_line(*(text.format(**places) for text in arguments))
+    assert code == 2 and not out and re.search(message, error), error
+    assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
