@@ -94,7 +94,9 @@ class Completions:
         if self.form == "none":
             return None
         if self.form == "content":
-            rows = [[{"id": i, "token": self.tokenizer.decode([i]), "logprob": lp} for i, lp in s.items()] for s in steps]
+            rows = [
+                [{"id": i, "token": self.tokenizer.decode([i]), "logprob": lp} for i, lp in s.items()] for s in steps
+            ]
             return {"content": [{**row[0], "top_logprobs": row} for row in rows]}
         name = (lambda i: f"token_id:{i}") if self.form == "ids" else (lambda i: self.tokenizer.decode([i]))
         return {

@@ -118,7 +118,12 @@ def checking(loaded, momentum, folder):
     causal_check(*loaded, words(4), momentum, "ffn", n=2, sample=3, progress=False)
 
 
-STAGES = (measuring, planning, exporting, evaluating, searching, checking)
+def verifying(loaded, momentum, folder):
+    plan = austeer.record_replay(*loaded, momentum.select("ffn", k=9), 2.0, prompts=["The soup was"], progress=False)
+    assert austeer.verify(plan, *loaded).applied
+
+
+STAGES = (measuring, planning, exporting, evaluating, searching, checking, verifying)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)

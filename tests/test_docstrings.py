@@ -36,6 +36,8 @@ VERBS = {
     "tune": austeer.tune,
     "compare": austeer.compare,
     "export_lora": austeer.export_lora,
+    "record_replay": austeer.record_replay,
+    "verify": austeer.verify,
     "export_checkpoint": austeer.export_checkpoint,
     "export_gguf": austeer.export_gguf,
 }

@@ -83,7 +83,7 @@ def version(
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 not as it should be (verify), 2 bad input (one message says what and why), 130 interrupted."""
+    """Exit codes: 0 done, 1 not applied (verify), 2 bad input (one message says what and why), 130 interrupted."""
     run(app)
 
 

@@ -45,8 +45,8 @@ def with_replay(
 
     if len(plans) > 1:
         raise PlanError(
-            f"--replay: found {len(plans)} plans, expected one; what several do together is no plan's own. Export their "
-            "sum (plan_a + plan_b), or leave --replay out"
+            f"--replay: found {len(plans)} plans, expected one; what several do together is no plan's own. Export "
+            "their sum (plan_a + plan_b), or leave --replay out"
         )
     check_output(out, force, 0, file=file)
     ((plan, alpha),) = plans

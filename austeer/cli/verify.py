@@ -16,66 +16,76 @@ if TYPE_CHECKING:
     from ..plans.plan import Plan
 
 
+What = Annotated[
+    str,
+    typer.Argument(
+        metavar="PLAN",
+        help="A plan's folder or Hub id, or what was exported of it: an adapter's folder, a folded checkpoint's, or a "
+        "file for llama.cpp.",
+    ),
+]
+Url = Annotated[str | None, typer.Option(help="An OpenAI-compatible server, http://HOST:PORT/v1.", show_default=False)]
+Lora = Annotated[
+    str | None,
+    typer.Option("--lora", metavar="NAME", help="With --url: what the server calls the adapter.", show_default=False),
+]
+Set = Annotated[
+    str | None,
+    typer.Option(
+        "--set", metavar="NAME", help="With --url: what austeer's plugin in vLLM calls the plan.", show_default=False
+    ),
+]
+Body = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='With --url: what else steered requests have, as {"lora": [{"id": 0, "scale": 1}]} for llama.cpp.',
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="With --url: the server's own model. [default: the first it lists]", show_default=False
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Instead of --url: a model to run here, folder or Hub id.", show_default=False),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --model: an adapter's folder, for PEFT in place of austeer.steer. [default: PLAN if it is one]",
+        show_default=False,
+    ),
+]
+Record = Annotated[
+    bool, typer.Option("--record", help="With --model: first run the model, and store the replay in the plan.")
+]
+Alpha = Annotated[
+    str | None,
+    typer.Option(
+        "--alpha", "-a", metavar="NUMBER", help="With --record. [default: the plan's own recommendation, or 1]"
+    ),
+]
+DType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16, or auto (as saved). [default: float32 if that fits]")
+]
+
+
 def verify(
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="PLAN",
-            help="A plan's folder or Hub id, or what was exported of it: an adapter's folder, a folded checkpoint's, or "
-            "a file for llama.cpp.",
-        ),
-    ],
-    url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible server, http://HOST:PORT/v1.", show_default=False)
-    ] = None,
-    lora: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="With --url: what the server calls the adapter.", show_default=False),
-    ] = None,
-    steering_set: Annotated[
-        str | None,
-        typer.Option(
-            "--set", metavar="NAME", help="With --url: what austeer's plugin in vLLM calls the plan.", show_default=False
-        ),
-    ] = None,
-    body: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JSON",
-            help="With --url: what else steered requests have, as {\"lora\": [{\"id\": 0, \"scale\": 1}]} for llama.cpp.",
-            show_default=False,
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="With --url: the server's own model. [default: the first it lists]", show_default=False
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Instead of --url: a model to run here, folder or Hub id.", show_default=False),
-    ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --model: an adapter's folder, for PEFT in place of austeer.steer. [default: PLAN if it is one]",
-            show_default=False,
-        ),
-    ] = None,
-    record: Annotated[
-        bool, typer.Option("--record", help="With --model: first run the model, and store the replay in the plan.")
-    ] = False,
-    alpha: Annotated[
-        str | None,
-        typer.Option(
-            "--alpha", "-a", metavar="NUMBER", help="With --record. [default: the plan's own recommendation, or 1]"
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16, float16, or auto (as saved). [default: float32 if that fits]"),
-    ] = None,
+    what: What,
+    url: Url = None,
+    lora: Lora = None,
+    steering_set: Set = None,
+    body: Body = None,
+    base: Base = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    record: Record = False,
+    alpha: Alpha = None,
+    dtype: DType = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -95,7 +105,7 @@ def verify(
 
     if (url is None) == (model is None):
         raise VerifyError(f"found {'neither' if url is None else 'both'} of --url and --model, expected one of them")
-    if model is None and {adapter, dtype, device} != {None} or (record and model is None):
+    if (model is None and {adapter, dtype, device} != {None}) or (record and model is None):
         raise VerifyError("--adapter, --record, --dtype, --device: found one beside --url, expected --model with them")
     if alpha is not None and not record:
         raise VerifyError(f"--alpha: found {alpha} without --record, expected both: a replay has its own strength")
@@ -126,7 +136,9 @@ def _recorded(plan: Plan, where: str, network: Any, tokenizer: Any, alphas: Sequ
         raise VerifyError(f"--alpha: found {len(alphas)}, expected one: the strength of the replay")
     path = Path(where)
     if not path.exists():
-        raise VerifyError(f"--record: found {where}, which is no folder here, expected a plan's folder to write it into")
+        raise VerifyError(
+            f"--record: found {where}, which is no folder here, expected a plan's folder to write it into"
+        )
     plan = record_replay(network, tokenizer, plan, alphas[0] if alphas else None)
     plan.save_pretrained(path if path.is_dir() else path.parent)
     return plan

@@ -37,7 +37,9 @@ class Outcome:
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, Mapping):
-            alpha = {check_text("alpha: site", site): check_finite("alpha", value) for site, value in self.alpha.items()}
+            alpha = {
+                check_text("alpha: site", site): check_finite("alpha", value) for site, value in self.alpha.items()
+            }
             if not alpha:
                 raise PlanError("alpha: found no site, expected a number or one for each site of the plan")
             object.__setattr__(self, "alpha", alpha)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -51,25 +52,28 @@ class Server:
             raise VerifyError(f"{self.url}/models: found no model, expected at least one; give its name (--base)")
         return str(next((row for row in found if not row.get("parent")), found[0])["id"])
 
-    def written(self, replay: Replay, body: Mapping[str, Any]) -> list[Written]:
+    def written(self, replay: Replay, body: Mapping[str, Any], cached: bool = True) -> list[Written]:
         """What is written after each prompt.
 
         Args:
             body: what the request has beside prompt and greedy decoding.
+            cached: whether what the server keeps of earlier prompts may be used, as it is of itself.
 
         Raises:
             VerifyError: as above; or there are no log-probabilities; or the prompt has another number of tokens.
         """
+        # llama.cpp's word for it; and vLLM's, for which these requests' prompts are unlike all others then.
+        fresh = {} if cached or self._plain else {"cache_prompt": False, "cache_salt": secrets.token_hex(16)}
         tokens = _Tokens(replay.texts)
         found = []
         for prompt in replay.prompts:
-            answer = self._complete(prompt.text, list(prompt.ids), {"model": self.model, **body})
+            answer = self._complete(prompt.text, list(prompt.ids), {"model": self.model, **fresh, **body})
             usage = answer.get("usage")
             counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
             if counted is not None and counted != len(prompt.ids):
                 raise VerifyError(
-                    f"{self.url}: found {counted} tokens in the prompt {prompt.text!r}, expected {len(prompt.ids)}; the "
-                    "server has another tokenizer, or begins texts in another way"
+                    f"{self.url}: found {counted} tokens in the prompt {prompt.text!r}, expected {len(prompt.ids)}; "
+                    "the server has another tokenizer, or begins texts in another way"
                 )
             found.append(self._read(answer, tokens))
         return found
@@ -131,7 +135,9 @@ class Server:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise VerifyError(f"{request.full_url}: found {text[:60]!r}, expected JSON; is the URL that of the API (/v1)?")
+            raise VerifyError(
+                f"{request.full_url}: found {text[:60]!r}, expected JSON; is the URL that of the API (/v1)?"
+            )
         mark = found.get("system_fingerprint")
         if isinstance(mark, str) and mark.isprintable():
             self._says["fingerprint"] = mark[:60]
@@ -172,7 +178,9 @@ class _Tokens:
         if "content" in logprobs:
             for row in logprobs["content"]:
                 token = self._token(row["token"], row.get("id"))
-                top = {self._token(one["token"], one.get("id")): one["logprob"] for one in row.get("top_logprobs") or ()}
+                top = {
+                    self._token(one["token"], one.get("id")): one["logprob"] for one in row.get("top_logprobs") or ()
+                }
                 yield token, _numbers({**top, token: row["logprob"]})
             return
         tops = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])

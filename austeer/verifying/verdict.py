@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from ..plans.replay import APPLIED, NOT_APPLIED, Replay
 from .comparison import Written, agreeing, difference, of_answer
 from .record import LAYERS
+from .verification import Verification
 
 #: What engines differ by in float32, nats, with room: nothing smaller tells two hypotheses apart.
 FLOOR = 1e-3
@@ -21,68 +20,19 @@ CLEAR = 2.0
 SHARE = 0.1
 
 CANNOT_TELL, SOMETHING_ELSE, TO_ALL = "cannot tell", "something else", "applied to every request"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What came of a comparison with a replay; ``str`` of it is a report for people.
-
-    Attributes:
-        verdict: "applied"; "not applied"; "applied elsewhere (layers + 1)", "sign flipped", "half strength",
-            "generation only" and the like, or several that cannot be told apart; "applied to every request", also to
-            those that ask for no plan; "something else"; or "cannot tell". reason: where the verdict alone does not say.
-        differences: for each hypothesis the largest difference of a log-probability that steered requests have from
-            it, nats.
-        unsteered: the same of unsteered requests, from "not applied"; None where there were none.
-        effect: what the plan itself moves a log-probability by, at most.
-        agreeing: how many greedy tokens were those of "applied".
-        replay: what was compared with.
-        engine: what ran, in words. versions: of packages, by name.
-    """
-
-    verdict: str
-    reason: str
-    differences: dict[str, float]
-    unsteered: float | None
-    effect: float
-    agreeing: int
-    replay: Replay = field(repr=False)
-    engine: str
-    versions: dict[str, str]
-
-    @property
-    def applied(self) -> bool:
-        """Whether the plan does what was recorded, and nothing else is wrong."""
-        return self.verdict == APPLIED
-
-    def to_json(self) -> dict[str, Any]:
-        """All but the replay's texts and numbers."""
-        replay = self.replay
-        return {
-            "verdict": self.verdict,
-            "applied": self.applied,
-            "reason": self.reason,
-            "engine": self.engine,
-            "versions": self.versions,
-            "plan": {
-                **{"digest": replay.digest, "operation": replay.operation, "k": replay.k},
-                **{"layers": replay.layers, "alpha": replay.alpha, "scope": replay.scope},
-            },
-            "recorded": {"dtype": replay.dtype, "prompts": len(replay.prompts), "tokens": replay.tokens},
-            "differences": self.differences,
-            "unsteered": self.unsteered,
-            "effect": self.effect,
-            "agreeing": self.agreeing,
-        }
-
-    def __str__(self) -> str:
-        from .report import report
-
-        return report(self)
+STALE = "stale prompt cache"
+STALE_REASON = (
+    "applied to requests that reuse no prompt: the server keeps what it computed of a prompt, and gives it to requests "
+    "that are steered otherwise"
+)
 
 
 def verdict_on(
-    replay: Replay, steered: Sequence[Written], unsteered: Sequence[Written] | None, engine: str, versions: dict[str, str]
+    replay: Replay,
+    steered: Sequence[Written],
+    unsteered: Sequence[Written] | None,
+    engine: str,
+    versions: dict[str, str],
 ) -> Verification:
     """Compares answers with a replay.
 

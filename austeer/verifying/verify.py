@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ..utils.environment import versions_of
 from .comparison import Written, of_answer
 from .server import Server, VerifyError
 from .sources import Source, source_of
-from .verdict import Verification, verdict_on
+from .verdict import CANNOT_TELL, SOMETHING_ELSE, STALE, STALE_REASON, verdict_on
+from .verification import Verification
 from .writing import written
 
 _LOCAL = ("torch", "transformers")
@@ -55,8 +57,8 @@ def verify(
     Args:
         plan: a plan with a replay, its folder or Hub id; or what was exported of one that has a replay: an adapter's
             folder, a folded checkpoint's, or a file for llama.cpp.
-        model: a model to run here: plain for a plan, which ``steer`` puts on it, and for an adapter, which PEFT does; or
-            the folded checkpoint.
+        model: a model to run here: plain for a plan, which ``steer`` puts on it, and for an adapter, which PEFT does;
+            or the folded checkpoint.
         tokenizer: the model's, to see whether it is the one of the replay.
         adapter: with ``model``, the folder of the adapter that PEFT is to run in place of ``steer``; by default
             ``plan``, if it is one.
@@ -101,10 +103,19 @@ def _request(
 
 
 def _of_server(replay: Replay, server: Server, request: dict[str, Any]) -> Verification:
-    unsteered = server.written(replay, {}) if request else None
-    steered = server.written(replay, request)
-    asked = ", ".join(f"{key} {_shown(value)}" for key, value in request.items()) or f"model {server.model}"
-    return verdict_on(replay, steered, unsteered, f"{server.engine()}; {asked}", _versions())
+    def once(cached: bool) -> Verification:
+        unsteered = server.written(replay, {}, cached) if request else None
+        steered = server.written(replay, request, cached)
+        asked = ", ".join(f"{key} {_shown(value)}" for key, value in request.items()) or f"model {server.model}"
+        return verdict_on(replay, steered, unsteered, f"{server.engine()}; {asked}", _versions())
+
+    found = once(cached=True)
+    if found.applied or not request:
+        return found
+    fresh = once(cached=False)
+    if fresh.applied:
+        return replace(found, verdict=STALE, reason=STALE_REASON)
+    return fresh if found.verdict in (CANNOT_TELL, SOMETHING_ELSE) else found
 
 
 def _of_model(source: Source, model: nn.Module, tokenizer: Any, adapter: Path | None) -> Verification:
@@ -112,28 +123,31 @@ def _of_model(source: Source, model: nn.Module, tokenizer: Any, adapter: Path | 
         raise VerifyError("model: found one that is steered now, expected a plain one; verify outside the with block")
     if source.gguf:
         raise VerifyError(
-            f"{source.name}: found a file for llama.cpp and a model of Transformers, expected a server: llama-server -m "
-            "MODEL.gguf --lora FILE, and its url"
+            f"{source.name}: found a file for llama.cpp and a model of Transformers, expected a server: llama-server "
+            "-m MODEL.gguf --lora FILE, and its url"
         )
     ids = _ids(source.replay, model, tokenizer)
     device = f"{floating_dtype(model)}".removeprefix("torch.") + f" on {input_device(model)}"
     if source.folded and adapter is None:
         steered = _numbers(model, ids)
-        return verdict_on(source.replay, steered, None, f"Transformers, folded checkpoint, {device}", _versions(*_LOCAL))
+        return verdict_on(
+            source.replay, steered, None, f"Transformers, folded checkpoint, {device}", _versions(*_LOCAL)
+        )
     unsteered = _numbers(model, ids)
-    with _peft(model, adapter) if adapter is not None else nullcontext(model) as runs:
-        with _steered(source, runs) if adapter is None else nullcontext():
-            steered = _numbers(runs, ids)
+    with _steered(source, model) if adapter is None else _peft(model, adapter) as runs:
+        steered = _numbers(runs, ids)
     way = "austeer.steer" if adapter is None else f"PEFT, adapter {adapter}"
     more = ("peft",) if adapter is not None else ()
     versions = _versions(*_LOCAL, *more)
     return verdict_on(source.replay, steered, unsteered, f"Transformers, {way}, {device}", versions)
 
 
-def _steered(source: Source, model: nn.Module) -> Any:
+@contextmanager
+def _steered(source: Source, model: nn.Module) -> Iterator[nn.Module]:
     replay = source.replay
     assert source.plan is not None  # all else has an adapter, or is folded
-    return steer(model, source.plan, replay.alpha, scope=replay.scope)
+    with steer(model, source.plan, replay.alpha, scope=replay.scope):
+        yield model
 
 
 @contextmanager
@@ -144,7 +158,7 @@ def _peft(model: nn.Module, adapter: Path) -> Iterator[nn.Module]:
     except ImportError as error:
         raise VerifyError("adapter: PEFT is not installed, which runs it here: pip install 'austeer[peft]'") from error
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter)  # type: ignore[arg-type]
+        wrapped = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise VerifyError(f"adapter: {adapter} could not be loaded on this model ({error!s:.200})") from error
     try:
@@ -161,8 +175,8 @@ def _ids(replay: Replay, model: nn.Module, tokenizer: Any) -> list[tuple[int, ..
         for prompt, found in zip(replay.prompts, encode(tokenizer, [prompt.text for prompt in replay.prompts])):
             if tuple(found) != prompt.ids:
                 raise VerifyError(
-                    f"tokenizer: found the tokens {found[:12]} for {prompt.text!r}, expected {list(prompt.ids[:12])}; it "
-                    "is not the one that the replay was recorded with"
+                    f"tokenizer: found the tokens {found[:12]} for {prompt.text!r}, expected {list(prompt.ids[:12])}; "
+                    "it is not the one that the replay was recorded with"
                 )
     return ids
 

@@ -186,7 +186,7 @@ def test_bad_input_is_one_message_and_exit_code_2(files, tmp_path, arguments, me
 
 
 def test_help_teaches_with_an_example():
-    commands = ("measure", "select", "inspect", "generate", "demo", "push")
+    commands = ("measure", "select", "inspect", "generate", "demo", "push", "verify")
     for command in (*commands, "export lora", "export checkpoint", "export gguf"):
         text = run(*command.split(), "--help")
         assert f"Example: austeer {command}" in text and "--json" in text

@@ -39,8 +39,10 @@ def test_export_with_a_replay_and_verify(place, one_lively, demo, tmp_path):
     assert max(map(len, text.splitlines())) <= 80
     plan = austeer.Plan.from_pretrained(place / "kind")
     for verdict, status in (("applied", 0), ("half strength", 1)):
-        steered = lambda body, case=faults()[verdict]: case(plan) if body["model"] == "kind" else None  # noqa: E731
-        with Completions(one_lively, demo[1], steered) as server:
+        case = faults()[verdict](plan)
+        with Completions(
+            one_lively, demo[1], lambda body, case=case: case if body["model"] == "kind" else None
+        ) as server:
             code, text = run("verify", out, "--url", server.url, "--lora", "kind", "--json")
         found = json.loads(text)
         assert (code, found["verdict"], found["applied"]) == (status, verdict, verdict == "applied")
@@ -59,7 +61,9 @@ def test_record_puts_the_replay_into_the_plan(place, tmp_path):
 
 def test_exports_have_none_by_themselves(place, tmp_path):
     for kind in ("lora", "checkpoint"):
-        text = run("export", kind, place / "kind", "-m", place / "tiny", "--out", tmp_path / kind, "--json", "--quiet")[1]
+        text = run("export", kind, place / "kind", "-m", place / "tiny", "--out", tmp_path / kind, "--json", "--quiet")[
+            1
+        ]
         assert json.loads(text)["replay"] is False
     pytest.importorskip("gguf")
     out = tmp_path / "kind.gguf"
@@ -81,7 +85,10 @@ def test_exports_have_none_by_themselves(place, tmp_path):
         (("verify", "{kind}", "-m", "{tiny}", "--record", "--alpha", "0"), "alpha: found 0"),
         (("verify", "{kind}", "--url", "http://localhost:9/v1", "--body", "[1]"), r"--body: found '\[1\]'"),
         (("verify", "{tiny}.none", "-m", "{tiny}"), "tiny.none: no such file"),
-        (("export", "lora", "{kind}", "{kind}", "-m", "{tiny}", "-o", "{tiny}.out", "--replay"), "--replay: found 2 plans"),
+        (
+            ("export", "lora", "{kind}", "{kind}", "-m", "{tiny}", "-o", "{tiny}.out", "--replay"),
+            "--replay: found 2 plans",
+        ),
         (("export", "lora", "{kind}", "-m", "{tiny}", "-o", "{tiny}", "--replay"), "tiny: exists already"),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import austeer
 from austeer.export import export_gguf
 from dense_formula import logits
 from mixes import PROMPTS, TOKENS, steered
@@ -48,18 +49,29 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ask(llama_cpp, base):
-    """Asks a server with an adapter, or with none: what it writes greedily after each prompt's token ids."""
+def started(llama_cpp, base):
+    """Starts a server with an adapter of that scale, or with none."""
 
-    def asked(adapter: Path | None, prompts: list[list[int]]) -> list[dict]:
+    def start(adapter: Path | None, scale: float = 1.0):
         params = llama_cpp.CommonParams()
         params.model.path = str(base)
         params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
+        params.cache_ram_mib = 0  # what it holds of prompts it gives to requests of other adapters
         params.cache_type_k = params.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to float16
         if adapter is not None:
-            params.lora_adapters = [llama_cpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        server = llama_cpp.Server(params)
+            params.lora_adapters = [llama_cpp.CommonAdapterLoraInfo(str(adapter), scale)]
+        return llama_cpp.Server(params)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def ask(started):
+    """Asks a server with an adapter, or with none: what it writes greedily after each prompt's token ids."""
+
+    def asked(adapter: Path | None, prompts: list[list[int]]) -> list[dict]:
+        server = started(adapter)
         options = {"n_predict": TOKENS, "temperature": 0, "n_probs": TOP, "cache_prompt": False}
         answers = [server.handle_completions({"prompt": ids, **options}) for ids in prompts]
         answers = [json.loads(one) if isinstance(one, str) else one for one in answers]
@@ -90,3 +102,20 @@ def test_llama_cpp_writes_what_our_own_steering_does(demo, mixes, written, ask, 
         effect = max(effect, (plain - expected)[tokens].abs().max().item())
     exactness("llama.cpp, LoRA adapter", "scale", name, difference, effect)
     assert difference < 1e-3 * effect
+
+
+def test_a_plan_proves_itself(demo, mixes, started, tmp_path):
+    """Over HTTP, with the strength that each request gives the adapter."""
+    ((plan, alpha),) = mixes["attention"]
+    plan = austeer.record_replay(*demo, plan, alpha, progress=False)
+    file = export_gguf(plan, demo[0], tmp_path / "kind.gguf", alpha=alpha)
+    server = started(file, 0.0)
+    for verdict, scale in (("applied", 1.0), ("half strength", 0.5), ("sign flipped", -1.0), ("not applied", 0.0)):
+        url, body = f"{server.listening_address}/v1", {"lora": [{"id": 0, "scale": scale}]}
+        found = austeer.verify(file, url=url, body=body)
+        print(found)
+        assert found.verdict == verdict, str(found)
+        assert found.engine.startswith("llama.cpp") and found.differences[verdict] < 2e-3
+    server = started(file, 1.0)
+    found = austeer.verify(file, url=f"{server.listening_address}/v1")
+    assert found.applied and found.unsteered is None, "on every request, as --lora FILE is"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+import austeer
 from austeer.export import export_lora
 from mixes import PROMPTS
 from serving import Server
@@ -66,3 +69,26 @@ def test_an_adapter_of_a_higher_rank_than_the_server_was_started_for_is_refused(
     status, message = server.refusal("/v1/load_lora_adapter", {"lora_name": "wide", "lora_path": str(folder)})
     assert status >= 400 and f"LoRA rank {rank} is greater than max_lora_rank 16" in message, (status, message)
     assert server.models() == {"base", "kind"} and server.complete("kind", PROMPTS[0]) == texts["attention"][0]
+
+
+def test_a_plan_proves_itself(server, demo, mixes, tmp_path):
+    """The server runs what was recorded; and adapters with a fault, each of which is named."""
+    ((plan, alpha),) = mixes["attention"]
+    plan = austeer.record_replay(*demo, plan, alpha, progress=False)
+    url = f"http://127.0.0.1:{server.port}/v1"
+    found = austeer.verify(plan, url=url, lora="kind")
+    print(found)
+    assert found.applied and found.engine.startswith("vLLM 0.") and found.agreeing == plan.replay.tokens
+    assert found.unsteered < 1e-3
+    higher = replace(plan, layer=plan.layer + 1, replay=None)
+    wrong = {"half strength": (plan, alpha / 2), "applied elsewhere (layers + 1)": (higher, alpha)}
+    for verdict, (other, strength) in wrong.items():
+        folder = export_lora(other, demo[0], tmp_path / verdict, alpha=strength)
+        server.ask("/v1/load_lora_adapter", {"lora_name": "wrong", "lora_path": str(folder)})
+        try:
+            assert austeer.verify(plan, url=url, lora="wrong").verdict == verdict
+        finally:
+            server.ask("/v1/unload_lora_adapter", {"lora_name": "wrong"})
+    assert austeer.verify(plan, url=url, lora="base").verdict == "not applied"
+    with pytest.raises(austeer.VerifyError, match=r"HTTP 404.*`?brief"):
+        austeer.verify(plan, url=url, lora="brief")

@@ -54,7 +54,9 @@ def test_what_is_no_replay(changes, found):
         replace(REPLAY, **changes)
 
 
-@pytest.mark.parametrize(("text", "ids"), [("", (1,)), ("x" * 1001, (1,)), (7, (1,)), ("a", ()), ("a", (1, -2)), ("a", [1])])
+@pytest.mark.parametrize(
+    ("text", "ids"), [("", (1,)), ("x" * 1001, (1,)), (7, (1,)), ("a", ()), ("a", (1, -2)), ("a", [1])]
+)
 def test_what_is_no_prompt(text, ids):
     with pytest.raises(PlanError, match="replay: "):
         Prompt(text, ids)
@@ -88,5 +90,5 @@ def test_a_plan_keeps_it_as_long_as_it_is_that_plan():
     assert plan.top(2).replay is None and plan.with_operation("push").replay is None
     assert (plan.top(1) + other.take(PLAN.layer.argsort()[:1])).replay is None
     assert plan.with_replay(None) == PLAN
-    with pytest.raises(PlanError, match="replay: .*dict"):
+    with pytest.raises(PlanError, match=r"replay: .*dict"):
         PLAN.with_replay(REPLAY.to_json())

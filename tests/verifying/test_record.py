@@ -12,7 +12,7 @@ from hypotheses import moved
 
 
 def rewritten(model, prompts, case):
-    """The recorded form, by running each text anew for each token under the formula: token and log p of the likeliest."""
+    """Tokens with log p of the likeliest, by running each text anew for each token under the formula."""
     answers = []
     for prompt in prompts:
         row, steps = list(prompt.ids), []
@@ -66,7 +66,9 @@ def test_what_is_recorded_beside(one_lively, demo):
     assert found == plan.with_replay(replay) and plan.replay is None
     assert (replay.digest, replay.operation, replay.k) == (plan.digest, "shift", 18)
     assert replay.alpha == {"attention": 2.0, "ffn": -0.5} and replay.scope == "generation"
-    assert replay.layers == {site: tuple(sorted(set(plan.layer[plan.of(site)].tolist()))) for site in ("attention", "ffn")}
+    assert replay.layers == {
+        site: tuple(sorted(set(plan.layer[plan.of(site)].tolist()))) for site in ("attention", "ffn")
+    }
     assert replay.dtype == "float32" and len(replay.prompts) == 6
     assert {"all tokens", "prompt only"} < set(replay.answers) and "generation only" not in replay.answers
     for prompt in replay.prompts:
@@ -115,14 +117,18 @@ def test_a_fault_that_breaks_the_model_is_left_out(tiny, demo):
 
 def test_bad_input(one_lively, demo, tiny_of):
     plan = random_plan(one_lively, "ffn", 5, "shift")
-    for alpha, found in ((0, "alpha: found 0"), ("2", "alpha: .*'2'"), ({"attention": 1}, r"\['attention'\].*\['ffn'\]")):
+    for alpha, found in (
+        (0, "alpha: found 0"),
+        ("2", "alpha: .*'2'"),
+        ({"attention": 1}, r"\['attention'\].*\['ffn'\]"),
+    ):
         with pytest.raises(austeer.SteeringError, match=found):
             austeer.record_replay(one_lively, demo[1], plan, alpha)
-    with pytest.raises(austeer.SteeringError, match="scope: .*'prompts'"):
+    with pytest.raises(austeer.SteeringError, match=r"scope: .*'prompts'"):
         austeer.record_replay(one_lively, demo[1], plan, scope="prompts")
     with pytest.raises(austeer.PlanError, match="plan: found str"):
         austeer.record_replay(one_lively, demo[1], "plans/kind")
-    with pytest.raises(austeer.PlanError, match="made for .*llama"):
+    with pytest.raises(austeer.PlanError, match=r"made for .*llama"):
         austeer.record_replay(tiny_of("gpt2"), demo[1], plan)
     with pytest.raises(austeer.PlanError, match="prompt ''"):
         austeer.record_replay(one_lively, demo[1], plan, prompts=["A soup", ""])

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 
-
 import austeer
 from austeer.verifying import VerifyError
 from completions import Completions
 from dense_formula import random_plan
 from hypotheses import ALPHA, faults
-
 
 FAULTS = faults()
 
@@ -64,6 +62,23 @@ def test_a_plan_that_is_on_every_request(one_lively, demo, plan):
     assert every.applied and every.unsteered is None and "no such request" in str(every)
 
 
+@pytest.mark.parametrize(("verdict", "shown"), [("applied", "stale prompt cache"), ("sign flipped", "sign flipped")])
+def test_a_server_that_keeps_prompts_of_other_requests(one_lively, demo, plan, verdict, shown):
+    """Its steered requests go on from a prompt that was read unsteered, unless they ask for none."""
+
+    def steered(body):
+        if body["model"] == "base":
+            return None
+        plan_, alpha, scope = faults()[verdict](plan)
+        return plan_, alpha, scope if body.get("cache_prompt") is False and body["cache_salt"] else (4, None)
+
+    with Completions(one_lively, demo[1], steered) as server:
+        found = austeer.verify(plan, url=server.url, lora="kind")
+        assert (found.verdict, found.applied) == (shown, False), str(found)
+        salts = [body["cache_salt"] for body in server.bodies if "cache_salt" in body]
+    assert len(set(salts)) == 2 and not found.applied
+
+
 def test_another_model_cannot_be_told(one_lively, tiny_of, demo, plan):
     other = tiny_of("qwen2")
     with Completions(other, demo[1], lambda body: None) as server:
@@ -88,7 +103,7 @@ def test_what_is_asked(one_lively, demo, plan):
         assert plain["model"] == steered["model"] == "base", "an adapter is listed first"
         assert steered["vllm_xargs"] == {"austeer": "kind", "austeer_alpha": ALPHA} and steered["seed"] == 1
         assert "vllm_xargs" not in plain and plain["temperature"] == 0
-        assert [b["prompt"] for b in server.bodies] == 2 * [list(p.ids) for p in plan.replay.prompts]
+        assert [b["prompt"] for b in server.bodies] == 4 * [list(p.ids) for p in plan.replay.prompts]
         austeer.verify(plan, url=server.url, base="kind", body={"vllm_xargs": {"austeer": "mine"}})
         assert server.bodies[-1]["vllm_xargs"] == {"austeer": "mine"} and server.bodies[-1]["model"] == "kind"
 
@@ -123,9 +138,9 @@ def test_what_a_server_says_is_shown(one_lively, demo, plan):
 
 
 def test_a_server_without_log_probabilities(one_lively, demo, plan):
-    with Completions(one_lively, demo[1], lambda body: None, "none") as server:
-        with pytest.raises(VerifyError, match=r"no log-probabilities.*logprobs"):
-            austeer.verify(plan, url=server.url, lora="kind")
+    refused = pytest.raises(VerifyError, match=r"no log-probabilities.*logprobs")
+    with Completions(one_lively, demo[1], lambda body: None, "none") as server, refused:
+        austeer.verify(plan, url=server.url, lora="kind")
 
 
 def test_another_tokenizer(one_lively, demo, plan):
@@ -146,7 +161,7 @@ def test_what_does_not_go_together(one_lively, plan):
         austeer.verify(plan)
     with pytest.raises(VerifyError, match="both of model and url"):
         austeer.verify(plan, one_lively, url="http://127.0.0.1:9/v1")
-    with pytest.raises(VerifyError, match="lora.*beside a model"):
+    with pytest.raises(VerifyError, match=r"lora.*beside a model"):
         austeer.verify(plan, one_lively, lora="kind")
-    with pytest.raises(VerifyError, match="adapter.*beside url"):
+    with pytest.raises(VerifyError, match=r"adapter.*beside url"):
         austeer.verify(plan, url="http://127.0.0.1:9/v1", adapter="adapters/kind")

@@ -148,7 +148,9 @@ def test_other_models_and_tokenizers(one_lively, tiny_of, demo, plan):
 def test_smollm2(demo, demo_momentum, tmp_path):
     """A measured plan on a real model, and one step of each kind of fault in an adapter that PEFT runs."""
     plan = demo_momentum.select("attention", k=32)
-    plan = austeer.record_replay(*demo, plan, 6.0, prompts=["Sandstone is a sedimentary rock", "My train"], progress=False)
+    plan = austeer.record_replay(
+        *demo, plan, 6.0, prompts=["Sandstone is a sedimentary rock", "My train"], progress=False
+    )
     assert len(json.dumps(plan.replay.to_json())) < 20_000
     right = austeer.export_lora(plan, demo[0], tmp_path / "right", alpha=6.0, progress=False)
     found = austeer.verify(right, *demo)
