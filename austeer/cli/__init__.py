@@ -59,7 +59,22 @@ austeer serve MODEL --sets plans
 `--model demo` is SmolLM2-135M-Instruct; `austeer demo` shows everything on it.
 """,
 )
-COMMANDS = (measure, select, inspect, tune, compare, evaluate, generate, verify, push, pull, demo, cost, causal, profile)
+COMMANDS = (
+    measure,
+    select,
+    inspect,
+    tune,
+    compare,
+    evaluate,
+    generate,
+    verify,
+    push,
+    pull,
+    demo,
+    cost,
+    causal,
+    profile,
+)
 for module in (*COMMANDS, probe):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[1]))
 app.command(context_settings=serve.SETTINGS)(serve.serve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,6 +134,12 @@ class Probe:
 
     def __repr__(self) -> str:
         return f"Probe({self.site} of layer {self.layer}, {len(self.direction)} dimensions, of {self.model.name})"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides where it fires."""
+        text = f"{self.site} {self.layer} {self.threshold!r}".encode()
+        return hashlib.sha256(text + self.direction.numpy().tobytes()).hexdigest()
 
     def check_fits(self, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
         """Raises PlanError where it was made for another architecture; ``sites``: the probe's at least."""

@@ -16,7 +16,7 @@ from ..forward.tokens import check_vocabulary, encode
 from ..models.structure import floating_dtype, input_device, is_steered, vocabulary_size
 from ..plans.plan import Plan
 from ..plans.replay import Replay
-from ..plans.serving import ALPHA_KEY, KEY
+from ..plans.serving import ALPHA, KEY
 from ..steering.steer import steer
 from ..utils.environment import versions_of
 from .comparison import Written, of_answer
@@ -98,7 +98,7 @@ def _request(
     request: dict[str, Any] = {} if lora is None else {"model": lora}
     if steering_set is not None:
         # The set may declare another strength than the replay's; of one for each site it has to be the set's own.
-        strength = {} if isinstance(replay.alpha, dict) else {ALPHA_KEY: replay.alpha}
+        strength = {} if isinstance(replay.alpha, dict) else {ALPHA: replay.alpha}
         request["vllm_xargs"] = {KEY: steering_set, **strength}
     return request | dict(body or {})
 

@@ -12,7 +12,7 @@ from ..plans.plan import Plan
 from ..plans.probe import Probe
 from ..plans.serving import ALPHA, KEY, KL
 from ..steering.scope import Scope
-from .catalog import Catalog, Entry, catalog, digest_of
+from .catalog import Catalog, Entry, catalog
 from .sets import AnswerText, ServingError, is_number, short
 from .shared import read_structure
 
@@ -72,14 +72,14 @@ def _steering(ours: Mapping[str, Any], sets: Catalog) -> Steering:
     if len({entry.spec.scope for entry in entries}) > 1:
         scopes = ", ".join(f"{name!r}: {entry.spec.scope}" for name, entry in zip(names, entries))
         raise RequestError(f"{KEY}: found sets of different scopes ({scopes}), expected one scope in a request")
-    probes = {None if entry.probe is None else digest_of(entry.probe) for entry in entries}
+    probes = {entry.digests[len(entry.plans) :] for entry in entries}
     if len(probes) > 1:
         raise RequestError(f"{KEY}: found sets {short(names)} with different probes, expected one for all, or none")
     alphas = _alphas(ours, names, entries)
     parts, digests = [], []
     for name, entry, alpha in zip(names, entries, alphas):
         own = entry.alphas if alpha is None else (alpha,)
-        for plan, digest, strength in zip(entry.plans, entry.digests, own, strict=True):
+        for plan, digest, strength in zip(entry.plans, entry.digests, own):
             if strength is None:
                 raise RequestError(
                     f"{KEY}: found the set {name!r} without a strength, expected {ALPHA!r} or, where its plan has a "

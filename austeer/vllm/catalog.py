@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from ..errors import AusteerError
@@ -26,19 +25,23 @@ class Entry:
 
     Attributes:
         plans: cut to their k. alphas: None where the request has to give it.
-        digests: of each plan's content.
         probe: that decides whether they run; None: they do.
     """
 
     spec: Spec
     plans: tuple[Plan, ...]
     alphas: tuple[float | None, ...]
-    digests: tuple[str, ...]
     probe: Probe | None = None
 
     @property
     def limits(self) -> Limits:
         return self.spec.limits
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Of what each plan does, and of the probe if there is one: requests ask for them again and again."""
+        parts = (*self.plans, *([] if self.probe is None else [self.probe]))
+        return tuple(part.digest for part in parts)
 
 
 @dataclass(frozen=True)
@@ -194,18 +197,7 @@ def entry_of(spec: Spec, where: str) -> Entry:
         probe = None if spec.when is None else Probe.load(spec.when)
     except AusteerError as error:
         raise ServingError(f"{where}, when {spec.when!r}: {error}") from error
-    return Entry(spec, tuple(plans), tuple(alphas), tuple(map(digest_of, plans)), probe)
-
-
-def digest_of(plan: Plan | Probe) -> str:
-    """A digest of all that decides what a plan does at a strength, or a probe."""
-    if isinstance(plan, Probe):
-        text = f"{plan.site} {plan.layer} {plan.threshold!r}".encode()
-        return hashlib.sha256(text + plan.direction.numpy().tobytes()).hexdigest()[:32]
-    found = hashlib.sha256(f"{plan.operation}\n{plan.site}".encode())
-    for column in (plan.layer, plan.index, plan.beta, plan.delta):
-        found.update(column.numpy().tobytes())
-    return found.hexdigest()[:32]
+    return Entry(spec, tuple(plans), tuple(alphas), probe)
 
 
 @lru_cache(maxsize=8)

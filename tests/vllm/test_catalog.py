@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from austeer.errors import AusteerError
-from austeer.plans.files import FILE_NAME
-from austeer.vllm.catalog import Catalog, digest_of
+from austeer.vllm.catalog import Catalog
 from austeer.vllm.sets import ServingError, parse
 from made_plans import PUSH, SCALE, SHIFT
 
@@ -22,7 +21,6 @@ def test_plans_are_read_and_cut(tmp_path):
     found = named(one=whole | {"k": 1}, two=whole)
     assert found.names() == ["one", "two"]
     assert found["one"].plans == (SHIFT.top(1),) and found["two"].plans == (SHIFT,) and found["two"].alphas == (2.0,)
-    assert found["one"].digests != found["two"].digests == (digest_of(SHIFT),)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +105,3 @@ def test_a_hub_id_in_a_folder_is_to_be_fetched(tmp_path):
     (tmp_path / "set.json").write_text('{"plan": "user/kind"}')
     with pytest.raises(ServingError, match=r"'user/kind'.*austeer pull user/kind"):
         Catalog(parse(str(tmp_path)))["set"]
-
-
-def test_the_digest_is_of_what_a_plan_does():
-    assert digest_of(SHIFT) == digest_of(SHIFT.with_evidence(None)) and FILE_NAME
-    others = [SHIFT.top(1), SHIFT.with_operation("scale"), PUSH, SCALE]
-    assert len({digest_of(plan) for plan in (SHIFT, *others)}) == 5
