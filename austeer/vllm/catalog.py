@@ -40,8 +40,8 @@ class Entry:
     @cached_property
     def digests(self) -> tuple[str, ...]:
         """Of what each plan does, and of the probe if there is one: requests ask for them again and again."""
-        parts = (*self.plans, *([] if self.probe is None else [self.probe]))
-        return tuple(part.digest for part in parts)
+        plans = tuple(plan.digest for plan in self.plans)
+        return plans if self.probe is None else (*plans, self.probe.digest)
 
 
 @dataclass(frozen=True)
