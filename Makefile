@@ -9,7 +9,7 @@ ENGINES_VENV ?= .venv-engines
 ENGINES := $(ENGINES_VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test test-engines lint aot peers study bench bench-host bench-plans bench-momentum bench-gpu table clean help
+.PHONY: demo test test-engines bench-served lint aot peers study bench bench-host bench-plans bench-momentum bench-gpu table clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: $(READY) ## all tests that need no GPU (WORKERS=2 processes)
 test-engines: $(ENGINES) ## plans inside vLLM for CPUs and llama.cpp (WORKERS=2 processes)
 	OMP_NUM_THREADS=1 $(ENGINES_VENV)/bin/python -m pytest tests/engines -m engine --dist loadfile \
 	  $(if $(EXACTNESS),-n 0 --exactness $(EXACTNESS),-n $(WORKERS))
+
+bench-served: $(ENGINES) ## what steering costs a vLLM server, beside plain vLLM and LoRA (CPU: about 40 minutes)
+	PYTHONPATH=.:kernels $(ENGINES_VENV)/bin/python -m bench.served
 
 study: $(READY) ## AUs by effect beside every method, on real tasks (DATA=FOLDER; docs/study.md)
 	PYTHONPATH=.:kernels $(BIN)/python -m bench.study $(if $(DATA),--data $(DATA)) --out runs/study

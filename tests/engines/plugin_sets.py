@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import austeer
-from austeer.plans.serving import KEY, PROCESSOR, SCHEDULER, VARIABLE
+from austeer.plans.serving import KEY, VARIABLE
+from austeer.vllm import OPTIONS
 from dense_formula import formula_at
 from mixes import PROMPTS, Parts, engine_logits
 
 #: What every engine with the plugin is started with.
-ENGINE: dict[str, Any] = {"dtype": "float32", "logits_processors": [PROCESSOR], "scheduler_cls": SCHEDULER}
+ENGINE: dict[str, Any] = {"dtype": "float32", **OPTIONS}
 
 
 @dataclass(frozen=True)
