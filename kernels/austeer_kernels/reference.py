@@ -131,8 +131,11 @@ def _entries(used: Tensor) -> tuple[Tensor, Tensor]:
     One that is not used stands for its token's first used one, with the same result; where there is none, all stand
     for one column, which becomes what it was.
     """
-    place = torch.arange(used.shape[1], device=used.device)
-    entry = torch.where(used, place, used.byte().argmax(1, keepdim=True))
+    count = used.shape[1]
+    place = torch.arange(count, device=used.device)
+    # No argmax of ``used``: compiled for a CPU it may give any number for a row of zeros.
+    first = torch.where(used, place, count).amin(1, keepdim=True).clamp(max=count - 1)
+    entry = torch.where(used, place, first)
     return entry, entry == place
 
 

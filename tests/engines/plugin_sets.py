@@ -36,8 +36,12 @@ class Mix:
 
 
 @contextmanager
-def named(mixes: Mapping[str, Mix], folder: Path) -> Iterator[None]:
-    """Engines that are started and asked in the context have these sets; the plans go into ``folder``."""
+def named(mixes: Mapping[str, Mix], folder: Path, **declared: Any) -> Iterator[None]:
+    """Engines that are started and asked in the context have these sets; the plans go into ``folder``.
+
+    Args:
+        declared: what else AUSTEER_SETS says.
+    """
     sets = {}
     for name, mix in mixes.items():
         plans = []
@@ -47,7 +51,7 @@ def named(mixes: Mapping[str, Mix], folder: Path) -> Iterator[None]:
             plans.append({"plan": str(path), "alpha": alpha})
         sets[name] = {"plans": plans, "scope": mix.scope}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, json.dumps({"sets": sets}))
+        patch.setenv(VARIABLE, json.dumps({"sets": sets, **declared}))
         yield
 
 

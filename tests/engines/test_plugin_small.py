@@ -53,7 +53,8 @@ def test_the_tokens_are_those_of_our_own_steering(small, mixes, expected, tmp_pa
         if len(cores) < 2:
             pytest.skip("vLLM binds each process to a core of its own")
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
-    with named(mixes, tmp_path):
+    # Lists of 32 places: those of a vector's length are compiled otherwise than shorter ones.
+    with named(mixes, tmp_path, units=32, probes=[["layer", 1]]):
         engine = LLM(
             str(small[1]),
             max_model_len=128,
