@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,8 @@ def _steering(ours: Mapping[str, Any], sets: Catalog) -> Steering:
     if len(probes) > 1:
         raise RequestError(f"{KEY}: found sets {short(names)} with different probes, expected one for all, or none")
     alphas = _alphas(ours, names, entries)
-    parts, digests = [], []
+    parts: list[tuple[Plan, float]] = []
+    digests: list[str] = []
     for name, entry, alpha in zip(names, entries, alphas):
         own = entry.alphas if alpha is None else (alpha,)
         for plan, digest, strength in zip(entry.plans, entry.digests, own):
@@ -86,8 +88,15 @@ def _steering(ours: Mapping[str, Any], sets: Catalog) -> Steering:
                     f"dose, {KL!r} beside it"
                 )
             _check_limits(name, entry, plan, strength)
+            if any(digest == other.split()[0] for other in digests):
+                raise RequestError(f"{KEY}: found one plan twice in {short(names)}, expected different plans")
             parts.append((plan, strength))
             digests.append(f"{digest} {strength!r}")
+    if len(parts) > 1 and (bounded := [n for n, e in zip(names, entries) if e.limits.kl is not None]):
+        raise RequestError(
+            f"{KEY}: found the set {bounded[0]!r}, which has a max_kl, in a sum: what several plans cost together is "
+            "not known; ask for it alone"
+        )
     scope = entries[0].spec.scope
     text = "\n".join([*sorted(digests), str(*probes)])
     return Steering(tuple(parts), scope, _sha(text), _sha(f"{text}\n{scope}"), entries[0].probe)
@@ -135,6 +144,11 @@ def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+#: Digests of what was found to fit an engine, the last ones: to make a row takes milliseconds.
+_fitting: OrderedDict[tuple[str, ...], None] = OrderedDict()
+REMEMBERED = 4096
+
+
 def checked(extra: Mapping[str, Any] | None) -> None:
     """Raises RequestError where the front end can see that a request asks for what it cannot have.
 
@@ -142,8 +156,16 @@ def checked(extra: Mapping[str, Any] | None) -> None:
     """
     steering = steering_of(extra, catalog())
     structure = None if steering is None else read_structure()
-    if steering is not None and structure is not None:
-        try:
-            structure.row(steering.parts, steering.probe)
-        except AusteerError as error:
-            raise RequestError(f"{KEY}: {error}") from error
+    if steering is None or structure is None:
+        return
+    models = {str(part.model) for part in (*(plan for plan, _ in steering.parts), steering.probe) if part is not None}
+    key = steering.digest, *sorted(models), structure.digest()
+    if key in _fitting:
+        return
+    try:
+        structure.row(steering.parts, steering.probe)
+    except AusteerError as error:
+        raise RequestError(f"{KEY}: {error}") from error
+    _fitting[key] = None
+    if len(_fitting) > REMEMBERED:
+        _fitting.popitem(last=False)

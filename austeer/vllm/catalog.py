@@ -94,7 +94,10 @@ class Catalog:
             return self._named[name]
         if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0"):
             raise self._unknown(name)
-        found = self._of_folder(self.sets.folder, name).result
+        try:
+            found = self._of_folder(self.sets.folder, name).result
+        except (OSError, ValueError) as error:  # no name for a file, or the folder is gone
+            raise ServingError(f"steering set {short(name)}: cannot be looked for ({error})") from error
         if isinstance(found, AusteerError):
             raise found
         return found
@@ -133,10 +136,14 @@ class Catalog:
         try:
             if source.suffix == ".json":
                 spec = spec_of(where, read_json(source, f"{where}: no "), self.sets.scope, self.sets.limits)
-                parts = tuple(PlanPart(str(_near(source, part.plan, where)), part.alpha, part.k) for part in spec.parts)
-                when = None if spec.when is None else str(_near(source, spec.when, where))
-                files = (source, *(_file(Path(part.plan)) for part in parts), *([] if when is None else [Path(when)]))
+                parts = tuple(PlanPart(str(source.parent / part.plan), part.alpha, part.k) for part in spec.parts)
+                when = None if spec.when is None else str(source.parent / spec.when)
+                paths = [Path(part.plan) for part in parts] + ([] if when is None else [Path(when)])
+                # Both that a path may become: what is not there yet, or is another kind, may come.
+                files = (source, *(file for path in paths for file in (path, path / FILE_NAME)))
                 state = _state(files)
+                for path, given in zip(paths, [*(part.plan for part in spec.parts), spec.when]):
+                    _expect(path, given, where)
                 spec = Spec(parts, spec.scope, spec.limits, when)
             else:
                 spec = Spec((PlanPart(str(source)),), self.sets.scope, self.sets.limits)
@@ -145,19 +152,13 @@ class Catalog:
             return _Read(files, state, error)
 
 
-def _near(source: Path, plan: str, where: str) -> Path:
-    """The plan, or the probe, that a set's file in the folder names: a path from that file on."""
-    path = source.parent / plan
+def _expect(path: Path, given: str | None, where: str) -> None:
+    """Raises ServingError where what a set's file in the folder names, seen from there, is not there."""
     if not path.exists():
         raise ServingError(
-            f"{where}: found {plan!r}, expected a file or a folder seen from {source.parent}; fetch a plan of "
-            f"the Hub into it: austeer pull {plan} --out {source.parent}/NAME"
+            f"{where}: found {given!r}, expected a file or a folder seen from {path.parent}; fetch a plan of the Hub "
+            f"into it: austeer pull {given} --out FOLDER"
         )
-    return path
-
-
-def _file(path: Path) -> Path:
-    return path / FILE_NAME if path.is_dir() else path
 
 
 def _state(files: tuple[Path, ...]) -> tuple:

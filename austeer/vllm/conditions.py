@@ -57,6 +57,8 @@ class Conditions:
     def settle(self, judged: Pairs) -> None:
         """Takes the scores of the forward pass before this one for decisions.
 
+        Between the two no trial run may write scores; vLLM makes none while a request has tokens to run.
+
         Args:
             judged: of the one that comes now.
         """

@@ -42,7 +42,7 @@ class Running:
             self.scores = torch.zeros(tokens, device=device)
         self._conditions = Conditions(slots.count, judgements, self.scores, vocabulary)
         tables = install(model, structure, layers, self.rows.tensor, part, (self._judged.tensor, self.scores))
-        slots.fill(tables, self._conditions)
+        slots.begin(tables, self._conditions)
 
     def prepare(
         self, slots: np.ndarray, lengths: np.ndarray, first: np.ndarray, count: int, ids: Tensor | None

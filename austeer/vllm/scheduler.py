@@ -24,7 +24,7 @@ from .catalog import catalog, entries
 from .models import structure_of_engine
 from .rows import Rows
 from .sets import AnswerText, ServingError
-from .shared import shared_folder, write_structure
+from .shared import own_folder, write_structure
 from .slots import RowOf, judgements
 from .support import TESTED, check_engine
 
@@ -44,11 +44,12 @@ class SteeringScheduler:
         self._steering_catalog = catalog()
         self._structure = structure_of_engine(vllm_config)
         write_structure(self._structure)
-        self._rows = Rows(self._structure.slots, shared_folder())
+        self._rows = Rows(self._structure.slots, own_folder())
         # What each request in the engine holds: the digest of its row and the place of its probe's decision.
         self._held: dict[str, tuple[str, int | None]] = {}
         self._judgements = list(range(judgements(vllm_config)))[::-1]
         self._waiting_for_a_row: deque[tuple[Any, Steering]] = deque()
+        self._passed = 0  # how many requests have passed those that wait
         self._refused: list[Any] = []
         self._answers: dict[AnswerText, Scope] = {}
         for entry in entries(self._steering_catalog).values() if self._steering_catalog else ():
@@ -56,22 +57,38 @@ class SteeringScheduler:
 
     def add_request(self, request: Any) -> None:
         params = request.sampling_params
-        if request.request_id in self.requests or params is None:
+        if params is None:
             return super().add_request(request)  # type: ignore[misc]
+        if request.request_id in self.requests:
+            return self._go_on(request)
         try:
             steering = steering_of(params.extra_args, self._steering_catalog)
             if steering is not None and request.resumable:
                 raise RequestError(f"{KEY}: found it in a session of streamed input, which is not steered")
-        except AusteerError as error:
+        except Exception as error:
             return self._refuse(request, error)
         if steering is None:
             return super().add_request(request)  # type: ignore[misc]
-        if not self._enter(request, steering):
+        # Who needs a row that is there passes those that wait for one, but not for ever.
+        waiting = bool(self._waiting_for_a_row)
+        if (waiting and self._passed >= self._structure.slots) or not self._enter(request, steering):
             self._waiting_for_a_row.append((request, steering))
+        elif waiting:
+            self._passed += 1
+
+    def _go_on(self, request: Any) -> None:
+        """A piece of a session of streamed input, whose parameters may be new."""
+        if any(isinstance(key, str) and key.startswith(KEY) for key in request.sampling_params.extra_args or {}):
+            from vllm.v1.request import RequestStatus
+
+            super().finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)  # type: ignore[misc]
+            return self._refuse(request, RequestError(f"{KEY}: found it in a session of streamed input"))
+        return super().add_request(request)  # type: ignore[misc]
 
     def _refuse(self, request: Any, error: Exception) -> None:
         """Nothing may be raised, which would end the engine. The front end refuses what it can see."""
-        _logger.error("austeer: request %s is refused: %s", request.request_id, error)
+        unforeseen = not isinstance(error, AusteerError)
+        _logger.error("austeer: request %s is refused: %s", request.request_id, error, exc_info=unforeseen)
         self._refused.append(request)
 
     def _enter(self, request: Any, steering: Steering) -> bool:
@@ -79,7 +96,8 @@ class SteeringScheduler:
         try:
             if not self._admit(request, steering):
                 return False
-        except (AusteerError, OSError) as error:
+        except Exception as error:
+            self._release(request)
             self._refuse(request, error)
         else:
             super().add_request(request)  # type: ignore[misc]
@@ -97,17 +115,26 @@ class SteeringScheduler:
         self._held[request.request_id] = steering.digest, judgement
         start, stop = map(int, scope.interval(prompt, 0, 0))
         file = str(self._rows.file(steering.digest))
-        found = RowOf(row, steering.digest, file, start, stop, prompt, scope.answer, judgement)
+        row_of = RowOf(row, steering.digest, file, start, stop, prompt, scope.answer, judgement)
         # A request may share its parameters with others of one call.
         request.sampling_params = copy.copy(request.sampling_params)
-        request.sampling_params.extra_args = {**request.sampling_params.extra_args, ROW: found}
+        request.sampling_params.extra_args = {**request.sampling_params.extra_args, ROW: row_of}
         if request._block_hasher is not None:
             # What a probe decides is no part of a hash: what is generated after it is shared with nobody.
             salt = steering.salt if judgement is None else uuid.uuid4().hex
-            request._block_hasher = salted(request._block_hasher, salt, start, self.hash_block_size)
+            request._block_hasher = salted(request._block_hasher, salt, start, stop, self.hash_block_size)
             request.block_hashes.clear()
             request.update_block_hashes()
         return True
+
+    def _release(self, request: Any) -> None:
+        """Takes back what a request holds, if anything."""
+        held = self._held.pop(request.request_id, None)
+        if held is not None:
+            digest, judgement = held
+            self._rows.give_back(digest)
+            if judgement is not None:
+                self._judgements.append(judgement)
 
     def _scope_of(self, scope: Scope | AnswerText) -> Scope:
         """The scope with an answer's markers as tokens.
@@ -123,16 +150,16 @@ class SteeringScheduler:
         return self._answers[scope]
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        found = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
-        held = self._held.pop(request.request_id, None)
-        if held is not None:
-            digest, judgement = held
-            self._rows.give_back(digest)
-            if judgement is not None:
-                self._judgements.append(judgement)
-            while self._waiting_for_a_row and self._enter(*self._waiting_for_a_row[0]):
-                self._waiting_for_a_row.popleft()
-        return found
+        freed = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        held = request.request_id in self._held
+        self._release(request)
+        if held and self._waiting_for_a_row:
+            first = self._waiting_for_a_row[0]
+            still = [pair for pair in self._waiting_for_a_row if not self._enter(*pair)]
+            self._waiting_for_a_row = deque(still)
+            if not still or still[0] is not first:
+                self._passed = 0
+        return freed
 
     def has_requests(self) -> bool:
         return bool(self._refused) or super().has_requests()  # type: ignore[misc]
@@ -146,10 +173,17 @@ class SteeringScheduler:
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: Any) -> Any:
         ids = {request_ids} if isinstance(request_ids, str) else None if request_ids is None else set(request_ids)
-        left = [found for found in self._waiting_for_a_row if ids is not None and found[0].request_id not in ids]
-        self._waiting_for_a_row = deque(left)
-        self._refused = [found for found in self._refused if ids is not None and found.request_id not in ids]
-        return super().finish_requests(ids, finished_status)  # type: ignore[misc]
+
+        def stays(request: Any) -> bool:
+            return ids is not None and request.request_id not in ids
+
+        dropped = [request for request, _ in self._waiting_for_a_row if not stays(request)]
+        dropped += [request for request in self._refused if not stays(request)]
+        self._waiting_for_a_row = deque(pair for pair in self._waiting_for_a_row if stays(pair[0]))
+        self._refused = [request for request in self._refused if stays(request)]
+        for request in dropped:  # they are no requests of vLLM's yet, and their clients are to hear of it
+            request.status = finished_status
+        return [*(super().finish_requests(ids, finished_status) or ()), *dropped]  # type: ignore[misc]
 
     def get_request_counts(self) -> tuple[int, int]:
         running, waiting = super().get_request_counts()  # type: ignore[misc]
@@ -181,21 +215,39 @@ def _end_with_an_error(request: Any, outputs: dict[int, Any]) -> None:
     found.finished_requests = {*(found.finished_requests or ()), request.request_id}
 
 
-def salted(hasher: Callable[[Any], list], salt: str, start: int, size: int) -> Callable[[Any], list]:
-    """A request's function that makes the hashes of its new full blocks, with the steering in them from a position on.
+def salted(hasher: Callable[[Any], list], salt: str, start: int, stop: int, size: int) -> Callable[[Any], list]:
+    """A request's function that makes the hashes of its new full blocks, with the steering in them.
+
+    A block's hash has what is steered up to its end: so blocks before the first steered token are everybody's, and
+    others are shared where the same plans, as strong, steered the same tokens.
 
     Args:
-        start: the first steered position. size: tokens of a block.
+        start, stop: the positions that are steered, half open. size: tokens of a block.
     """
+    plain: list = []  # vLLM's own, of which each is made of the one before
 
     def with_salt(request: Any) -> list:
-        done, new = len(request.block_hashes), hasher(request)
-        return [
-            hashlib.sha256(found + salt.encode()).digest()[: len(found)] if (done + i + 1) * size > start else found
-            for i, found in enumerate(new)
-        ]
+        plain.extend(hasher(_WithHashes(request, plain)))
+        new = []
+        for number in range(len(request.block_hashes), len(plain)):
+            found, end = plain[number], (number + 1) * size
+            if end > start:
+                text = f"{salt} {start} {min(stop, end)}".encode()
+                found = hashlib.sha256(found + text).digest()[: len(found)]
+            new.append(found)
+        return new
 
     return with_salt
+
+
+class _WithHashes:
+    """A request with other block hashes, to be read."""
+
+    def __init__(self, request: Any, block_hashes: list):
+        self._request, self.block_hashes = request, block_hashes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
 
 
 def check_scheduler(scheduler: type, request: type) -> None:
@@ -206,7 +258,8 @@ def check_scheduler(scheduler: type, request: type) -> None:
     made = [*scheduler.__init__.__code__.co_names, *request.__init__.__code__.co_names]  # type: ignore[misc]
     names = ("hash_block_size", "requests", "_block_hasher", "block_hashes", "num_prompt_tokens", "client_index")
     missing += [name for name in (*names, "resumable", "sampling_params") if name not in made]
-    if missing or not hasattr(request, "update_block_hashes"):
+    missing += ["Request.update_block_hashes"] if not hasattr(request, "update_block_hashes") else []
+    if missing:
         raise ServingError(f"found a vLLM whose scheduler has no {', '.join(missing)}; use vLLM {TESTED}")
 
 

@@ -21,7 +21,6 @@ probe (:func:`austeer.fit_probe`) that decides at each prompt's last token wheth
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -222,6 +221,10 @@ def spec_of(where: str, entry: Any, scope: Scope | AnswerText, limits: Limits) -
     if not isinstance(parts, list) or not parts:
         raise ServingError(f"{where}, plans: found {short(parts)}, expected a list of at least one plan")
     found = tuple(_part(where, part) for part in parts)
+    if len(found) > 1 and limits.kl is not None:
+        raise ServingError(
+            f"{where}, max_kl: found it for several plans, what which cost together is not known; give max_alpha"
+        )
     if len(found) > 1 and (missing := [part.plan for part in found if part.alpha is None]):
         raise ServingError(f"{where}, plan {missing[0]!r}: found no alpha, expected one for each of several plans")
     for part in found:
@@ -289,7 +292,7 @@ def loads(text: str, where: str) -> Any:
     """JSON; raises ServingError where it is none."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ServingError(f"{where}: found no valid JSON ({error})") from error
 
 
@@ -297,7 +300,7 @@ def is_number(value: Any) -> bool:
     """A finite number that float32 can hold, and no boolean."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return math.isfinite(value) and abs(value) < 3e38
+    return abs(value) < 3e38  # neither NaN nor infinity, and integers of any length
 
 
 def short(value: Any) -> str:

@@ -1,7 +1,8 @@
 """What the processes of one engine share on disk: the rows of its tables, and what it was started for.
 
-A folder for temporary files, made by the first process and named to the others by the environment, from whom they are
-started. The front end, which sees no configuration of the engine, reads there which model it has.
+Rows are in a folder of the scheduler's own. What the engine was started for is in one that the first process makes and
+names to those that it starts, by the environment: the front end, which sees no configuration of the engine, reads there
+which model it has. Where that is gone or of several engines, requests are checked by the scheduler alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 from ..plans.serving import VARIABLE
@@ -26,13 +28,18 @@ def shared_folder() -> Path:
     """The folder of this process and of those that it starts, for AUSTEER_SETS as it is."""
     root = os.environ.get(FOLDER)
     if root is None or not Path(root).is_dir():
-        root = tempfile.mkdtemp(prefix="austeer-")
-        os.environ[FOLDER] = root
-        atexit.register(_remove, root, os.getpid())
+        root = os.environ[FOLDER] = str(own_folder())
     value = os.environ.get(VARIABLE, "")
     folder = Path(root) / hashlib.sha256(value.encode()).hexdigest()[:12]
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def own_folder() -> Path:
+    """A new folder, which goes when this process ends."""
+    folder = tempfile.mkdtemp(prefix="austeer-")
+    atexit.register(_remove, folder, os.getpid())
+    return Path(folder)
 
 
 def _remove(root: str, owner: int) -> None:
@@ -42,10 +49,30 @@ def _remove(root: str, owner: int) -> None:
 
 def write_structure(structure: Structure) -> None:
     """Says to the front end what the engine was started for."""
-    write_text(shared_folder() / "structure.json", json.dumps(structure.to_json()))
+    path = shared_folder() / "structure.json"
+    other = _read(path)
+    several = other is not None and other.model != structure.model
+    write_text(path, json.dumps(None if several else structure.to_json()))
 
 
 def read_structure() -> Structure | None:
     """What the engine was started for; None where it is not known, as with an engine on another machine."""
     path = shared_folder() / "structure.json"
-    return Structure.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return _read_once(path, state.st_ino, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _read_once(path: Path, *state: int) -> Structure | None:
+    return _read(path)
+
+
+def _read(path: Path) -> Structure | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return None if content is None else Structure.from_json(content)

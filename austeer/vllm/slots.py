@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ class Slots:
             if self._conditions is not None:
                 self._conditions.begin(slot, self._conditional[slot].state)
 
-    def fill(self, tables: Tables, conditions: Conditions) -> None:
+    def begin(self, tables: Tables, conditions: Conditions) -> None:
         """The model is ready now: what requests brought before its first forward pass is written."""
         self._tables, self._conditions = tables, conditions
         for row, (_, file) in self._files.items():
@@ -205,11 +206,13 @@ def judgements(config: Any) -> int:
     return 4 * config.scheduler_config.max_num_seqs
 
 
-_slots: dict[str, Slots] = {}
+#: As long as an engine's model or logits processor has them.
+_slots: weakref.WeakValueDictionary[str, Slots] = weakref.WeakValueDictionary()
 
 
 def slots_of(config: Any) -> Slots:
     """The request slots of a ``VllmConfig``'s engine in this process, shared by its model and its logits processor."""
-    if config.instance_id not in _slots:
-        _slots[config.instance_id] = Slots(config.scheduler_config.max_num_seqs)
-    return _slots[config.instance_id]
+    slots = _slots.get(config.instance_id)
+    if slots is None:
+        slots = _slots[config.instance_id] = Slots(config.scheduler_config.max_num_seqs)
+    return slots

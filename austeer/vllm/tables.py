@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,6 +88,8 @@ class Structure:
         numbers = {place: number for number, place in enumerate(self.places)}
         number = [torch.full((len(lists[p][0]),), numbers[p], dtype=torch.int32, device="cpu") for p in lists]
         index, gamma, shift = map(torch.cat, zip(*lists.values()))
+        if not bool((gamma.isfinite() & shift.isfinite()).all()):
+            raise ServingError("found an alpha with which a strength is no float32 number any more; give a smaller one")
         return Row(torch.cat(number), index, gamma, shift, *self._probe(probe))
 
     def _probe(self, probe: Probe | None) -> tuple[Tensor, Tensor]:
@@ -148,6 +151,13 @@ class Row:
     probe: Tensor
 
     def save(self, path: Path) -> None:
+        """Raises ServingError where it cannot be written."""
+        try:
+            self._save(path)
+        except (OSError, SafetensorError) as error:
+            raise ServingError(f"{path}: cannot be written ({error})") from error
+
+    def _save(self, path: Path) -> None:
         save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, path)
 
     @classmethod

@@ -84,7 +84,7 @@ def engine(small, folder):
         llm.llm_engine.engine_core.shutdown()
 
 
-def ask(engine, *asked: dict | None, prompt: str = LONG) -> list[list[int]]:
+def ask(engine, *asked: dict | None, prompt: str | dict = LONG) -> list[list[int]]:
     """The tokens of requests that run at once, each with such ``extra_args``."""
     from vllm import SamplingParams
 
@@ -292,6 +292,45 @@ def test_the_prefix_cache_gives_no_request_what_was_steered_otherwise(engine, pl
         extra = None if one is None else {KEY: f"{scope}-{one[0]}", ALPHA: one[1]}
         assert ask(engine, extra) == [tokens], one
     assert len(set(map(tuple, expected))) > 2
+
+
+def test_a_second_turn_finds_the_first_where_it_is_steered_alike(engine, small, demo, plans, folder):
+    """Prompts of less than a block, whose scope ends inside of it; and texts that were steered as a whole."""
+    model, tokenizer = small[0], demo[1]
+    plans["kind"].save_pretrained(folder / "plan-kind")
+    for scope in ("prompt", "all", "generation"):
+        (folder / f"turn-{scope}.json").write_text(json.dumps({"plan": "plan-kind", "scope": scope}))
+        engine.llm_engine.reset_prefix_cache()
+        extra, counts = {KEY: f"turn-{scope}", ALPHA: 1.5}, [hits(engine)]
+        ids = tokenizer(PROMPTS[0])["input_ids"]
+        for _ in range(3):
+            (found,) = ask(engine, extra, prompt={"prompt_token_ids": ids})
+            with austeer.steer(model, plans["kind"], alpha=1.5, scope=scope):
+                output = model.generate(
+                    torch.tensor([ids]), min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False
+                )
+            assert found == output[0, len(ids) :].tolist(), scope
+            ids = ids + found
+            counts.append(hits(engine))
+        gained = [after - before for before, after in pairwise(counts)]
+        assert gained[0] == 0 and (gained[2] > 0) == (scope == "all"), (scope, gained)
+
+
+def test_an_aborted_pause_tells_those_that_wait(engine, folder):
+    """As where the engine sleeps or ends: each request that came hears that it will not run."""
+    from vllm import SamplingParams
+    from vllm.v1.request import RequestStatus
+
+    core = engine.llm_engine.engine_core.engine_core
+    names = []
+    for number in range(2 * SLOTS):
+        extra = {KEY: "kind", ALPHA: 3.0 + number}
+        names.append(f"waiting-{number}")
+        engine.llm_engine.add_request(names[-1], LONG, SamplingParams(max_tokens=4, extra_args=extra))
+    dropped = core.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    assert len(dropped) == len(names)
+    engine.llm_engine.abort_request(names)
+    assert ask(engine, *({KEY: "kind", ALPHA: 4.0 + number} for number in range(2 * SLOTS)))
 
 
 def test_without_the_salt_the_answers_are_wrong(engine, plans, write, monkeypatch):

@@ -27,6 +27,7 @@ def sets(tmp_path) -> str:
         "push": {"plan": str(tmp_path / "push"), "alpha": 3, "max_alpha": 5},
         "scale": {"plan": str(tmp_path / "scale"), "alpha": 2},
         "later": {"plan": str(tmp_path / "scale"), "alpha": 2, "scope": "generation"},
+        "same": {"plan": str(tmp_path / "push"), "alpha": 1},
         "both": {"plans": [{"plan": str(tmp_path / name), "alpha": 1} for name in ("push", "scale")]},
     }
     return json.dumps({"sets": named})
@@ -89,6 +90,10 @@ REFUSED = [
     ({KEY: "push", KL: 0.1}, f"{KL}.*dose"),
     ({KEY: ["shift", "push"], KL: [0.1, 0.1]}, f"{KL}.*2 sets"),
     ({KEY: "both", ALPHA: 2}, "'both'.*2 plans"),
+    ({KEY: ["push", "same"], ALPHA: [5, 5]}, "one plan twice"),
+    ({KEY: ["shift", "push"], ALPHA: [0.1, 1]}, "'shift'.*max_kl"),
+    ({KEY: "push", ALPHA: 10**400}, f"{ALPHA}.*1000"),
+    ({KEY: "x" * 300}, "'xxx"),
     ({ALPHA: 1}, f"{ALPHA}.*without"),
     ({KEY: "push", "austeer_row": 1}, "'austeer_row'"),
     ({"austeer_aplha": 1}, "'austeer_aplha'"),
@@ -177,6 +182,8 @@ def test_other_requests_pass_the_middleware_as_they_are(started, body, pieces):
         (asked(vllm_xargs={KEY: "nobody"}, stream=True), "nobody"),
         (asked(vllm_xargs={KEY: "push", ALPHA: True}), "True"),
         (asked(vllm_xargs={KEY: "push"}, use_beam_search=True), "beam search"),
+        (asked(vllm_xargs={KEY: "push"}, use_beam_search=True).replace(b"austeer", b"\\u0061usteer"), "beam search"),
+        (asked(vllm_xargs={KEY: "nobody"}).decode().encode("utf-16"), "nobody"),
         (asked(austeer="push"), "vllm_xargs"),
     ],
 )

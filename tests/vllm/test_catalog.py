@@ -67,6 +67,23 @@ def test_what_changes_in_a_folder_is_seen(tmp_path):
             found[name]
 
 
+def test_a_set_may_come_before_its_plan(tmp_path):
+    (tmp_path / "set.json").write_text('{"plan": ".plans/kind", "alpha": 2}')
+    found = Catalog(parse(str(tmp_path)))
+    with pytest.raises(ServingError, match=r"\.plans/kind"):
+        found["set"]
+    SHIFT.save_pretrained(tmp_path / ".plans" / "kind")
+    assert found["set"].plans == (SHIFT,) and found.names() == ["set"]
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    (tmp_path / "sets").mkdir()
+    found = Catalog(parse(str(tmp_path / "sets")))
+    (tmp_path / "sets").rmdir()
+    with pytest.raises(ServingError, match=r"'kind'.*sets"):
+        found["kind"]
+
+
 def test_a_half_written_file_is_refused_until_it_is_whole(tmp_path):
     whole = SHIFT.save_pretrained(tmp_path / ".made").read_bytes()
     found, file = Catalog(parse(str(tmp_path))), tmp_path / "kind.safetensors"
@@ -92,7 +109,7 @@ def test_two_plans_of_one_name_are_refused(tmp_path):
     assert Catalog(parse(str(tmp_path)))["kind"].plans == (SHIFT,)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../kind", "a/b", ".hidden", "a\0b", 3, None, True, ["kind"]])
+@pytest.mark.parametrize("name", ["", "..", "../kind", "a/b", ".hidden", "a\0b", "x" * 300, 3, None, True, ["kind"]])
 def test_what_is_no_name_leads_nowhere(tmp_path, name):
     folder = tmp_path / "sets"
     for place in (tmp_path / "kind", folder / ".hidden", folder / "a" / "b"):

@@ -1,5 +1,6 @@
 """Which steering stands in which row, and the prefix cache's keys."""
 
+import hashlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from austeer.vllm.catalog import Catalog
 from austeer.vllm.rows import Rows
 from austeer.vllm.scheduler import salted
-from austeer.vllm.sets import parse
+from austeer.vllm.sets import ServingError, parse
 from austeer.vllm.tables import Row, Structure
 from made_plans import MODEL, SHIFT
 
@@ -65,12 +66,16 @@ def test_a_row_that_cannot_be_made_is_free_again(tmp_path):
     rows = Rows(1, tmp_path)
 
     def fail():
-        raise OSError("the disk is full")
+        raise ServingError("there is no room for it")
 
     for _ in range(3):
-        with pytest.raises(OSError):
+        with pytest.raises(ServingError, match="no room"):
             rows.take("a", fail)
     assert rows.take("b", row) == 0
+    gone = Rows(1, tmp_path / "gone")
+    for _ in range(2):
+        with pytest.raises(ServingError, match="cannot be written"):
+            gone.take("a", row)
 
 
 def test_a_rows_file_holds_it(tmp_path):
@@ -83,9 +88,8 @@ def test_a_rows_file_holds_it(tmp_path):
     ]
 
 
-def blocks(tokens: list[int], size: int, salt: str = "", start: int = 0, step: int = 1) -> list[bytes]:
+def blocks(tokens: list[int], size: int, salt: str = "", start: int = 0, stop: int = 10**9, step: int = 1):
     """The hashes of the full blocks of a request whose tokens come ``step`` at a time, as vLLM makes them."""
-    import hashlib
 
     def hasher(request):
         done, found = len(request.block_hashes), []
@@ -96,7 +100,7 @@ def blocks(tokens: list[int], size: int, salt: str = "", start: int = 0, step: i
         return found
 
     request = SimpleNamespace(tokens=[], block_hashes=[])
-    ours = salted(hasher, salt, start, size) if salt else hasher
+    ours = salted(hasher, salt, start, stop, size) if salt else hasher
     for begin in range(0, len(tokens), step):
         request.tokens += tokens[begin : begin + step]
         request.block_hashes += ours(request)
@@ -110,7 +114,17 @@ def test_blocks_before_the_first_steered_token_are_shared_and_no_others(start):
     for number, found in enumerate(zip(plain, one, other)):
         shared = (number + 1) * size <= start
         assert len(set(found)) == (1 if shared else 3), number
-    assert one == blocks(tokens, size, "one", start)
+    for step in (5, 8, 37):  # as a chat's second turn has the first one's tokens: however many come at once
+        assert one == blocks(tokens, size, "one", start, step=step)
+
+
+def test_blocks_are_those_of_what_is_steered_up_to_their_end():
+    """Of a scope that ends with the prompt, a longer prompt with the same tokens is another one from its end on."""
+    tokens, size = list(range(40)), 8
+    short, long = (blocks(tokens, size, "one", 0, stop) for stop in (10, 30))
+    assert [a == b for a, b in zip(short, long)] == [True, False, False, False, False]
+    early, late = (blocks(tokens, size, "one", start) for start in (10, 12))
+    assert [a == b for a, b in zip(early, late)] == [True, False, False, False, False]
 
 
 def test_a_folder_of_the_catalog_needs_no_plan(tmp_path):

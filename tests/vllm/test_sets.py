@@ -13,11 +13,11 @@ def test_a_set_is_a_plan_or_several_with_their_strengths_and_a_scope():
         json.dumps(
             {
                 "sets": {
-                    "kind": {"plan": "a", "alpha": 8, "max_alpha": 9},
+                    "kind": {"plan": "a", "alpha": 8, "max_alpha": 9, "max_kl": 0.5},
                     "brief": {"plan": "b", "k": 3, "scope": "generation"},
                     "both": {"plans": [{"plan": "a", "alpha": 1}, {"plan": "b", "alpha": 2}], "scope": [0, 4]},
                 },
-                "max_kl": 0.5,
+                "max_alpha": 3,
                 "slots": 7,
             }
         )
@@ -27,7 +27,7 @@ def test_a_set_is_a_plan_or_several_with_their_strengths_and_a_scope():
     assert (
         found["kind"].parts[0].alpha == 8.0 and found["kind"].parts[0].k is None and str(found["kind"].scope) == "all"
     )
-    assert found["kind"].limits == Limits(9.0, 0.5) and found["brief"].limits == Limits(None, 0.5)
+    assert found["kind"].limits == Limits(9.0, 0.5) and found["brief"].limits == Limits(3.0, None)
     part = found["brief"].parts[0]
     assert (part.alpha, part.k, str(found["brief"].scope)) == (None, 3, "generation")
     assert [part.plan for part in found["both"].parts] == ["a", "b"] and found["both"].scope.stop == 4
@@ -78,6 +78,9 @@ def of(text: str) -> str:
         (of('{"plan": "p", "max_alpha": -1}'), "max_alpha.*-1"),
         (of('{"plan": "p", "alpha": 3, "max_alpha": 2}'), "alpha.*3.*2"),
         (of('{"plans": []}'), r"plans.*\[\]"),
+        (of('{"plans": [{"plan": "p", "alpha": 1}, {"plan": "q", "alpha": 1}], "max_kl": 1}'), "max_kl.*several"),
+        ("[" * 100000, "\\[\\[\\["),
+        ("{" + "[" * 100000, "JSON"),
         (of('{"plans": [{"plan": "p"}, {"plan": "q", "alpha": 1}]}'), "'p'.*alpha"),
         (of('{"plans": [{"plan": "p", "alpha": 1}], "alpha": 3}'), "'alpha'.*'plans'"),
     ],

@@ -115,6 +115,11 @@ def test_what_there_is_no_room_for_is_refused(made, one, match):
         made().row([(one, 1.0)])
 
 
+def test_a_strength_that_no_float32_can_be_is_refused(made):
+    with pytest.raises(ServingError, match=r"alpha.*smaller"):
+        made().row([(SHIFT, 2.9e38)])
+
+
 def test_a_row_counts_its_places_as_the_structure_does(made):
     found = made().row([(SHIFT, 2.0), (PUSH, 1.0)])
     places = made().places
