@@ -122,3 +122,11 @@ def test_generate_takes_names_of_the_hub(hub, demo, monkeypatch):
             expected[f"{name}, alpha 40"] = continue_prompts(*demo, [prompt], max_new_tokens=5)
     assert json.loads(text)["continuations"] == expected
     assert len({texts[0] for texts in expected.values()}) == 3
+
+
+def test_pull_puts_a_plan_into_a_folder(hub, tmp_path):
+    ask("push", "kind", "user/kind")
+    assert f"3 AUs, scale\nwrote sets/kind/{FILE_NAME}\n" in ask("pull", "user/kind", "--out", "sets/kind")
+    assert Plan.from_pretrained(tmp_path / "sets" / "kind") == KNOWN
+    data = json.loads(ask("pull", "user/kind", "--out", "sets/kind", "--json"))
+    assert data == {"repo": "user/kind", "file": f"sets/kind/{FILE_NAME}", "aus": 3, "operation": "scale"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
-from austeer.plans.serving import KEY, MIDDLEWARE, PROCESSOR, SCHEDULER
+from austeer.plans.serving import KEY, VARIABLE
 from mixes import PROMPTS
 from plugin_sets import ENGINE, Mix, asks, named, random_mixes, written_by_us
 from serving import Server
@@ -90,10 +93,13 @@ def test_another_architecture(demo, tmp_path):
 
 
 def test_the_server_takes_a_set_by_name_and_refuses_others(small, demo, mixes, expected, tmp_path):
-    arguments = [str(small[1]), "--served-model-name", "small", "--dtype", "float32", "--max-model-len", "128"]
-    plugin = ["--logits-processors", PROCESSOR, "--scheduler-cls", SCHEDULER, "--middleware", MIDDLEWARE]
+    options = ["--served-model-name", "small", "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
     with named(mixes, tmp_path):
-        server = Server([*arguments, *plugin, "--enforce-eager"], tmp_path / "log")
+        serve = ["serve", str(small[1]), "--sets", os.environ[VARIABLE], "--print", *options]
+        shown = subprocess.run([sys.executable, "-m", "austeer", *serve], capture_output=True, text=True, check=True)
+        variable, *command = shlex.split(shown.stdout)
+        assert variable == f"{VARIABLE}={os.environ[VARIABLE]}" and command[:2] == ["vllm", "serve"]
+        server = Server(command[2:], tmp_path / "log")
     body = {"model": "small", "temperature": 0, "min_tokens": TOKENS, "max_tokens": TOKENS, "return_token_ids": True}
     try:
         server.wait()
