@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -40,10 +41,8 @@ def serve(
     if show:
         print(f"{VARIABLE}={shlex.quote(sets)} vllm {shlex.join(command)}")
         return
-    try:
-        import vllm  # noqa: F401
-    except ImportError as error:
-        raise AusteerError("found no vLLM in this environment, expected it beside austeer; pip install vllm") from error
+    if find_spec("vllm") is None or find_spec("vllm.entrypoints") is None:
+        raise AusteerError("found no vLLM in this environment, expected it beside austeer; pip install vllm")
     console.print(f"vllm {shlex.join(command)}", markup=False)
     arguments = [sys.executable, "-m", "vllm.entrypoints.cli.main", *command]
     os.execve(sys.executable, arguments, {**os.environ, VARIABLE: sets})
