@@ -229,6 +229,8 @@ def section(result: Result) -> str:
         makers = [_conclusion, _overhead, *along]
     elif result.kind == "momentum":
         makers = [_momentum, lambda result: tables.memory(result.content["memory"]), _offloaded]
+    elif result.kind == "served":
+        makers = [lambda result: tables.served_rows(result.content)]
     else:
         makers = [OPERATIONS[result.kind]]
     return "\n\n".join(filter(None, [*texts, *(make(result) for make in makers)]))

