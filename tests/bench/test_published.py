@@ -85,6 +85,22 @@ def test_how_exact_other_engines_are(repository):
     assert "Not measured yet (`make test-engines EXACTNESS=FILE`)" in (repository / "docs" / "serving.md").read_text()
 
 
+def test_what_a_server_costs(repository):
+    results = repository / "bench" / "results" / "cpu"
+    for path in results.glob("served-*.json"):
+        path.unlink()
+    spread = {"median": 1.0123, "low": 0.99, "high": 1.03, "rounds": 3}
+    row = {"plans": 8, "seconds": {**spread, "median": 2.5}, "over_vllm": spread}
+    content = {"kind": "served", "model": "m", "rounds": 3, "site": "ffn", "aus": 5, "prompt": 16}
+    environment = json.loads(next(results.glob("serving-*.json")).read_text())["environment"]
+    batches = [{"requests": 8, "tokens": 48, "rows": {"plugin, one plan": row}}]
+    content |= {"complete": True, "batches": batches, "environment": environment}
+    (results / "served-2000-01-01.json").write_text(json.dumps(content))
+    report(repository)
+    page = (repository / "docs" / "vllm.md").read_text()
+    assert "| 8 | plugin, one plan | 48 | 2.50 | 1.012 [0.990, 1.030] |" in page and "5 AUs a plan at `ffn`" in page
+
+
 def test_figures_of_results_that_are_gone_go_too(repository):
     kept = sorted((repository / "docs" / "figures").iterdir())
     path = synthetic.put(repository / "bench" / "results", "nvidia-x", "inference-2000-01-01", synthetic.inference())
