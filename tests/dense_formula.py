@@ -152,16 +152,17 @@ def formula_logits(model, ids, plan, alpha):
 
 
 def snapshot(model):
-    """Every parameter and buffer, and every attribute name of every module."""
+    """Every parameter and buffer, and of every module its attributes' names, its mode and what needs gradients."""
     tensors = {name: t.clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    return tensors, {name: set(vars(module)) for name, module in model.named_modules()}
+    modes = {name: (set(vars(module)), type(module), module.training) for name, module in model.named_modules()}
+    return tensors, modes, {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
 def assert_unchanged(model, before):
-    tensors, attributes = snapshot(model)
+    tensors, *rest = snapshot(model)
     assert tensors.keys() == before[0].keys()
     assert all(torch.equal(tensors[name], before[0][name]) for name in tensors)
-    assert attributes == before[1]
+    assert rest == list(before[1:])
 
 
 def modules_of(model):

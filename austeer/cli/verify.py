@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,10 +95,11 @@ def verify(
     A plan's replay has what its model writes after a few prompts, with the plan and without; --record stores one
     (`austeer verify plans/kind --model demo --alpha 8 --record`), as `austeer export lora ... --replay` does with the
     adapter. Steered requests are those with --lora, --set or --body; without any of them all are taken for steered. The
-    exit code is 0 for "applied" and 1 for everything else.
+    exit code is 0 for "applied", 1 for every other verdict, and 2 where it could not be tried.
     """
+    from ..plans.files import file_of, write
     from ..plans.plan import Plan
-    from ..verifying import VerifyError
+    from ..verifying import VerifyError, record_replay
     from ..verifying import verify as compare
     from ..verifying.sources import source_of
 
@@ -109,17 +109,21 @@ def verify(
         raise VerifyError("--adapter, --record, --dtype, --device: found one beside --url, expected --model with them")
     if alpha is not None and not record:
         raise VerifyError(f"--alpha: found {alpha} without --record, expected both: a replay has its own strength")
-    plan: str | Plan = Plan.from_pretrained(what) if record else what
+    plan: str | Plan = _to_record(what) if record else what
+    strengths = parse_alphas([alpha] if alpha else None)
+    if len(strengths) > 1:
+        raise VerifyError(f"--alpha: found {len(strengths)}, expected one: the strength of the replay")
     request = None if body is None else _object(body)
     options: dict[str, Any] = {"base": base, "lora": lora, "steering_set": steering_set, "body": request}
     if model is None:
         found = compare(plan, url=url, **options)
     else:
         if not record:
-            source_of(what)  # says what is wrong before the model is loaded
+            source_of(what).expect_local()  # says what is wrong before the model is loaded
         network, tokenizer = load_sharp(model, dtype, device)
         if isinstance(plan, Plan):
-            plan = _recorded(plan, what, network, tokenizer, parse_alphas([alpha] if alpha else None))
+            plan = record_replay(network, tokenizer, plan, strengths[0] if strengths else None)
+            write(plan, file_of(Path(what)))
         found = compare(plan, network, tokenizer, adapter=adapter, **options)
     if json:
         emit(found.to_json())
@@ -128,20 +132,16 @@ def verify(
     raise typer.Exit(0 if found.applied else 1)
 
 
-def _recorded(plan: Plan, where: str, network: Any, tokenizer: Any, alphas: Sequence[float]) -> Plan:
-    """The plan with a new replay, which is put into its file, too."""
-    from ..verifying import VerifyError, record_replay
+def _to_record(where: str) -> Plan:
+    """The plan in a folder or file, into which its replay is to go."""
+    from ..plans.plan import Plan
+    from ..verifying import VerifyError
 
-    if len(alphas) > 1:
-        raise VerifyError(f"--alpha: found {len(alphas)}, expected one: the strength of the replay")
-    path = Path(where)
-    if not path.exists():
+    if not Path(where).exists():
         raise VerifyError(
-            f"--record: found {where}, which is no folder here, expected a plan's folder to write it into"
+            f"--record: found {where}, which is not here, expected a plan's folder or file to write the replay into"
         )
-    plan = record_replay(network, tokenizer, plan, alphas[0] if alphas else None)
-    plan.save_pretrained(path if path.is_dir() else path.parent)
-    return plan
+    return Plan.from_pretrained(where)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -81,8 +81,11 @@ def write(plan: PlanTable, path: Path) -> Path:
     }
     size = len(json.dumps(json.dumps(header)))  # as it stands in the file: JSON within JSON
     if size > LARGEST_HEADER - 4096:
+        sizes = {name: len(json.dumps(json.dumps(part))) for name, part in header.items()}
+        first, second = sorted(sizes, key=lambda name: -sizes[name])[:2]
         raise PlanError(
-            f"the plan's header would take {size} bytes, expected at most {LARGEST_HEADER - 4096}; shorten the evidence"
+            f"the plan's header would take {size} bytes, expected at most {LARGEST_HEADER - 4096}; shorten the {first} "
+            f"({sizes[first]} bytes) or the {second} ({sizes[second]})"
         )
     number = {name: i for i, name in enumerate(names)}
     tensors = {name: getattr(plan, name) for name in ("layer", "index", "beta", "delta")}
@@ -105,8 +108,7 @@ def read(path: Path, kind: type[Kind]) -> Kind:
         FileFormatError: missing, damaged, foreign, too large, or of a newer version.
         PlanError: its content is not a valid plan.
     """
-    if path.is_dir():
-        path = _file_in(path)
+    path = file_of(path)
     try:
         header, tensors = files.read(
             path,
@@ -132,7 +134,10 @@ def read(path: Path, kind: type[Kind]) -> Kind:
         raise PlanError(f"{path}: {error}") from error
 
 
-def _file_in(folder: Path) -> Path:
+def file_of(folder: Path) -> Path:
+    """A folder's file of the usual name; a file itself. Raises FileFormatError: the folder has none."""
+    if not folder.is_dir():
+        return folder
     path = folder / FILE_NAME
     if not path.exists():
         try:

@@ -21,7 +21,7 @@ Step = tuple[tuple[int, float], ...]
 Answer = tuple[Step, ...]
 
 #: A replay as JSON, in bytes, and its parts.
-LARGEST_REPLAY, MOST_PROMPTS, MOST_HYPOTHESES, LONGEST_PROMPT = 50_000, 32, 16, 1000
+LARGEST_REPLAY, MOST_PROMPTS, MOST_HYPOTHESES, LONGEST_PROMPT = 50_000, 16, 16, 1000
 #: Token ids and layers beyond it are none.
 LARGEST_INT = 2**31 - 1
 

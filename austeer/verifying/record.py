@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from ..forward.tokens import check_vocabulary, encode
 from ..models.sites import find_sites
 from ..models.structure import floating_dtype, is_steered, vocabulary_size
 from ..plans.plan import Plan
-from ..plans.replay import APPLIED, NOT_APPLIED, Answer, Prompt, Replay
+from ..plans.replay import APPLIED, LARGEST_REPLAY, MOST_PROMPTS, NOT_APPLIED, Answer, Prompt, Replay
 from ..steering.scope import parse_scope
 from ..steering.steer import steer
 from ..steering.strength import Strength
@@ -65,12 +66,13 @@ def record_replay(
         plan: of which the whole is steered; for the first AUs alone give ``plan.top(k)``.
         alpha: the strength; by default the one that the plan's evidence recommends, or 1.
         scope: the tokens to steer, as in :func:`austeer.steer`. An adapter or a folded checkpoint steers all.
-        prompts: what is continued; by default the beginnings of six of the packaged neutral texts.
+        prompts: what is continued, a list of texts; by default the beginnings of six of the packaged neutral texts.
         progress: on standard error; by default a bar on a terminal, and elsewhere a line now and then.
 
     Raises:
-        PlanError: the plan is for another model, or the replay would be larger than a plan is to carry.
-        SteeringError: an alpha that is 0 or no number, no such scope, or a model that is steered now.
+        PlanError: the plan is for another model, prompts that are no list of texts, or so many that the replay would be
+            larger than a plan is to carry.
+        SteeringError: an alpha that is 0 or no number, no such scope or an answer's, or a model that is steered now.
         PairsError: another model's tokenizer.
     """
     if is_steered(model):
@@ -79,9 +81,10 @@ def record_replay(
         raise PlanError(f"plan: found {type(plan).__name__}, expected an austeer.Plan")
     if alpha is None:
         alpha = 1.0 if plan.evidence is None or plan.evidence.alpha is None else plan.evidence.alpha
-    parse_scope(scope)
+    if parse_scope(scope).answer is not None:
+        raise SteeringError("scope: found an answer's markers, expected a name or a range of tokens")
     Strength({"": plan}, False).set_alpha(alpha)
-    texts = [" ".join(text.split()[:WORDS]) for text in neutral_texts()[:PROMPTS]] if prompts is None else list(prompts)
+    texts = _texts(prompts)
     ids = encode(tokenizer, texts)
     check_vocabulary(vocabulary_size(model), ids)
     given = tuple(Prompt(text, tuple(row)) for text, row in zip(texts, ids))
@@ -89,17 +92,16 @@ def record_replay(
     cases = _hypotheses(model, plan, alpha, scope)
     with Progress("recording", len(cases), "hypotheses", progress) as bar:
         for hypothesis, case in cases.items():
-            with _steered(model, case):
-                found = written(model, ids)
+            found = _written(model, ids, hypothesis, case)
             if found is not None:
                 answers[hypothesis] = found
+                _check_size(answers, _texts_of(tokenizer, answers), len(cases), len(texts))
             elif hypothesis in (APPLIED, NOT_APPLIED):
                 raise PlanError(
                     f"replay: found log-probabilities that are no numbers ({hypothesis}, alpha {alpha!r}), expected "
                     "finite ones; take a smaller alpha"
                 )
             bar.advance()
-    tokens = {token for rows in answers.values() for row in rows for step in row for token, _ in step}
     replay = Replay(
         digest=plan.digest,
         operation=plan.operation,
@@ -110,9 +112,15 @@ def record_replay(
         dtype=str(floating_dtype(model)).removeprefix("torch."),
         prompts=given,
         answers=answers,
-        texts={token: _text(tokenizer, token) for token in sorted(tokens)},
+        texts=_texts_of(tokenizer, answers),
     )
     return plan.with_replay(replay)
+
+
+def _texts_of(tokenizer: Any, answers: Mapping[str, tuple[Answer, ...]]) -> dict[int, str]:
+    """The texts of all tokens that occur."""
+    tokens = {token for rows in answers.values() for row in rows for step in row for token, _ in step}
+    return {token: _text(tokenizer, token) for token in sorted(tokens)}
 
 
 def _text(tokenizer: Any, token: int) -> str:
@@ -120,6 +128,40 @@ def _text(tokenizer: Any, token: int) -> str:
     text = tokenizer.decode([token])
     blank = str(tokenizer.convert_ids_to_tokens(token)).startswith("▁") and not text.startswith(" ")
     return f" {text}" if blank else text
+
+
+def _texts(prompts: Sequence[str] | None) -> list[str]:
+    if prompts is None:
+        return [" ".join(text.split()[:WORDS]) for text in neutral_texts()[:PROMPTS]]
+    listed = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    if not listed or not all(isinstance(text, str) for text in prompts):
+        raise PlanError(f"prompts: found {prompts!r:.60}, expected a list of texts")
+    if not 1 <= len(prompts) <= MOST_PROMPTS:
+        raise PlanError(f"prompts: found {len(prompts)}, expected 1 to {MOST_PROMPTS}")
+    return list(prompts)
+
+
+def _check_size(answers: Mapping[str, tuple[Answer, ...]], texts: Mapping[int, str], cases: int, prompts: int) -> None:
+    """Raises PlanError where the replay would be too large with the hypotheses that are left: they need not run."""
+    size = len(json.dumps(answers)) // len(answers) * cases + len(json.dumps(texts))
+    if size > LARGEST_REPLAY:
+        raise PlanError(
+            f"prompts: found {prompts}, of which the replay would have {size} bytes or more, expected at most "
+            f"{LARGEST_REPLAY}; take {prompts * LARGEST_REPLAY // size} or fewer"
+        )
+
+
+def _written(
+    model: nn.Module, ids: Sequence[Sequence[int]], hypothesis: str, case: Case | None
+) -> tuple[Answer, ...] | None:
+    """What the model writes under a hypothesis; None: no numbers, or a fault that cannot be put on the model."""
+    try:
+        with _steered(model, case):
+            return written(model, ids)
+    except SteeringError:  # twice the strength may be too much where the strength itself is not
+        if hypothesis in (APPLIED, NOT_APPLIED):
+            raise
+        return None
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import secrets
 import urllib.error
 import urllib.request
@@ -12,13 +14,15 @@ from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any
 
-from ..errors import AusteerError, one_line
+from ..errors import AusteerError
 from ..plans.replay import Replay
 from .comparison import Token, Written
 from .writing import LIKELIEST, TOKENS
 
 #: Seconds that one answer may take: a server may be loading an adapter.
 TIMEOUT = 120
+#: Bytes of an answer: that of the longest lists of models is a tenth of it.
+LARGEST_ANSWER = 2**24
 #: Sent as a bearer token, if it is set.
 KEY_VARIABLE = "AUSTEER_API_KEY"
 #: How vLLM names tokens by their ids, if it is asked to.
@@ -37,7 +41,11 @@ class Server:
     """
 
     def __init__(self, url: str, model: str | None = None):
-        if not url.startswith(("http://", "https://")):
+        if "@" in url or "?" in url:  # what stands there may be a secret, and a URL is shown
+            raise VerifyError(
+                f"url: found one with a user or a query, expected http://HOST:PORT/v1; a key goes into {KEY_VARIABLE}"
+            )
+        if not re.match("https?://", url):
             raise VerifyError(f"url: found {url!r}, expected http://HOST:PORT/v1")
         self.url = url.rstrip("/")
         self._plain: bool | None = None  # whether it takes texts alone, and knows OpenAI's options alone
@@ -72,8 +80,8 @@ class Server:
             counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
             if counted is not None and counted != len(prompt.ids):
                 raise VerifyError(
-                    f"{self.url}: found {counted} tokens in the prompt {prompt.text!r}, expected {len(prompt.ids)}; "
-                    "the server has another tokenizer, or begins texts in another way"
+                    f"{self.url}: found {counted!r:.40} tokens in the prompt {prompt.text!r}, expected "
+                    f"{len(prompt.ids)}; the server has another tokenizer, or begins texts in another way"
                 )
             found.append(self._read(answer, tokens))
         return found
@@ -88,8 +96,8 @@ class Server:
                 version = f"vLLM {stated['version']}"
         except VerifyError:
             pass  # no vLLM
-        mark = self._says.get("fingerprint")
-        return " ".join(filter(None, [version or "a server", mark and f"({mark})", "at", self.url]))
+        mark = printable(self._says.get("fingerprint", ""), 60)
+        return " ".join(filter(None, [printable(version, 60) or "a server", mark and f"({mark})", "at", self.url]))
 
     def _complete(self, text: str, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
         """Token ids are what the model itself reads; a server that takes texts alone gets the text."""
@@ -117,39 +125,47 @@ class Server:
 
     def _open(self, request: urllib.request.Request) -> dict[str, Any]:
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                text = answer.read().decode("utf-8", "replace")
-                self._says.setdefault("server", answer.headers.get("Server") or "")
-        except urllib.error.HTTPError as error:
-            with error:
-                message = _message(error.read().decode("utf-8", "replace"))
-            kind = _RefusedError if error.code in (400, 422) else VerifyError
-            raise kind(f"{request.full_url}: the server answered HTTP {error.code}: {message}") from error
-        except (OSError, ValueError) as error:  # the last: a URL that is none
-            reason = one_line(getattr(error, "reason", None) or error)
+            text = self._text(request)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # the last two: also a URL that is none
+            reason = printable(getattr(error, "reason", None) or error).rstrip(". ") or type(error).__name__
             raise VerifyError(
                 f"{request.full_url}: cannot be reached ({reason}); expected a running server, as http://HOST:PORT/v1"
             ) from error
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = None
+        found = _json(text)
         if not isinstance(found, dict):
             raise VerifyError(
                 f"{request.full_url}: found {text[:60]!r}, expected JSON; is the URL that of the API (/v1)?"
             )
         mark = found.get("system_fingerprint")
-        if isinstance(mark, str) and mark.isprintable():
-            self._says["fingerprint"] = mark[:60]
+        if isinstance(mark, str):
+            self._says["fingerprint"] = mark
         return found
+
+    def _text(self, request: urllib.request.Request) -> str:
+        """An answer's text; raises VerifyError where the server refuses, and what urllib does where there is none."""
+        try:
+            with _OPENER.open(request, timeout=TIMEOUT) as answer:
+                self._says.setdefault("server", answer.headers.get("Server") or "")
+                data = answer.read(LARGEST_ANSWER + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                message = _message(error.read(LARGEST_ANSWER).decode("utf-8", "replace"))
+            kind = _RefusedError if error.code in (400, 422) else VerifyError
+            raise kind(f"{request.full_url}: the server answered HTTP {error.code}: {message}") from error
+        if len(data) > LARGEST_ANSWER:
+            raise VerifyError(
+                f"{request.full_url}: found an answer of more than {LARGEST_ANSWER} bytes, expected a short one; is "
+                "the URL that of the API (/v1)?"
+            )
+        return data.decode("utf-8", "replace")
 
     def _read(self, answer: dict[str, Any], tokens: _Tokens) -> Written:
         try:
             logprobs = answer["choices"][0]["logprobs"]
             rows = tokens.steps(logprobs) if logprobs else []
-            steps = list(takewhile(lambda step: None not in step[1], rows))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise VerifyError(f"{self.url}: found an answer without choices and logprobs ({error!r})") from error
+            steps = list(takewhile(lambda step: step[1] and None not in step[1], rows))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise VerifyError(f"{self.url}: found an answer without choices and logprobs ({error!r:.100})") from error
         if not logprobs:
             raise VerifyError(
                 f"{self.url}: found no log-probabilities in the answer, expected those of the {LIKELIEST} likeliest "
@@ -160,6 +176,19 @@ class Server:
 
 class _RefusedError(VerifyError):
     """A request that the server does not take."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere else: urllib would take the key along, to whatever host the server names."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        fp.close()
+        raise VerifyError(
+            f"{req.full_url}: the server redirects to {printable(newurl)}; give that URL if it is the server's own"
+        )
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class _Tokens:
@@ -203,16 +232,30 @@ def _numbers(values: dict[Any, Any]) -> dict[Token, float]:
 
 
 def _headers() -> dict[str, str]:
-    key = os.environ.get(KEY_VARIABLE)
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise VerifyError(
+            f"{KEY_VARIABLE}: found characters that no header can have, expected printable ASCII; set it anew"
+        )
     return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
 def _message(text: str) -> str:
     """What an error of a server says."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return " ".join(text.split())[:300] or "nothing"
+    found = _json(text)
     inner = found.get("error", found) if isinstance(found, dict) else found
     said = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else inner
-    return " ".join(str(said or text).split())[:300]
+    return printable(said or text) or "nothing"
+
+
+def _json(text: str) -> Any:
+    """What a server's text says; None where it is no JSON. Servers write infinities, which strict JSON has not."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def printable(words: object, longest: int = 300) -> str:
+    """A server's words as they may be shown: one line, not long, and nothing that a terminal obeys."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(words)[: 4 * longest]).split())[:longest]

@@ -36,6 +36,14 @@ class Source:
     folded: bool = False
     gguf: bool = False
 
+    def expect_local(self) -> None:
+        """Raises VerifyError: it cannot run in Transformers."""
+        if self.gguf:
+            raise VerifyError(
+                f"{self.name}: found a file for llama.cpp and a model of Transformers, expected a server: llama-server "
+                "-m MODEL.gguf --lora FILE, and its url"
+            )
+
 
 def source_of(what: Plan | str | Path) -> Source:
     """Finds the replay.

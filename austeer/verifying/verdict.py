@@ -25,6 +25,7 @@ STALE_REASON = (
     "applied to requests that reuse no prompt: the server keeps what it computed of a prompt, and gives it to requests "
     "that are steered otherwise"
 )
+CACHE_UNKNOWN = "a stale prompt cache is not ruled out: the server gave no answers to requests that reuse no prompt"
 
 
 def verdict_on(

@@ -20,9 +20,9 @@ from ..plans.serving import ALPHA, KEY
 from ..steering.steer import steer
 from ..utils.environment import versions_of
 from .comparison import Written, of_answer
-from .server import Server, VerifyError
+from .server import Server, VerifyError, printable
 from .sources import Source, source_of
-from .verdict import CANNOT_TELL, SOMETHING_ELSE, STALE, STALE_REASON, verdict_on
+from .verdict import CACHE_UNKNOWN, CANNOT_TELL, SOMETHING_ELSE, STALE, STALE_REASON, verdict_on
 from .verification import Verification
 from .writing import written
 
@@ -107,13 +107,19 @@ def _of_server(replay: Replay, server: Server, request: dict[str, Any]) -> Verif
     def once(cached: bool) -> Verification:
         unsteered = server.written(replay, {}, cached) if request else None
         steered = server.written(replay, request, cached)
-        asked = ", ".join(f"{key} {_shown(value)}" for key, value in request.items()) or f"model {server.model}"
+        asked = (
+            ", ".join(f"{key} {_shown(value)}" for key, value in request.items())
+            or f"model {printable(server.model, 60)}"
+        )
         return verdict_on(replay, steered, unsteered, f"{server.engine()}; {asked}", _versions())
 
     found = once(cached=True)
     if found.applied or not request:
         return found
-    fresh = once(cached=False)
+    try:
+        fresh = once(cached=False)
+    except VerifyError:  # a server that knows its own options alone, or that has gone
+        return replace(found, reason="; ".join(filter(None, [found.reason, CACHE_UNKNOWN])))
     if fresh.applied:
         return replace(found, verdict=STALE, reason=STALE_REASON)
     return fresh if found.verdict in (CANNOT_TELL, SOMETHING_ELSE) else found
@@ -122,11 +128,7 @@ def _of_server(replay: Replay, server: Server, request: dict[str, Any]) -> Verif
 def _of_model(source: Source, model: nn.Module, tokenizer: Any, adapter: Path | None) -> Verification:
     if is_steered(model):
         raise VerifyError("model: found one that is steered now, expected a plain one; verify outside the with block")
-    if source.gguf:
-        raise VerifyError(
-            f"{source.name}: found a file for llama.cpp and a model of Transformers, expected a server: llama-server "
-            "-m MODEL.gguf --lora FILE, and its url"
-        )
+    source.expect_local()
     ids = _ids(source.replay, model, tokenizer)
     device = f"{floating_dtype(model)}".removeprefix("torch.") + f" on {input_device(model)}"
     if source.folded and adapter is None:
@@ -153,19 +155,39 @@ def _steered(source: Source, model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _peft(model: nn.Module, adapter: Path) -> Iterator[nn.Module]:
-    """The model with an adapter; afterwards as it was."""
+    """The model with an adapter; afterwards as it was, also where PEFT gives up half-way."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise VerifyError("adapter: PEFT is not installed, which runs it here: pip install 'austeer[peft]'") from error
+    with _left_as_it_was(model):
+        try:
+            wrapped = PeftModel.from_pretrained(model, adapter).eval()
+        except Exception as error:  # PEFT's, safetensors' or the hub's, of a file of someone else's: there are many
+            raise VerifyError(
+                f"adapter: {adapter} could not be loaded on this model ({printable(error)}); export it anew"
+            ) from error
+        yield wrapped
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module has the attributes, parts and hooks that it had, and each parameter its ``requires_grad``.
+
+    PEFT's own ``unload`` is there only once an adapter is loaded, and leaves a model that is frozen.
+    """
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    # Parts, hooks and buffers are in dictionaries, which stay the same objects: only what is in them changes.
+    before += [(value, dict(value)) for _, held in before for value in held.values() if isinstance(value, dict)]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise VerifyError(f"adapter: {adapter} could not be loaded on this model ({error!s:.200})") from error
-    try:
-        yield wrapped.eval()
+        yield
     finally:
-        wrapped.unload()
+        for held, content in before:
+            held.clear()
+            held.update(content)
+        for parameter, needed in trained:
+            parameter.requires_grad = needed
 
 
 def _ids(replay: Replay, model: nn.Module, tokenizer: Any) -> list[tuple[int, ...]]:

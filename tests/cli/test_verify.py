@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,8 @@ from austeer.cli import app
 from completions import Completions
 from dense_formula import random_plan
 from hypotheses import ALPHA, faults
+from searches import NEUTRAL, NOUNS
+from small_plans import REPLAY
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,55 @@ def test_record_puts_the_replay_into_the_plan(place, tmp_path):
     code, text = run("verify", tmp_path / "kind", "-m", place / "tiny", "--dtype", "bfloat16", "--json")
     found = json.loads(text)
     assert code == 0 and found["unsteered"] > 1e-3 and "bfloat16" in found["engine"]
+
+
+def test_record_writes_the_file_that_was_read(place, tmp_path):
+    """And no plan beside it."""
+    other, own = tmp_path / "austeer_plan.safetensors", tmp_path / "mine.safetensors"
+    austeer.Plan.from_pretrained(place / "kind").save_pretrained(tmp_path)
+    own.write_bytes(other.read_bytes())
+    before = other.read_bytes()
+    assert run("verify", own, "-m", place / "tiny", "--record", "--alpha", 2)[0] == 0
+    assert other.read_bytes() == before and austeer.Plan.from_pretrained(own).replay.alpha == 2.0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("austeer.cli.common.load", None)
+    monkeypatch.setattr("austeer.models.load.fits", None)
+    model = ("-m", place / "tiny", "--dtype", "float32")
+    with pytest.raises(austeer.VerifyError, match="--record: found me/kind, which is not here"):
+        run("verify", "me/kind", *model, "--record")
+    with pytest.raises(austeer.VerifyError, match="--alpha: found 2, expected one"):
+        run("verify", place / "kind", *model, "--record", "--alpha", "2,3")
+    pytest.importorskip("gguf")
+    plan = austeer.Plan.from_pretrained(place / "kind")
+    plan = plan.with_replay(replace(REPLAY, digest=plan.digest, alpha=1.0, scope="all"))
+    file = austeer.export_gguf(plan, place / "tiny", tmp_path / "kind.gguf", alpha=1.0, progress=False)
+    with pytest.raises(austeer.VerifyError, match=r"kind.gguf: .*llama-server"):
+        run("verify", file, *model)
+
+
+def test_tune_records_the_plan_that_it_chose(place, tmp_path):
+    rows = [{"prompt": f"The {noun} was", "positive": " good", "negative": " bad"} for noun in NOUNS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "neutral.txt").write_text("\n".join(NEUTRAL))
+    out = tmp_path / "out"
+    few = ("--rank", "momentum", "--sites", "attention", "--operations", "shift", "--ks", "2", "--no-mix")
+    few += ("--neutral", tmp_path / "neutral.txt", "--samples", 0, "--quiet")
+    for options in ((), ("--replay", "--force")):
+        assert run("tune", tmp_path / "pairs.jsonl", "-m", place / "tiny", *few, "--out", out, *options)[0] == 0
+        plan = austeer.Plan.from_pretrained(out / "plan")
+        assert (plan.replay is not None) == bool(options)
+    assert plan.replay.digest == plan.digest and plan.replay.alpha == plan.evidence.alpha
+    text = run("verify", out / "plan", "-m", place / "tiny", "--json")[1]
+    found = json.loads(text)
+    assert found["plan"]["digest"] == plan.digest and found["differences"]["applied"] < 1e-3, text
+
+
+def test_the_help_has_the_exit_codes():
+    words = " ".join(run("verify", "--help")[1].replace("│", " ").split())
+    assert 'exit code is 0 for "applied", 1 for every other verdict, and 2 where it could not be tried' in words
 
 
 def test_exports_have_none_by_themselves(place, tmp_path):

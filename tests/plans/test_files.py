@@ -125,6 +125,16 @@ def test_a_header_without_end_is_not_written(tmp_path):
         PLAN.with_evidence(replace(EVIDENCE, tested=rows, alpha=None)).save_pretrained(tmp_path)
 
 
+def test_a_header_that_a_replay_makes_too_long_names_it(tmp_path):
+    """The evidence alone fits."""
+    rows = tuple(replace(EVIDENCE.tested[0], alpha=i, data="ü" * 276) for i in range(490))
+    plan = PLAN.with_evidence(replace(EVIDENCE, tested=rows, alpha=None))
+    plan.save_pretrained(tmp_path)
+    large = replace(REPLAY, texts=dict.fromkeys(range(900), "x" * 40))
+    with pytest.raises(PlanError, match=r"header.*\d+ bytes.*shorten the evidence \(\d+ bytes\) or the replay \(\d+\)"):
+        plan.with_replay(large).save_pretrained(tmp_path)
+
+
 # --- what is not there -----------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,50 @@ def test_a_text_ends_where_the_model_ends_it(tiny, demo):
     assert again.answers[NOT_APPLIED][0] == first.answers[NOT_APPLIED][0][:2]
 
 
+def test_the_models_own_configuration_of_generate_does_not_count(tiny, demo):
+    """What it forbids, forces or repeats is no log-probability's; and it is afterwards as it was."""
+    plan = random_plan(tiny, "ffn", 5, "shift")
+    first = austeer.record_replay(tiny, demo[1], plan, prompts=["A soup"], progress=False).replay
+    likeliest = [step[0][0] for step in first.answers[NOT_APPLIED][0]]
+    own = tiny.generation_config
+    own.update(
+        suppress_tokens=likeliest,
+        num_return_sequences=2,
+        num_beams=2,
+        no_repeat_ngram_size=1,
+        min_new_tokens=3,
+        repetition_penalty=2.0,
+        max_length=7,
+        do_sample=True,
+        temperature=9.0,
+    )
+    before = own.to_dict()
+    assert austeer.record_replay(tiny, demo[1], plan, prompts=["A soup"], progress=False).replay == first
+    assert tiny.generation_config is own and own.to_dict() == before
+
+
+def test_of_tokens_that_are_alike_the_one_taken_comes_first(tiny, demo):
+    """All of the vocabulary is equally likely, and four of it are kept."""
+    with torch.no_grad():
+        tiny.lm_head.weight.zero_()
+    prompt = torch.tensor([demo[1]("A soup")["input_ids"]])
+    taken = tiny.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
+    plan = random_plan(tiny, "ffn", 5, "shift")
+    replay = austeer.record_replay(tiny, demo[1], plan, prompts=["A soup"], progress=False).replay
+    for (answer,) in replay.answers.values():
+        assert [step[0][0] for step in answer] == taken and {len(step) for step in answer} == {4}
+
+
+def test_a_fault_that_cannot_be_put_on_the_model_is_left_out(tiny, demo):
+    """Twice the strength is no float32 number any more."""
+    plan = random_plan(tiny, "layer", 5, "shift")
+    plan = replace(plan, delta=plan.delta.sign())
+    replay = austeer.record_replay(tiny, demo[1], plan, 2.0e38, prompts=["A soup"], progress=False).replay
+    assert "double strength" not in replay.answers and "half strength" in replay.answers
+    with pytest.raises(austeer.SteeringError, match="no float32 number"):
+        austeer.record_replay(tiny, demo[1], replace(plan, delta=plan.delta * 2), 2.0e38, prompts=["A soup"])
+
+
 def test_a_fault_that_breaks_the_model_is_left_out(tiny, demo):
     """Twice the strength overflows float16's range, and the strength itself does not."""
     half = tiny.half()
@@ -113,6 +157,41 @@ def test_a_fault_that_breaks_the_model_is_left_out(tiny, demo):
     assert replay.dtype == "float16" and "double strength" not in replay.answers
     with pytest.raises(austeer.PlanError, match=r"replay: .*applied, alpha 2.0.*smaller alpha"):
         austeer.record_replay(half, demo[1], plan, 2.0, **options)
+
+
+class Unrun(torch.nn.Module):
+    """A model that must not run."""
+
+    def generate(self, **_):
+        raise AssertionError("it ran")
+
+
+def test_what_a_replay_cannot_keep_is_refused_before_the_model_runs(tiny, demo, monkeypatch):
+    plan = random_plan(tiny, "ffn", 5, "shift")
+    monkeypatch.setattr(tiny, "generate", Unrun().generate)
+    for prompts, found in (
+        ("A soup", "'A soup'.*list of texts"),
+        (["A soup", 7], r"\['A soup', 7\].*list of texts"),
+        (7, "7.*list of texts"),
+        ([], "0, expected 1 to 16"),
+        (["A soup"] * 17, "17, expected 1 to 16"),
+    ):
+        with pytest.raises(austeer.PlanError, match=f"prompts: found {found}"):
+            austeer.record_replay(tiny, demo[1], plan, prompts=prompts, progress=False)
+    with pytest.raises(austeer.SteeringError, match=r"scope: .*markers.*name or a range"):
+        austeer.record_replay(tiny, demo[1], plan, scope=austeer.Answer(start=((5, 6),)), progress=False)
+
+
+def test_a_replay_that_would_be_too_large_is_refused_after_the_first_run(lively, demo, monkeypatch):
+    runs = []
+    generate = lively.generate
+    monkeypatch.setattr(lively, "generate", lambda **given: runs.append(1) or generate(**given))
+    plan = random_plan(lively, "ffn", 5, "shift")
+    texts = [f"The {number} soups were" for number in range(16)]
+    with pytest.raises(austeer.PlanError, match=r"prompts: found 16, .*\d+ bytes or more.*50000; take \d+ or fewer"):
+        austeer.record_replay(lively, demo[1], plan, prompts=texts, progress=False)
+    assert len(runs) == 16
+    assert len(austeer.record_replay(lively, demo[1], plan, prompts=texts[:6], progress=False).replay.prompts) == 6
 
 
 def test_bad_input(one_lively, demo, tiny_of):

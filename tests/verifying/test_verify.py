@@ -51,6 +51,47 @@ def test_an_adapter_of_something_else(one_lively, scaling, tmp_path, verdict):
     assert "PEFT" in found.engine and "peft" in found.versions
 
 
+def broken(folder):
+    """What makes an adapter's folder one that PEFT gives up on, by where it does."""
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    changed = json.loads(config.read_text())
+    return {
+        "no weights": weights.unlink,
+        "cut weights": lambda: weights.write_bytes(weights.read_bytes()[:100]),
+        "weights of another rank": lambda: config.write_text(json.dumps({**changed, "r": 64, "rank_pattern": {}})),
+        "no such module": lambda: config.write_text(json.dumps({**changed, "target_modules": ["nothing"]})),
+        "a module of no weight": lambda: config.write_text(
+            json.dumps({**changed, "target_modules": ["o_proj", "input_layernorm"]})
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "fault", ["no weights", "cut weights", "weights of another rank", "no such module", "a module of no weight"]
+)
+def test_a_model_is_as_it_was_after_an_adapter_that_is_broken(lively, scaling, tmp_path, fault):
+    """In training, with some parameters frozen, and none of PEFT's parts is left."""
+    out = austeer.export_lora(scaling, lively, tmp_path / "kind", alpha=ALPHA, progress=False)
+    broken(out)[fault]()
+    lively.train()
+    lively.model.layers[1].eval()
+    lively.lm_head.requires_grad_(False)
+    before = snapshot(lively)
+    with pytest.raises(VerifyError, match=rf"adapter: {out} could not be loaded on this model"):
+        austeer.verify(scaling, lively, adapter=out)
+    assert_unchanged(lively, before)
+
+
+def test_a_model_in_training_is_as_it_was(lively, scaling, tmp_path):
+    out = austeer.export_lora(scaling, lively, tmp_path / "kind", alpha=ALPHA, progress=False)
+    lively.train()
+    lively.model.layers[1].eval()
+    lively.lm_head.requires_grad_(False)
+    before = snapshot(lively)
+    assert austeer.verify(out, lively).applied
+    assert_unchanged(lively, before)
+
+
 def test_an_adapter_has_the_replay_of_its_plan(one_lively, scaling, tmp_path):
     out = austeer.export_lora(scaling, one_lively, tmp_path / "kind", alpha=ALPHA, progress=False)
     found = austeer.verify(out, one_lively)
