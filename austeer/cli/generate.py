@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..momentum.profile import Profile
     from ..plans.plan import Plan
+    from ..steering.report import Report
     from ..steering.scope import ScopeLike
     from ..steering.steering import Steering
 
@@ -107,19 +108,20 @@ def generate(
     tokens = _scope(scope or ("all" if probe is None else "generation"), tokenizer)
     steering = steer(network, only or plans, strengths[0], k=k, scope=tokens, mode=mode, when=probe)
     results = _written(steering, plans, dict(zip(labels, strengths)), prompt, write)
+    found = _report(steering, len(prompt))
     if json:
         shown: dict[str, Any] = {"alphas": dict(zip(labels, strengths))} if kls else {}
-        shown |= {"report": [asdict(row) for row in steering.report()]} if report else {}
-        shown |= {} if (found := steering.report().when) is None else {"when": asdict(found)}
+        shown |= {"report": [asdict(row) for row in found]} if report else {}
+        shown |= {} if found.when is None else {"when": asdict(found.when)}
         common.emit({"prompts": prompt, "continuations": results, **shown})
         return
     for one, strength in zip(labels, strengths) if kls else ():
         console.print(f"{one}: alpha {_number(strength, 4)}", markup=False)
     _show(prompt, results)
     if report:
-        console.print(str(steering.report()))
+        console.print(str(found))
     elif when is not None:
-        console.print(str(steering.report().when))
+        console.print(str(found.when))
 
 
 def _written(
@@ -146,6 +148,16 @@ def _written(
                 part = texts[number * len(prompts) : (number + 1) * len(prompts)]
                 results["unsteered" if row is None else f"{row}, {label}"] = part
     return results
+
+
+def _report(steering: Steering, prompts: int) -> Report:
+    """What was done, with a probe's decision on each prompt once: it judged every plan's row, at every strength."""
+    report = steering.report()
+    if (when := report.when) is not None:
+        scores = when.scores[:prompts]
+        fired = sum(score > when.threshold for score in scores)
+        report.when = replace(when, decided=len(scores), fired=fired, scores=scores)
+    return report
 
 
 def _show(prompts: Sequence[str], results: dict[str, list[str]]) -> None:

@@ -167,7 +167,7 @@ def _parts(texts: Sequence[str], wanted: int, rate: object) -> _Parts:
 
 def _allowed(rate: float, count: int) -> int:
     """How many of the prompts that the threshold is chosen on may reach it."""
-    return math.floor(rate * (count + 1) * (1 + 1e-12))
+    return min(math.floor(rate * (count + 1) * (1 + 1e-12)), count)  # rounding may not make it more than there are
 
 
 def _last_tokens(

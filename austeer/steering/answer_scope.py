@@ -7,10 +7,12 @@ from typing import Any
 
 from ..errors import PairsError, SteeringError
 from ..pairs.chat import render_chat
-from .markers import Answer, Marker
+from .markers import Answer
+from .spellings import Spelling, apart, encoded
 
-#: What begins an answer where a model writes its thoughts, its calls and its answer into channels (gpt-oss).
-STARTS = ("<|channel|>final<|message|>",)
+#: What begins an answer where a model writes its thoughts, its calls and its answer into channels (gpt-oss); the second
+#: where a format is asked for, of which templates do not tell.
+STARTS = ("<|channel|>final<|message|>", "<|channel|>final <|constrain|>json<|message|>")
 
 #: What begins thoughts and calls of tools in the families that mark them, and what ends them.
 PAUSES = (
@@ -25,10 +27,6 @@ PAUSES = (
     ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),  # Kimi
     ("<|python_tag|>", "<|eom_id|>"),  # Llama 3
 )
-
-#: What may stand around a marker that is no token of its own, and be made one token with its end.
-_BEFORE = ("", " ", "\n", ".", ">")
-_AFTER = ("", " ", "\n", "\n\n", "{", "<")
 
 
 def answer_scope(
@@ -61,16 +59,32 @@ def answer_scope(
     template = str(getattr(tokenizer, "chat_template", None) or "")
     starts = [start] if isinstance(start, str) else start
     if starts is None:
-        starts = [text for text in STARTS if _knows(tokenizer, template, text)]
+        starts = STARTS if any(_knows(tokenizer, template, text) for text in STARTS) else ()
     if pauses is None:
         pauses = [pause for pause in PAUSES if all(_knows(tokenizer, template, text) for text in pause)]
     pairs = [_pair(pause) for pause in pauses]
-    begin = tuple(marker for text in starts for marker in _spellings(tokenizer, text))
-    between = tuple((_spellings(tokenizer, opens), _spellings(tokenizer, closes)) for opens, closes in pairs)
-    turn = _turn(tokenizer, [*starts, *(text for pair in pairs for text in pair)])
+    begin, between, turns = _spelled(tokenizer, starts, pairs)
     told = [f"from {' or '.join(map(repr, starts))} on"] if starts else []
     told += ["but not between " + " or ".join(f"{opens!r} and {closes!r}" for opens, closes in pairs)] if pairs else []
-    return Answer(begin, between, _spellings(tokenizer, turn) if turn else (), ", ".join(told))
+    return Answer(begin, between, turns, ", ".join(told))
+
+
+def _spelled(tokenizer: Any, starts: Sequence[str], pairs: Sequence[tuple[str, str]]):
+    """The start, pauses and turn of an :class:`Answer` in tokens."""
+    spelling = Spelling(tokenizer)
+    for text in (*starts, *(text for pair in pairs for text in pair)):
+        if not isinstance(text, str) or not text:
+            raise SteeringError(f"answer: found {text!r:.80} as a marker, expected a text")
+    begin = tuple(marker for text in starts for marker in spelling.of(text))
+    opened, closed = [], []
+    for opens, closes in pairs:
+        both = spelling.of(opens, closes)
+        edge = spelling.straddling(opens, closes)  # as nothing else could close what such a token opens
+        opened.append(tuple(marker for marker in both if marker[-1] not in edge))
+        closed.append(spelling.of(closes, opens))
+    turn = _turn(tokenizer, [*starts, *(text for pair in pairs for text in pair)])
+    turns, begin, *opened = apart(spelling.of(turn) if turn else (), begin, *opened)
+    return begin, tuple((opens, apart(turns, closes)[1]) for opens, closes in zip(opened, closed)), turns
 
 
 def _pair(pause: Any) -> tuple[str, str]:
@@ -80,32 +94,9 @@ def _pair(pause: Any) -> tuple[str, str]:
 
 
 def _knows(tokenizer: Any, template: str, marker: str) -> bool:
-    """Whether a marker is used with this tokenizer: it is one token, or the template writes it."""
-    return marker in template or len(_encoded(tokenizer, marker)) == 1
-
-
-def _encoded(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _spellings(tokenizer: Any, text: str) -> tuple[Marker, ...]:
-    """The token sequences of a marker: as it stands alone, and as its ends may be one token with what is around it."""
-    if not isinstance(text, str) or not text:
-        raise SteeringError(f"answer: found {text!r:.80} as a marker, expected a text")
-    alone = _encoded(tokenizer, text)
-    if not alone:
-        raise SteeringError(
-            f"answer: found {text!r:.80}, of which the tokenizer makes no token; expected another marker"
-        )
-    found = [tuple(alone)]
-    if len(alone) > 1 and getattr(tokenizer, "is_fast", False):
-        for before in _BEFORE:
-            for after in _AFTER:
-                given = tokenizer(before + text + after, add_special_tokens=False, return_offsets_mapping=True)
-                first, stop = len(before), len(before) + len(text)
-                placed = zip(given["input_ids"], given["offset_mapping"])
-                found.append(tuple(i for i, (begin, end) in placed if end > first and begin < stop))
-    return tuple(marker for marker in dict.fromkeys(found) if marker)
+    """Whether a marker is used with this tokenizer: it is one token of its own, or the template writes it."""
+    ids = encoded(tokenizer, marker)
+    return getattr(tokenizer, "unk_token_id", None) not in ids and (marker in template or len(ids) == 1)
 
 
 def _turn(tokenizer: Any, markers: Sequence[str]) -> str:

@@ -130,11 +130,13 @@ class Answering:
         batch, length = ids.shape
         known = self._current is not None and self._current.shape[0] == batch
         seen = known and (on_device or not isinstance(past, int) or self._columns in (None, past))
-        if not seen and isinstance(past, int) and past > 0:
+        # A static cache's length is on the device: it is read where nothing is known of its texts, once.
+        filled = past if isinstance(past, int) else 0 if on_device or seen else int(past)
+        if not seen and filled > 0:
             raise SteeringError(
-                f"scope answer: found a cache of {past} columns for {batch} rows, expected one that was filled inside "
-                "this block by the calls before this one: what those tokens were is not known; fill it inside, use "
-                "generate, or scope='generation'"
+                f"scope answer: found a cache of {filled} columns for {batch} rows, expected one that was filled "
+                "inside this block by the calls before this one: what those tokens were is not known; fill it inside, "
+                "use generate, or scope='generation'"
             )
         before = self._first(batch) if not known else self._current
         assert before is not None

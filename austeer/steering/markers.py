@@ -84,7 +84,8 @@ class Automaton:
     """Reads tokens one by one: a state and a token make the next state. State 0 is that of a text without a token.
 
     Attributes:
-        classes: the number of each token that stands in a marker; all others are class 0.
+        classes: the number of each token that stands in a marker, equal for those that do the same; all others are
+            class 0.
         next: for each class, for each state, the state that follows.
         on: for each state, whether the text is in the answer.
     """
@@ -95,24 +96,20 @@ class Automaton:
         heads = [{marker[:n] for marker in waited for n in range(len(marker))} | {()} for waited in phases]
         states = {(phase, read): 0 for phase, found in enumerate(heads) for read in sorted(found)}
         states = {state: number for number, state in enumerate(states)}
-        if len(states) > MOST_STATES:
-            raise SteeringError(
-                f"answer: found markers that take {len(states)} states to tell, expected at most {MOST_STATES}; give "
-                "fewer or shorter ones"
-            )
+        _expect_few(max((len(marker) for waited in phases for marker in waited), default=0), MOST_STATES)
+        _expect_few(len(states), 16 * MOST_STATES)
         tokens = sorted(answer.tokens())
-        self.classes = {token: 1 + i for i, token in enumerate(tokens)}
-        self.on = [phase == answer.on for phase, _ in states]
-
-        def follow(phase: int, read: Marker, token: int | None) -> int:
-            text = () if token is None else (*read, token)
-            ends = [text[i:] for i in range(len(text) + 1)]  # longest first, the empty one last
-            ended = next((end for end in ends if end in phases[phase]), None)
-            if ended is not None:
-                return states[phases[phase][ended], ()]
-            return states[phase, next(end for end in ends if end in heads[phase])]
-
-        self.next = [[follow(phase, read, token) for phase, read in states] for token in (None, *tokens)]
+        rows: list[dict[int, int]] = []  # for each state, which other than its phase's first one follows a token
+        for phase, (waited, found) in enumerate(zip(phases, heads)):
+            follows = _followers(phase, waited, found)
+            rows += [{token: states[to] for token, to in follows[read].items()} for read in sorted(found)]
+        roots = [states[phase, ()] for phase, _ in states]
+        following = [
+            [root if token is None else row.get(token, root) for row, root in zip(rows, roots)]
+            for token in (None, *tokens)
+        ]
+        self.on, self.next, classes = _merged([phase == answer.on for phase, _ in states], following)
+        self.classes = dict(zip(tokens, classes[1:]))
 
     def step(self, state: int, token: int) -> int:
         """The state after one more token."""
@@ -125,6 +122,56 @@ class Automaton:
             state = self.step(state, token)
             found.append(self.on[state])
         return found
+
+
+def _followers(
+    phase: int, waited: dict[Marker, int], heads: set[Marker]
+) -> dict[Marker, dict[int, tuple[int, Marker]]]:
+    """For each of the texts that a phase's markers begin with: token -> the phase that follows, and what counts there.
+
+    A token that is not named leads to the phase's empty text.
+    """
+    children: dict[Marker, list[int]] = {}
+    for text in dict.fromkeys([*waited, *heads - {()}]):
+        children.setdefault(text[:-1], []).append(text[-1])
+    found: dict[Marker, dict[int, tuple[int, Marker]]] = {}
+    for read in sorted(heads, key=len):
+        # Its longest ending that a marker could begin with has been seen to, as it is shorter.
+        row = dict(found[next(read[i:] for i in range(1, len(read) + 1) if read[i:] in heads)]) if read else {}
+        for token in children.get(read, ()):
+            text = (*read, token)
+            if text in waited:
+                row[token] = waited[text], ()
+            elif row.get(token, (phase, text))[1]:  # a marker that ends here counts before one that goes on
+                row[token] = phase, text
+        found[read] = row
+    return found
+
+
+def _merged(on: list[bool], following: list[list[int]]) -> tuple[list[bool], list[list[int]], list[int]]:
+    """The same automaton with as few states and classes as tell its texts apart, and each class's number there.
+
+    Spellings of one marker differ in their first tokens and go on alike.
+    """
+    blocks: list[int] = [int(inside) for inside in on]
+    count = 0
+    while count < (count := len(set(blocks))):
+        signatures = list(zip(blocks, *([blocks[state] for state in row] for row in following)))
+        numbers = {signature: number for number, signature in enumerate(dict.fromkeys(signatures))}
+        _expect_few(len(numbers), MOST_STATES)
+        blocks = [numbers[signature] for signature in signatures]
+    first = [blocks.index(block) for block in range(count)]  # state 0 stays that
+    merged = [tuple(blocks[row[state]] for state in first) for row in following]
+    rows = {row: number for number, row in enumerate(dict.fromkeys(merged))}
+    return [on[state] for state in first], [list(row) for row in rows], [rows[row] for row in merged]
+
+
+def _expect_few(states: int, most: int) -> None:
+    if states > most:
+        raise SteeringError(
+            f"answer: found markers that take {states} states to tell, expected at most {most}; give fewer or shorter "
+            "ones"
+        )
 
 
 def _markers(name: str, given: object) -> tuple[Marker, ...]:

@@ -89,12 +89,17 @@ class Routing:
         self._patch.attach(forward)
         self.prompt.attach()
 
-    def detach(self) -> None:
+    def detach(self) -> list[str]:
+        """Undoes all; what could not be is returned, each with the reason."""
         self._attached = False  # what wraps our forward calls it still
         self.prompt.detach()
-        if self.deciding is not None:
-            self.deciding.detach()
-        self._patch.detach()
+        failed = []
+        for detach in (self._patch.detach, *([] if self.deciding is None else [self.deciding.detach])):
+            try:
+                detach()
+            except SteeringError as error:  # one module must not keep the others patched
+                failed.append(str(error))
+        return failed
 
     @property
     def tokens(self) -> int:
@@ -125,6 +130,8 @@ class Routing:
             whole = self.key is WHOLE and not torch.is_grad_enabled() and not self._decoder.training
             self.switch.turn(whole, None if self._ours else self.prompt.turn.taken)
             output = self._patch.inner(*args, **kwargs)
+            if self.deciding is not None:
+                self.deciding.expect_read()
             if isinstance(end, int):
                 self._cached.after(given, output, end)
             return output
@@ -197,7 +204,7 @@ class Routing:
                 after = self._padding(given, past, batch, length, on_device)[1]
                 if self.prompt.padding is None:
                     stop = _least(end, past + length)
-            self.deciding.begin(batch, length, past, end, stop, after)
+            self.deciding.begin(batch, length, past, end, stop, after, on_device)
             fires = self.deciding.fires
             some = fires if some is None or fires is None else some & fires.to(some.device)
         return some

@@ -101,6 +101,8 @@ def steer(
     levels = Strength(plans, named)
     levels.set_k(k)
     if exact:
+        given = plans if named else next(iter(plans.values()))
+        Steering(model, given, 1.0, k, scope, mode, layout, check, when)  # what cannot be is refused before measuring
 
         def probe(alphas: Mapping[str, float]) -> Steering:
             return Steering(model, plans, alphas, levels.k_by_name(), "all", "auto", layout, False)

@@ -10,11 +10,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import SteeringError, SteeringWarning
-from ..models.sites import Layout, find_sites, site_at
+from ..models.sites import Layout, find_sites
 from ..models.structure import base_of, decoder_of, has_virtual_tokens, input_device, steered, unwrap, vocabulary_size
 from ..plans.fit import check_plan_fits
 from ..plans.plan import Plan
@@ -91,7 +90,8 @@ class Steering:
             device = input_device(self._model)
             rows = Rows(list(self.plans), device) if self._named else None
             scoped = self.scope.name != "all"
-            answer, deciding = self.scope.answer, self._deciding(device)
+            answer = self.scope.answer
+            deciding = None if when is None else Deciding(when, self._model, layout, device)
             answering = None if answer is None else Answering(answer, vocabulary_size(self._model), device)
             around = nullcontext if deciding is None else deciding.generating
             prompt = Prompt(base_of(self._model), device, rows.expect if rows else None, scoped, answering, around)
@@ -104,14 +104,6 @@ class Steering:
         plans = ", ".join(f"{name!r}: {plan!r}" if self._named else repr(plan) for name, plan in self.plans.items())
         state = "on" if self._attached else "off"
         return f"Steering({type(self._model).__name__}, {plans}, alpha={self.alpha}, k={self.k}, {self.scope}, {state})"
-
-    def _deciding(self, device: torch.device) -> Deciding | None:
-        """What decides by the probe, for the model as it is now."""
-        if self.when is None:
-            return None
-        sites = find_sites(self._model, self.when.site, self._layout)
-        self.when.check_fits(self._model, sites)
-        return Deciding(self.when, self._model, site_at(sites[self.when.site], self.when.layer), device)
 
     def _plan_paths(self) -> tuple[list[Path], list[str]]:
         """A path for each site and layer of the plans, for the model as it is now."""
@@ -312,10 +304,7 @@ class Steering:
             self._recomputation.detach()
             failed = detach_all(self._paths)
             try:
-                if self._routing is not None:
-                    self._routing.detach()
-            except SteeringError as error:
-                failed.append(str(error))
+                failed += [] if self._routing is None else self._routing.detach()
             finally:  # whatever could not be restored, it is steered no more
                 self._attached = False
                 unmark(self._marked)

@@ -46,6 +46,15 @@ def test_a_probe_is_fitted_and_used(files, command_line, demo):
     assert (written["when"]["decided"], written["when"]["fired"]) == (2, 1)
     code, text, _ = command_line("generate", files / "plan", *common, "--alpha", 30, "--when", out, *asked)
     assert code == 0 and "fired for 1 of 2 rows" in text
+    # Each prompt counts once, whatever it is written with.
+    austeer.Plan.from_pretrained(files / "plan").save_pretrained(files / "other")
+    for plans in ([files / "plan"], [files / "plan", files / "other"]):
+        code, text, _ = command_line(
+            "generate", *plans, *common, "--alpha", "20,30", "--when", out, *asked, "--json", "--report"
+        )
+        again = json.loads(text)["when"]
+        assert code == 0 and (again["decided"], again["fired"], len(again["scores"])) == (2, 1, 2)
+        assert again["scores"] == pytest.approx(written["when"]["scores"], abs=1e-3)
 
 
 def test_what_is_printed(files, command_line):

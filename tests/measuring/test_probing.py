@@ -56,6 +56,12 @@ def test_the_threshold_is_one_that_the_rate_allows(fitted, tiny_llama, demo):
     torch.testing.assert_close(fitted.direction.norm(), torch.tensor(1.0))
 
 
+def test_a_rate_that_rounding_makes_one(tiny_llama, demo):
+    """All 80 may reach the threshold, and no more than there are."""
+    probe = austeer.fit_probe(tiny_llama[0], demo[1], WANTED, OTHERS, layer=0, false_positive_rate=1 - 1e-13)
+    assert probe.evidence.expected_low == pytest.approx(stats.beta.ppf(0.025, 80, 1))
+
+
 def test_which_prompt_is_for_what_does_not_depend_on_order_or_repetition(fitted, tiny_llama, demo):
     again = austeer.fit_probe(
         tiny_llama[0], demo[1], WANTED[::-1], OTHERS[::-1] + OTHERS[:9], false_positive_rate=0.05, batch_tokens=64

@@ -259,13 +259,16 @@ def test_what_cannot_be_right_is_refused(one_lively, plan):
     scope = answer_of(**MARKERS)
     with torch.no_grad():
         filled = one_lively(**batch, use_cache=True).past_key_values
-    one = {"input_ids": torch.full((3, 1), 7), "past_key_values": filled}
+        static = StaticCache(config=one_lively.config, max_cache_len=40)
+        one_lively(**batch, past_key_values=static)
+    one, columns = {"input_ids": torch.full((3, 1), 7)}, batch["input_ids"].shape[1]
     mask = torch.ones(3, batch["input_ids"].shape[1] + 4, dtype=torch.int64)
     with pytest.warns(SteeringWarning), austeer.steer(one_lively, plan, 2.0, scope=scope):
         for call, named in (
             (lambda: one_lively.generate(inputs_embeds=embeddings), "inputs_embeds"),
             (lambda: one_lively(inputs_embeds=embeddings), "inputs_embeds"),
-            (lambda: one_lively(**one), f"cache of {batch['input_ids'].shape[1]} columns"),
+            (lambda: one_lively(**one, past_key_values=filled), f"cache of {columns} columns"),
+            (lambda: one_lively(**one, past_key_values=static), f"cache of {columns} columns"),
             (lambda: one_lively.generate(batch["input_ids"], attention_mask=mask), f"a mask of {mask.shape[1]}"),
         ):
             with pytest.raises(austeer.SteeringError, match=f"answer.*{named}"):

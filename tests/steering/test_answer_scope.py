@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import austeer
 from austeer.demo.demo import load_data
@@ -30,7 +32,7 @@ CHANNELS = (
 ADDED = {
     QWEN: ["<think>", "</think>", "<tool_call>", "</tool_call>"],
     OPENED: ["<think>", "</think>", "<tool_call>", "</tool_call>"],
-    CHANNELS: ["<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|call|>"],
+    CHANNELS: ["<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|call|>", "<|constrain|>"],
 }
 TALK = [
     {"role": "user", "content": "Say </think> or <tool_call>, if you like."},
@@ -79,6 +81,12 @@ CASES = {
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
         "~<|message|>Yes.",
     ),
+    "a format in the final channel": (
+        CHANNELS,
+        {},
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>{}",
+        "~<|message|>{}",
+    ),
     "a call in a channel": (CHANNELS, {}, "<|channel|>commentary to=f<|message|>{}<|call|>", "~"),
 }
 
@@ -109,6 +117,74 @@ def test_a_marker_is_found_as_it_is_written_in_a_text(demo, around):
     text = "A" + around.format("</think>") + "B" + around.format("<tool_call>") + "C" + around.format("</tool_call>")
     found = answered(demo[1], scope, "", text + "D")
     assert found.startswith("~") and found.count("~") == 2 and found.endswith("D") and "B" in found and "C" not in found
+
+
+#: What a model may write right before a marker, or right after it.
+AROUND = (
+    "",
+    *"\"'`.,;:!?()[]{}<>|*#_-=/\\~&%@+",
+    "```",
+    "**",
+    '("',
+    '")',
+    "“",
+    "”",
+    "...",
+    ">>",
+    "<<",
+    ". ",
+    " (",
+    "\n\t",
+)
+
+
+@pytest.fixture(scope="module")
+def with_blanks():
+    """A tokenizer that writes blanks as a part of words, at a text's start too, and made tokens of much punctuation."""
+    words = ["think", "tool_call", "a", "Answer", "so"]
+    pieces = [
+        before + mark + after for before in AROUND for after in AROUND for mark in ("<", "</", ">", "[", "]", ":")
+    ]
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>"], show_progress=False)
+    inner.train_from_iterator([f"{word} {piece}{word}{piece}" for word in words for piece in pieces], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("marker", ["</think>", "<tool_call>", "[", "]", "Answer:"])
+@pytest.mark.parametrize("which", ["demo", "with blanks"])
+def test_a_marker_is_found_whatever_stands_around_it(demo, with_blanks, which, marker):
+    """From the token on that holds the marker's last character, as the tokenizer's offsets tell it."""
+    tokenizer = demo[1] if which == "demo" else with_blanks
+    automaton = Automaton(austeer.answer_scope(tokenizer, start=marker, pauses=()))
+    missed = []
+    for before in AROUND:
+        for after in AROUND:
+            text = f"so{before}{marker}{after}so"
+            if marker in text.replace(marker, "", 1) or (before == "" and marker[0].isalnum()):
+                continue
+            given = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            last = len("so" + before + marker) - 1
+            expected = [end > last for _, end in given["offset_mapping"]]
+            if automaton.read(given["input_ids"]) != expected:
+                missed.append(text)
+    assert not missed
+
+
+def test_pauses_that_open_and_close_in_one_token(demo):
+    scope = austeer.answer_scope(demo[1], pauses=[("<think>", "</think>"), ("[", "]"), ("(", ")")])
+    assert answered(demo[1], scope, "", "a<think></think>b") == "a<think></think>b"
+    assert answered(demo[1], scope, "", "a []b") == "a []b"
+    assert answered(demo[1], scope, "", "a ([b)c]d") == "a~]d", "a token of two openings is the first that was given"
+
+
+def test_a_token_for_what_is_unknown_is_no_marker():
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "so": 1, "<think>": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+    tokenizer.chat_template = "{# <tool_call> </tool_call> #}"
+    assert (scope := austeer.answer_scope(tokenizer)).pauses == () and scope.start == ()
 
 
 def test_given_markers_take_the_place_of_known_ones(tokenizer_with):

@@ -63,6 +63,20 @@ def test_a_predicted_strength_is_not_measured(model, plan, monkeypatch):
     assert steer(model, known, kl=0.02).alpha == pytest.approx(steering.alpha), "nor one that is known"
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"when": 0.5, "scope": "generation"}, "when: found 0.5"),
+        ({"scope": "nowhere"}, "scope"),
+        ({"mode": "x"}, "mode"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_is_measured(model, plan, monkeypatch, options, named):
+    monkeypatch.setattr("austeer.steering.doses.side_effects_of", None)
+    with pytest.raises(SteeringError, match=named):
+        steer(model, plan, kl=0.02, **options)
+
+
 def test_it_is_live(model, plan):
     with steer(model, plan, kl=0.02) as steering:
         strong = steering.alpha

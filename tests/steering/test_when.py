@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import austeer
 from austeer.errors import SteeringWarning
@@ -267,3 +268,81 @@ def test_what_cannot_be_judged_is_refused(model, plan, probes):
         with pytest.raises(austeer.SteeringError, match=r"when.*together"):
             model(**batch)
     assert model(**batch).logits.isfinite().all() and "forward" not in vars(model.model.layers[1])
+
+
+def run(model, prompts, cache=None):
+    """A direct call: a batch of prompts, or one token a row that goes on from a cache."""
+    with torch.no_grad():
+        out = model(**(left_padded(prompts) if cache is None else {"input_ids": prompts}), past_key_values=cache)
+    return out.past_key_values
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_decision_ends_with_its_generate(model, plan, probes, static):
+    cache = StaticCache(config=model.config, max_cache_len=40) if static else None
+    with torch.no_grad():
+        cache = model(**left_padded(PROMPTS), past_key_values=cache, use_cache=True).past_key_values
+    with austeer.steer(model, plan, ALPHA, scope="generation", when=probes["layer"]) as steering:
+        model.generate(**left_padded(PROMPTS), **GREEDY)
+        with pytest.raises(austeer.SteeringError, match=r"when.*no probe has judged"):
+            run(model, torch.full((len(PROMPTS), 1), 7), cache)
+        assert len(steering.report().when.scores) == len(PROMPTS), "what was decided is reported all the same"
+
+
+def test_a_conversation_that_another_one_came_between_is_refused(model, plan, probes):
+    token = torch.full((2, 1), 7)
+    with austeer.steer(model, plan, ALPHA, scope="generation", when=probes["layer"]):
+        first = run(model, PROMPTS[1:3])
+        second = run(model, PROMPTS[3:])
+        with pytest.raises(austeer.SteeringError, match=r"when.*cache of 9 columns, after 4 "):
+            run(model, token, first)
+        run(model, token, run(model, token, second))
+        with pytest.raises(austeer.SteeringError, match=r"when.*cache of 9 columns, after 6 "):
+            run(model, token, first)
+
+
+def test_a_model_that_changes_before_the_block(model, plan, probes):
+    """The probe reads the module that is there when the block begins."""
+    probe, other = probes["layer"], copy.deepcopy(model)
+    steering = austeer.steer(other, plan, ALPHA, scope="generation", when=probe)
+    other.model.layers[probe.layer] = copy.deepcopy(other.model.layers[probe.layer])
+    expected, fired = by_definition(model, plan, probe, PROMPTS)
+    with steering:
+        assert torch.equal(other.generate(**left_padded(PROMPTS), **GREEDY)[:, -NEW:], expected)
+        assert steering.report().when.fired == sum(fired)
+
+
+def test_a_prompt_that_does_not_come_by_the_probe_is_refused(model, probes):
+    probe, other = probes["layer"], copy.deepcopy(model)
+    plan = random_plan(other, ("ffn",), 4, "shift")
+    fresh = copy.deepcopy(other.model.layers[probe.layer])
+    with (
+        pytest.warns(SteeringWarning),
+        austeer.steer(other, plan, ALPHA, scope="generation", when=probe),
+    ):
+        other.model.layers[probe.layer] = fresh
+        with pytest.raises(austeer.SteeringError, match=rf"when.*'layer' of layer {probe.layer} .*not judged"):
+            other.generate(**left_padded(PROMPTS), **GREEDY)
+
+
+def test_a_probed_layer_that_cannot_be_restored_leaves_no_other_steered(model, probes):
+    probe, other = probes["layer"], copy.deepcopy(model)
+    plan, layer = random_plan(other, ("ffn",), 4, "shift"), other.model.layers[probe.layer]
+    before = logits(other, left_padded(PROMPTS))
+    with (
+        pytest.raises(austeer.SteeringError, match="another forward"),
+        austeer.steer(other, plan, ALPHA, scope="generation", when=probe),
+    ):
+        inner = layer.forward
+        layer.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert "forward" not in vars(other.model) and not austeer.is_steered(other)
+    assert torch.equal(logits(other, left_padded(PROMPTS)), before)
+
+
+def test_rows_without_a_plan_are_judged_too(model, plan, probes):
+    with austeer.steer(
+        model, {"a": plan}, ALPHA, scope="generation", when=replace(probes["layer"], threshold=-1e9)
+    ) as s:
+        with s.rows(["a", None]):
+            model.generate(**left_padded(PROMPTS[:2]), **GREEDY)
+        assert (s.report().when.decided, s.report().when.fired) == (2, 2)
