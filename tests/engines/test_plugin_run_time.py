@@ -17,12 +17,10 @@ from austeer.plans.serving import ALPHA, KEY, KL, VARIABLE
 from dense_formula import random_plan
 from mixes import PROMPTS
 from plugin_sets import ENGINE, run_in_process
+from run_time import BLOCK, LONG, SLOTS, TOKENS, ask, hits, plan_beside, put_off, single_tokens
 from small_models import small_model
 
 pytestmark = pytest.mark.engine
-TOKENS, BLOCK, SLOTS = 24, 32, 3
-#: Of several blocks, the last of them not full.
-LONG = " ".join(PROMPTS) * 5
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +82,6 @@ def engine(small, folder):
         llm.llm_engine.engine_core.shutdown()
 
 
-def ask(engine, *asked: dict | None, prompt: str | dict = LONG) -> list[list[int]]:
-    """The tokens of requests that run at once, each with such ``extra_args``."""
-    from vllm import SamplingParams
-
-    params = [SamplingParams(temperature=0, min_tokens=TOKENS, max_tokens=TOKENS, extra_args=extra) for extra in asked]
-    outputs = engine.generate([prompt] * len(params), params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def hits(engine) -> int:
-    """Prompt tokens that came from the prefix cache so far."""
-    return next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:prefix_cache_hits")
-
-
 def test_each_request_has_its_strength(engine, plans, write):
     alphas = [0.5, 1.5, -1.0]
     found = ask(engine, *({KEY: "kind", ALPHA: alpha} for alpha in alphas))
@@ -141,22 +125,11 @@ def test_strength_in_nats(engine, plans, write, folder):
 
 
 def test_sums_of_plans_in_one_request(engine, plans, write, folder):
-    disjoint = random_plan_beside(plans["kind"])
+    disjoint = plan_beside(plans["kind"])
     disjoint.save_pretrained(folder / "beside")
     (found,) = ask(engine, {KEY: ["kind", "beside"], ALPHA: [1.5, 1.5]})
     assert found == write([(plans["kind"], 1.5), (disjoint, 1.5)])
     assert found not in (write([(plans["kind"], 1.5)]), write([(disjoint, 1.5)]))
-
-
-def random_plan_beside(plan: austeer.Plan) -> austeer.Plan:
-    """The same strengths at the AUs after a plan's own."""
-    taken = set(plan.keys())  # a plan's items are its AUs
-    index = []
-    for site, layer, at in plan.keys():  # noqa: SIM118
-        at = next(i % plan.model.widths[site] for i in range(at + 1, at + 200) if (site, layer, i) not in taken)
-        taken.add((site, layer, at))
-        index.append(at)
-    return replace(plan, index=torch.tensor(index, dtype=torch.int32))
 
 
 def test_more_steerings_at_once_than_there_are_slots_wait_for_one(engine, plans, write):
@@ -187,22 +160,11 @@ def test_ablation(engine, small, write, folder):
     assert found["attention"] != found["layer"]
 
 
-def alone(tokenizer, tokens: list[int]) -> list[tuple[int, str]]:
-    """Of some tokens those that are the whole text of themselves: (place, text)."""
-    texts = [(place, tokenizer.decode([token])) for place, token in enumerate(tokens)]
-    return [
-        (place, text)
-        for place, text in texts
-        if tokenizer(text, add_special_tokens=False)["input_ids"] == [tokens[place]]
-        and tokens.index(tokens[place]) == place
-    ]
-
-
 def test_an_answer_is_steered_from_its_marker_on(engine, small, demo, plans, folder):
     """The markers are tokens that the unsteered model happens to write."""
     model, tokenizer = small[0], demo[1]
     base = ask(engine, None)[0]
-    places = [found for found in alone(tokenizer, base) if 2 <= found[0] <= 12]
+    places = [found for found in single_tokens(tokenizer, base) if 2 <= found[0] <= 12]
     (begin, start), (_, other) = places[0], places[1]
     plans["kind"].save_pretrained(folder / "plan-kind")
     texts = {}
@@ -272,11 +234,6 @@ def test_a_probe_decides_for_each_request_at_its_last_prompt_token(engine, judge
         outputs = engine.generate(list(order), params(extra), use_tqdm=False)
         assert [list(o.outputs[0].token_ids) for o in outputs] == [written[prompts.index(text)] for text in order]
     assert put_off(engine) > before
-
-
-def put_off(engine) -> int:
-    """How often requests were put off so far."""
-    return next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
 @pytest.mark.parametrize("scope", ["all", "generation", "last_prompt_token", "prompt"])

@@ -196,6 +196,7 @@ def test_direct_calls(one_lively, plan, cache):
 
 @pytest.mark.parametrize("form", ["dynamic cache", "static cache"])
 def test_compiled(one_lively, plan, form):
+    torch._dynamo.reset()  # what other tests compiled counts against its limit
     batch, texts = batch_of(PROMPTS), [tokens_of(text) for text in TEXTS]
     expected = logits_by_formula(one_lively, batch, texts, plan, 2.0, where_of(PROMPTS, TEXTS))
     model = copy.deepcopy(one_lively)
@@ -249,6 +250,7 @@ def test_markers_that_never_come(one_lively, plan, compiled):
         austeer.steer(model, plan, 2.0, scope=scope),
     ):
         if compiled:
+            torch._dynamo.reset()
             model.compile(backend="eager")
         assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False), expected)
 

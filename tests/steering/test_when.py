@@ -209,6 +209,7 @@ def test_compiled(model, plan, probes, form):
     other = copy.deepcopy(model)
     expected, _ = by_definition(model, plan, probes["layer"], PROMPTS)
     with austeer.steer(other, plan, ALPHA, scope="generation", when=probes["layer"]) as steering:
+        torch._dynamo.reset()
         other.compile(backend="aot_eager")
         found = other.generate(**left_padded(PROMPTS), **GREEDY, **FORMS[form])
         assert steering.report().when.decided == len(PROMPTS)
