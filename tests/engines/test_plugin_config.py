@@ -86,6 +86,16 @@ class NewRequest:
 
 
 @pytest.fixture
+def empty_row(tmp_path) -> str:
+    """The file of a row without AUs: rows' numbers are what is tested here."""
+    from austeer.vllm.tables import Row
+
+    none = torch.empty(0)
+    Row(none.int(), none.long(), none, none, none.int(), none).save(tmp_path / "row")
+    return str(tmp_path / "row")
+
+
+@pytest.fixture
 def state(configure):
     """The steered model's state in model runner V2, with a model that has nothing but its slots and rows."""
     from vllm.v1.worker.gpu.model_states import init_model_state
@@ -109,12 +119,12 @@ def state(configure):
     return init_model_state(config, model, None, torch.device("cpu")), running.rows.tensor
 
 
-def test_model_runner_v2_has_each_tokens_row_before_its_forward_pass(state):
+def test_model_runner_v2_has_each_tokens_row_before_its_forward_pass(state, empty_row):
     from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
     state, rows = state
     for slot, (row, prompt, start) in enumerate([(0, 3, 0), (None, 4, 0), (1, 5, 5), (0, 2, 0)]):
-        extra = None if row is None else {ROW: RowOf(row, f"of {row}", "", start, 1000)}
+        extra = None if row is None else {ROW: RowOf(row, f"of {row}", empty_row, start, 1000)}
         state.add_request(slot, NewRequest(prompt, SimpleNamespace(extra_args=extra)))
     batch = InputBatch.make_dummy(3, 9, InputBuffers(8, 16, torch.device("cpu")))
     batch.idx_mapping_np = np.array([2, 1, 0])
@@ -129,15 +139,15 @@ def test_model_runner_v2_has_each_tokens_row_before_its_forward_pass(state):
     assert rows[:14].tolist() == [-1, -1, 1, 1, *[-1] * 10]
 
 
-def test_model_runner_v2_reads_what_was_generated_just_now(state):
+def test_model_runner_v2_reads_what_was_generated_just_now(state, empty_row):
     """A request that begins with a prompt of three tokens, another that was put off and has written two."""
     from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
     state, rows = state
     answer = Answer(start=((7, 8),), pauses=(((((9,),), ((10,),)),)))
-    for slot, known in ((0, (1, 7, 2)), (1, (1, 7, 8))):
-        steering = RowOf(slot, f"of {slot}", "", known.index(7), 1000, 1 if slot else 3, answer)
-        request = NewRequest(3, SimpleNamespace(extra_args={ROW: steering}), known)
+    for slot, prompt, known in ((0, 3, (1, 7, 2)), (1, 1, (1, 7, 8))):
+        steering = RowOf(slot, f"of {slot}", empty_row, prompt, 1000, prompt, answer)
+        request = NewRequest(prompt, SimpleNamespace(extra_args={ROW: steering}), known)
         state.add_request(slot, request)
 
     def run(tokens, lengths, first):
