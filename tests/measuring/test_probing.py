@@ -1,7 +1,6 @@
 """fit_probe: the direction and threshold of the definition, and rates that hold on prompts it has not seen."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +9,11 @@ from scipy import stats
 import austeer
 from austeer.models.sites import find_sites
 from dense_formula import hook
+from places import SHARED_DATA
 from searches import NOUNS
 from tiny_models import ids_of_rows
 
-STYLE = Path("/work/shared/data/style/language_french_english.jsonl")
+STYLE = SHARED_DATA / "style" / "language_french_english.jsonl"
 
 
 def texts_of(form, count):
@@ -136,7 +136,7 @@ def test_what_cannot_be_fitted_is_refused(tiny_llama, demo):
     assert model(**ids_of_rows()).logits.isfinite().all()
 
 
-@pytest.mark.skipif(not STYLE.exists(), reason=f"no {STYLE}")
+@pytest.mark.skipif(not STYLE.exists(), reason="needs ../shared/data")
 def test_only_french_prompts_are_steered(demo, demo_momentum):
     """SmolLM2: the rate holds on fresh prompts, and what it does not fire on is written as without steering."""
     model, tokenizer = demo
