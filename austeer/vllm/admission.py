@@ -159,7 +159,7 @@ def checked(extra: Mapping[str, Any] | None) -> None:
     if steering is None or structure is None:
         return
     models = {str(part.model) for part in (*(plan for plan, _ in steering.parts), steering.probe) if part is not None}
-    key = steering.digest, *sorted(models), structure.digest()
+    key = steering.digest, *sorted(models), structure.digest
     if key in _fitting:
         return
     try:

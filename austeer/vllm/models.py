@@ -61,7 +61,7 @@ class Steered:
         structure = structure_of_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         # vLLM keeps compiled models by a hash of its configuration, in which this is the plugin's part.
-        vllm_config.additional_config[KEY] = {"structure": structure.digest()}
+        vllm_config.additional_config[KEY] = {"structure": structure.digest}
         self._steering_slots = slots_of(vllm_config)
         self._steering_running: Running | None = None
         self._steering_structure = structure

@@ -36,7 +36,7 @@ class Running:
         judgements: int,
         device: torch.device,
     ):
-        self._slots = slots
+        self._slots, self._has_probes = slots, bool(structure.probes)
         self.rows, self._judged = RowBuffer(tokens, device), RowBuffer(tokens, device)
         with torch.inference_mode(False):
             self.scores = torch.zeros(tokens, device=device)
@@ -61,7 +61,8 @@ class Running:
                 self._conditions.read(self.rows.change(), batch.unread, self._slots.answers(), ids)
             if batch.decided:
                 self._conditions.decide(self.rows.change(), batch.decided)
-            judged = np.full(count, -1, dtype=np.int32)
-            for (token, _), row in zip(batch.judged, batch.judged_rows):
-                judged[token] = row
-            self._judged.write(judged)
+            if self._has_probes:
+                judged = np.full(count, -1, dtype=np.int32)
+                for (token, _), row in zip(batch.judged, batch.judged_rows):
+                    judged[token] = row
+                self._judged.write(judged)

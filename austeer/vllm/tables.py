@@ -59,7 +59,9 @@ class Structure:
     def places(self) -> list[Place]:
         return list(self.room)
 
+    @cached_property
     def digest(self) -> str:
+        """Of all that is compiled."""
         shapes = [self.slots, [[*place, count] for place, count in self.room.items()], self.probes]
         return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
@@ -153,12 +155,9 @@ class Row:
     def save(self, path: Path) -> None:
         """Raises ServingError where it cannot be written."""
         try:
-            self._save(path)
+            save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, path)
         except (OSError, SafetensorError) as error:
             raise ServingError(f"{path}: cannot be written ({error})") from error
-
-    def _save(self, path: Path) -> None:
-        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Row:
@@ -184,7 +183,7 @@ def lists_of(parts: Sequence[tuple[Plan, float]]) -> dict[Place, tuple[Tensor, T
         for key, (units,) in units_by_layer([plan], plan.sites).items():
             found.setdefault(key, []).append((units, alpha, len(plan)))
     lists: dict[Place, tuple[Tensor, Tensor, Tensor]] = {}
-    for (site, layer), of_layer in sorted(found.items()):
+    for (site, layer), of_layer in sorted(found.items(), key=lambda item: item[0][::-1]):
         kinds: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for kind in KINDS:
             own = [
@@ -243,19 +242,20 @@ def structure_of(catalog: Catalog, model: Fingerprint, slots: int) -> Structure:
     """
     declared = catalog.sets.declared
     room: dict[Place, int] = {}
-    named = list(entries(catalog).values())
-    for entry in named:
-        for place, count in _needs(entry).items():
-            room[place] = max(room.get(place, 0), count)
+    named = entries(catalog)
+    needs = [_needs(entry) for entry in named.values()]
+    longest = max((count for need in needs for count in need.values()), default=UNITS)
     if not named or declared != Declared(slots=declared.slots, probes=declared.probes):
-        for place, count in _declared(declared, model, named).items():
+        needs.append(_declared(declared, model, list(named.values()), longest))
+    for need in needs:
+        for place, count in need.items():
             room[place] = max(room.get(place, 0), count)
     order = sorted(room, key=lambda place: (place[1], place[0], KINDS.index(place[2])))
-    probes = {(entry.probe.site, entry.probe.layer) for entry in named if entry.probe is not None}
+    probes = {(entry.probe.site, entry.probe.layer) for entry in named.values() if entry.probe is not None}
     probes |= set(declared.probes)
     rows = declared.slots or max(slots, len(named))
     found = Structure(model, rows, {place: room[place] for place in order}, tuple(sorted(probes)))
-    for name, entry in entries(catalog).items():
+    for name, entry in named.items():
         for plan in entry.plans:
             found.check_model(plan, f"set {name!r}: the plan")
         if entry.probe is not None:
@@ -270,8 +270,12 @@ def _needs(entry: Entry) -> dict[Place, int]:
     return {place: len(index) for place, (index, _, _) in lists_of(parts).items()}
 
 
-def _declared(declared: Declared, model: Fingerprint, named: Sequence[Entry]) -> dict[Place, int]:
-    """The room that is declared; what is left open is that of the named sets, or the model's."""
+def _declared(declared: Declared, model: Fingerprint, named: Sequence[Entry], longest: int) -> dict[Place, int]:
+    """The room that is declared; what is left open is that of the named sets, or the model's.
+
+    Args:
+        longest: AUs of a list where none are declared.
+    """
     plans = [plan for entry in named for plan in entry.plans]
     sites = declared.sites or tuple(sorted({site for plan in plans for site in plan.sites})) or tuple(model.widths)
     operations = declared.operations or tuple({plan.operation for plan in plans}) or ("scale", "shift")
@@ -283,7 +287,7 @@ def _declared(declared: Declared, model: Fingerprint, named: Sequence[Entry]) ->
     first, last = declared.layers or (0, model.layers)
     if last > model.layers:
         raise ServingError(f"{VARIABLE}, layers: found {first} to {last - 1}, expected 0 to {model.layers - 1} at most")
-    units = declared.units or max((count for entry in named for count in _needs(entry).values()), default=UNITS)
+    units = declared.units or longest
     kinds = sorted({KIND_OF[operation] for operation in operations}, key=KINDS.index)
     return {
         (site, layer, kind): min(units, model.widths[site])

@@ -84,7 +84,7 @@ def test_a_folder_has_room_for_what_is_declared(made, tmp_path):
 
 def test_the_digest_tells_structures_apart(made):
     others = [made(), made(slots=6), made(units=2), made(sites=["ffn"]), made(layers=[0, 1]), made(operations=["push"])]
-    assert len({found.digest() for found in others}) == len(others) and made().digest() == made().digest()
+    assert len({found.digest for found in others}) == len(others) and made().digest == made().digest
 
 
 @pytest.mark.parametrize(
