@@ -1,18 +1,18 @@
 """A tiny OpenAI-compatible server: completions of a model, greedily and with log-probabilities, in its thread."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import torch
 
 from dense_formula import formula_at, inside, logits
+from threaded_server import ThreadedServer
 
 #: How servers give tokens: vLLM by their ids, llama.cpp in a form of its own, others as text, and some none at all.
 FORMS = ("ids", "content", "texts", "none")
 
 
-class Completions:
+class Completions(ThreadedServer):
     """Serves ``model`` as "base", and what ``steered`` says.
 
     Args:
@@ -44,19 +44,7 @@ class Completions:
                 self.end_headers()
                 self.wfile.write(data)
 
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler)
 
     def complete(self, body):
         """Status and answer."""

@@ -1,8 +1,9 @@
 """A server that answers with any bytes, in its thread."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from threaded_server import ThreadedServer
 
 
 def response(content, status="200 OK", headers=(), length=None):
@@ -12,7 +13,7 @@ def response(content, status="200 OK", headers=(), length=None):
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
 
 
-class RawServer:
+class RawServer(ThreadedServer):
     """Answers each request with ``answer(path)``; ``requests`` has (path, headers) of all."""
 
     def __init__(self, answer):
@@ -27,16 +28,4 @@ class RawServer:
 
             do_POST = do_GET
 
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from ..utils.one_line import one_line
 from ..utils.tables import show_table
 from .common import console
 from .search_text import show_alpha
@@ -50,13 +51,13 @@ def show_writing(writing: Writing | None, samples: int) -> None:
         console.print("[bold]no setting was found that does not derail[/]: try a lower --max-kl")
     strengths = sorted([writing.settings[0], *writing.others], key=lambda w: w.part)
     for prompt in prompts[:samples]:
-        console.print(f"\n[bold]{escape(_line(prompt))}[/]")
+        console.print(f"\n[bold]{escape(one_line(prompt))}[/]")
         for w in (writing.unsteered, *strengths):
             name = "unsteered" if w is writing.unsteered else f"alpha {_inline(w)}"
             text = next((text.text for text in w.texts if text.prompt == prompt), "")
             console.print(
                 textwrap.fill(
-                    f"{name}: {_line(text) or '(nothing)'}",
+                    f"{name}: {one_line(text) or '(nothing)'}",
                     max(console.width, 40),
                     initial_indent="  ",
                     subsequent_indent="    ",
@@ -77,7 +78,3 @@ def _wanted(writing: Writing) -> str:
 
 def _inline(written: Written) -> str:
     return show_alpha(written.alpha).replace("\n", ", ")
-
-
-def _line(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

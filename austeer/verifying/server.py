@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import AusteerError
 from ..plans.replay import Replay
+from ..utils.one_line import one_line
 from .comparison import Token, Written
 from .writing import LIKELIEST, TOKENS
 
@@ -258,4 +259,4 @@ def _json(text: str) -> Any:
 
 def printable(words: object, longest: int = 300) -> str:
     """A server's words as they may be shown: one line, not long, and nothing that a terminal obeys."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(words)[: 4 * longest]).split())[:longest]
+    return one_line(str(words)[: 4 * longest])[:longest]
